@@ -1,0 +1,39 @@
+# `make demo` and `make test` do all of their own set-up, in .venv, from the package registries alone; the second time it takes no time.
+# On a machine with a GPU: make demo TORCH="torch --index-url ..." (any build of torch >= 2.5).
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin
+# Two cores are shared by pytest-xdist's workers: more threads than cores make everything slower.
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test test-all check setup clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dvar needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Set PYTHON=... to another one.")'
+	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup
+	OMP_NUM_THREADS= $(RUN)/dvar demo
+
+test: setup
+	$(RUN)/python -m pytest -n 2 -m "not slow"
+
+test-all: setup
+	$(RUN)/python -m pytest -n 2
+
+check: setup
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+	$(RUN)/python -m pytest tests/test_house.py
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,104 @@
+"""Stage 2: the two CLIPs.  One conditions the U-Net, the other (another seed and width) only scores pictures.
+
+The usual symmetric contrastive loss, except that a caption which happens to be true of another picture of the batch is no
+negative of it: what captions mention and what pictures show is known.  The same knowledge tutors both towers: linear heads, thrown
+away afterwards, read the facts off each pooled state.  Without them the towers stay for long at the place, which fills most pixels.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import CLIPConfig, CLIPModel
+
+from dvar.mini.world.captions import FACTS, SIZES, agrees
+from dvar.mini.world.classes import CLASSES
+from dvar.mini.world.places import PLACES
+from dvar.mini.world.scene import COLOURS, PATTERNS
+from dvar.mini.world.styles import STYLES
+from pretraining.autoencoder import as_tensor
+from pretraining.pictures import captions_for, draw_pictures
+from pretraining.training import Training, arguments, load_average
+from pretraining.words import LENGTH, build_tokenizer
+
+WIDTHS = {"clip": 192, "judge": 128}
+ANSWERS = [len(CLASSES), len(COLOURS), len(PATTERNS), len(COLOURS), len(PLACES), len(STYLES), len(SIZES)]
+
+
+def build(width: int, vocabulary: int) -> CLIPModel:
+    end = vocabulary - 1
+    shared = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": width // 32, "projection_dim": 128}
+    text = {**shared, "vocab_size": vocabulary, "num_hidden_layers": 3, "max_position_embeddings": LENGTH}
+    text |= {"bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end, "hidden_act": "quick_gelu"}
+    vision = {**shared, "num_hidden_layers": 5, "image_size": 64, "patch_size": 8, "hidden_act": "quick_gelu"}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
+
+
+class Tutored(nn.Module):
+    """A CLIP with a linear reader of `FACTS` on each tower."""
+
+    def __init__(self, width: int, vocabulary: int) -> None:
+        super().__init__()
+        self.clip = build(width, vocabulary)
+        self.of_picture = nn.Linear(width, sum(ANSWERS))
+        self.of_text = nn.Linear(width, sum(ANSWERS))
+
+
+def reading_loss(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """Mean over the facts of cross-entropy; negative entries of ``truth`` [n, 7] are not asked for."""
+    losses = [
+        F.cross_entropy(part, wanted, ignore_index=-1, reduction="sum") / (wanted >= 0).sum().clamp(min=1)
+        for part, wanted in zip(logits.float().split(ANSWERS, dim=1), truth.clamp(min=-1).T, strict=True)
+    ]
+    return torch.stack(losses).mean()
+
+
+def contrastive_loss(similarity: torch.Tensor, agreement: torch.Tensor) -> torch.Tensor:
+    """``similarity`` [captions, pictures] scaled; true pairs off the diagonal are left out of both denominators."""
+    off_diagonal = agreement & ~torch.eye(len(agreement), dtype=torch.bool, device=agreement.device)
+    logits = similarity.masked_fill(off_diagonal, -1e4)
+    target = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def load(name: str, vocabulary: int) -> CLIPModel:
+    """The trained CLIP, frozen, without its tutors."""
+    model = load_average(name, Tutored(WIDTHS[name], vocabulary))
+    return model.clip
+
+
+def main() -> None:
+    chosen = arguments(steps=4000, batch=96)
+    name = chosen.name or "clip"
+    tokenizer = build_tokenizer()
+    torch.manual_seed(chosen.seed + (0 if name == "clip" else 1))
+    model = Tutored(WIDTHS[name], len(tokenizer))
+    training = Training(name, model, steps=chosen.steps, lr=7e-4, device=chosen.device)
+    for step in training:
+        pictures = draw_pictures({"clip": 2000, "judge": 3000}[name] + chosen.seed, step, chosen.batch)
+        texts, mentioned = captions_for(pictures.facts, np.random.default_rng([17, chosen.seed, step]))
+        ids = tokenizer(texts, padding=True, return_tensors="pt").to(chosen.device)
+        agreement = torch.from_numpy(agrees(mentioned, pictures.facts)).to(chosen.device)
+        with torch.autocast(chosen.device, torch.bfloat16):
+            output = model.clip(**ids, pixel_values=as_tensor(pictures, chosen.device))
+            of_picture = model.of_picture(output.vision_model_output.pooler_output)
+            of_text = model.of_text(output.text_model_output.pooler_output)
+        similarity = model.clip.logit_scale.exp() * output.text_embeds.float() @ output.image_embeds.float().T
+        shown = torch.from_numpy(pictures.facts).long().to(chosen.device)
+        said = torch.from_numpy(mentioned).long().to(chosen.device)
+        loss = contrastive_loss(similarity, agreement) + reading_loss(of_picture, shown) + reading_loss(of_text, said)
+        training.update(loss)
+        with torch.no_grad():
+            model.clip.logit_scale.clamp_(max=4.6052)
+        if training.step % 50 == 0:
+            best = similarity.argmax(1).cpu()
+            right = agreement.cpu()[torch.arange(len(best)), best].float().mean()
+            wanted = zip(FACTS, of_picture.split(ANSWERS, dim=1), shown.T, strict=True)
+            seen = {fact: (part.argmax(1) == truth).float().mean() for fact, part, truth in wanted}
+            training.log(loss=loss, right=right, scale=model.clip.logit_scale.exp(), **seen)
+
+
+if __name__ == "__main__":
+    main()

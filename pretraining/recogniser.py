@@ -1,0 +1,52 @@
+"""Stage 5: the recogniser, trained on fresh renderings (held-out subjects not excepted: it judges, it does not draw).
+
+Pictures are blurred or made noisy at random, so that what a small diffusion model draws is read as a person would read it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from dvar.mini.recogniser import HEADS, Recogniser
+from dvar.mini.world.captions import FACTS, facts
+from dvar.mini.world.scene import render, sample_scene, sample_subject
+from pretraining.training import Training, arguments
+
+
+def worn(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Half of the pictures are blurred by a factor up to two; all get noise of up to 0.1."""
+    n = len(x)
+    small = F.interpolate(F.interpolate(x, size=40, mode="bilinear", antialias=True), size=64, mode="bilinear")
+    share = torch.rand(n, 1, 1, 1, generator=generator) * (torch.rand(n, 1, 1, 1, generator=generator) < 0.5)
+    noise = 0.1 * torch.rand(n, 1, 1, 1, generator=generator) * torch.randn(x.shape, generator=generator)
+    return x + share.to(x) * (small - x) + noise.to(x)
+
+
+def main() -> None:
+    chosen = arguments(steps=6000, batch=64)
+    model = Recogniser()
+    training = Training("recogniser", model, steps=chosen.steps, lr=1.5e-3, device=chosen.device)
+    for step in training:
+        rng = np.random.default_rng([6000 + chosen.seed, step])
+        generator = torch.Generator().manual_seed(step)
+        subjects = [sample_subject(rng) for _ in range(chosen.batch)]
+        scenes = [sample_scene(rng) for _ in subjects]
+        pixels = np.stack([render(s, c) for s, c in zip(subjects, scenes, strict=True)])
+        truth = torch.from_numpy(np.stack([facts(s, c) for s, c in zip(subjects, scenes, strict=True)])).long().to(chosen.device)
+        vectors = torch.from_numpy(np.stack([s.vector() for s in subjects])).float().to(chosen.device)
+        x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().to(chosen.device) / 127.5 - 1
+        x = worn(x, generator).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(chosen.device, torch.bfloat16):
+            reading = model(x)
+        losses = [F.cross_entropy(reading.logits[head].float(), truth[:, FACTS.index(head)]) for head in HEADS]
+        loss = sum(losses) + 20 * F.mse_loss(reading.parameters.float(), vectors)
+        training.update(loss)
+        if training.step % 100 == 0:
+            right = {h: (reading.best(h) == truth[:, FACTS.index(h)]).float().mean() for h in HEADS}
+            training.log(loss=loss, error=F.mse_loss(reading.parameters.float(), vectors).sqrt(), **right)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""What every stage of the recipe shares: a resumable training state, a learning-rate plan, a log.
+
+A stage's state lies in ``work/<stage>/``: ``state.safetensors`` (weights, their moving average, AdamW's moments, the step) written
+whole or not at all, and ``log.jsonl``.  Batches are keyed by the step, so a killed stage goes on as if it had not been.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+WORK = Path(__file__).parent / "work"
+SAVE_EVERY_SECONDS = 120
+
+
+def arguments(steps: int, batch: int) -> argparse.Namespace:
+    """Every stage takes these; ``--steps`` may change between one start and the next."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--batch", type=int, default=batch)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--name", default=None, help="folder under work/, if not the stage's own")
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
+    torch.manual_seed(chosen.seed)
+    return chosen
+
+
+class Training:
+    """Weights, optimiser, moving average and step of one stage."""
+
+    def __init__(self, name: str, model: nn.Module, *, steps: int, lr: float, device: str, decay: float = 0.999) -> None:
+        self.folder, self.model, self.steps, self.lr, self.decay = WORK / name, model, steps, lr, decay
+        self.folder.mkdir(parents=True, exist_ok=True)
+        model.to(device, memory_format=torch.channels_last)
+        self.parameters = {key: p for key, p in model.named_parameters() if p.requires_grad}
+        matrices = [p for p in self.parameters.values() if p.ndim > 1]
+        others = [p for p in self.parameters.values() if p.ndim <= 1]
+        groups = [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), fused=True)
+        self.average = {key: p.detach().clone() for key, p in self.parameters.items()}
+        self.step, self._saved, self._began = 0, time.monotonic(), time.monotonic()
+        self._restore()
+
+    def __iter__(self) -> Iterator[int]:
+        """The steps still to do; the state is saved on the way and at the end."""
+        while self.step < self.steps:
+            yield self.step
+            if time.monotonic() - self._saved > SAVE_EVERY_SECONDS:
+                self.save()
+        self.save()
+
+    def update(self, loss: torch.Tensor) -> None:
+        """One AdamW step: warm-up over 200 steps, constant, then linearly to zero over the last fifth."""
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+        left = (self.steps - self.step) / max(1.0, 0.2 * self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * min(1.0, (self.step + 1) / 200, left)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        decay = min(self.decay, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.parameters.values()], 1 - decay)
+
+    def log(self, **values: float) -> None:
+        seconds = round(time.monotonic() - self._began, 1)
+        line = json.dumps({"step": self.step, "seconds": seconds, **{k: round(float(v), 5) for k, v in values.items()}})
+        with (self.folder / "log.jsonl").open("a") as log:
+            log.write(line + "\n")
+        print(self.folder.name, line, flush=True)
+
+    def save(self) -> None:
+        tensors = {"step": torch.tensor(self.step)}
+        for key, parameter in self.parameters.items():
+            tensors[f"weight.{key}"] = parameter.detach().contiguous()
+            tensors[f"average.{key}"] = self.average[key].contiguous()
+            for moment in ("exp_avg", "exp_avg_sq"):
+                if parameter in self.optimizer.state:
+                    tensors[f"{moment}.{key}"] = self.optimizer.state[parameter][moment].contiguous()
+        save_file(tensors, self.folder / "state.part")
+        os.replace(self.folder / "state.part", self.folder / "state.safetensors")
+        self._saved = time.monotonic()
+
+    def _restore(self) -> None:
+        path = self.folder / "state.safetensors"
+        if not path.exists():
+            return
+        tensors = load_file(path)
+        self.step = int(tensors["step"])
+        for key, parameter in self.parameters.items():
+            parameter.data.copy_(tensors[f"weight.{key}"])
+            self.average[key].copy_(tensors[f"average.{key}"])
+            if f"exp_avg.{key}" in tensors:
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(float(self.step)),
+                    "exp_avg": tensors[f"exp_avg.{key}"].to(parameter),
+                    "exp_avg_sq": tensors[f"exp_avg_sq.{key}"].to(parameter),
+                }
+
+
+def load_average(name: str, model: nn.Module) -> nn.Module:
+    """The stage's moving-average weights, into a model that is then frozen and in eval mode."""
+    tensors = load_file(WORK / name / "state.safetensors")
+    average = {key.removeprefix("average."): value for key, value in tensors.items() if key.startswith("average.")}
+    missing, unexpected = model.load_state_dict(average, strict=False)
+    if unexpected or [key for key in missing if key in dict(model.named_parameters())]:
+        raise SystemExit(f"stage {name!r} was trained with another shape of model: {missing[:3]} {unexpected[:3]}")
+    return model.eval().requires_grad_(False)

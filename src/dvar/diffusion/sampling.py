@@ -1,0 +1,65 @@
+"""Pictures from a model, drawn by the stock diffusers pipeline, so that what is seen here is what others will get."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import diffusers
+import torch
+from PIL import Image
+
+from dvar.diffusion.backbone import Backbone
+
+BATCH = 8
+
+
+def sample(
+    backbone: Backbone, prompts: Sequence[str], seeds: Sequence[int], *, size: int, steps: int = 50, guidance: float = 7.5
+) -> list[Image.Image]:
+    """Return one RGB picture of ``size`` pixels a side for each prompt, its noise drawn on the CPU from its own seed.
+
+    ``steps`` of the model's own sampler under classifier-free guidance of weight ``guidance`` (1 or less: none).  Any stock
+    pipeline of the same model draws the same picture from ``generator=torch.Generator().manual_seed(seed)``.  Neither a
+    train or eval flag nor a global random state is changed.
+
+    Source: Section 4.1 and the released command lines: 50 steps, guidance 7.5 for Textual Inversion.
+    """
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae=backbone.vae,
+        text_encoder=backbone.text_encoder,
+        tokenizer=backbone.tokenizer,
+        unet=backbone.unet,
+        scheduler=type(backbone.scheduler).from_config(backbone.scheduler.config),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    pictures: list[Image.Image] = []
+    with _undisturbed(backbone), backbone.autocast():
+        for first in range(0, len(prompts), BATCH):
+            drawn = pipeline(
+                list(prompts[first : first + BATCH]),
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds[first : first + BATCH]],
+                height=size,
+                width=size,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+            )
+            pictures += drawn.images
+    return pictures
+
+
+@contextmanager
+def _undisturbed(backbone: Backbone) -> Iterator[None]:
+    """Eval mode in a scope whose random draws are forgotten, every submodule's own flag put back after it."""
+    flags = [(module, module.training) for network in backbone.modules for module in network.modules()]
+    with torch.random.fork_rng():
+        try:
+            for network in backbone.modules:
+                network.eval()
+            yield
+        finally:
+            for module, training in flags:
+                module.training = training

@@ -1,0 +1,1 @@
+"""The laboratory: what is read off finished runs."""

@@ -1,0 +1,1 @@
+"""Personalising a model: pictures in, a stopped run out."""

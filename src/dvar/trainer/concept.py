@@ -1,0 +1,338 @@
+"""What a run is given, checked before any model loads: pictures, captions, the new word, the model's and the run's folder.
+
+``read_concept`` is the door; it refuses with every problem it can find at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from dvar.config import BUNDLED_MODEL, TextualInversionConfig, nearest
+from dvar.errors import RefusedInput
+from dvar.stopper.rules import Dvar
+
+# Deviates: the paper takes published lists of captions; these are our own neutral sentences in their spirit.
+TEMPLATES = {
+    "object": (
+        "a photo of {}",
+        "a photo of the {}",
+        "a photo of my {}",
+        "a photo of one {}",
+        "a picture of a {}",
+        "a picture of the {}",
+        "a picture of my {}",
+        "one picture of {}",
+        "the photo of a {}",
+        "my photo of the {}",
+        "a good photo of {}",
+        "a good picture of the {}",
+        "a nice photo of my {}",
+        "a nice picture of one {}",
+        "a bright photo of the {}",
+        "a bright picture of my {}",
+        "a dark photo of {}",
+        "a dark picture of the {}",
+        "a clean photo of my {}",
+        "a close-up photo of {}",
+        "a close-up picture of the {}",
+        "a cropped photo of a {}",
+        "a photo of the small {}",
+        "a photo of the large {}",
+        "a picture of a nice {}",
+        "a picture of the clean {}",
+        "a rendering of {}",
+    ),
+    "style": (
+        "a picture in the style of {}",
+        "a painting in the style of {}",
+        "a drawing in the style of {}",
+        "a rendering in the style of {}",
+        "a good picture in the style of {}",
+        "a nice painting in the style of {}",
+        "a bright painting in the style of {}",
+        "a dark painting in the style of {}",
+        "a small picture in the style of {}",
+        "a large painting in the style of {}",
+        "a close-up picture in the style of {}",
+        "the picture in the style of {}",
+    ),
+}
+# Files that an operating system or the bundled concepts leave beside pictures.
+_PASSED_OVER = {"Thumbs.db", "desktop.ini", "concept.toml"}
+_METADATA = "metadata.jsonl"
+_MODEL_PARTS = ("model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler")
+
+
+class Tokenizer(Protocol):
+    """What is asked of a tokenizer here; those of transformers have it."""
+
+    model_max_length: int
+    unk_token_id: int | None
+
+    def get_vocab(self) -> dict[str, int]: ...
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]: ...
+
+
+@dataclass(frozen=True)
+class Concept:
+    """The subject of a run.
+
+    ``pictures`` are RGB and square, ``resolution`` pixels a side, upright, in the order of ``names``; ``captions`` holds for
+    each its own caption or None; ``templates`` are sentences with ``{}`` where the word goes.
+    """
+
+    pictures: tuple[Image.Image, ...]
+    names: tuple[str, ...]
+    captions: tuple[str | None, ...]
+    placeholder: str
+    initializer: str
+    learnable_property: str
+    templates: tuple[str, ...]
+
+    def texts(self, index: int) -> tuple[str, ...]:
+        """The captions that picture ``index`` may be shown with: its own, or the templates around the new word."""
+        own = self.captions[index]
+        return (own,) if own else tuple(template.format(self.placeholder) for template in self.templates)
+
+
+def read_concept(
+    config: TextualInversionConfig, load_tokenizer: Callable[[str], Tokenizer] | None = None
+) -> Concept:
+    """The concept that ``config`` names, read and checked.
+
+    ``load_tokenizer`` gives the tokenizer of a model by its name, and is called only when that model's folder is in order;
+    without it the words are not checked.  Warns of a single picture and of pictures that must be enlarged.
+
+    Errors: `RefusedInput` with every problem of the settings, the model's folder, the run's folder, the pictures, their
+    captions and the words.
+    """
+    sound = config.sound()
+    model = sound.pretrained_model_name_or_path
+    wrong_model = model_problems(model)
+    pictures, captions, wrong_files = _read_folder(sound)
+    judged = ("window", "threshold", "probe_every", "max_train_steps")
+    wrong_rule = rule_problems(config) if all(getattr(config, name) == getattr(sound, name) for name in judged) else []
+    problems = [*config.problems(), *wrong_rule, *wrong_model, *output_problems(sound), *wrong_files]
+    if load_tokenizer and not wrong_model:
+        problems += word_problems(sound, load_tokenizer(model), captions)
+    if problems:
+        raise RefusedInput(problems)
+    if len(pictures) == 1:
+        warnings.warn("one picture only: the word may learn its background too; three to five are better", stacklevel=2)
+    return Concept(
+        pictures=tuple(pictures.values()),
+        names=tuple(pictures),
+        captions=tuple(captions.get(name) for name in pictures),
+        placeholder=sound.placeholder_token,
+        initializer=str(sound.initializer_token),
+        learnable_property=sound.learnable_property,
+        templates=TEMPLATES[sound.learnable_property],
+    )
+
+
+def read_picture(path: Path, resolution: int, *, crop: bool = True) -> Image.Image:
+    """The picture in a file: upright, RGB, ``resolution`` pixels square.
+
+    ``crop`` takes the middle square; without it the whole picture is squeezed.  Transparent parts become white, 16-bit
+    greys keep their brightness, and of several frames the first is taken.  Warns when the picture must be enlarged.
+
+    Errors: `RefusedInput` when the file is no picture, is damaged or far too large, or when its shorter side is under half
+    the resolution.
+    Deviates: the orientation tag is applied and transparency composed, which diffusers' script for the method does not do.
+    """
+    try:
+        # A photograph of 100 megapixels is legitimate; Pillow warns of it, and raises at twice that.
+        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning), Image.open(path) as opened:
+            opened.load()
+            picture = _rgb(ImageOps.exif_transpose(opened))
+    except UnidentifiedImageError:
+        raise RefusedInput([f"{path.name} is not a picture that can be read: convert it to PNG or JPEG, or move it away"]) from None
+    except Image.DecompressionBombError:
+        raise RefusedInput([f"{path.name} has far too many pixels for a photograph: scale it down"]) from None
+    except Exception as error:  # decoders raise whatever a damaged file makes them meet
+        raise RefusedInput([f"{path.name} is damaged ({error}): replace it or move it away"]) from error
+    shorter = min(picture.size)
+    if shorter < resolution // 2:
+        said = f"{path.name} is {picture.width}x{picture.height} pixels, and at resolution {resolution} the shorter side must be "
+        raise RefusedInput([f"{said}at least {resolution // 2}: use a larger picture or a lower --resolution"])
+    if shorter < resolution:
+        warnings.warn(f"{path.name} is {picture.width}x{picture.height} pixels and is enlarged to {resolution}", stacklevel=2)
+    square = (resolution, resolution)
+    return ImageOps.fit(picture, square, Image.Resampling.BICUBIC) if crop else picture.resize(square, Image.Resampling.BICUBIC)
+
+
+def rule_problems(config: TextualInversionConfig) -> list[str]:
+    """What keeps the rule of these settings from ever being one, or from ever stopping this run."""
+    try:
+        rule = Dvar(window=config.window, threshold=config.threshold)
+    except RefusedInput as refused:
+        return list(refused.problems)
+    return rule.schedule_problems(config.probe_every, config.max_train_steps)
+
+
+def model_problems(name: str) -> list[str]:
+    """What is wrong with a model's name, or with the folder it names, as far as can be seen without loading anything."""
+    path = Path(name).expanduser()
+    if name == BUNDLED_MODEL:
+        return []
+    if path.is_dir():
+        missing = [part for part in _MODEL_PARTS if not (path / part).exists()]
+        said = f"model folder {name} is no diffusers pipeline: it lacks {', '.join(missing)}; give one that save_pretrained wrote"
+        return [said] if missing else []
+    if path.is_file():
+        return [f"model {name} is a single file: convert it to a diffusers folder and name that"]
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not path.parent.is_dir():
+        return []
+    nearby = sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir()) if path.parent.is_dir() else []
+    alike = difflib.get_close_matches(path.name, nearby, n=1)
+    remedy = f"did you mean {path.parent / alike[0]}?" if alike else "check the path, or give a hub id as owner/name"
+    return [f"model {name} is neither a folder here nor a hub id: {remedy}"]
+
+
+def output_problems(config: TextualInversionConfig) -> list[str]:
+    """What stands in the way of writing the run into its folder: a file, another run, or nothing to resume from."""
+    folder, resume = Path(config.output_dir).expanduser(), config.resume_from_checkpoint
+    if folder.exists() and not folder.is_dir():
+        return [f"output_dir must be a folder, and {folder} is a file: choose another"]
+    if resume:
+        saved = sorted(path.name for path in folder.glob("checkpoint-*"))
+        if not saved or resume != "latest" and Path(resume).name not in saved:
+            found = f"it holds {', '.join(saved)}" if saved else "it holds no checkpoint"
+            return [f"resume_from_checkpoint {resume!r} is not in {folder}: {found}; name one of these or start afresh"]
+    elif not config.overwrite and any((folder / name).exists() for name in ("config.json", "trace.jsonl", "result.json")):
+        said = f"output_dir {folder} holds another run: choose another folder, go on with --resume_from_checkpoint latest, "
+        return [f"{said}or replace it with --overwrite"]
+    return []
+
+
+def word_problems(config: TextualInversionConfig, tokenizer: Tokenizer, captions: Mapping[str, str]) -> list[str]:
+    """What is wrong with the new word, the word it starts from, and the length of the captions, as this tokenizer reads them."""
+    placeholder, initializer = config.placeholder_token, config.initializer_token
+    problems = []
+    for word in (placeholder, *(f"{placeholder}_{index}" for index in range(1, config.num_vectors))):
+        if token_id(tokenizer, word) is not None:
+            said = f"placeholder_token {word!r} is a word the model already knows: choose a new one, such as <my-{word.strip('<>')}>"
+            problems.append(said)
+    if initializer and token_id(tokenizer, initializer) is None:
+        pieces = _pieces(tokenizer, initializer)
+        said = f"initializer_token {initializer!r} is not one token but {len(pieces)} ({' '.join(pieces)})"
+        problems.append(f"{said}: try {_known_word(tokenizer, initializer, pieces)}")
+    room = tokenizer.model_max_length
+    for name, caption in {**captions, "validation_prompt": config.sample_prompt}.items():
+        words = caption.replace(placeholder, " ")
+        length = len(tokenizer.encode(words)) + caption.count(placeholder) * config.num_vectors
+        if length > room:
+            problems.append(f"the text of {name} is {length} tokens long and the model reads {room}: shorten it")
+    return problems
+
+
+def token_id(tokenizer: Tokenizer, word: str) -> int | None:
+    """The id of the single token that is ``word``, or None when it is spelled with several.
+
+    A piece of the vocabulary that only occurs inside words counts too: the released commands start from such a one, ktn.
+    """
+    ids = tokenizer.encode(word, add_special_tokens=False)
+    if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
+        return ids[0]
+    return tokenizer.get_vocab().get(word)
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I"):
+        # 257 = 65535 / 255: Pillow's own conversion cuts 16-bit greys off at 255 and leaves white.
+        picture = Image.fromarray((np.asarray(picture) // 257).clip(0, 255).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
+def _read_folder(config: TextualInversionConfig) -> tuple[dict[str, Image.Image], dict[str, str], list[str]]:
+    """(picture by file name, caption by file name, what is wrong) of the folder of pictures."""
+    if not config.instance_data_dir:
+        return {}, {}, []
+    folder = Path(config.instance_data_dir).expanduser()
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        return {}, {}, [f"instance_data_dir must be a folder with pictures, and {folder} {what}: check the path"]
+    files = [file for file in sorted(folder.iterdir()) if not file.name.startswith(".") and file.name not in _PASSED_OVER]
+    written = [file for file in files if file.suffix.lower() == ".txt" or file.name == _METADATA]
+    shown = [file for file in files if file not in written]
+    pictures: dict[str, Image.Image] = {}
+    problems = [] if shown else [f"instance_data_dir {folder} holds no pictures: put three to five of the subject there"]
+    for file in shown:
+        try:
+            pictures[file.name] = read_picture(file, config.resolution, crop=config.center_crop)
+        except RefusedInput as refused:
+            problems += refused.problems
+    captions, wrong = _read_captions(written, [file.name for file in shown], config.placeholder_token)
+    return pictures, captions, problems + wrong
+
+
+def _read_captions(files: Sequence[Path], names: Sequence[str], placeholder: str) -> tuple[dict[str, str], list[str]]:
+    """(caption by the file name of its picture, what is wrong)."""
+    captions: dict[str, str] = {}
+    problems = []
+    for where, name, text in (entry for file in files for entry in _entries(file, names)):
+        if isinstance(text, ValueError):
+            problems.append(f"{where} {text}")
+        elif name not in names:
+            problems.append(f"{where} names {name!r}, which is not in the folder: correct or remove it")
+        elif placeholder not in text:
+            problems.append(f"{where} does not hold the new word {placeholder}, got {text!r}: write it where the subject is named")
+        elif captions.setdefault(name, text) != text:
+            problems.append(f"{where} is a second caption of {name}: keep one")
+    return captions, problems
+
+
+def _entries(file: Path, names: Sequence[str]) -> Iterator[tuple[str, str, str | ValueError]]:
+    """(where it is written, the picture's file name, the caption or what is wrong with it) for each caption in a file."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError):
+        yield file.name, "", ValueError("cannot be read as UTF-8 text: save it as UTF-8")
+        return
+    if file.name == _METADATA:
+        for number, line in enumerate(text.splitlines(), start=1):
+            if line.strip():
+                yield f"{file.name}, line {number},", *_row(line)
+        return
+    owners = [name for name in names if Path(name).stem == file.stem]
+    if not owners:
+        yield file.name, "", ValueError("is the caption of no picture: name it after one, or move it away")
+    for name in owners:
+        yield file.name, name, text.strip()
+
+
+def _row(line: str) -> tuple[str, str | ValueError]:
+    try:
+        row = json.loads(line)
+        return str(row["file_name"]), str(next(row[key] for key in ("text", "prompt", "caption") if key in row)).strip()
+    except (ValueError, KeyError, TypeError, StopIteration):
+        return "", ValueError('is not {"file_name": ..., "text": ...}; prompt or caption may stand for text: correct it')
+
+
+def _pieces(tokenizer: Tokenizer, word: str) -> list[str]:
+    ids = tokenizer.encode(word, add_special_tokens=False)
+    return [piece.removesuffix("</w>") for piece in tokenizer.convert_ids_to_tokens(ids)]
+
+
+def _known_word(tokenizer: Tokenizer, word: str, pieces: Sequence[str]) -> str:
+    """A word near ``word`` that is one token: the last of several words, or else the one spelled most alike."""
+    last = (word.split() or [""])[-1]
+    if last != word and token_id(tokenizer, last) is not None:
+        return last
+    words = [piece.removesuffix("</w>") for piece in tokenizer.get_vocab() if piece.endswith("</w>") and len(piece) > 6]
+    alike = [known for known in words if known[0] == last[:1].lower()]
+    return nearest(last.lower(), alike or words)

@@ -1,0 +1,223 @@
+"""Training as a generator of records: evaluate, judge, then step; everything else consumes what it yields."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from diffusers.optimization import get_scheduler
+from torch import Tensor, nn
+
+from dvar.config import TextualInversionConfig
+from dvar.diffusion.randomness import seeded_globals
+from dvar.stopper.rules import Criterion
+from dvar.stopper.trace import Trace
+from dvar.stopper.verdict import Reason, Verdict
+from dvar.trainer.checkpoint import Checkpoint
+
+Losses = Callable[[int, int, int], Tensor]
+"""(step, first sample, count) -> the loss of each of these samples of the step, float32 [count], with its graph."""
+
+
+class Method(Protocol):
+    """What the loop asks of a way to personalise: what is trained, and a copy of it to keep."""
+
+    @property
+    def parameters(self) -> list[nn.Parameter]: ...
+    @property
+    def state(self) -> dict[str, Tensor]: ...
+    def load(self, state: dict[str, Tensor]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """The model after ``step`` updates.
+
+    ``train_loss``, ``grad_norm`` and ``lr`` are those of the last update, None at step 0; the loss was taken before it moved
+    the model.  ``eval`` holds the losses of the held samples, None between two evaluations.  ``seconds``, since the step
+    before: "train", "probe" and "other" (what the consumers and the disk took).
+    """
+
+    step: int
+    train_loss: float | None
+    eval: tuple[float, ...] | None
+    verdict: Verdict
+    grad_norm: float | None
+    lr: float | None
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one update saw; ``taken`` is False when its loss or gradient was not finite, and then nothing moved."""
+
+    train_loss: float | None = None
+    grad_norm: float | None = None
+    lr: float | None = None
+    taken: bool = True
+
+
+def train(
+    learner: Learner,
+    *,
+    losses: Losses,
+    probe: Callable[[], Tensor],
+    criterion: Criterion,
+    log: Callable[[Mapping[str, Any]], None],
+    save: Callable[[], None],
+    interrupted: Callable[[], bool] = lambda: False,
+) -> Iterator[Step]:
+    """Yield a `Step` for the untouched model and one after each update, until a verdict stops.
+
+    An evaluation is made at every ``probe_every``-th step and at the cap, so N updates give N + 1 of them at cadence 1.
+    Before a step is yielded its record is with ``log``, and every ``checkpointing_steps`` and at the last one ``save`` is
+    called: whoever breaks out leaves a run that can go on.  A learner whose trace already holds records goes on after the
+    last one.  A loss that is not finite stops, and neither moves the model nor is saved; so does ``interrupted``, after
+    the step it finds under way.
+
+    Source: Section 3.2 and Figure 10.
+    Deviates: the untouched model is evaluated too; the released code evaluates before each update and so never after the last.
+    """
+    config, trace, watch = learner.config, learner.trace, Stopwatch()
+    if len(trace) and criterion(trace).stop:
+        return
+    for step in range(learner.next_step, config.max_train_steps + 1):
+        with watch("train"):
+            update = learner.update(losses, step) if step else Update()
+        due = step % config.probe_every == 0 or step == config.max_train_steps
+        with watch("probe"):
+            held = probe() if due and update.taken else None
+        seen: dict[str, Any] = {"train_loss": update.train_loss, "grad_norm": update.grad_norm, "lr": update.lr, "seconds": watch.lap()}
+        record = trace.record(step, held, **seen)
+        log(record)
+        verdict = _judge(criterion(trace), step, update, interrupted())
+        learner.keep_best()
+        if verdict.reason is not Reason.NON_FINITE and (verdict.stop or step % config.checkpointing_steps == 0):
+            save()
+        yield Step(step, eval=tuple(record["eval"]) if due and update.taken else None, verdict=verdict, **seen)
+        if verdict.stop:
+            return
+
+
+class Learner:
+    """Everything that moves while training: what the method learns, the optimizer, the trace and the best step so far."""
+
+    def __init__(self, method: Method, config: TextualInversionConfig, header: Mapping[str, Any]) -> None:
+        self.method, self.config, self.trace = method, config, Trace(header)
+        self.best_step, self.best = 0, method.state
+        self.optimizer = torch.optim.AdamW(
+            method.parameters,
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            weight_decay=config.adam_weight_decay,
+        )
+        self.scaler = torch.amp.GradScaler(method.parameters[0].device.type, enabled=config.mixed_precision == "fp16")
+        self._pace = _pace(config)
+
+    @property
+    def next_step(self) -> int:
+        """The step whose record comes next."""
+        return self.trace.last_step + 1 if len(self.trace) else 0
+
+    def update(self, losses: Losses, step: int) -> Update:
+        """Make update number ``step`` and return what it saw: the mean loss over the whole step, the gradient's norm, the rate.
+
+        The samples of a step are numbered through its accumulation, so splitting it differently draws the same ones.
+        """
+        config, parts = self.config, self.config.gradient_accumulation_steps
+        seen = []
+        self.optimizer.zero_grad()
+        for first in range(0, parts * config.train_batch_size, config.train_batch_size):
+            with seeded_globals(config.seed, "dropout", step, first):
+                found = losses(step, first, config.train_batch_size)
+                self.scaler.scale(found.mean() / parts).backward()
+            seen.append(found.detach())
+        self.scaler.unscale_(self.optimizer)
+        norm = float(nn.utils.get_total_norm([grad for part in self.method.parameters if (grad := part.grad) is not None]))
+        loss, rate = float(torch.cat(seen).double().mean()), config.learning_rate * self._pace(step - 1)
+        # A gradient that overflows fp16 is the scaler's to skip and to scale down; anywhere else it is a fault.
+        sound = math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled())
+        if sound:
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        return Update(loss, norm, rate, taken=sound)
+
+    def keep_best(self) -> None:
+        """Copy what is learned if the newest evaluation is the lowest L_det so far."""
+        steps, values = self.trace.steps, self.trace.values
+        if len(steps) and steps[-1] == self.trace.last_step and values[-1] < values[:-1].min(initial=math.inf):
+            self.best_step, self.best = self.trace.last_step, self.method.state
+
+    def checkpoint(self, **facts: Any) -> Checkpoint:
+        """Return all of it as a value, with ``facts`` that are to be found beside it."""
+        tensors = {f"method/{name}": tensor for name, tensor in self.method.state.items()}
+        tensors |= {f"best/{name}": tensor for name, tensor in self.best.items()}
+        for index, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{index}/{name}": tensor.cpu() for name, tensor in moments.items()}
+        facts |= {"best_step": self.best_step, "scaler": self.scaler.state_dict()}
+        return Checkpoint(self.trace.last_step, tensors, facts, self.trace)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Become what ``checkpoint`` returned; the settings must be those it was made under."""
+        groups: dict[str, dict[str, Tensor]] = {"method": {}, "best": {}}
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in checkpoint.tensors.items():
+            group, name = key.split("/", 1)
+            if group == "optimizer":
+                index, name = name.split("/")
+                moments.setdefault(int(index), {})[name] = tensor
+            else:
+                groups[group][name] = tensor
+        self.method.load(groups["method"])
+        self.best_step, self.best = checkpoint.facts["best_step"], groups["best"]
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        self.scaler.load_state_dict(checkpoint.facts["scaler"])
+        self.trace = checkpoint.trace
+
+
+class Stopwatch:
+    """Seconds by name since the last lap; what no name covers is "other"."""
+
+    def __init__(self) -> None:
+        self._started, self._spent = time.perf_counter(), {"train": 0.0, "probe": 0.0}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self._spent[name] += time.perf_counter() - started
+
+    def lap(self) -> dict[str, float]:
+        """Return the seconds since the last lap, by name, and start the next."""
+        now, spent = time.perf_counter(), self._spent
+        lap = {**spent, "other": now - self._started - sum(spent.values())}
+        self._started, self._spent = now, dict.fromkeys(spent, 0.0)
+        return lap
+
+
+def _judge(verdict: Verdict, step: int, update: Update, interrupted: bool) -> Verdict:
+    """The rule's verdict, unless something else ends the run: a loss that is not finite, or a wish to stop."""
+    if verdict.reason is Reason.NON_FINITE or not update.taken:
+        metrics = {"non_finite_step": step, **verdict.metrics}
+        return replace(verdict, stop=True, reason=Reason.NON_FINITE, step=step, metrics=metrics)
+    if interrupted and not verdict.stop:
+        return replace(verdict, stop=True, reason=Reason.INTERRUPTED, step=step)
+    return verdict
+
+
+def _pace(config: TextualInversionConfig) -> Callable[[int], float]:
+    """The factor of the learning rate at each update, from diffusers' schedules by name: a function, so nothing to resume."""
+    rate = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
+    schedule = get_scheduler(
+        config.lr_scheduler, rate, num_warmup_steps=config.lr_warmup_steps, num_training_steps=config.max_train_steps
+    )
+    pace: Callable[[int], float] = schedule.lr_lambdas[0]
+    return pace

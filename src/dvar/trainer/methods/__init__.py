@@ -1,0 +1,1 @@
+"""The ways to personalise a model, a leaf each."""
