@@ -24,16 +24,17 @@ from pretraining.training import Training, arguments, load_average
 from pretraining.words import LENGTH, build_tokenizer
 
 WIDTHS = {"clip": 192, "judge": 128}
+SHARED = 128
 ANSWERS = [len(CLASSES), len(COLOURS), len(PATTERNS), len(COLOURS), len(PLACES), len(STYLES), len(SIZES)]
 
 
 def build(width: int, vocabulary: int) -> CLIPModel:
     end = vocabulary - 1
-    shared = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": width // 32, "projection_dim": 128}
+    shared = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": width // 32, "projection_dim": SHARED}
     text = {**shared, "vocab_size": vocabulary, "num_hidden_layers": 3, "max_position_embeddings": LENGTH}
     text |= {"bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end, "hidden_act": "quick_gelu"}
     vision = {**shared, "num_hidden_layers": 5, "image_size": 64, "patch_size": 8, "hidden_act": "quick_gelu"}
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=SHARED))
 
 
 class Tutored(nn.Module):
@@ -42,8 +43,8 @@ class Tutored(nn.Module):
     def __init__(self, width: int, vocabulary: int) -> None:
         super().__init__()
         self.clip = build(width, vocabulary)
-        self.of_picture = nn.Linear(width, sum(ANSWERS))
-        self.of_text = nn.Linear(width, sum(ANSWERS))
+        self.of_picture = nn.Linear(SHARED, sum(ANSWERS))
+        self.of_text = nn.Linear(SHARED, sum(ANSWERS))
 
 
 def reading_loss(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:

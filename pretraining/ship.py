@@ -1,20 +1,30 @@
-"""Stage 6: what the stages made, as one folder in the formats of diffusers and transformers, in float16.
+"""Stage 6: what the stages made, under ``src/dvar/mini/``, in the formats of diffusers and transformers, in float16.
 
-``python -m pretraining.ship FOLDER`` writes the pipeline; ``--judges FOLDER`` the scoring CLIP and the recogniser.
+``python -m pretraining.ship`` writes ``model/`` and ``judges/``; ``--concepts`` the pictures of the held-out subjects instead.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from diffusers import PNDMScheduler, StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import save_file
 from transformers import CLIPTextModel
 
+from dvar import mini
+from dvar.mini.recogniser import Recogniser
+from dvar.mini.world.concepts import held_out, reference_scenes
+from dvar.mini.world.scene import render
 from pretraining import autoencoder, clip, unet
 from pretraining.training import load_average
 from pretraining.words import build_tokenizer
+
+ROOT = Path(mini.__file__).parent
 
 
 def pipeline() -> StableDiffusionPipeline:
@@ -40,11 +50,35 @@ def pipeline() -> StableDiffusionPipeline:
     )
 
 
+def save_judges(folder: Path) -> None:
+    """The CLIP that scores, the whole of the one that conditions, and the recogniser."""
+    vocabulary = len(build_tokenizer())
+    clip.load("judge", vocabulary).half().save_pretrained(folder / "clip")
+    clip.load("clip", vocabulary).half().save_pretrained(folder / "clip-conditioner")
+    state = load_average("recogniser", Recogniser()).half().state_dict()
+    save_file({key: value.contiguous() for key, value in state.items()}, folder / "recogniser.safetensors")
+
+
+def save_concepts(folder: Path) -> None:
+    """Each held-out subject: three to five pictures, and ``concept.json`` with its noun and its parameters."""
+    for name, subject in held_out().items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        scenes = reference_scenes(name)
+        for i, scene in enumerate(scenes):
+            Image.fromarray(render(subject, scene)).save(folder / name / f"{i:02d}.png", optimize=True)
+        record = {"noun": subject.noun, "places": [scene.place for scene in scenes], "subject": asdict(subject)}
+        (folder / name / "concept.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    chosen = parser.parse_args()
-    pipeline().to(dtype=torch.float16).save_pretrained(chosen.folder)
+    parser.add_argument("--concepts", action="store_true")
+    if parser.parse_args().concepts:
+        save_concepts(ROOT / "concepts")
+        return
+    (ROOT / "judges").mkdir(parents=True, exist_ok=True)
+    save_judges(ROOT / "judges")
+    pipeline().to(dtype=torch.float16).save_pretrained(ROOT / "model")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Frozen settings of every command, with their help, their ranges and their checks.  Pure: nothing here opens a picture or a model.
+"""Frozen settings of every command, with their help, ranges and checks.  Pure: no picture and no model is opened here.
 
 A settings class states every default once: the command line shows it, a preset overrides it, a TOML file overrides the
 preset and a flag overrides the file (`dvar.trainer.presets.configure`).  The defaults are the paper's.
@@ -23,7 +23,7 @@ ALIASES = {"train_data_dir": "instance_data_dir"}
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers from ``low`` (itself out when ``above`` is set) up to but not including ``high``; never infinity or NaN."""
+    """The numbers from ``low`` (itself out when ``above``) up to but not including ``high``; never infinity or NaN."""
 
     low: float
     high: float = math.inf
@@ -51,9 +51,9 @@ def setting(default: Any, help: str, allowed: Range | None = None, *, section: s
 class TextualInversionConfig:
     """Every setting of ``dvar train textual-inversion``; a step is one update of the optimizer.
 
-    Source: the defaults are the paper's Section 4.1 with its released command lines; `dvar.trainer.presets` names each one's.
-    Deviates: arithmetic in float32 by default, where the released commands use fp16, because the movement of L_det that the
-    rule must see lies in the third digit; and samples are drawn with ``seed``, where the released code has a seed of its own.
+    Source: the defaults are the paper's, with its released command lines; `dvar.trainer.presets` names each source.
+    Deviates: float32 arithmetic by default, where the released commands use fp16, because what the rule must see of
+    L_det lies in its third digit.
     """
 
     pretrained_model_name_or_path: str = setting(
@@ -66,6 +66,8 @@ class TextualInversionConfig:
     num_vectors: int = setting(1, "Embedding vectors behind the new word.", COUNT)
     resolution: int = setting(512, "Side of the square training pictures in pixels, a multiple of 8.", Range(8))
     center_crop: bool = setting(True, "Crop the middle square; otherwise squeeze the whole picture into a square.")
+    random_flip: bool = setting(True, "Show each picture mirrored half of the time; turn off where left is not right.")
+    random_flip: bool = setting(True, "Mirror each picture left to right half of the time.")
 
     preset: str | None = setting(
         None, "Named settings to start from: 'mini' for the bundled model, 'paper' for others.", section="Training"
@@ -100,9 +102,11 @@ class TextualInversionConfig:
     guidance_scale: float = setting(7.5, "Classifier-free guidance of the sample pictures.", NOT_NEGATIVE)
 
     checkpointing_steps: int = setting(500, "Steps between two checkpoints.", COUNT, section="The run")
-    checkpoints_total_limit: int | None = setting(None, "Checkpoints to keep, the newest ones; all of them by default.", COUNT)
+    checkpoints_total_limit: int | None = setting(None, "Newest checkpoints to keep; all of them by default.", COUNT)
     resume_from_checkpoint: str | None = setting(None, "Go on from 'latest', or from a checkpoint by its name.")
-    report_to: str = setting("none", "Tracker to log to; the curves are in trace.jsonl and report.html in any case.")
+    report_to: Literal["none", "tensorboard", "wandb"] = setting(
+        "none", "Tracker to tell of each step; trace.jsonl and report.html hold the curves in any case."
+    )
     output_dir: str = setting("runs/textual-inversion", "Folder of the run.")
     overwrite: bool = setting(False, "Replace another run found in the output folder.")
 
@@ -118,12 +122,14 @@ class TextualInversionConfig:
         The rule's own settings are the rule's to judge: `dvar.trainer.concept.rule_problems`.
         """
         faults = dict(self._faults())
-        return [*faults.values(), *(said for names, said in self.sound()._conflicts() if faults.keys().isdisjoint(names))]
+        conflicts = [said for names, said in self.sound()._conflicts() if faults.keys().isdisjoint(names)]
+        return [*faults.values(), *conflicts]
 
     def sound(self) -> TextualInversionConfig:
         """The same settings with each ill-formed one at its default, for checks that go on after a fault was found."""
         faults = dict(self._faults())
-        return replace(self, **{item.name: item.default for item in fields(self) if item.name in faults})
+        defaults: dict[str, Any] = {item.name: item.default for item in fields(self) if item.name in faults}
+        return replace(self, **defaults)
 
     def _faults(self) -> Iterator[tuple[str, str]]:
         """(setting, what is wrong) for each value of a wrong type or out of its range."""
@@ -137,37 +143,33 @@ class TextualInversionConfig:
 
     def _conflicts(self) -> Iterator[tuple[set[str], str]]:
         """(settings concerned, what is wrong) for well-formed values that cannot be carried out, alone or together."""
-        word, cap = self.placeholder_token, self.max_train_steps
+        word, cap, warmup = self.placeholder_token, self.max_train_steps, self.lr_warmup_steps
         if not self.instance_data_dir:
-            yield {"instance_data_dir"}, "instance_data_dir is missing: name the folder with the pictures of the subject"
+            yield {"instance_data_dir"}, "instance_data_dir is missing: name the folder with the subject's pictures"
         if not self.initializer_token:
-            yield {"initializer_token"}, "initializer_token is missing: give one word for what the subject is, such as mug"
+            yield {"initializer_token"}, "initializer_token is missing: give one word for the subject, such as mug"
         if word.split() != [word]:
-            yield {"placeholder_token"}, f"placeholder_token must be one word without spaces, got {word!r}: try '<thing>'"
+            said = f"placeholder_token must be one word without spaces, got {word!r}: try '<thing>'"
+            yield {"placeholder_token"}, said
         elif word not in self.sample_prompt:
-            said = f"validation_prompt must hold the new word {word}, got {self.validation_prompt!r}: write it where it belongs"
+            said = f"validation_prompt must hold the new word {word}, got {self.validation_prompt!r}: put it in"
             yield {"placeholder_token", "validation_prompt"}, said
         if self.resolution % 8:
             near = 8 * round(self.resolution / 8)
             yield {"resolution"}, f"resolution must be a multiple of 8, got {self.resolution}: try {near}"
-        if self.lr_warmup_steps and self.lr_scheduler == "constant":
-            said = f"lr_warmup_steps must be 0 under a constant lr_scheduler, got {self.lr_warmup_steps}: use constant_with_warmup"
+        if warmup and self.lr_scheduler == "constant":
+            said = f"lr_warmup_steps must be 0 when lr_scheduler is constant, got {warmup}: use constant_with_warmup"
             yield {"lr_warmup_steps", "lr_scheduler"}, said
-        if self.lr_warmup_steps >= cap:
-            yield {"lr_warmup_steps", "max_train_steps"}, (
-                f"lr_warmup_steps must be below max_train_steps ({cap}), got {self.lr_warmup_steps}: shorten the warm-up"
-            )
-        if self.report_to != "none":
-            said = f"report_to must be none, got {self.report_to!r}: no tracker is wired yet, read trace.jsonl or report.html"
-            yield {"report_to"}, said
+        if warmup >= cap:
+            said = f"lr_warmup_steps must be below max_train_steps ({cap}), got {warmup}: shorten the warm-up"
+            yield {"lr_warmup_steps", "max_train_steps"}, said
         if self.overwrite and self.resume_from_checkpoint:
-            yield {"overwrite", "resume_from_checkpoint"}, (
-                "overwrite and resume_from_checkpoint exclude each other, got both: drop one of them"
-            )
+            said = "overwrite and resume_from_checkpoint exclude each other, got both: drop one of them"
+            yield {"overwrite", "resume_from_checkpoint"}, said
 
 
 def canonical(settings: Mapping[str, Any], known: type = TextualInversionConfig) -> dict[str, Any]:
-    """The same settings under their own names: hyphens become underscores and another name of a setting becomes the setting's.
+    """The same settings under their own names: hyphens become underscores, and an alias the name it stands for.
 
     Errors: `RefusedInput` naming each unknown setting with the nearest known one, and each setting given twice.
     """

@@ -38,7 +38,7 @@ def falling(step: int) -> float:
 
 
 def fake_trace(loss: Callable[[int], float] = falling, steps: int = 1000, probe_every: int = 1, seed: int = 0) -> Trace:
-    """The record of a run whose L_det follows `loss`, up to the step at which the rule of `CONFIG` or the cap stops it."""
+    """The record of a run whose L_det follows `loss`, up to where the rule of `CONFIG` or the cap stops it."""
     random = np.random.default_rng(seed)
     level = np.array([0.2 + 3.0 * np.exp(-timestep / 200) for timestep in TIMESTEPS])
     trace, rule = Trace({"timesteps": list(TIMESTEPS)}), _rule()

@@ -74,7 +74,7 @@ def panel(x: Scale, y: Scale, layers: Sequence[Html], *, label: str, steps: bool
     `label` is what a screen reader says in place of the picture.
     """
     across = [tick for tick in x.ticks(6) if tick == int(tick)]
-    grid = [_upright_tick(x, tick, f"{tick:,.0f}" if steps else None) for tick in across]
+    grid = [_upright_tick(x, tick, f"{tick:.0f}" if steps else None) for tick in across]
     ticks = y.ticks(4)
     grid += [_level_tick(y, tick, text) for tick, text in zip(ticks, _wordings(y, ticks), strict=True)]
     name = " ".join(["panel", *["with-steps"] * steps, *["tall"] * tall])
@@ -89,19 +89,18 @@ def spark(layers: Sequence[Html], *, label: str) -> Html:
 def curve(x: Scale, y: Scale, steps: ArrayLike, values: ArrayLike, class_: str) -> Html:
     """Return the values as a line over the steps; it breaks where a value is not finite.
 
-    A curve of more than two points a column is drawn by the least and the greatest value of each column, which looks the
-    same and keeps the page small.
+    A curve of more than two points a column is drawn by the least and the greatest value of each column, which looks
+    the same and keeps the page small.
     """
     path = "".join(_path(x.place(run[0]), y.place(run[1])) for run in _finite_runs(steps, values))
     line = element("path", d=path, class_=class_, vector_effect="non-scaling-stroke")
     return element("svg", line, viewBox=f"0 0 {UNITS} {UNITS}", preserveAspectRatio="none", width="100%", height="100%")
 
 
-def band(x: Scale, first: float, last: float, class_: str, text: str | None = None) -> Html:
-    """Return the whole height between two steps, as far as the panel goes, with its text at the top."""
+def band(x: Scale, first: float, last: float, class_: str) -> Html:
+    """Return the whole height between two steps, as far as the panel goes."""
     left, right = np.clip(x.place([first, last]), 0, 1)
-    area = element("rect", x=_percent(left), width=_percent(right - left), height="100%", class_=class_)
-    return join([area, element("text", text, x=_percent(left), dx="7", dy="1.5em") if text else None])
+    return element("rect", x=_percent(left), width=_percent(right - left), height="100%", class_=class_)
 
 
 def upright(x: Scale, step: float, class_: str, text: str | None = None) -> Html:
@@ -129,8 +128,16 @@ def _beside(across: float, down: float, text: str | None, class_: str, *, dy: st
     if text is None:
         return None
     before = across > 0.5
-    return element("text", text, x=_percent(across), y=_percent(down), dx="-7" if before else "7", dy=dy,
-                   text_anchor="end" if before else "start", class_=f"note {class_}")
+    return element(
+        "text",
+        text,
+        x=_percent(across),
+        y=_percent(down),
+        dx="-7" if before else "7",
+        dy=dy,
+        text_anchor="end" if before else "start",
+        class_=f"note {class_}",
+    )
 
 
 def _upright_tick(x: Scale, value: float, text: str | None) -> Html:
@@ -151,7 +158,7 @@ def _wordings(scale: Scale, ticks: Sequence[float]) -> list[str]:
         return [f"{100 * tick:.12g} %" for tick in ticks]
     step = ticks[1] - ticks[0] if len(ticks) > 1 else 1.0
     digits = max(0, -math.floor(math.log10(step) + 1e-9))
-    return [f"{tick:,.{digits}f}" if digits <= 6 else f"{tick:.3e}" for tick in ticks]
+    return [f"{tick:.{digits}f}" if digits <= 6 else f"{tick:.3e}" for tick in ticks]
 
 
 def _finite_runs(steps: ArrayLike, values: ArrayLike) -> list[tuple[Floats, Floats]]:

@@ -32,9 +32,9 @@ def losses(run: Run) -> Html:
     return element(
         "div",
         _heading("Training loss", "fresh pictures, noise and timesteps at every step"),
-        _panel(x, above, [*_marks(run, x), charts.curve(x, above, noisy_steps, noisy, "noise")], "Training loss by step"),
+        _panel(x, above, [*_marks(run, x), charts.curve(x, above, noisy_steps, noisy, "noise")], "Training loss"),
         _heading(L_DET, inputs),
-        _panel(x, below, [*_marks(run, x, "stop"), _fixed_loss(run, x, below)], "L_det by step", last=True),
+        _panel(x, below, [*_marks(run, x, "stop"), _fixed_loss(run, x, below)], "L_det", last=True),
         class_="plot",
     )
 
@@ -47,14 +47,14 @@ def ratio(run: Run) -> Html:
     y = Scale(min([threshold, *reached]) / 1.4, max([1.0, *reached]) * 1.15, log=True)
     straight = np.arange(window, x.high)
     layers = [
-        charts.band(x, 0, window, "warming", "warming up"),
+        charts.band(x, 0, window, "warming"),
         *_stop(run, x, "stop"),
         charts.curve(x, y, straight, (window / np.maximum(straight, 1)) ** 2, "null"),
         charts.level(y, threshold, "threshold", f"threshold {100 * threshold:g} %"),
         charts.curve(x, y, run.trace.steps, np.maximum(values, y.low), "signal"),
     ]
     heading = _heading("Recent variance ÷ whole variance", join(["of ", L_DET, ", on a logarithmic scale"]))
-    return element("div", heading, _panel(x, y, layers, "Ratio by step", last=True, tall=True), class_="plot")
+    return element("div", heading, _panel(x, y, layers, "Ratio of the variances", last=True, tall=True), class_="plot")
 
 
 def single_inputs(run: Run) -> Html | None:
@@ -73,7 +73,7 @@ def growth(run: Run) -> Html | None:
         return None
     steps = _spread(sorted(run.samples), STEPS_SHOWN)
     rows = range(min(ROWS_SHOWN, max(len(pictures) for pictures in run.samples.values())))
-    head = element("tr", *(element("th", f"step {step:,}", scope="col") for step in steps))
+    head = element("tr", *(element("th", f"step {step}", scope="col") for step in steps))
     body = [line for row in rows for line in _row(run, row, steps)]
     table = element("table", element("thead", head), element("tbody", *body))
     return element("div", element("div", table), _references(run), class_="growth")
@@ -132,18 +132,18 @@ def _marks(run: Run, x: Scale, name: str | None = None) -> list[Html]:
 
 def _stop(run: Run, x: Scale, name: str | None) -> list[Html]:
     step = run.verdict.step
-    return [charts.upright(x, step, "stop", f"{name} {step:,}" if name else None)] if run.verdict.stop else []
+    return [charts.upright(x, step, "stop", f"{name} {step}" if name else None)] if run.verdict.stop else []
 
 
 def _fixed_loss(run: Run, x: Scale, y: Scale) -> Html:
     line = charts.curve(x, y, run.trace.steps, run.trace.values, "signal")
-    return join([line, charts.dot(x, y, *run.best, "best", f"lowest {run.best[0]:,}")]) if run.best else line
+    return join([line, charts.dot(x, y, *run.best, "best", f"lowest {run.best[0]}")]) if run.best else line
 
 
 def _single(run: Run, values: Floats, timestep: int | None) -> Html:
     x, y = _across(run), Scale.around(values)
     finite = values[np.isfinite(values)]
-    change = f"{100 * (finite[-1] / finite[0] - 1):+.1f} %".replace("-", "−") if finite.size and finite[0] else ""
+    change = f"{100 * (finite[-1] / finite[0] - 1):+.2g} %".replace("-", "−") if finite.size and finite[0] else ""
     name = "unknown timestep" if timestep is None else f"t = {timestep}"
     line = charts.curve(x, y, run.trace.steps, values, "signal")
     title = element("p", element("span", name), element("span", change, class_="soft"))
@@ -154,11 +154,11 @@ def _row(run: Run, row: int, steps: Sequence[int]) -> Iterable[Html]:
     prompt = _prompt(run, row)
     if row == 0 or prompt != _prompt(run, row - 1):
         yield element("tr", element("th", prompt, colspan=len(steps), scope="rowgroup"))
-    cells = (run.samples[step][row : row + 1] for step in steps)
-    yield element("tr", *(
-        element("td", *(picture(path, f"{prompt}, step {step}") for path in cell) or [element("span", class_="none")])
-        for step, cell in zip(steps, cells, strict=True)
-    ))
+    yield element("tr", *(element("td", _cell(run.samples[step], row, f"{prompt}, step {step}")) for step in steps))
+
+
+def _cell(pictures: Sequence[Path], row: int, says: str) -> Html:
+    return picture(pictures[row], says) if row < len(pictures) else element("span", class_="none")
 
 
 def _prompt(run: Run, row: int) -> str:

@@ -1,7 +1,7 @@
 """HTML and SVG as values that escape by default.
 
-A plain string given to `element` is text and is escaped; only what `element` itself returned is markup. So a prompt or a
-file name can never become part of the page's structure, and no caller has to remember to escape.
+A plain string given to `element` is text and is escaped; only what `element` itself returned is markup. So a prompt or
+a file name can never become part of the page's structure, and no caller has to remember to escape.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def join(children: Iterable[str | None]) -> Html:
 def element(name: str, /, *children: str | None, **attributes: str | float | bool | None) -> Html:
     """Return one element.
 
-    Attribute names lose a trailing underscore and turn the others into hyphens (`class_`, `stroke_width`); None and False
-    leave the attribute out, True gives it without a value.
+    Attribute names lose a trailing underscore and turn the others into hyphens (`class_`, `stroke_width`); None and
+    False leave the attribute out, True gives it without a value.
     """
     written = "".join(_attribute(key, value) for key, value in attributes.items())
     if name in VOID:

@@ -14,7 +14,7 @@ from dvar.config import BUNDLED_MODEL
 from dvar.laboratory import figures
 from dvar.laboratory.markup import Html, element, join
 from dvar.laboratory.runs import Run
-from dvar.stopper.verdict import Reason, Verdict
+from dvar.stopper.verdict import Reason
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
@@ -22,8 +22,8 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 def write_report(run_dir: str | Path) -> Path:
     """Return the path of `report.html`, written into the run's folder.
 
-    One file that loads nothing and runs no script; the same run gives the same bytes. Of an unfinished run it shows what
-    there is.
+    One file that loads nothing and runs no script; the same run gives the same bytes. Of an unfinished run it shows
+    what there is.
 
     Raises: RefusedInput when the folder holds no run or a damaged one; TraceError when its trace is damaged.
     """
@@ -56,8 +56,11 @@ def _title(run: Run) -> Html:
         "header",
         element("p", "Textual Inversion", class_="eyebrow"),
         element("h1", config["placeholder_token"]),
-        element("p", f"a new word for {model}, learned from {pictures}, starting from “{config['initializer_token']}”",
-                class_="standfirst"),
+        element(
+            "p",
+            f"a new word for {model}, learned from {pictures}, starting from “{config['initializer_token']}”",
+            class_="standfirst",
+        ),
         figures.becoming(run),
     )
 
@@ -65,33 +68,37 @@ def _title(run: Run) -> Html:
 def _outcome(run: Run) -> Html:
     said, _, because = run.verdict.sentence.partition(": ")
     verdict = element("p", element("b", f"{_capitalised(said)}:"), " ", _prose(because), class_="verdict")
-    notes = element("ul", *(element("li", note) for note in _notes(run.verdict)), class_="notes")
+    notes = element("ul", *(element("li", note) for note in _notes(run)), class_="notes")
     return element("section", verdict, None if run.result else _unfinished(run), notes, class_="outcome")
 
 
-def _notes(verdict: Verdict) -> Iterator[Html]:
+def _notes(run: Run) -> Iterator[Html]:
     """What a person should know before believing the verdict."""
+    verdict = run.verdict
     for diagnosis in verdict.diagnoses:
         name, _, says = diagnosis.partition(": ")
         yield join([element("b", f"{_capitalised(name)}:"), f" {says}."])
-    if verdict.reason is not Reason.STABILISED:
-        return
-    if not verdict.diagnoses:
-        yield join(["Nothing speaks against it: the loss has fallen, and by the end it neither falls nor rises to speak of."])
-    straight = math.floor(verdict.metrics["straight_line_step"])
-    early = straight - verdict.step
-    compared = f"This run stopped {early:,} {_plural(early, 'step')} before that" if early > 0 else "This run came no earlier"
-    yield join([f"The rule stops even a loss that falls in a straight line and never settles, at step {straight:,}. {compared}."])
+    if verdict.reason is Reason.CAP:
+        yield Html(
+            "The cap ended this run, not the rule: its loss has not settled yet, or jitters too much to show it."
+        )
+    if verdict.reason is Reason.STABILISED:
+        if not verdict.diagnoses:
+            yield Html("Nothing speaks against it: the loss has fallen, and by the end it hardly falls or rises.")
+        early = math.floor(run.straight_line_step) - verdict.step
+        compared = f"stopped {early} {_plural(early, 'step')} before that" if early > 0 else "came no earlier"
+        straight = f"at step {math.floor(run.straight_line_step)}"
+        yield join([f"The rule stops even a loss that falls in a straight line, {straight}. This run {compared}."])
 
 
 def _unfinished(run: Run) -> Html:
-    recorded = f"This run has not finished: {run.steps:,} of at most {run.config['max_train_steps']:,} steps are recorded. "
+    recorded = f"This run has not finished: {run.steps} of at most {run.config['max_train_steps']} steps are recorded."
     command = element("code", "--resume_from_checkpoint latest")
-    return element("p", recorded, "If nothing is training it now, its command with ", command, " takes it up again.")
+    return element("p", recorded, " If nothing is training it now, its command with ", command, " takes it up again.")
 
 
 def _numbers(run: Run) -> Html:
-    steps = _fact(f"{run.steps:,}", _plural(run.steps, "step"), f"of at most {run.config['max_train_steps']:,}")
+    steps = _fact(f"{run.steps}", _plural(run.steps, "step"), f"of at most {run.config['max_train_steps']}")
     return element("section", element("dl", steps, _time(run), _saved(run), _best(run), class_="numbers"))
 
 
@@ -105,9 +112,9 @@ def _time(run: Run) -> Html | None:
 
 def _saved(run: Run) -> Html | None:
     saved = run.seconds_to_cap - sum(run.seconds.values())
-    if not run.result or saved <= 0:
+    if not run.result or run.verdict.reason is not Reason.STABILISED or saved <= 0:
         return None
-    cap = f"{run.config['max_train_steps']:,} steps without the probe: about {_duration(run.seconds_to_cap)}"
+    cap = f"{run.config['max_train_steps']} steps without the probe: about {_duration(run.seconds_to_cap)}"
     return _fact(_duration(saved), "saved", cap)
 
 
@@ -117,29 +124,31 @@ def _best(run: Run) -> Html | None:
     step, value = run.best
     first = run.trace.values[0]
     gain = f", {100 * (1 - value / first):.2g} % below the first" if value < first else ""
-    return _fact(f"{step:,}", "step of the lowest L_det", f"{value:.5g}{gain}")
+    return _fact(f"{step}", "step of the lowest L_det", f"{value:.5g}{gain}")
 
 
 def _fact(value: str, name: str, detail: str) -> Html:
-    return element("div", element("dt", _prose(name)), element("dd", value, class_="value"), element("dd", detail, class_="detail"))
+    described = [element("dd", value, class_="value"), element("dd", detail, class_="detail")]
+    return element("div", element("dt", _prose(name)), *described)
 
 
 def _losses(run: Run) -> Html:
     if not len(run.trace):
         return _section("The losses", element("p", "Nothing has been recorded yet."))
     caption = (
-        "Both curves measure the same model. The training loss changes with the pictures, noise and timesteps of each step; "
-        "L_det is measured on inputs drawn once, so what moves it is the model alone."
+        "Both curves measure the same model. The training loss changes with the pictures, noise and timesteps of each "
+        "step; L_det is measured on inputs drawn once, so what moves it is the model alone."
     )
-    shaded = f" Shaded: the last {run.config['window']:,} steps, over which the stop was judged." if run.verdict.reason is Reason.STABILISED else ""
-    return _section("The losses", _figure(figures.losses(run), caption + shaded + _lost(run)))
+    if run.verdict.reason is Reason.STABILISED:
+        caption += f" Shaded: the last {run.config['window']} steps, over which the stop was judged."
+    return _section("The losses", _figure(figures.losses(run), caption + _lost(run)))
 
 
 def _lost(run: Run) -> str:
     lost = figures.lost_steps(run)
     if not lost:
         return ""
-    named = ", ".join(f"{step:,}" for step in lost[:5]) + (" and others" if len(lost) > 5 else "")
+    named = ", ".join(f"{step}" for step in lost[:5]) + (" and others" if len(lost) > 5 else "")
     return f" A loss was not finite at {_plural(len(lost), 'step')} {named} (dotted lines)."
 
 
@@ -147,11 +156,10 @@ def _ratio(run: Run) -> Html | None:
     if not len(run.trace.steps):
         return None
     window, threshold = run.config["window"], run.config["threshold"]
-    straight = math.ceil(window / math.sqrt(threshold))
     caption = (
-        f"The variance of L_det over the last {window:,} steps divided by its variance over the whole run; training stops "
-        f"when this falls below {100 * threshold:g} %. Dotted: a loss that falls in a straight line, which would be stopped at "
-        f"about step {straight:,} with nothing settled."
+        f"The variance of L_det over the last {window} steps divided by that over the whole run; training stops "
+        f"when this falls below {100 * threshold:g} %. Dotted: a loss that falls in a straight line, which the rule "
+        f"would stop at about step {math.floor(run.straight_line_step)} with nothing settled. Shaded: warming up, no ratio yet."
     )
     return _section("The stopping rule", _figure(figures.ratio(run), caption))
 
@@ -168,8 +176,8 @@ def _single_inputs(run: Run) -> Html | None:
     if not len(run.trace.steps):
         return None
     caption = (
-        "L_det is the mean of these. Each has its own scale and, at its right, its change from the first step to the last; "
-        "t is the input's timestep: the larger, the more noise."
+        "L_det is the mean of these. Each has its own scale and, at its right, its change from the first step to the "
+        "last; t is the input's timestep: the larger, the more noise."
     )
     return _section("Input by input", _figure(figures.single_inputs(run), caption))
 
@@ -180,14 +188,14 @@ def _use(run: Run) -> Html | None:
     config = run.config
     folder, prompt = config["output_dir"], f"a photo of {config['placeholder_token']} on the beach"
     bundled = config["pretrained_model_name_or_path"] == BUNDLED_MODEL
-    model = "dvar.mini.path()" if bundled else _quoted(config["pretrained_model_name_or_path"])
+    model = "str(dvar.mini.path())" if bundled else _quoted(config["pretrained_model_name_or_path"])
     lines = [
         *["import dvar.mini"] * bundled,
         "from diffusers import StableDiffusionPipeline",
         "",
         f"pipeline = StableDiffusionPipeline.from_pretrained({model})",
         f"pipeline.load_textual_inversion({_quoted(f'{folder}/learned_embeds.safetensors')})",
-        f"pipeline({_quoted(prompt)}).images[0].save(\"picture.png\")",
+        f'pipeline({_quoted(prompt)}).images[0].save("picture.png")',
     ]
     return _section(
         "How to use it",
@@ -195,7 +203,15 @@ def _use(run: Run) -> Html | None:
         element("pre", element("code", f"dvar generate {shlex.quote(folder)} --prompt {shlex.quote(prompt)}")),
         element("p", "Or anywhere that diffusers runs:"),
         element("pre", element("code", "\n".join(lines))),
+        _best_file(run),
     )
+
+
+def _best_file(run: Run) -> Html | None:
+    name = f"learned_embeds-steps-{run.best[0] if run.best else 0}.safetensors"
+    if not (run.folder / name).exists():
+        return None
+    return element("p", _prose("The vectors at the lowest L_det are kept as well: "), element("code", name), ".")
 
 
 def _settings(run: Run) -> Html:

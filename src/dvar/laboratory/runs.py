@@ -24,8 +24,8 @@ Floats = NDArray[np.float64]
 class Run:
     """What a run left in its folder, finished or not.
 
-    ``result`` is None until the run has finished. ``samples`` maps a step to its pictures, in the order of ``prompts``, whose
-    items hold "prompt" and "seed".
+    ``result`` is None until the run has finished. ``samples`` maps a step to its pictures, in the order of ``prompts``,
+    whose items hold "prompt" and "seed".
     """
 
     folder: Path
@@ -40,8 +40,8 @@ class Run:
     def open(cls, folder: str | Path) -> Run:
         """Return the run in a folder. What an unfinished run has not written yet is empty or None.
 
-        Raises: RefusedInput when the folder holds no run or one of its JSON files is damaged; TraceError when `trace.jsonl`
-        is damaged.
+        Raises: RefusedInput when the folder holds no run or one of its JSON files is damaged; TraceError when
+        `trace.jsonl` is damaged.
         """
         folder = Path(folder)
         config, trace = _json(folder / "config.json"), folder / "trace.jsonl"
@@ -53,7 +53,7 @@ class Run:
             trace=Trace.read(trace) if trace.exists() else Trace(),
             result=_json(folder / "result.json"),
             references=_pictures(folder / "references"),
-            samples={int(step.name.removeprefix("step-")): _pictures(step) for step in sorted(folder.glob("samples/step-*"))},
+            samples={int(at.name.removeprefix("step-")): _pictures(at) for at in sorted(folder.glob("samples/step-*"))},
             prompts=tuple(_json(folder / "samples" / "prompts.json") or ()),
         )
 
@@ -81,6 +81,11 @@ class Run:
         """Seconds that all steps to the cap would have taken without the probe, at this run's pace."""
         pace = (self.seconds["train"] + self.seconds["other"]) / max(self.steps, 1)
         return pace * int(self.config["max_train_steps"])
+
+    @property
+    def straight_line_step(self) -> float:
+        """The step at which the rule would stop a loss that falls in a straight line: window / sqrt(threshold)."""
+        return float(self.config["window"] / np.sqrt(self.config["threshold"]))
 
     @property
     def best(self) -> tuple[int, float] | None:

@@ -1,0 +1,26 @@
+"""The bundled model: a small, complete latent diffusion model of a picture book, and the concepts it never saw."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+_HERE = Path(__file__).parent
+TUNING = ("pink_checked_house", "brown_boot", "purple_cat", "turquoise_dog")
+"""The four concepts on which settings are chosen; every table is made on the other 48."""
+
+
+def path() -> Path:
+    """The model's folder, in the format of diffusers; ``StableDiffusionPipeline.from_pretrained`` loads it."""
+    return _HERE / "model"
+
+
+def concepts() -> dict[str, Path]:
+    """Name to folder of all 52 held-out concepts, each three to five pictures and a ``concept.json``; the tuning ones come last."""
+    folders = {folder.parent.name: folder.parent for folder in sorted((_HERE / "concepts").glob("*/concept.json"))}
+    return {name: folders[name] for name in sorted(folders, key=lambda name: (name in TUNING, name))}
+
+
+def noun(name: str) -> str:
+    """The class noun of a concept, as captions use it."""
+    return str(json.loads((concepts()[name] / "concept.json").read_text(encoding="utf-8"))["noun"])

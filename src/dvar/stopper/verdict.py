@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -21,7 +21,10 @@ _CLEAR_TREND, _CLEAR_LEVEL = 3.0, 2.0
 
 
 class Reason(StrEnum):
-    """Why a verdict is what it is.  Only `STABILISED` and `CAP` come with a stop."""
+    """Why a verdict is what it is.
+
+    A rule stops with `STABILISED` or `CAP` only; a trainer also ends a run that is `NON_FINITE` or was `INTERRUPTED`.
+    """
 
     RUNNING = "running"
     WARMING_UP = "warming up"
@@ -29,6 +32,7 @@ class Reason(StrEnum):
     CAP = "cap reached"
     NO_CHANGE = "no change"
     NON_FINITE = "non-finite"
+    INTERRUPTED = "interrupted"
 
 
 @dataclass(frozen=True)
@@ -100,43 +104,52 @@ def diagnose(curve: Curve, window: int, straight_line_step: float) -> tuple[str,
     """
     if not curve.spread:
         return ("not learning: the loss never changed; the probe may not be reading the model that is being trained",)
-    recent, late = curve.last(window), curve.last(window - window // 2)
-    jitter = float(np.std(np.diff(recent.values) / curve.spread)) * curve.spread / math.sqrt(2)
-    change = late.slope() * late.span if len(late) > 2 else 0.0
-    pace = change / curve.spread * curve.span / max(late.span, 1)
+    jitter = float(np.std(np.diff(curve.last(window).values) / curve.spread)) * curve.spread / math.sqrt(2)
+    return (
+        *_doubts_of_level(curve, window, jitter),
+        *_doubts_of_trend(curve, window, jitter, straight_line_step),
+        *_doubts_of_weight(curve),
+    )
+
+
+def _doubts_of_level(curve: Curve, window: int, jitter: float) -> Iterator[str]:
+    start, level = float(curve.values[0]), curve.last(window).mean
+    if start - level <= _CLEAR_LEVEL * jitter:
+        yield (
+            f"not learning: the loss began at {start:.6g} and its last {window} steps average {level:.6g}, "
+            f"which is no fall beyond its jitter of {jitter:.2g}"
+        )
+
+
+def _doubts_of_trend(curve: Curve, window: int, jitter: float, straight_line_step: float) -> Iterator[str]:
+    late = curve.last(window - window // 2)
+    if len(late) < 3:
+        return
+    change = late.slope() * late.span
     # The least-squares slope over n evenly spaced records has the standard error jitter * sqrt(12 / n) / span.
     clear = abs(change) > _CLEAR_TREND * jitter * math.sqrt(12 / len(late))
-    heaviest, share = _heaviest(curve)
-
-    found = []
-    if curve.values[0] - recent.mean <= _CLEAR_LEVEL * jitter:
-        found.append(
-            f"not learning: the loss began at {curve.values[0]:.6g} and its last {window} steps average "
-            f"{recent.mean:.6g}, which is no fall beyond its jitter of {jitter:.2g}"
-        )
+    pace = change / curve.spread * curve.span / late.span
     if clear and pace < -_FALLING_PACE:
-        found.append(
-            f"still falling: over the last {late.span} steps at {-pace:.0%} of the pace of a straight line, "
+        yield (
+            f"still falling: over the last {late.span} steps at {-100 * pace:.0f} % of the pace of a straight line, "
             f"which this rule stops at step {math.floor(straight_line_step)} whatever its slope"
         )
     if clear and pace > _RISING_PACE:
-        found.append(
-            f"rising: over the last {late.span} steps the loss rose by {change / curve.spread:.1%} of its range; "
-            "an earlier step may be better"
+        yield (
+            f"rising: over the last {late.span} steps the loss rose by {100 * change / curve.spread:.2g} % of its "
+            "range, so an earlier step may be better"
         )
-    if share > 0.5:
-        found.append(
-            f"one record holds more than half of the total variance: step {heaviest} holds {share:.0%} of it, "
-            "so the ratio says little about the others"
-        )
-    return tuple(found)
 
 
-def _heaviest(curve: Curve) -> tuple[int, float]:
-    """Step and share of the record that holds most of the total variance."""
+def _doubts_of_weight(curve: Curve) -> Iterator[str]:
     parts = curve.weights * np.square((curve.values - curve.mean) / curve.spread)
-    at = int(np.argmax(parts))
-    return int(curve.steps[at]), float(parts[at] / np.sum(parts))
+    heaviest = int(np.argmax(parts))
+    share = float(parts[heaviest] / np.sum(parts))
+    if share > 0.5:
+        yield (
+            f"one record holds more than half of the total variance: step {curve.steps[heaviest]} holds "
+            f"{100 * share:.0f} % of it, so the ratio says little about the others"
+        )
 
 
 def _percent(ratio: float, threshold: float) -> str:
@@ -175,6 +188,7 @@ _BECAUSE: dict[Reason, Callable[[Mapping[str, float]], str]] = {
     Reason.STABILISED: _variance_clause,
     Reason.WARMING_UP: _warming_up,
     Reason.CAP: _cap,
+    Reason.INTERRUPTED: lambda metrics: "interrupted; the run can go on from its last checkpoint",
     Reason.NO_CHANGE: lambda metrics: "no change, the loss is the same number at every record",
     Reason.NON_FINITE: lambda metrics: (
         f"the loss is not finite at step {metrics['non_finite_step']:.0f}, so nothing can be said of its variance"

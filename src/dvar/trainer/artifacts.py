@@ -99,7 +99,7 @@ pipeline.load_textual_inversion(".", weight_name="learned_embeds.safetensors")
 pipeline("{prompt}").images[0].save("picture.png")
 ```
 
-Training ended by itself: {verdict}.
+Training ended: {verdict}.
 
 | setting | value |
 |---|---|

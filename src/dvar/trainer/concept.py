@@ -1,4 +1,4 @@
-"""What a run is given, checked before any model loads: pictures, captions, the new word, the model's and the run's folder.
+"""What a run is given, checked before any model loads: pictures, captions, the new word, the rule and the folders.
 
 ``read_concept`` is the door; it refuses with every problem it can find at once.
 """
@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import json
 import re
 import warnings
@@ -18,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dvar.config import BUNDLED_MODEL, TextualInversionConfig, nearest
-from dvar.errors import RefusedInput
+from dvar.errors import ModelError, RefusedInput
 from dvar.stopper.rules import Dvar
 
 # Deviates: the paper takes published lists of captions; these are our own neutral sentences in their spirit.
@@ -68,8 +69,10 @@ TEMPLATES = {
     ),
 }
 # Files that an operating system or the bundled concepts leave beside pictures.
-_PASSED_OVER = {"Thumbs.db", "desktop.ini", "concept.toml"}
+_PASSED_OVER = {"Thumbs.db", "desktop.ini", "concept.json"}
 _METADATA = "metadata.jsonl"
+_RUN_FILES = ("config.json", "trace.jsonl", "result.json")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _MODEL_PARTS = ("model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
@@ -88,7 +91,7 @@ class Tokenizer(Protocol):
 class Concept:
     """The subject of a run.
 
-    ``pictures`` are RGB and square, ``resolution`` pixels a side, upright, in the order of ``names``; ``captions`` holds for
+    ``pictures`` are upright RGB squares, ``resolution`` pixels a side, in the order of ``names``; ``captions`` holds for
     each its own caption or None; ``templates`` are sentences with ``{}`` where the word goes.
     """
 
@@ -106,13 +109,11 @@ class Concept:
         return (own,) if own else tuple(template.format(self.placeholder) for template in self.templates)
 
 
-def read_concept(
-    config: TextualInversionConfig, load_tokenizer: Callable[[str], Tokenizer] | None = None
-) -> Concept:
+def read_concept(config: TextualInversionConfig, load_tokenizer: Callable[[str], Tokenizer] | None = None) -> Concept:
     """The concept that ``config`` names, read and checked.
 
-    ``load_tokenizer`` gives the tokenizer of a model by its name, and is called only when that model's folder is in order;
-    without it the words are not checked.  Warns of a single picture and of pictures that must be enlarged.
+    ``load_tokenizer`` gives a model's tokenizer by the model's name, and is called only when that model's folder is in
+    order; without it the words are not checked.  Warns of a single picture and of pictures that must be enlarged.
 
     Errors: `RefusedInput` with every problem of the settings, the model's folder, the run's folder, the pictures, their
     captions and the words.
@@ -123,9 +124,13 @@ def read_concept(
     pictures, captions, wrong_files = _read_folder(sound)
     judged = ("window", "threshold", "probe_every", "max_train_steps")
     wrong_rule = rule_problems(config) if all(getattr(config, name) == getattr(sound, name) for name in judged) else []
-    problems = [*config.problems(), *wrong_rule, *wrong_model, *output_problems(sound), *wrong_files]
+    wrong_output = [*output_problems(sound), *tracker_problems(sound.report_to)]
+    problems = [*config.problems(), *wrong_rule, *wrong_model, *wrong_output, *wrong_files]
     if load_tokenizer and not wrong_model:
-        problems += word_problems(sound, load_tokenizer(model), captions)
+        try:
+            problems += word_problems(sound, load_tokenizer(model), captions)
+        except ModelError as error:
+            problems.append(str(error))
     if problems:
         raise RefusedInput(problems)
     if len(pictures) == 1:
@@ -147,29 +152,35 @@ def read_picture(path: Path, resolution: int, *, crop: bool = True) -> Image.Ima
     ``crop`` takes the middle square; without it the whole picture is squeezed.  Transparent parts become white, 16-bit
     greys keep their brightness, and of several frames the first is taken.  Warns when the picture must be enlarged.
 
-    Errors: `RefusedInput` when the file is no picture, is damaged or far too large, or when its shorter side is under half
-    the resolution.
-    Deviates: the orientation tag is applied and transparency composed, which diffusers' script for the method does not do.
+    Errors: `RefusedInput` when the file is no picture, is damaged or far too large, or when its shorter side is under
+    half the resolution.
+    Deviates: the orientation tag is applied and transparency composed, which diffusers' own script does not do.
     """
+    if path.is_dir():
+        raise RefusedInput([f"{path.name} is a folder: pictures are read from one flat folder, move it away"])
     try:
         # A photograph of 100 megapixels is legitimate; Pillow warns of it, and raises at twice that.
-        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning), Image.open(path) as opened:
+        quiet = warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning)
+        with quiet, Image.open(path) as opened:
             opened.load()
             picture = _rgb(ImageOps.exif_transpose(opened))
     except UnidentifiedImageError:
-        raise RefusedInput([f"{path.name} is not a picture that can be read: convert it to PNG or JPEG, or move it away"]) from None
+        said = f"{path.name} is not a picture that can be read: convert it to PNG or JPEG, or move it away"
+        raise RefusedInput([said]) from None
     except Image.DecompressionBombError:
         raise RefusedInput([f"{path.name} has far too many pixels for a photograph: scale it down"]) from None
     except Exception as error:  # decoders raise whatever a damaged file makes them meet
         raise RefusedInput([f"{path.name} is damaged ({error}): replace it or move it away"]) from error
-    shorter = min(picture.size)
-    if shorter < resolution // 2:
-        said = f"{path.name} is {picture.width}x{picture.height} pixels, and at resolution {resolution} the shorter side must be "
-        raise RefusedInput([f"{said}at least {resolution // 2}: use a larger picture or a lower --resolution"])
+    size, shorter, least = f"{picture.width}x{picture.height} pixels", min(picture.size), resolution // 2
+    if shorter < least:
+        said = f"{path.name} must be {least} pixels or more on its shorter side at resolution {resolution}, got {size}"
+        raise RefusedInput([f"{said}: use a larger picture or a lower resolution"])
     if shorter < resolution:
-        warnings.warn(f"{path.name} is {picture.width}x{picture.height} pixels and is enlarged to {resolution}", stacklevel=2)
+        warnings.warn(f"{path.name} is {size} and is enlarged to {resolution}", stacklevel=2)
     square = (resolution, resolution)
-    return ImageOps.fit(picture, square, Image.Resampling.BICUBIC) if crop else picture.resize(square, Image.Resampling.BICUBIC)
+    if crop:
+        return ImageOps.fit(picture, square, Image.Resampling.BICUBIC)
+    return picture.resize(square, Image.Resampling.BICUBIC)
 
 
 def rule_problems(config: TextualInversionConfig) -> list[str]:
@@ -182,59 +193,77 @@ def rule_problems(config: TextualInversionConfig) -> list[str]:
 
 
 def model_problems(name: str) -> list[str]:
-    """What is wrong with a model's name, or with the folder it names, as far as can be seen without loading anything."""
+    """What is wrong with a model's name or with the folder it names, as far as a look at the disk tells."""
     path = Path(name).expanduser()
     if name == BUNDLED_MODEL:
         return []
     if path.is_dir():
         missing = [part for part in _MODEL_PARTS if not (path / part).exists()]
-        said = f"model folder {name} is no diffusers pipeline: it lacks {', '.join(missing)}; give one that save_pretrained wrote"
-        return [said] if missing else []
+        said = f"model folder {name} is no diffusers pipeline, it lacks {', '.join(missing)}"
+        return [f"{said}: name a folder that save_pretrained wrote"] if missing else []
     if path.is_file():
         return [f"model {name} is a single file: convert it to a diffusers folder and name that"]
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not path.parent.is_dir():
+    if _HUB_ID.fullmatch(name) and not path.parent.is_dir():
         return []
-    nearby = sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir()) if path.parent.is_dir() else []
-    alike = difflib.get_close_matches(path.name, nearby, n=1)
+    beside = sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir()) if path.parent.is_dir() else []
+    alike = difflib.get_close_matches(path.name, beside, n=1)
     remedy = f"did you mean {path.parent / alike[0]}?" if alike else "check the path, or give a hub id as owner/name"
     return [f"model {name} is neither a folder here nor a hub id: {remedy}"]
 
 
 def output_problems(config: TextualInversionConfig) -> list[str]:
-    """What stands in the way of writing the run into its folder: a file, another run, or nothing to resume from."""
+    """What stands in the way of writing the run into its folder: a file, the pictures, another run, nothing to resume."""
     folder, resume = Path(config.output_dir).expanduser(), config.resume_from_checkpoint
     if folder.exists() and not folder.is_dir():
         return [f"output_dir must be a folder, and {folder} is a file: choose another"]
+    if config.instance_data_dir and folder.resolve() == Path(config.instance_data_dir).expanduser().resolve():
+        return [f"output_dir must not be the folder of the pictures, {folder}: choose another"]
     if resume:
         saved = sorted(path.name for path in folder.glob("checkpoint-*"))
-        if not saved or resume != "latest" and Path(resume).name not in saved:
+        if not saved or (resume != "latest" and Path(resume).name not in saved):
             found = f"it holds {', '.join(saved)}" if saved else "it holds no checkpoint"
-            return [f"resume_from_checkpoint {resume!r} is not in {folder}: {found}; name one of these or start afresh"]
-    elif not config.overwrite and any((folder / name).exists() for name in ("config.json", "trace.jsonl", "result.json")):
-        said = f"output_dir {folder} holds another run: choose another folder, go on with --resume_from_checkpoint latest, "
-        return [f"{said}or replace it with --overwrite"]
+            return [f"resume_from_checkpoint {resume!r} is not in {folder}, {found}: correct it or start afresh"]
+    elif not config.overwrite and any((folder / name).exists() for name in _RUN_FILES):
+        said = (
+            f"output_dir {folder} holds another run: choose another folder, go on with --resume_from_checkpoint latest"
+        )
+        return [f"{said}, or replace it with --overwrite"]
     return []
 
 
+def tracker_problems(name: str) -> list[str]:
+    """What is wrong with a tracker's name: that its package, which has the same name, is not installed."""
+    if name == "none" or importlib.util.find_spec(name):
+        return []
+    return [f"report_to {name} needs the package {name}, which is not installed: pip install {name}"]
+
+
 def word_problems(config: TextualInversionConfig, tokenizer: Tokenizer, captions: Mapping[str, str]) -> list[str]:
-    """What is wrong with the new word, the word it starts from, and the length of the captions, as this tokenizer reads them."""
-    placeholder, initializer = config.placeholder_token, config.initializer_token
+    """What is wrong, as this tokenizer reads, with the new word, the word it starts from, and the captions' length.
+
+    ``captions`` are by the name of their picture.
+    """
+    placeholder, initializer, count = config.placeholder_token, config.initializer_token, config.num_vectors
     problems = []
-    for word in (placeholder, *(f"{placeholder}_{index}" for index in range(1, config.num_vectors))):
-        if token_id(tokenizer, word) is not None:
-            said = f"placeholder_token {word!r} is a word the model already knows: choose a new one, such as <my-{word.strip('<>')}>"
-            problems.append(said)
+    known = [word for word in token_names(placeholder, count) if token_id(tokenizer, word) is not None]
+    if known:
+        said = f"placeholder_token must be a new word, and the model already knows {', '.join(known)}"
+        problems.append(f"{said}: try '<my-{placeholder.strip('<>')}>'")
     if initializer and token_id(tokenizer, initializer) is None:
         pieces = _pieces(tokenizer, initializer)
-        said = f"initializer_token {initializer!r} is not one token but {len(pieces)} ({' '.join(pieces)})"
-        problems.append(f"{said}: try {_known_word(tokenizer, initializer, pieces)}")
-    room = tokenizer.model_max_length
+        said = f"initializer_token must be one token, got {initializer!r}, which is {len(pieces)}: {' '.join(pieces)}"
+        problems.append(f"{said}; try {_known_word(tokenizer, initializer)}")
     for name, caption in {**captions, "validation_prompt": config.sample_prompt}.items():
-        words = caption.replace(placeholder, " ")
-        length = len(tokenizer.encode(words)) + caption.count(placeholder) * config.num_vectors
-        if length > room:
-            problems.append(f"the text of {name} is {length} tokens long and the model reads {room}: shorten it")
+        length = len(tokenizer.encode(caption.replace(placeholder, " "))) + caption.count(placeholder) * count
+        if length > tokenizer.model_max_length:
+            said = f"the text of {name} must be at most {tokenizer.model_max_length} tokens, got {length}"
+            problems.append(f"{said}: shorten it")
     return problems
+
+
+def token_names(placeholder: str, count: int) -> tuple[str, ...]:
+    """The tokens behind a new word of ``count`` vectors, as stock diffusers names them: <thing>, <thing>_1, ..."""
+    return placeholder, *(f"{placeholder}_{index}" for index in range(1, count))
 
 
 def token_id(tokenizer: Tokenizer, word: str) -> int | None:
@@ -266,11 +295,12 @@ def _read_folder(config: TextualInversionConfig) -> tuple[dict[str, Image.Image]
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         return {}, {}, [f"instance_data_dir must be a folder with pictures, and {folder} {what}: check the path"]
-    files = [file for file in sorted(folder.iterdir()) if not file.name.startswith(".") and file.name not in _PASSED_OVER]
+    listed = (file for file in sorted(folder.iterdir()) if not file.name.startswith("."))
+    files = [file for file in listed if file.name not in _PASSED_OVER]
     written = [file for file in files if file.suffix.lower() == ".txt" or file.name == _METADATA]
     shown = [file for file in files if file not in written]
     pictures: dict[str, Image.Image] = {}
-    problems = [] if shown else [f"instance_data_dir {folder} holds no pictures: put three to five of the subject there"]
+    problems = [] if shown else [f"instance_data_dir {folder} holds no pictures: put three to five there"]
     for file in shown:
         try:
             pictures[file.name] = read_picture(file, config.resolution, crop=config.center_crop)
@@ -290,7 +320,7 @@ def _read_captions(files: Sequence[Path], names: Sequence[str], placeholder: str
         elif name not in names:
             problems.append(f"{where} names {name!r}, which is not in the folder: correct or remove it")
         elif placeholder not in text:
-            problems.append(f"{where} does not hold the new word {placeholder}, got {text!r}: write it where the subject is named")
+            problems.append(f"{where} must hold the new word {placeholder} where the subject is named, got {text!r}")
         elif captions.setdefault(name, text) != text:
             problems.append(f"{where} is a second caption of {name}: keep one")
     return captions, problems
@@ -318,9 +348,10 @@ def _entries(file: Path, names: Sequence[str]) -> Iterator[tuple[str, str, str |
 def _row(line: str) -> tuple[str, str | ValueError]:
     try:
         row = json.loads(line)
-        return str(row["file_name"]), str(next(row[key] for key in ("text", "prompt", "caption") if key in row)).strip()
+        caption = next(row[key] for key in ("text", "prompt", "caption") if key in row)
+        return str(row["file_name"]), str(caption).strip()
     except (ValueError, KeyError, TypeError, StopIteration):
-        return "", ValueError('is not {"file_name": ..., "text": ...}; prompt or caption may stand for text: correct it')
+        return "", ValueError('must be {"file_name": ..., "text": ...}, or prompt or caption for text: correct it')
 
 
 def _pieces(tokenizer: Tokenizer, word: str) -> list[str]:
@@ -328,11 +359,10 @@ def _pieces(tokenizer: Tokenizer, word: str) -> list[str]:
     return [piece.removesuffix("</w>") for piece in tokenizer.convert_ids_to_tokens(ids)]
 
 
-def _known_word(tokenizer: Tokenizer, word: str, pieces: Sequence[str]) -> str:
+def _known_word(tokenizer: Tokenizer, word: str) -> str:
     """A word near ``word`` that is one token: the last of several words, or else the one spelled most alike."""
-    last = (word.split() or [""])[-1]
+    last = (word.lower().split() or [""])[-1]
     if last != word and token_id(tokenizer, last) is not None:
         return last
-    words = [piece.removesuffix("</w>") for piece in tokenizer.get_vocab() if piece.endswith("</w>") and len(piece) > 6]
-    alike = [known for known in words if known[0] == last[:1].lower()]
-    return nearest(last.lower(), alike or words)
+    words = [entry.removesuffix("</w>") for entry in tokenizer.get_vocab() if entry.endswith("</w>")]
+    return nearest(last, [known for known in words if known.isalpha() and known[0] == last[:1]] or words)

@@ -1,7 +1,7 @@
 """Named settings, as one table: the value of each, where it comes from, and the number it is expected to lead to.
 
-The paper's values are the defaults of the settings classes; the table says where each was published.  ``configure`` puts a
-preset under what was given.
+The paper's values are the defaults of the settings classes; the table says where each was published.
+``configure`` puts a preset under what was given.
 """
 
 from __future__ import annotations
@@ -54,11 +54,12 @@ TABLE = (
     _paper("adam_weight_decay", "released code", "shrinks the new vector by 0.945 in 566 steps, by itself"),
     _paper("resolution", "released code, for Stable Diffusion"),
     _paper("center_crop", "released command"),
+    _paper("random_flip", "released code, with a probability of a half"),
     _paper("num_inference_steps", "released command"),
     _paper("guidance_scale", "released command"),
     _mini("resolution", 64, "the bundled model's own"),
     _mini("learning_rate", 1e-2, "the paper's"),
-    _mini("train_batch_size", 4, "scratch runs on a small model of the same make", "L_det of 8 falls by 1 % in 200 steps"),
+    _mini("train_batch_size", 4, "scratch runs on a small model", "L_det of 8 falls by 1 % in 200 steps"),
     _mini("max_train_steps", 1500, "ten minutes on two cores"),
     _mini("window", 200, "the cap is a quarter of the paper's", "a straight line stops at step 517"),
     _mini("threshold", 0.15, "the paper's"),
@@ -83,8 +84,8 @@ def settings(name: str, method: str = "textual-inversion") -> dict[str, Any]:
 def configure(given: Mapping[str, Any]) -> TextualInversionConfig:
     """All settings of a run: what was ``given`` (paths may be `Path`), over the preset, over the defaults.
 
-    Without a ``preset`` among the given it is 'mini' for the bundled model and 'paper' for any other; its name is kept in
-    the result.  Ranges are not checked here (`TextualInversionConfig.problems`).
+    Without a ``preset`` among the given it is 'mini' for the bundled model and 'paper' for any other; the result keeps
+    its name.  Ranges are not checked here (`TextualInversionConfig.problems`).
 
     Errors: `RefusedInput` for unknown settings and unknown presets.
     """

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
+from itertools import pairwise
+from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console, Group, RenderableType
@@ -15,20 +17,19 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from dvar.stopper.verdict import Verdict
     from dvar.trainer.loop import Step
 
 _RECENT = 50
 _LINES = 50
+_WIDTH = 100
 _BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 class Meter:
     """The figures a watcher asks for, kept up from step to step; each is None until it is known.
 
-    ``rate`` is in steps a second over the last 50 steps and ``left`` the seconds to the cap at that rate; ``curve`` holds
+    ``rate`` is in steps a second over the last 50 steps, ``left`` the seconds to the cap at that rate; ``curve`` holds
     every L_det, the mean over the fixed batch.
     """
 
@@ -82,7 +83,9 @@ class LogLines:
     def __enter__(self) -> LogLines:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stream.flush()
 
     def __call__(self, step: Step) -> None:
@@ -112,7 +115,9 @@ class LivePanel:
     def __enter__(self) -> LivePanel:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._live.stop()
 
     def __call__(self, step: Step) -> None:
@@ -122,19 +127,19 @@ class LivePanel:
 
     def draw(self) -> RenderableType:
         """The panel as it stands now."""
-        meter, width = self.meter, max(10, min(self.console.width, 100) - 44)
-        done = ProgressBar(total=meter.cap, completed=meter.step, width=width, complete_style="cyan", finished_style="cyan")
+        meter, width = self.meter, min(self.console.width, _WIDTH)
+        bar = max(10, width - 44)
+        done = ProgressBar(meter.cap, meter.step, width=bar, complete_style="cyan", finished_style="cyan")
+        newest = f"{meter.curve[-1]:.6f}" if meter.curve else ""
         rows = Table.grid(padding=(0, 2))
         rows.add_row("step", done, f"{meter.step} of {meter.cap}")
-        rows.add_row("L_det", Text(sparkline(meter.curve, width), style="cyan"), f"{meter.curve[-1]:.6f}" if meter.curve else "")
-        rows.add_row("ratio", *self._against_threshold(width))
+        rows.add_row("L_det", Text(sparkline(meter.curve, bar), style="cyan"), newest)
+        rows.add_row("ratio", *self._against_threshold(bar))
         rows.add_row("", Text(meter.pace, style="dim"), "")
-        sentence = Text(meter.verdict.sentence if meter.verdict else "", style="bold green" if self._stops else "")
-        return Panel(Group(rows, sentence), title=Text(self.title), title_align="left", border_style="dim", width=min(self.console.width, 100))
-
-    @property
-    def _stops(self) -> bool:
-        return bool(self.meter.verdict and self.meter.verdict.stop)
+        stopped = meter.verdict is not None and meter.verdict.stop
+        sentence = Text(meter.verdict.sentence if meter.verdict else "", style="bold green" if stopped else "")
+        title = Text(self.title)
+        return Panel(Group(rows, sentence), title=title, title_align="left", border_style="dim", width=width)
 
     def _against_threshold(self, width: int) -> tuple[Text, str]:
         ratio, threshold = self.meter.ratio, self.meter.threshold
@@ -154,11 +159,11 @@ def watch(cap: int, title: str, stream: TextIO) -> LogLines | LivePanel:
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """The finite ones of ``values`` as a row of at most ``width`` blocks, each the mean of its share, lowest to highest."""
+    """The finite ``values`` as a row of at most ``width`` blocks, each the mean of its share, lowest to highest."""
     values = [value for value in values if math.isfinite(value)]
     count = min(width, len(values))
     edges = [round(index * len(values) / count) for index in range(count + 1)] if count else [0]
-    means = [sum(values[low:high]) / (high - low) for low, high in zip(edges, edges[1:], strict=False)]
+    means = [sum(values[low:high]) / (high - low) for low, high in pairwise(edges)]
     lowest, spread = min(means, default=0.0), max(means, default=0.0) - min(means, default=0.0)
     return "".join(_BLOCKS[round((mean - lowest) / spread * (len(_BLOCKS) - 1)) if spread else 0] for mean in means)
 

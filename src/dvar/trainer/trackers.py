@@ -10,21 +10,41 @@ from typing import Any
 
 from dvar.trainer.loop import Step
 
-Report = Callable[[Mapping[str, float], int], None]
+Settings = Mapping[str, Any]
+Opened = tuple[Callable[[dict[str, float], int], None], Callable[[], None]]
+"""(report scalars at a step, close)."""
 
 
-@contextmanager
-def tracking(name: str, folder: Path, settings: Mapping[str, Any]) -> Iterator[Callable[[Step], None]]:
-    """Yield a consumer of steps that reports train_loss, L_det, ratio, grad_norm and lr to "tensorboard" or "wandb", or to "none".
+class Tracker:
+    """A consumer of steps that reports train_loss, L_det, ratio, grad_norm and lr to "tensorboard", "wandb" or "none".
 
-    TensorBoard's files go to ``folder``/logs.  The first failure of a tracker, at its start too, is told in a warning, and it is
-    left alone from then on.
+    TensorBoard's files go to ``folder``/logs.  Whatever fails in a tracker is told once, in a warning, and the tracker is left
+    alone from then on.
     """
-    report, close = _guarded(_OPENED[name], folder, settings)
-    try:
-        yield lambda step: report(_scalars(step), step.step)
-    finally:
-        close()
+
+    def __init__(self, name: str, folder: Path, settings: Settings) -> None:
+        self._opened: Opened | None = None
+        with self._left_alone_on_failure():
+            self._opened = _OPENED[name](folder, settings)
+
+    def __call__(self, step: Step) -> None:
+        with self._left_alone_on_failure():
+            if self._opened:
+                self._opened[0](_scalars(step), step.step)
+
+    def close(self) -> None:
+        """Let the tracker finish what it has."""
+        with self._left_alone_on_failure():
+            if self._opened:
+                self._opened[1]()
+
+    @contextmanager
+    def _left_alone_on_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # a tracker raises whatever it meets, and the run matters more
+            self._opened = None
+            warnings.warn(f"the tracker failed and is left alone from now on: {error}", stacklevel=4)
 
 
 def _scalars(step: Step) -> dict[str, float]:
@@ -38,50 +58,27 @@ def _scalars(step: Step) -> dict[str, float]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _guarded(
-    opened: Callable[..., tuple[Report, Callable[[], None]]], folder: Path, settings: Mapping[str, Any]
-) -> tuple[Report, Callable[[], None]]:
-    failed = False
-
-    def guard(call: Callable[..., Any]) -> Callable[..., Any]:
-        def guarded(*arguments: Any) -> Any:
-            nonlocal failed
-            if failed:
-                return None
-            try:
-                return call(*arguments)
-            except Exception as error:  # whatever a tracker meets, the run goes on
-                failed = True
-                warnings.warn(f"the tracker failed and is left alone from now on: {error}", stacklevel=2)
-                return None
-
-        return guarded
-
-    tracker = guard(opened)(folder, settings) or _none(folder, settings)
-    return guard(tracker[0]), guard(tracker[1])
-
-
-def _none(folder: Path, settings: Mapping[str, Any]) -> tuple[Report, Callable[[], None]]:
-    return lambda scalars, step: None, lambda: None
-
-
-def _tensorboard(folder: Path, settings: Mapping[str, Any]) -> tuple[Report, Callable[[], None]]:
+def _tensorboard(folder: Path, settings: Settings) -> Opened:
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(str(folder / "logs"))
 
-    def report(scalars: Mapping[str, float], step: int) -> None:
+    def report(scalars: dict[str, float], step: int) -> None:
         for name, value in scalars.items():
             writer.add_scalar(name, value, step)
 
     return report, writer.close
 
 
-def _wandb(folder: Path, settings: Mapping[str, Any]) -> tuple[Report, Callable[[], None]]:
+def _wandb(folder: Path, settings: Settings) -> Opened:
     import wandb
 
     run = wandb.init(project="dvar", dir=str(folder), config=dict(settings))
-    return lambda scalars, step: run.log(dict(scalars), step=step), run.finish
+    return lambda scalars, step: run.log(scalars, step=step), run.finish
 
 
-_OPENED = {"none": _none, "tensorboard": _tensorboard, "wandb": _wandb}
+_OPENED: dict[str, Callable[[Path, Settings], Opened | None]] = {
+    "none": lambda folder, settings: None,
+    "tensorboard": _tensorboard,
+    "wandb": _wandb,
+}

@@ -1,0 +1,33 @@
+"""``python -m pretraining``: the whole recipe, stage after stage; killed at any point and started again, it goes on where it was."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+
+# Stage and its arguments.  On two cores with bfloat16 the first version's figures took about two and a half hours.
+STAGES = (
+    ("autoencoder", "--batch 8 --steps 8000"),
+    ("clip", "--batch 96 --steps 1800"),
+    ("latents", "--steps 24"),
+    ("unet", "--batch 48 --steps 9000"),
+    ("clip", "--name judge --batch 96 --steps 1800"),
+    ("recogniser", "--batch 64 --steps 3000"),
+    ("ship", "--concepts"),
+    ("ship", ""),
+    ("evaluate", ""),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--from", dest="start", default="autoencoder", choices=[stage for stage, _ in STAGES])
+    start = [stage for stage, _ in STAGES].index(parser.parse_args().start)
+    for stage, arguments in STAGES[start:]:
+        print(f"== {stage} {arguments}", flush=True)
+        subprocess.run([sys.executable, "-m", f"pretraining.{stage}", *arguments.split()], check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""Stage 7: measure the shipped folder against its bars and write the figures beside it.
+
+``python -m pretraining.evaluate`` reads ``src/dvar/mini/`` only (not ``work/``), draws everything it needs from fixed seeds, and writes
+``src/dvar/mini/figures.json`` and ``src/dvar/mini/README.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from transformers import CLIPModel, CLIPTokenizer
+
+from dvar import mini
+from dvar.mini import recogniser
+from dvar.mini.world.classes import CLASSES
+from dvar.mini.world.concepts import held_out
+from dvar.mini.world.places import PLACES
+from dvar.mini.world.scene import COLOURS, PATTERNS, render, sample_scene, sample_subject
+from pretraining.autoencoder import as_tensor, psnr
+from pretraining.pictures import Pictures, draw_pictures
+
+ROOT = Path(mini.__file__).parent
+UNSEEN = 999_000
+BARS = {
+    "reconstruction, dB": 27, "reconstruction inside the subject, dB": 24,
+    "class, %": 98, "place, %": 95, "main colour, %": 85, "pattern, %": 85,
+    "prompted class, %": 90, "prompted place, %": 90, "prompted main colour, %": 80, "prompted pattern, %": 70,
+    "same subject nearer, % of triples": 90, "one picture of 50 steps, s": 3,
+}  # fmt: skip
+
+
+def reconstruction(vae: torch.nn.Module, n: int = 256) -> dict[str, float]:
+    pictures = draw_pictures(UNSEEN, 0, n)
+    x, mask = as_tensor(pictures, "cpu"), torch.from_numpy(pictures.masks())[:, None]
+    with torch.no_grad():
+        y = torch.cat([vae.decode(vae.encode(part).latent_dist.mean).sample for part in x.split(32)]).clamp(-1, 1)
+    error = (y - x) ** 2
+    inside = (error * mask).sum(dim=(1, 2, 3)) / (3 * mask.sum(dim=(1, 2, 3)))
+    return {
+        "reconstruction, dB": float(psnr(error.mean(dim=(1, 2, 3))).mean()),
+        "reconstruction inside the subject, dB": float(psnr(inside).mean()),
+    }
+
+
+def picture_features(model: CLIPModel, pixels: np.ndarray) -> torch.Tensor:
+    """Unit vectors [n, d] of uint8 pictures [n, 64, 64, 3]."""
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        features = torch.cat([model.get_image_features(pixel_values=part).pooler_output for part in x.split(64)])
+    return torch.nn.functional.normalize(features, dim=1)
+
+
+def text_features(model: CLIPModel, tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
+    with torch.no_grad():
+        features = model.get_text_features(**tokenizer(texts, padding=True, return_tensors="pt")).pooler_output
+    return torch.nn.functional.normalize(features, dim=1)
+
+
+def zero_shot(model: CLIPModel, tokenizer: CLIPTokenizer, pictures: Pictures) -> dict[str, float]:
+    """Each picture asked with the words for one fact, all else unsaid (colour and pattern beside the picture's own class)."""
+    features, truth = picture_features(model, pictures.pixels), torch.from_numpy(pictures.facts).long()
+    nouns = list(CLASSES)
+
+    def right(texts: list[str], answer: torch.Tensor) -> float:
+        return 100 * float(((features @ text_features(model, tokenizer, texts).T).argmax(1) == answer).float().mean())
+
+    def right_of_class(words: list[str], answer: torch.Tensor) -> float:
+        table = torch.stack([text_features(model, tokenizer, [f"a photo of a {word} {noun}" for word in words]) for noun in nouns])
+        best = torch.einsum("nd,nad->na", features, table[truth[:, 0]]).argmax(1)
+        return 100 * float((best == answer).float().mean())
+
+    return {
+        "class, %": right([f"a photo of a {noun}" for noun in nouns], truth[:, 0]),
+        "place, %": right([f"a photo {place.words}" for place in PLACES.values()], truth[:, 4]),
+        "main colour, %": right_of_class(list(COLOURS), truth[:, 1]),
+        "pattern, %": right_of_class(list(PATTERNS), truth[:, 2]),
+    }
+
+
+def triples(model: CLIPModel, n: int = 400) -> float:
+    """Percentage in which two pictures of one held-out subject are nearer than a picture of another subject of its class."""
+    rng = np.random.default_rng(UNSEEN)
+    names = list(held_out())
+    pixels = []
+    for i in range(n):
+        subject = held_out()[names[i % len(names)]]
+        first, second = (str(name) for name in rng.choice(list(PLACES), 2, replace=False))
+        other = sample_subject(rng, subject.noun)
+        scenes = [sample_scene(rng, place=place, style="photo") for place in (first, second, second)]
+        pixels += [render(s, c) for s, c in zip((subject, subject, other), scenes, strict=True)]
+    a, b, c = picture_features(model, np.stack(pixels)).view(n, 3, -1).unbind(1)
+    return 100 * float(((a * b).sum(1) > (a * c).sum(1)).float().mean())
+
+
+def prompts(n: int) -> list[tuple[str, tuple[int, int, int, int]]]:
+    """Colour + pattern + class + place, and the numbers of the right answers."""
+    rng = np.random.default_rng(UNSEEN + 1)
+    asked = []
+    for i in range(n):
+        noun, place = i % len(CLASSES), int(rng.integers(len(PLACES)))
+        colour, pattern = int(rng.integers(len(COLOURS))), int(rng.integers(len(PATTERNS)))
+        words = f"{list(COLOURS)[colour]} {PATTERNS[pattern]} {list(CLASSES)[noun]} {list(PLACES.values())[place].words}"
+        asked.append((f"a photo of {'an' if words[0] in 'aeiou' else 'a'} {words}", (noun, colour, pattern, place)))
+    return asked
+
+
+def draw(pipe: StableDiffusionPipeline, texts: list[str], steps: int, guidance: float, batch: int = 25) -> np.ndarray:
+    pictures = []
+    for at in range(0, len(texts), batch):
+        part = texts[at : at + batch]
+        generators = [torch.Generator().manual_seed(UNSEEN + at + i) for i in range(len(part))]
+        made = pipe(part, num_inference_steps=steps, guidance_scale=guidance, generator=generators, output_type="np", height=64, width=64)
+        pictures.append((made.images * 255).round().astype(np.uint8))
+    return np.concatenate(pictures)
+
+
+def prompted(pipe: StableDiffusionPipeline, judge: recogniser.Recogniser, n: int, grid: Path | None) -> dict[str, float]:
+    asked = prompts(n)
+    pixels = draw(pipe, [text for text, _ in asked], 30, 7.5)
+    if grid is not None:
+        rows = [np.concatenate(list(pixels[at : at + 25]), axis=1) for at in range(0, n, 25)]
+        Image.fromarray(np.concatenate(rows)).save(grid)
+    with torch.no_grad():
+        reading = judge(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1)
+    truth = torch.tensor([answers for _, answers in asked])
+    heads = ("class", "main colour", "pattern", "place")
+    return {f"prompted {h}, %": 100 * float((reading.best(h) == truth[:, i]).float().mean()) for i, h in enumerate(heads)}
+
+
+def recognised(judge: recogniser.Recogniser, pictures: Pictures) -> dict[str, float]:
+    with torch.no_grad():
+        reading = judge(as_tensor(pictures, "cpu"))
+    columns = {"class": 0, "main colour": 1, "pattern": 2, "place": 4}
+    truth = torch.from_numpy(pictures.facts).long()
+    return {f"recogniser: {h}, %": 100 * float((reading.best(h) == truth[:, i]).float().mean()) for h, i in columns.items()}
+
+
+def folder_hash() -> str:
+    """sha256 over the names and bytes of the shipped weights."""
+    digest = hashlib.sha256()
+    for path in sorted([*(ROOT / "model").rglob("*"), *(ROOT / "judges").rglob("*")]):
+        if path.is_file():
+            digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def measure(n_prompts: int, grid: Path | None) -> dict[str, dict[str, float]]:
+    pipe = StableDiffusionPipeline.from_pretrained(mini.path(), safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    judge = recogniser.load(ROOT / "judges" / "recogniser.safetensors")
+    pictures = draw_pictures(UNSEEN, 1, 1000, style="photo")
+    figures: dict[str, dict[str, float]] = {"autoencoder": reconstruction(pipe.vae)}
+    for name, title in (("clip-conditioner", "the CLIP that conditions"), ("clip", "the CLIP that scores")):
+        folder = ROOT / "judges" / name
+        model, tokenizer = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval(), CLIPTokenizer.from_pretrained(mini.path() / "tokenizer")
+        figures[title] = zero_shot(model, tokenizer, pictures) | {"same subject nearer, % of triples": triples(model)}
+    figures["the recogniser"] = recognised(judge, pictures)
+    pipe("a photo of a mug", num_inference_steps=2, output_type="np")
+    began = time.perf_counter()
+    pipe("a photo of a mug", num_inference_steps=50, guidance_scale=7.5, output_type="np")
+    seconds = time.perf_counter() - began
+    figures["pictures"] = prompted(pipe, judge, n_prompts, grid) | {"one picture of 50 steps, s": seconds}
+    return figures
+
+
+def page(figures: dict[str, dict[str, float]], digest: str, command: str) -> str:
+    """The README beside the weights: every figure, its bar, and whether it is met."""
+    lines = [
+        "# The bundled model",
+        "",
+        "A small, complete latent diffusion model of a picture book, drawn and trained by this project; `StableDiffusionPipeline.from_pretrained`",
+        "loads `model/` as it is. `judges/` (a second CLIP, the conditioning CLIP whole, a recogniser) only score. `concepts/` holds 52 subjects",
+        "that training never saw (the last four, listed in `dvar.mini.TUNING`, are for choosing settings). Recipe: `pretraining/`.",
+        "",
+        "Measured on fixed prompts and seeds; a bar that is not met is said so.",
+        "",
+        "| part | figure | measured | bar | met |",
+        "|---|---|---:|---:|---|",
+    ]
+    for part, values in figures.items():
+        for name, value in values.items():
+            bar = BARS.get(name)
+            if bar is None:
+                lines.append(f"| {part} | {name} | {value:.1f} | | |")
+            else:
+                met = value <= bar if name.endswith(" s") else value >= bar
+                lines.append(f"| {part} | {name} | {value:.1f} | {'≤' if name.endswith(' s') else '≥'} {bar} | {'yes' if met else '**no**'} |")
+    return "\n".join([*lines, "", f"Command: `{command}`  ", f"sha256 of the weights: `{digest}`", ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--grid", type=Path, default=None, help="also save the prompted pictures as one PNG")
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
+    figures, digest = measure(chosen.prompts, chosen.grid), folder_hash()
+    (ROOT / "figures.json").write_text(json.dumps({"sha256": digest, "figures": figures}, indent=1) + "\n")
+    (ROOT / "README.md").write_text(page(figures, digest, "python -m pretraining.evaluate"))
+    print((ROOT / "README.md").read_text())
+
+
+if __name__ == "__main__":
+    main()

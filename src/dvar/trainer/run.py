@@ -1,0 +1,321 @@
+"""A whole run: refusals, the model, the loop, the pictures, what it leaves."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import ImageOps
+from safetensors.torch import load_file
+from torch import Tensor
+
+import dvar
+from dvar import mini
+from dvar.config import BUNDLED_MODEL, TextualInversionConfig
+from dvar.diffusion.backbone import Backbone, load_tokenizer
+from dvar.diffusion.objective import Draws, Examples, denoising_loss, draw
+from dvar.diffusion.sampling import sample
+from dvar.errors import CheckpointError, NonFiniteLoss, RefusedInput
+from dvar.stopper.probe import Probe
+from dvar.stopper.rules import AnyOf, Dvar, FixedSteps
+from dvar.stopper.trace import TraceFile
+from dvar.stopper.verdict import Reason, Verdict
+from dvar.trainer.artifacts import EMBEDS, RESULT, write_embeds, write_json, write_model_card, write_whole
+from dvar.trainer.checkpoint import Checkpoint, latest
+from dvar.trainer.concept import Concept, read_concept
+from dvar.trainer.loop import Learner, Step, train
+from dvar.trainer.methods.textual_inversion import TextualInversion
+from dvar.trainer.trackers import Tracker
+
+WRITTEN = (
+    "config.json",
+    "trace.jsonl",
+    "trace.jsonl.*",
+    "checkpoint-*",
+    ".checkpoint-*",
+    "learned_embeds*.safetensors",
+    "references",
+    "samples",
+    "logs",
+    RESULT,
+    "report.html",
+    "README.md",
+)
+"""All that a run writes into its folder; replacing a run removes these and nothing else."""
+
+# Settings that may differ when a run goes on: they decide where it is kept, not what it computes.
+_FREE = {
+    "preset",
+    "instance_data_dir",
+    "output_dir",
+    "overwrite",
+    "resume_from_checkpoint",
+    "report_to",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended: its folder, the last verdict, the updates made, and the step of the lowest L_det."""
+
+    folder: Path
+    verdict: Verdict
+    steps: int
+    best_step: int
+    seconds: Mapping[str, float]
+
+
+def personalise(config: TextualInversionConfig, consumers: Sequence[Callable[[Step], None]] = ()) -> Result:
+    """Learn a word for the pictures that ``config`` names, until DVAR or the cap stops, and leave the run in its folder.
+
+    ``consumers`` are called with each `Step`.  SIGTERM or SIGINT ends the run after the step under way, with a checkpoint to go
+    on from and the verdict "interrupted"; nothing is exported then.  A loss that is not finite ends it too, and the step of
+    the lowest L_det is what is exported.
+
+    Raises: RefusedInput with every problem at once, before a model loads; ModelError; CheckpointError when there is nothing
+    to resume from, or only a run under other settings; NonFiniteLoss when no evaluation was finite.
+    Source: Sections 3.2, 3.3 and 4.1.
+    """
+    folder = Path(config.output_dir).expanduser()
+    concept = read_concept(config, lambda name: load_tokenizer(model_path(name)))
+    checkpoint = _to_resume(folder, config, concept) if config.resume_from_checkpoint else None
+    backbone = Backbone.load(
+        model_path(config.pretrained_model_name_or_path),
+        mixed_precision=config.mixed_precision,
+        gradient_checkpointing=config.gradient_checkpointing,
+    )
+    method = TextualInversion(backbone, concept.placeholder, concept.initializer, config.num_vectors)
+    job = _Job(folder, config, concept, backbone, method)
+    job.open(checkpoint)
+    verdict = job.criterion(job.learner.trace)
+    with _interruption() as interrupted, closing(Tracker(config.report_to, folder, asdict(config))) as tracker:
+        for step in job.steps(interrupted):
+            verdict = step.verdict
+            if step.step % config.validation_steps == 0 and verdict.reason not in (Reason.INTERRUPTED, Reason.NON_FINITE):
+                job.draw_samples(step.step)
+            for consumer in (tracker, *consumers):
+                consumer(step)
+    if verdict.reason is not Reason.INTERRUPTED:
+        job.finish(verdict)
+    return job.result(verdict)
+
+
+def model_path(name: str) -> str:
+    """Return the folder or hub id behind a model's name: "mini" is the bundled model."""
+    return str(mini.path()) if name == BUNDLED_MODEL else str(Path(name).expanduser()) if name.startswith("~") else name
+
+
+def personalised(folder: str | Path, **loading: Any) -> Backbone:
+    """Return the model of a finished run with its word learned; ``loading`` goes to `Backbone.load`.
+
+    Raises: RefusedInput when the folder holds no finished run; ModelError.
+    """
+    folder = Path(folder)
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        learned = load_file(folder / EMBEDS)
+    except (OSError, ValueError) as error:
+        raise RefusedInput([f"{folder} is no finished run: it must hold config.json and {EMBEDS} ({error})"]) from error
+    backbone = Backbone.load(model_path(settings["pretrained_model_name_or_path"]), **loading)
+    word = settings["placeholder_token"]
+    TextualInversion(backbone, word, settings["initializer_token"], len(learned[word])).load(learned)
+    return backbone
+
+
+class _Job:
+    """One run under way: the parts that `personalise` put together, and what they leave in the folder."""
+
+    def __init__(
+        self, folder: Path, config: TextualInversionConfig, concept: Concept, backbone: Backbone, method: TextualInversion
+    ) -> None:
+        self.folder, self.config, self.concept, self.backbone, self.method = folder, config, concept, backbone, method
+        self.schedule = backbone.schedule
+        self.examples = encoded(concept, backbone, method, mirrored=config.random_flip)
+        self.criterion = AnyOf((Dvar(config.window, config.threshold), FixedSteps(config.max_train_steps)))
+        held = self._drawn("held", 0, 0, config.eval_batch_size)
+        self.probe = Probe(self._losses, held, modules=backbone.modules)
+        self.learner = Learner(method, config, {"method": "textual-inversion", "timesteps": held.timesteps.tolist()})
+
+    def open(self, checkpoint: Checkpoint | None) -> None:
+        """Make the folder that of this run: as it was at ``checkpoint``, or new, holding the settings and what training sees."""
+        if checkpoint:
+            self.learner.restore(checkpoint)
+            _cut(self.folder / "trace.jsonl", checkpoint)
+        else:
+            _clear(self.folder)
+        (self.folder / "references").mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / "config.json", {**asdict(self.config), "versions": _versions()})
+        for index, picture in enumerate(self.concept.pictures):
+            picture.save(self.folder / "references" / f"{index:02d}.png")
+
+    def steps(self, interrupted: Callable[[], bool]) -> Iterator[Step]:
+        """Train, leaving the trace and the checkpoints in the folder."""
+        config = self.config
+        with TraceFile(self.folder / "trace.jsonl", self.learner.trace.header) as file:
+            yield from train(
+                self.learner,
+                losses=lambda step, first, count: self._losses(self._drawn("train", step, first, count)),
+                probe=self.probe,
+                criterion=self.criterion,
+                log=file.append,
+                save=lambda: self.save(config.checkpoints_total_limit),
+                interrupted=interrupted,
+            )
+
+    def save(self, keep: int | None) -> None:
+        """Write a checkpoint."""
+        facts = {"config": asdict(self.config), "pictures": _digest(self.concept)}
+        self.learner.checkpoint(**facts).write(self.folder, keep)
+
+    def draw_samples(self, step: int) -> list[Path]:
+        """Return the sample pictures of ``step``, drawn unless the folder has them all."""
+        config, samples = self.config, self.folder / "samples"
+        final, staged = samples / f"step-{step:06d}", samples / f".step-{step:06d}.part"
+        prompts = [config.sample_prompt] * config.num_validation_images
+        seeds = [config.seed + index for index in range(len(prompts))]
+        if not final.exists():
+            shutil.rmtree(staged, ignore_errors=True)
+            staged.mkdir(parents=True)
+            listed = [{"prompt": prompt, "seed": seed} for prompt, seed in zip(prompts, seeds, strict=True)]
+            write_json(samples / "prompts.json", listed)
+            drawn = sample(
+                self.backbone,
+                prompts,
+                seeds,
+                size=config.resolution,
+                steps=config.num_inference_steps,
+                guidance=config.guidance_scale,
+            )
+            for index, picture in enumerate(drawn):
+                picture.save(staged / f"{index:02d}.png")
+            staged.replace(final)
+        return sorted(final.glob("*.png"))
+
+    def finish(self, verdict: Verdict) -> None:
+        """Write the exports and, last of all, result.json.
+
+        Raises: NonFiniteLoss when there is nothing finite to export.
+        """
+        folder, learner = self.folder, self.learner
+        if failed := verdict.reason is Reason.NON_FINITE:
+            if not np.isfinite(learner.trace.values).any():
+                raise NonFiniteLoss("no evaluation was finite, so nothing is exported: try --mixed_precision no or another model")
+            self.method.load(learner.best)
+        exported = learner.best_step if failed else learner.trace.last_step
+        write_embeds(folder / EMBEDS, self.method.state)
+        if exported != learner.best_step:
+            write_embeds(folder / f"learned_embeds-steps-{learner.best_step}.safetensors", learner.best)
+        write_model_card(folder, self.config, verdict, self.draw_samples(exported))
+        result = self.result(verdict)
+        facts = {
+            "verdict": verdict.to_json(),
+            "stopped": verdict.reason is Reason.STABILISED,
+            "steps": result.steps,
+            "exported_step": exported,
+            "best_step": result.best_step,
+            "seconds": result.seconds,
+            "placeholder": self.config.placeholder_token,
+        }
+        write_json(folder / RESULT, facts)
+
+    def result(self, verdict: Verdict) -> Result:
+        """Return how the run stands."""
+        trace = self.learner.trace
+        seconds = {name: float(trace.metric(f"seconds.{name}")[1].sum()) for name in ("train", "probe", "other")}
+        return Result(self.folder, verdict, trace.last_step, self.learner.best_step, seconds)
+
+    def _drawn(self, stream: str, step: int, first: int, count: int) -> Draws:
+        timesteps = len(self.schedule.alphas_cumprod)
+        draws = draw(
+            self.examples, timesteps=timesteps, seed=self.config.seed, stream=stream, step=step, first=first, count=count
+        )
+        return draws.to(self.backbone.device)
+
+    def _losses(self, draws: Draws) -> Tensor:
+        return denoising_loss(self.backbone.predict, draws, self.schedule)
+
+
+def encoded(concept: Concept, backbone: Backbone, method: TextualInversion, *, mirrored: bool) -> Examples:
+    """Return what can be drawn in training: each picture encoded once, and its mirror image too where ``mirrored``; its captions."""
+    views = [concept.pictures, [ImageOps.mirror(picture) for picture in concept.pictures]][: 1 + mirrored]
+    captions = [[method.expand(text) for text in concept.texts(index)] for index in range(len(concept.pictures))]
+    return Examples(
+        torch.stack([backbone.encode(view) for view in views], dim=1), [backbone.tokenize(texts) for texts in captions]
+    )
+
+
+def _to_resume(folder: Path, config: TextualInversionConfig, concept: Concept) -> Checkpoint:
+    """The checkpoint that the settings name, if it was made under these settings and pictures."""
+    name = str(config.resume_from_checkpoint)
+    checkpoint = latest(folder) if name == "latest" else Checkpoint.read(folder / Path(name).name)
+    now, then = asdict(config), checkpoint.facts["config"]
+    # A schedule that bends towards the cap makes other steps under another cap; a constant one does not.
+    free = _FREE | ({"max_train_steps"} if config.lr_scheduler.startswith("constant") else set())
+    differing = [f"{key} was {then.get(key)!r} and is {now[key]!r}" for key in now if key not in free and now[key] != then.get(key)]
+    if checkpoint.facts["pictures"] != _digest(concept):
+        differing.append("the pictures or their captions changed")
+    if differing:
+        raise CheckpointError(
+            f"checkpoint-{checkpoint.step} was made under other settings, give it those or another --output_dir: {'; '.join(differing)}"
+        )
+    return checkpoint
+
+
+def _digest(concept: Concept) -> str:
+    digest = sha256()
+    for index, picture in enumerate(concept.pictures):
+        digest.update(picture.tobytes() + json.dumps(concept.texts(index)).encode())
+    return digest.hexdigest()
+
+
+def _cut(path: Path, checkpoint: Checkpoint) -> None:
+    """Put the trace back to its checkpoint, and keep the lines that were cut beside it: the rerun must repeat them."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    if later := lines[1 + len(checkpoint.trace) :]:
+        write_whole(path.with_name(f"{path.name}.cut-{checkpoint.step}"), b"".join(later))
+    checkpoint.trace.write(path)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what another run wrote, and nothing else."""
+    for path in [found for name in WRITTEN for found in folder.glob(name)]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "diffusers", "transformers", "safetensors", "numpy")
+    return {"dvar": dvar.__version__, "python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+@contextmanager
+def _interruption() -> Iterator[Callable[[], bool]]:
+    """Yield whether SIGTERM or SIGINT has asked to stop; a second one interrupts at once.  Off the main thread nobody asks."""
+    asked = threading.Event()
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    heard = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, ask) for number in heard}
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,270 @@
+"""The rules of the house, read from the source: which room may import which, what stays light, what is never loaded."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import dvar
+
+HOUSE = Path(dvar.__file__).parent
+
+# Imports point to a room of a lower number, or stay within the room.  The face (`dvar` itself) is on top.
+FLOORS = {
+    "errors": 0,
+    "mini": 1,
+    "config": 2,
+    "stopper": 3,
+    "diffusion": 4,
+    "trainer": 5,
+    "laboratory": 6,
+    "testing": 7,
+    "cli": 8,
+    "__main__": 9,
+    "__init__": 9,
+}
+PURE = ("errors", "config", "stopper.rules", "stopper.verdict", "stopper.trace")
+HEAVY = ("torch", "diffusers", "transformers", "accelerate", "peft", "PIL", "matplotlib", "rich", "cyclopts", "skia")
+PICKLERS = ("pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
+
+
+# --- reading the source ---------------------------------------------------------------------------------------------
+
+
+def modules(house: Path) -> dict[str, ast.Module]:
+    """The parsed modules by their name inside the house: "stopper.trace", "stopper.__init__", "__init__"."""
+    files = sorted(house.rglob("*.py"))
+    return {".".join(path.relative_to(house).with_suffix("").parts): ast.parse(path.read_bytes()) for path in files}
+
+
+def imports(name: str, tree: ast.AST, known: frozenset[str]) -> Iterator[str]:
+    """Every import in the module, wherever it stands: "numpy.typing", or "dvar.stopper.trace" for our own."""
+    package = ["dvar", *name.split(".")[:-1]]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            source = ".".join([*package[: len(package) - node.level + 1], *([node.module] if node.module else [])])
+            source = source if node.level else str(node.module)
+            for alias in node.names:
+                whole = f"{source}.{alias.name}"
+                is_module = whole.removeprefix("dvar.") in known or f"{whole.removeprefix('dvar.')}.__init__" in known
+                yield whole if is_module or source == "dvar" else source
+
+
+def room(name: str) -> str:
+    return name.split(".")[0]
+
+
+def own(target: str) -> str | None:
+    """What is imported of our own, by its name inside the house; the face as "__init__"."""
+    if target != "dvar" and not target.startswith("dvar."):
+        return None
+    return target.removeprefix("dvar").removeprefix(".") or "__init__"
+
+
+def all_imports(house: Path) -> Iterator[tuple[str, str]]:
+    trees = modules(house)
+    for name, tree in trees.items():
+        yield from ((name, target) for target in imports(name, tree, frozenset(trees)))
+
+
+def pointing_up(house: Path) -> list[str]:
+    """The imports that point to a higher room; anything may read the version."""
+    found = []
+    for name, target in all_imports(house):
+        inside = own(target)
+        if inside is None or inside == "__version__" or room(inside) == room(name):
+            continue
+        if FLOORS.get(room(inside), FLOORS["__init__"]) >= FLOORS[room(name)]:
+            found.append(f"{name} imports {target}")
+    return found
+
+
+def impure(house: Path) -> list[str]:
+    """The imports of the pure rooms that are not of the standard library, numpy or another pure room."""
+    allowed = {*sys.stdlib_module_names, "numpy"}
+    return [
+        f"{name} imports {target}"
+        for name, target in all_imports(house)
+        if name in PURE and room(target) not in allowed and own(target) not in PURE
+    ]
+
+
+def busy_doors(house: Path) -> list[str]:
+    """The wings whose `__init__` does more than say what they are: importing one room would load others."""
+    return [
+        name
+        for name, tree in modules(house).items()
+        if name.endswith(".__init__")
+        and room(name) != "mini"
+        and not (len(tree.body) <= 1 and all(isinstance(node, ast.Expr) for node in tree.body))
+    ]
+
+
+def unpickling(house: Path) -> list[str]:
+    """The places that could run code out of a file."""
+    found = [f"{name} imports {target}" for name, target in all_imports(house) if room(target) in PICKLERS]
+    for name, tree in modules(house).items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module == "torch":
+                found += [f"{name} imports torch.{alias.name}" for alias in node.names if alias.name in ("load", "save")]
+            elif isinstance(node, ast.Attribute) and node.attr in ("load", "save", "hub"):
+                if isinstance(node.value, ast.Name) and node.value.id == "torch":
+                    found.append(f"{name} uses torch.{node.attr}")
+            elif isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+                if not (isinstance(node.value, ast.Constant) and node.value.value is False):
+                    found.append(f"{name} allows pickle")
+    return found
+
+
+def loaded_by(statement: str, *paths: Path) -> set[str]:
+    """The heavy packages that a fresh interpreter has loaded after `statement`."""
+    program = f"import sys\n{statement}\nprint(*[name for name in {HEAVY!r} if name in sys.modules])"
+    path = os.pathsep.join(str(part) for part in (*paths, HOUSE.parent))
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True, timeout=60
+    )
+    return set(done.stdout.split())
+
+
+# --- our own house --------------------------------------------------------------------------------------------------
+
+
+def test_imports_point_one_way() -> None:
+    assert pointing_up(HOUSE) == []
+
+
+def test_every_room_has_its_floor() -> None:
+    assert {room(name) for name in modules(HOUSE)} <= set(FLOORS)
+
+
+def test_pure_rooms_need_the_standard_library_and_numpy_alone() -> None:
+    assert impure(HOUSE) == []
+    assert {"errors", "stopper.rules", "stopper.verdict", "stopper.trace"} <= set(modules(HOUSE))
+
+
+def test_the_door_of_a_wing_loads_nothing() -> None:
+    assert busy_doors(HOUSE) == []
+
+
+def test_nothing_unpickles() -> None:
+    assert unpickling(HOUSE) == []
+
+
+def test_importing_dvar_loads_nothing_heavy() -> None:
+    assert loaded_by("import dvar; dvar.Dvar(310, 0.15)(dvar.Trace())") == set()
+
+
+def test_the_public_face_is_exactly_all() -> None:
+    tree = modules(HOUSE)["__init__"]
+    imported = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    }
+    assert {name for name in imported if not name.startswith("_")} | {"__version__"} == set(dvar.__all__)
+    assert dvar.__all__ == sorted(dvar.__all__) == dir(dvar) and len(set(dvar.__all__)) == len(dvar.__all__)
+
+
+@pytest.mark.parametrize("name", dvar.__all__)
+def test_every_public_name_is_there(name: str) -> None:
+    assert getattr(dvar, name) is not None
+
+
+def test_a_name_that_does_not_exist_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        dvar.nonsense  # noqa: B018
+
+
+def test_a_name_whose_package_is_missing_tells_what_to_install() -> None:
+    hidden = "import sys; sys.modules['torch'] = None; import dvar"
+    program = f"{hidden}\ntry: dvar.Probe\nexcept ImportError as error: print(error)"
+    environment = {**os.environ, "PYTHONPATH": str(HOUSE.parent)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "dvar.Probe needs torch: pip install 'dvar[train]'"
+
+
+# --- planted offenders: each check must be able to fail -------------------------------------------------------------
+
+
+def planted(tmp_path: Path, **files: str) -> Path:
+    """A house with the given modules; "stopper__trace" stands for stopper/trace.py."""
+    for name, text in files.items():
+        path = tmp_path.joinpath(*name.replace("__", "/").split("/")).with_suffix(".py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "offence",
+    [
+        "import dvar.trainer.loop",
+        "from dvar.trainer.loop import train",
+        "from dvar.trainer import loop",
+        "from dvar import trainer",
+        "from dvar import Probe",
+        "import dvar",
+        "from ..trainer import loop",
+        "from ..trainer.loop import train",
+        "from .. import trainer",
+        "def later():\n    import dvar.trainer.loop",
+        "if TYPE_CHECKING:\n    from dvar.trainer.loop import Step",
+        "import dvar.new_wing",
+    ],
+)
+def test_an_import_that_points_up_is_found(tmp_path: Path, offence: str) -> None:
+    house = planted(tmp_path, diffusion__objective=offence, trainer__loop="import torch")
+    (house / "trainer" / "__init__.py").write_text("")
+    assert len(pointing_up(house)) == 1 and pointing_up(house)[0].startswith("diffusion.objective imports dvar")
+
+
+def test_imports_that_point_down_or_stay_in_the_room_are_not_offences(tmp_path: Path) -> None:
+    down = "import numpy\nfrom dvar import __version__\nfrom dvar.errors import DvarError\nfrom . import verdict, trace"
+    house = planted(tmp_path, stopper__rules=down, stopper__trace="", stopper__verdict="", errors="")
+    (house / "cli.py").write_text("import dvar.laboratory.report\nfrom dvar.stopper import rules")
+    assert pointing_up(house) == [] == impure(house)
+
+
+@pytest.mark.parametrize(
+    "offence",
+    ["import torch", "def f():\n    from PIL import Image", "import scipy.stats", "from dvar.stopper.probe import Probe",
+     "from .probe import Probe", "from . import probe"],
+)  # fmt: skip
+def test_an_impure_import_in_a_pure_room_is_found(tmp_path: Path, offence: str) -> None:
+    house = planted(tmp_path, stopper__verdict=offence, stopper__probe="import torch")
+    assert len(impure(house)) == 1 and impure(house)[0].startswith("stopper.verdict imports ")
+
+
+def test_a_door_that_loads_a_room_is_found(tmp_path: Path) -> None:
+    house = planted(tmp_path, stopper__rules="")
+    door = house / "stopper" / "__init__.py"
+    door.write_text('"""The stopper."""\n')
+    assert busy_doors(house) == []
+    door.write_text('"""The stopper."""\nfrom dvar.stopper.rules import Dvar\n')
+    assert busy_doors(house) == ["stopper.__init__"]
+
+
+@pytest.mark.parametrize(
+    "offence",
+    ["import pickle", "from pickle import loads", "import torch\ntorch.load('x')", "from torch import load",
+     "import torch\nread = torch.load", "import numpy\nnumpy.load('x', allow_pickle=True)", "import joblib"],
+)  # fmt: skip
+def test_unpickling_is_found(tmp_path: Path, offence: str) -> None:
+    assert len(unpickling(planted(tmp_path, trainer__checkpoint=offence))) == 1
+    assert unpickling(planted(tmp_path, trainer__checkpoint="import numpy\nnumpy.load('x', allow_pickle=False)")) == []
+
+
+def test_a_heavy_import_is_found(tmp_path: Path) -> None:
+    planted(tmp_path, torch="", offender="import torch", innocent="import json")
+    assert loaded_by("import offender", tmp_path) == {"torch"}
+    assert loaded_by("import innocent", tmp_path) == set()
