@@ -56,7 +56,13 @@ def main() -> None:
         if training.step % 100 == 0:
             error = (y.detach() - x) ** 2
             inside = (error * mask).sum() / (3 * mask.sum())
-            training.log(loss=loss, psnr=psnr(error.mean()), psnr_object=psnr(inside), latent_std=posterior.mean.std(), noise=posterior.std.mean())
+            training.log(
+                loss=loss,
+                psnr=psnr(error.mean()),
+                psnr_object=psnr(inside),
+                latent_std=posterior.mean.std(),
+                noise=posterior.std.mean(),
+            )
 
 
 if __name__ == "__main__":

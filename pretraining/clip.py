@@ -30,7 +30,12 @@ ANSWERS = [len(CLASSES), len(COLOURS), len(PATTERNS), len(COLOURS), len(PLACES),
 
 def build(width: int, vocabulary: int) -> CLIPModel:
     end = vocabulary - 1
-    shared = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": width // 32, "projection_dim": SHARED}
+    shared = {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_attention_heads": width // 32,
+        "projection_dim": SHARED,
+    }
     text = {**shared, "vocab_size": vocabulary, "num_hidden_layers": 3, "max_position_embeddings": LENGTH}
     text |= {"bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end, "hidden_act": "quick_gelu"}
     vision = {**shared, "num_hidden_layers": 5, "image_size": 64, "patch_size": 8, "hidden_act": "quick_gelu"}

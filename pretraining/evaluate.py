@@ -73,7 +73,9 @@ def zero_shot(model: CLIPModel, tokenizer: CLIPTokenizer, pictures: Pictures) ->
         return 100 * float(((features @ text_features(model, tokenizer, texts).T).argmax(1) == answer).float().mean())
 
     def right_of_class(words: list[str], answer: torch.Tensor) -> float:
-        table = torch.stack([text_features(model, tokenizer, [f"a photo of a {word} {noun}" for word in words]) for noun in nouns])
+        table = torch.stack(
+            [text_features(model, tokenizer, [f"a photo of a {word} {noun}" for word in words]) for noun in nouns]
+        )
         best = torch.einsum("nd,nad->na", features, table[truth[:, 0]]).argmax(1)
         return 100 * float((best == answer).float().mean())
 
@@ -107,7 +109,9 @@ def prompts(n: int) -> list[tuple[str, tuple[int, int, int, int]]]:
     for i in range(n):
         noun, place = i % len(CLASSES), int(rng.integers(len(PLACES)))
         colour, pattern = int(rng.integers(len(COLOURS))), int(rng.integers(len(PATTERNS)))
-        words = f"{list(COLOURS)[colour]} {PATTERNS[pattern]} {list(CLASSES)[noun]} {list(PLACES.values())[place].words}"
+        words = (
+            f"{list(COLOURS)[colour]} {PATTERNS[pattern]} {list(CLASSES)[noun]} {list(PLACES.values())[place].words}"
+        )
         asked.append((f"a photo of {'an' if words[0] in 'aeiou' else 'a'} {words}", (noun, colour, pattern, place)))
     return asked
 
@@ -117,12 +121,22 @@ def draw(pipe: StableDiffusionPipeline, texts: list[str], steps: int, guidance: 
     for at in range(0, len(texts), batch):
         part = texts[at : at + batch]
         generators = [torch.Generator().manual_seed(UNSEEN + at + i) for i in range(len(part))]
-        made = pipe(part, num_inference_steps=steps, guidance_scale=guidance, generator=generators, output_type="np", height=64, width=64)
+        made = pipe(
+            part,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=generators,
+            output_type="np",
+            height=64,
+            width=64,
+        )
         pictures.append((made.images * 255).round().astype(np.uint8))
     return np.concatenate(pictures)
 
 
-def prompted(pipe: StableDiffusionPipeline, judge: recogniser.Recogniser, n: int, grid: Path | None) -> dict[str, float]:
+def prompted(
+    pipe: StableDiffusionPipeline, judge: recogniser.Recogniser, n: int, grid: Path | None
+) -> dict[str, float]:
     asked = prompts(n)
     pixels = draw(pipe, [text for text, _ in asked], 30, 7.5)
     if grid is not None:
@@ -132,7 +146,9 @@ def prompted(pipe: StableDiffusionPipeline, judge: recogniser.Recogniser, n: int
         reading = judge(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1)
     truth = torch.tensor([answers for _, answers in asked])
     heads = ("class", "main colour", "pattern", "place")
-    return {f"prompted {h}, %": 100 * float((reading.best(h) == truth[:, i]).float().mean()) for i, h in enumerate(heads)}
+    return {
+        f"prompted {h}, %": 100 * float((reading.best(h) == truth[:, i]).float().mean()) for i, h in enumerate(heads)
+    }
 
 
 def recognised(judge: recogniser.Recogniser, pictures: Pictures) -> dict[str, float]:
@@ -140,7 +156,9 @@ def recognised(judge: recogniser.Recogniser, pictures: Pictures) -> dict[str, fl
         reading = judge(as_tensor(pictures, "cpu"))
     columns = {"class": 0, "main colour": 1, "pattern": 2, "place": 4}
     truth = torch.from_numpy(pictures.facts).long()
-    return {f"recogniser: {h}, %": 100 * float((reading.best(h) == truth[:, i]).float().mean()) for h, i in columns.items()}
+    return {
+        f"recogniser: {h}, %": 100 * float((reading.best(h) == truth[:, i]).float().mean()) for h, i in columns.items()
+    }
 
 
 def folder_hash() -> str:
@@ -160,7 +178,10 @@ def measure(n_prompts: int, grid: Path | None) -> dict[str, dict[str, float]]:
     figures: dict[str, dict[str, float]] = {"autoencoder": reconstruction(pipe.vae)}
     for name, title in (("clip-conditioner", "the CLIP that conditions"), ("clip", "the CLIP that scores")):
         folder = ROOT / "judges" / name
-        model, tokenizer = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval(), CLIPTokenizer.from_pretrained(mini.path() / "tokenizer")
+        model, tokenizer = (
+            CLIPModel.from_pretrained(folder, dtype=torch.float32).eval(),
+            CLIPTokenizer.from_pretrained(mini.path() / "tokenizer"),
+        )
         figures[title] = zero_shot(model, tokenizer, pictures) | {"same subject nearer, % of triples": triples(model)}
     figures["the recogniser"] = recognised(judge, pictures)
     pipe("a photo of a mug", num_inference_steps=2, output_type="np")
@@ -192,7 +213,9 @@ def page(figures: dict[str, dict[str, float]], digest: str, command: str) -> str
                 lines.append(f"| {part} | {name} | {value:.1f} | | |")
             else:
                 met = value <= bar if name.endswith(" s") else value >= bar
-                lines.append(f"| {part} | {name} | {value:.1f} | {'≤' if name.endswith(' s') else '≥'} {bar} | {'yes' if met else '**no**'} |")
+                lines.append(
+                    f"| {part} | {name} | {value:.1f} | {'≤' if name.endswith(' s') else '≥'} {bar} | {'yes' if met else '**no**'} |"
+                )
     return "\n".join([*lines, "", f"Command: `{command}`  ", f"sha256 of the weights: `{digest}`", ""])
 
 

@@ -35,7 +35,10 @@ def main() -> None:
                 moments.append(vae.encode(as_tensor(pictures, chosen.device)).latent_dist.parameters.half().cpu())
             truths.append(torch.from_numpy(pictures.facts))
             masks.append((F.avg_pool2d(torch.from_numpy(pictures.masks()), 4) * 255).to(torch.uint8))
-        save_file({"moments": torch.cat(moments).contiguous(), "facts": torch.cat(truths), "masks": torch.cat(masks)}, path.with_suffix(".part"))
+        save_file(
+            {"moments": torch.cat(moments).contiguous(), "facts": torch.cat(truths), "masks": torch.cat(masks)},
+            path.with_suffix(".part"),
+        )
         os.replace(path.with_suffix(".part"), path)
         print(path.name, flush=True)
 

@@ -34,7 +34,11 @@ def main() -> None:
         subjects = [sample_subject(rng) for _ in range(chosen.batch)]
         scenes = [sample_scene(rng) for _ in subjects]
         pixels = np.stack([render(s, c) for s, c in zip(subjects, scenes, strict=True)])
-        truth = torch.from_numpy(np.stack([facts(s, c) for s, c in zip(subjects, scenes, strict=True)])).long().to(chosen.device)
+        truth = (
+            torch.from_numpy(np.stack([facts(s, c) for s, c in zip(subjects, scenes, strict=True)]))
+            .long()
+            .to(chosen.device)
+        )
         vectors = torch.from_numpy(np.stack([s.vector() for s in subjects])).float().to(chosen.device)
         x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().to(chosen.device) / 127.5 - 1
         x = worn(x, generator).contiguous(memory_format=torch.channels_last)

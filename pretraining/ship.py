@@ -36,7 +36,12 @@ def pipeline() -> StableDiffusionPipeline:
     vae.register_to_config(scaling_factor=unet.scaling_factor(unet.load_latents()["moments"]))
     # SD1.5 ships PNDM, which its users know; training builds DDPM from the same config.
     scheduler = PNDMScheduler(
-        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        skip_prk_steps=True,
+        set_alpha_to_one=False,
+        steps_offset=1,
     )
     return StableDiffusionPipeline(
         vae=vae,

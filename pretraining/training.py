@@ -39,7 +39,9 @@ def arguments(steps: int, batch: int) -> argparse.Namespace:
 class Training:
     """Weights, optimiser, moving average and step of one stage."""
 
-    def __init__(self, name: str, model: nn.Module, *, steps: int, lr: float, device: str, decay: float = 0.999) -> None:
+    def __init__(
+        self, name: str, model: nn.Module, *, steps: int, lr: float, device: str, decay: float = 0.999
+    ) -> None:
         self.folder, self.model, self.steps, self.lr, self.decay = WORK / name, model, steps, lr, decay
         self.folder.mkdir(parents=True, exist_ok=True)
         model.to(device, memory_format=torch.channels_last)

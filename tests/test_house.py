@@ -31,6 +31,7 @@ FLOORS = {
 }
 PURE = ("errors", "config", "stopper.rules", "stopper.verdict", "stopper.trace")
 HEAVY = ("torch", "diffusers", "transformers", "accelerate", "peft", "PIL", "matplotlib", "rich", "cyclopts", "skia")
+TORCH_PICKLERS = ("load", "save", "hub")
 PICKLERS = ("pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
 
 
@@ -114,13 +115,11 @@ def unpickling(house: Path) -> list[str]:
     for name, tree in modules(house).items():
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and node.module == "torch":
-                found += [f"{name} imports torch.{alias.name}" for alias in node.names if alias.name in ("load", "save")]
-            elif isinstance(node, ast.Attribute) and node.attr in ("load", "save", "hub"):
-                if isinstance(node.value, ast.Name) and node.value.id == "torch":
-                    found.append(f"{name} uses torch.{node.attr}")
-            elif isinstance(node, ast.keyword) and node.arg == "allow_pickle":
-                if not (isinstance(node.value, ast.Constant) and node.value.value is False):
-                    found.append(f"{name} allows pickle")
+                found += [f"{name} imports torch.{alias.name}" for alias in node.names if alias.name in TORCH_PICKLERS]
+            elif isinstance(node, ast.Attribute) and ast.unparse(node) in {f"torch.{word}" for word in TORCH_PICKLERS}:
+                found.append(f"{name} uses {ast.unparse(node)}")
+            elif isinstance(node, ast.keyword) and node.arg == "allow_pickle" and ast.unparse(node.value) != "False":
+                found.append(f"{name} allows pickle")
     return found
 
 
@@ -172,7 +171,8 @@ def test_the_public_face_is_exactly_all() -> None:
         for alias in node.names
     }
     assert {name for name in imported if not name.startswith("_")} | {"__version__"} == set(dvar.__all__)
-    assert dvar.__all__ == sorted(dvar.__all__) == dir(dvar) and len(set(dvar.__all__)) == len(dvar.__all__)
+    assert dvar.__all__ == sorted(dvar.__all__) == dir(dvar)
+    assert len(set(dvar.__all__)) == len(dvar.__all__)
 
 
 @pytest.mark.parametrize("name", dvar.__all__)
@@ -225,24 +225,32 @@ def planted(tmp_path: Path, **files: str) -> Path:
 def test_an_import_that_points_up_is_found(tmp_path: Path, offence: str) -> None:
     house = planted(tmp_path, diffusion__objective=offence, trainer__loop="import torch")
     (house / "trainer" / "__init__.py").write_text("")
-    assert len(pointing_up(house)) == 1 and pointing_up(house)[0].startswith("diffusion.objective imports dvar")
+    assert len(pointing_up(house)) == 1
+    assert pointing_up(house)[0].startswith("diffusion.objective imports dvar")
 
 
 def test_imports_that_point_down_or_stay_in_the_room_are_not_offences(tmp_path: Path) -> None:
-    down = "import numpy\nfrom dvar import __version__\nfrom dvar.errors import DvarError\nfrom . import verdict, trace"
+    down = "import numpy\nfrom dvar.errors import DvarError\nfrom . import verdict, trace"
     house = planted(tmp_path, stopper__rules=down, stopper__trace="", stopper__verdict="", errors="")
-    (house / "cli.py").write_text("import dvar.laboratory.report\nfrom dvar.stopper import rules")
+    planted(tmp_path, trainer__run="from dvar import __version__", cli="from dvar.laboratory import report")
     assert pointing_up(house) == [] == impure(house)
 
 
 @pytest.mark.parametrize(
     "offence",
-    ["import torch", "def f():\n    from PIL import Image", "import scipy.stats", "from dvar.stopper.probe import Probe",
-     "from .probe import Probe", "from . import probe"],
-)  # fmt: skip
+    [
+        "import torch",
+        "import scipy.stats",
+        "def f():\n    from PIL import Image",
+        "from dvar.stopper.probe import Probe",
+        "from .probe import Probe",
+        "from . import probe",
+    ],
+)
 def test_an_impure_import_in_a_pure_room_is_found(tmp_path: Path, offence: str) -> None:
     house = planted(tmp_path, stopper__verdict=offence, stopper__probe="import torch")
-    assert len(impure(house)) == 1 and impure(house)[0].startswith("stopper.verdict imports ")
+    assert len(impure(house)) == 1
+    assert impure(house)[0].startswith("stopper.verdict imports ")
 
 
 def test_a_door_that_loads_a_room_is_found(tmp_path: Path) -> None:
@@ -256,9 +264,16 @@ def test_a_door_that_loads_a_room_is_found(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "offence",
-    ["import pickle", "from pickle import loads", "import torch\ntorch.load('x')", "from torch import load",
-     "import torch\nread = torch.load", "import numpy\nnumpy.load('x', allow_pickle=True)", "import joblib"],
-)  # fmt: skip
+    [
+        "import pickle",
+        "import joblib",
+        "from pickle import loads",
+        "from torch import load",
+        "import torch\ntorch.load('x')",
+        "import torch\nread = torch.load",
+        "import numpy\nnumpy.load('x', allow_pickle=True)",
+    ],
+)
 def test_unpickling_is_found(tmp_path: Path, offence: str) -> None:
     assert len(unpickling(planted(tmp_path, trainer__checkpoint=offence))) == 1
     assert unpickling(planted(tmp_path, trainer__checkpoint="import numpy\nnumpy.load('x', allow_pickle=False)")) == []

@@ -8,12 +8,14 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
-from cyclopts import App, CycloptsError, Group, Parameter
+from cyclopts import App, CycloptsError, Group, Parameter, UnknownOptionError
+from cyclopts.types import NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from dvar.config import ALIASES, TextualInversionConfig, read_settings
+from dvar.config import ALIASES, TextualInversionConfig, nearest, read_settings
 from dvar.errors import DvarError, RefusedInput
 
 if TYPE_CHECKING:
@@ -21,7 +23,14 @@ if TYPE_CHECKING:
 
 REFUSED, FAILED, INTERRUPTED = 2, 1, 130
 
-app = App(name="dvar", help="Know when a text-to-image fine-tune is done.", result_action="return_value")
+# Plain text, because reading help as Markdown costs 40 ms of the 100 that help takes.
+app = App(
+    name="dvar",
+    help="Know when a text-to-image fine-tune is done.",
+    help_format="plaintext",
+    result_action="return_value",
+    suppress_keyboard_interrupt=False,
+)
 train = App(name="train", help="Personalise a model; training stops by itself.")
 app.command(train)
 
@@ -32,6 +41,10 @@ def main(tokens: Sequence[str] | None = None) -> int:
         warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
         try:
             return app(tokens, exit_on_error=False, print_error=False) or 0
+        except UnknownOptionError as error:
+            known = [name for argument in error.argument_collection for name in argument.names]
+            flag = error.token.keyword or error.token.value
+            return _fail(REFUSED, [f"unknown flag {flag}: the nearest known one is {nearest(flag, known)}"])
         except CycloptsError as error:
             return _fail(REFUSED, [" ".join(str(error).split())])
         except RefusedInput as error:
@@ -43,7 +56,7 @@ def main(tokens: Sequence[str] | None = None) -> int:
 
 
 def _with_flags_of(settings: type) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Give a command a flag for every field of a settings class; its keyword arguments are then those that were given."""
+    """Give a command a flag for each field of a settings class; its keyword arguments are then the flags given."""
 
     def decorate(command: Callable[..., int]) -> Callable[..., int]:
         own = inspect.signature(command, eval_str=True).parameters.values()
@@ -65,10 +78,10 @@ def _with_flags_of(settings: type) -> Callable[[Callable[..., int]], Callable[..
 @train.command(name="textual-inversion")
 @_with_flags_of(TextualInversionConfig)
 def textual_inversion(*, config: Path | None = None, **given: Any) -> int:
-    """Learn a new word for the subject of a folder of pictures; stop by DVAR, or at the cap.
+    """Learn a new word for the subject of some pictures; stop by DVAR or at the cap.
 
-    The defaults shown are the paper's; the bundled model has a preset of its own.  A preset is overridden by the settings
-    file, and that by a flag.
+    Defaults shown are the paper's; the bundled model has a preset of its own.
+    A settings file overrides a preset, and a flag overrides both.
 
     Parameters
     ----------
@@ -81,12 +94,13 @@ def textual_inversion(*, config: Path | None = None, **given: Any) -> int:
 @app.command
 def generate(
     run: Path,
+    /,
     *,
     prompt: str,
-    num_images: int = 4,
-    seed: int = 0,
-    guidance_scale: float | None = None,
-    num_inference_steps: int | None = None,
+    num_images: PositiveInt = 4,
+    seed: NonNegativeInt = 0,
+    guidance_scale: NonNegativeFloat | None = None,
+    num_inference_steps: PositiveInt | None = None,
     output: Path | None = None,
 ) -> int:
     """Draw pictures of a learned word.
@@ -131,7 +145,7 @@ def generate(
 
 
 @app.command
-def report(run: Path) -> int:
+def report(run: Path, /) -> int:
     """Write the report of a run, finished or not, as one page.
 
     Parameters
@@ -161,7 +175,9 @@ def demo(*, concept: str | None = None, output_dir: Path | None = None) -> int:
     known = mini.concepts()
     name = concept or next(iter(known))
     if name not in known:
-        raise RefusedInput([f"concept {name!r} is not bundled, the nearest is {nearest(name, known)}: see dvar concepts"])
+        raise RefusedInput(
+            [f"concept {name!r} is not bundled, the nearest is {nearest(name, known)}: see dvar concepts"]
+        )
     return _personalise(
         {
             "instance_data_dir": known[name],
@@ -186,5 +202,40 @@ def _personalise(given: dict[str, Any]) -> int:
     from dvar.trainer.presets import configure
 
     config = configure(given)
-    if problems := config.problems():
-        raise RefusedInput(problems)
+    title = f"{config.placeholder_token} · {config.pretrained_model_name_or_path} · {config.output_dir}"
+    print(f"dvar: loading for {title}", file=sys.stderr, flush=True)
+    from dvar.trainer.progress import watch
+    from dvar.trainer.run import personalise
+
+    with watch(config.max_train_steps, title, sys.stderr) as progress:
+        result = personalise(config, [progress])
+    return _tell(result, config.placeholder_token)
+
+
+def _tell(result: Result, word: str) -> int:
+    """Print how a run ended, where to look and what to do next; return the exit status that says the same."""
+    from dvar.laboratory.report import write_report
+    from dvar.stopper.verdict import Reason
+    from dvar.trainer.artifacts import EMBEDS
+
+    print(result.verdict)
+    for diagnosis in result.verdict.diagnoses:
+        print(f"note: {diagnosis}")
+    if result.verdict.reason is Reason.INTERRUPTED:
+        print("next      the same command with --resume_from_checkpoint latest")
+        return INTERRUPTED
+    prompt = shlex.join(["--prompt", f"a photo of {word} on the beach"])
+    print(f"report    {write_report(result.folder)}")
+    print(f"weights   {result.folder / EMBEDS}")
+    print(f"next      dvar generate {shlex.quote(str(result.folder))} {prompt}")
+    return FAILED if result.verdict.reason is Reason.NON_FINITE else 0
+
+
+def _unused(folder: Path) -> Path:
+    return next(path for number in count() if not (path := folder / f"{number:02d}.png").exists())
+
+
+def _fail(status: int, lines: Iterable[str]) -> int:
+    for line in lines:
+        print(f"dvar: {line}", file=sys.stderr)
+    return status

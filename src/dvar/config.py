@@ -66,7 +66,6 @@ class TextualInversionConfig:
     num_vectors: int = setting(1, "Embedding vectors behind the new word.", COUNT)
     resolution: int = setting(512, "Side of the square training pictures in pixels, a multiple of 8.", Range(8))
     center_crop: bool = setting(True, "Crop the middle square; otherwise squeeze the whole picture into a square.")
-    random_flip: bool = setting(True, "Show each picture mirrored half of the time; turn off where left is not right.")
     random_flip: bool = setting(True, "Mirror each picture left to right half of the time.")
 
     preset: str | None = setting(

@@ -60,8 +60,10 @@ def test_steps_values_and_samples_hold_the_records_with_an_evaluation() -> None:
     trace.record(0, [1.0, 2.0, 6.0], train_loss=0.5)
     trace.record(1, train_loss=0.25, seconds={"train": 0.125, "probe": 0.5})
     trace.record(4, np.array([0.5, 0.5, 0.5], np.float32), train_loss=None)
-    assert trace.steps.tolist() == [0, 4] and trace.steps.dtype == np.int64
-    assert trace.values.tolist() == [3.0, 0.5] and trace.values.dtype == np.float64
+    assert trace.steps.tolist() == [0, 4]
+    assert trace.steps.dtype == np.int64
+    assert trace.values.tolist() == [3.0, 0.5]
+    assert trace.values.dtype == np.float64
     assert trace.samples.tolist() == [[1.0, 2.0, 6.0], [0.5, 0.5, 0.5]]
     assert (len(trace), trace.last_step) == (3, 4)
     assert [column.tolist() for column in trace.metric("train_loss")] == [[0, 1], [0.5, 0.25]]
@@ -73,7 +75,8 @@ def test_steps_values_and_samples_hold_the_records_with_an_evaluation() -> None:
 def test_an_empty_trace_is_empty() -> None:
     trace = Trace()
     assert (len(trace), trace.last_step, trace.records) == (0, 0, [])
-    assert trace.steps.shape == trace.values.shape == (0,) and trace.samples.shape == (0, 0)
+    assert trace.steps.shape == trace.values.shape == (0,)
+    assert trace.samples.shape == (0, 0)
 
 
 def test_the_mean_over_samples_is_taken_in_float64() -> None:
@@ -104,7 +107,8 @@ def test_views_cannot_be_written_and_do_not_change_when_the_trace_grows() -> Non
             early = (trace.steps, trace.values, trace.samples)
             copies = [view.copy() for view in early]
     for view, copy in zip(early, copies, strict=True):
-        assert np.array_equal(view, copy) and len(view) == 51
+        assert np.array_equal(view, copy)
+        assert len(view) == 51
         with pytest.raises(ValueError, match="read-only"):
             view[0] = 1
     assert np.array_equal(trace.samples, np.stack([np.arange(300), np.arange(300) + 1], axis=1))
@@ -115,7 +119,8 @@ def test_what_a_caller_holds_is_not_the_trace_itself() -> None:
     trace = Trace(HEADER)
     row = trace.record(0, 0.5)
     row["step"] = trace.records[0]["step"] = trace.header["method"] = 7
-    assert trace.records == [{"step": 0, "eval": [0.5]}] and trace.header == {"dvar_trace": 1, **HEADER}
+    assert trace.records == [{"step": 0, "eval": [0.5]}]
+    assert trace.header == {"dvar_trace": 1, **HEADER}
 
 
 @pytest.mark.parametrize(
@@ -146,7 +151,8 @@ def test_a_record_that_does_not_fit_is_refused_and_leaves_nothing(
     before = lines(trace)
     with pytest.raises(TraceError, match=told):
         trace.record(step, losses, **metrics)
-    assert lines(trace) == before and len(trace.steps) == len(trace.values) == len(trace.samples) == 1
+    assert lines(trace) == before
+    assert len(trace.steps) == len(trace.values) == len(trace.samples) == 1
     trace.record(6, [0.1, 0.1])
 
 
@@ -177,7 +183,8 @@ def test_a_trace_survives_its_file_to_the_last_bit(tmp_path: Path, drawn: list[A
     trace, path = built(drawn), tmp_path / "trace.jsonl"
     trace.write(path)
     again = Trace.read(path)
-    assert again.header == trace.header and lines(again) == lines(trace)
+    assert again.header == trace.header
+    assert lines(again) == lines(trace)
     for name in ("steps", "values", "samples"):
         assert getattr(again, name).shape == getattr(trace, name).shape
         assert bits(getattr(again, name)) == bits(getattr(trace, name))
@@ -223,7 +230,14 @@ def test_damage_elsewhere_is_an_error_that_names_the_line(tmp_path: Path) -> Non
     path = tmp_path / "trace.jsonl"
     built([(1, [0.1, 0.2, 0.3], {})] * 3).write(path)
     header, first, *others = path.read_text("ascii").splitlines(keepends=True)
-    for damaged in (first[:-9] + "\n", "\n", '["step"]\n', '{"eval": [0.1, 0.2, 0.3]}\n', '{"step": 7}\n', '{"step": "x"}\n'):
+    for damaged in (
+        first[:-9] + "\n",
+        "\n",
+        '["step"]\n',
+        '{"eval": [0.1, 0.2, 0.3]}\n',
+        '{"step": 7}\n',
+        '{"step": "x"}\n',
+    ):
         path.write_text("".join([header, damaged, *others]), "ascii")
         with pytest.raises(TraceError, match=r"trace\.jsonl, line [23]"):
             Trace.read(path)
@@ -237,7 +251,8 @@ def test_cut_keeps_the_records_up_to_a_step() -> None:
     trace = built([(3, [0.1, 0.2, 0.3], {"lr": 0.5}), (3, None, {}), (3, [1.0, 2.0, 3.0], {})])
     assert trace.cut(5).header == trace.header
     assert lines(trace.cut(5)) == lines(trace)[:2] == lines(trace.cut(7))
-    assert len(trace.cut(1)) == 0 and lines(trace.cut(99)) == lines(trace)
+    assert len(trace.cut(1)) == 0
+    assert lines(trace.cut(99)) == lines(trace)
 
 
 def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,16 +41,19 @@ class Backbone:
 
     @classmethod
     def load(
-        cls, name: str | Path, *, device: str | None = None, mixed_precision: str = "no", gradient_checkpointing: bool = False
+        cls,
+        name: str | Path,
+        *,
+        device: str | None = None,
+        mixed_precision: str = "no",
+        gradient_checkpointing: bool = False,
     ) -> Backbone:
         """Return the model in a diffusers folder or behind a hub id, on ``device`` (a GPU where there is one).
 
         ``mixed_precision`` "bf16" or "fp16" keeps the U-Net's weights in that precision and computes under autocast.
         Raises: ModelError when it cannot be loaded or is no Stable Diffusion.
         """
-        with _told_in_one_line(name):
-            if (kind := diffusers.DiffusionPipeline.load_config(name)["_class_name"]) != "StableDiffusionPipeline":
-                raise ModelError(f"the model must be a Stable Diffusion 1.x or 2.x, {name} is a {kind}: choose another model")
+        with _loading(name):
             pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
                 name, safety_checker=None, feature_extractor=None, requires_safety_checker=False
             )
@@ -61,7 +64,9 @@ class Backbone:
         if gradient_checkpointing:
             pipeline.unet.enable_gradient_checkpointing()
         if (kind := pipeline.scheduler.config.prediction_type) not in ("epsilon", "v_prediction"):
-            raise ModelError(f"the model must predict epsilon or v_prediction, {name} predicts {kind}: choose another model")
+            raise ModelError(
+                f"the model must predict epsilon or v_prediction, {name} predicts {kind}: choose another model"
+            )
         return cls(
             pipeline.tokenizer,
             pipeline.text_encoder,
@@ -85,12 +90,14 @@ class Backbone:
     def schedule(self) -> Schedule:
         """The noise the model was trained under: that of its own scheduler."""
         return Schedule(
-            self.scheduler.alphas_cumprod.float().cpu(), self.scheduler.config.prediction_type, self.vae.config.scaling_factor
+            self.scheduler.alphas_cumprod.float().cpu(),
+            self.scheduler.config.prediction_type,
+            self.vae.config.scaling_factor,
         )
 
     @torch.no_grad()
     def encode(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """Return the posterior moments of RGB pictures, float32 [n, 2C, h, w] on the CPU: C means, then C log-variances.
+        """Return the posterior moments of RGB pictures, float32 [n, 2C, h, w] on the CPU: means, then log-variances.
 
         In float32 and one picture at a time, so that neither the precision nor the company changes a picture's moments.
         """
@@ -108,7 +115,7 @@ class Backbone:
         return min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
 
     def predict(self, noisy: Tensor, timesteps: Tensor, input_ids: Tensor) -> Tensor:
-        """Return the U-Net's prediction [B, C, h, w] for noisy latents at ``timesteps`` under captions ``input_ids``."""
+        """Return the prediction [B, C, h, w] for noisy latents at ``timesteps`` under captions ``input_ids``."""
         with self.autocast():
             condition = self.text_encoder(input_ids)[0]
             return self.unet(noisy, timesteps, encoder_hidden_states=condition).sample
@@ -127,8 +134,12 @@ def load_tokenizer(name: str | Path) -> CLIPTokenizer:
 
     Raises: ModelError when there is none.
     """
-    with _told_in_one_line(name):
-        return transformers.CLIPTokenizer.from_pretrained(name, subfolder="tokenizer")
+    with _loading(name):
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(name, subfolder="tokenizer")
+    # Without files transformers makes up an empty vocabulary; a real one spells at least the 256 bytes.
+    if len(tokenizer) < 256:
+        raise ModelError(f"{name} does not load as a Stable Diffusion model: its tokenizer has no vocabulary")
+    return tokenizer
 
 
 def best_device() -> str:
@@ -137,14 +148,16 @@ def best_device() -> str:
 
 
 @contextmanager
-def _told_in_one_line(name: str | Path) -> Iterator[None]:
-    """Keep the libraries' bars and notes off the terminal while a model loads, and say in one line why it did not."""
+def _loading(name: str | Path) -> Iterator[None]:
+    """Keep the libraries' bars and notes off the terminal while a Stable Diffusion loads; say in one line why not."""
     levels = transformers.logging.get_verbosity(), diffusers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     diffusers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     diffusers.logging.disable_progress_bar()
     try:
+        if (kind := diffusers.DiffusionPipeline.load_config(name)["_class_name"]) != "StableDiffusionPipeline":
+            raise ModelError(f"the model must be a Stable Diffusion 1.x or 2.x, {name} is a {kind}: choose another")
         yield
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
         said = (str(error).strip() or type(error).__name__).splitlines()[0]

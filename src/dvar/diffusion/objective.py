@@ -1,6 +1,7 @@
 """The training objective of latent diffusion, written once, over draws that are values.
 
-Training evaluates it on fresh draws, L_det on held ones; a row of the paper's Figure 5 is `dataclasses.replace` of one field.
+Training evaluates it on fresh draws, L_det on held ones; a row of the paper's Figure 5 is `dataclasses.replace` of
+one field.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ class Draws:
     """One batch with everything that is random about it, a field for each factor of the paper's Section 3.2.
 
     ``moments`` [B, 2C, h, w] float32: mean and log-variance of the autoencoder's posterior of each picture x;
-    ``vae_noise`` [B, C, h, w] float32: what picks a latent from that posterior; ``noise`` [B, C, h, w] float32: epsilon;
-    ``timesteps`` [B] int64: t; ``input_ids`` [B, L] int64: the caption y.
+    ``vae_noise`` [B, C, h, w] float32: what picks a latent from that posterior; ``noise`` [B, C, h, w] float32:
+    epsilon; ``timesteps`` [B] int64: t; ``input_ids`` [B, L] int64: the caption y.
     """
 
     moments: Tensor
@@ -52,7 +53,8 @@ class Examples:
 class Schedule:
     """What a model was trained to predict and under how much noise.
 
-    ``alphas_cumprod`` [T] float32; ``prediction_type`` is "epsilon" or "v_prediction"; ``scaling_factor`` multiplies latents.
+    ``alphas_cumprod`` [T] float32; ``prediction_type`` is "epsilon" or "v_prediction"; ``scaling_factor`` multiplies
+    latents.
     """
 
     alphas_cumprod: Tensor
@@ -65,11 +67,13 @@ def draw(
 ) -> Draws:
     """Return the draws of samples ``first`` to ``first + count - 1`` of one step, on the CPU.
 
-    Each sample has its own picture, view, caption and t, all uniform (t in 0 .. ``timesteps`` - 1), and its own two Gaussian
-    noises; each of these is keyed by (seed, stream, factor, step, sample), so a step's draws do not depend on how it is split.
+    Each sample has its own picture, view, caption and t, all uniform (t in 0 .. ``timesteps`` - 1), and its own two
+    Gaussian noises; each of these is keyed by (seed, stream, factor, step, sample), so a step's draws do not depend
+    on how it is split.
 
     Source: Section 2.2, Equations 2 and 3; the held batch of Equation 4 is the same call with a stream of its own.
-    Deviates: the released code takes the held batch's pictures and captions in list order and its t without replacement.
+    Deviates: the released code takes the held batch's pictures and captions in list order and its t without
+    replacement.
     """
     samples = [_sample(examples, timesteps, seed, stream, step, index) for index in range(first, first + count)]
     moments, vae_noise, noise, drawn, input_ids = (torch.stack(column) for column in zip(*samples, strict=True))

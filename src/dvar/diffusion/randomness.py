@@ -20,7 +20,10 @@ def seed_for(seed: int, stream: str, step: int = 0, index: int = 0) -> int:
 
 
 def generator(seed: int, stream: str, step: int = 0, index: int = 0) -> torch.Generator:
-    """Return a fresh CPU generator for one draw.  (Torch keeps the low 32 bits of a seed, so about one pair in 4e9 coincides.)"""
+    """Return a fresh CPU generator for one draw.
+
+    Torch keeps the low 32 bits of a seed, so that about one pair of draws in 4e9 coincides.
+    """
     return torch.Generator().manual_seed(seed_for(seed, stream, step, index))
 
 
@@ -31,9 +34,10 @@ def numpy_generator(seed: int, stream: str, step: int = 0, index: int = 0) -> np
 
 @contextmanager
 def seeded_globals(seed: int, stream: str, step: int = 0, index: int = 0) -> Iterator[None]:
-    """Run a scope under torch's global generators seeded by key, and put back what they were: for what takes no generator.
+    """Run a scope under torch's global generators seeded by key, and put back what they were.
 
-    Dropout is the case in point.  CUDA's generators are included once it is in use; each costs a copy of its state.
+    For what takes no generator, such as dropout.  CUDA's generators are included once it is in use; each costs a copy of
+    its state.
     """
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices):

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import diffusers
 import torch
 from PIL import Image
 
 from dvar.diffusion.backbone import Backbone
+from dvar.stopper.probe import undisturbed
 
 BATCH = 8
 
 
 def sample(
-    backbone: Backbone, prompts: Sequence[str], seeds: Sequence[int], *, size: int, steps: int = 50, guidance: float = 7.5
+    backbone: Backbone,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    size: int,
+    steps: int = 50,
+    guidance: float = 7.5,
 ) -> list[Image.Image]:
     """Return one RGB picture of ``size`` pixels a side for each prompt, its noise drawn on the CPU from its own seed.
 
-    ``steps`` of the model's own sampler under classifier-free guidance of weight ``guidance`` (1 or less: none).  Any stock
-    pipeline of the same model draws the same picture from ``generator=torch.Generator().manual_seed(seed)``.  Neither a
-    train or eval flag nor a global random state is changed.
+    ``steps`` of the model's own sampler under classifier-free guidance of weight ``guidance`` (1 or less: none).  Any
+    stock pipeline of the same model draws the same picture from ``generator=torch.Generator().manual_seed(seed)``.
+    Neither a train or eval flag nor a global random state is changed.
 
     Source: Section 4.1 and the released command lines: 50 steps, guidance 7.5 for Textual Inversion.
     """
@@ -37,7 +43,7 @@ def sample(
     )
     pipeline.set_progress_bar_config(disable=True)
     pictures: list[Image.Image] = []
-    with _undisturbed(backbone), backbone.autocast():
+    with undisturbed(backbone.modules), backbone.autocast():
         for first in range(0, len(prompts), BATCH):
             drawn = pipeline(
                 list(prompts[first : first + BATCH]),
@@ -49,17 +55,3 @@ def sample(
             )
             pictures += drawn.images
     return pictures
-
-
-@contextmanager
-def _undisturbed(backbone: Backbone) -> Iterator[None]:
-    """Eval mode in a scope whose random draws are forgotten, every submodule's own flag put back after it."""
-    flags = [(module, module.training) for network in backbone.modules for module in network.modules()]
-    with torch.random.fork_rng():
-        try:
-            for network in backbone.modules:
-                network.eval()
-            yield
-        finally:
-            for module, training in flags:
-                module.training = training

@@ -17,7 +17,7 @@ from dvar.laboratory.runs import Floats, Run
 from dvar.stopper.verdict import Reason
 
 PIXEL_ART = 128  # pictures up to this side are shown pixel by pixel, larger ones are shrunk and smoothed
-SHRUNK = 256
+SHRUNK = 224
 STEPS_SHOWN = 6
 ROWS_SHOWN = 8
 LOST_SHOWN = 20
@@ -81,7 +81,8 @@ def growth(run: Run) -> Html | None:
 
 def becoming(run: Run) -> Html | None:
     """Return a few references and, beside them, what the newest samples show; None when there is neither."""
-    final = run.samples[max(run.samples)] if run.samples else ()
+    newest = max(run.samples, default=0)
+    final = run.samples.get(newest if run.exported_step is None else run.exported_step, ())
     strips = [("What training saw", run.references), (f"What {run.config['placeholder_token']} draws now", final)]
     found = [_strip(title, pictures[:3]) for title, pictures in strips if pictures]
     return element("div", *found, class_="becoming") if found else None
@@ -98,7 +99,7 @@ def picture(path: Path, says: str) -> Html:
     if not pixels:
         shown.thumbnail((SHRUNK, SHRUNK), Image.Resampling.LANCZOS)
     kind = "png" if pixels else "jpeg"
-    shown.save(written, kind, **({"optimize": True} if pixels else {"quality": 84}))
+    shown.save(written, kind, **({"optimize": True} if pixels else {"quality": 82}))
     source = f"data:image/{kind};base64,{base64.b64encode(written.getvalue()).decode()}"
     return element("img", src=source, alt=says, class_="pixels" if pixels else None)
 

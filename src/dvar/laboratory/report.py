@@ -78,6 +78,8 @@ def _notes(run: Run) -> Iterator[Html]:
     for diagnosis in verdict.diagnoses:
         name, _, says = diagnosis.partition(": ")
         yield join([element("b", f"{_capitalised(name)}:"), f" {says}."])
+    if verdict.reason is Reason.NON_FINITE and run.result:
+        yield join([f"What was exported is the word as it was at step {run.exported_step}, before the fault."])
     if verdict.reason is Reason.CAP:
         yield Html(
             "The cap ended this run, not the rule: its loss has not settled yet, or jitters too much to show it."
@@ -159,7 +161,8 @@ def _ratio(run: Run) -> Html | None:
     caption = (
         f"The variance of L_det over the last {window} steps divided by that over the whole run; training stops "
         f"when this falls below {100 * threshold:g} %. Dotted: a loss that falls in a straight line, which the rule "
-        f"would stop at about step {math.floor(run.straight_line_step)} with nothing settled. Shaded: warming up, no ratio yet."
+        f"would stop at about step {math.floor(run.straight_line_step)} with nothing settled. Shaded: warming up, "
+        "without a ratio yet."
     )
     return _section("The stopping rule", _figure(figures.ratio(run), caption))
 

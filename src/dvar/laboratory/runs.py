@@ -69,6 +69,11 @@ class Run:
             return int(self.result["steps"])
         return self.trace.last_step
 
+    @property
+    def exported_step(self) -> int | None:
+        """The step whose vectors were exported; None until the run has finished."""
+        return int(self.result["exported_step"]) if self.result else None
+
     @cached_property
     def seconds(self) -> dict[str, float]:
         """Seconds by kind of work ("train", "probe", "other"), by the result or else summed over the records."""

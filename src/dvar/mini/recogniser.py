@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -28,16 +27,15 @@ class Reading:
 
 
 class Recogniser(nn.Module):
-    """Five convolutional stages on float pictures [n, 3, 64, 64] in [-1, 1]."""
+    """Four convolutional stages on float pictures [n, 3, 64, 64] in [-1, 1]."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
-        widths = [width, 2 * width, 3 * width, 5 * width, 6 * width]
+        widths = [width, 2 * width, 4 * width, 6 * width]
         stages: list[nn.Module] = []
-        for i, out in enumerate(widths):
-            before = 3 if i == 0 else widths[i - 1]
-            stages += [nn.Conv2d(before, out, 3, 2 if i else 1, 1), nn.GroupNorm(8, out), nn.SiLU()]
-            stages += [nn.Conv2d(out, out, 3, 1, 1), nn.GroupNorm(8, out), nn.SiLU()] if i else []
+        for before, out in zip([3, *widths], widths, strict=False):
+            stages += [nn.Conv2d(before, out, 4, 2, 1), nn.GroupNorm(8, out), nn.SiLU()]
+            stages += [nn.Conv2d(out, out, 3, 1, 1), nn.GroupNorm(8, out), nn.SiLU()]
         self.features = nn.Sequential(*stages, nn.Flatten())
         self.mixed = nn.Sequential(nn.Linear(widths[-1] * 16, 256), nn.SiLU())
         self.heads = nn.ModuleDict({name.replace(" ", "_"): nn.Linear(256, answers) for name, answers in HEADS.items()})

@@ -42,9 +42,16 @@ class Probe(Generic[Held]):
             raise RefusedInput(problems)
 
     def __call__(self) -> Tensor:
-        with _random_states_kept(), _evaluation_mode(self._modules), torch.no_grad():
+        with undisturbed(self._modules), torch.no_grad():
             losses = self._loss(self._held)
             return _checked(losses).detach().to("cpu", torch.float32)
+
+
+@contextmanager
+def undisturbed(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """A scope in evaluation mode that leaves no trace: flags and global random states are afterwards what they were."""
+    with _random_states_kept(), _evaluation_mode(modules):
+        yield
 
 
 def _checked(losses: Tensor) -> Tensor:

@@ -140,8 +140,9 @@ class FixedSteps:
 class AnyOf:
     """Stop as soon as one of `rules` stops.
 
-    The verdict is that of the first rule that stops, else of the first rule; the metrics and diagnoses of the others
-    come with it, so that a run stopped by its cap still tells how far it was from converging.
+    The reason is "non-finite" if it is so for one rule, else that of the first rule that stops, else that of the first
+    rule.  The metrics and diagnoses of all come with it, so that a run stopped by its cap still tells how far it was
+    from converging.
 
     Raises: RefusedInput when there is no rule.
     """
@@ -154,12 +155,13 @@ class AnyOf:
 
     def __call__(self, trace: Trace) -> Verdict:
         verdicts = [rule(trace) for rule in self.rules]
-        chosen = next((verdict for verdict in verdicts if verdict.stop), verdicts[0])
+        chosen = min(verdicts, key=lambda verdict: (verdict.reason is not Reason.NON_FINITE, not verdict.stop))
         metrics: dict[str, float] = {}
         for verdict in [*reversed(verdicts), chosen]:
             metrics |= verdict.metrics
         return replace(
             chosen,
+            stop=any(verdict.stop for verdict in verdicts),
             metrics=metrics,
             diagnose=lambda: tuple(chain.from_iterable(verdict.diagnoses for verdict in verdicts)),
         )

@@ -287,7 +287,7 @@ class Curve:
     @property
     def mean(self) -> float:
         """Weighted mean."""
-        return float(self.values[0] + np.average(self.values - self.values[0], weights=self.weights))
+        return float(self.values[0] + np.dot(self.weights / np.sum(self.weights), self.values - self.values[0]))
 
     def variance(self, unit: float) -> float:
         """Weighted variance with ddof 0, in units of `unit` squared, in two passes over float64.
@@ -302,7 +302,7 @@ class Curve:
     def slope(self) -> float:
         """Change per step of the weighted least-squares line."""
         ages = self.steps - np.average(self.steps, weights=self.weights)
-        return float(np.dot(self.weights * ages, self.values - self.mean) / np.dot(self.weights * ages, ages))
+        return float(np.dot(self.weights * ages / np.dot(self.weights * ages, ages), self.values - self.mean))
 
 
 class _Column:

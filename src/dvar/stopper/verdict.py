@@ -12,9 +12,9 @@ import numpy as np
 
 from dvar.stopper.trace import Curve, decode, encode
 
-# Half the pace of a straight line: an exponential is that slow once it has made about five sixths of its way.
+# Half the pace of a straight line: an exponential is that slow 1.26 time constants after its start, with 28 % to go.
 _FALLING_PACE = 0.5
-# A rise is news long before it is fast: a tenth of that pace, if it is more than jitter.
+# A tenth of the pace of a straight line: a rise is news long before it is fast.
 _RISING_PACE = 0.1
 # A trend is told from noise at three standard errors of its slope, a level at two standard deviations of a record.
 _CLEAR_TREND, _CLEAR_LEVEL = 3.0, 2.0
@@ -168,7 +168,7 @@ def _variance_clause(metrics: Mapping[str, float]) -> str:
 
 
 def _running(metrics: Mapping[str, float]) -> str:
-    return _variance_clause(metrics) if "ratio" in metrics else f"the cap is {metrics['max_steps']:.0f} steps"
+    return _variance_clause(metrics) if "total_var" in metrics else f"the cap is {metrics['max_steps']:.0f} steps"
 
 
 def _warming_up(metrics: Mapping[str, float]) -> str:
@@ -179,7 +179,7 @@ def _warming_up(metrics: Mapping[str, float]) -> str:
 
 
 def _cap(metrics: Mapping[str, float]) -> str:
-    clause = f"; {_variance_clause(metrics)}" if "ratio" in metrics else ""
+    clause = f"; {_variance_clause(metrics)}" if "total_var" in metrics else ""
     return f"the cap of {metrics['max_steps']:.0f} steps is reached{clause}"
 
 

@@ -21,7 +21,7 @@ RESULT = "result.json"
 
 
 def write_embeds(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Write a method's ``state``, {token: [num_vectors, dim] float32}, where ``load_textual_inversion`` of diffusers reads it.
+    """Write a method's ``state``, {token: [num_vectors, dim] float32}, for diffusers' `load_textual_inversion`.
 
     Raises: NonFiniteLoss when a vector is not finite; then nothing is written.
     """
@@ -47,13 +47,15 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def write_model_card(folder: Path, config: TextualInversionConfig, verdict: Verdict, pictures: list[Path]) -> None:
-    """Write README.md: what was learned, how to load it, why training stopped, the settings, the last sample pictures."""
+    """Write README.md: what was learned, how to load it, why training stopped, settings, the last sample pictures."""
     write_whole(folder / "README.md", _CARD.format(**_facts(folder, config, verdict, pictures)).encode())
 
 
 def _facts(folder: Path, config: TextualInversionConfig, verdict: Verdict, pictures: list[Path]) -> dict[str, str]:
     name = config.pretrained_model_name_or_path
     on_hub = name != BUNDLED_MODEL and not Path(name).expanduser().exists()
+    # A card travels: it must not tell where its writer keeps a model.
+    public = name if on_hub else Path(name).name
     settings = {
         "first word": config.initializer_token,
         "vectors": config.num_vectors,
@@ -64,8 +66,8 @@ def _facts(folder: Path, config: TextualInversionConfig, verdict: Verdict, pictu
     }
     return {
         "base": f"base_model: {name}\n" if on_hub else "",
-        "model": "the model bundled with dvar" if name == BUNDLED_MODEL else f"`{name}`" if on_hub else f"`{Path(name).name}`",
-        "loaded": 'str(dvar.mini.path())' if name == BUNDLED_MODEL else f'"{name}"',
+        "model": "the model bundled with dvar" if name == BUNDLED_MODEL else f"`{public}`",
+        "loaded": "str(dvar.mini.path())" if name == BUNDLED_MODEL else f'"{public}"',
         "imports": "import dvar.mini\n" if name == BUNDLED_MODEL else "",
         "word": config.placeholder_token,
         "kind": config.learnable_property,
@@ -99,7 +101,7 @@ pipeline.load_textual_inversion(".", weight_name="learned_embeds.safetensors")
 pipeline("{prompt}").images[0].save("picture.png")
 ```
 
-Training ended: {verdict}.
+How training ended: {verdict}.
 
 | setting | value |
 |---|---|

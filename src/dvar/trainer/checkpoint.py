@@ -38,8 +38,8 @@ class Checkpoint:
     def write(self, folder: Path, keep: int | None = None) -> Path:
         """Return ``folder``/checkpoint-N once it is complete and on the disk; then delete all but the ``keep`` newest.
 
-        The files are written beside it, the manifest with their digests last, and one rename makes them a checkpoint: killed
-        at any moment, this leaves every earlier checkpoint as it was.
+        The files are written beside it, the manifest with their digests last, and one rename makes them a checkpoint:
+        killed at any moment, this leaves every earlier checkpoint as it was.
         """
         final, staged = folder / f"checkpoint-{self.step}", folder / f".checkpoint-{self.step}.part"
         _remove(staged)

@@ -91,8 +91,8 @@ class Tokenizer(Protocol):
 class Concept:
     """The subject of a run.
 
-    ``pictures`` are upright RGB squares, ``resolution`` pixels a side, in the order of ``names``; ``captions`` holds for
-    each its own caption or None; ``templates`` are sentences with ``{}`` where the word goes.
+    ``pictures`` are upright RGB squares, ``resolution`` pixels a side, in the order of ``names``; ``captions`` holds
+    for each its own caption or None; ``templates`` are sentences with ``{}`` where the word goes.
     """
 
     pictures: tuple[Image.Image, ...]
@@ -212,7 +212,7 @@ def model_problems(name: str) -> list[str]:
 
 
 def output_problems(config: TextualInversionConfig) -> list[str]:
-    """What stands in the way of writing the run into its folder: a file, the pictures, another run, nothing to resume."""
+    """What stands in the way of writing into the run's folder: a file, pictures, another run, or nothing to resume."""
     folder, resume = Path(config.output_dir).expanduser(), config.resume_from_checkpoint
     if folder.exists() and not folder.is_dir():
         return [f"output_dir must be a folder, and {folder} is a file: choose another"]
@@ -269,7 +269,7 @@ def token_names(placeholder: str, count: int) -> tuple[str, ...]:
 def token_id(tokenizer: Tokenizer, word: str) -> int | None:
     """The id of the single token that is ``word``, or None when it is spelled with several.
 
-    A piece of the vocabulary that only occurs inside words counts too: the released commands start from such a one, ktn.
+    An entry of the vocabulary that only continues words counts too: the released commands start from such a one, ktn.
     """
     ids = tokenizer.encode(word, add_special_tokens=False)
     if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
@@ -327,7 +327,7 @@ def _read_captions(files: Sequence[Path], names: Sequence[str], placeholder: str
 
 
 def _entries(file: Path, names: Sequence[str]) -> Iterator[tuple[str, str, str | ValueError]]:
-    """(where it is written, the picture's file name, the caption or what is wrong with it) for each caption in a file."""
+    """(where it is written, its picture's file name, the caption or what is wrong with it) for each one in a file."""
     try:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError):

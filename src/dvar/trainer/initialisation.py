@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 def initial_rows(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, initializer: str, count: int) -> Tensor:
     """Return ``count`` copies of the embedding of the one-token word ``initializer``, float32 [count, dim].
 
-    No noise is added: the copies stand at different places of a prompt, so their gradients part them from the first step.
+    No noise is added: the copies stand at different places of a prompt, so their gradients part them from the first
+    step.
 
     Source: Section 2.3; the first vector is that of a known word, as in Textual Inversion.
     """

@@ -38,9 +38,9 @@ class Method(Protocol):
 class Step:
     """The model after ``step`` updates.
 
-    ``train_loss``, ``grad_norm`` and ``lr`` are those of the last update, None at step 0; the loss was taken before it moved
-    the model.  ``eval`` holds the losses of the held samples, None between two evaluations.  ``seconds``, since the step
-    before: "train", "probe" and "other" (what the consumers and the disk took).
+    ``train_loss``, ``grad_norm`` and ``lr`` are those of the last update, None at step 0; the loss was taken before
+    it moved the model.  ``eval`` holds the losses of the held samples, None between two evaluations.  ``seconds``,
+    since the step before: "train", "probe" and "other" (what the consumers and the disk took).
     """
 
     step: int
@@ -74,14 +74,15 @@ def train(
 ) -> Iterator[Step]:
     """Yield a `Step` for the untouched model and one after each update, until a verdict stops.
 
-    An evaluation is made at every ``probe_every``-th step and at the cap, so N updates give N + 1 of them at cadence 1.
-    Before a step is yielded its record is with ``log``, and every ``checkpointing_steps`` and at the last one ``save`` is
-    called: whoever breaks out leaves a run that can go on.  A learner whose trace already holds records goes on after the
-    last one.  A loss that is not finite stops, and neither moves the model nor is saved; so does ``interrupted``, after
-    the step it finds under way.
+    An evaluation is made at every ``probe_every``-th step and at the cap, so that N updates give N + 1 of them at
+    cadence 1.  Before a step is yielded its record is with ``log``, and every ``checkpointing_steps`` and at the last one
+    ``save`` is called: whoever breaks out leaves a run that can go on.  A learner whose trace already holds records
+    goes on after the last one.  A loss that is not finite stops, and neither moves the model nor is saved; so does
+    ``interrupted``, after the step it finds under way.
 
     Source: Section 3.2 and Figure 10.
-    Deviates: the untouched model is evaluated too; the released code evaluates before each update and so never after the last.
+    Deviates: the untouched model is evaluated too; the released code evaluates before each update and so never after
+    the last.
     """
     config, trace, watch = learner.config, learner.trace, Stopwatch()
     if len(trace) and criterion(trace).stop:
@@ -92,20 +93,26 @@ def train(
         due = step % config.probe_every == 0 or step == config.max_train_steps
         with watch("probe"):
             held = probe() if due and update.taken else None
-        seen: dict[str, Any] = {"train_loss": update.train_loss, "grad_norm": update.grad_norm, "lr": update.lr, "seconds": watch.lap()}
+        seen: dict[str, Any] = {
+            "train_loss": update.train_loss,
+            "grad_norm": update.grad_norm,
+            "lr": update.lr,
+            "seconds": watch.lap(),
+        }
         record = trace.record(step, held, **seen)
         log(record)
-        verdict = _judge(criterion(trace), step, update, interrupted())
+        finite = update.taken and (held is None or bool(held.isfinite().all()))
+        verdict = _judge(criterion(trace), step, finite, interrupted())
         learner.keep_best()
         if verdict.reason is not Reason.NON_FINITE and (verdict.stop or step % config.checkpointing_steps == 0):
             save()
-        yield Step(step, eval=tuple(record["eval"]) if due and update.taken else None, verdict=verdict, **seen)
+        yield Step(step, eval=None if held is None else tuple(record["eval"]), verdict=verdict, **seen)
         if verdict.stop:
             return
 
 
 class Learner:
-    """Everything that moves while training: what the method learns, the optimizer, the trace and the best step so far."""
+    """Everything that moves in training: what the method learns, the optimizer, the trace and the best step so far."""
 
     def __init__(self, method: Method, config: TextualInversionConfig, header: Mapping[str, Any]) -> None:
         self.method, self.config, self.trace = method, config, Trace(header)
@@ -126,7 +133,7 @@ class Learner:
         return self.trace.last_step + 1 if len(self.trace) else 0
 
     def update(self, losses: Losses, step: int) -> Update:
-        """Make update number ``step`` and return what it saw: the mean loss over the whole step, the gradient's norm, the rate.
+        """Make update number ``step``; return its loss, the mean over its samples, its gradient's norm and its rate.
 
         The samples of a step are numbered through its accumulation, so splitting it differently draws the same ones.
         """
@@ -139,7 +146,9 @@ class Learner:
                 self.scaler.scale(found.mean() / parts).backward()
             seen.append(found.detach())
         self.scaler.unscale_(self.optimizer)
-        norm = float(nn.utils.get_total_norm([grad for part in self.method.parameters if (grad := part.grad) is not None]))
+        norm = float(
+            nn.utils.get_total_norm([grad for part in self.method.parameters if (grad := part.grad) is not None])
+        )
         loss, rate = float(torch.cat(seen).double().mean()), config.learning_rate * self._pace(step - 1)
         # A gradient that overflows fp16 is the scaler's to skip and to scale down; anywhere else it is a fault.
         sound = math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled())
@@ -203,10 +212,10 @@ class Stopwatch:
         return lap
 
 
-def _judge(verdict: Verdict, step: int, update: Update, interrupted: bool) -> Verdict:
+def _judge(verdict: Verdict, step: int, finite: bool, interrupted: bool) -> Verdict:
     """The rule's verdict, unless something else ends the run: a loss that is not finite, or a wish to stop."""
-    if verdict.reason is Reason.NON_FINITE or not update.taken:
-        metrics = {"non_finite_step": step, **verdict.metrics}
+    if not finite:
+        metrics = {**verdict.metrics, "non_finite_step": step}
         return replace(verdict, stop=True, reason=Reason.NON_FINITE, step=step, metrics=metrics)
     if interrupted and not verdict.stop:
         return replace(verdict, stop=True, reason=Reason.INTERRUPTED, step=step)
@@ -214,7 +223,7 @@ def _judge(verdict: Verdict, step: int, update: Update, interrupted: bool) -> Ve
 
 
 def _pace(config: TextualInversionConfig) -> Callable[[int], float]:
-    """The factor of the learning rate at each update, from diffusers' schedules by name: a function, so nothing to resume."""
+    """The factor of the learning rate at each update, as diffusers names it: a function, so nothing to resume."""
     rate = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
     schedule = get_scheduler(
         config.lr_scheduler, rate, num_warmup_steps=config.lr_warmup_steps, num_training_steps=config.max_train_steps

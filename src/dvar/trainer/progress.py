@@ -16,8 +16,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from dvar.stopper.verdict import Reason, Verdict
+
 if TYPE_CHECKING:
-    from dvar.stopper.verdict import Verdict
     from dvar.trainer.loop import Step
 
 _RECENT = 50
@@ -69,7 +70,8 @@ class Meter:
     def pace(self) -> str:
         if self.rate is None or self.left is None:
             return ""
-        return f"{self.rate:.3g} steps/s, {clock(self.left)} to the cap"
+        stopped = self.verdict is not None and self.verdict.stop
+        return f"{self.rate:.3g} steps/s" + ("" if stopped else f", {clock(self.left)} to the cap")
 
 
 class LogLines:
@@ -136,8 +138,9 @@ class LivePanel:
         rows.add_row("L_det", Text(sparkline(meter.curve, bar), style="cyan"), newest)
         rows.add_row("ratio", *self._against_threshold(bar))
         rows.add_row("", Text(meter.pace, style="dim"), "")
-        stopped = meter.verdict is not None and meter.verdict.stop
-        sentence = Text(meter.verdict.sentence if meter.verdict else "", style="bold green" if stopped else "")
+        sentence = Text(meter.verdict.sentence if meter.verdict else "")
+        if meter.verdict and meter.verdict.stop:
+            sentence.stylize("bold green" if meter.verdict.reason is Reason.STABILISED else "bold yellow")
         title = Text(self.title)
         return Panel(Group(rows, sentence), title=title, title_align="left", border_style="dim", width=width)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 import signal
@@ -81,14 +82,14 @@ class Result:
 
 
 def personalise(config: TextualInversionConfig, consumers: Sequence[Callable[[Step], None]] = ()) -> Result:
-    """Learn a word for the pictures that ``config`` names, until DVAR or the cap stops, and leave the run in its folder.
+    """Learn a word for the pictures that ``config`` names, until DVAR or the cap stops; leave the run in its folder.
 
-    ``consumers`` are called with each `Step`.  SIGTERM or SIGINT ends the run after the step under way, with a checkpoint to go
-    on from and the verdict "interrupted"; nothing is exported then.  A loss that is not finite ends it too, and the step of
-    the lowest L_det is what is exported.
+    ``consumers`` are called with each `Step`.  SIGTERM or SIGINT ends the run after the step under way, with a
+    checkpoint to go on from and the verdict "interrupted"; nothing is exported then.  A loss that is not finite ends
+    it too, and the step of the lowest L_det is what is exported.
 
-    Raises: RefusedInput with every problem at once, before a model loads; ModelError; CheckpointError when there is nothing
-    to resume from, or only a run under other settings; NonFiniteLoss when no evaluation was finite.
+    Raises: RefusedInput with every problem at once, before a model loads; ModelError; CheckpointError when there is
+    nothing to resume from, or only a run under other settings; NonFiniteLoss when no evaluation was finite.
     Source: Sections 3.2, 3.3 and 4.1.
     """
     folder = Path(config.output_dir).expanduser()
@@ -106,10 +107,11 @@ def personalise(config: TextualInversionConfig, consumers: Sequence[Callable[[St
     with _interruption() as interrupted, closing(Tracker(config.report_to, folder, asdict(config))) as tracker:
         for step in job.steps(interrupted):
             verdict = step.verdict
-            if step.step % config.validation_steps == 0 and verdict.reason not in (Reason.INTERRUPTED, Reason.NON_FINITE):
-                job.draw_samples(step.step)
-            for consumer in (tracker, *consumers):
+            tracker(step)
+            for consumer in consumers:
                 consumer(step)
+            if step.step % config.validation_steps == 0 and not verdict.stop:
+                job.draw_samples(step.step)
     if verdict.reason is not Reason.INTERRUPTED:
         job.finish(verdict)
     return job.result(verdict)
@@ -117,7 +119,7 @@ def personalise(config: TextualInversionConfig, consumers: Sequence[Callable[[St
 
 def model_path(name: str) -> str:
     """Return the folder or hub id behind a model's name: "mini" is the bundled model."""
-    return str(mini.path()) if name == BUNDLED_MODEL else str(Path(name).expanduser()) if name.startswith("~") else name
+    return str(mini.path()) if name == BUNDLED_MODEL else os.path.expanduser(name)
 
 
 def personalised(folder: str | Path, **loading: Any) -> Backbone:
@@ -141,10 +143,16 @@ class _Job:
     """One run under way: the parts that `personalise` put together, and what they leave in the folder."""
 
     def __init__(
-        self, folder: Path, config: TextualInversionConfig, concept: Concept, backbone: Backbone, method: TextualInversion
+        self,
+        folder: Path,
+        config: TextualInversionConfig,
+        concept: Concept,
+        backbone: Backbone,
+        method: TextualInversion,
     ) -> None:
         self.folder, self.config, self.concept, self.backbone, self.method = folder, config, concept, backbone, method
         self.schedule = backbone.schedule
+        backbone.text_encoder.train()  # what training goes through; its dropout, where a model has any, belongs to it
         self.examples = encoded(concept, backbone, method, mirrored=config.random_flip)
         self.criterion = AnyOf((Dvar(config.window, config.threshold), FixedSteps(config.max_train_steps)))
         held = self._drawn("held", 0, 0, config.eval_batch_size)
@@ -152,12 +160,13 @@ class _Job:
         self.learner = Learner(method, config, {"method": "textual-inversion", "timesteps": held.timesteps.tolist()})
 
     def open(self, checkpoint: Checkpoint | None) -> None:
-        """Make the folder that of this run: as it was at ``checkpoint``, or new, holding the settings and what training sees."""
+        """Make the folder this run's: as it was at ``checkpoint``, or new, with the settings and what training sees."""
         if checkpoint:
             self.learner.restore(checkpoint)
             _cut(self.folder / "trace.jsonl", checkpoint)
+            _remove(self.folder, (RESULT,))
         else:
-            _clear(self.folder)
+            _remove(self.folder, WRITTEN)
         (self.folder / "references").mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "config.json", {**asdict(self.config), "versions": _versions()})
         for index, picture in enumerate(self.concept.pictures):
@@ -214,10 +223,13 @@ class _Job:
         folder, learner = self.folder, self.learner
         if failed := verdict.reason is Reason.NON_FINITE:
             if not np.isfinite(learner.trace.values).any():
-                raise NonFiniteLoss("no evaluation was finite, so nothing is exported: try --mixed_precision no or another model")
+                raise NonFiniteLoss(
+                    "no evaluation was finite, so nothing is exported: try --mixed_precision no or another model"
+                )
             self.method.load(learner.best)
         exported = learner.best_step if failed else learner.trace.last_step
         write_embeds(folder / EMBEDS, self.method.state)
+        _remove(folder, ("learned_embeds-steps-*.safetensors",))
         if exported != learner.best_step:
             write_embeds(folder / f"learned_embeds-steps-{learner.best_step}.safetensors", learner.best)
         write_model_card(folder, self.config, verdict, self.draw_samples(exported))
@@ -242,7 +254,13 @@ class _Job:
     def _drawn(self, stream: str, step: int, first: int, count: int) -> Draws:
         timesteps = len(self.schedule.alphas_cumprod)
         draws = draw(
-            self.examples, timesteps=timesteps, seed=self.config.seed, stream=stream, step=step, first=first, count=count
+            self.examples,
+            timesteps=timesteps,
+            seed=self.config.seed,
+            stream=stream,
+            step=step,
+            first=first,
+            count=count,
         )
         return draws.to(self.backbone.device)
 
@@ -251,7 +269,7 @@ class _Job:
 
 
 def encoded(concept: Concept, backbone: Backbone, method: TextualInversion, *, mirrored: bool) -> Examples:
-    """Return what can be drawn in training: each picture encoded once, and its mirror image too where ``mirrored``; its captions."""
+    """Return what training draws from, encoded once: pictures, where ``mirrored`` their mirror images too, captions."""
     views = [concept.pictures, [ImageOps.mirror(picture) for picture in concept.pictures]][: 1 + mirrored]
     captions = [[method.expand(text) for text in concept.texts(index)] for index in range(len(concept.pictures))]
     return Examples(
@@ -266,13 +284,16 @@ def _to_resume(folder: Path, config: TextualInversionConfig, concept: Concept) -
     now, then = asdict(config), checkpoint.facts["config"]
     # A schedule that bends towards the cap makes other steps under another cap; a constant one does not.
     free = _FREE | ({"max_train_steps"} if config.lr_scheduler.startswith("constant") else set())
-    differing = [f"{key} was {then.get(key)!r} and is {now[key]!r}" for key in now if key not in free and now[key] != then.get(key)]
+    differing = [
+        f"{key} was {then.get(key)!r} and is {now[key]!r}"
+        for key in now
+        if key not in free and now[key] != then.get(key)
+    ]
     if checkpoint.facts["pictures"] != _digest(concept):
         differing.append("the pictures or their captions changed")
     if differing:
-        raise CheckpointError(
-            f"checkpoint-{checkpoint.step} was made under other settings, give it those or another --output_dir: {'; '.join(differing)}"
-        )
+        said = f"checkpoint-{checkpoint.step} was made under other settings ({'; '.join(differing)})"
+        raise CheckpointError(f"{said}: resume with those, or start another --output_dir")
     return checkpoint
 
 
@@ -291,9 +312,8 @@ def _cut(path: Path, checkpoint: Checkpoint) -> None:
     checkpoint.trace.write(path)
 
 
-def _clear(folder: Path) -> None:
-    """Remove what another run wrote, and nothing else."""
-    for path in [found for name in WRITTEN for found in folder.glob(name)]:
+def _remove(folder: Path, names: Sequence[str]) -> None:
+    for path in [found for name in names for found in folder.glob(name)]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -304,7 +324,7 @@ def _versions() -> dict[str, str]:
 
 @contextmanager
 def _interruption() -> Iterator[Callable[[], bool]]:
-    """Yield whether SIGTERM or SIGINT has asked to stop; a second one interrupts at once.  Off the main thread nobody asks."""
+    """Yield whether SIGTERM or SIGINT has asked to stop; a second one interrupts at once.  Main thread only."""
     asked = threading.Event()
 
     def ask(number: int, frame: FrameType | None) -> None:

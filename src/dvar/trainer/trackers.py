@@ -18,8 +18,8 @@ Opened = tuple[Callable[[dict[str, float], int], None], Callable[[], None]]
 class Tracker:
     """A consumer of steps that reports train_loss, L_det, ratio, grad_norm and lr to "tensorboard", "wandb" or "none".
 
-    TensorBoard's files go to ``folder``/logs.  Whatever fails in a tracker is told once, in a warning, and the tracker is left
-    alone from then on.
+    TensorBoard's files go to ``folder``/logs.  Whatever fails in a tracker is told once, in a warning, and the
+    tracker is left alone from then on.
     """
 
     def __init__(self, name: str, folder: Path, settings: Settings) -> None:

@@ -21,7 +21,14 @@ _STYLE_WORDS = {
     "pixel art": ("pixel art of {}", "a pixel art picture of {}"),
     "painting": ("a painting of {}", "an oil painting of {}"),
 }
-_PLAIN_WORDS = ("a photo of {}", "a picture of {}", "an image of {}", "a good photo of {}", "a rendering of {}", "a close-up photo of {}")
+_PLAIN_WORDS = (
+    "a photo of {}",
+    "a picture of {}",
+    "an image of {}",
+    "a good photo of {}",
+    "a rendering of {}",
+    "a close-up photo of {}",
+)
 _PATTERN_NOUNS = {"striped": "stripes", "dotted": "dots", "checked": "checks"}
 
 

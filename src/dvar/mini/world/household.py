@@ -14,7 +14,13 @@ def draw_vase(pen: Pen, look: Look) -> None:
     height, swell = look.between(3, 1.5, 1.95), look.between(4, 0.35, 0.68)
     top = 1 - height
     lip = neck + look.between(5, 0.02, 0.2)
-    profile = [(lip, top), (neck, top + 0.18 * height), (belly, top + swell * height), (foot, 1 - 0.04), (foot * 0.9, 1)]
+    profile = [
+        (lip, top),
+        (neck, top + 0.18 * height),
+        (belly, top + swell * height),
+        (foot, 1 - 0.04),
+        (foot * 0.9, 1),
+    ]
     pen.body(turned(profile), look)
     pen.part(oval(0, top, lip, 0.09), look.accent)
     pen.fill(oval(0, top + 0.01, lip * 0.75, 0.05), darker(look.accent, 0.7))

@@ -11,9 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 import skia
 
-import dvar.mini.world.animals
-import dvar.mini.world.household
-import dvar.mini.world.outdoors
 from dvar.mini.world.canvas import Colour, Look, Pen
 from dvar.mini.world.classes import CLASSES
 from dvar.mini.world.places import PLACES
@@ -93,7 +90,9 @@ def sample_subject(rng: np.random.Generator, noun: str | None = None) -> Subject
     main, second, accent = (str(name) for name in rng.choice(list(COLOURS), 3, replace=False))
     pattern = str(rng.choice(PATTERNS, p=(0.34, 0.22, 0.22, 0.22)))
     jitter = tuple(rng.uniform(-1, 1, 9).tolist())
-    return Subject(noun, (main, second, accent), pattern, jitter, float(rng.uniform()), tuple(rng.uniform(0, 1, SHAPES).tolist()))
+    return Subject(
+        noun, (main, second, accent), pattern, jitter, float(rng.uniform()), tuple(rng.uniform(0, 1, SHAPES).tolist())
+    )
 
 
 def sample_scene(rng: np.random.Generator, place: str | None = None, style: str | None = None) -> Scene:

@@ -13,8 +13,9 @@ from dvar.trainer.initialisation import initial_rows
 class TextualInversion:
     """The new word's vectors, put into a backbone whose every own weight stays frozen.
 
-    From construction on, the backbone's tokenizer knows the word and its text encoder reads the vectors in ``rows``, a float32
-    parameter [num_vectors, dim] that alone is trained and decayed: the vocabulary has no gradient and cannot drift.
+    From construction on, the backbone's tokenizer knows the word and its text encoder reads the vectors in ``rows``,
+    a float32 parameter [num_vectors, dim] that alone is trained and decayed: the vocabulary has no gradient and
+    cannot drift.
 
     Source: Section 2.3 (the embedding of the new token is all that is trained).
     Deviates: several vectors a word are the method's own extension (`num_vectors`); the paper uses one.
@@ -38,7 +39,7 @@ class TextualInversion:
         return [self.rows]
 
     def expand(self, prompt: str) -> str:
-        """Return ``prompt`` with the word written out as all of its tokens, as a stock pipeline writes it before reading."""
+        """Return ``prompt`` with the word written out as all of its tokens, as a stock pipeline does by itself."""
         return prompt.replace(self.placeholder, " ".join(self.names))
 
     @property
@@ -64,4 +65,3 @@ class ExtendedEmbedding(nn.Module):
         known = self.words(input_ids.masked_fill(new, 0))
         learned = F.embedding((input_ids - self.first).clamp(min=0), self.rows)
         return torch.where(new.unsqueeze(-1), learned.to(known.dtype), known)
-

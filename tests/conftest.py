@@ -1,0 +1,23 @@
+"""A tiny model and pictures to train it on, made once for all tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a random Stable Diffusion of resolution 32."""
+    from dvar.testing import tiny_pipeline
+
+    return tiny_pipeline(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def tiny_pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with four pictures of one subject, 64 pixels a side."""
+    from dvar.testing import tiny_concept
+
+    return tiny_concept(tmp_path_factory.mktemp("tiny") / "pictures")

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from dvar.diffusion.backbone import Backbone, load_tokenizer
+from dvar.diffusion.objective import Examples, denoising_loss, draw
+from dvar.errors import ModelError
+
+
+@pytest.fixture(scope="module")
+def backbone(tiny_model: Path) -> Backbone:
+    return Backbone.load(tiny_model, device="cpu")
+
+
+def pictures(folder: Path) -> list[Image.Image]:
+    return [Image.open(path).convert("RGB").resize((32, 32)) for path in sorted(folder.glob("*.png"))]
+
+
+def test_everything_is_frozen_and_in_eval_mode(backbone: Backbone) -> None:
+    for network in backbone.modules:
+        assert not any(weight.requires_grad for weight in network.parameters())
+        assert not any(part.training for part in network.modules())
+
+
+def test_moments_are_those_of_each_picture_alone(backbone: Backbone, tiny_pictures: Path) -> None:
+    shown = pictures(tiny_pictures)
+    moments = backbone.encode(shown)
+    assert moments.shape == (4, 8, 8, 8)
+    assert moments.dtype == torch.float32
+    assert torch.equal(backbone.encode(shown[2:3]), moments[2:3])
+    white = torch.ones(1, 3, 32, 32)
+    expected = backbone.vae.encode(white).latent_dist.parameters
+    assert torch.equal(backbone.encode([Image.new("L", (32, 32), 255)]), expected)
+
+
+def test_prompts_are_padded_and_cut_to_what_the_text_encoder_reads(backbone: Backbone) -> None:
+    ids = backbone.tokenize(["a mug", "mug " * 200])
+    assert ids.shape == (2, 77)
+    assert ids[0, 0] == backbone.tokenizer.bos_token_id
+    assert ids[1, -1] == backbone.tokenizer.eos_token_id
+
+
+def test_prediction_is_that_of_the_stock_pipelines_networks(backbone: Backbone, tiny_model: Path) -> None:
+    stock = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
+    noisy, timesteps = torch.randn(2, 4, 8, 8), torch.tensor([10, 900])
+    ids = backbone.tokenize(["a photo of mug", "a dark cat"])
+    with torch.no_grad():
+        expected = stock.unet(noisy, timesteps, encoder_hidden_states=stock.text_encoder(ids)[0]).sample
+        assert torch.equal(backbone.predict(noisy, timesteps, ids), expected)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_still_gives_float32_losses_and_gradients(
+    backbone: Backbone, tiny_model: Path, tiny_pictures: Path, precision: str
+) -> None:
+    half = Backbone.load(tiny_model, device="cpu", mixed_precision=precision)
+    assert half.unet.dtype != torch.float32
+    examples = Examples(half.encode(pictures(tiny_pictures)).unsqueeze(1), [half.tokenize(["a mug"])] * 4)
+    drawn = draw(examples, timesteps=1000, seed=0, stream="train", first=0, count=4)
+    losses = denoising_loss(half.predict, drawn, half.schedule)
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses, denoising_loss(backbone.predict, drawn, backbone.schedule), rtol=5e-3, atol=0)
+    assert not torch.equal(losses, denoising_loss(backbone.predict, drawn, backbone.schedule))
+
+
+def test_gradient_checkpointing_gives_the_same_gradient(tiny_model: Path) -> None:
+    gradients = []
+    for recompute in (False, True):
+        model = Backbone.load(tiny_model, device="cpu", gradient_checkpointing=recompute)
+        assert model.unet.is_gradient_checkpointing == recompute
+        words = model.text_encoder.get_input_embeddings().weight.requires_grad_()
+        noisy = torch.ones(1, 4, 8, 8)
+        model.predict(noisy, torch.tensor([500]), model.tokenize(["a mug"])).square().sum().backward()
+        gradients.append(words.grad)
+    assert gradients[0].abs().sum() > 0
+    assert torch.equal(*gradients)
+
+
+def test_a_folder_that_is_no_model_is_named_in_one_line(tmp_path: Path, tiny_model: Path) -> None:
+    for load in (Backbone.load, load_tokenizer):
+        with pytest.raises(ModelError, match=f"{tmp_path} does not load") as told:
+            load(tmp_path)
+        assert "\n" not in str(told.value)
+
+
+def test_another_kind_of_pipeline_is_refused(tmp_path: Path, tiny_model: Path) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "xl")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionXLPipeline"}))
+    with pytest.raises(ModelError, match="is a StableDiffusionXLPipeline"):
+        Backbone.load(folder)
+
+
+def test_a_model_that_predicts_samples_is_refused(tmp_path: Path, tiny_model: Path) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "sample")
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "sample"}))
+    with pytest.raises(ModelError, match="predicts sample"):
+        Backbone.load(folder)
+
+
+def test_loading_says_nothing(tiny_model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    Backbone.load(tiny_model, device="cpu", mixed_precision="bf16")
+    assert capfd.readouterr() == ("", "")

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dvar.diffusion.objective import Draws, Examples, Schedule, denoising_loss, draw, latents_of
+
+STREAM = {"timesteps": 1000, "seed": 5, "stream": "train"}
+
+
+@pytest.fixture(scope="module")
+def examples() -> Examples:
+    moments = torch.randn(3, 2, 8, 4, 4, generator=torch.Generator().manual_seed(0))
+    captions = [torch.arange(20 * picture, 20 * picture + 12).reshape(4, 3) for picture in range(3)]
+    return Examples(moments, captions)
+
+
+@pytest.fixture(scope="module")
+def scheduler() -> DDPMScheduler:
+    return DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+
+
+def equal(one: Draws, other: Draws) -> bool:
+    return all(torch.equal(getattr(one, item.name), getattr(other, item.name)) for item in fields(Draws))
+
+
+@given(step=st.integers(0, 9999), count=st.integers(1, 12), data=st.data())
+def test_draws_do_not_depend_on_how_a_step_is_split(
+    examples: Examples, step: int, count: int, data: st.DataObject
+) -> None:
+    whole = draw(examples, **STREAM, step=step, first=0, count=count)
+    cut = data.draw(st.integers(1, count))
+    parts = [draw(examples, **STREAM, step=step, first=0, count=cut)]
+    if cut < count:
+        parts.append(draw(examples, **STREAM, step=step, first=cut, count=count - cut))
+    joined = Draws(**{item.name: torch.cat([getattr(part, item.name) for part in parts]) for item in fields(Draws)})
+    assert equal(whole, joined)
+
+
+def test_draws_are_fresh_at_every_step_and_in_every_stream_and_seed(examples: Examples) -> None:
+    one = draw(examples, **STREAM, step=1, first=0, count=4)
+    assert equal(one, draw(examples, **STREAM, step=1, first=0, count=4))
+    for other in ({"step": 2}, {"step": 1, "stream": "held"}, {"step": 1, "seed": 6}):
+        drawn = draw(examples, **{**STREAM, **other}, first=0, count=4)
+        assert not torch.equal(drawn.noise, one.noise)
+        assert not torch.equal(drawn.vae_noise, one.vae_noise)
+    assert not torch.equal(one.noise, one.vae_noise)
+
+
+def test_every_picture_view_caption_and_timestep_is_drawn_evenly(examples: Examples) -> None:
+    drawn = draw(examples, timesteps=10, seed=0, stream="train", first=0, count=3000)
+    # With n = 3000 and chance p a count has mean np and deviation sqrt(np(1 - p)); six deviations never happen.
+    for counts, chance in (
+        (torch.bincount(drawn.timesteps, minlength=10), 1 / 10),
+        (torch.bincount(drawn.input_ids[:, 0], minlength=60)[[0, 3, 6, 9, 20, 23, 26, 29, 40, 43, 46, 49]], 1 / 12),
+    ):
+        assert counts.sum() == 3000
+        assert (counts - 3000 * chance).abs().max() < 6 * (3000 * chance * (1 - chance)) ** 0.5
+    seen = {tuple(moments.flatten()[:2].tolist()) for moments in drawn.moments}
+    assert len(seen) == 3 * 2
+
+
+def test_a_picture_keeps_its_own_captions(examples: Examples) -> None:
+    drawn = draw(examples, **STREAM, step=0, first=0, count=64)
+    for moments, ids in zip(drawn.moments, drawn.input_ids, strict=True):
+        picture = int(ids[0]) // 20
+        assert any(torch.equal(moments, view) for view in examples.moments[picture])
+
+
+def test_latents_are_the_autoencoders_own_sample(examples: Examples) -> None:
+    drawn = draw(examples, **STREAM, step=0, first=0, count=4)
+    drawn = replace(drawn, moments=drawn.moments * 40)  # far enough for the log-variance to meet both its bounds
+    posterior = DiagonalGaussianDistribution(drawn.moments)
+    expected = 0.18215 * (posterior.mean + posterior.std * drawn.vae_noise)
+    assert torch.equal(latents_of(drawn, 0.18215), expected)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_the_noisy_input_and_the_target_are_those_of_diffusers(
+    examples: Examples, scheduler: DDPMScheduler, kind: str
+) -> None:
+    drawn = draw(examples, **STREAM, step=0, first=0, count=6)
+    schedule = Schedule(scheduler.alphas_cumprod, kind, 0.18215)
+    latents = latents_of(drawn, 0.18215)
+    target = drawn.noise if kind == "epsilon" else scheduler.get_velocity(latents, drawn.noise, drawn.timesteps)
+    seen: list[Tensor] = []
+
+    def predict(noisy: Tensor, timesteps: Tensor, input_ids: Tensor) -> Tensor:
+        seen.extend((noisy, timesteps, input_ids))
+        return target + torch.arange(1.0, 7).reshape(6, 1, 1, 1)
+
+    losses = denoising_loss(predict, drawn, schedule)
+    torch.testing.assert_close(seen[0], scheduler.add_noise(latents, drawn.noise, drawn.timesteps))
+    assert torch.equal(seen[1], drawn.timesteps)
+    assert torch.equal(seen[2], drawn.input_ids)
+    # The prediction is off by k everywhere in sample k, so its mean squared error is k^2.
+    torch.testing.assert_close(losses, torch.arange(1.0, 7) ** 2, rtol=1e-5, atol=1e-5)
+
+
+def test_losses_are_float32_under_a_prediction_in_half_precision(examples: Examples, scheduler: DDPMScheduler) -> None:
+    drawn = draw(examples, **STREAM, step=0, first=0, count=2)
+    schedule = Schedule(scheduler.alphas_cumprod, "epsilon", 1.0)
+    losses = denoising_loss(lambda noisy, timesteps, ids: torch.zeros_like(noisy, dtype=torch.bfloat16), drawn, schedule)
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses, drawn.noise.square().mean(dim=(1, 2, 3)))

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+
+from dvar.diffusion.backbone import Backbone
+from dvar.diffusion.sampling import BATCH, sample
+
+
+def test_pictures_are_those_of_the_stock_pipeline(tiny_model: Path) -> None:
+    stock = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
+    stock.set_progress_bar_config(disable=True)
+    seeds = [torch.Generator().manual_seed(seed) for seed in (11, 12)]
+    prompts = ["a photo of mug", "a dark cat"]
+    expected = stock(prompts, generator=seeds, height=32, width=32, num_inference_steps=3, guidance_scale=4.0).images
+    drawn = sample(Backbone.load(tiny_model, device="cpu"), prompts, [11, 12], size=32, steps=3, guidance=4.0)
+    for ours, theirs in zip(drawn, expected, strict=True):
+        assert np.array_equal(ours, theirs)
+    assert not np.array_equal(*drawn)
+
+
+def test_sampling_leaves_no_trace(tiny_model: Path) -> None:
+    backbone = Backbone.load(tiny_model, device="cpu")
+    backbone.text_encoder.train()
+    backbone.unet.mid_block.train()
+    flags = [part.training for network in backbone.modules for part in network.modules()]
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    expected = random.random(), np.random.random(), torch.rand(1)
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    alphas = backbone.scheduler.timesteps.clone()
+    sample(backbone, ["a mug"], [0], size=32, steps=2)
+    assert (random.random(), np.random.random(), torch.rand(1)) == expected
+    assert [part.training for network in backbone.modules for part in network.modules()] == flags
+    assert torch.equal(backbone.scheduler.timesteps, alphas)
+    assert all(weight.grad is None for network in backbone.modules for weight in network.parameters())
+
+
+def test_more_prompts_than_a_batch(tiny_model: Path) -> None:
+    backbone = Backbone.load(tiny_model, device="cpu")
+    drawn = sample(backbone, ["a mug"] * (BATCH + 1), list(range(BATCH + 1)), size=32, steps=1)
+    assert len(drawn) == BATCH + 1
+    alone = sample(backbone, ["a mug"], [BATCH], size=32, steps=1)[0]
+    assert np.array_equal(drawn[-1], alone)

@@ -1,0 +1,360 @@
+"""The command line, from a person's words to what they see: flags, precedence, refusals, and a whole run."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import pytest
+from PIL import Image, ImageChops
+
+from dvar import mini
+from dvar.cli import main
+from dvar.config import TextualInversionConfig
+from dvar.errors import DvarError, ModelError, RefusedInput
+from dvar.testing import tiny_concept, tiny_pipeline
+
+TRAIN = ("train", "textual-inversion")
+HINTS = get_type_hints(TextualInversionConfig)
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a command answered."""
+
+    status: int
+    out: str
+    err: str
+
+
+def dvar(*words: str | Path) -> Told:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main([str(word) for word in words])
+    return Told(status, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[TextualInversionConfig]:
+    """The settings that commands would have trained with; each ends in a failure instead."""
+    seen: list[TextualInversionConfig] = []
+
+    def personalise(config: TextualInversionConfig, consumers: Sequence[Any]) -> None:
+        seen.append(config)
+        raise DvarError("not in this test")
+
+    monkeypatch.setattr("dvar.trainer.run.personalise", personalise)
+    return seen
+
+
+# Flags
+
+
+def value_for(name: str) -> tuple[str, Any]:
+    """A flag's value other than its default, as written and as meant."""
+    hint, default = HINTS[name], getattr(TextualInversionConfig(), name)
+    if get_origin(hint) is Literal:
+        other = next(choice for choice in get_args(hint) if choice != default)
+        return other, other
+    if name == "preset":
+        return "paper", "paper"
+    if hint is float:
+        return "0.625", 0.625
+    return ("72", 72) if int in (hint, *get_args(hint)) else ("words", "words")
+
+
+@pytest.mark.parametrize("name", [name for name, hint in HINTS.items() if hint is not bool])
+@pytest.mark.parametrize("hyphens", [False, True])
+def test_every_setting_is_a_flag_in_both_spellings(
+    asked: list[TextualInversionConfig], name: str, hyphens: bool
+) -> None:
+    written, meant = value_for(name)
+    told = dvar(*TRAIN, f"--{name.replace('_', '-') if hyphens else name}", written)
+    assert (told.status, told.err.splitlines()[-1]) == (1, "dvar: not in this test")
+    assert getattr(asked[0], name) == meant
+
+
+@pytest.mark.parametrize("name", [name for name, hint in HINTS.items() if hint is bool])
+@pytest.mark.parametrize("off", [False, True])
+def test_a_switch_can_be_turned_on_and_off(asked: list[TextualInversionConfig], name: str, off: bool) -> None:
+    dvar(*TRAIN, f"--{'no-' * off}{name}")
+    dvar(*TRAIN, f"--{'no-' * off}{name.replace('_', '-')}")
+    assert [getattr(config, name) for config in asked] == [not off, not off]
+
+
+def test_the_flags_of_diffusers_script_are_all_there() -> None:
+    names = {item.name for item in fields(TextualInversionConfig)}
+    assert names >= {
+        "pretrained_model_name_or_path",
+        "instance_data_dir",
+        "placeholder_token",
+        "initializer_token",
+        "learnable_property",
+        "num_vectors",
+        "resolution",
+        "train_batch_size",
+        "gradient_accumulation_steps",
+        "gradient_checkpointing",
+        "learning_rate",
+        "lr_scheduler",
+        "max_train_steps",
+        "seed",
+        "mixed_precision",
+        "validation_prompt",
+        "validation_steps",
+        "checkpointing_steps",
+        "checkpoints_total_limit",
+        "resume_from_checkpoint",
+        "report_to",
+        "output_dir",
+        "probe_every",
+        "window",
+        "threshold",
+    }
+
+
+@pytest.mark.parametrize("flag", ["--train_data_dir", "--train-data-dir", "--instance-data-dir"])
+def test_the_folder_of_pictures_has_two_names(asked: list[TextualInversionConfig], flag: str) -> None:
+    dvar(*TRAIN, flag, "here")
+    assert asked[0].instance_data_dir == "here"
+
+
+def test_a_flag_overrides_the_file_and_the_file_the_preset(asked: list[TextualInversionConfig], tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('learning-rate = 0.5\nseed = 5\ntrain_data_dir = "pictures"\n', encoding="utf-8")
+    dvar(*TRAIN, "--config", path, "--seed", "7")
+    config = asked[0]
+    assert (config.seed, config.learning_rate, config.instance_data_dir) == (7, 0.5, "pictures")
+    assert (config.preset, config.resolution) == ("mini", 64)
+    assert config.adam_beta1 == TextualInversionConfig().adam_beta1
+
+
+def test_a_file_may_name_the_preset_and_a_flag_another(asked: list[TextualInversionConfig], tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('preset = "paper"\n', encoding="utf-8")
+    dvar(*TRAIN, "--config", path)
+    dvar(*TRAIN, "--config", path, "--preset", "mini")
+    assert [config.window for config in asked] == [310, 200]
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([*TRAIN, "--learnin_rate", "1"], "unknown flag --learnin_rate: the nearest known one is --learning_rate"),
+        ([*TRAIN, "--learnin-rate=1"], "unknown flag --learnin-rate"),
+        ([*TRAIN, "--snr_gamma", "5"], "unknown flag --snr_gamma: the nearest known one is --"),
+        ([*TRAIN, "--learning_rate", "fast"], "--learning_rate"),
+        ([*TRAIN, "--learning_rate"], "--learning_rate requires an argument"),
+        ([*TRAIN, "--lr_scheduler", "wavy"], "constant_with_warmup"),
+        ([*TRAIN, "--seed", "1", "--seed", "2"], "--seed specified multiple times"),
+        ([*TRAIN, "--train_data_dir", "a", "--instance_data_dir", "b"], "specified multiple times"),
+        ([*TRAIN, "pictures"], "pictures"),
+        ([*TRAIN, "--config", "nowhere.toml"], "settings file nowhere.toml"),
+        ([*TRAIN, "--preset", "papr"], "preset must be one of mini, paper, got 'papr': try paper"),
+        (["train", "dreambooth"], "textual-inversion"),
+        (["generat"], 'Did you mean "generate"?'),
+        (["generate"], "RUN"),
+        (["generate", "run"], "--prompt"),
+        (["generate", "run", "--prompt", "x", "--num_images", "0"], "--num_images"),
+        (["generate", "nowhere", "--prompt", "x"], "nowhere"),
+        (["report", "nowhere"], "nowhere"),
+        (["demo", "--concept", "red_mugg"], "concept 'red_mugg' is not bundled, the nearest is"),
+    ],
+)
+def test_wrong_words_are_refused_in_one_line(words: list[str], said: str) -> None:
+    told = dvar(*words)
+    assert told.status == 2
+    assert told.out == ""
+    assert len(told.err.splitlines()) == 1
+    assert told.err.startswith("dvar: ")
+    assert said in told.err
+
+
+def test_every_unknown_key_of_a_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("widow = 3\nlearnin_rate = 1\n", encoding="utf-8")
+    told = dvar(*TRAIN, "--config", path)
+    assert told.status == 2
+    assert [line.rsplit(" ", 1)[-1] for line in told.err.splitlines()] == ["window", "learning_rate"]
+
+
+def test_every_problem_of_a_run_is_a_line_before_a_model_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_pipeline(tmp_path / "model")
+    monkeypatch.setattr("dvar.diffusion.backbone.Backbone.load", lambda *_, **__: pytest.fail("a model was loaded"))
+    pictures = tiny_concept(tmp_path / "pictures")
+    (pictures / "notes.pdf").write_bytes(b"%PDF")
+    told = dvar(
+        *TRAIN,
+        *("--pretrained_model_name_or_path", model, "--train_data_dir", pictures, "--resolution", "32"),
+        *("--initializer_token", "red mug", "--placeholder_token", "vase", "--threshold", "1.5"),
+    )
+    assert told.status == 2
+    lines = [line.split()[1] for line in told.err.splitlines() if not line.startswith("dvar: loading")]
+    assert lines == ["threshold", "notes.pdf", "placeholder_token", "initializer_token"]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "lines"),
+    [
+        (RefusedInput(["first", "second"]), 2, ["dvar: first", "dvar: second"]),
+        (ModelError("no model"), 1, ["dvar: no model"]),
+        (KeyboardInterrupt(), 130, ["dvar: interrupted"]),
+    ],
+)
+def test_a_failure_has_its_own_status_and_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException, status: int, lines: list[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("dvar.laboratory.report.write_report", fail)
+    told = dvar("report", "run")
+    assert (told.status, told.err.splitlines()) == (status, lines)
+
+
+# What needs no run
+
+
+def test_help_is_there_and_loads_nothing_slow() -> None:
+    code = "import sys; from dvar.cli import main; main(['--help']); print(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for command in ("train", "generate", "report", "demo", "concepts"):
+        assert command in done.stdout
+    slow = {"torch", "PIL", "diffusers", "transformers", "matplotlib", "rich.live", "dvar.trainer.run"}
+    assert not slow & set(done.stderr.split())
+
+
+def test_the_help_of_a_command_shows_each_flag_with_its_default() -> None:
+    told = dvar(*TRAIN, "--help")
+    assert told.status == 0
+    text = " ".join(told.out.replace("│", " ").split())
+    for part in ("--train_data_dir", "--no-center_crop", "[default: 310]", "Sample pictures", "fp16"):
+        assert part in text
+
+
+def test_the_version_is_the_packages() -> None:
+    import dvar as package
+
+    assert dvar("--version").out.strip() == package.__version__
+
+
+def test_the_bundled_concepts_are_listed_with_their_nouns() -> None:
+    lines = dvar("concepts").out.splitlines()
+    assert [line.split()[0] for line in lines] == list(mini.concepts())
+    assert all(line.split()[1] == mini.noun(line.split()[0]) for line in lines)
+
+
+def test_the_demo_takes_a_bundled_concept_and_may_replace_its_own_folder(asked: list[TextualInversionConfig]) -> None:
+    name = list(mini.concepts())[1]
+    dvar("demo")
+    dvar("demo", "--concept", name, "--output_dir", "elsewhere")
+    default, chosen = asked
+    assert default.problems() == chosen.problems() == []
+    assert default.overwrite
+    assert not chosen.overwrite
+    assert (chosen.instance_data_dir, chosen.initializer_token) == (str(mini.concepts()[name]), mini.noun(name))
+    assert (chosen.output_dir, chosen.preset) == ("elsewhere", "mini")
+
+
+# A whole run
+
+
+@dataclass(frozen=True)
+class Trained:
+    folder: Path
+    told: Told
+    words: tuple[str, ...]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    place = tmp_path_factory.mktemp("cli")
+    pictures = tiny_concept(place / "pictures")
+    (pictures / "00.txt").write_text("a photo of my <thing>", encoding="utf-8")
+    words = (
+        *(*TRAIN, "--pretrained-model-name-or-path", str(tiny_pipeline(place / "model"))),
+        *("--train_data_dir", str(pictures), "--initializer_token", "mug", "--output_dir", str(place / "my run")),
+        *("--resolution", "32", "--max_train_steps", "12", "--window", "8", "--checkpointing_steps", "6"),
+        *("--validation_steps", "12", "--num_validation_images", "1", "--num_inference_steps", "2"),
+    )
+    return Trained(place / "my run", dvar(*words), words)
+
+
+def test_a_run_ends_with_its_verdict_and_says_where_to_look(trained: Trained) -> None:
+    assert trained.told.status == 0, trained.told.err
+    lines = trained.told.out.splitlines()
+    saved = json.loads((trained.folder / "result.json").read_text(encoding="utf-8"))
+    assert lines[0] == saved["verdict"]["sentence"]
+    assert [line for line in lines if line.startswith("note: ")] == [
+        f"note: {diagnosis}" for diagnosis in saved["verdict"]["diagnoses"]
+    ]
+    assert lines[-3:] == [
+        f"report    {trained.folder / 'report.html'}",
+        f"weights   {trained.folder / 'learned_embeds.safetensors'}",
+        f"next      dvar generate '{trained.folder}' --prompt 'a photo of <thing> on the beach'",
+    ]
+    assert (trained.folder / "report.html").is_file()
+    assert (trained.folder / "learned_embeds.safetensors").is_file()
+
+
+def test_a_run_into_a_log_leaves_plain_lines(trained: Trained) -> None:
+    lines = [line for line in trained.told.err.splitlines() if line.startswith("step")]
+    assert len(lines) == len(trained.told.err.splitlines()) - 1, "and one line before, while it loads"
+    assert "\x1b" not in trained.told.err
+    assert lines[0].startswith("step  0/12  L_det ")
+
+
+def test_a_second_run_never_overwrites_the_first(trained: Trained) -> None:
+    before = (trained.folder / "result.json").read_bytes()
+    told = dvar(*trained.words)
+    assert told.status == 2
+    assert "holds another run" in told.err
+    assert (trained.folder / "result.json").read_bytes() == before
+
+
+def test_generate_draws_the_learned_word_and_never_overwrites(trained: Trained, tmp_path: Path) -> None:
+    words = [
+        "generate",
+        trained.folder,
+        "--num_images",
+        "2",
+        "--num_inference_steps",
+        "2",
+        "--output",
+        tmp_path / "out",
+    ]
+    told = dvar(*words, "--prompt", "a photo of <thing>", "--seed", "3")
+    assert told.status == 0, told.err
+    first = [Path(line) for line in told.out.splitlines()]
+    assert first == [tmp_path / "out" / "00.png", tmp_path / "out" / "01.png"]
+    again = [Path(line) for line in dvar(*words, "--prompt", "a photo of <thing>", "--seed", "4").out.splitlines()]
+    assert again == [tmp_path / "out" / "02.png", tmp_path / "out" / "03.png"]
+    # The second picture of seed 3 is the first of seed 4, and the seeds differ.
+    assert first[1].read_bytes() == again[0].read_bytes()
+    assert first[0].read_bytes() != first[1].read_bytes()
+    other = Path(dvar(*words, "--prompt", "a photo of mug", "--seed", "3").out.splitlines()[0])
+    with Image.open(first[0]) as learned, Image.open(other) as plain:
+        assert learned.size == (32, 32)
+        assert ImageChops.difference(learned, plain).getbbox() is not None
+
+
+def test_generate_goes_into_the_run_by_default_with_its_settings(trained: Trained) -> None:
+    told = dvar("generate", trained.folder, "--prompt", "<thing>", "--num_images", "1")
+    assert told.out.splitlines() == [str(trained.folder / "generated" / "00.png")]
+
+
+def test_report_writes_the_page_again(trained: Trained) -> None:
+    (trained.folder / "report.html").unlink()
+    told = dvar("report", trained.folder)
+    assert (told.status, told.out.strip()) == (0, str(trained.folder / "report.html"))
+    assert (trained.folder / "report.html").is_file()

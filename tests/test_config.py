@@ -1,0 +1,147 @@
+"""The settings: what is refused, what it says, and that every problem is found at once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dvar.config import Range, TextualInversionConfig, canonical, nearest, read_settings
+from dvar.errors import RefusedInput
+
+GOOD = TextualInversionConfig(instance_data_dir="pictures", initializer_token="mug")
+
+
+def test_good_settings_have_no_problems() -> None:
+    assert GOOD.problems() == []
+    assert GOOD.sound() == GOOD
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"instance_data_dir": None}, "instance_data_dir is missing"),
+        ({"initializer_token": None}, "initializer_token is missing"),
+        ({"initializer_token": ""}, "initializer_token is missing"),
+        ({"placeholder_token": "two words"}, "placeholder_token must be one word without spaces, got 'two words'"),
+        ({"placeholder_token": ""}, "placeholder_token must be one word without spaces, got ''"),
+        ({"validation_prompt": "a photo of a mug"}, "validation_prompt must hold the new word <thing>"),
+        ({"learnable_property": "mood"}, "learnable_property must be one of object, style, got 'mood'"),
+        ({"num_vectors": 0}, "num_vectors must be at least 1, got 0"),
+        ({"num_vectors": 1.5}, "num_vectors must be a whole number, got 1.5"),
+        ({"num_vectors": True}, "num_vectors must be a whole number, got True"),
+        ({"resolution": 100}, "resolution must be a multiple of 8, got 100: try 96"),
+        ({"resolution": 4}, "resolution must be at least 8, got 4"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0, got 0.0"),
+        ({"learning_rate": math.nan}, "learning_rate must be above 0, got nan"),
+        ({"learning_rate": math.inf}, "learning_rate must be above 0, got inf"),
+        ({"learning_rate": "fast"}, "learning_rate must be a number, got 'fast'"),
+        ({"adam_beta2": 1}, "adam_beta2 must be at least 0 and below 1, got 1"),
+        ({"center_crop": "yes"}, "center_crop must be true or false, got 'yes'"),
+        ({"checkpoints_total_limit": 0}, "checkpoints_total_limit must be at least 1, got 0"),
+        ({"checkpoints_total_limit": "all"}, "checkpoints_total_limit must be a whole number, got 'all'"),
+        ({"lr_warmup_steps": 5}, "lr_warmup_steps must be 0 when lr_scheduler is constant, got 5"),
+        ({"lr_warmup_steps": 9999, "lr_scheduler": "cosine"}, "lr_warmup_steps must be below max_train_steps (6100)"),
+        ({"overwrite": True, "resume_from_checkpoint": "latest"}, "exclude each other"),
+        ({"report_to": "paper"}, "report_to must be one of none, tensorboard, wandb, got 'paper'"),
+    ],
+)
+def test_a_bad_setting_is_the_one_problem_named(changed: dict[str, Any], said: str) -> None:
+    (problem,) = replace(GOOD, **changed).problems()
+    assert said in problem
+    assert "\n" not in problem
+
+
+def test_all_problems_are_found_at_once() -> None:
+    config = TextualInversionConfig(num_vectors=0, resolution=100, lr_warmup_steps=5, learning_rate="fast")  # type: ignore[arg-type]
+    named = sorted(problem.split()[0] for problem in config.problems())
+    assert named == sorted(
+        ["num_vectors", "learning_rate", "instance_data_dir", "initializer_token", "resolution", "lr_warmup_steps"]
+    )
+
+
+def test_an_ill_formed_setting_does_not_blame_the_ones_checked_against_it() -> None:
+    # The default cap of 6100 stands in for the faulty one and would refuse this warm-up.
+    config = replace(GOOD, max_train_steps="many", lr_warmup_steps=7000, lr_scheduler="cosine")  # type: ignore[arg-type]
+    assert config.problems() == ["max_train_steps must be a whole number, got 'many'"]
+    assert config.sound().max_train_steps == 6100
+
+
+def test_every_setting_has_help_and_a_known_type() -> None:
+    for item in fields(TextualInversionConfig):
+        assert item.metadata["help"].endswith(".")
+    # An object fits no setting, so each must say what it would have liked; a type without words for it raises.
+    nothing: dict[str, Any] = {item.name: object() for item in fields(TextualInversionConfig)}
+    assert len(TextualInversionConfig(**nothing).problems()) == len(nothing)
+
+
+def test_the_sample_prompt_is_plain_unless_asked_for() -> None:
+    assert GOOD.sample_prompt == "a photo of <thing>"
+    assert replace(GOOD, learnable_property="style").sample_prompt == "a picture in the style of <thing>"
+    assert replace(GOOD, validation_prompt="<thing> at night").sample_prompt == "<thing> at night"
+
+
+@given(st.floats(), st.floats(allow_nan=False), st.floats(allow_nan=False), st.booleans())
+def test_a_range_admits_only_finite_numbers_between_its_ends(
+    value: float, low: float, high: float, above: bool
+) -> None:
+    if value in Range(low, high, above):
+        assert low <= value < high
+        assert not math.isinf(value) or value == low
+        assert not (above and value == low)
+
+
+def test_settings_may_be_spelled_with_hyphens_and_by_another_name() -> None:
+    assert canonical({"learning-rate": 1, "train-data-dir": "x"}) == {"learning_rate": 1, "instance_data_dir": "x"}
+
+
+def test_unknown_settings_are_named_with_the_nearest_known_one() -> None:
+    with pytest.raises(RefusedInput) as refused:
+        canonical({"learnin_rate": 1, "train_dir": 2, "seed": 3})
+    assert refused.value.problems == (
+        "unknown setting 'learnin_rate': the nearest known one is learning_rate",
+        "unknown setting 'train_dir': the nearest known one is train_data_dir",
+    )
+
+
+def test_a_setting_and_its_other_name_together_are_refused() -> None:
+    with pytest.raises(RefusedInput, match="instance_data_dir is given twice"):
+        canonical({"instance_data_dir": "x", "train-data-dir": "y"})
+
+
+def test_the_nearest_word_is_found_however_far() -> None:
+    assert nearest("learnin_rate", ["seed", "learning_rate"]) == "learning_rate"
+    assert nearest("xyz", ["seed"]) == "seed"
+
+
+def test_a_settings_file_is_read_under_the_settings_own_names(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('train-data-dir = "pictures"\nlearning_rate = 5e-3\ncenter_crop = false\n', encoding="utf-8")
+    assert read_settings(path) == {"instance_data_dir": "pictures", "learning_rate": 5e-3, "center_crop": False}
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("learning_rate 3", "is not valid TOML"),
+        ("learnin_rate = 3", "unknown setting 'learnin_rate': the nearest known one is learning_rate"),
+        ("[training]\nseed = 1", "unknown setting 'training'"),
+    ],
+)
+def test_a_bad_settings_file_is_refused_by_name(tmp_path: Path, written: str, said: str) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(written, encoding="utf-8")
+    with pytest.raises(RefusedInput) as refused:
+        read_settings(path)
+    assert str(path) in str(refused.value)
+    assert said in str(refused.value)
+
+
+def test_a_missing_settings_file_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(RefusedInput, match=r"nowhere\.toml"):
+        read_settings(tmp_path / "nowhere.toml")

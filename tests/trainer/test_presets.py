@@ -1,0 +1,72 @@
+"""The table of presets, and the order in which settings override each other."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from dvar.config import TextualInversionConfig
+from dvar.errors import RefusedInput
+from dvar.trainer.concept import rule_problems
+from dvar.trainer.presets import TABLE, configure, settings
+
+
+def test_the_papers_settings_are_the_published_ones() -> None:
+    # Section 3.3 (N, alpha), Section 4.2 (steps, samples), and the released Textual Inversion command.
+    paper = settings("paper")
+    published = {
+        "window": 310,
+        "threshold": 0.15,
+        "eval_batch_size": 8,
+        "max_train_steps": 6100,
+        "validation_steps": 500,
+        "num_validation_images": 8,
+        "train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "adam_weight_decay": 1e-2,
+        "resolution": 512,
+        "guidance_scale": 7.5,
+    }
+    assert paper.items() >= published.items()
+
+
+def test_every_row_is_a_setting_with_a_source_and_stands_once() -> None:
+    rows = [(row.name, row.method, row.setting) for row in TABLE]
+    assert len(set(rows)) == len(rows)
+    assert all(row.source for row in TABLE)
+    assert {row.setting for row in TABLE} <= set(asdict(TextualInversionConfig()))
+
+
+@pytest.mark.parametrize("name", ["paper", "mini"])
+def test_every_preset_gives_settings_that_can_be_run(name: str) -> None:
+    config = configure({"preset": name, "instance_data_dir": "pictures", "initializer_token": "mug"})
+    assert config.problems() == []
+    assert rule_problems(config) == []
+    assert config.preset == name
+    assert {key: getattr(config, key) for key in settings(name)} == settings(name)
+
+
+def test_the_bundled_model_has_its_own_preset_and_any_other_the_papers() -> None:
+    assert configure({}).preset == "mini"
+    assert configure({"pretrained_model_name_or_path": "owner/model"}).preset == "paper"
+    assert configure({"pretrained_model_name_or_path": "owner/model", "preset": "mini"}).resolution == 64
+    assert configure({"preset": "paper"}).resolution == 512
+
+
+def test_what_is_given_overrides_the_preset_and_the_rest_keeps_its_default() -> None:
+    config = configure({"learning-rate": 0.5, "train_data_dir": Path("pictures")})
+    assert (config.learning_rate, config.instance_data_dir) == (0.5, "pictures")
+    kept = {**settings("mini"), "preset": "mini", "learning_rate": 0.5, "instance_data_dir": "pictures"}
+    assert config == replace(TextualInversionConfig(), **kept)
+
+
+def test_an_unknown_preset_is_refused_with_the_nearest() -> None:
+    with pytest.raises(RefusedInput, match="preset must be one of mini, paper, got 'papr': try paper"):
+        configure({"preset": "papr"})
+
+
+def test_an_unknown_setting_is_refused_with_the_nearest() -> None:
+    with pytest.raises(RefusedInput, match="nearest known one is window"):
+        configure({"widow": 3})
