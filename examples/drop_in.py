@@ -1,7 +1,7 @@
 """DVAR in a plain PyTorch loop: a small network learns to remove noise from points on a spiral, and stops by itself.
 
-The training loss below is fresh noise at every step, as a diffusion model's is.  The same loss on one held batch is a curve.
-Run it with ``python examples/drop_in.py``; it takes a few seconds.
+The training loss below is fresh noise at every step, as a diffusion model's is.  The same loss on one held batch is
+a curve.  Run it with ``python examples/drop_in.py``; it takes a few seconds.
 """
 
 import torch

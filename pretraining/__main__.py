@@ -1,4 +1,5 @@
-"""``python -m pretraining``: the whole recipe, stage after stage; killed at any point and started again, it goes on where it was."""
+"""``python -m pretraining``: the whole recipe, stage after stage; killed at any point and started again, it goes on
+where it was."""
 
 from __future__ import annotations
 

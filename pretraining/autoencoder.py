@@ -1,4 +1,5 @@
-"""Stage 1: the autoencoder.  L1 on pixels and on their gradients, the subject's region weighted threefold, and a small KL."""
+"""Stage 1: the autoencoder.  L1 on pixels and on their gradients, the subject's region weighted threefold, and a
+small KL."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """Stage 2: the two CLIPs.  One conditions the U-Net, the other (another seed and width) only scores pictures.
 
-The usual symmetric contrastive loss, except that a caption which happens to be true of another picture of the batch is no
-negative of it: what captions mention and what pictures show is known.  The same knowledge tutors both towers: linear heads, thrown
-away afterwards, read the facts off each pooled state.  Without them the towers stay for long at the place, which fills most pixels.
+The usual symmetric contrastive loss, except that a caption which happens to be true of another picture of the batch
+is no negative of it: what captions mention and what pictures show is known.  The same knowledge tutors both towers:
+linear heads, thrown away afterwards, read the facts off each pooled state.  Without them the towers stay for long
+at the place, which fills most pixels.
 """
 
 from __future__ import annotations

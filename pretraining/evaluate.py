@@ -1,7 +1,7 @@
 """Stage 7: measure the shipped folder against its bars and write the figures beside it.
 
-``python -m pretraining.evaluate`` reads ``src/dvar/mini/`` only (not ``work/``), draws everything it needs from fixed seeds, and writes
-``src/dvar/mini/figures.json`` and ``src/dvar/mini/README.md``.
+``python -m pretraining.evaluate`` reads ``src/dvar/mini/`` only (not ``work/``), draws everything it needs from
+fixed seeds, and writes ``src/dvar/mini/figures.json`` and ``src/dvar/mini/README.md``.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def text_features(model: CLIPModel, tokenizer: CLIPTokenizer, texts: list[str]) 
 
 
 def zero_shot(model: CLIPModel, tokenizer: CLIPTokenizer, pictures: Pictures) -> dict[str, float]:
-    """Each picture asked with the words for one fact, all else unsaid (colour and pattern beside the picture's own class)."""
+    """Each picture asked with the words for one fact, all else unsaid (colour and pattern beside the picture's own
+    class)."""
     features, truth = picture_features(model, pictures.pixels), torch.from_numpy(pictures.facts).long()
     nouns = list(CLASSES)
 
@@ -88,7 +89,8 @@ def zero_shot(model: CLIPModel, tokenizer: CLIPTokenizer, pictures: Pictures) ->
 
 
 def triples(model: CLIPModel, n: int = 400) -> float:
-    """Percentage in which two pictures of one held-out subject are nearer than a picture of another subject of its class."""
+    """Percentage in which two pictures of one held-out subject are nearer than a picture of another subject of its
+    class."""
     rng = np.random.default_rng(UNSEEN)
     names = list(held_out())
     pixels = []
@@ -197,9 +199,18 @@ def page(figures: dict[str, dict[str, float]], digest: str, command: str) -> str
     lines = [
         "# The bundled model",
         "",
-        "A small, complete latent diffusion model of a picture book, drawn and trained by this project; `StableDiffusionPipeline.from_pretrained`",
-        "loads `model/` as it is. `judges/` (a second CLIP, the conditioning CLIP whole, a recogniser) only score. `concepts/` holds 52 subjects",
-        "that training never saw (the last four, listed in `dvar.mini.TUNING`, are for choosing settings). Recipe: `pretraining/`.",
+        (
+            "A small, complete latent diffusion model of a picture book, drawn and trained by this project; "
+            "`StableDiffusionPipeline.from_pretrained`"
+        ),
+        (
+            "loads `model/` as it is. `judges/` (a second CLIP, the conditioning CLIP whole, a recogniser) only score. "
+            "`concepts/` holds 52 subjects"
+        ),
+        (
+            "that training never saw (the last four, listed in `dvar.mini.TUNING`, are for choosing settings). "
+            "Recipe: `pretraining/`."
+        ),
         "",
         "Measured on fixed prompts and seeds; a bar that is not met is said so.",
         "",
@@ -213,9 +224,8 @@ def page(figures: dict[str, dict[str, float]], digest: str, command: str) -> str
                 lines.append(f"| {part} | {name} | {value:.1f} | | |")
             else:
                 met = value <= bar if name.endswith(" s") else value >= bar
-                lines.append(
-                    f"| {part} | {name} | {value:.1f} | {'≤' if name.endswith(' s') else '≥'} {bar} | {'yes' if met else '**no**'} |"
-                )
+                sign = "≤" if name.endswith(" s") else "≥"
+                lines.append(f"| {part} | {name} | {value:.1f} | {sign} {bar} | {'yes' if met else '**no**'} |")
     return "\n".join([*lines, "", f"Command: `{command}`  ", f"sha256 of the weights: `{digest}`", ""])
 
 

@@ -1,4 +1,4 @@
-"""Batches of freshly drawn pictures; batch ``index`` of stream ``seed`` is the same at any time and on any machine."""
+"""Batches of freshly drawn pictures; batch ``index`` of stream ``seed`` is the same whenever and wherever drawn."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Stage 5: the recogniser, trained on fresh renderings (held-out subjects not excepted: it judges, it does not draw).
 
-Pictures are blurred or made noisy at random, so that what a small diffusion model draws is read as a person would read it.
+Pictures are blurred or made noisy at random, so that what a small diffusion model draws is read as a person would
+read it.
 """
 
 from __future__ import annotations

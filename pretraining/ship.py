@@ -1,6 +1,7 @@
 """Stage 6: what the stages made, under ``src/dvar/mini/``, in the formats of diffusers and transformers, in float16.
 
-``python -m pretraining.ship`` writes ``model/`` and ``judges/``; ``--concepts`` the pictures of the held-out subjects instead.
+``python -m pretraining.ship`` writes ``model/`` and ``judges/``; ``--concepts`` the pictures of the held-out
+subjects instead.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What every stage of the recipe shares: a resumable training state, a learning-rate plan, a log.
 
-A stage's state lies in ``work/<stage>/``: ``state.safetensors`` (weights, their moving average, AdamW's moments, the step) written
-whole or not at all, and ``log.jsonl``.  Batches are keyed by the step, so a killed stage goes on as if it had not been.
+A stage's state lies in ``work/<stage>/``: ``state.safetensors`` (weights, their moving average, AdamW's moments,
+the step) written whole or not at all, and ``log.jsonl``.  Batches are keyed by the step, so a killed stage goes on
+as if it had not been.
 """
 
 from __future__ import annotations

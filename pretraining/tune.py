@@ -1,7 +1,8 @@
 """Choose the bundled model's preset: train to the cap on the four tuning concepts, and judge the pictures drawn there.
 
-``python -m pretraining.tune --learning_rates 0.005 0.01 0.03 --steps 600`` prints and appends one line a run to ``work/tune.jsonl``, and the means.
-No loss, no curve and no stop is looked at: DVAR is kept from stopping, and only the recogniser's reading at the cap counts.
+``python -m pretraining.tune --learning_rates 0.005 0.01 0.03 --steps 600`` prints and appends one line a run to
+``work/tune.jsonl``, and the means.  No loss, no curve and no stop is looked at: DVAR is kept from stopping, and only
+the recogniser's reading at the cap counts.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ ASKED = ("beach", "snow", "night", "forest")
 
 
 def score(run: Path, name: str, judge: recogniser.Recogniser, each: int) -> dict[str, float]:
-    """Percentages of pictures read as the subject's class, colour and pattern, as nearer to it than to a random subject of its
-    class, and (asked for a place) as that place; ``base`` reads the same of the class noun."""
+    """Percentages of pictures read as the subject's class, colour and pattern, as nearer to it than to a random
+    subject of its class, and (asked for a place) as that place; ``base`` reads the same of the class noun."""
     subject = held_out()[name]
     config = json.loads((run / "config.json").read_text())
     word, rng = config["placeholder_token"], np.random.default_rng(0)
@@ -79,9 +80,17 @@ def main() -> None:
                 }
             )
             config = replace(
-                config, learning_rate=rate, max_train_steps=chosen.steps, threshold=1e-9, window=50, train_batch_size=chosen.batch,
-                probe_every=5, validation_steps=10**6, num_validation_images=1, checkpointing_steps=10**6,
-            )  # fmt: skip
+                config,
+                learning_rate=rate,
+                max_train_steps=chosen.steps,
+                threshold=1e-9,
+                window=50,
+                train_batch_size=chosen.batch,
+                probe_every=5,
+                validation_steps=10**6,
+                num_validation_images=1,
+                checkpointing_steps=10**6,
+            )
             result = personalise(config)
             row = score(run, name, judge, chosen.each)
             rows.append(row)

@@ -17,8 +17,20 @@ from pretraining.pictures import captions_for, draw_pictures
 LENGTH = 32
 """Tokens in a caption, start and end included; the longest caption of the book has 20."""
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
-# Words that caption templates and prompts use beside the book's own, and the rare tokens that personalisation starts from.
-OTHER_WORDS = ["a", "an", "the", "my", "your", "our", "this", "that", "of", "on", "in", "at", "by", "with", "and", "for", "to", "from", "is", "are", "one", "two", "three", "four", "five", "no", "not", "very", "it", "its", "as", "photo", "picture", "image", "photograph", "rendering", "drawing", "sketch", "painting", "illustration", "depiction", "version", "shot", "view", "close", "up", "closeup", "portrait", "cropped", "good", "bad", "nice", "great", "bright", "dark", "clean", "dirty", "cool", "weird", "strange", "small", "large", "big", "little", "tiny", "huge", "old", "new", "blurry", "sharp", "soft", "pretty", "plain", "single", "lone", "simple", "detailed", "low", "high", "resolution", "quality", "style", "art", "pixel", "oil", "pencil", "watercolor", "cartoon", "toy", "object", "thing", "subject", "front", "side", "back", "top", "bottom", "left", "right", "red", "orange", "yellow", "green", "turquoise", "blue", "purple", "pink", "brown", "white", "black", "grey", "gray", "gold", "silver", "standing", "sitting", "lying", "floating", "under", "over", "behind", "beside", "near", "inside", "outside", "sun", "moon", "star", "sky", "water", "sand", "mountain", "city", "park", "garden", "house", "home", "kitchen", "room", "wall", "floor", "door", "window", "tree", "rock", "stone", "road", "river", "lake", "hill", "field", "day", "night", "morning", "evening", "summer", "winter", "ktn", "pll", "ucd", "sks"]
+# Words that caption templates and prompts use beside the book's own, and the rare tokens that personalisation
+# starts from.
+OTHER_WORDS = """
+    a an the my your our this that of on in at by with and for to from is are one two three four five no
+    not very it its as photo picture image photograph rendering drawing sketch painting illustration
+    depiction version shot view close up closeup portrait cropped good bad nice great bright dark clean
+    dirty cool weird strange small large big little tiny huge old new blurry sharp soft pretty plain
+    single lone simple detailed low high resolution quality style art pixel oil pencil watercolor cartoon
+    toy object thing subject front side back top bottom left right red orange yellow green turquoise blue
+    purple pink brown white black grey gray gold silver standing sitting lying floating under over behind
+    beside near inside outside sun moon star sky water sand mountain city park garden house home kitchen
+    room wall floor door window tree rock stone road river lake hill field day night morning evening
+    summer winter ktn pll ucd sks
+""".split()  # noqa: SIM905
 
 
 def corpus() -> list[str]:

@@ -170,7 +170,7 @@ class TextualInversionConfig:
 def canonical(settings: Mapping[str, Any], known: type = TextualInversionConfig) -> dict[str, Any]:
     """The same settings under their own names: hyphens become underscores, and an alias the name it stands for.
 
-    Errors: `RefusedInput` naming each unknown setting with the nearest known one, and each setting given twice.
+    Raises: `RefusedInput` naming each unknown setting with the nearest known one, and each setting given twice.
     """
     names = [item.name for item in fields(known)]
     found: dict[str, Any] = {}
@@ -196,7 +196,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 def read_settings(path: str | Path) -> dict[str, Any]:
     """The settings written in a TOML file, one ``name = value`` a line, under their own names.
 
-    Errors: `RefusedInput` when the file is missing, is no TOML, or holds unknown settings (all are named).
+    Raises: `RefusedInput` when the file is missing, is no TOML, or holds unknown settings (all are named).
     """
     try:
         written = tomllib.loads(Path(path).read_text(encoding="utf-8"))

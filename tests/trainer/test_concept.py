@@ -426,9 +426,26 @@ def test_the_released_initializer_is_one_token_though_never_a_word(tokenizer: An
     assert token_id(tokenizer, "ktn") == tokenizer.get_vocab()["ktn</w>"]
 
 
-def test_letters_the_model_cannot_spell_are_no_token(tokenizer: Any) -> None:
+def test_what_is_spelled_out_is_no_token(tokenizer: Any) -> None:
     assert token_id(tokenizer, "zzzz") is None
     assert token_id(tokenizer, "") is None
+
+
+def test_what_the_model_reads_as_unknown_is_no_token() -> None:
+    class Small:
+        model_max_length, unk_token_id = 77, 7
+
+        def get_vocab(self) -> dict[str, int]:
+            return {"mug</w>": 0, "<unknown>": 7}
+
+        def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+            return [0 if text == "mug" else 7]
+
+        def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+            return ["<unknown>"]
+
+    assert token_id(Small(), "mug") == 0
+    assert token_id(Small(), "vase") is None
 
 
 # The model's folder
@@ -494,8 +511,8 @@ def test_a_tokenizer_that_does_not_load_is_one_problem_among_the_others(config: 
     def fail(name: str) -> Any:
         raise ModelError(f"{name} does not load")
 
-    assert refusals(replace(config, resolution=100), fail) == (
-        "resolution must be a multiple of 8, got 100: try 96",
+    assert refusals(replace(config, resolution=60), fail) == (
+        "resolution must be a multiple of 8, got 60: try 64",
         "mini does not load",
     )
 
@@ -503,7 +520,7 @@ def test_a_tokenizer_that_does_not_load_is_one_problem_among_the_others(config: 
 # The run's folder and its tracker
 
 
-@pytest.mark.parametrize("left", ["config.json", "trace.jsonl", "result.json"])
+@pytest.mark.parametrize("left", ["config.json", "trace.jsonl", "result.json", "README.md", "checkpoint-40"])
 def test_another_run_is_never_overwritten_unasked(config: TextualInversionConfig, left: str) -> None:
     folder = Path(config.output_dir)
     folder.mkdir()

@@ -16,7 +16,8 @@ def path() -> Path:
 
 
 def concepts() -> dict[str, Path]:
-    """Name to folder of all 52 held-out concepts, each three to five pictures and a ``concept.json``; the tuning ones come last."""
+    """Name to folder of all 52 held-out concepts, each three to five pictures and a ``concept.json``; the tuning
+    ones come last."""
     folders = {folder.parent.name: folder.parent for folder in sorted((_HERE / "concepts").glob("*/concept.json"))}
     return {name: folders[name] for name in sorted(folders, key=lambda name: (name in TUNING, name))}
 

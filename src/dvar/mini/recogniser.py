@@ -1,4 +1,5 @@
-"""A judge that never conditions anything: reads class, place, colour, pattern and the subject's parameters off a picture."""
+"""A judge that never conditions anything: reads class, place, colour, pattern and the subject's parameters off a
+picture."""
 
 from __future__ import annotations
 

@@ -71,7 +71,11 @@ TEMPLATES = {
 # Files that an operating system or the bundled concepts leave beside pictures.
 _PASSED_OVER = {"Thumbs.db", "desktop.ini", "concept.json"}
 _METADATA = "metadata.jsonl"
-_RUN_FILES = ("config.json", "trace.jsonl", "result.json")
+# All that a run writes into its folder: unasked it goes into a folder without any, and replacing it removes no more.
+WRITTEN = (
+    *("config.json", "trace.jsonl", "trace.jsonl.*", "checkpoint-*", ".checkpoint-*", "learned_embeds*.safetensors"),
+    *("references", "samples", "logs", "result.json", "report.html", "README.md"),
+)
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _MODEL_PARTS = ("model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
@@ -115,7 +119,7 @@ def read_concept(config: TextualInversionConfig, load_tokenizer: Callable[[str],
     ``load_tokenizer`` gives a model's tokenizer by the model's name, and is called only when that model's folder is in
     order; without it the words are not checked.  Warns of a single picture and of pictures that must be enlarged.
 
-    Errors: `RefusedInput` with every problem of the settings, the model's folder, the run's folder, the pictures, their
+    Raises: `RefusedInput` with every problem of the settings, the model's folder, the run's folder, the pictures, their
     captions and the words.
     """
     sound = config.sound()
@@ -152,7 +156,7 @@ def read_picture(path: Path, resolution: int, *, crop: bool = True) -> Image.Ima
     ``crop`` takes the middle square; without it the whole picture is squeezed.  Transparent parts become white, 16-bit
     greys keep their brightness, and of several frames the first is taken.  Warns when the picture must be enlarged.
 
-    Errors: `RefusedInput` when the file is no picture, is damaged or far too large, or when its shorter side is under
+    Raises: `RefusedInput` when the file is no picture, is damaged or far too large, or when its shorter side is under
     half the resolution.
     Deviates: the orientation tag is applied and transparency composed, which diffusers' own script does not do.
     """
@@ -162,7 +166,6 @@ def read_picture(path: Path, resolution: int, *, crop: bool = True) -> Image.Ima
         # A photograph of 100 megapixels is legitimate; Pillow warns of it, and raises at twice that.
         quiet = warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning)
         with quiet, Image.open(path) as opened:
-            opened.load()
             picture = _rgb(ImageOps.exif_transpose(opened))
     except UnidentifiedImageError:
         said = f"{path.name} is not a picture that can be read: convert it to PNG or JPEG, or move it away"
@@ -223,11 +226,9 @@ def output_problems(config: TextualInversionConfig) -> list[str]:
         if not saved or (resume != "latest" and Path(resume).name not in saved):
             found = f"it holds {', '.join(saved)}" if saved else "it holds no checkpoint"
             return [f"resume_from_checkpoint {resume!r} is not in {folder}, {found}: correct it or start afresh"]
-    elif not config.overwrite and any((folder / name).exists() for name in _RUN_FILES):
-        said = (
-            f"output_dir {folder} holds another run: choose another folder, go on with --resume_from_checkpoint latest"
-        )
-        return [f"{said}, or replace it with --overwrite"]
+    elif not config.overwrite and (found := sorted(path.name for name in WRITTEN for path in folder.glob(name))):
+        said = f"output_dir {folder} holds another run, or files in its place ({', '.join(found[:4])}): choose another"
+        return [f"{said} folder, go on with --resume_from_checkpoint latest, or replace them with --overwrite"]
     return []
 
 

@@ -73,7 +73,7 @@ TABLE = (
 def settings(name: str, method: str = "textual-inversion") -> dict[str, Any]:
     """Setting to value of one preset.
 
-    Errors: `RefusedInput` naming the nearest preset when there is none of that name.
+    Raises: `RefusedInput` naming the nearest preset when there is none of that name.
     """
     names = sorted({row.name for row in TABLE if row.method == method})
     if name not in names:
@@ -87,7 +87,7 @@ def configure(given: Mapping[str, Any]) -> TextualInversionConfig:
     Without a ``preset`` among the given it is 'mini' for the bundled model and 'paper' for any other; the result keeps
     its name.  Ranges are not checked here (`TextualInversionConfig.problems`).
 
-    Errors: `RefusedInput` for unknown settings and unknown presets.
+    Raises: `RefusedInput` for unknown settings and unknown presets.
     """
     named = canonical({key: str(value) if isinstance(value, Path) else value for key, value in given.items()})
     model = named.get("pretrained_model_name_or_path", BUNDLED_MODEL)

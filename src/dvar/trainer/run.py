@@ -23,8 +23,7 @@ from PIL import ImageOps
 from safetensors.torch import load_file
 from torch import Tensor
 
-import dvar
-from dvar import mini
+from dvar import __version__, mini
 from dvar.config import BUNDLED_MODEL, TextualInversionConfig
 from dvar.diffusion.backbone import Backbone, load_tokenizer
 from dvar.diffusion.objective import Draws, Examples, denoising_loss, draw
@@ -36,26 +35,10 @@ from dvar.stopper.trace import TraceFile
 from dvar.stopper.verdict import Reason, Verdict
 from dvar.trainer.artifacts import EMBEDS, RESULT, write_embeds, write_json, write_model_card, write_whole
 from dvar.trainer.checkpoint import Checkpoint, latest
-from dvar.trainer.concept import Concept, read_concept
+from dvar.trainer.concept import WRITTEN, Concept, read_concept
 from dvar.trainer.loop import Learner, Step, train
 from dvar.trainer.methods.textual_inversion import TextualInversion
 from dvar.trainer.trackers import Tracker
-
-WRITTEN = (
-    "config.json",
-    "trace.jsonl",
-    "trace.jsonl.*",
-    "checkpoint-*",
-    ".checkpoint-*",
-    "learned_embeds*.safetensors",
-    "references",
-    "samples",
-    "logs",
-    RESULT,
-    "report.html",
-    "README.md",
-)
-"""All that a run writes into its folder; replacing a run removes these and nothing else."""
 
 # Settings that may differ when a run goes on: they decide where it is kept, not what it computes.
 _FREE = {
@@ -103,6 +86,8 @@ def personalise(config: TextualInversionConfig, consumers: Sequence[Callable[[St
     method = TextualInversion(backbone, concept.placeholder, concept.initializer, config.num_vectors)
     job = _Job(folder, config, concept, backbone, method)
     job.open(checkpoint)
+    if checkpoint and checkpoint.step % config.validation_steps == 0:
+        job.draw_samples(checkpoint.step)  # it may have died after the checkpoint and before its samples
     verdict = job.criterion(job.learner.trace)
     with _interruption() as interrupted, closing(Tracker(config.report_to, folder, asdict(config))) as tracker:
         for step in job.steps(interrupted):
@@ -164,9 +149,7 @@ class _Job:
         if checkpoint:
             self.learner.restore(checkpoint)
             _cut(self.folder / "trace.jsonl", checkpoint)
-            _remove(self.folder, (RESULT,))
-        else:
-            _remove(self.folder, WRITTEN)
+        _remove(self.folder, (RESULT,) if checkpoint else WRITTEN)
         (self.folder / "references").mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "config.json", {**asdict(self.config), "versions": _versions()})
         for index, picture in enumerate(self.concept.pictures):
@@ -319,7 +302,7 @@ def _remove(folder: Path, names: Sequence[str]) -> None:
 
 def _versions() -> dict[str, str]:
     packages = ("torch", "diffusers", "transformers", "safetensors", "numpy")
-    return {"dvar": dvar.__version__, "python": platform.python_version(), **{name: version(name) for name in packages}}
+    return {"dvar": __version__, "python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 @contextmanager

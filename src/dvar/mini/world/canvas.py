@@ -1,7 +1,7 @@
 """The pen every thing and place of the picture book is drawn with.
 
-A thing is drawn in its own box: x and y in [-1, 1], y downwards, its feet on y = 1.  A place is drawn in the unit square,
-(0, 0) top left.  Light falls from the upper left.
+A thing is drawn in its own box: x and y in [-1, 1], y downwards, its feet on y = 1.  A place is drawn in the unit
+square, (0, 0) top left.  Light falls from the upper left.
 """
 
 from __future__ import annotations

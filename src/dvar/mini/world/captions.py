@@ -1,7 +1,7 @@
 """What a caption says of a picture: some of what is there, so that every word comes to mean one thing.
 
-A caption mentions a random part of a picture's facts.  Two captions of one batch may both be true of one picture; `facts` and
-`mentions` say so in numbers.
+A caption mentions a random part of a picture's facts.  Two captions of one batch may both be true of one picture;
+`facts` and `mentions` say so in numbers.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def size_of(scene: Scene) -> int:
 
 
 def facts(subject: Subject, scene: Scene) -> np.ndarray:
-    """int16 [7], in the order of `FACTS`: what is true of the picture.  A plain subject's second colour is -2, true of no caption."""
+    """int16 [7], in the order of `FACTS`: what is true of the picture.  A plain subject's second colour is -2, true
+    of no caption."""
     colours = list(COLOURS)
     second = -2 if subject.pattern == "plain" else colours.index(subject.colours[1])
     return np.array(
@@ -106,7 +107,8 @@ def caption(truth: np.ndarray, rng: np.random.Generator) -> tuple[str, np.ndarra
 
 
 def agrees(mentioned: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """bool [captions, pictures]: whether all that a caption mentions ([captions, 7]) is true of a picture ([pictures, 7])."""
+    """bool [captions, pictures]: whether all that a caption mentions ([captions, 7]) is true of a picture
+    ([pictures, 7])."""
     said, true = mentioned[:, None, :], truth[None, :, :]
     return ((said == -1) | (said == true)).all(axis=-1)
 

@@ -1,4 +1,5 @@
-"""The 52 held-out subjects: 48 for the laboratory, 4 for tuning, two or more of every class, never seen in pretraining."""
+"""The 52 held-out subjects: 48 for the laboratory, 4 for tuning, two or more of every class, never seen in
+pretraining."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from dvar.mini.world.scene import Scene, Subject, sample_scene, sample_subject
 TUNING = 4
 LABORATORY = 48
 RADIUS = 0.7
-"""Subjects nearer than this to a held-out one (Euclidean, `Subject.vector`; two random ones are about 1.6 apart) are not trained on."""
+"""Subjects nearer than this to a held-out one (Euclidean, `Subject.vector`; two random ones are about 1.6 apart)
+are not trained on."""
 
 
 @cache
@@ -30,7 +32,8 @@ def held_out() -> dict[str, Subject]:
 
 
 def reference_scenes(name: str) -> list[Scene]:
-    """The three to five scenes of the pictures that a concept ships with: upright enough, in different places, in the plain style."""
+    """The three to five scenes of the pictures that a concept ships with: upright enough, in different places, in
+    the plain style."""
     rng = np.random.default_rng([20230204841, list(held_out()).index(name)])
     places = rng.permutation(list(PLACES))[: int(rng.integers(3, 6))]
     return [sample_scene(rng, place=str(place), style="photo") for place in places]

@@ -33,7 +33,12 @@ def draw_mug(pen: Pen, look: Look) -> None:
     top = 1 - height
     middle = top + height * look.between(4, 0.42, 0.58)
     left = -0.18
-    handle = curve((left + width * 0.9, middle - ring), (left + width + ring * 0.95, middle - ring * 0.6), (left + width + ring * 0.95, middle + ring * 0.6), (left + width * 0.9, middle + ring))  # fmt: skip
+    handle = curve(
+        (left + width * 0.9, middle - ring),
+        (left + width + ring * 0.95, middle - ring * 0.6),
+        (left + width + ring * 0.95, middle + ring * 0.6),
+        (left + width * 0.9, middle + ring),
+    )
     pen.tube(handle, look.accent, look.between(5, 0.13, 0.24))
     sides = turned([(width, top), (width + taper / 2, (top + 1) / 2), (width + taper, 0.93), (width + taper - 0.08, 1)])
     sides.offset(left, 0)
@@ -52,7 +57,19 @@ def draw_teapot(pen: Pen, look: Look) -> None:
     handle = curve((0.4, high), (0.78, high), (0.9, middle), (0.72, low), (0.4, low))
     pen.tube(handle, look.accent, 0.14)
     tip = top + 0.12 - spout
-    pen.part(curve((-0.3, 0.86), (-0.7, 0.62), (-0.84, tip + 0.3), (-0.99, tip), (-0.76, tip - 0.04), (-0.62, tip + 0.26), (-0.3, middle), closed=True), look.main)  # fmt: skip
+    pen.part(
+        curve(
+            (-0.3, 0.86),
+            (-0.7, 0.62),
+            (-0.84, tip + 0.3),
+            (-0.99, tip),
+            (-0.76, tip - 0.04),
+            (-0.62, tip + 0.26),
+            (-0.3, middle),
+            closed=True,
+        ),
+        look.main,
+    )
     sides = [(width * 0.5, top), (width * 0.74, top + 0.16 * height), (width, top + swell * height)]
     pen.body(turned([*sides, (width * 0.72, 0.95), (width * 0.6, 1)]), look)
     pen.part(oval(0, top - 0.12, knob, knob), look.accent)

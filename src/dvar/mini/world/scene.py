@@ -55,7 +55,8 @@ class Subject:
         return Look(main, second, accent, self.pattern, self.pattern_scale, self.shape)
 
     def vector(self) -> np.ndarray:
-        """The subject as numbers: three RGB colours (second is the main colour when plain), pattern scale, shape; all in [0, 1]."""
+        """The subject as numbers: three RGB colours (second is the main colour when plain), pattern scale, shape;
+        all in [0, 1]."""
         look = self.look()
         plain = self.pattern == "plain"
         second = look.main if plain else look.second
@@ -64,7 +65,8 @@ class Subject:
 
 @dataclass(frozen=True)
 class Scene:
-    """What differs between two pictures of one subject.  ``x`` is the middle of its feet and ``scale`` half its height, in pictures."""
+    """What differs between two pictures of one subject.  ``x`` is the middle of its feet and ``scale`` half its
+    height, in pictures."""
 
     place: str
     scale: float = 0.30
