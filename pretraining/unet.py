@@ -1,9 +1,10 @@
 """Stage 4: the U-Net.  Predicts the noise in latents, conditioned on the frozen text encoder; one caption in ten is
 empty.
 
-Two weights on the plain objective, which leave the best prediction at every cell and timestep what it is, let shapes be
-learned sooner: the subject's cells weigh threefold, and timesteps min(SNR, 2) / SNR (Hang et al. 2023) times
-min(1 / alpha_bar, 10), the weight that predicting v would give them, so that high noise, where shape is decided, counts.
+Two weights on the plain objective, which leave the best prediction at every cell and timestep what it is, let
+shapes be learned sooner: the subject's cells weigh threefold, and timesteps min(SNR, 2) / SNR (Hang et al. 2023)
+times min(1 / alpha_bar, 10), the weight that predicting v would give them, so that high noise, where shape is
+decided, counts.
 """
 
 from __future__ import annotations

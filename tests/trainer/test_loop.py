@@ -56,8 +56,9 @@ class Bench:
         indices = range(first, first + count)
         self.drawn += [(step, index) for index in indices]
         targets = torch.stack([torch.randn(2, generator=generator(0, "toy", step, index)) for index in indices])
-        dropped = nn.functional.dropout(self.method.rows.expand_as(targets), 0.5) if self.config.seed else self.method.rows
-        return self.spoil((dropped - targets).square().mean(dim=1), step)
+        rows = self.method.rows.expand_as(targets)
+        rows = nn.functional.dropout(rows, 0.5) if self.config.seed else rows
+        return self.spoil((rows - targets).square().mean(dim=1), step)
 
     def probe(self) -> Tensor:
         return (self.method.rows.detach() - torch.tensor([[0.0, 0.0], [1.0, 1.0]])).square().mean(dim=1)
@@ -86,7 +87,9 @@ def test_n_updates_give_n_plus_one_evaluations_the_first_of_the_untouched_model(
     assert steps[-1].verdict.reason is Reason.CAP
 
 
-@pytest.mark.parametrize(("every", "expected"), [(1, list(range(13))), (5, [0, 5, 10, 12]), (6, [0, 6, 12]), (50, [0, 12])])
+@pytest.mark.parametrize(
+    ("every", "expected"), [(1, list(range(13))), (5, [0, 5, 10, 12]), (6, [0, 6, 12]), (50, [0, 12])]
+)
 def test_evaluations_come_at_the_cadence_and_at_the_cap(every: int, expected: list[int]) -> None:
     bench = Bench(probe_every=every)
     steps = bench.run()
@@ -247,7 +250,8 @@ def test_the_best_step_is_the_one_of_the_lowest_mean_loss() -> None:
     values = [9.0, 8.0, 7.0, 8.0, 7.0, 6.0, 6.5, 6.0, 7.0, 8.0, 9.0, 9.0, 9.0]
     given = iter(values)
     parts = {"losses": bench.losses, "criterion": bench.criterion, "log": bench.log, "save": bench.save}
-    rows = [bench.method.state["rows"] for _ in train(bench.learner, probe=lambda: torch.tensor([next(given)]), **parts)]
+    steps = train(bench.learner, probe=lambda: torch.tensor([next(given)]), **parts)
+    rows = [bench.method.state["rows"] for _ in steps]
     assert bench.learner.best_step == 5  # of two equal ones the first
     assert torch.equal(bench.learner.best["rows"], rows[5])
     assert not torch.equal(rows[5], rows[12])

@@ -36,8 +36,8 @@ def numpy_generator(seed: int, stream: str, step: int = 0, index: int = 0) -> np
 def seeded_globals(seed: int, stream: str, step: int = 0, index: int = 0) -> Iterator[None]:
     """Run a scope under torch's global generators seeded by key, and put back what they were.
 
-    For what takes no generator, such as dropout.  CUDA's generators are included once it is in use; each costs a copy of
-    its state.
+    For what takes no generator, such as dropout.  CUDA's generators are included once it is in use; each costs a copy
+    of its state.
     """
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices):

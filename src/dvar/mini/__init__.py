@@ -5,19 +5,31 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from dvar.errors import RefusedInput
+
 _HERE = Path(__file__).parent
 TUNING = ("pink_checked_house", "brown_boot", "purple_cat", "turquoise_dog")
 """The four concepts on which settings are chosen; every table is made on the other 48."""
 
 
 def path() -> Path:
-    """The model's folder, in the format of diffusers; ``StableDiffusionPipeline.from_pretrained`` loads it."""
-    return _HERE / "model"
+    """The model's folder, in the format of diffusers; ``StableDiffusionPipeline.from_pretrained`` loads it.
+
+    Raises: RefusedInput when the weights, a distribution of their own, are not installed.
+    """
+    folder = _HERE / "model"
+    if not (folder / "model_index.json").exists():
+        raise RefusedInput(["the bundled model is not installed: pip install dvar-mini, or name another model"])
+    return folder
 
 
 def concepts() -> dict[str, Path]:
     """Name to folder of all 52 held-out concepts, each three to five pictures and a ``concept.json``; the tuning
-    ones come last."""
+    ones come last.
+
+    Raises: RefusedInput as `path` does.
+    """
+    path()
     folders = {folder.parent.name: folder.parent for folder in sorted((_HERE / "concepts").glob("*/concept.json"))}
     return {name: folders[name] for name in sorted(folders, key=lambda name: (name in TUNING, name))}
 

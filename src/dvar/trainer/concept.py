@@ -18,6 +18,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from dvar import mini
 from dvar.config import BUNDLED_MODEL, TextualInversionConfig, nearest
 from dvar.errors import ModelError, RefusedInput
 from dvar.stopper.rules import Dvar
@@ -199,6 +200,10 @@ def model_problems(name: str) -> list[str]:
     """What is wrong with a model's name or with the folder it names, as far as a look at the disk tells."""
     path = Path(name).expanduser()
     if name == BUNDLED_MODEL:
+        try:
+            mini.path()
+        except RefusedInput as error:
+            return list(error.problems)
         return []
     if path.is_dir():
         missing = [part for part in _MODEL_PARTS if not (path / part).exists()]
@@ -226,8 +231,8 @@ def output_problems(config: TextualInversionConfig) -> list[str]:
         if not saved or (resume != "latest" and Path(resume).name not in saved):
             found = f"it holds {', '.join(saved)}" if saved else "it holds no checkpoint"
             return [f"resume_from_checkpoint {resume!r} is not in {folder}, {found}: correct it or start afresh"]
-    elif not config.overwrite and (found := sorted(path.name for name in WRITTEN for path in folder.glob(name))):
-        said = f"output_dir {folder} holds another run, or files in its place ({', '.join(found[:4])}): choose another"
+    elif not config.overwrite and (there := sorted(path.name for name in WRITTEN for path in folder.glob(name))):
+        said = f"output_dir {folder} holds another run, or files in its place ({', '.join(there[:4])}): choose another"
         return [f"{said} folder, go on with --resume_from_checkpoint latest, or replace them with --overwrite"]
     return []
 

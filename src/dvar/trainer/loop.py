@@ -75,10 +75,10 @@ def train(
     """Yield a `Step` for the untouched model and one after each update, until a verdict stops.
 
     An evaluation is made at every ``probe_every``-th step and at the cap, so that N updates give N + 1 of them at
-    cadence 1.  Before a step is yielded its record is with ``log``, and every ``checkpointing_steps`` and at the last one
-    ``save`` is called: whoever breaks out leaves a run that can go on.  A learner whose trace already holds records
-    goes on after the last one.  A loss that is not finite stops, and neither moves the model nor is saved; so does
-    ``interrupted``, after the step it finds under way.
+    cadence 1.  Before a step is yielded its record is with ``log``, and every ``checkpointing_steps`` and at the last
+    one ``save`` is called: whoever breaks out leaves a run that can go on.  A learner whose trace already holds records
+    goes on after the last one.  A loss that is not finite stops, and neither moves the model nor is saved;
+    ``interrupted`` stops after the step it finds under way, and that step is saved.
 
     Source: Section 3.2 and Figure 10.
     Deviates: the untouched model is evaluated too; the released code evaluates before each update and so never after

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from dvar.config import TextualInversionConfig
+from dvar.errors import NonFiniteLoss
+from dvar.stopper.verdict import Reason, Verdict
+from dvar.trainer.artifacts import write_embeds, write_model_card, write_whole
+
+VERDICT = Verdict(True, Reason.CAP, 10, "FixedSteps(10)", {"max_steps": 10})
+
+
+def test_the_file_holds_the_vectors_under_their_word(tmp_path: Path) -> None:
+    vectors = torch.arange(6.0).reshape(3, 2).T  # not contiguous, as a slice of a larger table may be
+    write_embeds(tmp_path / "learned_embeds.safetensors", {"<thing>": vectors})
+    with safe_open(tmp_path / "learned_embeds.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert torch.equal(file.get_tensor("<thing>"), vectors)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_vectors_that_are_not_finite_are_never_written(tmp_path: Path, bad: float) -> None:
+    with pytest.raises(NonFiniteLoss, match="<thing>"):
+        write_embeds(tmp_path / "learned_embeds.safetensors", {"<thing>": torch.tensor([[1.0, bad]])})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_whole(tmp_path / "result.json", b"old")
+    monkeypatch.setattr("os.fsync", lambda handle: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_whole(tmp_path / "result.json", b"new")
+    assert (tmp_path / "result.json").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize(
+    ("model", "base", "loads"),
+    [
+        ("mini", None, "from_pretrained(str(dvar.mini.path()))"),
+        ("owner/model", "base_model: owner/model", 'from_pretrained("owner/model")'),
+        ("/home/someone/models/sd15", None, 'from_pretrained("sd15")'),
+    ],
+)
+def test_the_card_names_a_model_others_can_find_and_no_path_of_ours(
+    tmp_path: Path, model: str, base: str | None, loads: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TextualInversionConfig(pretrained_model_name_or_path=model, initializer_token="mug")
+    monkeypatch.setattr(Path, "exists", lambda self: str(self).startswith("/home"))
+    write_model_card(tmp_path, config, VERDICT, [tmp_path / "samples" / "step-000010" / "00.png"])
+    card = (tmp_path / "README.md").read_text()
+    head = card.split("---")[1]
+    assert (base in head) if base else "base_model" not in head
+    assert loads in card
+    assert "/home" not in card
+    assert "](samples/step-000010/00.png)" in card
+    assert VERDICT.sentence in card
