@@ -22,7 +22,7 @@ from dvar.mini.world.styles import STYLES
 from pretraining.autoencoder import as_tensor
 from pretraining.pictures import captions_for, draw_pictures
 from pretraining.training import Training, arguments, load_average
-from pretraining.words import LENGTH, build_tokenizer
+from pretraining.words import LENGTH, load_tokenizer
 
 WIDTHS = {"clip": 192, "judge": 128}
 SHARED = 128
@@ -79,7 +79,7 @@ def load(name: str, vocabulary: int) -> CLIPModel:
 def main() -> None:
     chosen = arguments(steps=4000, batch=96)
     name = chosen.name or "clip"
-    tokenizer = build_tokenizer()
+    tokenizer = load_tokenizer()
     torch.manual_seed(chosen.seed + (0 if name == "clip" else 1))
     model = Tutored(WIDTHS[name], len(tokenizer))
     training = Training(name, model, steps=chosen.steps, lr=7e-4, device=chosen.device)

@@ -23,13 +23,13 @@ from dvar.mini.world.concepts import held_out, reference_scenes
 from dvar.mini.world.scene import render
 from pretraining import autoencoder, clip, unet
 from pretraining.training import load_average
-from pretraining.words import build_tokenizer
+from pretraining.words import load_tokenizer
 
 ROOT = Path(mini.__file__).parent
 
 
 def pipeline() -> StableDiffusionPipeline:
-    tokenizer = build_tokenizer()
+    tokenizer = load_tokenizer()
     whole = clip.load("clip", len(tokenizer))
     text_encoder = CLIPTextModel(whole.config.text_config)
     text_encoder.load_state_dict(whole.text_model.state_dict())
@@ -58,7 +58,7 @@ def pipeline() -> StableDiffusionPipeline:
 
 def save_judges(folder: Path) -> None:
     """The CLIP that scores, the whole of the one that conditions, and the recogniser."""
-    vocabulary = len(build_tokenizer())
+    vocabulary = len(load_tokenizer())
     clip.load("judge", vocabulary).half().save_pretrained(folder / "clip")
     clip.load("clip", vocabulary).half().save_pretrained(folder / "clip-conditioner")
     state = load_average("recogniser", Recogniser()).half().state_dict()

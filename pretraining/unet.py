@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from pretraining import clip
 from pretraining.pictures import captions_for
 from pretraining.training import WORK, Training, arguments
-from pretraining.words import build_tokenizer
+from pretraining.words import load_tokenizer
 
 SNR_CAP = 2.0
 V_CAP = 10.0
@@ -57,7 +57,7 @@ def scaling_factor(moments: torch.Tensor) -> float:
 def main() -> None:
     chosen = arguments(steps=12_000, batch=48)
     device = chosen.device
-    tokenizer = build_tokenizer()
+    tokenizer = load_tokenizer()
     text = clip.load("clip", len(tokenizer)).text_model.to(device)
     data = load_latents()
     scale = scaling_factor(data["moments"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -13,6 +12,7 @@ from dvar.mini.world.classes import CLASSES
 from dvar.mini.world.places import PLACES
 from dvar.mini.world.scene import COLOURS, PATTERNS
 from pretraining.pictures import captions_for, draw_pictures
+from pretraining.training import WORK
 
 LENGTH = 32
 """Tokens in a caption, start and end included; the longest caption of the book has 20."""
@@ -59,5 +59,9 @@ def build_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=LENGTH)
 
 
-def save_tokenizer(folder: Path) -> None:
-    build_tokenizer().save_pretrained(folder)
+def load_tokenizer() -> CLIPTokenizer:
+    """The one tokenizer of all stages, built when the first asks for it: no two builds break ties among merges alike."""
+    folder = WORK / "tokenizer"
+    if not folder.exists():
+        build_tokenizer().save_pretrained(folder)
+    return CLIPTokenizer.from_pretrained(folder)

@@ -305,6 +305,11 @@ def test_a_trace_file_refuses_another_header_and_steps_that_it_holds(tmp_path: P
     with TraceFile(path, HEADER) as file, pytest.raises(TraceError, match="already holds step 3, got step 3"):
         file.append({"step": 3})
     assert path.read_bytes() == before
+    with TraceFile(path) as file:
+        file.append({"step": 4})
+        with pytest.raises(TraceError, match="already holds step 4, got step 4"):
+            file.append({"step": 4})
+    assert Trace.read(path).last_step == 4
 
 
 def test_an_appended_line_outlives_the_process(tmp_path: Path) -> None:
