@@ -60,7 +60,7 @@ def build_tokenizer() -> CLIPTokenizer:
 
 
 def load_tokenizer() -> CLIPTokenizer:
-    """The one tokenizer of all stages, built when the first asks for it: no two builds break ties among merges alike."""
+    """The one tokenizer of all stages, built when first asked for: no two builds break ties among merges alike."""
     folder = WORK / "tokenizer"
     if not folder.exists():
         build_tokenizer().save_pretrained(folder)

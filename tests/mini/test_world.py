@@ -1,0 +1,125 @@
+"""The picture book: what is drawn is determined, captions are true, and held-out subjects stay out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dvar.mini.recogniser import HEADS, PARAMETERS
+from dvar.mini.world.captions import agrees, caption, facts
+from dvar.mini.world.classes import CLASSES
+from dvar.mini.world.concepts import RADIUS, held_out, is_near_held_out, sample_trained_subject
+from dvar.mini.world.places import PLACES
+from dvar.mini.world.scene import COLOURS, PATTERNS, SHAPES, Subject, render, sample_scene, sample_subject, silhouette
+from dvar.mini.world.styles import STYLES
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+@given(seeds)
+@settings(max_examples=30, deadline=None)
+def test_a_seed_draws_one_picture_and_its_silhouette(seed: int) -> None:
+    first, second = (
+        (sample_subject(rng), sample_scene(rng)) for rng in (np.random.default_rng(seed), np.random.default_rng(seed))
+    )
+    assert first == second
+    picture = render(*first)
+    assert picture.shape == (64, 64, 3)
+    assert picture.dtype == np.uint8
+    assert np.array_equal(picture, render(*second))
+    share = silhouette(*first).mean()
+    assert 0.03 < share < 0.6
+
+
+@pytest.mark.parametrize("noun", CLASSES)
+def test_every_shape_number_changes_every_class(noun: str) -> None:
+    rng = np.random.default_rng(0)
+    subject = replace(sample_subject(rng, noun), shape=(0.5,) * SHAPES)
+    scene = replace(sample_scene(rng, place="white wall", style="photo"), tilt=0.0, scale=0.36)
+    for index in range(SHAPES):
+        ends = [replace(subject, shape=(*(0.5,) * index, end, *(0.5,) * (SHAPES - index - 1))) for end in (0.0, 1.0)]
+        small, large = (render(end, scene).astype(int) for end in ends)
+        assert (np.abs(small - large).max(axis=2) > 20).sum() >= 15, f"{noun}: shape number {index} is hardly seen"
+
+
+@pytest.mark.parametrize("noun", CLASSES)
+def test_every_class_shows_all_of_its_colours(noun: str) -> None:
+    rng = np.random.default_rng(3)
+    scene = replace(sample_scene(rng, place="white wall", style="photo"), scale=0.36)
+    subject = replace(sample_subject(rng, noun), colours=("red", "blue", "green"), pattern="striped")
+    for at, other in enumerate(("turquoise", "yellow", "purple")):
+        colours = (*subject.colours[:at], other, *subject.colours[at + 1 :])
+        changed = np.abs(render(subject, scene).astype(int) - render(replace(subject, colours=colours), scene)).max(
+            axis=2
+        )
+        assert (changed > 40).sum() >= 20, f"{noun}: colour {at} is hardly seen"
+
+
+@given(seeds)
+@settings(max_examples=200, deadline=None)
+def test_a_caption_is_true_of_its_picture_and_of_no_contrary_one(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    subject, scene = sample_subject(rng), sample_scene(rng)
+    truth = facts(subject, scene)
+    text, mentioned = caption(truth, rng)
+    assert agrees(mentioned[None], truth[None]).all()
+    for fact in np.flatnonzero(mentioned >= 0):
+        contrary = truth.copy()
+        contrary[fact] += 1
+        assert not agrees(mentioned[None], contrary[None]).any()
+    # The words say what `mentioned` says.
+    assert (mentioned[0] >= 0) == (subject.noun in text.split())
+    assert (mentioned[4] >= 0) == text.endswith(PLACES[scene.place].words)
+    assert mentioned[1] < 0 or subject.colours[0] in text.split()
+
+
+def test_fifty_two_subjects_are_held_out_two_or_more_of_every_class() -> None:
+    nouns = [subject.noun for subject in held_out().values()]
+    assert len(nouns) == 52
+    assert min(nouns.count(noun) for noun in CLASSES) >= 2
+
+
+@pytest.mark.parametrize("name", held_out())
+def test_the_neighbourhood_of_a_held_out_subject_is_not_trained_on(name: str) -> None:
+    subject = held_out()[name]
+    assert is_near_held_out(subject)
+    nudged = replace(subject, shape=tuple(min(1.0, number + 0.1) for number in subject.shape))
+    assert is_near_held_out(nudged)
+    # Other colours and jitter, but told by the same words: excluded too.
+    assert is_near_held_out(replace(subject, shape=tuple(1 - number for number in subject.shape), jitter=(0.0,) * 9))
+
+
+def test_what_is_trained_on_keeps_its_distance() -> None:
+    rng = np.random.default_rng(11)
+    for _ in range(500):
+        subject = sample_trained_subject(rng)
+        others = [other for other in held_out().values() if other.noun == subject.noun]
+        assert min(float(np.linalg.norm(other.vector() - subject.vector())) for other in others) >= RADIUS
+
+
+def test_the_recogniser_has_an_answer_for_everything_there_is() -> None:
+    assert HEADS == {
+        "class": len(CLASSES), "main colour": len(COLOURS), "pattern": len(PATTERNS), "place": len(PLACES)
+    }  # fmt: skip
+    assert next(iter(held_out().values())).vector().shape == (PARAMETERS,)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_style_gives_a_picture_of_the_same_size(style: str) -> None:
+    rng = np.random.default_rng(2)
+    picture = render(sample_subject(rng), sample_scene(rng, style=style))
+    assert picture.shape == (64, 64, 3)
+    assert picture.dtype == np.uint8
+    assert picture.std() > 5
+
+
+def test_a_plain_subject_does_not_depend_on_its_second_colour() -> None:
+    rng = np.random.default_rng(4)
+    subject = replace(sample_subject(rng, "mug"), pattern="plain")
+    other = replace(subject, colours=(subject.colours[0], "white", subject.colours[2]), pattern_scale=0.9)
+    assert isinstance(subject, Subject)
+    assert np.array_equal(subject.vector(), other.vector())
