@@ -102,9 +102,9 @@ def test_what_is_trained_on_keeps_its_distance() -> None:
 
 
 def test_the_recogniser_has_an_answer_for_everything_there_is() -> None:
-    assert HEADS == {
+    assert {
         "class": len(CLASSES), "main colour": len(COLOURS), "pattern": len(PATTERNS), "place": len(PLACES)
-    }  # fmt: skip
+    } == HEADS  # fmt: skip
     assert next(iter(held_out().values())).vector().shape == (PARAMETERS,)
 
 

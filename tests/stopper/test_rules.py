@@ -322,12 +322,12 @@ def test_a_cadence_is_refused_exactly_when_the_window_cannot_hold_eight_records(
 
 
 def test_a_refused_schedule_names_the_numbers_that_would_do() -> None:
-    problems = Dvar(310, 0.15).schedule_problems(probe_every=50, max_steps=310)
+    problems = Dvar(308, 0.15).schedule_problems(probe_every=50, max_steps=308)
     assert len(problems) == 2
-    assert "every 44 or more often, or widen the window to 351" in problems[0]
-    assert "window 310 and cap 310" in problems[1]
-    assert Dvar(310, 0.15).schedule_problems(44, 311) == [] == Dvar(351, 0.15).schedule_problems(50, 400)
-    assert Dvar(310, 0.15).schedule_problems(45, 400) != [] != Dvar(350, 0.15).schedule_problems(50, 400)
+    assert "every 43 or more often, or widen the window to 351" in problems[0]
+    assert "window 308 and cap 308" in problems[1]
+    assert Dvar(308, 0.15).schedule_problems(43, 309) == [] == Dvar(351, 0.15).schedule_problems(50, 400)
+    assert Dvar(308, 0.15).schedule_problems(44, 400) != [] != Dvar(350, 0.15).schedule_problems(50, 400)
 
 
 # --- caps and compositions ------------------------------------------------------------------------------------------

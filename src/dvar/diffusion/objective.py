@@ -104,7 +104,7 @@ def denoising_loss(predict: Predict, draws: Draws, schedule: Schedule) -> Tensor
     signal, spread = kept.sqrt(), (1 - kept).sqrt()
     noisy = signal * latents + spread * draws.noise
     target = draws.noise if schedule.prediction_type == "epsilon" else signal * draws.noise - spread * latents
-    predicted = predict(noisy, draws.timesteps, draws.input_ids).float()
+    predicted = predict(noisy, draws.timesteps, draws.input_ids)
     return (predicted - target).square().mean(dim=(1, 2, 3))
 
 

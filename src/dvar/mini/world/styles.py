@@ -80,5 +80,6 @@ def painting(picture: np.ndarray) -> np.ndarray:
 
 def _window_mean(values: np.ndarray, wide: int) -> np.ndarray:
     """The mean over each ``wide`` by ``wide`` window that fits."""
-    rows = sum(values[i : len(values) - wide + 1 + i] for i in range(wide))
-    return sum(rows[:, i : rows.shape[1] - wide + 1 + i] for i in range(wide)) / wide**2
+    rows = np.sum([values[i : len(values) - wide + 1 + i] for i in range(wide)], axis=0)
+    mean: np.ndarray = np.sum([rows[:, i : rows.shape[1] - wide + 1 + i] for i in range(wide)], axis=0) / wide**2
+    return mean
