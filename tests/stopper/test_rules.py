@@ -13,6 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dvar import AnyOf, Criterion, Dvar, FixedSteps, Reason, RefusedInput, Trace, Verdict
+from dvar.stopper.rules import schedule_problems
 
 PAPER = ((310, 0.15), (440, 0.4), (180, 0.15))
 
@@ -200,7 +201,7 @@ def test_thinning_a_smooth_curve_moves_the_stop_by_about_one_cadence(
     window, threshold = paper
     coarsest = (window - 1) // 7
     every = 1 + round(share * (coarsest - 1))
-    assert Dvar(window, threshold).schedule_problems(every, 10**4) == []
+    assert schedule_problems(window, every, 10**4) == []
     thinned = stop_step(Dvar(window, threshold), lambda step: math.exp(-max(0, step - late) / tau), every=every)
     assert abs(thinned - stop_at_every_step(tau, late, window, threshold)) <= 1.25 * every
 
@@ -318,16 +319,16 @@ def test_all_problems_are_told_at_once() -> None:
 def test_a_cadence_is_refused_exactly_when_the_window_cannot_hold_eight_records(window: int, every: int) -> None:
     steady = traced(range(window // every + 60), every=every)
     never = Dvar(window, 0.15)(steady).reason is Reason.WARMING_UP
-    assert bool(Dvar(window, 0.15).schedule_problems(every, 10**6)) == never
+    assert bool(schedule_problems(window, every, 10**6)) == never
 
 
 def test_a_refused_schedule_names_the_numbers_that_would_do() -> None:
-    problems = Dvar(308, 0.15).schedule_problems(probe_every=50, max_steps=308)
+    problems = schedule_problems(308, probe_every=50, max_steps=308)
     assert len(problems) == 2
     assert "every 43 or more often, or widen the window to 351" in problems[0]
     assert "window 308 and cap 308" in problems[1]
-    assert Dvar(308, 0.15).schedule_problems(43, 309) == [] == Dvar(351, 0.15).schedule_problems(50, 400)
-    assert Dvar(308, 0.15).schedule_problems(44, 400) != [] != Dvar(350, 0.15).schedule_problems(50, 400)
+    assert schedule_problems(308, 43, 309) == [] == schedule_problems(351, 50, 400)
+    assert schedule_problems(308, 44, 400) != [] != schedule_problems(350, 50, 400)
 
 
 # --- caps and compositions ------------------------------------------------------------------------------------------

@@ -117,6 +117,12 @@ def test_noise_is_not_learning_and_has_no_trend() -> None:
     assert names(verdict) == ["not learning"]
 
 
+@pytest.mark.parametrize(("jitters", "found"), [(1.5, ["not learning"]), (3.0, [])])
+def test_a_fall_within_two_jitters_is_no_learning(jitters: float, found: list[str]) -> None:
+    verdict = stopped(lambda step: 0.18 + 0.01 * (NOISE[step] if step else jitters), cap=400)
+    assert names(verdict) == found
+
+
 def test_a_constant_is_not_learning() -> None:
     assert names(stopped(lambda step: 0.18, cap=400)) == ["not learning"]
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
 
-import numpy as np
 import torch
 
 
@@ -25,11 +24,6 @@ def generator(seed: int, stream: str, step: int = 0, index: int = 0) -> torch.Ge
     Torch keeps the low 32 bits of a seed, so that about one pair of draws in 4e9 coincides.
     """
     return torch.Generator().manual_seed(seed_for(seed, stream, step, index))
-
-
-def numpy_generator(seed: int, stream: str, step: int = 0, index: int = 0) -> np.random.Generator:
-    """Return a fresh NumPy generator for one draw."""
-    return np.random.default_rng(seed_for(seed, stream, step, index))
 
 
 @contextmanager

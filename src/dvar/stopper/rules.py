@@ -68,22 +68,6 @@ class Dvar:
         if problems:
             raise RefusedInput(problems)
 
-    def schedule_problems(self, probe_every: int, max_steps: int) -> list[str]:
-        """Why this rule could never stop a run of `max_steps` that evaluates every `probe_every` steps; else empty."""
-        problems = []
-        if math.ceil(self.window / probe_every) < MIN_RECORDS:
-            problems.append(
-                f"a window of {self.window} steps holds fewer than {MIN_RECORDS} evaluations when one is made every "
-                f"{probe_every} steps: evaluate every {(self.window - 1) // (MIN_RECORDS - 1)} or more often, "
-                f"or widen the window to {(MIN_RECORDS - 1) * probe_every + 1}"
-            )
-        if self.window >= max_steps:
-            problems.append(
-                f"window must be smaller than the cap on steps, got window {self.window} and cap {max_steps}: "
-                "shorten the window or raise the cap"
-            )
-        return problems
-
     def __call__(self, trace: Trace) -> Verdict:
         curve = Curve.of(trace, first_step=1 if self.strict_paper else 0)
         metrics = {"ratio": 1.0, "threshold": self.threshold, "window": self.window, "seen": 0, "records": 0}
@@ -114,6 +98,23 @@ class Dvar:
         }
         stop = metrics["ratio"] < self.threshold
         return diagnosed(stop, Reason.STABILISED if stop else Reason.RUNNING)
+
+
+def schedule_problems(window: int, probe_every: int, max_steps: int) -> list[str]:
+    """Why DVAR with this window could never stop a run of `max_steps` that evaluates every `probe_every` steps."""
+    problems = []
+    if math.ceil(window / probe_every) < MIN_RECORDS:
+        problems.append(
+            f"a window of {window} steps holds fewer than {MIN_RECORDS} evaluations when one is made every "
+            f"{probe_every} steps: evaluate every {(window - 1) // (MIN_RECORDS - 1)} or more often, "
+            f"or widen the window to {(MIN_RECORDS - 1) * probe_every + 1}"
+        )
+    if window >= max_steps:
+        problems.append(
+            f"window must be smaller than the cap on steps, got window {window} and cap {max_steps}: "
+            "shorten the window or raise the cap"
+        )
+    return problems
 
 
 @dataclass(frozen=True)

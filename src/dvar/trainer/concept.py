@@ -21,7 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from dvar import mini
 from dvar.config import BUNDLED_MODEL, TextualInversionConfig, nearest
 from dvar.errors import ModelError, RefusedInput
-from dvar.stopper.rules import Dvar
+from dvar.stopper.rules import MIN_RECORDS, Dvar, schedule_problems
 
 # Deviates: the paper takes published lists of captions; these are our own neutral sentences in their spirit.
 TEMPLATES = {
@@ -189,11 +189,14 @@ def read_picture(path: Path, resolution: int, *, crop: bool = True) -> Image.Ima
 
 def rule_problems(config: TextualInversionConfig) -> list[str]:
     """What keeps the rule of these settings from ever being one, or from ever stopping this run."""
+    problems: list[str] = []
     try:
-        rule = Dvar(window=config.window, threshold=config.threshold)
+        Dvar(window=config.window, threshold=config.threshold)
     except RefusedInput as refused:
-        return list(refused.problems)
-    return rule.schedule_problems(config.probe_every, config.max_train_steps)
+        problems += refused.problems
+    if config.window >= MIN_RECORDS:
+        problems += schedule_problems(config.window, config.probe_every, config.max_train_steps)
+    return problems
 
 
 def model_problems(name: str) -> list[str]:
