@@ -10,11 +10,11 @@ import sys
 # Stage and its arguments.  On two cores with bfloat16 the first version's figures took about two and a half hours.
 STAGES = (
     ("autoencoder", "--batch 8 --steps 8000"),
-    ("clip", "--batch 96 --steps 1800"),
-    ("latents", "--steps 24"),
-    ("unet", "--batch 48 --steps 9000"),
-    ("clip", "--name judge --batch 96 --steps 1800"),
-    ("recogniser", "--batch 64 --steps 3000"),
+    ("clip", "--batch 96 --steps 1000"),
+    ("latents", "--steps 10"),
+    ("unet", "--batch 48 --steps 8200"),
+    ("clip", "--name judge --batch 96 --steps 700"),
+    ("recogniser", "--batch 64 --steps 1600"),
     ("ship", "--concepts"),
     ("ship", ""),
     ("evaluate", ""),

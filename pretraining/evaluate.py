@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
-from transformers import CLIPModel, CLIPTokenizer
+from safetensors.torch import load_file
+from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from dvar import mini
 from dvar.mini import recogniser
@@ -172,19 +173,28 @@ def folder_hash() -> str:
     return digest.hexdigest()
 
 
+def conditioner(text_encoder: CLIPTextModel) -> CLIPModel:
+    """The CLIP whose text tower conditions the U-Net, whole again."""
+    folder = ROOT / "judges" / "clip-conditioner"
+    model = CLIPModel(CLIPConfig.from_pretrained(folder))
+    state = {key: value.float() for key, value in load_file(folder / "all-but-text.safetensors").items()}
+    model.load_state_dict(state | {f"text_model.{key}": value for key, value in text_encoder.state_dict().items()})
+    return model
+
+
 def measure(n_prompts: int, grid: Path | None) -> dict[str, dict[str, float]]:
     pipe = StableDiffusionPipeline.from_pretrained(mini.path(), safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     judge = recogniser.load(ROOT / "judges" / "recogniser.safetensors")
     pictures = draw_pictures(UNSEEN, 1, 1000, style="photo")
     figures: dict[str, dict[str, float]] = {"autoencoder": reconstruction(pipe.vae)}
-    for name, title in (("clip-conditioner", "the CLIP that conditions"), ("clip", "the CLIP that scores")):
-        folder = ROOT / "judges" / name
-        model, tokenizer = (
-            CLIPModel.from_pretrained(folder, dtype=torch.float32).eval(),
-            CLIPTokenizer.from_pretrained(mini.path() / "tokenizer"),
-        )
-        figures[title] = zero_shot(model, tokenizer, pictures) | {"same subject nearer, % of triples": triples(model)}
+    clips = {
+        "the CLIP that conditions": conditioner(pipe.text_encoder),
+        "the CLIP that scores": CLIPModel.from_pretrained(ROOT / "judges" / "clip", dtype=torch.float32),
+    }
+    for title, model in clips.items():
+        measured = zero_shot(model.eval(), pipe.tokenizer, pictures)
+        figures[title] = measured | {"same subject nearer, % of triples": triples(model)}
     figures["the recogniser"] = recognised(judge, pictures)
     pipe("a photo of a mug", num_inference_steps=2, output_type="np")
     began = time.perf_counter()

@@ -57,10 +57,13 @@ def pipeline() -> StableDiffusionPipeline:
 
 
 def save_judges(folder: Path) -> None:
-    """The CLIP that scores, the whole of the one that conditions, and the recogniser."""
+    """The CLIP that scores, what the pipeline lacks of the one that conditions, and the recogniser."""
     vocabulary = len(load_tokenizer())
     clip.load("judge", vocabulary).half().save_pretrained(folder / "clip")
-    clip.load("clip", vocabulary).half().save_pretrained(folder / "clip-conditioner")
+    whole = clip.load("clip", vocabulary).half()
+    whole.config.save_pretrained(folder / "clip-conditioner")
+    rest = {key: value.contiguous() for key, value in whole.state_dict().items() if not key.startswith("text_model.")}
+    save_file(rest, folder / "clip-conditioner" / "all-but-text.safetensors")
     state = load_average("recogniser", Recogniser()).half().state_dict()
     save_file({key: value.contiguous() for key, value in state.items()}, folder / "recogniser.safetensors")
 
@@ -85,6 +88,9 @@ def main() -> None:
     (ROOT / "judges").mkdir(parents=True, exist_ok=True)
     save_judges(ROOT / "judges")
     pipeline().to(dtype=torch.float16).save_pretrained(ROOT / "model")
+    # transformers loads a text encoder in the type its config names, diffusers a U-Net in float32: they must agree.
+    config = ROOT / "model" / "text_encoder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
