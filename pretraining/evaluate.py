@@ -214,7 +214,7 @@ def page(figures: dict[str, dict[str, float]], digest: str, command: str) -> str
             "`StableDiffusionPipeline.from_pretrained`"
         ),
         (
-            "loads `model/` as it is. `judges/` (a second CLIP, the conditioning CLIP whole, a recogniser) only score. "
+            "loads `model/` as it is. `judges/` (a second CLIP, the rest of the conditioning CLIP, a recogniser) only score. "
             "`concepts/` holds 52 subjects"
         ),
         (
