@@ -214,8 +214,8 @@ def page(figures: dict[str, dict[str, float]], digest: str, command: str) -> str
             "`StableDiffusionPipeline.from_pretrained`"
         ),
         (
-            "loads `model/` as it is. `judges/` (a second CLIP, the rest of the conditioning CLIP, a recogniser) only score. "
-            "`concepts/` holds 52 subjects"
+            "loads `model/` as it is. `judges/` (a second CLIP, the rest of the conditioning CLIP, a recogniser) "
+            "only score. `concepts/` holds 52 subjects"
         ),
         (
             "that training never saw (the last four, listed in `dvar.mini.TUNING`, are for choosing settings). "
