@@ -98,7 +98,7 @@ def test_flags_and_random_states_are_restored_when_the_loss_raises() -> None:
     before, states, seen = mixed(net), random_states(), {}
 
     def failing(held: Tensor) -> Tensor:
-        seen.update(flags(net))
+        seen.update(flags(net), gradient=torch.is_grad_enabled())
         net(held)
         raise RuntimeError("out of memory")
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dvar import AnyOf, Dvar, FixedSteps, Reason, Trace, Verdict
@@ -58,6 +58,8 @@ def test_the_sentence_on_the_way() -> None:
 
 
 @given(st.floats(1e-9, 3), st.floats(0.001, 0.999))
+@example(0.149998, 0.15)
+@example(0.150002, 0.15)
 def test_a_sentence_never_contradicts_its_verdict(ratio: float, threshold: float) -> None:
     metrics = {"ratio": ratio, "threshold": threshold, "window": 310, "total_var": 1.0}
     reason = Reason.STABILISED if ratio < threshold else Reason.RUNNING
