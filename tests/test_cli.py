@@ -258,8 +258,11 @@ def test_the_demo_takes_a_bundled_concept_and_may_replace_its_own_folder(asked: 
     name = list(mini.concepts())[1]
     dvar("demo")
     dvar("demo", "--concept", name, "--output_dir", "elsewhere")
-    default, chosen = asked
-    assert default.problems() == chosen.problems() == []
+    dvar("demo", "--resume_from_checkpoint", "latest")
+    default, chosen, resumed = asked
+    assert default.problems() == chosen.problems() == resumed.problems() == []
+    assert (resumed.resume_from_checkpoint, resumed.overwrite) == ("latest", False)
+    assert resumed.output_dir == default.output_dir
     assert default.overwrite
     assert not chosen.overwrite
     assert (chosen.instance_data_dir, chosen.initializer_token) == (str(mini.concepts()[name]), mini.noun(name))

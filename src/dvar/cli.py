@@ -160,7 +160,9 @@ def report(run: Path, /) -> int:
 
 
 @app.command
-def demo(*, concept: str | None = None, output_dir: Path | None = None) -> int:
+def demo(
+    *, concept: str | None = None, output_dir: Path | None = None, resume_from_checkpoint: str | None = None
+) -> int:
     """Personalise the bundled model with one of the bundled concepts, in a few minutes on two cores.
 
     Parameters
@@ -169,6 +171,8 @@ def demo(*, concept: str | None = None, output_dir: Path | None = None) -> int:
         Name of a concept, one of those that `dvar concepts` lists.
     output_dir
         Folder of the run; by default runs/demo, which each demo replaces.
+    resume_from_checkpoint
+        Go on with an interrupted demo: "latest", or the name of a checkpoint.
     """
     from dvar import mini
 
@@ -183,7 +187,8 @@ def demo(*, concept: str | None = None, output_dir: Path | None = None) -> int:
             "instance_data_dir": known[name],
             "initializer_token": mini.noun(name),
             "output_dir": output_dir or "runs/demo",
-            "overwrite": output_dir is None,
+            "overwrite": output_dir is None and not resume_from_checkpoint,
+            "resume_from_checkpoint": resume_from_checkpoint,
         }
     )
 

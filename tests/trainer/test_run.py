@@ -210,9 +210,12 @@ def test_a_damaged_checkpoint_is_passed_over(config: TextualInversionConfig, str
 
 def test_a_run_stopped_by_the_cap_goes_on_under_a_higher_cap(config: TextualInversionConfig, straight: Path) -> None:
     shorter = replace(config, max_train_steps=9)
-    personalise(shorter)
-    personalise(replace(config, resume_from_checkpoint="latest"))
-    folder = Path(config.output_dir)
+    folder = personalise(shorter).folder
+    assert (folder / "result.json").exists()
+    unfinished: list[bool] = []
+    resumed = replace(config, resume_from_checkpoint="latest")
+    personalise(resumed, [lambda step: unfinished.append(not (folder / "result.json").exists())])
+    assert unfinished == [True] * 3
     assert torch.equal(embeds(folder), embeds(straight))
     assert rows(folder) == rows(straight)
     assert json.loads((folder / "result.json").read_text())["steps"] == CAP
@@ -318,12 +321,12 @@ def test_a_second_signal_ends_at_once(config: TextualInversionConfig) -> None:
 
 
 def spoiled(monkeypatch: pytest.MonkeyPatch, calls: range) -> None:
-    """Make the losses nan at these calls of the objective."""
+    """Make the losses nan at these calls of the objective, and from the eighth call on look worse than they are."""
     true, count = dvar.trainer.run.denoising_loss, iter(range(10**6))
 
     def loss(*arguments: Any) -> torch.Tensor:
-        losses = true(*arguments)
-        return losses * float("nan") if next(count) in calls else losses
+        call = next(count)
+        return true(*arguments) + (float("nan") if call in calls else call >= 8)
 
     monkeypatch.setattr(dvar.trainer.run, "denoising_loss", loss)
 
@@ -334,17 +337,17 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_the_best_is_exported(
     config: TextualInversionConfig, monkeypatch: pytest.MonkeyPatch, call: int
 ) -> None:
     spoiled(monkeypatch, range(call, call + 1))
-    result = personalise(config)
+    result = personalise(replace(config, checkpointing_steps=1))
     folder = result.folder
     assert result.verdict.reason is Reason.NON_FINITE
-    assert result.steps == 7
-    assert latest(folder).step == 4
+    assert (result.steps, result.best_step) == (7, 3)
+    assert latest(folder).step == 6
     facts = json.loads((folder / "result.json").read_text())
-    assert (facts["exported_step"], facts["stopped"]) == (result.best_step, False)
-    assert result.best_step < 7
-    assert torch.isfinite(embeds(folder)).all()
-    last = Checkpoint.read(folder / "checkpoint-4")
-    assert torch.isfinite(last.tensors["method/<thing>"]).all()
+    assert (facts["exported_step"], facts["stopped"]) == (3, False)
+    best = Checkpoint.read(folder / "checkpoint-3").tensors["method/<thing>"]
+    assert torch.equal(embeds(folder), best)
+    assert not list(folder.glob("learned_embeds-steps-*"))
+    assert not torch.equal(best, latest(folder).tensors["method/<thing>"])
 
 
 def test_when_nothing_was_finite_nothing_is_exported(

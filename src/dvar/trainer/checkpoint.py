@@ -50,13 +50,9 @@ class Checkpoint:
         digests = {name: _digest(staged / name) for name in (TENSORS, FACTS, TRACE)}
         _write(staged / MANIFEST, json.dumps(digests, indent=1).encode())
         _sync(staged)
-        aside = folder / f".checkpoint-{self.step}.old"
-        _remove(aside)
-        if final.exists():
-            final.replace(aside)
+        _remove(final)  # of a step reached again; the checkpoint that the run went on from is still there
         staged.replace(final)
         _sync(folder)
-        _remove(aside)
         for old in saved(folder)[keep:] if keep else ():
             _remove(old)
         return final
