@@ -1,5 +1,5 @@
 # `make demo` and `make test` do all of their own set-up, in .venv, from the package registries alone; the second time it takes no time.
-# On a machine with a GPU: make demo TORCH="torch --index-url ..." (any build of torch >= 2.5).
+# On a machine with a GPU: make demo TORCH="torch --index-url ..." (any build of torch >= 2.6).
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 VENV := .venv

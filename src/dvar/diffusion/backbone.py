@@ -79,7 +79,7 @@ class Backbone:
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return self.unet.device
+        return next(self.unet.parameters()).device  # what diffusers' own `device` does takes a millisecond
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
