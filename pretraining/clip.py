@@ -2,7 +2,7 @@
 
 The usual symmetric contrastive loss, except that a caption which happens to be true of another picture of the batch
 is no negative of it: what captions mention and what pictures show is known.  The same knowledge tutors both towers:
-linear heads, thrown away afterwards, read the facts off each pooled state.  Without them the towers stay for long
+linear heads, thrown away afterwards, read the facts off each pooled state.  Before them the towers stayed for long
 at the place, which fills most pixels.
 """
 

@@ -31,7 +31,7 @@ ASKED = ("beach", "snow", "night", "forest")
 
 def score(run: Path, name: str, judge: recogniser.Recogniser, each: int) -> dict[str, float]:
     """Percentages of pictures read as the subject's class, colour and pattern, as nearer to it than to a random
-    subject of its class, and (asked for a place) as that place; ``base`` reads the same of the class noun."""
+    subject of its class, and (asked for a place) as that place; ``distance`` is the mean in parameter space."""
     subject = held_out()[name]
     config = json.loads((run / "config.json").read_text())
     word, rng = config["placeholder_token"], np.random.default_rng(0)

@@ -58,7 +58,7 @@ TABLE = (
     _paper("num_inference_steps", "released command"),
     _paper("guidance_scale", "released command"),
     _mini("resolution", 64, "the bundled model's own"),
-    _mini("learning_rate", 1e-2, "the paper's; better than 3e-3 on the tuning concepts (LOG.md)"),
+    _mini("learning_rate", 1e-2, "the paper's; no worse than 3e-3 on the tuning concepts (LOG.md)"),
     _mini("train_batch_size", 4, "twice the paper's: pictures are small"),
     _mini("max_train_steps", 1500, "four minutes on two cores; ten at most"),
     _mini("window", 200, "the cap is a quarter of the paper's", "a straight line stops at step 517"),

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dvar.diffusion.backbone import Backbone
+from dvar.trainer.concept import token_names
 from dvar.trainer.initialisation import initial_rows
 
 
@@ -23,8 +24,7 @@ class TextualInversion:
 
     def __init__(self, backbone: Backbone, placeholder: str, initializer: str, num_vectors: int = 1) -> None:
         self.placeholder = placeholder
-        # The names that stock diffusers gives the vectors of a file when it loads them.
-        self.names = [placeholder, *(f"{placeholder}_{number}" for number in range(1, num_vectors))]
+        self.names = list(token_names(placeholder, num_vectors))
         rows = initial_rows(backbone.tokenizer, backbone.text_encoder, initializer, num_vectors)
         self.rows = nn.Parameter(rows.to(backbone.device))
         backbone.tokenizer.add_tokens(self.names)
