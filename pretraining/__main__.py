@@ -7,14 +7,16 @@ import argparse
 import subprocess
 import sys
 
-# Stage and its arguments.  On two cores with bfloat16 the first version's figures took about two and a half hours.
+# What runs, and its arguments.
 STAGES = (
     ("autoencoder", "--batch 8 --steps 8000"),
+    ("autoencoder", "--name decoder --batch 8 --steps 4000"),
     ("clip", "--batch 96 --steps 1000"),
-    ("latents", "--steps 10"),
-    ("unet", "--batch 48 --steps 8200"),
-    ("clip", "--name judge --batch 96 --steps 700"),
-    ("recogniser", "--batch 64 --steps 1600"),
+    ("latents", "--steps 40"),
+    ("unet", "--batch 48 --steps 15000"),
+    ("clip", "--name vision --batch 96 --steps 3500"),
+    ("clip", "--name judge --batch 96 --steps 4000"),
+    ("recogniser", "--batch 64 --steps 7000"),
     ("ship", "--concepts"),
     ("ship", ""),
     ("evaluate", ""),

@@ -1,5 +1,9 @@
 """Stage 1: the autoencoder.  L1 on pixels and on their gradients, the subject's region weighted threefold, and a
-small KL."""
+small KL.
+
+``--name decoder`` goes on with the decoder alone, under a squared error besides, while the latents, which the U-Net
+knows, stay what they are.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
-from pretraining.pictures import Pictures, draw_pictures
-from pretraining.training import Training, arguments
+from pretraining.pictures import Pictures, draw_pictures, fingerprint
+from pretraining.training import GRID_EVERY_STEPS, Training, arguments, load_average
 
 
 def build() -> AutoencoderKL:
@@ -21,6 +25,16 @@ def build() -> AutoencoderKL:
         norm_num_groups=8,
         sample_size=64,
     )
+
+
+def prepare(name: str) -> AutoencoderKL:
+    """The model that a name stands for, before its training; ``decoder`` begins where ``autoencoder`` ended."""
+    if name != "decoder":
+        return build()
+    vae = load_average("autoencoder", build())
+    vae.decoder.requires_grad_(True)
+    vae.post_quant_conv.requires_grad_(True)
+    return vae
 
 
 def as_tensor(pictures: Pictures, device: str) -> torch.Tensor:
@@ -40,30 +54,38 @@ def psnr(squared_error: torch.Tensor) -> torch.Tensor:
 
 def main() -> None:
     chosen = arguments(steps=20_000, batch=8)
-    vae = build()
-    training = Training("autoencoder", vae, steps=chosen.steps, lr=1.5e-3, device=chosen.device)
+    name = chosen.name or "autoencoder"
+    vae = prepare(name)
+    stream = {"autoencoder": 1000, "decoder": 1500}[name] + chosen.seed
+    training = Training(name, vae, chosen, lr=1.5e-3, data=fingerprint(stream))
     for step in training:
-        pictures = draw_pictures(1000 + chosen.seed, step, chosen.batch)
+        pictures = draw_pictures(stream, step, chosen.batch)
         x = as_tensor(pictures, chosen.device)
         mask = torch.from_numpy(pictures.masks()).to(chosen.device)[:, None]
         with torch.autocast(chosen.device, torch.bfloat16):
             posterior = vae.encode(x).latent_dist
             y = vae.decode(posterior.mean + posterior.std * torch.randn_like(posterior.mean)).sample
         y = y.float()
-        pixel = ((1 + 2 * mask) * (y - x).abs()).mean()
+        error = y - x
         gradient = sum(F.l1_loss(a, b) for a, b in zip(edges(y), edges(x), strict=True))
-        loss = pixel + gradient + 1e-4 * posterior.kl().mean() / posterior.mean[0].numel()
+        loss = ((1 + 2 * mask) * error.abs()).mean() + gradient
+        if name == "decoder":
+            loss = loss + 4 * ((1 + 2 * mask) * error**2).mean()
+        else:
+            loss = loss + 1e-4 * posterior.kl().mean() / posterior.mean[0].numel()
         training.update(loss)
         if training.step % 100 == 0:
-            error = (y.detach() - x) ** 2
-            inside = (error * mask).sum() / (3 * mask.sum())
+            squared = error.detach() ** 2
             training.log(
                 loss=loss,
-                psnr=psnr(error.mean()),
-                psnr_object=psnr(inside),
+                psnr=psnr(squared.mean()),
+                psnr_object=psnr((squared * mask).sum() / (3 * mask.sum())),
                 latent_std=posterior.mean.std(),
                 noise=posterior.std.mean(),
             )
+        if training.step % GRID_EVERY_STEPS == 0:
+            again = ((y.detach().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+            training.grid([pictures.pixels, again])
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """Stage 2: the two CLIPs.  One conditions the U-Net, the other (another seed and width) only scores pictures.
 
+``--name clip`` trains both towers for a short while: that is enough for the words, and its text tower conditions
+the U-Net from then on.  ``--name vision`` goes on with all but that tower; ``--name judge`` trains the other CLIP.
+
 The usual symmetric contrastive loss, except that a caption which happens to be true of another picture of the batch
 is no negative of it: what captions mention and what pictures show is known.  The same knowledge tutors both towers:
-linear heads, thrown away afterwards, read the facts off each pooled state.  Before them the towers stayed for long
-at the place, which fills most pixels.
+linear heads, thrown away afterwards, read the facts off each pooled state, and off each patch of the picture where
+the subject is.  Before them the towers stayed for long at the place, which fills most pixels.
 """
 
 from __future__ import annotations
@@ -20,12 +23,14 @@ from dvar.mini.world.places import PLACES
 from dvar.mini.world.scene import COLOURS, PATTERNS
 from dvar.mini.world.styles import STYLES
 from pretraining.autoencoder import as_tensor
-from pretraining.pictures import captions_for, draw_pictures
+from pretraining.pictures import captions_for, draw_pictures, fingerprint
 from pretraining.training import Training, arguments, load_average
 from pretraining.words import LENGTH, load_tokenizer
 
 WIDTHS = {"clip": 192, "judge": 128}
 SHARED = 128
+PATCH = 8
+SUBJECT = 4  # this many of the facts are about the subject itself
 ANSWERS = [len(CLASSES), len(COLOURS), len(PATTERNS), len(COLOURS), len(PLACES), len(STYLES), len(SIZES)]
 
 
@@ -39,18 +44,20 @@ def build(width: int, vocabulary: int) -> CLIPModel:
     }
     text = {**shared, "vocab_size": vocabulary, "num_hidden_layers": 3, "max_position_embeddings": LENGTH}
     text |= {"bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end, "hidden_act": "quick_gelu"}
-    vision = {**shared, "num_hidden_layers": 5, "image_size": 64, "patch_size": 8, "hidden_act": "quick_gelu"}
+    vision = {**shared, "num_hidden_layers": 5, "image_size": 64, "patch_size": PATCH, "hidden_act": "quick_gelu"}
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=SHARED))
 
 
 class Tutored(nn.Module):
-    """A CLIP with a linear reader of `FACTS` on each tower."""
+    """A CLIP with a linear reader of `FACTS` on each tower, and one on each patch of a picture: of the subject's facts,
+    and of whether the subject is there."""
 
     def __init__(self, width: int, vocabulary: int) -> None:
         super().__init__()
         self.clip = build(width, vocabulary)
         self.of_picture = nn.Linear(SHARED, sum(ANSWERS))
         self.of_text = nn.Linear(SHARED, sum(ANSWERS))
+        self.of_patches = nn.Linear(width, sum(ANSWERS[:SUBJECT]) + 1)
 
 
 def reading_loss(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
@@ -70,10 +77,32 @@ def contrastive_loss(similarity: torch.Tensor, agreement: torch.Tensor) -> torch
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
+def patch_loss(logits: torch.Tensor, truth: torch.Tensor, coverage: torch.Tensor) -> torch.Tensor:
+    """``logits`` [n, patches, answers + 1]: what each patch says of the subject's facts ``truth`` [n, 4], weighed by
+    how much of the subject it shows, ``coverage`` [n, patches], which it must tell too."""
+    *parts, there = logits.float().split([*ANSWERS[:SUBJECT], 1], dim=2)
+    weight = coverage / coverage.sum()
+    losses = [F.binary_cross_entropy_with_logits(there.squeeze(2), coverage)]
+    for part, wanted in zip(parts, truth.T, strict=True):
+        asked = wanted.clamp(min=-1)[:, None].expand(-1, part.shape[1])
+        each = F.cross_entropy(part.flatten(0, 1), asked.flatten(), ignore_index=-1, reduction="none")
+        losses.append((each * weight.flatten()).sum())
+    return torch.stack(losses).mean()
+
+
+def prepare(name: str, vocabulary: int) -> Tutored:
+    """The model that a name stands for, before its training; ``vision`` begins where ``clip`` ended and keeps that
+    text tower, which the U-Net knows."""
+    if name != "vision":
+        return Tutored(WIDTHS[name], vocabulary)
+    model = load_average("clip", Tutored(WIDTHS["clip"], vocabulary)).requires_grad_(True).train()
+    model.clip.text_model.requires_grad_(False)
+    return model
+
+
 def load(name: str, vocabulary: int) -> CLIPModel:
-    """The trained CLIP, frozen, without its tutors."""
-    model = load_average(name, Tutored(WIDTHS[name], vocabulary))
-    return model.clip
+    """The trained CLIP, frozen, without its tutors; ``vision`` is whole, text tower and all."""
+    return load_average(name, prepare(name, vocabulary)).clip
 
 
 def main() -> None:
@@ -81,10 +110,13 @@ def main() -> None:
     name = chosen.name or "clip"
     tokenizer = load_tokenizer()
     torch.manual_seed(chosen.seed + (0 if name == "clip" else 1))
-    model = Tutored(WIDTHS[name], len(tokenizer))
-    training = Training(name, model, steps=chosen.steps, lr=7e-4, device=chosen.device)
+    model = prepare(name, len(tokenizer))
+    if chosen.device == "cpu":
+        model.clip.set_attn_implementation("eager")  # the fused kernel is slow on CPUs at 65 tokens: half of a step
+    stream = {"clip": 2000, "judge": 3000, "vision": 2500}[name] + chosen.seed
+    training = Training(name, model, chosen, lr=1e-3, data=fingerprint(stream))
     for step in training:
-        pictures = draw_pictures({"clip": 2000, "judge": 3000}[name] + chosen.seed, step, chosen.batch)
+        pictures = draw_pictures(stream, step, chosen.batch)
         texts, mentioned = captions_for(pictures.facts, np.random.default_rng([17, chosen.seed, step]))
         ids = tokenizer(texts, padding=True, return_tensors="pt").to(chosen.device)
         agreement = torch.from_numpy(agrees(mentioned, pictures.facts)).to(chosen.device)
@@ -92,11 +124,13 @@ def main() -> None:
             output = model.clip(**ids, pixel_values=as_tensor(pictures, chosen.device))
             of_picture = model.of_picture(output.vision_model_output.pooler_output)
             of_text = model.of_text(output.text_model_output.pooler_output)
+            of_patches = model.of_patches(output.vision_model_output.last_hidden_state[:, 1:])
         similarity = model.clip.logit_scale.exp() * output.text_embeds.float() @ output.image_embeds.float().T
         shown = torch.from_numpy(pictures.facts).long().to(chosen.device)
         said = torch.from_numpy(mentioned).long().to(chosen.device)
+        coverage = F.avg_pool2d(torch.from_numpy(pictures.masks()), PATCH).flatten(1).to(chosen.device)
         loss = contrastive_loss(similarity, agreement) + reading_loss(of_picture, shown) + reading_loss(of_text, said)
-        training.update(loss)
+        training.update(loss + 2 * patch_loss(of_patches, shown[:, :SUBJECT], coverage))
         with torch.no_grad():
             model.clip.logit_scale.clamp_(max=4.6052)
         if training.step % 50 == 0:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,15 +22,17 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from dvar import mini
 from dvar.mini import recogniser
+from dvar.mini.world.captions import FACTS
 from dvar.mini.world.classes import CLASSES
 from dvar.mini.world.concepts import held_out
 from dvar.mini.world.places import PLACES
 from dvar.mini.world.scene import COLOURS, PATTERNS, render, sample_scene, sample_subject
 from pretraining.autoencoder import as_tensor, psnr
-from pretraining.pictures import Pictures, draw_pictures
+from pretraining.pictures import draw_pictures
 
 ROOT = Path(mini.__file__).parent
 UNSEEN = 999_000
+ASKED = ("class", "main colour", "pattern", "place")
 BARS = {
     "reconstruction, dB": 27, "reconstruction inside the subject, dB": 24,
     "class, %": 98, "place, %": 95, "main colour, %": 85, "pattern, %": 85,
@@ -65,28 +68,44 @@ def text_features(model: CLIPModel, tokenizer: CLIPTokenizer, texts: list[str]) 
     return torch.nn.functional.normalize(features, dim=1)
 
 
-def zero_shot(model: CLIPModel, tokenizer: CLIPTokenizer, pictures: Pictures) -> dict[str, float]:
-    """Each picture asked with the words for one fact, all else unsaid (colour and pattern beside the picture's own
-    class)."""
-    features, truth = picture_features(model, pictures.pixels), torch.from_numpy(pictures.facts).long()
-    nouns = list(CLASSES)
+def truths(facts: np.ndarray) -> dict[str, torch.Tensor]:
+    """The numbers of the right answers, int64 [n] each, of facts [n, 7]."""
+    return {name: torch.from_numpy(facts[:, FACTS.index(name)]).long() for name in ASKED}
+
+
+def zero_shot(
+    model: CLIPModel, tokenizer: CLIPTokenizer, pixels: np.ndarray, truth: dict[str, torch.Tensor]
+) -> dict[str, float]:
+    """Each picture asked with the words for one fact, all else unsaid (colour and pattern beside the true class):
+    percentages right."""
+    features, nouns = picture_features(model, pixels), list(CLASSES)
 
     def right(texts: list[str], answer: torch.Tensor) -> float:
-        return 100 * float(((features @ text_features(model, tokenizer, texts).T).argmax(1) == answer).float().mean())
+        return percent((features @ text_features(model, tokenizer, texts).T).argmax(1) == answer)
 
     def right_of_class(words: list[str], answer: torch.Tensor) -> float:
         table = torch.stack(
             [text_features(model, tokenizer, [f"a photo of a {word} {noun}" for word in words]) for noun in nouns]
         )
-        best = torch.einsum("nd,nad->na", features, table[truth[:, 0]]).argmax(1)
-        return 100 * float((best == answer).float().mean())
+        return percent(torch.einsum("nd,nad->na", features, table[truth["class"]]).argmax(1) == answer)
 
     return {
-        "class, %": right([f"a photo of a {noun}" for noun in nouns], truth[:, 0]),
-        "place, %": right([f"a photo {place.words}" for place in PLACES.values()], truth[:, 4]),
-        "main colour, %": right_of_class(list(COLOURS), truth[:, 1]),
-        "pattern, %": right_of_class(list(PATTERNS), truth[:, 2]),
+        "class": right([f"a photo of a {noun}" for noun in nouns], truth["class"]),
+        "place": right([f"a photo {place.words}" for place in PLACES.values()], truth["place"]),
+        "main colour": right_of_class(list(COLOURS), truth["main colour"]),
+        "pattern": right_of_class(list(PATTERNS), truth["pattern"]),
     }
+
+
+def recognised(judge: recogniser.Recogniser, pixels: np.ndarray, truth: dict[str, torch.Tensor]) -> dict[str, float]:
+    """What the recogniser reads, percentages right."""
+    with torch.no_grad():
+        reading = judge(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1)
+    return {name: percent(reading.best(name) == truth[name]) for name in ASKED}
+
+
+def percent(right: torch.Tensor) -> float:
+    return 100 * float(right.float().mean())
 
 
 def triples(model: CLIPModel, n: int = 400) -> float:
@@ -105,18 +124,39 @@ def triples(model: CLIPModel, n: int = 400) -> float:
     return 100 * float(((a * b).sum(1) > (a * c).sum(1)).float().mean())
 
 
-def prompts(n: int) -> list[tuple[str, tuple[int, int, int, int]]]:
-    """Colour + pattern + class + place, and the numbers of the right answers."""
+def knows_subjects(judge: recogniser.Recogniser, distractors: int = 99, n: int = 520) -> dict[str, float]:
+    """Fresh renderings of the held-out subjects: how often each is read as itself among others of its class, and
+    the error of its parameters (root of the mean square; guessing the mean gives 0.29)."""
+    rng = np.random.default_rng(UNSEEN + 2)
+    found, errors = [], []
+    for subject in held_out().values():
+        pixels = np.stack([render(subject, sample_scene(rng, style="photo")) for _ in range(n // len(held_out()))])
+        own = torch.from_numpy(subject.vector()).float()
+        others = np.stack([sample_subject(rng, subject.noun).vector() for _ in range(distractors)])
+        answer = list(CLASSES).index(subject.noun)
+        with torch.no_grad():
+            reading = judge(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1)
+        found.append(reading.surprise(torch.cat([own[None], torch.from_numpy(others).float()]), answer).argmin(1) == 0)
+        errors.append((reading.means[:, answer] - own) ** 2)
+    return {
+        f"own subject among {distractors + 1} of its class, %": percent(torch.cat(found)),
+        "error of its parameters, %": 100 * float(torch.cat(errors).mean().sqrt()),
+    }
+
+
+def prompts(n: int) -> tuple[list[str], np.ndarray]:
+    """Colour + pattern + class + place; and the facts asked for, [n, 7], -1 where nothing is."""
     rng = np.random.default_rng(UNSEEN + 1)
-    asked = []
+    asked, wanted = [], np.full((n, len(FACTS)), -1)
     for i in range(n):
         noun, place = i % len(CLASSES), int(rng.integers(len(PLACES)))
         colour, pattern = int(rng.integers(len(COLOURS))), int(rng.integers(len(PATTERNS)))
         words = (
             f"{list(COLOURS)[colour]} {PATTERNS[pattern]} {list(CLASSES)[noun]} {list(PLACES.values())[place].words}"
         )
-        asked.append((f"a photo of {'an' if words[0] in 'aeiou' else 'a'} {words}", (noun, colour, pattern, place)))
-    return asked
+        asked.append(f"a photo of {'an' if words[0] in 'aeiou' else 'a'} {words}")
+        wanted[i, [FACTS.index(name) for name in ASKED]] = noun, colour, pattern, place
+    return asked, wanted
 
 
 def draw(pipe: StableDiffusionPipeline, texts: list[str], steps: int, guidance: float, batch: int = 25) -> np.ndarray:
@@ -137,31 +177,9 @@ def draw(pipe: StableDiffusionPipeline, texts: list[str], steps: int, guidance: 
     return np.concatenate(pictures)
 
 
-def prompted(
-    pipe: StableDiffusionPipeline, judge: recogniser.Recogniser, n: int, grid: Path | None
-) -> dict[str, float]:
-    asked = prompts(n)
-    pixels = draw(pipe, [text for text, _ in asked], 30, 7.5)
-    if grid is not None:
-        rows = [np.concatenate(list(pixels[at : at + 25]), axis=1) for at in range(0, n, 25)]
-        Image.fromarray(np.concatenate(rows)).save(grid)
-    with torch.no_grad():
-        reading = judge(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1)
-    truth = torch.tensor([answers for _, answers in asked])
-    heads = ("class", "main colour", "pattern", "place")
-    return {
-        f"prompted {h}, %": 100 * float((reading.best(h) == truth[:, i]).float().mean()) for i, h in enumerate(heads)
-    }
-
-
-def recognised(judge: recogniser.Recogniser, pictures: Pictures) -> dict[str, float]:
-    with torch.no_grad():
-        reading = judge(as_tensor(pictures, "cpu"))
-    columns = {"class": 0, "main colour": 1, "pattern": 2, "place": 4}
-    truth = torch.from_numpy(pictures.facts).long()
-    return {
-        f"recogniser: {h}, %": 100 * float((reading.best(h) == truth[:, i]).float().mean()) for h, i in columns.items()
-    }
+def sheet(pixels: np.ndarray, path: Path) -> None:
+    rows = [np.concatenate(list(pixels[at : at + 25]), axis=1) for at in range(0, len(pixels), 25)]
+    Image.fromarray(np.concatenate(rows)).save(path)
 
 
 def folder_hash() -> str:
@@ -186,26 +204,38 @@ def measure(n_prompts: int, grid: Path | None) -> dict[str, dict[str, float]]:
     pipe = StableDiffusionPipeline.from_pretrained(mini.path(), safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     judge = recogniser.load(ROOT / "judges" / "recogniser.safetensors")
+    scorer = CLIPModel.from_pretrained(ROOT / "judges" / "clip", dtype=torch.float32).eval()
     pictures = draw_pictures(UNSEEN, 1, 1000, style="photo")
+    shown = truths(pictures.facts)
     figures: dict[str, dict[str, float]] = {"autoencoder": reconstruction(pipe.vae)}
-    clips = {
-        "the CLIP that conditions": conditioner(pipe.text_encoder),
-        "the CLIP that scores": CLIPModel.from_pretrained(ROOT / "judges" / "clip", dtype=torch.float32),
+    for title, model in {
+        "the CLIP that conditions": conditioner(pipe.text_encoder).eval(),
+        "the CLIP that scores": scorer,
+    }.items():
+        right = zero_shot(model, pipe.tokenizer, pictures.pixels, shown)
+        figures[title] = {f"{name}, %": value for name, value in right.items()}
+        figures[title]["same subject nearer, % of triples"] = triples(model)
+    right = recognised(judge, pictures.pixels, shown)
+    figures["the recogniser"] = {f"recogniser: {name}, %": value for name, value in right.items()}
+    figures["the recogniser"] |= knows_subjects(judge)
+    texts, facts = prompts(n_prompts)
+    pixels, wanted = draw(pipe, texts, 30, 7.5), truths(facts)
+    if grid is not None:
+        sheet(pixels, grid)
+    figures["pictures, read by the recogniser"] = {
+        f"prompted {name}, %": value for name, value in recognised(judge, pixels, wanted).items()
     }
-    for title, model in clips.items():
-        measured = zero_shot(model.eval(), pipe.tokenizer, pictures)
-        figures[title] = measured | {"same subject nearer, % of triples": triples(model)}
-    figures["the recogniser"] = recognised(judge, pictures)
-    pipe("a photo of a mug", num_inference_steps=2, output_type="np")
+    figures["pictures, read by the CLIP that scores"] = {
+        f"{name} as prompted, %": value for name, value in zero_shot(scorer, pipe.tokenizer, pixels, wanted).items()
+    }
     began = time.perf_counter()
     pipe("a photo of a mug", num_inference_steps=50, guidance_scale=7.5, output_type="np")
-    seconds = time.perf_counter() - began
-    figures["pictures"] = prompted(pipe, judge, n_prompts, grid) | {"one picture of 50 steps, s": seconds}
+    figures["speed, two threads"] = {"one picture of 50 steps, s": time.perf_counter() - began}
     return figures
 
 
-def page(figures: dict[str, dict[str, float]], digest: str, command: str) -> str:
-    """The README beside the weights: every figure, its bar, and whether it is met."""
+def page(figures: dict[str, dict[str, float]], recipe: dict[str, dict[str, Any]], digest: str) -> str:
+    """The README beside the weights: every figure, its bar, whether it is met, and what the weights were made of."""
     lines = [
         "# The bundled model",
         "",
@@ -219,7 +249,7 @@ def page(figures: dict[str, dict[str, float]], digest: str, command: str) -> str
         ),
         (
             "that training never saw (the last four, listed in `dvar.mini.TUNING`, are for choosing settings). "
-            "Recipe: `pretraining/`."
+            "What it can draw and how to make another: `docs/bundled-model.md`."
         ),
         "",
         "Measured on fixed prompts and seeds; a bar that is not met is said so.",
@@ -236,7 +266,11 @@ def page(figures: dict[str, dict[str, float]], digest: str, command: str) -> str
                 met = value <= bar if name.endswith(" s") else value >= bar
                 sign = "≤" if name.endswith(" s") else "≥"
                 lines.append(f"| {part} | {name} | {value:.1f} | {sign} {bar} | {'yes' if met else '**no**'} |")
-    return "\n".join([*lines, "", f"Command: `{command}`  ", f"sha256 of the weights: `{digest}`", ""])
+    lines += ["", "Command: `python -m pretraining.evaluate`  ", f"sha256 of the weights: `{digest}`", ""]
+    lines += ["| stage | steps of pictures | seed | data, sha256 |", "|---|---:|---:|---|"]
+    for stage, made in recipe.items():
+        lines.append(f"| {stage} | {made['reached']:,} × {made['batch']} | {made['seed']} | `{made['data'][:16]}` |")
+    return "\n".join([*lines, ""])
 
 
 def main() -> None:
@@ -248,7 +282,8 @@ def main() -> None:
     torch.set_num_threads(chosen.threads)
     figures, digest = measure(chosen.prompts, chosen.grid), folder_hash()
     (ROOT / "figures.json").write_text(json.dumps({"sha256": digest, "figures": figures}, indent=1) + "\n")
-    (ROOT / "README.md").write_text(page(figures, digest, "python -m pretraining.evaluate"))
+    recipe = json.loads((ROOT / "recipe.json").read_text())
+    (ROOT / "README.md").write_text(page(figures, recipe, digest))
     print((ROOT / "README.md").read_text())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from hashlib import sha256
 
 import numpy as np
 
@@ -31,6 +32,12 @@ def draw_pictures(seed: int, index: int, n: int, style: str | None = None) -> Pi
     scenes = [sample_scene(rng, style=style) for _ in range(n)]
     pixels = np.stack([render(s, c) for s, c in zip(subjects, scenes, strict=True)])
     return Pictures(pixels, np.stack([facts(s, c) for s, c in zip(subjects, scenes, strict=True)]), subjects, scenes)
+
+
+def fingerprint(seed: int) -> str:
+    """sha256 over the first 64 pictures of a stream and their facts: another world, another hash."""
+    first = draw_pictures(seed, 0, 64)
+    return sha256(first.pixels.tobytes() + first.facts.tobytes()).hexdigest()
 
 
 def captions_for(truths: np.ndarray, rng: np.random.Generator) -> tuple[list[str], np.ndarray]:

@@ -1,7 +1,8 @@
 """Stage 5: the recogniser, trained on fresh renderings (held-out subjects not excepted: it judges, it does not draw).
 
-Pictures are blurred or made noisy at random, so that what a small diffusion model draws is read as a person would
-read it.
+The parameters are learned as independent Gaussians (negative log-likelihood), with the squared error beside it, which
+keeps the means moving while the spreads are still wide.  Pictures are blurred or made noisy at random, so that what a
+small diffusion model draws is read as a person would read it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from dvar.mini.recogniser import HEADS, Recogniser
 from dvar.mini.world.captions import FACTS, facts
 from dvar.mini.world.scene import render, sample_scene, sample_subject
+from pretraining.pictures import fingerprint
 from pretraining.training import Training, arguments
 
 
@@ -26,9 +28,9 @@ def worn(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def main() -> None:
-    chosen = arguments(steps=6000, batch=64)
+    chosen = arguments(steps=12_000, batch=64)
     model = Recogniser()
-    training = Training("recogniser", model, steps=chosen.steps, lr=1.5e-3, device=chosen.device)
+    training = Training("recogniser", model, chosen, lr=1.5e-3, data=fingerprint(6000 + chosen.seed))
     for step in training:
         rng = np.random.default_rng([6000 + chosen.seed, step])
         generator = torch.Generator().manual_seed(step)
@@ -46,11 +48,14 @@ def main() -> None:
         with torch.autocast(chosen.device, torch.bfloat16):
             reading = model(x)
         losses = [F.cross_entropy(reading.logits[head].float(), truth[:, FACTS.index(head)]) for head in HEADS]
-        loss = sum(losses) + 20 * F.mse_loss(reading.parameters.float(), vectors)
+        rows = torch.arange(chosen.batch, device=chosen.device), truth[:, FACTS.index("class")]
+        error, spread = (reading.means[rows] - vectors) ** 2, reading.spreads[rows]
+        surprise = (error / (2 * spread**2) + spread.log()).mean()
+        loss = sum(losses) + 2 * surprise + 10 * error.mean()
         training.update(loss)
         if training.step % 100 == 0:
             right = {h: (reading.best(h) == truth[:, FACTS.index(h)]).float().mean() for h in HEADS}
-            training.log(loss=loss, error=F.mse_loss(reading.parameters.float(), vectors).sqrt(), **right)
+            training.log(loss=loss, error=error.mean().sqrt(), surprise=surprise, **right)
 
 
 if __name__ == "__main__":

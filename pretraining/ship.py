@@ -1,7 +1,7 @@
 """Stage 6: what the stages made, under ``src/dvar/mini/``, in the formats of diffusers and transformers, in float16.
 
-``python -m pretraining.ship`` writes ``model/`` and ``judges/``; ``--concepts`` the pictures of the held-out
-subjects instead.
+``python -m pretraining.ship`` writes ``model/``, ``judges/`` and ``recipe.json``; ``--concepts`` the pictures of the
+held-out subjects instead.
 """
 
 from __future__ import annotations
@@ -12,55 +12,26 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from diffusers import PNDMScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import CLIPTextModel
 
 from dvar import mini
 from dvar.mini.recogniser import Recogniser
 from dvar.mini.world.concepts import held_out, reference_scenes
 from dvar.mini.world.scene import render
-from pretraining import autoencoder, clip, unet
-from pretraining.training import load_average
+from pretraining import clip, unet
+from pretraining.training import WORK, load_average
 from pretraining.words import load_tokenizer
 
 ROOT = Path(mini.__file__).parent
-
-
-def pipeline() -> StableDiffusionPipeline:
-    tokenizer = load_tokenizer()
-    whole = clip.load("clip", len(tokenizer))
-    text_encoder = CLIPTextModel(whole.config.text_config)
-    text_encoder.load_state_dict(whole.text_model.state_dict())
-    vae = load_average("autoencoder", autoencoder.build())
-    vae.register_to_config(scaling_factor=unet.scaling_factor(unet.load_latents()["moments"]))
-    # SD1.5 ships PNDM, which its users know; training builds DDPM from the same config.
-    scheduler = PNDMScheduler(
-        beta_schedule="scaled_linear",
-        beta_start=0.00085,
-        beta_end=0.012,
-        skip_prk_steps=True,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=load_average("unet", unet.build()),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+MADE_OF = ("autoencoder", "decoder", "clip", "unet", "vision", "judge", "recogniser")
 
 
 def save_judges(folder: Path) -> None:
     """The CLIP that scores, what the pipeline lacks of the one that conditions, and the recogniser."""
     vocabulary = len(load_tokenizer())
     clip.load("judge", vocabulary).half().save_pretrained(folder / "clip")
-    whole = clip.load("clip", vocabulary).half()
+    whole = clip.load("vision", vocabulary).half()
     whole.config.save_pretrained(folder / "clip-conditioner")
     rest = {key: value.contiguous() for key, value in whole.state_dict().items() if not key.startswith("text_model.")}
     save_file(rest, folder / "clip-conditioner" / "all-but-text.safetensors")
@@ -79,6 +50,12 @@ def save_concepts(folder: Path) -> None:
         (folder / name / "concept.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
+def save_recipe(path: Path) -> None:
+    """Stage by stage: steps, seed, learning rate, a hash of the data, versions."""
+    stages = {stage: json.loads((WORK / stage / "stage.json").read_text()) for stage in MADE_OF}
+    path.write_text(json.dumps(stages, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--concepts", action="store_true")
@@ -87,7 +64,9 @@ def main() -> None:
         return
     (ROOT / "judges").mkdir(parents=True, exist_ok=True)
     save_judges(ROOT / "judges")
-    pipeline().to(dtype=torch.float16).save_pretrained(ROOT / "model")
+    drawing = unet.pipeline(load_average("unet", unet.build()))
+    drawing.to(dtype=torch.float16).save_pretrained(ROOT / "model")
+    save_recipe(ROOT / "recipe.json")
     # transformers loads a text encoder in the type its config names, diffusers a U-Net in float32: they must agree.
     config = ROOT / "model" / "text_encoder" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")

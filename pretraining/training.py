@@ -1,8 +1,8 @@
 """What every stage of the recipe shares: a resumable training state, a learning-rate plan, a log.
 
 A stage's state lies in ``work/<stage>/``: ``state.safetensors`` (weights, their moving average, AdamW's moments,
-the step) written whole or not at all, and ``log.jsonl``.  Batches are keyed by the step, so a killed stage goes on
-as if it had not been.
+the step) written whole or not at all, ``log.jsonl``, ``stage.json`` (seed, steps, a hash of the data, versions) and,
+where a stage draws them, ``grids/``.  Batches are keyed by the step, so a killed stage goes on as if it had not been.
 """
 
 from __future__ import annotations
@@ -12,14 +12,20 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 WORK = Path(__file__).parent / "work"
 SAVE_EVERY_SECONDS = 120
+GRID_EVERY_STEPS = 1000
+PACKAGES = ("torch", "diffusers", "transformers", "skia-python")
 
 
 def arguments(steps: int, batch: int) -> argparse.Namespace:
@@ -41,11 +47,22 @@ class Training:
     """Weights, optimiser, moving average and step of one stage."""
 
     def __init__(
-        self, name: str, model: nn.Module, *, steps: int, lr: float, device: str, decay: float = 0.999
+        self, name: str, model: nn.Module, chosen: argparse.Namespace, *, lr: float, data: str, decay: float = 0.999
     ) -> None:
-        self.folder, self.model, self.steps, self.lr, self.decay = WORK / name, model, steps, lr, decay
+        self.folder, self.model, self.steps, self.lr, self.decay = WORK / name, model, chosen.steps, lr, decay
         self.folder.mkdir(parents=True, exist_ok=True)
-        model.to(device, memory_format=torch.channels_last)
+        self.record = {
+            "steps": chosen.steps,
+            "batch": chosen.batch,
+            "seed": chosen.seed,
+            "learning_rate": lr,
+            "average": decay,
+            "data": data,
+            "versions": {
+                package: version(package) for package in ("torch", "diffusers", "transformers", "skia-python")
+            },
+        }
+        model.to(chosen.device, memory_format=torch.channels_last)
         self.parameters = {key: p for key, p in model.named_parameters() if p.requires_grad}
         matrices = [p for p in self.parameters.values() if p.ndim > 1]
         others = [p for p in self.parameters.values() if p.ndim <= 1]
@@ -83,7 +100,24 @@ class Training:
             log.write(line + "\n")
         print(self.folder.name, line, flush=True)
 
+    def grid(self, rows: list[np.ndarray]) -> None:
+        """Keep a sheet of pictures of this step: each row uint8 [n, side, side, 3]."""
+        (self.folder / "grids").mkdir(exist_ok=True)
+        sheet = np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
+        Image.fromarray(sheet).save(self.folder / "grids" / f"{self.step:06d}.png")
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Let the model be its moving average for a while."""
+        current = {key: parameter.data for key, parameter in self.parameters.items()}
+        for key, parameter in self.parameters.items():
+            parameter.data = self.average[key]
+        yield
+        for key, parameter in self.parameters.items():
+            parameter.data = current[key]
+
     def save(self) -> None:
+        (self.folder / "stage.json").write_text(json.dumps(self.record | {"reached": self.step}, indent=1) + "\n")
         tensors = {"step": torch.tensor(self.step)}
         for key, parameter in self.parameters.items():
             tensors[f"weight.{key}"] = parameter.detach().contiguous()
@@ -117,6 +151,7 @@ def load_average(name: str, model: nn.Module) -> nn.Module:
     tensors = load_file(WORK / name / "state.safetensors")
     average = {key.removeprefix("average."): value for key, value in tensors.items() if key.startswith("average.")}
     missing, unexpected = model.load_state_dict(average, strict=False)
-    if unexpected or [key for key in missing if key in dict(model.named_parameters())]:
+    trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    if unexpected or trained & set(missing):
         raise SystemExit(f"stage {name!r} was trained with another shape of model: {missing[:3]} {unexpected[:3]}")
     return model.eval().requires_grad_(False)

@@ -2,27 +2,35 @@
 empty.
 
 Two weights on the plain objective, which leave the best prediction at every cell and timestep what it is, let
-shapes be learned sooner: the subject's cells weigh threefold, and timesteps min(SNR, 2) / SNR (Hang et al. 2023)
+shapes be learned sooner: the subject's cells weigh threefold, and timesteps min(SNR, c) / SNR (Hang et al. 2023)
 times min(1 / alpha_bar, 10), the weight that predicting v would give them, so that high noise, where shape is
-decided, counts.
+decided, counts.  While the learning rate falls, over the last fifth, c goes from 2 to 8: shapes are known by then,
+and low noise is where detail is decided.
 """
 
 from __future__ import annotations
 
+from hashlib import sha256
+
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import DDPMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file
+from transformers import CLIPTextModel
 
-from pretraining import clip
+from dvar.mini.world.classes import CLASSES
+from dvar.mini.world.places import PLACES
+from dvar.mini.world.scene import COLOURS
+from pretraining import autoencoder, clip
 from pretraining.pictures import captions_for
-from pretraining.training import WORK, Training, arguments
+from pretraining.training import GRID_EVERY_STEPS, WORK, Training, arguments, load_average
 from pretraining.words import load_tokenizer
 
-SNR_CAP = 2.0
+SNR_CAPS = 2.0, 8.0
 V_CAP = 10.0
 EMPTY = 0.1
+NOISE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 
 def build() -> UNet2DConditionModel:
@@ -40,7 +48,7 @@ def build() -> UNet2DConditionModel:
 
 
 def scheduler() -> DDPMScheduler:
-    return DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False)
+    return DDPMScheduler(**NOISE, clip_sample=False)
 
 
 def load_latents() -> dict[str, torch.Tensor]:
@@ -52,6 +60,40 @@ def scaling_factor(moments: torch.Tensor) -> float:
     """What brings the latents' standard deviation to 1; rounded, for it goes into a config."""
     mean, logvar = moments[:4096].float().chunk(2, dim=1)
     return round(float(1 / (mean.var() + logvar.exp().mean()).sqrt()), 5)
+
+
+def pipeline(unet: UNet2DConditionModel) -> StableDiffusionPipeline:
+    """A U-Net with all that it needs to draw: what ships."""
+    tokenizer = load_tokenizer()
+    whole = clip.load("clip", len(tokenizer))
+    text_encoder = CLIPTextModel(whole.config.text_config)
+    text_encoder.load_state_dict(whole.text_model.state_dict())
+    vae = load_average("decoder", autoencoder.prepare("decoder"))
+    vae.register_to_config(scaling_factor=scaling_factor(load_latents()["moments"]))
+    # SD1.5 ships PNDM, which its users know; training builds DDPM from the same config.
+    sampler = PNDMScheduler(**NOISE, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=sampler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def sheet(pipe: StableDiffusionPipeline) -> list[np.ndarray]:
+    """Every class in some colour and place, five rows of five, drawn in 20 steps from fixed noise."""
+    colours, places = list(COLOURS), list(PLACES.values())
+    prompts = [
+        f"a photo of a {colours[i % len(colours)]} {noun} {places[i % len(places)].words}"
+        for i, noun in enumerate(CLASSES)
+    ]
+    generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+    drawn = pipe(prompts, num_inference_steps=20, generator=generators, height=64, width=64, output_type="np").images
+    return list((drawn * 255).round().astype(np.uint8).reshape(5, 5, 64, 64, 3))
 
 
 def main() -> None:
@@ -67,7 +109,10 @@ def main() -> None:
         unet.set_attn_processor(
             AttnProcessor()
         )  # the fused kernel's backward is slow on CPUs at 64 tokens: 30 % of a step
-    training = Training("unet", unet, steps=chosen.steps, lr=8e-4, device=device, decay=0.9995)
+    seen = sha256(data["moments"].numpy().tobytes() + data["facts"].numpy().tobytes()).hexdigest()
+    training = Training("unet", unet, chosen, lr=8e-4, data=seen, decay=0.9995)
+    drawing = pipeline(unet).to(device)
+    drawing.set_progress_bar_config(disable=True)
     for step in training:
         rng = np.random.default_rng([5000 + chosen.seed, step])
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
@@ -88,12 +133,15 @@ def main() -> None:
         squared = (predicted.float() - noise) ** 2
         region = 1 + 2 * data["masks"][picked].to(device)[:, None].float() / 255
         snr = level / (1 - level)
-        weight = snr.clamp(max=SNR_CAP) / snr * (1 / level).clamp(max=V_CAP)
+        weight = snr.clamp(max=SNR_CAPS[step >= 0.8 * chosen.steps]) / snr * (1 / level).clamp(max=V_CAP)
         loss = (squared * region * weight).mean()
         training.update(loss)
         if training.step % 100 == 0:
             plain = squared.detach().mean(dim=(1, 2, 3))
             training.log(loss=loss, mse=plain.mean(), mse_high=plain[t > 600].mean())
+        if training.step % GRID_EVERY_STEPS == 0:
+            with training.averaged(), torch.autocast(device, torch.bfloat16):
+                training.grid(sheet(drawing))
 
 
 if __name__ == "__main__":
