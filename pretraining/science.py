@@ -1,0 +1,252 @@
+"""Does the bundled model support the science?  Train past every stop on the four tuning concepts, and look at the way.
+
+``python -m pretraining.science train --method textual-inversion --seeds 0 1 2`` trains to the cap, DVAR kept from
+stopping, and scores pictures at steps spread over the run; ``--learning_rates`` tries several.  A run that is there is
+not made again.  ``python -m pretraining.science judge`` reads all runs: settings are chosen by the recogniser at the
+cap alone, and the gate says for which methods rules may be ranked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import CLIPModel, CLIPTokenizer
+
+from dvar import mini
+from dvar.diffusion.backbone import Backbone
+from dvar.diffusion.sampling import sample
+from dvar.mini import recogniser
+from dvar.mini.world.classes import CLASSES
+from dvar.mini.world.concepts import held_out, reference_scenes
+from dvar.mini.world.places import PLACES
+from dvar.mini.world.scene import COLOURS, PATTERNS, render, sample_scene, sample_subject
+from dvar.stopper.trace import Trace
+from dvar.trainer.checkpoint import Checkpoint
+from dvar.trainer.methods.textual_inversion import TextualInversion
+from dvar.trainer.presets import configure
+from dvar.trainer.run import personalise
+from pretraining.evaluate import ROOT, percent, picture_features, text_features
+from pretraining.training import WORK
+
+RUNS = WORK / "science"
+CADENCE = 25
+SHARES = (0.0, 0.02, 0.05, 0.1, 0.17, 0.25, 0.35, 0.5, 0.75, 1.0)
+"""Parts of the cap at which pictures are drawn and scored, rounded to checkpoints."""
+PLAIN, PLACED = 8, ("beach", "snow", "night", "forest", "table", "street", "desert", "blue wall")
+DISTRACTORS = 99
+
+
+@dataclass(frozen=True)
+class Trial:
+    method: str
+    concept: str
+    rate: float
+    seed: int
+    cap: int
+
+    @property
+    def folder(self) -> Path:
+        return RUNS / f"{self.method}-{self.concept}-{self.rate:g}-{self.seed}-{self.cap}"
+
+
+@cache
+def judges() -> tuple[recogniser.Recogniser, CLIPModel, CLIPTokenizer]:
+    """The recogniser, the CLIP that scores, and its tokenizer."""
+    scorer = CLIPModel.from_pretrained(ROOT / "judges" / "clip", dtype=torch.float32).eval()
+    tokenizer = CLIPTokenizer.from_pretrained(mini.path() / "tokenizer")
+    return recogniser.load(ROOT / "judges" / "recogniser.safetensors"), scorer, tokenizer
+
+
+def score(pixels: np.ndarray, concept: str, placed: bool) -> dict[str, float]:
+    """Both judges on uint8 pictures [n, 64, 64, 3] meant to show a concept, one in each of `PLACED` if ``placed``.
+
+    ``identity``: the recogniser's mean probability that it is this subject and none of `DISTRACTORS` others of its
+    class; ``first``: how often it comes out first, in percent; ``class``, ``main colour``, ``pattern``, ``place``:
+    read right, in percent; ``clip image``: mean cosine with the concept's own pictures, all pairs; ``clip text``: mean
+    cosine with what was asked, the class noun for the new word.
+    """
+    judge, scorer, tokenizer = judges()
+    subject = held_out()[concept]
+    rng = np.random.default_rng([7, list(held_out()).index(concept)])
+    others = np.stack([sample_subject(rng, subject.noun).vector() for _ in range(DISTRACTORS)])
+    own, answer = torch.from_numpy(subject.vector()).float(), list(CLASSES).index(subject.noun)
+    with torch.no_grad():
+        reading = judge(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1)
+    identity = reading.identity(own, torch.from_numpy(others).float(), answer)
+    every = torch.cat([own[None], torch.from_numpy(others).float()])
+    features = picture_features(scorer, pixels)
+    references = np.stack([render(subject, scene) for scene in reference_scenes(concept)])
+    plain = f"a photo of a {subject.noun}"
+    asked = [f"{plain} {PLACES[place].words}" for place in PLACED] if placed else [plain] * len(pixels)
+    scores = {
+        "identity": float(identity.mean()),
+        "first": percent(reading.surprise(every, answer).argmin(1) == 0),
+        "class": percent(reading.best("class") == answer),
+        "main colour": percent(reading.best("main colour") == list(COLOURS).index(subject.colours[0])),
+        "pattern": percent(reading.best("pattern") == PATTERNS.index(subject.pattern)),
+        "clip image": float((features @ picture_features(scorer, references).T).mean()),
+        "clip text": float((features * text_features(scorer, tokenizer, asked)).sum(1).mean()),
+    }
+    if placed:
+        places = torch.tensor([list(PLACES).index(place) for place in PLACED])
+        scores["place"] = percent(reading.best("place") == places)
+    return scores
+
+
+def ceiling(concept: str) -> dict[str, float]:
+    """What fresh renderings of the very subject score; for ``clip image`` that is the references' own likeness."""
+    rng = np.random.default_rng(11)
+    pixels = np.stack([render(held_out()[concept], sample_scene(rng, style="photo")) for _ in range(64)])
+    scores = score(pixels, concept, placed=False)
+    features = picture_features(
+        judges()[1], np.stack([render(held_out()[concept], scene) for scene in reference_scenes(concept)])
+    )
+    n = len(features)
+    among = float(((features @ features.T).sum() - n) / (n * (n - 1)))
+    return scores | {"clip image among references": among}
+
+
+def at_step(run: Path, step: int) -> Backbone:
+    """The model of a run as it was after ``step`` updates; its checkpoint must have been kept."""
+    config = json.loads((run / "config.json").read_text())
+    backbone = Backbone.load(mini.path())
+    tensors = Checkpoint.read(run / f"checkpoint-{step}").tensors
+    word = config["placeholder_token"]
+    method = TextualInversion(backbone, word, config["initializer_token"], config["num_vectors"])
+    method.load({word: tensors[f"method/{word}"]})
+    return backbone
+
+
+def train(trial: Trial) -> None:
+    """Train to the cap and score on the way; the pictures are kept beside the scores, for other judges."""
+    run, record = trial.folder, trial.folder / "scores.json"
+    if record.exists():
+        return
+    settings = {
+        "instance_data_dir": mini.concepts()[trial.concept],
+        "initializer_token": mini.noun(trial.concept),
+        "output_dir": run,
+        "overwrite": True,
+        "learning_rate": trial.rate,
+        "seed": trial.seed,
+    }
+    config = replace(
+        configure(settings),
+        max_train_steps=trial.cap,
+        window=40,
+        threshold=1e-9,  # DVAR is kept from stopping
+        validation_steps=10**6,
+        num_validation_images=1,
+        checkpointing_steps=CADENCE,
+    )
+    personalise(config)
+    word, noun = config.placeholder_token, mini.noun(trial.concept)
+    called = word if trial.method == "textual-inversion" else f"{word} {noun}"
+    prompts = [f"a photo of {called}"] * PLAIN + [f"a photo of {called} {PLACES[place].words}" for place in PLACED]
+    rows = []
+    for step in sorted({CADENCE * round(share * trial.cap / CADENCE) for share in SHARES}):
+        drawn = sample(
+            at_step(run, step),
+            prompts,
+            range(len(prompts)),
+            size=64,
+            steps=25,
+            guidance=config.guidance_scale,
+        )
+        pixels = np.stack([np.asarray(picture) for picture in drawn])
+        np.save(run / f"pictures-{step:06d}.npy", pixels)
+        plain, placed = score(pixels[:PLAIN], trial.concept, False), score(pixels[PLAIN:], trial.concept, True)
+        rows.append({"step": step, "plain": plain, "placed": placed})
+    record.write_text(json.dumps({"cap": trial.cap, "scores": rows}, indent=1) + "\n")
+
+
+def gate(runs: Sequence[Path]) -> dict[str, Any]:
+    """Whether rules may be ranked on a method: figures over runs of several concepts and seeds.
+
+    ``gain`` of identity from the untrained model to the cap, its standard error over the runs, and its share of the way
+    to the ceiling; ``half``: the part of the gain reached before half of the cap; ``drop``: the median over the runs of
+    the fall of L_det (step 0 against the mean of the last tenth) over its jitter there (the standard deviation of
+    first differences over the square root of 2: the noise of a curve that moves slowly).
+    """
+    curves, tops, drops = [], [], []
+    for run in runs:
+        record = json.loads((run / "scores.json").read_text())
+        curves.append([(row["step"] / record["cap"], row["plain"]["identity"]) for row in record["scores"]])
+        tops.append(ceiling(_concept(run))["identity"])
+        values = Trace.read(run / "trace.jsonl").values
+        last = values[-max(8, len(values) // 10) :]
+        drops.append((values[0] - last.mean()) / (np.diff(last).std() / np.sqrt(2)))
+    shares, identity = np.array(curves[0])[:, 0], np.array(curves)[:, :, 1]
+    gains = identity[:, -1] - identity[:, 0]
+    error = float(gains.std(ddof=1) / np.sqrt(len(gains))) if len(gains) > 1 else float("nan")
+    mean = identity.mean(axis=0)
+    before_half = float(mean[shares <= 0.5].max())
+    figures = {
+        "runs": len(runs),
+        "start": float(mean[0]),
+        "end": float(mean[-1]),
+        "ceiling": float(np.mean(tops)),
+        "standard errors": float(gains.mean() / error),
+        "way to the ceiling, %": 100 * float(gains.mean() / (np.mean(tops) - mean[0])),
+        "gain before half the cap, %": 100 * (before_half - float(mean[0])) / float(gains.mean()),
+        "drop of L_det over its jitter": float(np.median(drops)),
+    }
+    passed = (
+        figures["standard errors"] >= 5
+        and figures["way to the ceiling, %"] >= 25
+        and figures["gain before half the cap, %"] >= 90
+        and figures["drop of L_det over its jitter"] >= 5
+    )
+    return figures | {"rankable": passed}
+
+
+def _concept(run: Path) -> str:
+    return next(name for name in mini.TUNING if f"-{name}-" in run.name)
+
+
+def curve(runs: Sequence[Path], part: str, key: str) -> list[float]:
+    """The mean over runs of one score at each scored step."""
+    records = [json.loads((run / "scores.json").read_text())["scores"] for run in runs]
+    return [float(np.mean([row[part][key] for row in rows])) for rows in zip(*records, strict=True)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("action", choices=("train", "judge"))
+    parser.add_argument("--method", default="textual-inversion")
+    parser.add_argument("--learning_rates", type=float, nargs="+", required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--concepts", nargs="+", default=mini.TUNING)
+    parser.add_argument("--steps", type=int, default=1500, help="the cap")
+    parser.add_argument("--threads", type=int, default=1)
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
+    for rate in chosen.learning_rates:
+        trials = [
+            Trial(chosen.method, name, rate, seed, chosen.steps) for seed in chosen.seeds for name in chosen.concepts
+        ]
+        if chosen.action == "train":
+            for trial in trials:
+                train(trial)
+                print(trial.folder.name, (trial.folder / "scores.json").read_text()[-700:], flush=True)
+            continue
+        runs = [trial.folder for trial in trials if (trial.folder / "scores.json").exists()]
+        if not runs:
+            continue
+        print(f"== {chosen.method}, learning rate {rate:g}: {len(runs)} runs")
+        print({name: round(value, 3) for name, value in gate(runs).items()})
+        for part, keys in (("plain", ("identity", "first", "class", "clip image")), ("placed", ("place", "clip text"))):
+            for key in keys:
+                print(f"{part:7s}{key:12s}", *(f"{value:8.3f}" for value in curve(runs, part, key)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""The recipe's training state: killed and started again, a stage goes on as if it had not been."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from pretraining import training
+from pretraining.training import Training, load_average
+
+
+@pytest.fixture(autouse=True)
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(training, "WORK", tmp_path)
+    return tmp_path
+
+
+def network() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+
+
+def stage(model: nn.Module, steps: int) -> Training:
+    chosen = argparse.Namespace(steps=steps, batch=16, seed=0, device="cpu")
+    return Training("stage", model, chosen, lr=1e-2, data="none")
+
+
+def run(training: Training, until: int) -> None:
+    for step in training:
+        if step == until:
+            training.save()
+            return
+        x = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
+        training.update((training.model(x) - x.sum(1, keepdim=True)).square().mean())
+
+
+def test_killed_and_started_again_it_ends_at_the_same_bits(work: Path) -> None:
+    whole = network()
+    through = stage(whole, 30)
+    run(through, 30)
+    expected, average = [p.clone() for p in whole.parameters()], [a.clone() for a in through.average.values()]
+    (work / "stage" / "state.safetensors").unlink()
+    run(stage(network(), 30), 13)
+    again = network()
+    resumed = stage(again, 30)
+    assert resumed.step == 13
+    run(resumed, 30)
+    assert all(torch.equal(a, b) for a, b in zip(expected, again.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(average, resumed.average.values(), strict=True))
+
+
+def test_the_average_is_lent_and_given_back() -> None:
+    model = network()
+    state = stage(model, 5)
+    run(state, 5)
+    now = [p.clone() for p in model.parameters()]
+    with state.averaged():
+        assert all(torch.equal(p, state.average[key]) for key, p in model.named_parameters())
+        assert not all(torch.equal(a, b) for a, b in zip(now, model.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(now, model.parameters(), strict=True))
+
+
+def test_what_a_stage_keeps_frozen_is_not_asked_of_its_state() -> None:
+    model = network()
+    model[0].requires_grad_(False)
+    state = stage(model, 3)
+    run(state, 3)
+    fresh = network()
+    fresh[0].requires_grad_(False)
+    loaded = load_average("stage", fresh)
+    assert torch.equal(loaded[2].weight, state.average["2.weight"])
+    assert not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_another_shape_of_model_is_refused() -> None:
+    run(stage(network(), 2), 2)
+    with pytest.raises(SystemExit, match="another shape"):
+        load_average("stage", nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1), nn.Linear(1, 1)))
