@@ -10,16 +10,17 @@ import sys
 # What runs, and its arguments.
 STAGES = (
     ("autoencoder", "--batch 8 --steps 8000"),
-    ("autoencoder", "--name decoder --batch 8 --steps 4000"),
+    ("autoencoder", "--name decoder --batch 8 --steps 3500"),
     ("clip", "--batch 96 --steps 1000"),
     ("latents", "--steps 40"),
     ("unet", "--batch 48 --steps 15000"),
-    ("clip", "--name vision --batch 96 --steps 3500"),
-    ("clip", "--name judge --batch 96 --steps 4000"),
+    ("clip", "--name vision --batch 96 --steps 2800"),
+    ("clip", "--name judge --batch 96 --steps 3500"),
     ("recogniser", "--batch 64 --steps 7000"),
     ("ship", "--concepts"),
     ("ship", ""),
     ("evaluate", ""),
+    ("gallery", ""),
 )
 
 

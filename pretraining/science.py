@@ -37,7 +37,7 @@ from pretraining.evaluate import ROOT, percent, picture_features, text_features
 from pretraining.training import WORK
 
 RUNS = WORK / "science"
-CADENCE = 25
+CADENCE, PROBE_EVERY = 25, 5
 SHARES = (0.0, 0.02, 0.05, 0.1, 0.17, 0.25, 0.35, 0.5, 0.75, 1.0)
 """Parts of the cap at which pictures are drawn and scored, rounded to checkpoints."""
 PLAIN, PLACED = 8, ("beach", "snow", "night", "forest", "table", "street", "desert", "blue wall")
@@ -141,7 +141,8 @@ def train(trial: Trial) -> None:
     config = replace(
         configure(settings),
         max_train_steps=trial.cap,
-        window=40,
+        probe_every=PROBE_EVERY,
+        window=100,
         threshold=1e-9,  # DVAR is kept from stopping
         validation_steps=10**6,
         num_validation_images=1,

@@ -59,16 +59,18 @@ def save_recipe(path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--concepts", action="store_true")
-    if parser.parse_args().concepts:
-        save_concepts(ROOT / "concepts")
+    parser.add_argument("--to", type=Path, default=ROOT)
+    chosen = parser.parse_args()
+    if chosen.concepts:
+        save_concepts(chosen.to / "concepts")
         return
-    (ROOT / "judges").mkdir(parents=True, exist_ok=True)
-    save_judges(ROOT / "judges")
+    (chosen.to / "judges").mkdir(parents=True, exist_ok=True)
+    save_judges(chosen.to / "judges")
     drawing = unet.pipeline(load_average("unet", unet.build()))
-    drawing.to(dtype=torch.float16).save_pretrained(ROOT / "model")
-    save_recipe(ROOT / "recipe.json")
+    drawing.to(dtype=torch.float16).save_pretrained(chosen.to / "model")
+    save_recipe(chosen.to / "recipe.json")
     # transformers loads a text encoder in the type its config names, diffusers a U-Net in float32: they must agree.
-    config = ROOT / "model" / "text_encoder" / "config.json"
+    config = chosen.to / "model" / "text_encoder" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
 
 

@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-WORK = Path(__file__).parent / "work"
+WORK = Path(os.environ.get("DVAR_PRETRAINING_WORK", Path(__file__).parent / "work"))
 SAVE_EVERY_SECONDS = 120
 GRID_EVERY_STEPS = 1000
 PACKAGES = ("torch", "diffusers", "transformers", "skia-python")

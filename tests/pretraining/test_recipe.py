@@ -1,0 +1,44 @@
+"""The whole recipe from nothing, two steps a stage: every stage finds what it needs, and what ships draws."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from diffusers import StableDiffusionPipeline
+
+from pretraining.__main__ import STAGES
+from pretraining.ship import MADE_OF
+
+FEW = {"autoencoder": "--batch 2 --steps 2", "clip": "--batch 4 --steps 2", "latents": "--steps 1"}
+FEW |= {"unet": FEW["autoencoder"], "recogniser": FEW["autoencoder"]}
+
+
+@pytest.mark.slow
+def test_every_stage_runs_from_nothing_and_what_ships_draws(tmp_path: Path) -> None:
+    environment = {**os.environ, "DVAR_PRETRAINING_WORK": str(tmp_path / "work"), "OMP_NUM_THREADS": "1"}
+    for stage, arguments in STAGES:
+        if stage not in FEW:
+            continue
+        name = [f"--name {arguments.split()[1]}"] if arguments.startswith("--name") else []
+        command = f"-m pretraining.{stage} {' '.join([*name, FEW[stage]])} --threads 1".split()
+        subprocess.run([sys.executable, *command], check=True, env=environment, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "pretraining.ship", "--to", str(tmp_path)],
+        check=True,
+        env=environment,
+        capture_output=True,
+    )
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "model", safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("a photo of a mug", num_inference_steps=2).images[0].size == (64, 64)
+    assert set(json.loads((tmp_path / "recipe.json").read_text())) == set(MADE_OF)
+    assert {path.name for path in (tmp_path / "judges").iterdir()} == {
+        "clip",
+        "clip-conditioner",
+        "recogniser.safetensors",
+    }
