@@ -299,7 +299,7 @@ def test_a_run_ends_with_its_verdict_and_says_where_to_look(trained: Trained) ->
     saved = json.loads((trained.folder / "result.json").read_text(encoding="utf-8"))
     assert lines[0] == saved["verdict"]["sentence"]
     assert [line for line in lines if line.startswith("note: ")] == [
-        f"note: {diagnosis}" for diagnosis in saved["verdict"]["diagnoses"]
+        f"note: {found['reason']}: {found['sentence']}" for found in saved["verdict"]["diagnoses"]
     ]
     assert lines[-3:] == [
         f"report    {trained.folder / 'report.html'}",

@@ -84,7 +84,7 @@ def test_the_verdict_is_said_in_full(run_folder: Path) -> None:
     assert verdict["sentence"][1:] in page.text
     assert "Stop at step 224:" in page.text
     # 160 / sqrt(0.15) = 413.1, and 413 - 224 = 189
-    assert "in a straight line, at step 413. This run stopped 189 steps before that." in page.text
+    assert "in a straight line passes the threshold, at step 413. This run stopped 189 steps before that." in page.text
 
 
 def test_key_numbers(run_folder: Path) -> None:
@@ -226,10 +226,10 @@ def test_the_vectors_of_the_lowest_step_are_named_where_they_are_kept(tmp_path: 
     assert "learned_embeds-steps-100.safetensors" in Page(write_report(folder)).text
 
 
-def test_a_straight_line_is_stopped_with_a_warning(tmp_path: Path) -> None:
+def test_a_straight_line_runs_to_the_cap_with_a_warning(tmp_path: Path) -> None:
     page = report(tmp_path, fake_trace(lambda step: 0.0426 * (1 - 3e-4 * step)))
     assert "Still falling: " in page.text
-    assert "This run came no earlier." in page.text
+    assert "The cap ended this run, not the rule" in page.text
     assert "Nothing speaks against it" not in page.text
 
 

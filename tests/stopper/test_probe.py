@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import random
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dvar import Probe, RefusedInput
+from dvar import Dvar, Probe, RefusedInput, Trace
+from dvar.stopper.probe import PairedProbe, stratified_timesteps
 
 
 class Net(nn.Module):
@@ -167,7 +171,7 @@ def test_training_is_the_same_with_and_without_it() -> None:
 )
 def test_losses_of_another_shape_or_precision_are_refused(given: Tensor, told: list[str]) -> None:
     with pytest.raises(RefusedInput) as caught:
-        Probe(lambda held: given, HELD, [])()
+        Probe(lambda held: given, HELD, [nn.Identity()])()
     assert len(caught.value.problems) == len(told)
     assert all(part in problem for part, problem in zip(told, caught.value.problems, strict=True))
 
@@ -183,6 +187,139 @@ def test_the_data_parallel_wrapper_is_refused() -> None:
 def test_the_random_state_of_the_gpu_is_kept_as_well() -> None:
     torch.rand(1, device="cuda")
     before = torch.cuda.get_rng_state_all()
-    Probe(lambda held: torch.rand(8, device="cuda"), HELD, [])()
+    probe = Probe(lambda held: torch.rand(8, device="cuda"), HELD, [nn.Identity()])
+    assert torch.equal(probe(), probe())
     after = torch.cuda.get_rng_state_all()
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+# --- any callable ---------------------------------------------------------------------------------------------------
+
+
+class Owner:
+    def __init__(self) -> None:
+        self.net = Net()
+
+    def loss(self, held: Tensor) -> Tensor:
+        return (self.net(held) - held).square().mean(dim=1)
+
+    __call__ = loss
+
+
+def with_argument(held: Tensor, net: nn.Module) -> Tensor:
+    return (net(held) - held).square().mean(dim=1)
+
+
+GLOBAL = Net()
+
+
+def reads_a_global(held: Tensor) -> Tensor:
+    return (GLOBAL(held) - held).square().mean(dim=1)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [losses(Net()), Owner().loss, Owner(), partial(with_argument, net=Net()), reads_a_global],
+    ids=["closure", "method", "object", "partial", "global"],
+)
+def test_the_modules_that_a_callable_holds_are_found(loss: Callable[[Tensor], Tensor]) -> None:
+    # Dropout is off, so the same held batch gives the same losses under two seeds: the modules were put in evaluation.
+    assert torch.equal(Probe(loss, HELD)(), Probe(loss, HELD, seed=1)())
+
+
+@pytest.mark.parametrize("modules", [None, [], ()])
+def test_a_probe_without_any_module_is_refused(modules: Any) -> None:
+    with pytest.raises(RefusedInput, match=r"got none and found none on the loss: pass modules="):
+        Probe(lambda held: held.mean(dim=1), HELD, modules)
+
+
+def test_a_loss_that_draws_its_own_noise_is_held_by_its_seed() -> None:
+    net = Net()
+
+    def noisy(held: Tensor) -> Tensor:
+        shift = random.random() + float(np.random.rand())
+        return (net(held + torch.randn_like(held)) - held).square().mean(dim=1) + shift
+
+    probe, states = Probe(noisy, HELD), random_states()
+    first = probe()
+    torch.rand(3), random.random(), np.random.rand()
+    assert torch.equal(first, probe())
+    assert not torch.equal(first, Probe(noisy, HELD, seed=1)())
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    states = random_states()
+    probe()
+    assert random_states() == states
+
+
+def test_a_captured_batch_is_drawn_once_and_is_beyond_reach() -> None:
+    net, source, states = Net(), torch.zeros(8, 4), random_states()
+
+    def draw() -> dict[str, Any]:
+        return {"x": source, "noise": [torch.randn(8, 4)], "timesteps": torch.arange(8)}
+
+    def loss(held: dict[str, Any]) -> Tensor:
+        return (net(held["x"] + held["noise"][0]) - held["noise"][0]).square().mean(dim=1)
+
+    probe = Probe.capture(loss, draw)
+    assert random_states() == states
+    first = probe()
+    source.fill_(9.0)
+    assert torch.equal(first, probe())
+    assert probe.header == {"timesteps": list(range(8))}
+    assert Trace(probe.header).header["timesteps"] == list(range(8))
+    assert Probe(losses(net), HELD).header == {}
+
+
+def paired(net: Net) -> PairedProbe[dict[str, Tensor]]:
+    frozen = copy.deepcopy(net)
+
+    def loss(model: Net, draws: dict[str, Tensor]) -> Tensor:
+        return (model(draws["x"]) - torch.randn(8, 4)).square().mean(dim=1)
+
+    def draw(step: int) -> dict[str, Tensor]:
+        return {"x": torch.randn(8, 4), "timesteps": torch.randint(1000, (8,))}
+
+    return PairedProbe(partial(loss, net), partial(loss, frozen), draw)
+
+
+def test_a_paired_reading_is_zero_before_the_first_step_and_the_gain_afterwards() -> None:
+    net = Net()
+    probe = paired(net)
+    before, states = mixed(net), random_states()
+    assert torch.equal(probe(0), torch.zeros(8))
+    assert torch.equal(probe(1), torch.zeros(8))
+    with torch.no_grad():
+        net.frozen[0].bias += 1.0
+    measured = probe.measure(1)
+    assert measured["eval"].dtype == torch.float32
+    assert not torch.equal(measured["eval"], torch.zeros(8))
+    assert torch.equal(measured["eval"], probe(1))
+    again = probe.measure(2)
+    assert again["timesteps"] != measured["timesteps"]
+    assert not torch.equal(again["eval"], measured["eval"])
+    assert flags(net) == before
+    assert random_states() == states
+
+
+def test_a_paired_trace_refuses_to_be_normalised() -> None:
+    probe = paired(Net())
+    trace = Trace(probe.header)
+    trace.record(0, **probe.measure(0))
+    assert len(trace.records[0]["timesteps"]) == 8
+    with pytest.raises(RefusedInput, match=r"Dvar cannot use its metric: 'eval/first' needs the same samples"):
+        Dvar(8, 0.15, metric="eval/first")(trace)
+
+
+@pytest.mark.parametrize(("count", "timesteps"), [(1, 1000), (8, 1000), (8, 8), (5, 1000)])
+def test_stratified_timesteps_hold_one_of_each_part(count: int, timesteps: int) -> None:
+    drawn = torch.stack([stratified_timesteps(count, timesteps, torch.Generator().manual_seed(s)) for s in range(300)])
+    assert drawn.dtype == torch.int64
+    assert int(drawn.min()) >= 0
+    assert int(drawn.max()) < timesteps
+    edges = torch.arange(count) * timesteps / count
+    assert bool((drawn >= edges.floor()).all() and (drawn <= edges + timesteps / count).all())
+    # The standard error of the mean of 300 * count draws, of which each part's variance is (T / count)^2 / 12.
+    error = timesteps / count / (12 * 300 * count) ** 0.5
+    assert abs(float(drawn.double().mean()) - (timesteps - 1) / 2) <= 4 * error + 0.5
+    with pytest.raises(RefusedInput, match="must be 1 or more"):
+        stratified_timesteps(0, 1000)

@@ -14,7 +14,7 @@ from dvar.laboratory import charts
 from dvar.laboratory.charts import Scale
 from dvar.laboratory.markup import Html, element, join
 from dvar.laboratory.runs import Floats, Run
-from dvar.stopper.verdict import Reason
+from dvar.stopper.rules import SETTLED
 
 PIXEL_ART = 128  # pictures up to this side are shown pixel by pixel, larger ones are shrunk and smoothed
 SHRUNK = 224
@@ -126,7 +126,7 @@ def _panel(x: Scale, y: Scale, layers: Sequence[Html], says: str, *, last: bool 
 def _marks(run: Run, x: Scale, name: str | None = None) -> list[Html]:
     """The window behind the verdict, the steps whose loss was lost and the stop."""
     lost = [charts.upright(x, step, "lost") for step in lost_steps(run)[:LOST_SHOWN]]
-    judged = run.verdict.reason is Reason.STABILISED
+    judged = run.verdict.stop and run.verdict.reason in SETTLED
     first, last = run.verdict.step - run.config["window"], run.verdict.step
     return [*[charts.band(x, first, last, "window")] * judged, *lost, *_stop(run, x, name)]
 

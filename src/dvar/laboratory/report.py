@@ -14,6 +14,7 @@ from dvar.config import BUNDLED_MODEL
 from dvar.laboratory import figures
 from dvar.laboratory.markup import Html, element, join
 from dvar.laboratory.runs import Run
+from dvar.stopper.rules import SETTLED
 from dvar.stopper.verdict import Reason
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -76,21 +77,21 @@ def _notes(run: Run) -> Iterator[Html]:
     """What a person should know before believing the verdict."""
     verdict = run.verdict
     for diagnosis in verdict.diagnoses:
-        name, _, says = diagnosis.partition(": ")
-        yield join([element("b", f"{_capitalised(name)}:"), f" {says}."])
+        yield join([element("b", f"{_capitalised(diagnosis.reason.value)}:"), f" {diagnosis.sentence}."])
     if verdict.reason is Reason.NON_FINITE and run.result:
         yield join([f"What was exported is the word as it was at step {run.exported_step}, before the fault."])
     if verdict.reason is Reason.CAP:
         yield Html(
             "The cap ended this run, not the rule: its loss has not settled yet, or jitters too much to show it."
         )
-    if verdict.reason is Reason.STABILISED:
+    if verdict.stop and verdict.reason in SETTLED:
         if not verdict.diagnoses:
             yield Html("Nothing speaks against it: the loss has fallen, and by the end it hardly falls or rises.")
         early = math.floor(run.straight_line_step) - verdict.step
         compared = f"stopped {early} {_plural(early, 'step')} before that" if early > 0 else "came no earlier"
         straight = f"at step {math.floor(run.straight_line_step)}"
-        yield join([f"The rule stops even a loss that falls in a straight line, {straight}. This run {compared}."])
+        line = f"Even a loss that falls in a straight line passes the threshold, {straight}."
+        yield join([f"{line} This run {compared}."])
 
 
 def _unfinished(run: Run) -> Html:
@@ -114,7 +115,7 @@ def _time(run: Run) -> Html | None:
 
 def _saved(run: Run) -> Html | None:
     saved = run.seconds_to_cap - sum(run.seconds.values())
-    if not run.result or run.verdict.reason is not Reason.STABILISED or saved <= 0:
+    if not run.result or run.verdict.reason not in SETTLED or saved <= 0:
         return None
     cap = f"{run.config['max_train_steps']} steps without the probe: about {_duration(run.seconds_to_cap)}"
     return _fact(_duration(saved), "saved", cap)
@@ -141,7 +142,7 @@ def _losses(run: Run) -> Html:
         "Both curves measure the same model. The training loss changes with the pictures, noise and timesteps of each "
         "step; L_det is measured on inputs drawn once, so what moves it is the model alone."
     )
-    if run.verdict.reason is Reason.STABILISED:
+    if run.verdict.stop and run.verdict.reason in SETTLED:
         caption += f" Shaded: the last {run.config['window']} steps, over which the stop was judged."
     return _section("The losses", _figure(figures.losses(run), caption + _lost(run)))
 

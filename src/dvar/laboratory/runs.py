@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from dvar.errors import RefusedInput
 from dvar.stopper.rules import Dvar
 from dvar.stopper.trace import Trace
-from dvar.stopper.verdict import Reason, Verdict
+from dvar.stopper.verdict import Verdict
 
 Floats = NDArray[np.float64]
 
@@ -108,7 +108,7 @@ class Run:
         for step, value in zip(self.trace.steps, self.trace.values, strict=True):
             replayed.record(int(step), float(value))
             verdict = self._rule(replayed)
-            known = verdict.reason in (Reason.RUNNING, Reason.STABILISED)
+            known = "total_var" in verdict.metrics
             found.append(verdict.metrics["ratio"] if known else np.nan)
         return np.array(found, dtype=np.float64)
 

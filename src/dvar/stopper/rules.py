@@ -2,24 +2,51 @@
 
 A rule keeps nothing between calls: all it knows is the trace, so replaying a recorded run gives what the live run gave,
 and resuming is reading the trace.
+
+    `Dvar`                             the variance of a window against that of the whole run
+    `EmaPercentile`, `Hall`, `Trend`   what the paper tried beside it
+    `Plateau`, `CLIP_S`                patience on any metric; the CLIP-s baseline of the paper
+    `FixedSteps`                       the cap that every run has
+    `AnyOf`, `AllOf`, `NotBefore`, `AtMost`   rules made of rules
+
+Rules with a window read L_det unless `metric` names another metric of the trace (`Trace.metric`): "eval/first" is L_det
+normalised by the first value at each timestep.  Their windows are in steps.  Until `window` steps have passed since the
+first record and the window holds `MIN_RECORDS` of them, the verdict is "warming up".  When such a rule's condition
+holds, its curve is examined once (`verdict.diagnose`): the reason is "stabilised" when nothing speaks against it, else
+the gravest doubt, and `stop_on` says which of these reasons stop.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import chain
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any, Literal, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
-from dvar.errors import RefusedInput
-from dvar.stopper.trace import Curve, Trace
-from dvar.stopper.verdict import Reason, Verdict, diagnose
+from dvar.errors import RefusedInput, TraceError
+from dvar.stopper.trace import LOSS, Curve, Trace
+from dvar.stopper.verdict import Reason, Verdict, diagnose, straight_line_step
 
 MIN_RECORDS = 8
-"""A variance of fewer records in the window is not judged."""
+"""A window that holds fewer records is not judged."""
+
+SETTLED = (
+    Reason.STABILISED,
+    Reason.NOT_LEARNING,
+    Reason.STILL_FALLING,
+    Reason.RISING,
+    Reason.OUTLIER_DOMINATED,
+)
+"""The reasons a rule's condition can hold for; each with a truth of its own, all of them a stop in the paper."""
+STOPS_ON = (Reason.STABILISED, Reason.NOT_LEARNING, Reason.RISING)
+"""The default of `stop_on`: go on while the loss still falls or one outlier feigns a fall; more steps mend neither a
+loss that rises nor one that settled without a gain."""
 
 
 class Criterion(Protocol):
@@ -30,74 +57,270 @@ class Criterion(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Dvar:
     """Deterministic Variance Evaluation: stop once the variance of L_det over the last `window` steps is less than
     `threshold` times its variance over the whole run.
 
-    Called on a trace, it returns a `Verdict` at the newest evaluation.  Both variances have ddof 0 and weight a record
-    by the steps since the one before it (the first by 1).  The window holds the steps in (t - window, t].  Until
-    `window` steps have passed since the first record and the window holds `MIN_RECORDS`, the ratio is 1 and the verdict
-    "warming up".  A trace in which nothing changed gives "no change" and one with a nan or an infinity "non-finite":
-    neither ever stops, since a rule stops for convergence and not for a fault.
+    Called on a trace, it returns a `Verdict` at the newest evaluation.  Both variances weight a record by the steps
+    since the one before it (the first by 1).  The window holds the steps in (t - window, t].  While it warms up the
+    ratio is 1.  A trace in which nothing changed gives "no change" and one with a nan or an infinity "non-finite";
+    neither stops unless `stop_on` says so, since a rule stops for convergence and not for a fault.
 
-    On an exactly straight line the ratio is (window / t)^2, so DVAR stops it window / sqrt(threshold) steps after the
-    first record although nothing converges; that step is in the metrics as `straight_line_step`.
+    On an exactly straight line the ratio is (window / t)^2, which is below the threshold from window / sqrt(threshold)
+    steps after the first record on although nothing converges; that step is in the metrics as `straight_line_step`.
 
-    `strict_paper` drops the evaluation of the untouched model.
+    `strict_paper` is the published rule: it drops the evaluation of the untouched model and every diagnosis, and stops
+    on ratio < threshold alone.  `ddof` is that of both variances, 0 or 1.
 
-    Raises: RefusedInput when `window` is not a whole number of at least 8 or `threshold` is not inside (0, 1).
+    Raises: RefusedInput when `window` is not a whole number of at least 8, `threshold` is not inside (0, 1), `ddof` is
+    neither 0 nor 1, or `stop_on` holds what is no reason of this rule or is given with `strict_paper`; on a call,
+    RefusedInput when the trace has passed a window of steps without `metric`, or it cannot be read as one number.
     Source: Section 3.3, Figure 3.
     Deviates: ddof 0 (Figure 3 run in PyTorch has ddof 1); the window is counted in steps at any cadence (the released
-    code counts evaluations); the untouched model is evaluated too, unless `strict_paper`.
+    code counts evaluations); the untouched model is evaluated too, and a ratio below the threshold does not stop a
+    loss that still falls or whose variance is one outlier's, unless `strict_paper`.
     """
 
     window: int
     threshold: float
     strict_paper: bool = False
+    stop_on: tuple[Reason, ...] = STOPS_ON
+    metric: str = LOSS
+    ddof: Literal[0, 1] = 0
 
     def __post_init__(self) -> None:
-        problems = []
-        if not _whole(self.window) or self.window < MIN_RECORDS:
-            problems.append(f"window must be a whole number of steps, {MIN_RECORDS} or more, got {self.window!r}")
+        problems = _window_problems(self.window)
         if not _real(self.threshold) or not 0 < self.threshold < 1:
             problems.append(
                 f"threshold must lie between 0 and 1, both excluded, got {self.threshold!r}: "
                 "it is the share of the total variance below which to stop, such as 0.15"
             )
-        if problems:
-            raise RefusedInput(problems)
+        if self.ddof not in (0, 1):
+            problems.append(f"ddof must be 0 (NumPy's variance) or 1 (PyTorch's), got {self.ddof!r}")
+        if self.strict_paper and self.stop_on != STOPS_ON:
+            problems.append(f"strict_paper stops on the ratio alone, got stop_on={self.stop_on!r}: give one of the two")
+        _refuse(problems + _reason_problems(self.stop_on))
+
+    def __repr__(self) -> str:
+        return _written(self)
 
     def __call__(self, trace: Trace) -> Verdict:
-        curve = Curve.of(trace, first_step=1 if self.strict_paper else 0)
-        metrics = {"ratio": 1.0, "threshold": self.threshold, "window": self.window, "seen": 0, "records": 0}
-        if not len(curve):
-            return Verdict(False, Reason.WARMING_UP, trace.last_step, repr(self), metrics)
-
-        recent, spread = curve.last(self.window), curve.spread
-        metrics |= {
-            "seen": curve.span,
-            "records": len(recent),
-            "straight_line_step": int(curve.steps[0]) + self.window / math.sqrt(self.threshold),
-        }
-        verdict = partial(Verdict, step=int(curve.steps[-1]), rule=repr(self), metrics=metrics)
-        if not math.isfinite(spread):
-            metrics["non_finite_step"] = int(curve.steps[np.argmax(~np.isfinite(curve.values))])
-            return verdict(False, Reason.NON_FINITE)
-        if curve.span < self.window or len(recent) < MIN_RECORDS:
-            return verdict(False, Reason.WARMING_UP)
-        diagnosed = partial(verdict, diagnose=partial(diagnose, curve, self.window, metrics["straight_line_step"]))
-        if not spread:
-            return diagnosed(False, Reason.NO_CHANGE)
-
-        window_var, total_var = recent.variance(unit=spread), curve.variance(unit=spread)
+        curve = _read(self, trace, self.metric, self.window, first_step=1 if self.strict_paper else 0)
+        metrics: dict[str, float] = {"ratio": 1.0, "threshold": self.threshold}
+        if len(curve):
+            metrics["straight_line_step"] = straight_line_step(curve, self.window, self.threshold)
+        if early := _not_yet(self, curve, trace, metrics):
+            return early
+        spread = curve.spread
+        window_var = curve.last(self.window).variance(spread, self.ddof)
+        total_var = curve.variance(spread, self.ddof)
         metrics |= {
             "ratio": window_var / total_var,
             "window_var": window_var * spread * spread,
             "total_var": total_var * spread * spread,
         }
-        stop = metrics["ratio"] < self.threshold
-        return diagnosed(stop, Reason.STABILISED if stop else Reason.RUNNING)
+        holds = metrics["ratio"] < self.threshold
+        if self.strict_paper:
+            reason = Reason.STABILISED if holds else Reason.RUNNING
+            return Verdict(holds, reason, int(curve.steps[-1]), repr(self), metrics)
+        return _judged(self, curve, metrics, holds, self.threshold)
+
+
+@dataclass(frozen=True, repr=False)
+class EmaPercentile:
+    """Stop once the exponential moving average of the loss has changed by less than `threshold` of itself in `window`
+    steps: |EMA(t) - EMA(t - n)| < threshold EMA(t - n).
+
+    Called on a trace, it returns a `Verdict`; the signed change is in the metrics as `change`.  The average begins at
+    the first value and takes in each further one with the weight 1 - (1 - alpha)^g, g being the steps since the record
+    before: alpha itself at cadence 1.  EMA(t - n) lies on the line between the records around t - n.
+
+    Raises: RefusedInput when `window` is not a whole number of at least 8, `threshold` is not positive and finite,
+    `alpha` is not inside (0, 1], or for `stop_on` as `Dvar`; on a call as `Dvar`, or when a value it divides by is not
+    positive.
+    Source: Appendix E, "EMA percentile", alpha = 0.1.
+    Deviates: the paper gives the measure and neither n nor a threshold, nor says that it is the absolute value that
+    falls below one.
+    """
+
+    window: int
+    threshold: float
+    alpha: float = 0.1
+    stop_on: tuple[Reason, ...] = STOPS_ON
+    metric: str = LOSS
+
+    def __post_init__(self) -> None:
+        problems = [*_window_problems(self.window), *_threshold_problems(self.threshold)]
+        if not _real(self.alpha) or not 0 < self.alpha <= 1:
+            problems.append(f"alpha must lie between 0 (excluded) and 1, got {self.alpha!r}: the paper's is 0.1")
+        _refuse(problems + _reason_problems(self.stop_on))
+
+    def __repr__(self) -> str:
+        return _written(self)
+
+    def __call__(self, trace: Trace) -> Verdict:
+        curve = _read(self, trace, self.metric, self.window)
+        metrics: dict[str, float] = {"threshold": self.threshold}
+        if early := _not_yet(self, curve, trace, metrics):
+            return early
+        now, before = self._average(curve, len(curve)), self._average_at(curve, int(curve.steps[-1]) - self.window)
+        _refuse_level(self, before, int(curve.steps[-1]) - self.window)
+        metrics |= {"change": (now - before) / before, "ema": now, "ema_before": before}
+        return _judged(self, curve, metrics, abs(metrics["change"]) < self.threshold)
+
+    def _average_at(self, curve: Curve, step: int) -> float:
+        after = int(np.searchsorted(curve.steps, step))
+        high = self._average(curve, after + 1)
+        if curve.steps[after] == step:
+            return high
+        low, left, right = self._average(curve, after), int(curve.steps[after - 1]), int(curve.steps[after])
+        return low + (high - low) * (step - left) / (right - left)
+
+    def _average(self, curve: Curve, count: int) -> float:
+        """The average after the first `count` records, as one weighted sum."""
+        # What is older than 40 / -log(1 - alpha) steps weighs less than e^-40: nothing, in float64.
+        reach = 40 / -math.log1p(-self.alpha) if self.alpha < 1 else 0
+        start = int(np.searchsorted(curve.steps[:count], int(curve.steps[count - 1]) - reach))
+        steps, values = curve.steps[start:count], curve.values[start:count]
+        kept = np.power(1 - self.alpha, curve.weights[start:count])
+        if not start:
+            kept[0] = 0.0  # the average begins at the first value, as if that had always been there
+        weights = (1 - kept) * (1 - self.alpha) ** (steps[-1] - steps)
+        return float(values[0] + np.dot(weights, values - values[0]) / np.sum(weights))
+
+
+@dataclass(frozen=True, repr=False)
+class Hall:
+    """Stop once the loss ranged over less than `threshold` of its level in the last `window` steps:
+    (max - min) / max < threshold.
+
+    Called on a trace, it returns a `Verdict`; the share is in the metrics as `range`.  The window holds the steps in
+    (t - window, t]; where no record was made at its opening, the line between the records around it counts.  `level`
+    is what the range is divided by: "max" or "mean".
+
+    Raises: RefusedInput when `window` is not a whole number of at least 8, `threshold` is not positive and finite,
+    `level` is another word, or for `stop_on` as `Dvar`; on a call as `Dvar`, or when the level is not positive.
+    Source: Appendix E, "Hall": its formula divides by the maximum, its text by the average; the formula is the default.
+    Deviates: the paper gives the measure and neither n nor a threshold.
+    """
+
+    window: int
+    threshold: float
+    level: Literal["max", "mean"] = "max"
+    stop_on: tuple[Reason, ...] = STOPS_ON
+    metric: str = LOSS
+
+    def __post_init__(self) -> None:
+        problems = [*_window_problems(self.window), *_threshold_problems(self.threshold)]
+        if self.level not in ("max", "mean"):
+            problems.append(f"level must be 'max' (the formula) or 'mean' (the text), got {self.level!r}")
+        _refuse(problems + _reason_problems(self.stop_on))
+
+    def __repr__(self) -> str:
+        return _written(self)
+
+    def __call__(self, trace: Trace) -> Verdict:
+        curve = _read(self, trace, self.metric, self.window)
+        metrics: dict[str, float] = {"threshold": self.threshold}
+        if early := _not_yet(self, curve, trace, metrics):
+            return early
+        recent, last = curve.last(self.window), int(curve.steps[-1])
+        opening = curve.at(last - self.window + 1)
+        highest, lowest = max(float(recent.values.max()), opening), min(float(recent.values.min()), opening)
+        level = highest if self.level == "max" else recent.mean
+        _refuse_level(self, level, last)
+        metrics |= {"range": (highest - lowest) / level, "max": highest, "min": lowest}
+        return _judged(self, curve, metrics, metrics["range"] < self.threshold)
+
+
+@dataclass(frozen=True, repr=False)
+class Trend:
+    """Stop once the least-squares line through the last `window` steps is flatter than `threshold` a step, up or down.
+
+    Called on a trace, it returns a `Verdict`; the slope, in units of the loss a step, is in the metrics as `slope`.  It
+    is found in closed form.  Its threshold is absolute: `metric="eval/first"` makes it a share of the first loss.
+
+    Raises: RefusedInput when `window` is not a whole number of at least 8, `threshold` is not positive and finite, or
+    for `stop_on` as `Dvar`; on a call as `Dvar`.
+    Source: Appendix E, "Trend".
+    Deviates: the paper gives the measure and neither n nor a threshold.
+    """
+
+    window: int
+    threshold: float
+    stop_on: tuple[Reason, ...] = STOPS_ON
+    metric: str = LOSS
+
+    def __post_init__(self) -> None:
+        problems = [*_window_problems(self.window), *_threshold_problems(self.threshold)]
+        _refuse(problems + _reason_problems(self.stop_on))
+
+    def __repr__(self) -> str:
+        return _written(self)
+
+    def __call__(self, trace: Trace) -> Verdict:
+        curve = _read(self, trace, self.metric, self.window)
+        metrics: dict[str, float] = {"threshold": self.threshold}
+        if early := _not_yet(self, curve, trace, metrics):
+            return early
+        metrics["slope"] = curve.last(self.window).slope()
+        return _judged(self, curve, metrics, abs(metrics["slope"]) < self.threshold)
+
+
+@dataclass(frozen=True, repr=False)
+class Plateau:
+    """Stop once `metric` has not improved by more than `min_delta` for `patience` steps.
+
+    Called on a trace, it returns a `Verdict` at the newest record that holds the metric.  The best value is the first
+    one, until a value beats it by more than `min_delta`, upwards with mode "max", downwards with "min"; best, best_step
+    and waited (steps since) are in the metrics.  Values between two improvements do not move the best.
+
+    Raises: RefusedInput when `patience` is not a whole number of at least 1, `min_delta` is negative or not finite,
+    `mode` is another word or `stop_on` holds what is no reason of this rule; on a call when `patience` steps have
+    passed without the metric in the trace, or when it cannot be read as one number.
+    Source: Section 4.2, "CLIP-s"; its settings are `CLIP_S`.
+    Deviates: patience is counted in steps, so that it means the same at any cadence; the paper counts measurements.
+    """
+
+    metric: str
+    patience: int
+    min_delta: float = 0.0
+    mode: Literal["min", "max"] = "min"
+    stop_on: tuple[Reason, ...] = (Reason.STABILISED,)
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not _whole(self.patience) or self.patience < 1:
+            problems.append(f"patience must be a whole number of steps, 1 or more, got {self.patience!r}")
+        if not _real(self.min_delta) or not 0 <= self.min_delta < math.inf:
+            problems.append(f"min_delta must be a finite number, 0 or more, got {self.min_delta!r}")
+        if self.mode not in ("min", "max"):
+            problems.append(f"mode must be 'min' or 'max', what is better, got {self.mode!r}")
+        _refuse(problems + _reason_problems(self.stop_on, (Reason.STABILISED, Reason.NON_FINITE)))
+
+    def __repr__(self) -> str:
+        return _written(self)
+
+    def __call__(self, trace: Trace) -> Verdict:
+        curve = _read(self, trace, self.metric, self.patience)
+        metrics: dict[str, float] = {"patience": self.patience, "min_delta": self.min_delta}
+        if not len(curve):
+            metrics |= {"window": self.patience, "seen": 0, "records": 0}
+            return Verdict(False, Reason.WARMING_UP, trace.last_step, repr(self), metrics)
+        if not math.isfinite(curve.spread):
+            return _non_finite(self, curve, metrics, self.stop_on)
+        sign = 1.0 if self.mode == "max" else -1.0
+        best = _last_improvement(sign * curve.values, self.min_delta)
+        last = int(curve.steps[-1])
+        metrics |= {
+            "best": float(curve.values[best]),
+            "best_step": int(curve.steps[best]),
+            "waited": last - int(curve.steps[best]),
+        }
+        holds = metrics["waited"] >= self.patience
+        reason = Reason.STABILISED if holds else Reason.RUNNING
+        return Verdict(holds and reason in self.stop_on, reason, last, repr(self), metrics)
 
 
 def schedule_problems(window: int, probe_every: int, max_steps: int) -> list[str]:
@@ -142,30 +365,238 @@ class AnyOf:
     """Stop as soon as one of `rules` stops.
 
     The reason is "non-finite" if it is so for one rule, else that of the first rule that stops, else that of the first
-    rule.  The metrics and diagnoses of all come with it, so that a run stopped by its cap still tells how far it was
-    from converging.
+    rule.  The diagnoses of all come with it, and the metrics of all that do not contradict those of the chosen one, so
+    that a run stopped by its cap still tells how far it was from converging.
 
-    Raises: RefusedInput when there is no rule.
+    Raises: RefusedInput when there is no rule, or one that cannot be called.
     """
 
     rules: tuple[Criterion, ...]
 
     def __post_init__(self) -> None:
-        if not self.rules:
-            raise RefusedInput(["AnyOf needs one rule at least, got none: pass for example (FixedSteps(1000),)"])
+        _refuse(_rules_problems("AnyOf", self.rules))
 
     def __call__(self, trace: Trace) -> Verdict:
         verdicts = [rule(trace) for rule in self.rules]
         chosen = min(verdicts, key=lambda verdict: (verdict.reason is not Reason.NON_FINITE, not verdict.stop))
-        metrics: dict[str, float] = {}
-        for verdict in [*reversed(verdicts), chosen]:
-            metrics |= verdict.metrics
-        return replace(
-            chosen,
-            stop=any(verdict.stop for verdict in verdicts),
-            metrics=metrics,
-            diagnose=lambda: tuple(chain.from_iterable(verdict.diagnoses for verdict in verdicts)),
+        return _joined(chosen, verdicts, stop=any(verdict.stop for verdict in verdicts))
+
+
+@dataclass(frozen=True)
+class AllOf:
+    """Stop once all of `rules` stop at the same record.
+
+    The reason is "non-finite" if it is so for one rule, else that of the first rule that does not stop, else that of
+    the first rule; metrics and diagnoses as in `AnyOf`.
+
+    Raises: RefusedInput when there is no rule, or one that cannot be called.
+    """
+
+    rules: tuple[Criterion, ...]
+
+    def __post_init__(self) -> None:
+        _refuse(_rules_problems("AllOf", self.rules))
+
+    def __call__(self, trace: Trace) -> Verdict:
+        verdicts = [rule(trace) for rule in self.rules]
+        chosen = min(verdicts, key=lambda verdict: (verdict.reason is not Reason.NON_FINITE, verdict.stop))
+        return _joined(chosen, verdicts, stop=all(verdict.stop for verdict in verdicts))
+
+
+@dataclass(frozen=True)
+class NotBefore:
+    """`rule`, but for its stops before `step`: these are "warming up".  A loss that is not finite is told at any step.
+
+    Raises: RefusedInput when `step` is not a whole number of at least 1 or the rule cannot be called.
+    """
+
+    rule: Criterion
+    step: int
+
+    def __post_init__(self) -> None:
+        problems = _rules_problems("NotBefore", (self.rule,))
+        if not _whole(self.step) or self.step < 1:
+            problems.append(f"step must be a whole number of updates, 1 or more, got {self.step!r}")
+        _refuse(problems)
+
+    def __call__(self, trace: Trace) -> Verdict:
+        verdict = self.rule(trace)
+        if verdict.step >= self.step or not verdict.stop or verdict.reason is Reason.NON_FINITE:
+            return verdict
+        metrics = {**verdict.metrics, "not_before": self.step}
+        return replace(verdict, stop=False, reason=Reason.WARMING_UP, metrics=metrics)
+
+
+@dataclass(frozen=True)
+class AtMost:
+    """`rule`, and the cap: stop at the record made after `max_steps` updates at the latest.
+
+    Raises: RefusedInput when `max_steps` is not a whole number of at least 1 or the rule cannot be called.
+    """
+
+    rule: Criterion
+    max_steps: int
+
+    def __post_init__(self) -> None:
+        _refuse(_rules_problems("AtMost", (self.rule,)))
+        FixedSteps(self.max_steps)
+
+    def __call__(self, trace: Trace) -> Verdict:
+        return AnyOf((self.rule, FixedSteps(self.max_steps)))(trace)
+
+
+class _Windowed(Protocol):
+    @property
+    def window(self) -> int: ...
+    @property
+    def stop_on(self) -> tuple[Reason, ...]: ...
+
+
+def _read(rule: object, trace: Trace, metric: str, patience: int, first_step: int = 0) -> Curve:
+    """What the rule judges.  A metric may come late, but not later than the rule would have been ready to judge it."""
+    name = type(rule).__name__
+    try:
+        curve = Curve.of(trace, metric, first_step)
+    except TraceError as error:
+        raise RefusedInput([f"{name} cannot use its metric: {error}"]) from error
+    if not len(curve) and trace.last_step - max(trace.first_step, first_step) >= patience:
+        there = ", ".join(found for found in trace.metric_names) or "no metric at all"
+        raise RefusedInput(
+            [
+                f"{name} reads {metric!r}, which no record up to step {trace.last_step} holds: "
+                f"record it, or name one of those recorded ({there})"
+            ]
         )
+    return curve
+
+
+def _not_yet(rule: _Windowed, curve: Curve, trace: Trace, metrics: dict[str, float]) -> Verdict | None:
+    """The verdict where there is nothing to judge; `metrics` then tell how much has been seen."""
+    metrics |= {"window": rule.window, "seen": 0, "records": 0}
+    if not len(curve):
+        return Verdict(False, Reason.WARMING_UP, trace.last_step, repr(rule), metrics)
+    step = int(curve.steps[-1])
+    metrics |= {
+        "seen": curve.span,
+        "records": len(curve) - int(np.searchsorted(curve.steps, step - rule.window, side="right")),
+    }
+    spread = curve.spread
+    if not math.isfinite(spread):
+        return _non_finite(rule, curve, metrics, rule.stop_on)
+    if curve.span < rule.window or metrics["records"] < MIN_RECORDS:
+        return Verdict(False, Reason.WARMING_UP, step, repr(rule), metrics)
+    if not spread:
+        found = partial(diagnose, curve, rule.window)
+        return Verdict(Reason.NO_CHANGE in rule.stop_on, Reason.NO_CHANGE, step, repr(rule), metrics, found)
+    return None
+
+
+def _non_finite(rule: object, curve: Curve, metrics: dict[str, float], stop_on: tuple[Reason, ...]) -> Verdict:
+    # Finite values too far apart for float64 have no finite spread either: then the furthest are named.
+    bad = ~np.isfinite(curve.values)
+    if not bad.any():
+        bad = np.abs(curve.values) >= np.abs(curve.values).max() / 2
+    steps = curve.steps[bad]
+    metrics |= {
+        "non_finite_step": int(steps[0]),
+        "non_finite_last": int(steps[-1]),
+        "non_finite_records": len(steps),
+    }
+    stop = Reason.NON_FINITE in stop_on
+    return Verdict(stop, Reason.NON_FINITE, int(curve.steps[-1]), repr(rule), metrics)
+
+
+def _judged(
+    rule: _Windowed, curve: Curve, metrics: dict[str, float], holds: bool, threshold: float | None = None
+) -> Verdict:
+    """The verdict once the rule's condition is known; the curve is examined only if it holds, or when asked for."""
+    verdict = partial(Verdict, step=int(curve.steps[-1]), rule=repr(rule))
+    if not holds:
+        found = partial(diagnose, curve, rule.window, threshold)
+        return verdict(False, Reason.RUNNING, metrics=metrics, diagnose=found)
+    doubts = diagnose(curve, rule.window, threshold)
+    reason = doubts[0].reason if doubts else Reason.STABILISED
+    metrics = {**(doubts[0].metrics if doubts else {}), **metrics}
+    return verdict(reason in rule.stop_on, reason, metrics=metrics, diagnose=lambda: doubts)
+
+
+def _joined(chosen: Verdict, verdicts: list[Verdict], stop: bool) -> Verdict:
+    metrics = dict(chosen.metrics)
+    for verdict in verdicts:
+        # All or nothing: the ratio of one rule beside the threshold of another would be a lie.
+        if all(metrics.get(name, value) == value for name, value in verdict.metrics.items()):
+            metrics |= verdict.metrics
+    return replace(
+        chosen,
+        stop=stop,
+        metrics=metrics,
+        diagnose=lambda: tuple(dict.fromkeys(chain.from_iterable(verdict.diagnoses for verdict in verdicts))),
+    )
+
+
+def _last_improvement(values: NDArray[np.float64], min_delta: float) -> int:
+    """Where the last value lies that beats the best before it by more than `min_delta`; larger is better."""
+    highest = np.maximum.accumulate(values)
+    if not min_delta:
+        return int(np.searchsorted(highest, highest[-1]))
+    best = 0
+    while (better := int(np.searchsorted(highest, values[best] + min_delta, side="right"))) < len(values):
+        best = better
+    return best
+
+
+def _written(rule: Any) -> str:
+    """The rule as it would be written in Python, less what is left at its default."""
+    told = [
+        f"{item.name}={getattr(rule, item.name)!r}" for item in fields(rule) if getattr(rule, item.name) != item.default
+    ]
+    return f"{type(rule).__name__}({', '.join(told)})"
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        raise RefusedInput(problems)
+
+
+def _refuse_level(rule: object, level: float, step: int) -> None:
+    if not level > 0:
+        raise RefusedInput(
+            [
+                f"{type(rule).__name__} divides by the level of the loss, which is {level:.6g} at step {step}: "
+                "use Dvar or Trend for a loss that is not positive, such as a paired one"
+            ]
+        )
+
+
+def _window_problems(window: Any) -> list[str]:
+    if _whole(window) and window >= MIN_RECORDS:
+        return []
+    return [f"window must be a whole number of steps, {MIN_RECORDS} or more, got {window!r}"]
+
+
+def _threshold_problems(threshold: Any) -> list[str]:
+    if _real(threshold) and 0 < threshold < math.inf:
+        return []
+    return [f"threshold must be a finite number above 0, got {threshold!r}"]
+
+
+def _reason_problems(
+    stop_on: Any, allowed: tuple[Reason, ...] = (*SETTLED, Reason.NO_CHANGE, Reason.NON_FINITE)
+) -> list[str]:
+    if isinstance(stop_on, tuple) and stop_on and all(reason in allowed for reason in stop_on):
+        return []
+    names = ", ".join(repr(reason) for reason in allowed)
+    return [f"stop_on must be a tuple of one or more of {names}, got {stop_on!r}"]
+
+
+def _rules_problems(name: str, rules: Any) -> list[str]:
+    if not isinstance(rules, tuple) or not rules:
+        return [f"{name} needs one rule at least, in a tuple, got {rules!r}: pass for example (FixedSteps(1000),)"]
+    return [
+        f"{name} takes rules, which are called on a trace, got {rule!r}: pass for example FixedSteps(1000)"
+        for rule in rules
+        if not callable(rule) or isinstance(rule, type)
+    ]
 
 
 def _whole(value: Any) -> bool:
@@ -174,3 +605,17 @@ def _whole(value: Any) -> bool:
 
 def _real(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _clip_s(failures: int, min_delta: float) -> Plateau:
+    every = 50
+    # The released code stops when its counter of failures exceeds the patience it is given: at one more than that.
+    return Plateau("clip_image", patience=every * (failures + 1), min_delta=min_delta, mode="max")
+
+
+CLIP_S: Mapping[str, Plateau] = MappingProxyType(
+    {"textual-inversion": _clip_s(6, 0.02), "dreambooth-lora": _clip_s(3, 0.04), "custom-diffusion": _clip_s(6, 0.02)}
+)
+"""The CLIP-s baseline by method: the CLIP similarity of samples to the training pictures, recorded as "clip_image"
+every 50 steps.  Source: Section 4.2; values of the released commands: patience 6, 3 and 6 measurements, of which the
+code waits for one more, and improvements above 0.02, 0.04 and 0.02."""

@@ -7,7 +7,7 @@ import math
 import operator
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +19,10 @@ from numpy.typing import ArrayLike, NDArray
 from dvar.errors import TraceError
 
 FORMAT = 1
+LOSS = "eval"
+"""The metric that a rule reads unless told otherwise: L_det, the mean over the held samples."""
+RELATIVE_LOSS = "eval/first"
+"""L_det with each held sample divided by its own first value, so that no timestep outweighs the others."""
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -55,6 +59,7 @@ class Trace:
         self._steps = _Column(np.int64)
         self._values = _Column(np.float64)
         self._samples = _Column(np.float64)
+        self._metrics: dict[str, _Metric] = {}
 
     def record(self, step: int, eval: ArrayLike | None = None, **metrics: Any) -> dict[str, Any]:
         """Append one record and return it.
@@ -96,6 +101,11 @@ class Trace:
         return samples if len(samples) else samples.reshape(0, 0)
 
     @property
+    def first_step(self) -> int:
+        """The step of the oldest record, with or without an evaluation; 0 when there is none."""
+        return int(self._rows[0]["step"]) if self._rows else 0
+
+    @property
     def last_step(self) -> int:
         """The step of the newest record, with or without an evaluation; 0 when there is none."""
         return int(self._rows[-1]["step"]) if self._rows else 0
@@ -114,15 +124,38 @@ class Trace:
         return len(self._rows)
 
     def metric(self, name: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Steps and values of one metric, [m] each, over the records that hold it; "seconds.probe" reads inside one.
+        """Steps and values of one metric, [m] each, over the records that hold it; read-only views.
 
-        Raises: TraceError when the metric is not a single number.
+        "seconds.probe" reads inside a metric; "eval" is L_det (`values`); "eval/first" is L_det with the losses of each
+        held sample divided by its first one, so that it begins at 1 and every timestep weighs the same.
+
+        Raises: TraceError when the metric is not a single number, or when a first loss is 0 or the samples are drawn
+        anew at each record, so that there is nothing to divide by.
+        Source: Section 4.5 and Figure 5: the scale of the loss depends on the timestep more than on anything else.
         """
-        found = [(row["step"], value) for row in self._rows if (value := _inside(row, name)) is not None]
-        if any(not isinstance(value, int | float) for _, value in found):
-            raise TraceError(f"the metric {name!r} is not one number a record: read it from `records`")
-        steps, values = zip(*found, strict=True) if found else ((), ())
-        return np.array(steps, np.int64), np.array(values, np.float64)
+        if name == LOSS:
+            return self.steps, self.values
+        if name == RELATIVE_LOSS:
+            return self.steps, self._relative()
+        found = self._metrics.setdefault(name, _Metric())
+        # Each row is looked at once, so that a rule judged at every step does not read the whole run every time.
+        for row in self._rows[found.looked_at :]:
+            value = _inside(row, name)
+            if value is not None and not isinstance(value, int | float):
+                raise TraceError(f"the metric {name!r} is not one number a record: read it from `records`")
+            if value is not None:
+                found.steps.append(row["step"])
+                found.values.append(value)
+            found.looked_at += 1
+        return found.steps.view(), found.values.view()
+
+    @property
+    def metric_names(self) -> list[str]:
+        """What `metric` can be asked for, sorted: the names in any record, those inside a mapping with a dot."""
+        names = {LOSS, RELATIVE_LOSS} if len(self.steps) else set()
+        for row in self._rows:
+            names |= set(_names({key: value for key, value in row.items() if key not in ("step", LOSS)}))
+        return sorted(names)
 
     def line(self, index: int) -> str:
         """Record `index` as one line of JSON, without the line break."""
@@ -169,6 +202,21 @@ class Trace:
             except TraceError as error:
                 raise TraceError(f"{path}, line {number}: {error}") from error
         return trace
+
+    def _relative(self) -> NDArray[np.float64]:
+        if self._header.get("reading") == "paired":
+            raise TraceError(f"{RELATIVE_LOSS!r} needs the same samples at every record, and these are drawn anew")
+        if not len(self.samples):
+            return self.values
+        first = self.samples[0]
+        if not first.all():
+            raise TraceError(
+                f"{RELATIVE_LOSS!r} divides by the first losses, and that of sample {int(np.argmin(first != 0))} "
+                f"is 0: read {LOSS!r}"
+            )
+        with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+            relative: NDArray[np.float64] = self.samples @ (1 / (first * len(first)))
+        return relative
 
     def _next_step(self, step: Any) -> int:
         try:
@@ -253,11 +301,17 @@ class Curve:
     weights: NDArray[np.int64]
 
     @classmethod
-    def of(cls, trace: Trace, first_step: int = 0) -> Curve:
-        """The evaluations of `trace` from `first_step` on, as if the ones before had never been made."""
-        start = int(np.searchsorted(trace.steps, first_step))
-        steps, values = trace.steps[start:], trace.values[start:]
-        return cls(steps, values, np.diff(steps, prepend=steps[:1] - 1))
+    def of(cls, trace: Trace, metric: str = LOSS, first_step: int = 0) -> Curve:
+        """The metric of `trace` from `first_step` on, as if the records before had never been made.
+
+        Raises: TraceError as `Trace.metric` does.
+        """
+        steps, values = trace.metric(metric)
+        start = int(np.searchsorted(steps, first_step))
+        steps, values = steps[start:], values[start:]
+        weights = np.ones_like(steps)
+        weights[1:] = steps[1:] - steps[:-1]
+        return cls(steps, values, weights)
 
     def last(self, window: int) -> Curve:
         """The records with a step in (t - window, t], where t is the newest.
@@ -289,20 +343,42 @@ class Curve:
         """Weighted mean."""
         return float(self.values[0] + np.dot(self.weights / np.sum(self.weights), self.values - self.values[0]))
 
-    def variance(self, unit: float) -> float:
-        """Weighted variance with ddof 0, in units of `unit` squared, in two passes over float64.
+    def variance(self, unit: float, ddof: int = 0) -> float:
+        """Weighted variance in units of `unit` squared, in two passes over float64; a weight w counts as w values.
 
         The first value is subtracted first, so that a curve without any change has exactly no variance; the unit keeps
         the squares of very large or small losses within range.
         """
         values = (self.values - self.values[0]) / unit
         deviations = values - np.dot(self.weights, values) / np.sum(self.weights)
-        return float(np.dot(self.weights, deviations * deviations) / np.sum(self.weights))
+        return float(np.dot(self.weights, deviations * deviations) / (np.sum(self.weights) - ddof))
 
     def slope(self) -> float:
-        """Change per step of the weighted least-squares line."""
-        ages = self.steps - np.average(self.steps, weights=self.weights)
-        return float(np.dot(self.weights * ages / np.dot(self.weights * ages, ages), self.values - self.mean))
+        """Change per step of the weighted least-squares line, in closed form: sum(w x y) / sum(w x x), both centred."""
+        ages = self.steps - np.dot(self.weights, self.steps) / np.sum(self.weights)
+        pulls = self.weights * ages
+        return float(np.dot(pulls / np.dot(pulls, ages), self.values - self.values[0]))
+
+    def slope_error(self, unit: float) -> float:
+        """Standard error of `slope`, corrected for residuals that follow one another; `unit` as in `variance`.
+
+        With r the correlation of neighbouring residuals, n records say as much as n (1 - r) / (1 + r) independent
+        ones.  A negative r is taken as 0, so that no error is ever made smaller.
+        """
+        ages = self.steps - np.dot(self.weights, self.steps) / np.sum(self.weights)
+        values = (self.values - self.values[0]) / unit
+        values = values - np.dot(self.weights, values) / np.sum(self.weights)
+        residuals = values - ages * (np.dot(self.weights * ages, values) / np.dot(self.weights * ages, ages))
+        left = float(np.dot(residuals, residuals))
+        if not left:
+            return 0.0
+        follow = min(max(float(np.dot(residuals[1:], residuals[:-1])) / left, 0.0), 1 - 1 / len(self))
+        error = left / (len(self) - 2) / float(np.dot(ages, ages)) * (1 + follow) / (1 - follow)
+        return math.sqrt(error) * unit
+
+    def at(self, step: float) -> float:
+        """The value at any step from the first to the last, on the straight line between its neighbours."""
+        return float(np.interp(step, self.steps, self.values))
 
 
 class _Column:
@@ -326,6 +402,13 @@ class _Column:
         view = self._cells[: self._filled]
         view.flags.writeable = False
         return view
+
+
+class _Metric:
+    """The records of one metric among the rows that were looked at."""
+
+    def __init__(self) -> None:
+        self.steps, self.values, self.looked_at = _Column(np.int64), _Column(np.float64), 0
 
 
 def _checked_header(header: Mapping[str, Any]) -> dict[str, Any]:
@@ -371,6 +454,14 @@ def _inside(row: Mapping[str, Any], name: str) -> Any:
     for key in name.split("."):
         found = found.get(key) if isinstance(found, Mapping) else None
     return found
+
+
+def _names(row: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in row.items():
+        if isinstance(value, Mapping):
+            yield from (f"{name}.{inner}" for inner in _names(value))
+        elif isinstance(value, int | float):
+            yield name
 
 
 def _line(row: Mapping[str, Any]) -> str:

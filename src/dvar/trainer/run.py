@@ -30,7 +30,7 @@ from dvar.diffusion.objective import Draws, Examples, denoising_loss, draw
 from dvar.diffusion.sampling import sample
 from dvar.errors import CheckpointError, NonFiniteLoss, RefusedInput
 from dvar.stopper.probe import Probe
-from dvar.stopper.rules import AnyOf, Dvar, FixedSteps
+from dvar.stopper.rules import SETTLED, AnyOf, Dvar, FixedSteps
 from dvar.stopper.trace import TraceFile
 from dvar.stopper.verdict import Reason, Verdict
 from dvar.trainer.artifacts import EMBEDS, RESULT, write_embeds, write_json, write_model_card, write_whole
@@ -219,7 +219,7 @@ class _Job:
         result = self.result(verdict)
         facts = {
             "verdict": verdict.to_json(),
-            "stopped": verdict.reason is Reason.STABILISED,
+            "stopped": verdict.stop and verdict.reason in SETTLED,
             "steps": result.steps,
             "exported_step": exported,
             "best_step": result.best_step,
