@@ -21,7 +21,6 @@ import torch
 from transformers import CLIPModel, CLIPTokenizer
 
 from dvar import mini
-from dvar.diffusion.backbone import Backbone
 from dvar.diffusion.sampling import sample
 from dvar.mini import recogniser
 from dvar.mini.world.classes import CLASSES
@@ -29,10 +28,8 @@ from dvar.mini.world.concepts import held_out, reference_scenes
 from dvar.mini.world.places import PLACES
 from dvar.mini.world.scene import COLOURS, PATTERNS, render, sample_scene, sample_subject
 from dvar.stopper.trace import Trace
-from dvar.trainer.checkpoint import Checkpoint
-from dvar.trainer.methods.textual_inversion import TextualInversion
 from dvar.trainer.presets import configure
-from dvar.trainer.run import personalise
+from dvar.trainer.run import personalise, personalised
 from pretraining.evaluate import ROOT, percent, picture_features, text_features
 from pretraining.training import WORK
 
@@ -114,15 +111,11 @@ def ceiling(concept: str) -> dict[str, float]:
     return scores | {"clip image among references": among}
 
 
-def at_step(run: Path, step: int) -> Backbone:
-    """The model of a run as it was after ``step`` updates; its checkpoint must have been kept."""
-    config = json.loads((run / "config.json").read_text())
-    backbone = Backbone.load(mini.path())
-    tensors = Checkpoint.read(run / f"checkpoint-{step}").tensors
-    word = config["placeholder_token"]
-    method = TextualInversion(backbone, word, config["initializer_token"], config["num_vectors"])
-    method.load({word: tensors[f"method/{word}"]})
-    return backbone
+def named(method: str, noun: str) -> dict[str, str]:
+    """What each method must be told of the subject's class."""
+    if method == "custom-diffusion":
+        return {"class_noun": noun}
+    return {"placeholder_token": "<thing>", "initializer_token": noun}
 
 
 def train(trial: Trial) -> None:
@@ -130,16 +123,15 @@ def train(trial: Trial) -> None:
     run, record = trial.folder, trial.folder / "scores.json"
     if record.exists():
         return
-    settings = {
+    settings = named(trial.method, mini.noun(trial.concept)) | {
         "instance_data_dir": mini.concepts()[trial.concept],
-        "initializer_token": mini.noun(trial.concept),
         "output_dir": run,
         "overwrite": True,
         "learning_rate": trial.rate,
         "seed": trial.seed,
     }
     config = replace(
-        configure(settings),
+        configure(settings, trial.method),
         max_train_steps=trial.cap,
         probe_every=PROBE_EVERY,
         window=100,
@@ -149,13 +141,12 @@ def train(trial: Trial) -> None:
         checkpointing_steps=CADENCE,
     )
     personalise(config)
-    word, noun = config.placeholder_token, mini.noun(trial.concept)
-    called = word if trial.method == "textual-inversion" else f"{word} {noun}"
-    prompts = [f"a photo of {called}"] * PLAIN + [f"a photo of {called} {PLACES[place].words}" for place in PLACED]
+    plain = f"a photo of {config.subject}"
+    prompts = [plain] * PLAIN + [f"{plain} {PLACES[place].words}" for place in PLACED]
     rows = []
     for step in sorted({CADENCE * round(share * trial.cap / CADENCE) for share in SHARES}):
         drawn = sample(
-            at_step(run, step),
+            personalised(run, step=step),
             prompts,
             range(len(prompts)),
             size=64,

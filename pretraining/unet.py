@@ -14,7 +14,7 @@ from hashlib import sha256
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file
 from transformers import CLIPTextModel
@@ -70,8 +70,8 @@ def pipeline(unet: UNet2DConditionModel) -> StableDiffusionPipeline:
     text_encoder.load_state_dict(whole.text_model.state_dict())
     vae = load_average("decoder", autoencoder.prepare("decoder"))
     vae.register_to_config(scaling_factor=scaling_factor(load_latents()["moments"]))
-    # SD1.5 ships PNDM, which its users know; training builds DDPM from the same config.
-    sampler = PNDMScheduler(**NOISE, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
+    # SD1.5 ships PNDM; here it breaks subjects up under guidance of 7.5, which DDIM does not.
+    sampler = DDIMScheduler(**NOISE, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
