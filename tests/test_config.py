@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import fields, replace
 from pathlib import Path
@@ -11,15 +12,33 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dvar.config import Range, TextualInversionConfig, canonical, nearest, read_settings
+from dvar.config import (
+    CONFIGS,
+    AnyConfig,
+    CustomDiffusionConfig,
+    DreamBoothLoraConfig,
+    Range,
+    TextualInversionConfig,
+    canonical,
+    nearest,
+    read_settings,
+    restored,
+    sample_prompt,
+    settings_problems,
+    sound,
+    written,
+)
 from dvar.errors import RefusedInput
 
 GOOD = TextualInversionConfig(instance_data_dir="pictures", initializer_token="mug")
+LORA = DreamBoothLoraConfig(instance_data_dir="pictures", placeholder_token="<thing>", initializer_token="mug")
+LORA_ALONE = DreamBoothLoraConfig(instance_data_dir="pictures", instance_prompt="a photo of sks dog")
+CUSTOM = CustomDiffusionConfig(instance_data_dir="pictures", class_noun="mug")
 
 
 def test_good_settings_have_no_problems() -> None:
-    assert GOOD.problems() == []
-    assert GOOD.sound() == GOOD
+    assert settings_problems(GOOD) == []
+    assert sound(GOOD) == GOOD
 
 
 @pytest.mark.parametrize(
@@ -52,14 +71,14 @@ def test_good_settings_have_no_problems() -> None:
     ],
 )
 def test_a_bad_setting_is_the_one_problem_named(changed: dict[str, Any], said: str) -> None:
-    (problem,) = replace(GOOD, **changed).problems()
+    (problem,) = settings_problems(replace(GOOD, **changed))
     assert said in problem
     assert "\n" not in problem
 
 
 def test_all_problems_are_found_at_once() -> None:
     config = TextualInversionConfig(num_vectors=0, resolution=100, lr_warmup_steps=5, learning_rate="fast")  # type: ignore[arg-type]
-    named = sorted(problem.split()[0] for problem in config.problems())
+    named = sorted(problem.split()[0] for problem in settings_problems(config))
     assert named == sorted(
         ["num_vectors", "learning_rate", "instance_data_dir", "initializer_token", "resolution", "lr_warmup_steps"]
     )
@@ -68,22 +87,94 @@ def test_all_problems_are_found_at_once() -> None:
 def test_an_ill_formed_setting_does_not_blame_the_ones_checked_against_it() -> None:
     # The default cap of 6100 stands in for the faulty one and would refuse this warm-up.
     config = replace(GOOD, max_train_steps="many", lr_warmup_steps=7000, lr_scheduler="cosine")  # type: ignore[arg-type]
-    assert config.problems() == ["max_train_steps must be a whole number, got 'many'"]
-    assert config.sound().max_train_steps == 6100
+    assert settings_problems(config) == ["max_train_steps must be a whole number, got 'many'"]
+    assert sound(config).max_train_steps == 6100
 
 
 def test_every_setting_has_help_and_a_known_type() -> None:
-    for item in fields(TextualInversionConfig):
-        assert item.metadata["help"].endswith(".")
-    # An object fits no setting, so each must say what it would have liked; a type without words for it raises.
-    nothing: dict[str, Any] = {item.name: object() for item in fields(TextualInversionConfig)}
-    assert len(TextualInversionConfig(**nothing).problems()) == len(nothing)
+    for known in CONFIGS.values():
+        for item in fields(known):
+            assert item.metadata["help"].endswith(".")
+        # An object fits no setting, so each must say what it would have liked; a type without words for it raises.
+        nothing: dict[str, Any] = {item.name: object() for item in fields(known)}
+        assert len(settings_problems(known(**nothing))) == len(nothing)
 
 
 def test_the_sample_prompt_is_plain_unless_asked_for() -> None:
-    assert GOOD.sample_prompt == "a photo of <thing>"
-    assert replace(GOOD, learnable_property="style").sample_prompt == "a picture in the style of <thing>"
-    assert replace(GOOD, validation_prompt="<thing> at night").sample_prompt == "<thing> at night"
+    assert sample_prompt(GOOD) == "a photo of <thing>"
+    assert sample_prompt(replace(GOOD, learnable_property="style")) == "a picture in the style of <thing>"
+    assert sample_prompt(replace(GOOD, validation_prompt="<thing> at night")) == "<thing> at night"
+    assert sample_prompt(LORA_ALONE) == "a photo of sks dog"
+    assert sample_prompt(LORA) == "a photo of <thing>"
+    assert sample_prompt(CUSTOM) == "photo of a <new1> mug"
+
+
+@pytest.mark.parametrize(
+    ("config", "subject", "learned"),
+    [
+        (GOOD, "<thing>", "a new word"),
+        (LORA, "<thing>", "a new word and a low-rank change of the U-Net's attention"),
+        (LORA_ALONE, "a photo of sks dog", "a low-rank change of the U-Net's attention"),
+        (CUSTOM, "<new1> mug", "a new word and new keys and values of cross-attention"),
+        (replace(CUSTOM, freeze_model="crossattn"), "<new1> mug", "a new word and new cross-attention"),
+    ],
+)
+def test_settings_say_what_the_subject_is_called_and_what_is_learned(
+    config: AnyConfig, subject: str, learned: str
+) -> None:
+    assert settings_problems(config) == []
+    assert (config.subject, config.learned) == (subject, learned)
+    assert CONFIGS[config.method] is type(config)
+
+
+@pytest.mark.parametrize("config", [GOOD, LORA, LORA_ALONE, CUSTOM])
+def test_settings_are_kept_as_plain_values_and_restored(config: AnyConfig) -> None:
+    kept = json.loads(json.dumps({**written(config), "versions": {"dvar": "9"}, "of_another_version": 3}))
+    assert restored(kept) == config
+
+
+def test_a_run_without_the_name_of_its_method_is_textual_inversion() -> None:
+    assert restored({"placeholder_token": "<mug>"}) == TextualInversionConfig(placeholder_token="<mug>")
+    with pytest.raises(RefusedInput, match="method 'hypernetwork'"):
+        restored({"method": "hypernetwork"})
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (
+            replace(LORA, placeholder_token=None, initializer_token=None),
+            "placeholder_token is missing: give a new word",
+        ),
+        (replace(LORA, initializer_token=None), "initializer_token is missing"),
+        (replace(LORA, placeholder_token="two words"), "placeholder_token must be one word"),
+        (replace(LORA, instance_prompt="a photo of sks dog"), "instance_prompt must hold the new word <thing>"),
+        (replace(LORA_ALONE, initializer_token="dog"), "initializer_token needs a placeholder_token"),
+        (replace(LORA_ALONE, num_vectors=2), "num_vectors must be 1 without a placeholder_token, got 2"),
+        (replace(LORA, rank=0), "rank must be at least 1, got 0"),
+        (replace(LORA, lora_alpha=1.5), "lora_alpha must be a whole number, got 1.5"),
+        (replace(CUSTOM, class_noun=None), "class_noun is missing"),
+        (replace(CUSTOM, class_noun=" "), "class_noun is missing"),
+        (replace(CUSTOM, instance_prompt="photo of a mug"), "instance_prompt must hold the new word <new1>"),
+        (replace(CUSTOM, freeze_model="all"), "freeze_model must be one of crossattn_kv, crossattn, got 'all'"),
+        (replace(CUSTOM, prior_loss_weight=-1.0), "prior_loss_weight must be at least 0, got -1.0"),
+        (
+            replace(CUSTOM, prior_loss_weight=0.0, class_data_dir="mugs"),
+            "class_data_dir needs a prior_loss_weight above 0",
+        ),
+        (replace(CUSTOM, max_grad_norm=0.0), "max_grad_norm must be above 0, got 0.0"),
+        (replace(CUSTOM, validation_prompt="a mug"), "validation_prompt must hold the new word <new1>"),
+    ],
+)
+def test_a_bad_setting_of_another_method_is_the_one_problem_named(config: AnyConfig, said: str) -> None:
+    (problem,) = settings_problems(config)
+    assert said in problem
+
+
+def test_the_new_word_of_custom_diffusion_has_its_diffusers_name_too() -> None:
+    assert canonical({"modifier-token": "<m>"}, CustomDiffusionConfig) == {"placeholder_token": "<m>"}
+    with pytest.raises(RefusedInput, match="unknown setting 'modifier_token'"):
+        canonical({"modifier_token": "<m>"})
 
 
 @given(st.floats(), st.floats(allow_nan=False), st.floats(allow_nan=False), st.booleans())

@@ -15,10 +15,19 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 from cyclopts import App, CycloptsError, Group, Parameter, UnknownOptionError
 from cyclopts.types import NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from dvar.config import ALIASES, TextualInversionConfig, nearest, read_settings
+from dvar.config import (
+    CustomDiffusionConfig,
+    DreamBoothLoraConfig,
+    Settings,
+    TextualInversionConfig,
+    aliases,
+    nearest,
+    read_settings,
+)
 from dvar.errors import DvarError, RefusedInput
 
 if TYPE_CHECKING:
+    from dvar.config import AnyConfig
     from dvar.trainer.run import Result
 
 REFUSED, FAILED, INTERRUPTED = 2, 1, 130
@@ -55,17 +64,18 @@ def main(tokens: Sequence[str] | None = None) -> int:
             return _fail(INTERRUPTED, ["interrupted"])
 
 
-def _with_flags_of(settings: type) -> Callable[[Callable[..., int]], Callable[..., int]]:
+def _with_flags_of(settings: type[Settings]) -> Callable[[Callable[..., int]], Callable[..., int]]:
     """Give a command a flag for each field of a settings class; its keyword arguments are then the flags given."""
 
     def decorate(command: Callable[..., int]) -> Callable[..., int]:
         own = inspect.signature(command, eval_str=True).parameters.values()
         flags = [parameter for parameter in own if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
-        hints, group = get_type_hints(settings), None
+        hints, others, groups = get_type_hints(settings), aliases(settings), dict[str, Group]()
+        title = ""
         for item in fields(settings):
-            if title := item.metadata["section"]:
-                group = Group(title, sort_key=len(flags))
-            names = [item.name, *(alias for alias, name in ALIASES.items() if name == item.name)]
+            title = item.metadata["section"] or title
+            group = groups.setdefault(title, Group(title, sort_key=len(flags)))
+            names = [item.name, *(alias for alias, name in others.items() if name == item.name)]
             shown = Parameter(name=[f"--{name}" for name in names], help=item.metadata["help"], group=group)
             flag = inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=item.default)
             flags.append(flag.replace(annotation=Annotated[hints[item.name], shown]))
@@ -88,7 +98,41 @@ def textual_inversion(*, config: Path | None = None, **given: Any) -> int:
     config
         TOML file of settings, named as the flags.
     """
-    return _personalise({**(read_settings(config) if config else {}), **given})
+    return _train(TextualInversionConfig, config, given)
+
+
+@train.command(name="dreambooth-lora")
+@_with_flags_of(DreamBoothLoraConfig)
+def dreambooth_lora(*, config: Path | None = None, **given: Any) -> int:
+    """Learn a low-rank change of the U-Net for the subject of some pictures, and a new word where one is given.
+
+    Training stops by DVAR or at the cap.  With --placeholder_token a new word is learned too, as in the paper; with
+    --instance_prompt alone it is diffusers' DreamBooth-LoRA.  Defaults shown are the paper's; the bundled model has a
+    preset of its own.  A settings file overrides a preset, and a flag overrides both.
+
+    Parameters
+    ----------
+    config
+        TOML file of settings, named as the flags.
+    """
+    return _train(DreamBoothLoraConfig, config, given)
+
+
+@train.command(name="custom-diffusion")
+@_with_flags_of(CustomDiffusionConfig)
+def custom_diffusion(*, config: Path | None = None, **given: Any) -> int:
+    """Learn a new word and new cross-attention for the subject of some pictures; stop by DVAR or at the cap.
+
+    Pictures of its class keep the class from drifting; the model draws them before training unless a folder is given.
+    Defaults shown are the paper's; the bundled model has a preset of its own.
+    A settings file overrides a preset, and a flag overrides both.
+
+    Parameters
+    ----------
+    config
+        TOML file of settings, named as the flags.
+    """
+    return _train(CustomDiffusionConfig, config, given)
 
 
 @app.command
@@ -203,25 +247,28 @@ def concepts() -> int:
     return 0
 
 
-def _personalise(given: dict[str, Any]) -> int:
+def _train(known: type[AnyConfig], path: Path | None, given: dict[str, Any]) -> int:
+    return _personalise({**(read_settings(path, known) if path else {}), **given}, known.method)
+
+
+def _personalise(given: dict[str, Any], method: str = TextualInversionConfig.method) -> int:
     from dvar.trainer.presets import configure
 
-    config = configure(given)
-    title = f"{config.placeholder_token} · {config.pretrained_model_name_or_path} · {config.output_dir}"
+    config = configure(given, method)
+    title = f"{config.subject} · {config.pretrained_model_name_or_path} · {config.output_dir}"
     print(f"dvar: loading for {title}", file=sys.stderr, flush=True)
     from dvar.trainer.progress import watch
     from dvar.trainer.run import personalise
 
     with watch(config.max_train_steps, title, sys.stderr) as progress:
         result = personalise(config, [progress])
-    return _tell(result, config.placeholder_token)
+    return _tell(result, f"{config.plain_prompt} on the beach")
 
 
-def _tell(result: Result, word: str) -> int:
+def _tell(result: Result, prompt: str) -> int:
     """Print how a run ended, where to look and what to do next; return the exit status that says the same."""
     from dvar.laboratory.report import write_report
     from dvar.stopper.verdict import Reason
-    from dvar.trainer.artifacts import EMBEDS
 
     print(result.verdict)
     for diagnosis in result.verdict.diagnoses:
@@ -229,10 +276,10 @@ def _tell(result: Result, word: str) -> int:
     if result.verdict.reason is Reason.INTERRUPTED:
         print("next      the same command with --resume_from_checkpoint latest")
         return INTERRUPTED
-    prompt = shlex.join(["--prompt", f"a photo of {word} on the beach"])
     print(f"report    {write_report(result.folder)}")
-    print(f"weights   {result.folder / EMBEDS}")
-    print(f"next      dvar generate {shlex.quote(str(result.folder))} {prompt}")
+    for path in result.weights:
+        print(f"weights   {path}")
+    print(f"next      dvar generate {shlex.quote(str(result.folder))} {shlex.join(['--prompt', prompt])}")
     return FAILED if result.verdict.reason is Reason.NON_FINITE else 0
 
 

@@ -2,6 +2,7 @@
 
 A settings class states every default once: the command line shows it, a preset overrides it, a TOML file overrides the
 preset and a flag overrides the file (`dvar.trainer.presets.configure`).  The defaults are the paper's.
+A method's class has the fields that all share and its own; what is done with settings is done by functions.
 """
 
 from __future__ import annotations
@@ -10,15 +11,14 @@ import difflib
 import math
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from dvar.errors import RefusedInput
 
 BUNDLED_MODEL = "mini"
-ALIASES = {"train_data_dir": "instance_data_dir"}
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,17 @@ NOT_NEGATIVE = Range(0)
 POSITIVE = Range(0, above=True)
 
 
-def setting(default: Any, help: str, allowed: Range | None = None, *, section: str = "") -> Any:
-    """A dataclass field that carries its help and the numbers it admits; ``section`` opens a part of the help page."""
-    return field(default=default, metadata={"help": help, "allowed": allowed, "section": section})
+def setting(default: Any, help: str, allowed: Range | None = None, *, section: str = "", alias: str = "") -> Any:
+    """A dataclass field that carries its help, the numbers it admits and another name for it.
+
+    ``section`` opens a part of the help page, or goes on with one that a field before it opened.
+    """
+    return field(default=default, metadata={"help": help, "allowed": allowed, "section": section, "alias": alias})
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextualInversionConfig:
-    """Every setting of ``dvar train textual-inversion``; a step is one update of the optimizer.
+class Settings:
+    """What every method is set by; a step is one update of the optimizer.  Fields alone: a method's class adds its own.
 
     Source: the defaults are the paper's, with its released command lines; `dvar.trainer.presets` names each source.
     Deviates: float32 arithmetic by default, where the released commands use fp16, because what the rule must see of
@@ -59,10 +62,9 @@ class TextualInversionConfig:
     pretrained_model_name_or_path: str = setting(
         BUNDLED_MODEL, "A hub id, a diffusers folder, or 'mini', the bundled model.", section="Model and pictures"
     )
-    instance_data_dir: str | None = setting(None, "Folder with the pictures of the subject.")
-    placeholder_token: str = setting("<thing>", "New word that will stand for the subject.")
+    instance_data_dir: str | None = setting(None, "Folder with the pictures of the subject.", alias="train_data_dir")
+    placeholder_token: str | None = setting("<thing>", "New word that will stand for the subject.")
     initializer_token: str | None = setting(None, "Known word whose embedding the new word starts from, such as mug.")
-    learnable_property: Literal["object", "style"] = setting("object", "What is learned from the pictures.")
     num_vectors: int = setting(1, "Embedding vectors behind the new word.", COUNT)
     resolution: int = setting(512, "Side of the square training pictures in pixels, a multiple of 8.", Range(8))
     center_crop: bool = setting(True, "Crop the middle square; otherwise squeeze the whole picture into a square.")
@@ -81,8 +83,11 @@ class TextualInversionConfig:
     lr_warmup_steps: int = setting(0, "Steps over which the learning rate rises from 0.", NOT_NEGATIVE)
     adam_beta1: float = setting(0.9, "AdamW's memory of the gradient.", Range(0, 1))
     adam_beta2: float = setting(0.999, "AdamW's memory of the squared gradient.", Range(0, 1))
-    adam_weight_decay: float = setting(1e-2, "AdamW's decay of the new vectors.", NOT_NEGATIVE)
+    adam_weight_decay: float = setting(1e-2, "AdamW's decay of what is trained.", NOT_NEGATIVE)
     adam_epsilon: float = setting(1e-8, "AdamW's guard against division by zero.", POSITIVE)
+    max_grad_norm: float | None = setting(
+        None, "Norm to which a larger gradient is scaled down; none by default.", POSITIVE
+    )
     max_train_steps: int = setting(6100, "The cap: training ends here if the rule has not ended it before.", COUNT)
     mixed_precision: Literal["no", "fp16", "bf16"] = setting("no", "Arithmetic of the frozen model.")
     seed: int = setting(0, "Seed of everything that is drawn.", NOT_NEGATIVE)
@@ -93,7 +98,7 @@ class TextualInversionConfig:
     threshold: float = setting(0.15, "DVAR's alpha: stop when recent / whole variance is below it.")
 
     validation_prompt: str | None = setting(
-        None, "Prompt of the sample pictures; a photo of the new word by default.", section="Sample pictures"
+        None, "Prompt of the sample pictures; a plain one of the subject by default.", section="Sample pictures"
     )
     validation_steps: int = setting(500, "Steps between two sets of sample pictures.", COUNT)
     num_validation_images: int = setting(8, "Pictures in a set of samples.", COUNT)
@@ -106,80 +111,295 @@ class TextualInversionConfig:
     report_to: Literal["none", "tensorboard", "wandb"] = setting(
         "none", "Tracker to tell of each step; trace.jsonl and report.html hold the curves in any case."
     )
-    output_dir: str = setting("runs/textual-inversion", "Folder of the run.")
+    output_dir: str = setting("runs/run", "Folder of the run.")
     overwrite: bool = setting(False, "Replace another run found in the output folder.")
 
+
+Conflicts = Iterator[tuple[set[str], str]]
+"""(settings concerned, what is wrong) for well-formed values that cannot be carried out, alone or together."""
+
+_PLAIN = {"object": "a photo of {}", "style": "a picture in the style of {}"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextualInversionConfig(Settings):
+    """Every setting of ``dvar train textual-inversion``.
+
+    ``subject`` is what prompts call the subject, ``plain_prompt`` the prompt of a plain picture of it, ``kind`` what it
+    is, ``learned`` what is trained for it.
+    """
+
+    method = "textual-inversion"
+    title = "Textual Inversion"
+    tags = ("textual_inversion",)
+    learned = "a new word"
+
+    placeholder_token: str = setting("<thing>", "New word that will stand for the subject.")
+    output_dir: str = setting("runs/textual-inversion", "Folder of the run.")
+    learnable_property: Literal["object", "style"] = setting(
+        "object", "What is learned from the pictures.", section="Model and pictures"
+    )
+
     @property
-    def sample_prompt(self) -> str:
-        """The prompt of the sample pictures: the one asked for, or a plain one for what is learned."""
-        plain = {"object": "a photo of {}", "style": "a picture in the style of {}"}.get(self.learnable_property, "{}")
-        return self.validation_prompt or plain.format(self.placeholder_token)
+    def subject(self) -> str:
+        return self.placeholder_token
 
-    def problems(self) -> list[str]:
-        """Everything wrong with these settings by themselves, a line each; empty when in order.
+    @property
+    def plain_prompt(self) -> str:
+        return _PLAIN.get(self.learnable_property, "{}").format(self.placeholder_token)
 
-        The rule's own settings are the rule's to judge: `dvar.trainer.concept.rule_problems`.
-        """
-        faults = dict(self._faults())
-        conflicts = [said for names, said in self.sound()._conflicts() if faults.keys().isdisjoint(names)]
-        return [*faults.values(), *conflicts]
+    @property
+    def kind(self) -> str:
+        return self.learnable_property
 
-    def sound(self) -> TextualInversionConfig:
-        """The same settings with each ill-formed one at its default, for checks that go on after a fault was found."""
-        faults = dict(self._faults())
-        defaults: dict[str, Any] = {item.name: item.default for item in fields(self) if item.name in faults}
-        return replace(self, **defaults)
+    def conflicts(self) -> Conflicts:
+        """What is wrong beyond what all methods refuse."""
+        yield from ()
 
-    def _faults(self) -> Iterator[tuple[str, str]]:
-        """(setting, what is wrong) for each value of a wrong type or out of its range."""
-        annotations = get_type_hints(type(self))
-        for item in fields(self):
-            value, annotation, allowed = getattr(self, item.name), annotations[item.name], item.metadata["allowed"]
-            if not _admits(annotation, value):
-                yield item.name, f"{item.name} must be {_wording(annotation)}, got {value!r}"
-            elif value is not None and allowed and value not in allowed:
-                yield item.name, f"{item.name} must be {allowed}, got {value!r}"
 
-    def _conflicts(self) -> Iterator[tuple[set[str], str]]:
-        """(settings concerned, what is wrong) for well-formed values that cannot be carried out, alone or together."""
-        word, cap, warmup = self.placeholder_token, self.max_train_steps, self.lr_warmup_steps
-        if not self.instance_data_dir:
-            yield {"instance_data_dir"}, "instance_data_dir is missing: name the folder with the subject's pictures"
-        if not self.initializer_token:
+@dataclass(frozen=True, kw_only=True)
+class DreamBoothLoraConfig(Settings):
+    """Every setting of ``dvar train dreambooth-lora``; without a new word ``instance_prompt`` names the subject.
+
+    ``subject``, ``plain_prompt``, ``kind`` and ``learned`` are as in `TextualInversionConfig`.
+    """
+
+    method = "dreambooth-lora"
+    title = "DreamBooth-LoRA"
+    tags = ("dreambooth", "lora")
+
+    placeholder_token: str | None = setting(
+        None, "New word that will stand for the subject; without it LoRA alone is trained."
+    )
+    learning_rate: float = setting(1e-3, "Learning rate of AdamW.", POSITIVE)
+    max_train_steps: int = setting(1000, "The cap: training ends here if the rule has not ended it before.", COUNT)
+    window: int = setting(440, "DVAR's N: steps over which the recent variance is taken.")
+    threshold: float = setting(0.4, "DVAR's alpha: stop when recent / whole variance is below it.")
+    validation_steps: int = setting(100, "Steps between two sets of sample pictures.", COUNT)
+    guidance_scale: float = setting(6.0, "Classifier-free guidance of the sample pictures.", NOT_NEGATIVE)
+    output_dir: str = setting("runs/dreambooth-lora", "Folder of the run.")
+    instance_prompt: str | None = setting(
+        None,
+        "Caption of every picture, such as 'a photo of sks dog'; plain sentences around the new word by default.",
+        section="Model and pictures",
+    )
+    learnable_property: Literal["object", "style"] = setting(
+        "object", "What is learned from the pictures: it chooses the plain sentences."
+    )
+    rank: int = setting(4, "Rank of the low-rank change of each attention matrix.", COUNT, section="Training")
+    lora_alpha: int | None = setting(None, "The low-rank change is scaled by this over the rank; 1 by default.", COUNT)
+
+    @property
+    def subject(self) -> str:
+        return self.placeholder_token or str(self.instance_prompt)
+
+    @property
+    def plain_prompt(self) -> str:
+        if self.instance_prompt:
+            return self.instance_prompt
+        return _PLAIN.get(self.learnable_property, "{}").format(self.placeholder_token)
+
+    @property
+    def kind(self) -> str:
+        return self.learnable_property
+
+    @property
+    def learned(self) -> str:
+        change = "a low-rank change of the U-Net's attention"
+        return f"a new word and {change}" if self.placeholder_token else change
+
+    def conflicts(self) -> Conflicts:
+        """What is wrong beyond what all methods refuse."""
+        word, prompt = self.placeholder_token, self.instance_prompt
+        if word is None and not prompt:
+            said = "placeholder_token is missing: give a new word, or train LoRA alone on an --instance_prompt"
+            yield {"placeholder_token", "instance_prompt"}, said
+        if word is None and self.initializer_token:
+            said = (
+                f"initializer_token needs a placeholder_token, got {self.initializer_token!r} alone: give the new word"
+            )
+            yield {"placeholder_token", "initializer_token"}, said
+        if word is None and self.num_vectors > 1:
+            said = f"num_vectors must be 1 without a placeholder_token, got {self.num_vectors}: give the new word"
+            yield {"placeholder_token", "num_vectors"}, said
+        if word and prompt and word not in prompt:
+            said = f"instance_prompt must hold the new word {word}, got {prompt!r}: put it in"
+            yield {"placeholder_token", "instance_prompt"}, said
+
+
+@dataclass(frozen=True, kw_only=True)
+class CustomDiffusionConfig(Settings):
+    """Every setting of ``dvar train custom-diffusion``; a prompt names the subject by the new word and its class.
+
+    ``subject``, ``plain_prompt``, ``kind`` and ``learned`` are as in `TextualInversionConfig`.
+    """
+
+    method = "custom-diffusion"
+    title = "Custom Diffusion"
+    tags = ("custom-diffusion",)
+
+    placeholder_token: str = setting("<new1>", "New word that will stand for the subject.", alias="modifier_token")
+    initializer_token: str | None = setting("ktn", "Known word whose embedding the new word starts from.")
+    center_crop: bool = setting(False, "Crop the middle square; otherwise squeeze the whole picture into a square.")
+    learning_rate: float = setting(4e-5, "Learning rate of AdamW.", POSITIVE)
+    max_grad_norm: float | None = setting(1.0, "Norm to which a larger gradient is scaled down.", POSITIVE)
+    max_train_steps: int = setting(500, "The cap: training ends here if the rule has not ended it before.", COUNT)
+    window: int = setting(180, "DVAR's N: steps over which the recent variance is taken.")
+    validation_steps: int = setting(100, "Steps between two sets of sample pictures.", COUNT)
+    guidance_scale: float = setting(6.0, "Classifier-free guidance of the sample pictures.", NOT_NEGATIVE)
+    output_dir: str = setting("runs/custom-diffusion", "Folder of the run.")
+    class_noun: str | None = setting(
+        None, "Class of the subject, such as mug; it follows the new word in prompts.", section="Model and pictures"
+    )
+    instance_prompt: str | None = setting(
+        None, "Caption of every picture; 'photo of a <new1> mug' by default, with the new word and the class."
+    )
+    class_data_dir: str | None = setting(
+        None, "Folder with pictures of the class; by default the model draws them before training."
+    )
+    num_class_images: int = setting(200, "Class pictures that the model draws when it has no folder of them.", COUNT)
+    prior_loss_weight: float = setting(
+        1.0, "Weight of the loss on class pictures; 0 trains without them.", NOT_NEGATIVE, section="Training"
+    )
+    freeze_model: Literal["crossattn_kv", "crossattn"] = setting(
+        "crossattn_kv", "What is not frozen: keys and values of cross-attention, or all of it."
+    )
+
+    @property
+    def subject(self) -> str:
+        return f"{self.placeholder_token} {self.class_noun}"
+
+    @property
+    def plain_prompt(self) -> str:
+        return self.instance_prompt or f"photo of a {self.subject}"
+
+    @property
+    def kind(self) -> str:
+        return str(self.class_noun)
+
+    @property
+    def learned(self) -> str:
+        part = {"crossattn_kv": "keys and values of cross-attention", "crossattn": "cross-attention"}
+        return f"a new word and new {part[self.freeze_model]}"
+
+    def conflicts(self) -> Conflicts:
+        """What is wrong beyond what all methods refuse."""
+        word, prompt = self.placeholder_token, self.instance_prompt
+        if not (self.class_noun or "").strip():
+            yield {"class_noun"}, "class_noun is missing: name the class of the subject, such as mug"
+        if prompt and word not in prompt:
+            said = f"instance_prompt must hold the new word {word}, got {prompt!r}: put it in"
+            yield {"placeholder_token", "instance_prompt"}, said
+        if self.class_data_dir and not self.prior_loss_weight:
+            said = f"class_data_dir needs a prior_loss_weight above 0, got {self.class_data_dir}: drop one of them"
+            yield {"class_data_dir", "prior_loss_weight"}, said
+
+
+AnyConfig = TextualInversionConfig | DreamBoothLoraConfig | CustomDiffusionConfig
+C = TypeVar("C", bound=Settings)
+CONFIGS: dict[str, type[AnyConfig]] = {
+    known.method: known for known in (TextualInversionConfig, DreamBoothLoraConfig, CustomDiffusionConfig)
+}
+"""The settings class of each method, by the method's name."""
+
+
+def written(config: AnyConfig) -> dict[str, Any]:
+    """The settings as plain values with their method's name, as config.json and checkpoints keep them."""
+    return {"method": config.method, **asdict(config)}
+
+
+def restored(kept: Mapping[str, Any]) -> AnyConfig:
+    """The settings that `written` returned, perhaps in another version: unknown ones are dropped, missing ones default.
+
+    Raises: `RefusedInput` when they are of a method that is not known here.
+    """
+    name = kept.get("method", TextualInversionConfig.method)
+    if name not in CONFIGS:
+        raise RefusedInput([f"the run is of method {name!r}, and only {', '.join(CONFIGS)} are known: update dvar"])
+    names = {item.name for item in fields(CONFIGS[name])}
+    return CONFIGS[name](**{key: value for key, value in kept.items() if key in names})
+
+
+def sample_prompt(config: AnyConfig) -> str:
+    """The prompt of the sample pictures: the one asked for, or a plain one for what is learned."""
+    return config.validation_prompt or config.plain_prompt
+
+
+def settings_problems(config: AnyConfig) -> list[str]:
+    """Everything wrong with these settings by themselves, a line each; empty when in order.
+
+    The rule's own settings are the rule's to judge: `dvar.trainer.concept.rule_problems`.
+    """
+    faults = dict(_faults(config))
+    conflicts = [said for names, said in _conflicts(sound(config)) if faults.keys().isdisjoint(names)]
+    return [*faults.values(), *conflicts]
+
+
+def sound(config: C) -> C:
+    """The same settings with each ill-formed one at its default, for checks that go on after a fault was found."""
+    faults = dict(_faults(config))
+    defaults: dict[str, Any] = {item.name: item.default for item in fields(config) if item.name in faults}
+    return replace(config, **defaults)
+
+
+def _faults(config: Settings) -> Iterator[tuple[str, str]]:
+    """(setting, what is wrong) for each value of a wrong type or out of its range."""
+    annotations = get_type_hints(type(config))
+    for item in fields(config):
+        value, annotation, allowed = getattr(config, item.name), annotations[item.name], item.metadata["allowed"]
+        if not _admits(annotation, value):
+            yield item.name, f"{item.name} must be {_wording(annotation)}, got {value!r}"
+        elif value is not None and allowed and value not in allowed:
+            yield item.name, f"{item.name} must be {allowed}, got {value!r}"
+
+
+def _conflicts(config: AnyConfig) -> Conflicts:
+    """What is wrong together, of all methods and of this one."""
+    word, cap, warmup = config.placeholder_token, config.max_train_steps, config.lr_warmup_steps
+    if not config.instance_data_dir:
+        yield {"instance_data_dir"}, "instance_data_dir is missing: name the folder with the subject's pictures"
+    if word is not None:
+        if not config.initializer_token:
             yield {"initializer_token"}, "initializer_token is missing: give one word for the subject, such as mug"
         if word.split() != [word]:
             said = f"placeholder_token must be one word without spaces, got {word!r}: try '<thing>'"
             yield {"placeholder_token"}, said
-        elif word not in self.sample_prompt:
-            said = f"validation_prompt must hold the new word {word}, got {self.validation_prompt!r}: put it in"
+        elif config.validation_prompt and word not in config.validation_prompt:
+            said = f"validation_prompt must hold the new word {word}, got {config.validation_prompt!r}: put it in"
             yield {"placeholder_token", "validation_prompt"}, said
-        if self.resolution % 8:
-            near = 8 * round(self.resolution / 8)
-            yield {"resolution"}, f"resolution must be a multiple of 8, got {self.resolution}: try {near}"
-        if warmup and self.lr_scheduler == "constant":
-            said = f"lr_warmup_steps must be 0 when lr_scheduler is constant, got {warmup}: use constant_with_warmup"
-            yield {"lr_warmup_steps", "lr_scheduler"}, said
-        if warmup >= cap:
-            said = f"lr_warmup_steps must be below max_train_steps ({cap}), got {warmup}: shorten the warm-up"
-            yield {"lr_warmup_steps", "max_train_steps"}, said
-        if self.overwrite and self.resume_from_checkpoint:
-            said = "overwrite and resume_from_checkpoint exclude each other, got both: drop one of them"
-            yield {"overwrite", "resume_from_checkpoint"}, said
+    yield from config.conflicts()
+    if config.resolution % 8:
+        near = 8 * round(config.resolution / 8)
+        yield {"resolution"}, f"resolution must be a multiple of 8, got {config.resolution}: try {near}"
+    if warmup and config.lr_scheduler == "constant":
+        said = f"lr_warmup_steps must be 0 when lr_scheduler is constant, got {warmup}: use constant_with_warmup"
+        yield {"lr_warmup_steps", "lr_scheduler"}, said
+    if warmup >= cap:
+        said = f"lr_warmup_steps must be below max_train_steps ({cap}), got {warmup}: shorten the warm-up"
+        yield {"lr_warmup_steps", "max_train_steps"}, said
+    if config.overwrite and config.resume_from_checkpoint:
+        said = "overwrite and resume_from_checkpoint exclude each other, got both: drop one of them"
+        yield {"overwrite", "resume_from_checkpoint"}, said
 
 
-def canonical(settings: Mapping[str, Any], known: type = TextualInversionConfig) -> dict[str, Any]:
+def aliases(known: type[Settings]) -> dict[str, str]:
+    """Other name to the name of the setting it stands for."""
+    return {item.metadata["alias"]: item.name for item in fields(known) if item.metadata["alias"]}
+
+
+def canonical(settings: Mapping[str, Any], known: type[Settings] = TextualInversionConfig) -> dict[str, Any]:
     """The same settings under their own names: hyphens become underscores, and an alias the name it stands for.
 
     Raises: `RefusedInput` naming each unknown setting with the nearest known one, and each setting given twice.
     """
-    names = [item.name for item in fields(known)]
+    names, others = [item.name for item in fields(known)], aliases(known)
     found: dict[str, Any] = {}
     problems = []
     for given, value in settings.items():
         plain = given.replace("-", "_")
-        name = ALIASES.get(plain, plain)
+        name = others.get(plain, plain)
         if name not in names:
-            problems.append(f"unknown setting {given!r}: the nearest known one is {nearest(plain, [*names, *ALIASES])}")
+            problems.append(f"unknown setting {given!r}: the nearest known one is {nearest(plain, [*names, *others])}")
         elif name in found:
             problems.append(f"{name} is given twice, the second time as {given!r}: keep one of them")
         found[name] = value
@@ -193,19 +413,19 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return difflib.get_close_matches(word, known, n=1, cutoff=0.0)[0]
 
 
-def read_settings(path: str | Path) -> dict[str, Any]:
+def read_settings(path: str | Path, known: type[Settings] = TextualInversionConfig) -> dict[str, Any]:
     """The settings written in a TOML file, one ``name = value`` a line, under their own names.
 
     Raises: `RefusedInput` when the file is missing, is no TOML, or holds unknown settings (all are named).
     """
     try:
-        written = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        read = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise RefusedInput([f"settings file {path}: {error.strerror or error}; check --config"]) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RefusedInput([f"settings file {path} is not valid TOML: {error}"]) from error
     try:
-        return canonical(written)
+        return canonical(read, known)
     except RefusedInput as error:
         raise RefusedInput([f"settings file {path}: {problem}" for problem in error.problems]) from error
 

@@ -9,14 +9,14 @@ from safetensors import safe_open
 from dvar.config import TextualInversionConfig
 from dvar.errors import NonFiniteLoss
 from dvar.stopper.verdict import Reason, Verdict
-from dvar.trainer.artifacts import write_embeds, write_model_card, write_whole
+from dvar.trainer.artifacts import write_model_card, write_weights, write_whole
 
 VERDICT = Verdict(True, Reason.CAP, 10, "FixedSteps(10)", {"max_steps": 10})
 
 
 def test_the_file_holds_the_vectors_under_their_word(tmp_path: Path) -> None:
     vectors = torch.arange(6.0).reshape(3, 2).T  # not contiguous, as a slice of a larger table may be
-    write_embeds(tmp_path / "learned_embeds.safetensors", {"<thing>": vectors})
+    write_weights(tmp_path / "learned_embeds.safetensors", {"<thing>": vectors})
     with safe_open(tmp_path / "learned_embeds.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
         assert torch.equal(file.get_tensor("<thing>"), vectors)
@@ -26,7 +26,7 @@ def test_the_file_holds_the_vectors_under_their_word(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_vectors_that_are_not_finite_are_never_written(tmp_path: Path, bad: float) -> None:
     with pytest.raises(NonFiniteLoss, match="<thing>"):
-        write_embeds(tmp_path / "learned_embeds.safetensors", {"<thing>": torch.tensor([[1.0, bad]])})
+        write_weights(tmp_path / "learned_embeds.safetensors", {"<thing>": torch.tensor([[1.0, bad]])})
     assert not list(tmp_path.iterdir())
 
 

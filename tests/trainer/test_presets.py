@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
-from dvar.config import TextualInversionConfig
+from dvar.config import CONFIGS, TextualInversionConfig, settings_problems
 from dvar.errors import RefusedInput
 from dvar.trainer.concept import rule_problems
 from dvar.trainer.presets import TABLE, configure, settings
@@ -36,16 +36,44 @@ def test_every_row_is_a_setting_with_a_source_and_stands_once() -> None:
     rows = [(row.name, row.method, row.setting) for row in TABLE]
     assert len(set(rows)) == len(rows)
     assert all(row.source for row in TABLE)
-    assert {row.setting for row in TABLE} <= set(asdict(TextualInversionConfig()))
+    assert all(row.setting in {item.name for item in fields(CONFIGS[row.method])} for row in TABLE)
 
 
+OWN = {
+    "textual-inversion": {"initializer_token": "mug"},
+    "dreambooth-lora": {"placeholder_token": "<thing>", "initializer_token": "mug"},
+    "custom-diffusion": {"class_noun": "mug"},
+}
+
+
+@pytest.mark.parametrize("method", CONFIGS)
 @pytest.mark.parametrize("name", ["paper", "mini"])
-def test_every_preset_gives_settings_that_can_be_run(name: str) -> None:
-    config = configure({"preset": name, "instance_data_dir": "pictures", "initializer_token": "mug"})
-    assert config.problems() == []
+def test_every_preset_gives_settings_that_can_be_run(name: str, method: str) -> None:
+    config = configure({"preset": name, "instance_data_dir": "pictures", **OWN[method]}, method)
+    assert isinstance(config, CONFIGS[method])
+    assert settings_problems(config) == []
     assert rule_problems(config) == []
     assert config.preset == name
-    assert {key: getattr(config, key) for key in settings(name)} == settings(name)
+    assert {key: getattr(config, key) for key in settings(name, method)} == settings(name, method)
+
+
+@pytest.mark.parametrize(
+    ("method", "published"),
+    [
+        # Section 3.3 (N, alpha), Section 4.2 (steps, samples), and the released commands.
+        (
+            "dreambooth-lora",
+            {"window": 440, "threshold": 0.4, "max_train_steps": 1000, "learning_rate": 1e-3, "rank": 4},
+        ),
+        (
+            "custom-diffusion",
+            {"window": 180, "threshold": 0.15, "max_train_steps": 500, "learning_rate": 4e-5, "prior_loss_weight": 1.0},
+        ),
+    ],
+)
+def test_the_papers_settings_of_the_other_methods(method: str, published: dict[str, float]) -> None:
+    shared = {"validation_steps": 100, "train_batch_size": 2, "guidance_scale": 6.0, "eval_batch_size": 8}
+    assert settings("paper", method).items() >= {**published, **shared}.items()
 
 
 def test_the_bundled_model_has_its_own_preset_and_any_other_the_papers() -> None:

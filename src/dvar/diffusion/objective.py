@@ -36,6 +36,11 @@ class Draws:
         """Return the same draws on ``device``."""
         return Draws(**{item.name: getattr(self, item.name).to(device) for item in fields(self)})
 
+    def joined(self, other: Draws) -> Draws:
+        """Return these draws and then the ``other`` ones as one batch."""
+        pairs = {item.name: [getattr(self, item.name), getattr(other, item.name)] for item in fields(self)}
+        return Draws(**{name: torch.cat(pair) for name, pair in pairs.items()})
+
 
 @dataclass(frozen=True)
 class Examples:

@@ -83,7 +83,7 @@ def becoming(run: Run) -> Html | None:
     """Return a few references and, beside them, what the newest samples show; None when there is neither."""
     newest = max(run.samples, default=0)
     final = run.samples.get(newest if run.exported_step is None else run.exported_step, ())
-    strips = [("What training saw", run.references), (f"What {run.config['placeholder_token']} draws now", final)]
+    strips = [("What training saw", run.references), (f"What {run.settings.subject} draws now", final)]
     found = [_strip(title, pictures[:3]) for title, pictures in strips if pictures]
     return element("div", *found, class_="becoming") if found else None
 

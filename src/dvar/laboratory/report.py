@@ -16,6 +16,7 @@ from dvar.laboratory.markup import Html, element, join
 from dvar.laboratory.runs import Run
 from dvar.stopper.rules import SETTLED
 from dvar.stopper.verdict import Reason
+from dvar.trainer.loading import WEIGHTS, at_step, imports, loads
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
@@ -41,7 +42,7 @@ def _page(run: Run) -> Html:
         element("meta", charset="utf-8"),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", http_equiv="Content-Security-Policy", content=POLICY),
-        element("title", f"{run.config['placeholder_token']} · dvar"),
+        element("title", f"{run.settings.subject} · dvar"),
         element("style", Html(style)),
     )
     sections = (_title, _outcome, _numbers, _losses, _ratio, _growth, _single_inputs, _use, _settings)
@@ -49,17 +50,18 @@ def _page(run: Run) -> Html:
 
 
 def _title(run: Run) -> Html:
-    config, count = run.config, len(run.references)
+    settings, count = run.settings, len(run.references)
     pictures = f"{count} {_plural(count, 'picture')}" if count else "pictures"
-    name = config["pretrained_model_name_or_path"]
+    name = settings.pretrained_model_name_or_path
+    start = f", starting from “{settings.initializer_token}”" if settings.placeholder_token else ""
     model = "the bundled model" if name == BUNDLED_MODEL else name
     return element(
         "header",
-        element("p", "Textual Inversion", class_="eyebrow"),
-        element("h1", config["placeholder_token"]),
+        element("p", settings.title, class_="eyebrow"),
+        element("h1", settings.subject),
         element(
             "p",
-            f"a new word for {model}, learned from {pictures}, starting from “{config['initializer_token']}”",
+            f"{settings.learned} for {model}, learned from {pictures}{start}",
             class_="standfirst",
         ),
         figures.becoming(run),
@@ -79,7 +81,7 @@ def _notes(run: Run) -> Iterator[Html]:
     for diagnosis in verdict.diagnoses:
         yield join([element("b", f"{_capitalised(diagnosis.reason.value)}:"), f" {diagnosis.sentence}."])
     if verdict.reason is Reason.NON_FINITE and run.result:
-        yield join([f"What was exported is the word as it was at step {run.exported_step}, before the fault."])
+        yield join([f"What was exported is what was learned by step {run.exported_step}, before the fault."])
     if verdict.reason is Reason.CAP:
         yield Html(
             "The cap ended this run, not the rule: its loss has not settled yet, or jitters too much to show it."
@@ -171,7 +173,7 @@ def _ratio(run: Run) -> Html | None:
 def _growth(run: Run) -> Html | None:
     if not run.samples:
         return None
-    word = run.config["placeholder_token"]
+    word = run.settings.subject
     caption = f"Each row starts from the same noise, so what changes along it is only what {word} means to the model."
     return _section(f"How {word} grew", _figure(figures.growth(run), caption))
 
@@ -190,15 +192,16 @@ def _use(run: Run) -> Html | None:
     if not run.result:
         return None
     config = run.config
-    folder, prompt = config["output_dir"], f"a photo of {config['placeholder_token']} on the beach"
+    folder, prompt = config["output_dir"], f"{run.settings.plain_prompt} on the beach"
+    weights = [name for name in WEIGHTS if (run.folder / name).exists()]
     bundled = config["pretrained_model_name_or_path"] == BUNDLED_MODEL
     model = "str(dvar.mini.path())" if bundled else _quoted(config["pretrained_model_name_or_path"])
     lines = [
         *["import dvar.mini"] * bundled,
-        "from diffusers import StableDiffusionPipeline",
+        *imports(weights),
         "",
         f"pipeline = StableDiffusionPipeline.from_pretrained({model})",
-        f"pipeline.load_textual_inversion({_quoted(f'{folder}/learned_embeds.safetensors')})",
+        *loads(weights, folder),
         f'pipeline({_quoted(prompt)}).images[0].save("picture.png")',
     ]
     return _section(
@@ -212,10 +215,11 @@ def _use(run: Run) -> Html | None:
 
 
 def _best_file(run: Run) -> Html | None:
-    name = f"learned_embeds-steps-{run.best[0] if run.best else 0}.safetensors"
-    if not (run.folder / name).exists():
+    named = [at_step(name, run.best[0] if run.best else 0) for name in WEIGHTS]
+    kept = ", ".join(name for name in named if (run.folder / name).exists())
+    if not kept:
         return None
-    return element("p", _prose("The vectors at the lowest L_det are kept as well: "), element("code", name), ".")
+    return element("p", _prose("What was learned at the lowest L_det is kept as well: "), element("code", kept), ".")
 
 
 def _settings(run: Run) -> Html:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dvar.config import AnyConfig, restored
 from dvar.errors import RefusedInput
 from dvar.stopper.rules import Dvar
 from dvar.stopper.trace import Trace
@@ -58,6 +59,14 @@ class Run:
         )
 
     @cached_property
+    def settings(self) -> AnyConfig:
+        """The run's settings as the class of its method.
+
+        Raises: RefusedInput when the method is not known here.
+        """
+        return restored(self.config)
+
+    @cached_property
     def verdict(self) -> Verdict:
         """The verdict a finished run ended with; of any other, the rule's verdict on its trace so far."""
         return Verdict.from_json(self.result["verdict"]) if self.result else self._rule(self.trace)
@@ -71,7 +80,7 @@ class Run:
 
     @property
     def exported_step(self) -> int | None:
-        """The step whose vectors were exported; None until the run has finished."""
+        """The step whose weights were exported; None until the run has finished."""
         return int(self.result["exported_step"]) if self.result else None
 
     @cached_property

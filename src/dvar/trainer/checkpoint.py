@@ -35,6 +35,12 @@ class Checkpoint:
     facts: Mapping[str, Any]
     trace: Trace
 
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """What the method had learned."""
+        prefix = "method/"
+        return {name.removeprefix(prefix): part for name, part in self.tensors.items() if name.startswith(prefix)}
+
     def write(self, folder: Path, keep: int | None = None) -> Path:
         """Return ``folder``/checkpoint-N once it is complete and on the disk; then delete all but the ``keep`` newest.
 

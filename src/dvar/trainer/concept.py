@@ -19,9 +19,20 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dvar import mini
-from dvar.config import BUNDLED_MODEL, TextualInversionConfig, nearest
+from dvar.config import (
+    BUNDLED_MODEL,
+    AnyConfig,
+    CustomDiffusionConfig,
+    Settings,
+    TextualInversionConfig,
+    nearest,
+    sample_prompt,
+    settings_problems,
+    sound,
+)
 from dvar.errors import ModelError, RefusedInput
 from dvar.stopper.rules import MIN_RECORDS, Dvar, schedule_problems
+from dvar.trainer.loading import WEIGHTS
 
 # Deviates: the paper takes published lists of captions; these are our own neutral sentences in their spirit.
 TEMPLATES = {
@@ -72,10 +83,21 @@ TEMPLATES = {
 # Files that an operating system or the bundled concepts leave beside pictures.
 _PASSED_OVER = {"Thumbs.db", "desktop.ini", "concept.json"}
 _METADATA = "metadata.jsonl"
+CLASS_PICTURES = "class_pictures"
 # All that a run writes into its folder: unasked it goes into a folder without any, and replacing it removes no more.
 WRITTEN = (
-    *("config.json", "trace.jsonl", "trace.jsonl.*", "checkpoint-*", ".checkpoint-*", "learned_embeds*.safetensors"),
-    *("references", "samples", "logs", "result.json", "report.html", "README.md"),
+    *("config.json", "trace.jsonl", "trace.jsonl.*", "checkpoint-*", ".checkpoint-*"),
+    *(f"{Path(name).stem}*.safetensors" for name in WEIGHTS),
+    *(
+        "references",
+        "samples",
+        CLASS_PICTURES,
+        f".{CLASS_PICTURES}.part",
+        "logs",
+        "result.json",
+        "report.html",
+        "README.md",
+    ),
 )
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _MODEL_PARTS = ("model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -97,24 +119,25 @@ class Concept:
     """The subject of a run.
 
     ``pictures`` are upright RGB squares, ``resolution`` pixels a side, in the order of ``names``; ``captions`` holds
-    for each its own caption or None; ``templates`` are sentences with ``{}`` where the word goes.
+    for each its own caption or None; ``prompts`` are the sentences for those without.  ``placeholder`` and
+    ``initializer`` are None where no word is learned; ``class_pictures``, squares as well, are those that were given.
     """
 
     pictures: tuple[Image.Image, ...]
     names: tuple[str, ...]
     captions: tuple[str | None, ...]
-    placeholder: str
-    initializer: str
-    learnable_property: str
-    templates: tuple[str, ...]
+    placeholder: str | None
+    initializer: str | None
+    prompts: tuple[str, ...]
+    class_pictures: tuple[Image.Image, ...] = ()
 
     def texts(self, index: int) -> tuple[str, ...]:
-        """The captions that picture ``index`` may be shown with: its own, or the templates around the new word."""
+        """The captions that picture ``index`` may be shown with: its own, or those of the run."""
         own = self.captions[index]
-        return (own,) if own else tuple(template.format(self.placeholder) for template in self.templates)
+        return (own,) if own else self.prompts
 
 
-def read_concept(config: TextualInversionConfig, load_tokenizer: Callable[[str], Tokenizer] | None = None) -> Concept:
+def read_concept(config: AnyConfig, load_tokenizer: Callable[[str], Tokenizer] | None = None) -> Concept:
     """The concept that ``config`` names, read and checked.
 
     ``load_tokenizer`` gives a model's tokenizer by the model's name, and is called only when that model's folder is in
@@ -123,17 +146,18 @@ def read_concept(config: TextualInversionConfig, load_tokenizer: Callable[[str],
     Raises: `RefusedInput` with every problem of the settings, the model's folder, the run's folder, the pictures, their
     captions and the words.
     """
-    sound = config.sound()
-    model = sound.pretrained_model_name_or_path
+    well = sound(config)
+    model = well.pretrained_model_name_or_path
     wrong_model = model_problems(model)
-    pictures, captions, wrong_files = _read_folder(sound)
+    pictures, captions, wrong_files = _read_folder(well)
+    of_class, wrong_class = _read_class_pictures(well)
     judged = ("window", "threshold", "probe_every", "max_train_steps")
-    wrong_rule = rule_problems(config) if all(getattr(config, name) == getattr(sound, name) for name in judged) else []
-    wrong_output = [*output_problems(sound), *tracker_problems(sound.report_to)]
-    problems = [*config.problems(), *wrong_rule, *wrong_model, *wrong_output, *wrong_files]
+    wrong_rule = rule_problems(config) if all(getattr(config, name) == getattr(well, name) for name in judged) else []
+    wrong_output = [*output_problems(well), *tracker_problems(well.report_to)]
+    problems = [*settings_problems(config), *wrong_rule, *wrong_model, *wrong_output, *wrong_files, *wrong_class]
     if load_tokenizer and not wrong_model:
         try:
-            problems += word_problems(sound, load_tokenizer(model), captions)
+            problems += word_problems(well, load_tokenizer(model), captions)
         except ModelError as error:
             problems.append(str(error))
     if problems:
@@ -144,11 +168,24 @@ def read_concept(config: TextualInversionConfig, load_tokenizer: Callable[[str],
         pictures=tuple(pictures.values()),
         names=tuple(pictures),
         captions=tuple(captions.get(name) for name in pictures),
-        placeholder=sound.placeholder_token,
-        initializer=str(sound.initializer_token),
-        learnable_property=sound.learnable_property,
-        templates=TEMPLATES[sound.learnable_property],
+        placeholder=well.placeholder_token,
+        initializer=well.initializer_token,
+        prompts=prompts(well),
+        class_pictures=tuple(of_class),
     )
+
+
+def prompts(config: AnyConfig) -> tuple[str, ...]:
+    """The captions of pictures that have none of their own.
+
+    Source: the paper trains Textual Inversion and DreamBooth-LoRA on sentences around the new word, without a class
+    noun, and Custom Diffusion on one sentence with both; diffusers trains LoRA alone on one sentence of the user's.
+    """
+    if not isinstance(config, TextualInversionConfig) and (
+        config.instance_prompt or isinstance(config, CustomDiffusionConfig)
+    ):
+        return (config.plain_prompt,)
+    return tuple(template.format(config.placeholder_token) for template in TEMPLATES[config.learnable_property])
 
 
 def read_picture(path: Path, resolution: int, *, crop: bool = True) -> Image.Image:
@@ -187,7 +224,7 @@ def read_picture(path: Path, resolution: int, *, crop: bool = True) -> Image.Ima
     return picture.resize(square, Image.Resampling.BICUBIC)
 
 
-def rule_problems(config: TextualInversionConfig) -> list[str]:
+def rule_problems(config: Settings) -> list[str]:
     """What keeps the rule of these settings from ever being one, or from ever stopping this run."""
     problems: list[str] = []
     try:
@@ -222,7 +259,7 @@ def model_problems(name: str) -> list[str]:
     return [f"model {name} is neither a folder here nor a hub id: {remedy}"]
 
 
-def output_problems(config: TextualInversionConfig) -> list[str]:
+def output_problems(config: Settings) -> list[str]:
     """What stands in the way of writing into the run's folder: a file, pictures, another run, or nothing to resume."""
     folder, resume = Path(config.output_dir).expanduser(), config.resume_from_checkpoint
     if folder.exists() and not folder.is_dir():
@@ -247,23 +284,27 @@ def tracker_problems(name: str) -> list[str]:
     return [f"report_to {name} needs the package {name}, which is not installed: pip install {name}"]
 
 
-def word_problems(config: TextualInversionConfig, tokenizer: Tokenizer, captions: Mapping[str, str]) -> list[str]:
+def word_problems(config: AnyConfig, tokenizer: Tokenizer, captions: Mapping[str, str]) -> list[str]:
     """What is wrong, as this tokenizer reads, with the new word, the word it starts from, and the captions' length.
 
     ``captions`` are by the name of their picture.
     """
     placeholder, initializer, count = config.placeholder_token, config.initializer_token, config.num_vectors
     problems = []
-    known = [word for word in token_names(placeholder, count) if token_id(tokenizer, word) is not None]
-    if known:
+    words = token_names(placeholder, count) if placeholder is not None else ()
+    if placeholder is not None and (known := [word for word in words if token_id(tokenizer, word) is not None]):
         said = f"placeholder_token must be a new word, and the model already knows {', '.join(known)}"
         problems.append(f"{said}: try '<my-{placeholder.strip('<>')}>'")
     if initializer and token_id(tokenizer, initializer) is None:
         pieces = _pieces(tokenizer, initializer)
         said = f"initializer_token must be one token, got {initializer!r}, which is {len(pieces)}: {' '.join(pieces)}"
         problems.append(f"{said}; try {_known_word(tokenizer, initializer)}")
-    for name, caption in {**captions, "validation_prompt": config.sample_prompt}.items():
-        length = len(tokenizer.encode(caption.replace(placeholder, " "))) + caption.count(placeholder) * count
+    texts = {**captions, "validation_prompt": sample_prompt(config)}
+    if not isinstance(config, TextualInversionConfig) and config.instance_prompt:
+        texts["instance_prompt"] = config.instance_prompt
+    for name, caption in texts.items():
+        known_part = caption.replace(placeholder, " ") if placeholder else caption
+        length = len(tokenizer.encode(known_part)) + (caption.count(placeholder) * count if placeholder else 0)
         if length > tokenizer.model_max_length:
             said = f"the text of {name} must be at most {tokenizer.model_max_length} tokens, got {length}"
             problems.append(f"{said}: shorten it")
@@ -296,7 +337,7 @@ def _rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def _read_folder(config: TextualInversionConfig) -> tuple[dict[str, Image.Image], dict[str, str], list[str]]:
+def _read_folder(config: Settings) -> tuple[dict[str, Image.Image], dict[str, str], list[str]]:
     """(picture by file name, caption by file name, what is wrong) of the folder of pictures."""
     if not config.instance_data_dir:
         return {}, {}, []
@@ -319,7 +360,29 @@ def _read_folder(config: TextualInversionConfig) -> tuple[dict[str, Image.Image]
     return pictures, captions, problems + wrong
 
 
-def _read_captions(files: Sequence[Path], names: Sequence[str], placeholder: str) -> tuple[dict[str, str], list[str]]:
+def _read_class_pictures(config: AnyConfig) -> tuple[list[Image.Image], list[str]]:
+    """(pictures, what is wrong) of the folder of class pictures, where one is named."""
+    if not isinstance(config, CustomDiffusionConfig) or not config.class_data_dir:
+        return [], []
+    folder = Path(config.class_data_dir).expanduser()
+    if not folder.is_dir():
+        return [], [f"class_data_dir must be a folder with pictures of the class, got {folder}: check the path"]
+    pictures, problems = [], []
+    for file in sorted(folder.iterdir()):
+        if file.name.startswith(".") or file.name in _PASSED_OVER or file.suffix.lower() == ".txt":
+            continue
+        try:
+            pictures.append(read_picture(file, config.resolution, crop=config.center_crop))
+        except RefusedInput as refused:
+            problems += [f"class_data_dir: {problem}" for problem in refused.problems]
+    if not pictures and not problems:
+        problems = [f"class_data_dir {folder} holds no pictures: put some hundred of the class there, or name none"]
+    return pictures, problems
+
+
+def _read_captions(
+    files: Sequence[Path], names: Sequence[str], placeholder: str | None
+) -> tuple[dict[str, str], list[str]]:
     """(caption by the file name of its picture, what is wrong)."""
     captions: dict[str, str] = {}
     problems = []
@@ -328,7 +391,7 @@ def _read_captions(files: Sequence[Path], names: Sequence[str], placeholder: str
             problems.append(f"{where} {text}")
         elif name not in names:
             problems.append(f"{where} names {name!r}, which is not in the folder: correct or remove it")
-        elif placeholder not in text:
+        elif placeholder and placeholder not in text:
             problems.append(f"{where} must hold the new word {placeholder} where the subject is named, got {text!r}")
         elif captions.setdefault(name, text) != text:
             problems.append(f"{where} is a second caption of {name}: keep one")

@@ -13,7 +13,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
-from dvar.config import TextualInversionConfig
+from dvar.config import Settings
 from dvar.diffusion.randomness import seeded_globals
 from dvar.stopper.rules import Criterion
 from dvar.stopper.trace import Trace
@@ -31,7 +31,7 @@ class Method(Protocol):
     def parameters(self) -> list[nn.Parameter]: ...
     @property
     def state(self) -> dict[str, Tensor]: ...
-    def load(self, state: dict[str, Tensor]) -> None: ...
+    def load(self, state: Mapping[str, Tensor]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def train(
 class Learner:
     """Everything that moves in training: what the method learns, the optimizer, the trace and the best step so far."""
 
-    def __init__(self, method: Method, config: TextualInversionConfig, header: Mapping[str, Any]) -> None:
+    def __init__(self, method: Method, config: Settings, header: Mapping[str, Any]) -> None:
         self.method, self.config, self.trace = method, config, Trace(header)
         self.best_step, self.best = 0, method.state
         self.optimizer = torch.optim.AdamW(
@@ -153,6 +153,8 @@ class Learner:
         # A gradient that overflows fp16 is the scaler's to skip and to scale down; anywhere else it is a fault.
         sound = math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled())
         if sound:
+            if config.max_grad_norm is not None and math.isfinite(norm):
+                nn.utils.clip_grads_with_norm_(self.method.parameters, config.max_grad_norm, torch.tensor(norm))
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.scaler.step(self.optimizer)
@@ -222,7 +224,7 @@ def _judge(verdict: Verdict, step: int, finite: bool, interrupted: bool) -> Verd
     return verdict
 
 
-def _pace(config: TextualInversionConfig) -> Callable[[int], float]:
+def _pace(config: Settings) -> Callable[[int], float]:
     """The factor of the learning rate at each update, as diffusers names it: a function, so nothing to resume."""
     rate = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
     schedule = get_scheduler(

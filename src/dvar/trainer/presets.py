@@ -11,10 +11,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from dvar.config import BUNDLED_MODEL, TextualInversionConfig, canonical, nearest
+from dvar.config import BUNDLED_MODEL, CONFIGS, AnyConfig, canonical, nearest
 from dvar.errors import RefusedInput
 
-_DEFAULTS = {item.name: item.default for item in fields(TextualInversionConfig)}
+_DEFAULTS = {method: {item.name: item.default for item in fields(known)} for method, known in CONFIGS.items()}
+TI, LORA, CUSTOM = CONFIGS
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,12 @@ class Row:
     expected: str = ""
 
 
-def _paper(setting: str, source: str, expected: str = "") -> Row:
-    return Row("paper", "textual-inversion", setting, _DEFAULTS[setting], source, expected)
+def _paper(setting: str, source: str, expected: str = "", *, method: str = TI) -> Row:
+    return Row("paper", method, setting, _DEFAULTS[method][setting], source, expected)
 
 
-def _mini(setting: str, value: Any, source: str, expected: str = "") -> Row:
-    return Row("mini", "textual-inversion", setting, value, source, expected)
+def _mini(setting: str, value: Any, source: str, expected: str = "", *, method: str = TI) -> Row:
+    return Row("mini", method, setting, value, source, expected)
 
 
 TABLE = (
@@ -68,10 +69,70 @@ TABLE = (
     _mini("checkpointing_steps", 100, "a checkpoint costs milliseconds at this size"),
     _mini("num_inference_steps", 25, "half the paper's, for time"),
     _mini("guidance_scale", 5.0, "what the settings were tuned under"),
+    _paper("window", "Section 3.3", "stops at 665.3 ± 94.9 steps, mean over 48 concepts (Table 1)", method=LORA),
+    _paper("threshold", "Section 3.3", "a straight line stops at step 695", method=LORA),
+    _paper("eval_batch_size", "Section 3.2; the released code's default is 4", method=LORA),
+    _paper("probe_every", "Section 3.2: after each step", method=LORA),
+    _paper("max_train_steps", "Section 4.2", "7.8 minutes on an A100 without early stopping", method=LORA),
+    _paper("validation_steps", "Section 4.2", method=LORA),
+    _paper("num_validation_images", "Section 4.2", method=LORA),
+    _paper("train_batch_size", "released command", method=LORA),
+    _paper("learning_rate", "released command: 5e-4, scaled by the batch of 2", method=LORA),
+    _paper("adam_weight_decay", "released code", method=LORA),
+    _paper("rank", "released code", "the released code adapts the feed-forward gates too", method=LORA),
+    _paper("lora_alpha", "released code: a scale of 1", method=LORA),
+    _paper("resolution", "released code, for Stable Diffusion", method=LORA),
+    _paper("center_crop", "released command", method=LORA),
+    _paper("random_flip", "released code, with a probability of a half", method=LORA),
+    _paper("num_inference_steps", "released command", method=LORA),
+    _paper("guidance_scale", "released command", method=LORA),
+    _mini("resolution", 64, "the bundled model's own", method=LORA),
+    _mini("learning_rate", 5e-4, "diffusers' default; not tuned yet", method=LORA),
+    _mini("train_batch_size", 4, "twice the paper's: pictures are small", method=LORA),
+    _mini("max_train_steps", 600, "minutes on two cores; not tuned yet", method=LORA),
+    _mini("window", 240, "the paper's share of the cap, nearly; not tuned yet", "a straight line: 379", method=LORA),
+    _mini("threshold", 0.4, "the paper's", method=LORA),
+    _mini("validation_steps", 100, "the paper's", method=LORA),
+    _mini("num_validation_images", 4, "half the paper's, for time", method=LORA),
+    _mini("checkpointing_steps", 100, "a checkpoint costs milliseconds at this size", method=LORA),
+    _mini("num_inference_steps", 25, "half the paper's, for time", method=LORA),
+    _mini("guidance_scale", 5.0, "as for Textual Inversion", method=LORA),
+    _paper("window", "Section 3.3", "stops at 348.1 ± 46.6 steps, mean over 48 concepts (Table 1)", method=CUSTOM),
+    _paper("threshold", "Section 3.3", "a straight line stops at step 464", method=CUSTOM),
+    _paper("eval_batch_size", "Section 3.2; the released code's default is 4", method=CUSTOM),
+    _paper("probe_every", "Section 3.2: after each step", method=CUSTOM),
+    _paper("max_train_steps", "Section 4.2", "6.5 minutes on an A100 without early stopping", method=CUSTOM),
+    _paper("validation_steps", "Section 4.2", method=CUSTOM),
+    _paper("num_validation_images", "Section 4.2", method=CUSTOM),
+    _paper("train_batch_size", "released command; as many class pictures beside them", method=CUSTOM),
+    _paper("learning_rate", "released command: 1e-5, scaled by the batch of 2 and by 2 for the prior", method=CUSTOM),
+    _paper("adam_weight_decay", "released code", method=CUSTOM),
+    _paper("max_grad_norm", "released code", method=CUSTOM),
+    _paper("prior_loss_weight", "released code", method=CUSTOM),
+    _paper("num_class_images", "released code, where they are retrieved photographs", method=CUSTOM),
+    _paper("initializer_token", "released command", method=CUSTOM),
+    _paper("freeze_model", "released code", method=CUSTOM),
+    _paper("resolution", "released code, for Stable Diffusion", method=CUSTOM),
+    _paper("center_crop", "released code: the whole picture is squeezed", method=CUSTOM),
+    _paper("random_flip", "released code, with a probability of a half", method=CUSTOM),
+    _paper("num_inference_steps", "released command", method=CUSTOM),
+    _paper("guidance_scale", "released command", method=CUSTOM),
+    _mini("resolution", 64, "the bundled model's own", method=CUSTOM),
+    _mini("learning_rate", 4e-5, "the paper's; not tuned yet", method=CUSTOM),
+    _mini("train_batch_size", 4, "twice the paper's: pictures are small", method=CUSTOM),
+    _mini("max_train_steps", 500, "the paper's; not tuned yet", method=CUSTOM),
+    _mini("window", 180, "the paper's", "a straight line stops at step 464", method=CUSTOM),
+    _mini("threshold", 0.15, "the paper's", method=CUSTOM),
+    _mini("num_class_images", 64, "a third of the paper's, for time", method=CUSTOM),
+    _mini("validation_steps", 100, "the paper's", method=CUSTOM),
+    _mini("num_validation_images", 4, "half the paper's, for time", method=CUSTOM),
+    _mini("checkpointing_steps", 100, "a checkpoint costs milliseconds at this size", method=CUSTOM),
+    _mini("num_inference_steps", 25, "half the paper's, for time", method=CUSTOM),
+    _mini("guidance_scale", 5.0, "as for Textual Inversion", method=CUSTOM),
 )
 
 
-def settings(name: str, method: str = "textual-inversion") -> dict[str, Any]:
+def settings(name: str, method: str = TI) -> dict[str, Any]:
     """Setting to value of one preset.
 
     Raises: `RefusedInput` naming the nearest preset when there is none of that name.
@@ -82,15 +143,16 @@ def settings(name: str, method: str = "textual-inversion") -> dict[str, Any]:
     return {row.setting: row.value for row in TABLE if (row.name, row.method) == (name, method)}
 
 
-def configure(given: Mapping[str, Any]) -> TextualInversionConfig:
-    """All settings of a run: what was ``given`` (paths may be `Path`), over the preset, over the defaults.
+def configure(given: Mapping[str, Any], method: str = TI) -> AnyConfig:
+    """All settings of a run of ``method``: what was ``given`` (paths may be `Path`), over preset, over defaults.
 
     Without a ``preset`` among the given it is 'mini' for the bundled model and 'paper' for any other; the result keeps
-    its name.  Ranges are not checked here (`TextualInversionConfig.problems`).
+    its name.  Ranges are not checked here (`dvar.config.settings_problems`).
 
     Raises: `RefusedInput` for unknown settings and unknown presets.
     """
-    named = canonical({key: str(value) if isinstance(value, Path) else value for key, value in given.items()})
+    known = CONFIGS[method]
+    named = canonical({key: str(value) if isinstance(value, Path) else value for key, value in given.items()}, known)
     model = named.get("pretrained_model_name_or_path", BUNDLED_MODEL)
     name = named.get("preset") or ("mini" if model == BUNDLED_MODEL else "paper")
-    return TextualInversionConfig(**{**settings(name), **named, "preset": name})
+    return known(**{**settings(name, method), **named, "preset": name})

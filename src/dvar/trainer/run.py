@@ -10,21 +10,30 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import ImageOps
+from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from torch import Tensor
 
 from dvar import __version__, mini
-from dvar.config import BUNDLED_MODEL, TextualInversionConfig
+from dvar.config import (
+    BUNDLED_MODEL,
+    AnyConfig,
+    CustomDiffusionConfig,
+    DreamBoothLoraConfig,
+    TextualInversionConfig,
+    restored,
+    sample_prompt,
+    written,
+)
 from dvar.diffusion.backbone import Backbone, load_tokenizer
 from dvar.diffusion.objective import Draws, Examples, denoising_loss, draw
 from dvar.diffusion.sampling import sample
@@ -33,17 +42,22 @@ from dvar.stopper.probe import Probe
 from dvar.stopper.rules import SETTLED, AnyOf, Dvar, FixedSteps
 from dvar.stopper.trace import TraceFile
 from dvar.stopper.verdict import Reason, Verdict
-from dvar.trainer.artifacts import EMBEDS, RESULT, write_embeds, write_json, write_model_card, write_whole
+from dvar.trainer.artifacts import RESULT, write_json, write_model_card, write_weights, write_whole
 from dvar.trainer.checkpoint import Checkpoint, latest
 from dvar.trainer.concept import WRITTEN, Concept, read_concept
-from dvar.trainer.loop import Learner, Step, train
+from dvar.trainer.loading import WEIGHTS, at_step
+from dvar.trainer.loop import Learner, Method, Step, train
+from dvar.trainer.methods.custom_diffusion import CustomDiffusion
+from dvar.trainer.methods.dreambooth_lora import DreamBoothLora
 from dvar.trainer.methods.textual_inversion import TextualInversion
+from dvar.trainer.prior import class_pictures, class_prompt
 from dvar.trainer.trackers import Tracker
 
 # Settings that may differ when a run goes on: they decide where it is kept, not what it computes.
 _FREE = {
     "preset",
     "instance_data_dir",
+    "class_data_dir",
     "output_dir",
     "overwrite",
     "resume_from_checkpoint",
@@ -53,20 +67,34 @@ _FREE = {
 }
 
 
+class Personalisation(Method, Protocol):
+    """What a run asks of a way to personalise besides: how it writes a prompt, and what it leaves in which file."""
+
+    def expand(self, prompt: str) -> str: ...
+    def files(self, state: Mapping[str, Tensor]) -> Mapping[str, Mapping[str, Tensor]]: ...
+    @property
+    def metadata(self) -> Mapping[str, str]: ...
+
+
 @dataclass(frozen=True)
 class Result:
-    """How a run ended: its folder, the last verdict, the updates made, and the step of the lowest L_det."""
+    """How a run ended: its folder, the last verdict, the updates made, and the step of the lowest L_det.
+
+    ``weights`` are the files of the exported step; there are none of a run that can still go on.
+    """
 
     folder: Path
     verdict: Verdict
     steps: int
     best_step: int
     seconds: Mapping[str, float]
+    weights: tuple[Path, ...] = ()
 
 
-def personalise(config: TextualInversionConfig, consumers: Sequence[Callable[[Step], None]] = ()) -> Result:
-    """Learn a word for the pictures that ``config`` names, until DVAR or the cap stops; leave the run in its folder.
+def personalise(config: AnyConfig, consumers: Sequence[Callable[[Step], None]] = ()) -> Result:
+    """Learn the subject of the pictures that ``config`` names, by the method of its class; leave the run in its folder.
 
+    Training goes on until DVAR or the cap stops it.
     ``consumers`` are called with each `Step`.  SIGTERM or SIGINT ends the run after the step under way, with a
     checkpoint to go on from and the verdict "interrupted"; nothing is exported then.  A loss that is not finite ends
     it too, and the step of the lowest L_det is what is exported.
@@ -83,8 +111,9 @@ def personalise(config: TextualInversionConfig, consumers: Sequence[Callable[[St
         mixed_precision=config.mixed_precision,
         gradient_checkpointing=config.gradient_checkpointing,
     )
-    method = TextualInversion(backbone, concept.placeholder, concept.initializer, config.num_vectors)
-    job = _Job(folder, config, concept, backbone, method)
+    _clear(folder, checkpoint)
+    of_class = class_pictures(config, concept, backbone) if isinstance(config, CustomDiffusionConfig) else ()
+    job = _Job(folder, config, concept, of_class, backbone, assembled(config, backbone))
     job.open(checkpoint)
     if checkpoint and checkpoint.step % config.validation_steps == 0:
         job.draw_samples(checkpoint.step)  # it may have died after the checkpoint and before its samples
@@ -97,9 +126,7 @@ def personalise(config: TextualInversionConfig, consumers: Sequence[Callable[[St
                 consumer(step)
             if step.step % config.validation_steps == 0 and not verdict.stop:
                 job.draw_samples(step.step)
-    if verdict.reason is not Reason.INTERRUPTED:
-        job.finish(verdict)
-    return job.result(verdict)
+    return job.result(verdict) if verdict.reason is Reason.INTERRUPTED else job.finish(verdict)
 
 
 def model_path(name: str) -> str:
@@ -107,20 +134,44 @@ def model_path(name: str) -> str:
     return str(mini.path()) if name == BUNDLED_MODEL else os.path.expanduser(name)
 
 
-def personalised(folder: str | Path, **loading: Any) -> Backbone:
-    """Return the model of a finished run with its word learned; ``loading`` goes to `Backbone.load`.
+def assembled(config: AnyConfig, backbone: Backbone) -> Personalisation:
+    """Return the method of these settings, put into ``backbone`` and untrained."""
+    initializer, vectors = str(config.initializer_token), config.num_vectors
+    match config:
+        case TextualInversionConfig():
+            return TextualInversion(backbone, config.placeholder_token, initializer, vectors)
+        case DreamBoothLoraConfig():
+            shape = {"rank": config.rank, "alpha": config.lora_alpha or config.rank, "seed": config.seed}
+            return DreamBoothLora(backbone, config.placeholder_token, initializer, vectors, **shape)
+        case CustomDiffusionConfig():
+            return CustomDiffusion(backbone, config.placeholder_token, initializer, vectors, part=config.freeze_model)
 
-    Raises: RefusedInput when the folder holds no finished run; ModelError.
+
+def personalised(folder: str | Path, *, step: int | None = None, **loading: Any) -> Backbone:
+    """Return the model of a finished run with what was learned; ``loading`` goes to `Backbone.load`.
+
+    With a ``step`` it is what was learned by then, from the checkpoint of that step; the run need not have finished.
+
+    Raises: RefusedInput when the folder holds no finished run; CheckpointError when it has no such checkpoint;
+    ModelError.
     """
     folder = Path(folder)
     try:
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        learned = load_file(folder / EMBEDS)
+        config = restored(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        if step is None:
+            (folder / RESULT).read_bytes()
+            files = [load_file(folder / name) for name in WEIGHTS if (folder / name).exists()]
+            learned = {name: tensor for file in files for name, tensor in file.items()}
+        else:
+            learned = Checkpoint.read(folder / f"checkpoint-{step}").state
     except (OSError, ValueError) as error:
-        raise RefusedInput([f"{folder} is no finished run: it must hold config.json and {EMBEDS} ({error})"]) from error
-    backbone = Backbone.load(model_path(settings["pretrained_model_name_or_path"]), **loading)
-    word = settings["placeholder_token"]
-    TextualInversion(backbone, word, settings["initializer_token"], len(learned[word])).load(learned)
+        raise RefusedInput([f"{folder} is no finished run: it must hold config.json and {RESULT} ({error})"]) from error
+    backbone = Backbone.load(model_path(config.pretrained_model_name_or_path), **loading)
+    try:
+        assembled(config, backbone).load(learned)
+    except (KeyError, RuntimeError) as error:
+        said = f"{folder} holds other weights than its config.json tells of ({error})"
+        raise RefusedInput([f"{said}: restore them or train again"]) from error
     return backbone
 
 
@@ -130,28 +181,34 @@ class _Job:
     def __init__(
         self,
         folder: Path,
-        config: TextualInversionConfig,
+        config: AnyConfig,
         concept: Concept,
+        of_class: Sequence[Image.Image],
         backbone: Backbone,
-        method: TextualInversion,
+        method: Personalisation,
     ) -> None:
         self.folder, self.config, self.concept, self.backbone, self.method = folder, config, concept, backbone, method
         self.schedule = backbone.schedule
-        backbone.text_encoder.train()  # what training goes through; its dropout, where a model has any, belongs to it
-        self.examples = encoded(concept, backbone, method, mirrored=config.random_flip)
+        for network in backbone.modules:  # what is trained keeps its dropout, where a model has any
+            network.train(any(weight.requires_grad for weight in network.parameters()))
+        texts = [[method.expand(text) for text in concept.texts(index)] for index in range(len(concept.pictures))]
+        self.examples = encoded(concept.pictures, texts, backbone, mirrored=config.random_flip)
+        self.prior: Examples | None = None
+        if of_class and isinstance(config, CustomDiffusionConfig):
+            texts, self.prior_weight = [[class_prompt(config)]] * len(of_class), config.prior_loss_weight
+            self.prior = encoded(of_class, texts, backbone, mirrored=config.random_flip)
         self.criterion = AnyOf((Dvar(config.window, config.threshold), FixedSteps(config.max_train_steps)))
-        held = self._drawn("held", 0, 0, config.eval_batch_size)
+        held = self._drawn(self.examples, "held", 0, 0, config.eval_batch_size)
         self.probe = Probe(self._losses, held, modules=backbone.modules)
-        self.learner = Learner(method, config, {"method": "textual-inversion", "timesteps": held.timesteps.tolist()})
+        self.learner = Learner(method, config, {"method": config.method, "timesteps": held.timesteps.tolist()})
 
     def open(self, checkpoint: Checkpoint | None) -> None:
-        """Make the folder this run's: as it was at ``checkpoint``, or new, with the settings and what training sees."""
+        """Make the folder this run's: the trace as it was at ``checkpoint``, the settings and what training sees."""
         if checkpoint:
             self.learner.restore(checkpoint)
             _cut(self.folder / "trace.jsonl", checkpoint)
-        _remove(self.folder, (RESULT,) if checkpoint else WRITTEN)
         (self.folder / "references").mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / "config.json", {**asdict(self.config), "versions": _versions()})
+        write_json(self.folder / "config.json", {**written(self.config), "versions": _versions()})
         for index, picture in enumerate(self.concept.pictures):
             picture.save(self.folder / "references" / f"{index:02d}.png")
 
@@ -161,7 +218,7 @@ class _Job:
         with TraceFile(self.folder / "trace.jsonl", self.learner.trace.header) as file:
             yield from train(
                 self.learner,
-                losses=lambda step, first, count: self._losses(self._drawn("train", step, first, count)),
+                losses=self._training_losses,
                 probe=self.probe,
                 criterion=self.criterion,
                 log=file.append,
@@ -171,14 +228,14 @@ class _Job:
 
     def save(self, keep: int | None) -> None:
         """Write a checkpoint."""
-        facts = {"config": asdict(self.config), "pictures": _digest(self.concept)}
+        facts = {"config": written(self.config), "pictures": _digest(self.concept)}
         self.learner.checkpoint(**facts).write(self.folder, keep)
 
     def draw_samples(self, step: int) -> list[Path]:
         """Return the sample pictures of ``step``, drawn unless the folder has them all."""
         config, samples = self.config, self.folder / "samples"
         final, staged = samples / f"step-{step:06d}", samples / f".step-{step:06d}.part"
-        prompts = [config.sample_prompt] * config.num_validation_images
+        prompts = [sample_prompt(config)] * config.num_validation_images
         seeds = [config.seed + index for index in range(len(prompts))]
         if not final.exists():
             shutil.rmtree(staged, ignore_errors=True)
@@ -198,8 +255,8 @@ class _Job:
             staged.replace(final)
         return sorted(final.glob("*.png"))
 
-    def finish(self, verdict: Verdict) -> None:
-        """Write the exports and, last of all, result.json.
+    def finish(self, verdict: Verdict) -> Result:
+        """Write the exports and, last of all, result.json; return how the run ended.
 
         Raises: NonFiniteLoss when there is nothing finite to export.
         """
@@ -211,12 +268,12 @@ class _Job:
                 )
             self.method.load(learner.best)
         exported = learner.best_step if failed else learner.trace.last_step
-        write_embeds(folder / EMBEDS, self.method.state)
-        _remove(folder, ("learned_embeds-steps-*.safetensors",))
+        result = replace(self.result(verdict), weights=self._export(self.method.state))
+        _remove(folder, [f"{Path(name).stem}-steps-*.safetensors" for name in WEIGHTS])
         if exported != learner.best_step:
-            write_embeds(folder / f"learned_embeds-steps-{learner.best_step}.safetensors", learner.best)
-        write_model_card(folder, self.config, verdict, self.draw_samples(exported))
-        result = self.result(verdict)
+            self._export(learner.best, learner.best_step)
+        weights = [path.name for path in result.weights]
+        write_model_card(folder, self.config, verdict, self.draw_samples(exported), weights)
         facts = {
             "verdict": verdict.to_json(),
             "stopped": verdict.stop and verdict.reason in SETTLED,
@@ -227,6 +284,7 @@ class _Job:
             "placeholder": self.config.placeholder_token,
         }
         write_json(folder / RESULT, facts)
+        return result
 
     def result(self, verdict: Verdict) -> Result:
         """Return how the run stands."""
@@ -234,10 +292,18 @@ class _Job:
         seconds = {name: float(trace.metric(f"seconds.{name}")[1].sum()) for name in ("train", "probe", "other")}
         return Result(self.folder, verdict, trace.last_step, self.learner.best_step, seconds)
 
-    def _drawn(self, stream: str, step: int, first: int, count: int) -> Draws:
+    def _export(self, state: Mapping[str, Tensor], step: int | None = None) -> tuple[Path, ...]:
+        """Return the files of ``state``, written; a ``step`` that is not the last goes into their names."""
+        paths = []
+        for name, tensors in self.method.files(state).items():
+            paths.append(self.folder / (name if step is None else at_step(name, step)))
+            write_weights(paths[-1], tensors, self.method.metadata)
+        return tuple(paths)
+
+    def _drawn(self, examples: Examples, stream: str, step: int, first: int, count: int) -> Draws:
         timesteps = len(self.schedule.alphas_cumprod)
         draws = draw(
-            self.examples,
+            examples,
             timesteps=timesteps,
             seed=self.config.seed,
             stream=stream,
@@ -247,24 +313,40 @@ class _Job:
         )
         return draws.to(self.backbone.device)
 
+    def _training_losses(self, step: int, first: int, count: int) -> Tensor:
+        """The losses of these samples; with a prior, each has that of a class picture added at the prior's weight."""
+        draws = self._drawn(self.examples, "train", step, first, count)
+        if self.prior is None:
+            return self._losses(draws)
+        both = self._losses(draws.joined(self._drawn(self.prior, "prior", step, first, count)))
+        return both[:count] + self.prior_weight * both[count:]
+
     def _losses(self, draws: Draws) -> Tensor:
         return denoising_loss(self.backbone.predict, draws, self.schedule)
 
 
-def encoded(concept: Concept, backbone: Backbone, method: TextualInversion, *, mirrored: bool) -> Examples:
-    """Return what training draws from, encoded once: pictures, where ``mirrored`` their mirror images too, captions."""
-    views = [concept.pictures, [ImageOps.mirror(picture) for picture in concept.pictures]][: 1 + mirrored]
-    captions = [[method.expand(text) for text in concept.texts(index)] for index in range(len(concept.pictures))]
+def encoded(
+    pictures: Sequence[Image.Image], captions: Sequence[Sequence[str]], backbone: Backbone, *, mirrored: bool
+) -> Examples:
+    """Return what training draws from, encoded once: pictures, where ``mirrored`` their mirror images too, and the
+    captions of each.
+    """
+    views = [pictures, [ImageOps.mirror(picture) for picture in pictures]][: 1 + mirrored]
     return Examples(
         torch.stack([backbone.encode(view) for view in views], dim=1), [backbone.tokenize(texts) for texts in captions]
     )
 
 
-def _to_resume(folder: Path, config: TextualInversionConfig, concept: Concept) -> Checkpoint:
+def _clear(folder: Path, checkpoint: Checkpoint | None) -> None:
+    """Remove from the folder what stands in the way: the result of a run that goes on, or all of another run."""
+    _remove(folder, (RESULT,) if checkpoint else WRITTEN)
+
+
+def _to_resume(folder: Path, config: AnyConfig, concept: Concept) -> Checkpoint:
     """The checkpoint that the settings name, if it was made under these settings and pictures."""
     name = str(config.resume_from_checkpoint)
     checkpoint = latest(folder) if name == "latest" else Checkpoint.read(folder / Path(name).name)
-    now, then = asdict(config), checkpoint.facts["config"]
+    now, then = written(config), {"method": TextualInversionConfig.method, **checkpoint.facts["config"]}
     # A schedule that bends towards the cap makes other steps under another cap; a constant one does not.
     free = _FREE | ({"max_train_steps"} if config.lr_scheduler.startswith("constant") else set())
     differing = [
@@ -284,6 +366,8 @@ def _digest(concept: Concept) -> str:
     digest = sha256()
     for index, picture in enumerate(concept.pictures):
         digest.update(picture.tobytes() + json.dumps(concept.texts(index)).encode())
+    for picture in concept.class_pictures:
+        digest.update(picture.tobytes())
     return digest.hexdigest()
 
 
@@ -301,7 +385,7 @@ def _remove(folder: Path, names: Sequence[str]) -> None:
 
 
 def _versions() -> dict[str, str]:
-    packages = ("torch", "diffusers", "transformers", "safetensors", "numpy")
+    packages = ("torch", "diffusers", "transformers", "peft", "safetensors", "numpy")
     return {"dvar": __version__, "python": platform.python_version(), **{name: version(name) for name in packages}}
 
 

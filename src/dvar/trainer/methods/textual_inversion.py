@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from dvar.diffusion.backbone import Backbone
 from dvar.trainer.concept import token_names
 from dvar.trainer.initialisation import initial_rows
+from dvar.trainer.loading import EMBEDS
 
 
 class TextualInversion:
@@ -44,13 +47,22 @@ class TextualInversion:
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """A copy of what was learned, on the CPU: the file others load holds just this."""
+        """A copy of what was learned, on the CPU: the vectors by their word."""
         return {self.placeholder: self.rows.detach().cpu().clone()}
 
-    def load(self, state: dict[str, Tensor]) -> None:
+    def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over what ``state`` returned."""
         with torch.no_grad():
             self.rows.copy_(state[self.placeholder])
+
+    def files(self, state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """Return a ``state`` as the files others load: file name to what is in it."""
+        return {EMBEDS: {self.placeholder: state[self.placeholder]}}
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the files must say of themselves: nothing."""
+        return {}
 
 
 class ExtendedEmbedding(nn.Module):
