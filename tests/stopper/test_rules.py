@@ -439,7 +439,7 @@ CURVES: dict[str, Callable[[int], float]] = {
     "spike": lambda step: 9.0 if step == 7 else 1 - step / 1000,
     "rise": lambda step: 0.5 + step / 1000,
     "late start": lambda step: 0.5 + math.exp(-max(0, step - 60) / 20),
-    "nan": lambda step: math.nan if step == 50 else 0.5 + math.exp(-step / 30),
+    "nan": lambda step: math.nan if step == 51 else 0.5 + math.exp(-step / 30),
     "constant": lambda step: 0.5,
 }
 

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from dvar.errors import RefusedInput, TraceError
 from dvar.stopper.trace import LOSS, Curve, Trace
-from dvar.stopper.verdict import Reason, Verdict, diagnose, straight_line_step
+from dvar.stopper.verdict import Diagnosis, Reason, Verdict, diagnose, straight_line_step
 
 MIN_RECORDS = 8
 """A window that holds fewer records is not judged."""
@@ -530,8 +530,16 @@ def _joined(chosen: Verdict, verdicts: list[Verdict], stop: bool) -> Verdict:
         chosen,
         stop=stop,
         metrics=metrics,
-        diagnose=lambda: tuple(dict.fromkeys(chain.from_iterable(verdict.diagnoses for verdict in verdicts))),
+        diagnose=partial(_all_diagnoses, verdicts),
     )
+
+
+def _all_diagnoses(verdicts: list[Verdict]) -> tuple[Diagnosis, ...]:
+    found: list[Diagnosis] = []
+    for diagnosis in chain.from_iterable(verdict.diagnoses for verdict in verdicts):
+        if diagnosis not in found:  # two rules may say the same of one curve
+            found.append(diagnosis)
+    return tuple(found)
 
 
 def _last_improvement(values: NDArray[np.float64], min_delta: float) -> int:
