@@ -17,7 +17,14 @@ from PIL import Image, ImageChops
 
 from dvar import mini
 from dvar.cli import main
-from dvar.config import TextualInversionConfig, settings_problems
+from dvar.config import (
+    CONFIGS,
+    AnyConfig,
+    CustomDiffusionConfig,
+    DreamBoothLoraConfig,
+    TextualInversionConfig,
+    settings_problems,
+)
 from dvar.errors import DvarError, ModelError, RefusedInput
 from dvar.testing import tiny_concept, tiny_pipeline
 
@@ -65,7 +72,7 @@ def value_for(name: str) -> tuple[str, Any]:
         return other, other
     if name == "preset":
         return "paper", "paper"
-    if hint is float:
+    if float in (hint, *get_args(hint)):
         return "0.625", 0.625
     return ("72", 72) if int in (hint, *get_args(hint)) else ("words", "words")
 
@@ -136,6 +143,29 @@ def test_a_flag_overrides_the_file_and_the_file_the_preset(asked: list[TextualIn
     assert config.adam_beta1 == TextualInversionConfig().adam_beta1
 
 
+def test_every_method_has_its_command_its_flags_and_its_preset(asked: list[AnyConfig], tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("rank = 8\n", encoding="utf-8")
+    dvar("train", "dreambooth-lora", "--config", path, "--instance-prompt", "a photo of sks dog")
+    dvar("train", "custom-diffusion", "--modifier_token", "<m>", "--class_noun", "mug", "--freeze_model", "crossattn")
+    lora, custom = asked
+    assert isinstance(lora, DreamBoothLoraConfig)
+    assert (lora.rank, lora.placeholder_token, lora.instance_prompt) == (8, None, "a photo of sks dog")
+    assert isinstance(custom, CustomDiffusionConfig)
+    assert (custom.placeholder_token, custom.class_noun, custom.freeze_model) == ("<m>", "mug", "crossattn")
+    assert [(config.preset, config.resolution) for config in asked] == [("mini", 64)] * 2
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_the_help_of_every_method_shows_its_own_flags(method: str) -> None:
+    told = dvar("train", method, "--help")
+    text = " ".join(told.out.replace("│", " ").split())
+    assert told.status == 0
+    assert all(f"--{item.name}" in text for item in fields(CONFIGS[method]))
+    titles = ["Model and pictures", "Training", "Stopping", "Sample pictures", "The run"]
+    assert [text.count(f" {title} ─") for title in titles] == [1] * len(titles)
+
+
 def test_a_file_may_name_the_preset_and_a_flag_another(asked: list[TextualInversionConfig], tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text('preset = "paper"\n', encoding="utf-8")
@@ -161,7 +191,10 @@ def test_a_file_may_name_the_preset_and_a_flag_another(asked: list[TextualInvers
         ([*TRAIN, "pictures"], "pictures"),
         ([*TRAIN, "--config", "nowhere.toml"], "settings file nowhere.toml"),
         ([*TRAIN, "--preset", "papr"], "preset must be one of mini, paper, got 'papr': try paper"),
-        (["train", "dreambooth"], "textual-inversion"),
+        (["train", "dreambooth"], "dreambooth-lora"),
+        (["train", "textual-inversion", "--rank", "4"], "unknown flag --rank"),
+        (["train", "custom-diffusion", "--class_nown", "mug"], "the nearest known one is --class_noun"),
+        (["train", "dreambooth-lora", "--preset", "papr"], "preset must be one of mini, paper, got 'papr': try paper"),
         (["generat"], 'Did you mean "generate"?'),
         (["generate"], "RUN"),
         (["generate", "run"], "--prompt"),

@@ -18,6 +18,7 @@ from dvar.errors import RefusedInput
 from dvar.laboratory.report import write_report
 from dvar.stopper.trace import Trace
 from dvar.stopper.verdict import Reason, Verdict
+from dvar.trainer.loading import ATTENTION, EMBEDS, LORA
 
 VOID = {"meta", "img", "br"}
 
@@ -219,6 +220,42 @@ def test_another_model_is_loaded_by_its_name(tmp_path: Path) -> None:
     assert "dvar.mini" not in page.of("code")[-1]
 
 
+@pytest.mark.parametrize(
+    ("method", "title", "subject", "learned", "loading"),
+    [
+        (
+            {"method": "dreambooth-lora", "placeholder_token": None, "instance_prompt": "a photo of sks mug"},
+            "DreamBooth-LoRA",
+            "a photo of sks mug",
+            "a low-rank change of the U-Net's attention for the bundled model, learned from 4 pictures",
+            ["load_lora_weights"],
+        ),
+        (
+            {"method": "custom-diffusion", "class_noun": "mug"},
+            "Custom Diffusion",
+            "<thing> mug",
+            "a new word and new keys and values of cross-attention for the bundled model",
+            ["load_textual_inversion", "load_state_dict"],
+        ),
+    ],
+)
+def test_a_run_of_another_method_says_what_it_learned_and_how_to_load_it(
+    tmp_path: Path, method: dict[str, Any], title: str, subject: str, learned: str, loading: list[str]
+) -> None:
+    folder = write_run(tmp_path, fake_trace(), **method)
+    files = {"load_textual_inversion": EMBEDS, "load_lora_weights": LORA, "load_state_dict": ATTENTION}
+    for line in loading:
+        (folder / files[line]).touch()
+    page = Page(write_report(folder))
+    assert title in page.text
+    assert page.of("h1") == [subject]
+    assert learned in page.text
+    program = page.of("code")[-1]
+    assert [line for line in files if line in program] == loading
+    compile(program, "shown", "exec")
+    assert f"{subject} on the beach" in program
+
+
 def test_the_vectors_of_the_lowest_step_are_named_where_they_are_kept(tmp_path: Path) -> None:
     folder = write_run(tmp_path, fake_trace(lambda step: 0.03 if step == 100 else falling(step)))
     assert "learned_embeds-steps" not in Page(write_report(folder)).text
@@ -268,7 +305,7 @@ def test_a_loss_that_was_lost_ends_the_run_and_is_shown(tmp_path: Path) -> None:
     verdict = Verdict(True, Reason.NON_FINITE, 90, "rule", {"non_finite_step": 90, "ratio": 1.0})
     page = report(tmp_path, trace, verdict=verdict)
     assert "Stop at step 90: the loss is not finite at step 90" in page.text
-    assert "What was exported is the word as it was at step " in page.text
+    assert "What was exported is what was learned by step " in page.text
     assert "A loss was not finite at step 90 (dotted lines)." in page.text
     assert len(page.with_class("lost")) == 2
     assert "saved" not in page.of("dt")

@@ -135,6 +135,17 @@ def test_an_update_is_adamw_on_the_mean_loss() -> None:
     assert torch.equal(bench.method.rows, other.method.rows)
 
 
+@pytest.mark.parametrize("limit", [0.5, 1e9])
+def test_a_gradient_above_the_limit_is_scaled_down_to_it_and_told_as_it_was(limit: float) -> None:
+    bench, free = Bench(max_grad_norm=limit), Bench()
+    limited, whole = bench.learner.update(bench.losses, 1), free.learner.update(free.losses, 1)
+    assert limited == whole
+    given, found = free.method.rows.grad, bench.method.rows.grad
+    assert given is not None
+    assert float(given.norm()) > 0.5
+    torch.testing.assert_close(found, given * min(1.0, limit / float(given.norm())))
+
+
 def test_the_rate_follows_the_schedule_by_name() -> None:
     steps = Bench(lr_scheduler="linear", lr_warmup_steps=4).run()
     # Up by a quarter an update to 0.1, then down by an eighth: 12 updates, 4 of them warm-up.

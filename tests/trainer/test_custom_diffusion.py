@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from dvar.config import CustomDiffusionConfig
+from dvar.diffusion.backbone import Backbone
+from dvar.errors import RefusedInput
+from dvar.stopper.trace import Trace
+from dvar.testing import tiny_concept
+from dvar.trainer.concept import prompts, read_concept
+from dvar.trainer.loading import ATTENTION, EMBEDS
+from dvar.trainer.methods.custom_diffusion import CustomDiffusion
+from dvar.trainer.run import personalise
+
+
+@pytest.fixture
+def backbone(tiny_model: Path) -> Backbone:
+    return Backbone.load(tiny_model, device="cpu")
+
+
+@pytest.fixture
+def config(tiny_model: Path, tiny_pictures: Path, tmp_path: Path) -> CustomDiffusionConfig:
+    return CustomDiffusionConfig(
+        pretrained_model_name_or_path=str(tiny_model),
+        instance_data_dir=str(tiny_pictures),
+        class_noun="mug",
+        num_class_images=3,
+        resolution=32,
+        max_train_steps=9,
+        window=8,
+        validation_steps=100,
+        num_validation_images=1,
+        num_inference_steps=2,
+        output_dir=str(tmp_path / "run"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("part", "places"),
+    [
+        ("crossattn_kv", {"to_k.weight", "to_v.weight"}),
+        ("crossattn", {"to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight", "to_out.0.bias"}),
+    ],
+)
+def test_the_named_part_of_every_cross_attention_is_learned(backbone: Backbone, part: str, places: set[str]) -> None:
+    base = {name: weight.clone() for name, weight in backbone.unet.state_dict().items()}
+    crossed = [name for name, _ in backbone.unet.named_modules() if name.endswith(".attn2")]
+    method = CustomDiffusion(backbone, "<new1>", "ktn", part=part)
+    assert set(method.weights) == {f"{name}.{place}" for name in crossed for place in places}
+    assert set(method.weights) <= set(base)
+    for name, weight in method.weights.items():
+        assert torch.equal(weight, base[name])
+        assert weight.requires_grad
+        assert backbone.unet.get_parameter(name) is weight
+    assert backbone.unet.state_dict().keys() == base.keys()
+
+
+def test_files_are_whole_weights_by_the_unets_names_and_one_of_vectors(backbone: Backbone) -> None:
+    method = CustomDiffusion(backbone, "<new1>", "ktn", 2)
+    files = method.files(method.state)
+    assert files.keys() == {ATTENTION, EMBEDS}
+    assert files[EMBEDS]["<new1>"].shape == (2, 32)
+    missing, unexpected = backbone.unet.load_state_dict(files[ATTENTION], strict=False)
+    assert not unexpected
+    assert not set(missing) & set(method.weights)
+
+
+def test_what_was_learned_can_be_taken_out_and_put_back(backbone: Backbone, tiny_model: Path) -> None:
+    method = CustomDiffusion(backbone, "<new1>", "ktn")
+    with torch.no_grad():
+        for weight in method.parameters:
+            weight.normal_(generator=torch.Generator().manual_seed(weight.numel()))
+    state = method.state
+    other = CustomDiffusion(Backbone.load(tiny_model, device="cpu"), "<new1>", "cat")
+    other.load(state)
+    assert all(torch.equal(other.state[name], tensor) for name, tensor in state.items())
+    with torch.no_grad():
+        for weight in method.parameters:
+            weight.zero_()
+    assert all(tensor.any() for tensor in state.values()), "a state is a copy"
+
+
+@pytest.mark.parametrize("place", ["to_k", "to_v"])
+def test_no_gradient_passes_through_the_first_place_of_keys_and_values(backbone: Backbone, place: str) -> None:
+    method = CustomDiffusion(backbone, "<new1>", "ktn")
+    name = next(name for name in method.weights if place in name).removesuffix(".weight")
+    layer, given = backbone.unet.get_submodule(name), torch.randn(2, 5, 32, requires_grad=True)
+    found = layer(given)
+    torch.testing.assert_close(found, given @ layer.weight.T)
+    found.square().sum().backward()
+    assert given.grad is not None
+    assert not given.grad[:, 0].any()
+    assert given.grad[:, 1:].all()
+
+
+def test_in_half_precision_only_what_is_learned_is_float32(tiny_model: Path) -> None:
+    backbone = Backbone.load(tiny_model, device="cpu", mixed_precision="bf16")
+    method = CustomDiffusion(backbone, "<new1>", "ktn")
+    learned = {id(weight) for weight in method.parameters}
+    assert {weight.dtype for weight in method.parameters} == {torch.float32}
+    assert {part.dtype for part in backbone.unet.parameters() if id(part) not in learned} == {torch.bfloat16}
+
+
+def test_captions_hold_the_word_and_the_class(config: CustomDiffusionConfig) -> None:
+    assert prompts(config) == ("photo of a <new1> mug",)
+    assert prompts(replace(config, instance_prompt="my <new1> mug")) == ("my <new1> mug",)
+
+
+# Prior preservation
+
+
+def losses(config: CustomDiffusionConfig) -> tuple[float, list[float]]:
+    """The training loss of the first update, and the held losses before it."""
+    trace = Trace.read(personalise(config).folder / "trace.jsonl")
+    return trace.records[1]["train_loss"], trace.records[0]["eval"]
+
+
+def test_the_prior_adds_its_weight_times_the_loss_on_class_pictures_to_training_alone(
+    config: CustomDiffusionConfig, tmp_path: Path
+) -> None:
+    found = {}
+    for weight in (0.0, 1.0, 3.0):
+        found[weight] = losses(replace(config, prior_loss_weight=weight, output_dir=str(tmp_path / f"{weight:g}")))
+    prior = found[1.0][0] - found[0.0][0]
+    assert prior > 0
+    assert found[3.0][0] == pytest.approx(found[0.0][0] + 3 * prior, rel=1e-5)
+    assert found[0.0][1] == found[1.0][1] == found[3.0][1]
+    assert not (tmp_path / "0" / "class_pictures").exists()
+
+
+def test_class_pictures_are_drawn_by_the_base_model_once(config: CustomDiffusionConfig) -> None:
+    folder = personalise(config).folder / "class_pictures"
+    drawn = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert sorted(drawn) == ["000.png", "001.png", "002.png"]
+    assert len(set(drawn.values())) == 3
+    with Image.open(folder / "000.png") as picture:
+        assert (picture.mode, picture.size) == ("RGB", (32, 32))
+    Image.new("RGB", (32, 32)).save(folder / "001.png")
+    marked = (folder / "001.png").read_bytes()
+    personalise(replace(config, resume_from_checkpoint="latest", max_train_steps=10))
+    assert (folder / "001.png").read_bytes() == marked, "a run that goes on reads them back"
+    personalise(replace(config, overwrite=True))
+    assert (folder / "001.png").read_bytes() == drawn["001.png"], "another run draws its own"
+
+
+def test_given_class_pictures_are_taken_instead(config: CustomDiffusionConfig, tmp_path: Path) -> None:
+    pictures = tiny_concept(tmp_path / "mugs", pictures=2)
+    given = replace(config, class_data_dir=str(pictures))
+    assert len(read_concept(given).class_pictures) == 2
+    assert not (personalise(given).folder / "class_pictures").exists()
+
+
+def test_a_bad_folder_of_class_pictures_is_refused(config: CustomDiffusionConfig, tmp_path: Path) -> None:
+    with pytest.raises(RefusedInput, match="class_data_dir must be a folder with pictures of the class"):
+        read_concept(replace(config, class_data_dir=str(tmp_path / "nowhere")))
+    (tmp_path / "mugs").mkdir()
+    with pytest.raises(RefusedInput, match="holds no pictures"):
+        read_concept(replace(config, class_data_dir=str(tmp_path / "mugs")))
+    (tmp_path / "mugs" / "notes.pdf").write_bytes(b"%PDF")
+    with pytest.raises(RefusedInput, match=r"class_data_dir: notes\.pdf is not a picture"):
+        read_concept(replace(config, class_data_dir=str(tmp_path / "mugs")))

@@ -1,0 +1,299 @@
+"""What every method promises, whichever it is: whole runs on the tiny model, over a table of methods."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dvar.config import AnyConfig, CustomDiffusionConfig, DreamBoothLoraConfig, TextualInversionConfig, written
+from dvar.diffusion.backbone import Backbone
+from dvar.diffusion.objective import Draws, denoising_loss
+from dvar.diffusion.sampling import sample
+from dvar.errors import CheckpointError, RefusedInput
+from dvar.laboratory.report import write_report
+from dvar.stopper.trace import Trace
+from dvar.stopper.verdict import Reason
+from dvar.trainer.checkpoint import Checkpoint, latest
+from dvar.trainer.loading import ATTENTION, EMBEDS, LORA, WEIGHTS, at_step, loads
+from dvar.trainer.loop import Step
+from dvar.trainer.run import assembled, personalise, personalised
+
+CAP = 10
+PROMPT = "a photo of <thing> on the beach"
+
+METHODS: dict[str, AnyConfig] = {
+    "textual-inversion": TextualInversionConfig(initializer_token="mug", learning_rate=0.5),
+    "dreambooth-lora": DreamBoothLoraConfig(
+        placeholder_token="<thing>", initializer_token="mug", learning_rate=0.05, threshold=1e-9
+    ),
+    "lora-alone": DreamBoothLoraConfig(instance_prompt="a photo of white dog", learning_rate=0.05, threshold=1e-9),
+    "custom-diffusion": CustomDiffusionConfig(
+        placeholder_token="<thing>", class_noun="mug", learning_rate=0.05, num_class_images=2, max_grad_norm=None
+    ),
+}
+FILES = {
+    "textual-inversion": {EMBEDS},
+    "dreambooth-lora": {EMBEDS, LORA},
+    "lora-alone": {LORA},
+    "custom-diffusion": {EMBEDS, ATTENTION},
+}
+
+
+@pytest.fixture(params=METHODS)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def config(name: str, tiny_model: Path, tiny_pictures: Path, tmp_path: Path) -> AnyConfig:
+    return settings(name, tiny_model, tiny_pictures, tmp_path / "run")
+
+
+def settings(name: str, model: Path, pictures: Path, folder: Path) -> AnyConfig:
+    return replace(
+        METHODS[name],
+        pretrained_model_name_or_path=str(model),
+        instance_data_dir=str(pictures),
+        resolution=32,
+        max_train_steps=CAP,
+        window=8,
+        threshold=1e-9,
+        validation_steps=5,
+        num_validation_images=1,
+        num_inference_steps=2,
+        checkpointing_steps=4,
+        output_dir=str(folder),
+    )
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_model: Path, tiny_pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """An uninterrupted run of each method."""
+    place = tmp_path_factory.mktemp("straight")
+    made = {name: personalise(settings(name, tiny_model, tiny_pictures, place / name)) for name in METHODS}
+    assert all(result.verdict.reason is Reason.CAP for result in made.values())
+    return {name: result.folder for name, result in made.items()}
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return {key: part for name in WEIGHTS if (folder / name).exists() for key, part in load_file(folder / name).items()}
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run, every field but the seconds."""
+    records = Trace.read(folder / "trace.jsonl").records
+    return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert rows(one) == rows(other)
+    pictures = sorted((one / "samples").rglob("*.png"))
+    assert pictures
+    assert all(path.read_bytes() == (other / path.relative_to(one)).read_bytes() for path in pictures)
+
+
+class Killed(BaseException):
+    """The process dies here: nothing after it is carried out."""
+
+
+def kill(step: Step) -> None:
+    if step.step == 6:
+        raise Killed
+
+
+def test_a_run_leaves_its_weights_its_card_and_a_report(name: str, straight: dict[str, Path]) -> None:
+    folder = straight[name]
+    kept = json.loads((folder / "config.json").read_text())
+    assert kept["method"] == METHODS[name].method
+    assert Trace.read(folder / "trace.jsonl").header["method"] == METHODS[name].method
+    best = json.loads((folder / "result.json").read_text())["best_step"]
+    names = FILES[name] | {at_step(file, best) for file in FILES[name] if best != CAP}
+    assert {path.name for path in folder.glob("*.safetensors")} == names
+    assert (folder / "class_pictures").exists() == (name == "custom-diffusion")
+    for key, tensor in weights(folder).items():
+        assert tensor.dtype == torch.float32, key
+    card = (folder / "README.md").read_text()
+    assert all(line in card for line in loads(FILES[name]))
+    assert METHODS[name].title in card
+    assert str(folder) not in card
+    report = write_report(folder).read_text()
+    assert METHODS[name].title in report
+    for file in FILES[name]:
+        assert file in report
+
+
+def test_what_is_trained_moves_and_nothing_else_does(name: str, config: AnyConfig) -> None:
+    backbone = Backbone.load(config.pretrained_model_name_or_path, device="cpu")
+    ids = backbone.tokenize(["a photo of mug", "a dark cat"])
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(3, 2, 4, 8, 8, generator=generator)
+    draws = Draws(torch.cat([noise[0], noise[0]], dim=1), noise[1], noise[2], torch.tensor([500, 20]), ids)
+    untouched = denoising_loss(backbone.predict, draws, backbone.schedule)
+    method = assembled(config, backbone)
+    assert torch.equal(denoising_loss(backbone.predict, draws, backbone.schedule), untouched)
+
+    ids = backbone.tokenize([method.expand("a photo of <thing>"), "a dark cat"])
+    draws = replace(draws, input_ids=ids)
+    learned = {id(weight) for weight in method.parameters}
+    assert len(learned) == len(method.parameters)
+    named = [pair for network in backbone.modules for pair in network.named_parameters()]
+    before = {key: weight.detach().clone() for key, weight in named}
+    optimizer = torch.optim.AdamW(method.parameters, lr=1e-2, weight_decay=0.1)
+    for _ in range(2):  # LoRA's first factors have a gradient once the second ones are no longer zero
+        optimizer.zero_grad()
+        denoising_loss(backbone.predict, draws, backbone.schedule).mean().backward()
+        optimizer.step()
+    for key, weight in named:
+        assert torch.equal(weight, before[key]) == (id(weight) not in learned), key
+        assert (weight.grad is None) == (id(weight) not in learned), key
+    assert {id(weight) for _, weight in named} >= learned
+
+
+def test_the_untouched_model_is_the_base_whatever_is_to_be_learned(straight: dict[str, Path]) -> None:
+    """Training starts at the base model: the first L_det of runs with one caption in common is the same."""
+    first = {name: Checkpoint.read(folder / "checkpoint-0").state for name, folder in straight.items()}
+    assert torch.equal(first["textual-inversion"]["<thing>"], first["dreambooth-lora"]["<thing>"])
+    assert rows(straight["textual-inversion"])[0]["eval"] == rows(straight["dreambooth-lora"])[0]["eval"]
+
+
+def test_one_seed_gives_one_run_and_another_seed_another(
+    name: str, config: AnyConfig, straight: dict[str, Path]
+) -> None:
+    torch.manual_seed(123)
+    assert_same_run(straight[name], personalise(config).folder)
+    other = personalise(replace(config, seed=1, overwrite=True, max_train_steps=9)).folder
+    assert any(not torch.equal(part, weights(straight[name])[key]) for key, part in weights(other).items())
+
+
+def test_a_run_killed_goes_on_bit_for_bit(name: str, config: AnyConfig, straight: dict[str, Path]) -> None:
+    with pytest.raises(Killed):
+        personalise(config, [kill])
+    folder = Path(config.output_dir)
+    assert latest(folder).step == 4
+    assert not (folder / "result.json").exists()
+    result = personalise(replace(config, resume_from_checkpoint="latest"))
+    assert_same_run(straight[name], folder)
+    assert {path.name for path in result.weights} == FILES[name]
+    facts = [json.loads((at / "result.json").read_text()) for at in (folder, straight[name])]
+    assert facts[0]["best_step"] == facts[1]["best_step"] == result.best_step
+
+
+def test_a_checkpoint_of_another_method_is_refused_with_the_difference(
+    tiny_model: Path, tiny_pictures: Path, tmp_path: Path
+) -> None:
+    first, second = (settings(name, tiny_model, tiny_pictures, tmp_path) for name in ("dreambooth-lora", "lora-alone"))
+    with pytest.raises(Killed):
+        personalise(first, [kill])
+    with pytest.raises(CheckpointError, match="placeholder_token was '<thing>' and is None"):
+        personalise(replace(second, resume_from_checkpoint="latest"))
+    custom = settings("custom-diffusion", tiny_model, tiny_pictures, tmp_path)
+    with pytest.raises(CheckpointError, match="method was 'dreambooth-lora' and is 'custom-diffusion'"):
+        personalise(replace(custom, resume_from_checkpoint="latest"))
+
+
+def picture(pipeline: StableDiffusionPipeline, prompt: str) -> np.ndarray[Any, Any]:
+    seed = [torch.Generator().manual_seed(5)]
+    return np.asarray(pipeline(prompt, generator=seed, height=32, width=32, num_inference_steps=2).images[0], dtype=int)
+
+
+def test_a_stock_pipeline_loads_it_and_draws_our_picture(
+    name: str, straight: dict[str, Path], tiny_model: Path
+) -> None:
+    folder, prompt = straight[name], "a photo of white dog" if name == "lora-alone" else PROMPT
+    stock = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
+    stock.set_progress_bar_config(disable=True)
+    base = picture(stock, prompt)
+    initial = picture(stock, prompt.replace("<thing>", "mug"))
+    for line in loads(FILES[name], str(folder)):
+        exec(line, {"pipeline": stock, "load_file": load_file})  # as the model card and the report print it
+    learned = picture(stock, prompt)
+    ours = sample(personalised(folder, device="cpu"), [prompt], [5], size=32, steps=2)
+    assert np.abs(np.asarray(ours[0], dtype=int) - learned).max() <= 1
+    assert np.abs(learned - base).max() > 1
+    assert np.abs(learned - initial).max() > 1
+    if name != "textual-inversion":  # the U-Net itself changed, whatever the prompt says
+        fresh = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
+        fresh.set_progress_bar_config(disable=True)
+        assert np.abs(picture(stock, "a dark cat") - picture(fresh, "a dark cat")).max() > 1
+
+
+def test_the_model_of_an_earlier_step_is_its_checkpoints(name: str, straight: dict[str, Path]) -> None:
+    backbone = personalised(straight[name], step=8, device="cpu")
+    kept = Checkpoint.read(straight[name] / "checkpoint-8").state
+    now = backbone.unet.state_dict()
+    for key, tensor in kept.items():
+        own = key.removeprefix("unet.").replace("lora_A.", "lora_A.default.").replace("lora_B.", "lora_B.default.")
+        if key != "<thing>":
+            assert torch.equal(now[own], tensor)
+    if "<thing>" in kept:
+        assert torch.equal(backbone.text_encoder.get_input_embeddings().rows, kept["<thing>"])
+    with pytest.raises(CheckpointError):
+        personalised(straight[name], step=7)
+
+
+def test_a_run_whose_weights_are_gone_is_refused(config: AnyConfig, name: str, straight: dict[str, Path]) -> None:
+    folder = Path(config.output_dir)
+    folder.mkdir()
+    for file in ("config.json", "result.json"):
+        (folder / file).write_bytes((straight[name] / file).read_bytes())
+    with pytest.raises(RefusedInput, match="holds other weights than"):
+        personalised(folder, device="cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_trains_float32_weights_and_resumes(config: AnyConfig, precision: str) -> None:
+    half = replace(
+        config,
+        mixed_precision=precision,
+        learning_rate=1e-3,
+        gradient_checkpointing=True,
+        gradient_accumulation_steps=2,
+    )
+    folder = personalise(half).folder
+    assert {part.dtype for part in weights(folder).values()} == {torch.float32}
+    values = Trace.read(folder / "trace.jsonl").values
+    assert len(set(values.tolist())) > CAP // 2
+    with pytest.raises(Killed):
+        personalise(replace(half, overwrite=True), [kill])
+    personalise(replace(half, resume_from_checkpoint="latest"))
+    assert np.array_equal(Trace.read(folder / "trace.jsonl").values, values)
+
+
+@pytest.mark.slow
+def test_the_code_of_the_card_runs(name: str, straight: dict[str, Path], tiny_model: Path) -> None:
+    card = (straight[name] / "README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0].replace(tiny_model.name, str(tiny_model))
+    subprocess.run([sys.executable, "-c", code], cwd=straight[name], check=True)
+    with Image.open(straight[name] / "picture.png") as drawn:
+        assert drawn.size == (32, 32)
+
+
+def test_nothing_that_a_run_leaves_is_a_pickle(name: str, straight: dict[str, Path]) -> None:
+    left = {path.suffix for path in straight[name].rglob("*") if path.is_file()}
+    assert left <= {".safetensors", ".json", ".jsonl", ".png", ".md", ".html"}
+    for file in FILES[name]:
+        with safe_open(straight[name] / file, "pt") as opened:
+            assert opened.metadata()["format"] == "pt"
+
+
+def test_settings_of_every_method_are_written_whole(name: str, straight: dict[str, Path]) -> None:
+    kept = json.loads((straight[name] / "config.json").read_text())
+    kept.pop("versions")
+    assert kept.keys() == written(METHODS[name]).keys()
