@@ -19,7 +19,7 @@ from dvar.stopper.trace import Trace
 from dvar.stopper.verdict import Reason, Verdict
 
 if _typing.TYPE_CHECKING:
-    from dvar.config import TextualInversionConfig
+    from dvar.config import CustomDiffusionConfig, DreamBoothLoraConfig, TextualInversionConfig
     from dvar.diffusion.backbone import Backbone
     from dvar.laboratory.report import write_report
     from dvar.stopper.probe import Probe
@@ -31,6 +31,8 @@ __all__ = [
     "AnyOf",
     "Backbone",
     "Criterion",
+    "CustomDiffusionConfig",
+    "DreamBoothLoraConfig",
     "Dvar",
     "DvarError",
     "FixedSteps",
@@ -47,6 +49,8 @@ __all__ = [
 
 _ROOMS = {
     "Backbone": "dvar.diffusion.backbone",
+    "CustomDiffusionConfig": "dvar.config",
+    "DreamBoothLoraConfig": "dvar.config",
     "Probe": "dvar.stopper.probe",
     "TextualInversionConfig": "dvar.config",
     "personalise": "dvar.trainer.run",
