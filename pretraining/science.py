@@ -2,8 +2,8 @@
 
 ``python -m pretraining.science train --method textual-inversion --seeds 0 1 2`` trains to the cap, DVAR kept from
 stopping, and scores pictures at steps spread over the run; ``--learning_rates`` tries several.  A run that is there is
-not made again.  ``python -m pretraining.science judge`` reads all runs: settings are chosen by the recogniser at the
-cap alone, and the gate says for which methods rules may be ranked.
+not made again; ``score`` reads its kept pictures anew, when the judges have changed.  ``judge`` reads all runs:
+settings are chosen by the recogniser at the cap alone, and the gate says for which methods rules may be ranked.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ def judges() -> tuple[recogniser.Recogniser, CLIPModel, CLIPTokenizer]:
 def score(pixels: np.ndarray, concept: str, placed: bool) -> dict[str, float]:
     """Both judges on uint8 pictures [n, 64, 64, 3] meant to show a concept, one in each of `PLACED` if ``placed``.
 
-    ``identity``: the recogniser's mean probability that it is this subject and none of `DISTRACTORS` others of its
-    class; ``first``: how often it comes out first, in percent; ``class``, ``main colour``, ``pattern``, ``place``:
-    read right, in percent; ``clip image``: mean cosine with the concept's own pictures, all pairs; ``clip text``: mean
-    cosine with what was asked, the class noun for the new word.
+    ``identity``: the recogniser's mean probability that it is this subject rather than another of its class, over
+    `DISTRACTORS` others; ``first``: how often it comes before all of them, in percent; ``class``, ``main colour``,
+    ``pattern``, ``place``: read right, in percent; ``clip image``: mean cosine with the concept's own pictures, all
+    pairs; ``clip text``: mean cosine with what was asked, the class noun for the new word.
     """
     judge, scorer, tokenizer = judges()
     subject = held_out()[concept]
@@ -120,8 +120,8 @@ def named(method: str, noun: str) -> dict[str, str]:
 
 def train(trial: Trial) -> None:
     """Train to the cap and score on the way; the pictures are kept beside the scores, for other judges."""
-    run, record = trial.folder, trial.folder / "scores.json"
-    if record.exists():
+    run = trial.folder
+    if (run / "scores.json").exists():
         return
     settings = named(trial.method, mini.noun(trial.concept)) | {
         "instance_data_dir": mini.concepts()[trial.concept],
@@ -143,7 +143,6 @@ def train(trial: Trial) -> None:
     personalise(config)
     plain = f"a photo of {config.subject}"
     prompts = [plain] * PLAIN + [f"{plain} {PLACES[place].words}" for place in PLACED]
-    rows = []
     for step in sorted({CADENCE * round(share * trial.cap / CADENCE) for share in SHARES}):
         drawn = sample(
             personalised(run, step=step),
@@ -153,11 +152,18 @@ def train(trial: Trial) -> None:
             steps=25,
             guidance=config.guidance_scale,
         )
-        pixels = np.stack([np.asarray(picture) for picture in drawn])
-        np.save(run / f"pictures-{step:06d}.npy", pixels)
+        np.save(run / f"pictures-{step:06d}.npy", np.stack([np.asarray(picture) for picture in drawn]))
+    rescore(trial)
+
+
+def rescore(trial: Trial) -> None:
+    """Score the pictures that a run kept, with the judges of today."""
+    rows = []
+    for path in sorted(trial.folder.glob("pictures-*.npy")):
+        pixels, step = np.load(path), int(path.stem.removeprefix("pictures-"))
         plain, placed = score(pixels[:PLAIN], trial.concept, False), score(pixels[PLAIN:], trial.concept, True)
         rows.append({"step": step, "plain": plain, "placed": placed})
-    record.write_text(json.dumps({"cap": trial.cap, "scores": rows}, indent=1) + "\n")
+    (trial.folder / "scores.json").write_text(json.dumps({"cap": trial.cap, "scores": rows}, indent=1) + "\n")
 
 
 def gate(runs: Sequence[Path]) -> dict[str, Any]:
@@ -212,7 +218,7 @@ def curve(runs: Sequence[Path], part: str, key: str) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("action", choices=("train", "judge"))
+    parser.add_argument("action", choices=("train", "score", "judge"))
     parser.add_argument("--method", default="textual-inversion")
     parser.add_argument("--learning_rates", type=float, nargs="+", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -229,6 +235,10 @@ def main() -> None:
             for trial in trials:
                 train(trial)
                 print(trial.folder.name, (trial.folder / "scores.json").read_text()[-700:], flush=True)
+            continue
+        if chosen.action == "score":
+            for trial in trials:
+                rescore(trial)
             continue
         runs = [trial.folder for trial in trials if (trial.folder / "scores.json").exists()]
         if not runs:

@@ -3,6 +3,7 @@ picture."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,39 +14,76 @@ HEADS = {"class": 25, "main colour": 11, "pattern": 4, "place": 14}
 """What is recognised, and how many answers there are; the answers are numbered as in `dvar.mini.world`."""
 PARAMETERS = 16
 """Length of `Subject.vector`."""
+ASTRAY = 0.1
+"""Share of parameters that a picture is taken to get wrong: anything in [0, 1], all alike."""
+LEAST_SPREAD = 0.01
+"""No estimate is surer than this: a parameter in [0, 1] seen on 64 pixels."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Logits [n, answers] for each head, and the estimated parameter vectors [n, 16]."""
+    """What is seen in n pictures.
+
+    ``logits``: [n, answers] for each head.  ``means`` and ``spreads``: [n, 25, 16], the estimate of each parameter and
+    its standard deviation if the subject were of each class: a class gives its six shape parameters their meaning.
+    """
 
     logits: dict[str, Tensor]
-    parameters: Tensor
+    means: Tensor
+    spreads: Tensor
 
     def best(self, head: str) -> Tensor:
         """int64 [n]: the most likely answer."""
         return self.logits[head].argmax(dim=1)
 
+    def surprise(self, vectors: Tensor, answer: int) -> Tensor:
+        """[n, m]: -log of the density of each picture's subject, one of class number ``answer``, at each of ``vectors``
+        [m, 16], every parameter by itself: Gaussian, but for one in ten, which says nothing.
+
+        Without that tenth a single wrong colour outweighs all that is right, and what a model draws has wrong ones.
+        """
+        mean, spread = self.means[:, answer, None], self.spreads[:, answer, None]
+        density = (-(((vectors - mean) / spread) ** 2) / 2).exp() / (spread * math.sqrt(2 * math.pi))
+        return -(ASTRAY + (1 - ASTRAY) * density).log().sum(dim=-1)
+
+    def identity(self, own: Tensor, others: Tensor, answer: int) -> Tensor:
+        """[n] in [0, 1]: the probability that a picture shows the subject with parameters ``own`` [16] rather than a
+        distractor, mean over the distractors ``others`` [m, 16], all of class number ``answer``; 1/2 is chance."""
+        return (self.surprise(others, answer) - self.surprise(own[None], answer)).sigmoid().mean(dim=1)
+
 
 class Recogniser(nn.Module):
     """Four convolutional stages on float pictures [n, 3, 64, 64] in [-1, 1]."""
 
-    def __init__(self, width: int = 32) -> None:
+    def __init__(self, width: int = 32, hidden: int = 384) -> None:
         super().__init__()
         widths = [width, 2 * width, 4 * width, 6 * width]
-        stages: list[nn.Module] = []
-        for before, out in zip([3, *widths], widths, strict=False):
-            stages += [nn.Conv2d(before, out, 4, 2, 1), nn.GroupNorm(8, out), nn.SiLU()]
-            stages += [nn.Conv2d(out, out, 3, 1, 1), nn.GroupNorm(8, out), nn.SiLU()]
-        self.features = nn.Sequential(*stages, nn.Flatten())
-        self.mixed = nn.Sequential(nn.Linear(widths[-1] * 16, 256), nn.SiLU())
-        self.heads = nn.ModuleDict({name.replace(" ", "_"): nn.Linear(256, answers) for name, answers in HEADS.items()})
-        self.parameter_head = nn.Linear(256, PARAMETERS)
+        self.stages = nn.ModuleList(Stage(*pair) for pair in zip([3, *widths], widths, strict=False))
+        self.mixed = nn.Sequential(nn.Flatten(), nn.Linear(widths[-1] * 16, hidden), nn.LayerNorm(hidden), nn.SiLU())
+        self.heads = nn.ModuleDict({name.replace(" ", "_"): nn.Linear(hidden, n) for name, n in HEADS.items()})
+        self.parameter_head = nn.Linear(hidden, HEADS["class"] * 2 * PARAMETERS)
 
     def forward(self, pictures: Tensor) -> Reading:
-        hidden = self.mixed(self.features(pictures))
+        for stage in self.stages:
+            pictures = stage(pictures)
+        hidden = self.mixed(pictures)
         logits = {name: self.heads[name.replace(" ", "_")](hidden) for name in HEADS}
-        return Reading(logits, self.parameter_head(hidden))
+        parameters = self.parameter_head(hidden).float().view(-1, HEADS["class"], 2, PARAMETERS)
+        means, logarithms = parameters.unbind(dim=2)
+        return Reading(logits, 0.5 + means, (logarithms - 1).clamp(min=math.log(LEAST_SPREAD)).exp())
+
+
+class Stage(nn.Module):
+    """Half the side, ``out`` channels, and a residual convolution."""
+
+    def __init__(self, before: int, out: int) -> None:
+        super().__init__()
+        self.halve = nn.Sequential(nn.Conv2d(before, out, 4, 2, 1), nn.GroupNorm(8, out), nn.SiLU())
+        self.more = nn.Sequential(nn.Conv2d(out, out, 3, 1, 1), nn.GroupNorm(8, out), nn.SiLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.halve(x)
+        return x + self.more(x)
 
 
 def load(path: Path) -> Recogniser:
