@@ -236,11 +236,12 @@ def main() -> None:
                 train(trial)
                 print(trial.folder.name, (trial.folder / "scores.json").read_text()[-700:], flush=True)
             continue
+        whole = [trial for trial in trials if (trial.folder / "scores.json").exists()]
         if chosen.action == "score":
-            for trial in trials:
+            for trial in whole:
                 rescore(trial)
             continue
-        runs = [trial.folder for trial in trials if (trial.folder / "scores.json").exists()]
+        runs = [trial.folder for trial in whole]
         if not runs:
             continue
         print(f"== {chosen.method}, learning rate {rate:g}: {len(runs)} runs")
