@@ -21,7 +21,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 demo: setup
-	OMP_NUM_THREADS= $(RUN)/dvar demo
+	env -u OMP_NUM_THREADS $(RUN)/dvar demo
 
 test: setup
 	$(RUN)/python -m pytest -n 2 -m "not slow"
