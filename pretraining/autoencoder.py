@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
-from pretraining.pictures import Pictures, draw_pictures, fingerprint
+from pretraining.pictures import as_tensor, draw_pictures, fingerprint
 from pretraining.training import GRID_EVERY_STEPS, Training, arguments, load_average
 
 
@@ -37,12 +37,6 @@ def prepare(name: str) -> AutoencoderKL:
     return vae
 
 
-def as_tensor(pictures: Pictures, device: str) -> torch.Tensor:
-    """float32 [n, 3, 64, 64] in [-1, 1]."""
-    pixels = torch.from_numpy(pictures.pixels).to(device)
-    return (pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
-
-
 def edges(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return x[..., 1:, :] - x[..., :-1, :], x[..., :, 1:] - x[..., :, :-1]
 
@@ -60,7 +54,7 @@ def main() -> None:
     training = Training(name, vae, chosen, lr=1.5e-3, data=fingerprint(stream))
     for step in training:
         pictures = draw_pictures(stream, step, chosen.batch)
-        x = as_tensor(pictures, chosen.device)
+        x = as_tensor(pictures.pixels, chosen.device)
         mask = torch.from_numpy(pictures.masks()).to(chosen.device)[:, None]
         with torch.autocast(chosen.device, torch.bfloat16):
             posterior = vae.encode(x).latent_dist

@@ -22,8 +22,7 @@ from dvar.mini.world.classes import CLASSES
 from dvar.mini.world.places import PLACES
 from dvar.mini.world.scene import COLOURS, PATTERNS
 from dvar.mini.world.styles import STYLES
-from pretraining.autoencoder import as_tensor
-from pretraining.pictures import captions_for, draw_pictures, fingerprint
+from pretraining.pictures import as_tensor, captions_for, draw_pictures, fingerprint
 from pretraining.training import Training, arguments, load_average
 from pretraining.words import LENGTH, load_tokenizer
 
@@ -121,7 +120,7 @@ def main() -> None:
         ids = tokenizer(texts, padding=True, return_tensors="pt").to(chosen.device)
         agreement = torch.from_numpy(agrees(mentioned, pictures.facts)).to(chosen.device)
         with torch.autocast(chosen.device, torch.bfloat16):
-            output = model.clip(**ids, pixel_values=as_tensor(pictures, chosen.device))
+            output = model.clip(**ids, pixel_values=as_tensor(pictures.pixels, chosen.device))
             of_picture = model.of_picture(output.vision_model_output.pooler_output)
             of_text = model.of_text(output.text_model_output.pooler_output)
             of_patches = model.of_patches(output.vision_model_output.last_hidden_state[:, 1:])

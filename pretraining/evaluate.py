@@ -27,8 +27,8 @@ from dvar.mini.world.classes import CLASSES
 from dvar.mini.world.concepts import held_out
 from dvar.mini.world.places import PLACES
 from dvar.mini.world.scene import COLOURS, PATTERNS, render, sample_scene, sample_subject
-from pretraining.autoencoder import as_tensor, psnr
-from pretraining.pictures import draw_pictures
+from pretraining.autoencoder import psnr
+from pretraining.pictures import as_tensor, draw_pictures
 
 ROOT = Path(mini.__file__).parent
 UNSEEN = 999_000
@@ -43,7 +43,7 @@ BARS = {
 
 def reconstruction(vae: torch.nn.Module, n: int = 256) -> dict[str, float]:
     pictures = draw_pictures(UNSEEN, 0, n)
-    x, mask = as_tensor(pictures, "cpu"), torch.from_numpy(pictures.masks())[:, None]
+    x, mask = as_tensor(pictures.pixels), torch.from_numpy(pictures.masks())[:, None]
     with torch.no_grad():
         y = torch.cat([vae.decode(vae.encode(part).latent_dist.mean).sample for part in x.split(32)]).clamp(-1, 1)
     error = (y - x) ** 2
@@ -56,7 +56,7 @@ def reconstruction(vae: torch.nn.Module, n: int = 256) -> dict[str, float]:
 
 def picture_features(model: CLIPModel, pixels: np.ndarray) -> torch.Tensor:
     """Unit vectors [n, d] of uint8 pictures [n, 64, 64, 3]."""
-    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    x = as_tensor(pixels)
     with torch.no_grad():
         features = torch.cat([model.get_image_features(pixel_values=part).pooler_output for part in x.split(64)])
     return torch.nn.functional.normalize(features, dim=1)
@@ -100,7 +100,7 @@ def zero_shot(
 def recognised(judge: recogniser.Recogniser, pixels: np.ndarray, truth: dict[str, torch.Tensor]) -> dict[str, float]:
     """What the recogniser reads, percentages right."""
     with torch.no_grad():
-        reading = judge(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1)
+        reading = judge(as_tensor(pixels))
     return {name: percent(reading.best(name) == truth[name]) for name in ASKED}
 
 
@@ -135,7 +135,7 @@ def knows_subjects(judge: recogniser.Recogniser, distractors: int = 99, n: int =
         others = np.stack([sample_subject(rng, subject.noun).vector() for _ in range(distractors)])
         answer = list(CLASSES).index(subject.noun)
         with torch.no_grad():
-            reading = judge(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1)
+            reading = judge(as_tensor(pixels))
         found.append(reading.surprise(torch.cat([own[None], torch.from_numpy(others).float()]), answer).argmin(1) == 0)
         errors.append((reading.means[:, answer] - own) ** 2)
     return {

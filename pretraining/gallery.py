@@ -26,7 +26,7 @@ from dvar.mini.world.places import PLACES
 from dvar.mini.world.scene import PATTERNS, render, sample_scene, sample_subject
 from dvar.mini.world.styles import STYLES
 from pretraining.evaluate import UNSEEN, draw, prompts, truths
-from pretraining.pictures import draw_pictures
+from pretraining.pictures import as_tensor, draw_pictures
 from pretraining.training import WORK
 
 matplotlib.use("Agg")
@@ -100,7 +100,7 @@ def reconstructions(vae: torch.nn.Module) -> None:
     """Unseen pictures above, what the autoencoder gives back below."""
     pixels = draw_pictures(UNSEEN, 2, 10, style="photo").pixels
     with torch.no_grad():
-        x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+        x = as_tensor(pixels)
         y = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
     again = ((y + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     page([[(p, "") for p in pixels], [(p, "") for p in again]], DOCS / "reconstructions.webp")
@@ -112,7 +112,7 @@ def drawn(pipe: StableDiffusionPipeline, judge: recogniser.Recogniser, n: int) -
     texts, facts = prompts(n)
     pixels, wanted = draw(pipe, texts, 30, 7.5), truths(facts)
     with torch.no_grad():
-        reading = judge(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1)
+        reading = judge(as_tensor(pixels))
     said = [text.removeprefix("a photo of ") for text in texts]
     shown = list(zip(pixels, said, strict=True))
     page([shown[at : at + 10] for at in range(0, 50, 10)], DOCS / "prompts.webp")

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from pretraining.autoencoder import as_tensor, build
-from pretraining.pictures import draw_pictures
+from pretraining.autoencoder import build
+from pretraining.pictures import as_tensor, draw_pictures
 from pretraining.training import WORK, arguments, load_average
 
 SHARD, BATCH = 4096, 64
@@ -32,7 +32,9 @@ def main() -> None:
         for index in range(SHARD // BATCH):
             pictures = draw_pictures(4000 + chosen.seed, shard * (SHARD // BATCH) + index, BATCH)
             with torch.no_grad():
-                moments.append(vae.encode(as_tensor(pictures, chosen.device)).latent_dist.parameters.half().cpu())
+                moments.append(
+                    vae.encode(as_tensor(pictures.pixels, chosen.device)).latent_dist.parameters.half().cpu()
+                )
             truths.append(torch.from_numpy(pictures.facts))
             masks.append((F.avg_pool2d(torch.from_numpy(pictures.masks()), 4) * 255).to(torch.uint8))
         save_file(

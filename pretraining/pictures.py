@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 
 import numpy as np
+import torch
 
 from dvar.mini.world.captions import caption, facts
 from dvar.mini.world.concepts import sample_trained_subject
@@ -32,6 +33,12 @@ def draw_pictures(seed: int, index: int, n: int, style: str | None = None) -> Pi
     scenes = [sample_scene(rng, style=style) for _ in range(n)]
     pixels = np.stack([render(s, c) for s, c in zip(subjects, scenes, strict=True)])
     return Pictures(pixels, np.stack([facts(s, c) for s, c in zip(subjects, scenes, strict=True)]), subjects, scenes)
+
+
+def as_tensor(pixels: np.ndarray, device: str = "cpu") -> torch.Tensor:
+    """uint8 [n, 64, 64, 3] as networks take it: float32 [n, 3, 64, 64] in [-1, 1]."""
+    x = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def fingerprint(seed: int) -> str:

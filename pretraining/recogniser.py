@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from dvar.mini.recogniser import HEADS, Recogniser
 from dvar.mini.world.captions import FACTS, facts
 from dvar.mini.world.scene import render, sample_scene, sample_subject
-from pretraining.pictures import fingerprint
+from pretraining.pictures import as_tensor, fingerprint
 from pretraining.training import Training, arguments
 
 
@@ -43,7 +43,7 @@ def main() -> None:
             .to(chosen.device)
         )
         vectors = torch.from_numpy(np.stack([s.vector() for s in subjects])).float().to(chosen.device)
-        x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().to(chosen.device) / 127.5 - 1
+        x = as_tensor(pixels, chosen.device)
         x = worn(x, generator).contiguous(memory_format=torch.channels_last)
         with torch.autocast(chosen.device, torch.bfloat16):
             reading = model(x)

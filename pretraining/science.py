@@ -31,6 +31,7 @@ from dvar.stopper.trace import Trace
 from dvar.trainer.presets import configure
 from dvar.trainer.run import personalise, personalised
 from pretraining.evaluate import ROOT, percent, picture_features, text_features
+from pretraining.pictures import as_tensor
 from pretraining.training import WORK
 
 RUNS = WORK / "science"
@@ -76,7 +77,7 @@ def score(pixels: np.ndarray, concept: str, placed: bool) -> dict[str, float]:
     others = np.stack([sample_subject(rng, subject.noun).vector() for _ in range(DISTRACTORS)])
     own, answer = torch.from_numpy(subject.vector()).float(), list(CLASSES).index(subject.noun)
     with torch.no_grad():
-        reading = judge(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1)
+        reading = judge(as_tensor(pixels))
     identity = reading.identity(own, torch.from_numpy(others).float(), answer)
     every = torch.cat([own[None], torch.from_numpy(others).float()])
     features = picture_features(scorer, pixels)
@@ -98,6 +99,7 @@ def score(pixels: np.ndarray, concept: str, placed: bool) -> dict[str, float]:
     return scores
 
 
+@cache
 def ceiling(concept: str) -> dict[str, float]:
     """What fresh renderings of the very subject score; for ``clip image`` that is the references' own likeness."""
     rng = np.random.default_rng(11)
