@@ -6,8 +6,8 @@ and resuming is reading the trace.
     `Dvar`                             the variance of a window against that of the whole run
     `EmaPercentile`, `Hall`, `Trend`   what the paper tried beside it
     `Plateau`, `CLIP_S`                patience on any metric; the CLIP-s baseline of the paper
-    `FixedSteps`                       the cap that every run has
-    `AnyOf`, `AllOf`, `NotBefore`, `AtMost`   rules made of rules
+    `FixedSteps`                       the cap that every run has (`compositions`)
+    `AnyOf`, `AllOf`, `NotBefore`, `AtMost`   rules made of rules (`compositions`)
 
 Rules with a window read L_det unless `metric` names another metric of the trace (`Trace.metric`): "eval/first" is L_det
 normalised by the first value at each timestep.  Their windows are in steps.  Until `window` steps have passed since the
@@ -20,41 +20,54 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from functools import partial
-from itertools import chain
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dvar.errors import RefusedInput, TraceError
-from dvar.stopper.trace import LOSS, Curve, Trace
-from dvar.stopper.verdict import Diagnosis, Reason, Verdict, diagnose, straight_line_step
-
-MIN_RECORDS = 8
-"""A window that holds fewer records is not judged."""
-
-SETTLED = (
-    Reason.STABILISED,
-    Reason.NOT_LEARNING,
-    Reason.STILL_FALLING,
-    Reason.RISING,
-    Reason.OUTLIER_DOMINATED,
+from dvar.stopper.compositions import AllOf, AnyOf, AtMost, FixedSteps, NotBefore
+from dvar.stopper.judging import (
+    MIN_RECORDS,
+    SETTLED,
+    STOPS_ON,
+    Criterion,
+    below_threshold,
+    below_threshold_problems,
+    judged,
+    non_finite,
+    not_yet,
+    read,
+    real,
+    reason_problems,
+    refuse,
+    refuse_level,
+    whole,
+    window_problems,
+    written,
 )
-"""The reasons a rule's condition can hold for; each with a truth of its own, all of them a stop in the paper."""
-STOPS_ON = (Reason.STABILISED, Reason.NOT_LEARNING, Reason.RISING)
-"""The default of `stop_on`: go on while the loss still falls or one outlier feigns a fall; more steps mend neither a
-loss that rises nor one that settled without a gain."""
+from dvar.stopper.trace import LOSS, Curve, Trace
+from dvar.stopper.verdict import Reason, Verdict, straight_line_step
 
-
-class Criterion(Protocol):
-    """Anything that gives a verdict on a trace."""
-
-    def __call__(self, trace: Trace) -> Verdict:
-        """The verdict at the newest record of `trace`."""
-        ...
+__all__ = [
+    "CLIP_S",
+    "MIN_RECORDS",
+    "SETTLED",
+    "STOPS_ON",
+    "AllOf",
+    "AnyOf",
+    "AtMost",
+    "Criterion",
+    "Dvar",
+    "EmaPercentile",
+    "FixedSteps",
+    "Hall",
+    "NotBefore",
+    "Plateau",
+    "Trend",
+    "schedule_problems",
+]
 
 
 @dataclass(frozen=True, repr=False)
@@ -90,8 +103,8 @@ class Dvar:
     ddof: Literal[0, 1] = 0
 
     def __post_init__(self) -> None:
-        problems = _window_problems(self.window)
-        if not _real(self.threshold) or not 0 < self.threshold < 1:
+        problems = window_problems(self.window)
+        if not real(self.threshold) or not 0 < self.threshold < 1:
             problems.append(
                 f"threshold must lie between 0 and 1, both excluded, got {self.threshold!r}: "
                 "it is the share of the total variance below which to stop, such as 0.15"
@@ -100,17 +113,17 @@ class Dvar:
             problems.append(f"ddof must be 0 (NumPy's variance) or 1 (PyTorch's), got {self.ddof!r}")
         if self.strict_paper and self.stop_on != STOPS_ON:
             problems.append(f"strict_paper stops on the ratio alone, got stop_on={self.stop_on!r}: give one of the two")
-        _refuse(problems + _reason_problems(self.stop_on))
+        refuse(problems + reason_problems(self.stop_on))
 
     def __repr__(self) -> str:
-        return _written(self)
+        return written(self)
 
     def __call__(self, trace: Trace) -> Verdict:
-        curve = _read(self, trace, self.metric, self.window, first_step=1 if self.strict_paper else 0)
+        curve = read(self, trace, self.metric, self.window, first_step=1 if self.strict_paper else 0)
         metrics: dict[str, float] = {"ratio": 1.0, "threshold": self.threshold}
         if len(curve):
             metrics["straight_line_step"] = straight_line_step(curve, self.window, self.threshold)
-        if early := _not_yet(self, curve, trace, metrics):
+        if early := not_yet(self, curve, trace, metrics):
             return early
         spread = curve.spread
         window_var = curve.last(self.window).variance(spread, self.ddof)
@@ -124,7 +137,7 @@ class Dvar:
         if self.strict_paper:
             reason = Reason.STABILISED if holds else Reason.RUNNING
             return Verdict(holds, reason, int(curve.steps[-1]), repr(self), metrics)
-        return _judged(self, curve, metrics, holds, self.threshold)
+        return judged(self, curve, metrics, holds, self.threshold)
 
 
 @dataclass(frozen=True, repr=False)
@@ -151,23 +164,22 @@ class EmaPercentile:
     metric: str = LOSS
 
     def __post_init__(self) -> None:
-        problems = [*_window_problems(self.window), *_threshold_problems(self.threshold)]
-        if not _real(self.alpha) or not 0 < self.alpha <= 1:
+        problems = below_threshold_problems(self)
+        if not real(self.alpha) or not 0 < self.alpha <= 1:
             problems.append(f"alpha must lie between 0 (excluded) and 1, got {self.alpha!r}: the paper's is 0.1")
-        _refuse(problems + _reason_problems(self.stop_on))
+        refuse(problems)
 
     def __repr__(self) -> str:
-        return _written(self)
+        return written(self)
 
     def __call__(self, trace: Trace) -> Verdict:
-        curve = _read(self, trace, self.metric, self.window)
-        metrics: dict[str, float] = {"threshold": self.threshold}
-        if early := _not_yet(self, curve, trace, metrics):
-            return early
-        now, before = self._average(curve, len(curve)), self._average_at(curve, int(curve.steps[-1]) - self.window)
-        _refuse_level(self, before, int(curve.steps[-1]) - self.window)
-        metrics |= {"change": (now - before) / before, "ema": now, "ema_before": before}
-        return _judged(self, curve, metrics, abs(metrics["change"]) < self.threshold)
+        return below_threshold(self, trace, "change", self._measured)
+
+    def _measured(self, curve: Curve) -> dict[str, float]:
+        opening = int(curve.steps[-1]) - self.window
+        now, before = self._average(curve, len(curve)), self._average_at(curve, opening)
+        refuse_level(self, before, opening)
+        return {"change": (now - before) / before, "ema": now, "ema_before": before}
 
     def _average_at(self, curve: Curve, step: int) -> float:
         after = int(np.searchsorted(curve.steps, step))
@@ -212,26 +224,24 @@ class Hall:
     metric: str = LOSS
 
     def __post_init__(self) -> None:
-        problems = [*_window_problems(self.window), *_threshold_problems(self.threshold)]
+        problems = below_threshold_problems(self)
         if self.level not in ("max", "mean"):
             problems.append(f"level must be 'max' (the formula) or 'mean' (the text), got {self.level!r}")
-        _refuse(problems + _reason_problems(self.stop_on))
+        refuse(problems)
 
     def __repr__(self) -> str:
-        return _written(self)
+        return written(self)
 
     def __call__(self, trace: Trace) -> Verdict:
-        curve = _read(self, trace, self.metric, self.window)
-        metrics: dict[str, float] = {"threshold": self.threshold}
-        if early := _not_yet(self, curve, trace, metrics):
-            return early
+        return below_threshold(self, trace, "range", self._measured)
+
+    def _measured(self, curve: Curve) -> dict[str, float]:
         recent, last = curve.last(self.window), int(curve.steps[-1])
         opening = curve.at(last - self.window + 1)
         highest, lowest = max(float(recent.values.max()), opening), min(float(recent.values.min()), opening)
         level = highest if self.level == "max" else recent.mean
-        _refuse_level(self, level, last)
-        metrics |= {"range": (highest - lowest) / level, "max": highest, "min": lowest}
-        return _judged(self, curve, metrics, metrics["range"] < self.threshold)
+        refuse_level(self, level, last)
+        return {"range": (highest - lowest) / level, "max": highest, "min": lowest}
 
 
 @dataclass(frozen=True, repr=False)
@@ -253,19 +263,16 @@ class Trend:
     metric: str = LOSS
 
     def __post_init__(self) -> None:
-        problems = [*_window_problems(self.window), *_threshold_problems(self.threshold)]
-        _refuse(problems + _reason_problems(self.stop_on))
+        refuse(below_threshold_problems(self))
 
     def __repr__(self) -> str:
-        return _written(self)
+        return written(self)
 
     def __call__(self, trace: Trace) -> Verdict:
-        curve = _read(self, trace, self.metric, self.window)
-        metrics: dict[str, float] = {"threshold": self.threshold}
-        if early := _not_yet(self, curve, trace, metrics):
-            return early
-        metrics["slope"] = curve.last(self.window).slope()
-        return _judged(self, curve, metrics, abs(metrics["slope"]) < self.threshold)
+        return below_threshold(self, trace, "slope", self._measured)
+
+    def _measured(self, curve: Curve) -> dict[str, float]:
+        return {"slope": curve.last(self.window).slope()}
 
 
 @dataclass(frozen=True, repr=False)
@@ -291,25 +298,25 @@ class Plateau:
 
     def __post_init__(self) -> None:
         problems = []
-        if not _whole(self.patience) or self.patience < 1:
+        if not whole(self.patience) or self.patience < 1:
             problems.append(f"patience must be a whole number of steps, 1 or more, got {self.patience!r}")
-        if not _real(self.min_delta) or not 0 <= self.min_delta < math.inf:
+        if not real(self.min_delta) or not 0 <= self.min_delta < math.inf:
             problems.append(f"min_delta must be a finite number, 0 or more, got {self.min_delta!r}")
         if self.mode not in ("min", "max"):
             problems.append(f"mode must be 'min' or 'max', what is better, got {self.mode!r}")
-        _refuse(problems + _reason_problems(self.stop_on, (Reason.STABILISED, Reason.NON_FINITE)))
+        refuse(problems + reason_problems(self.stop_on, (Reason.STABILISED, Reason.NON_FINITE)))
 
     def __repr__(self) -> str:
-        return _written(self)
+        return written(self)
 
     def __call__(self, trace: Trace) -> Verdict:
-        curve = _read(self, trace, self.metric, self.patience)
+        curve = read(self, trace, self.metric, self.patience)
         metrics: dict[str, float] = {"patience": self.patience, "min_delta": self.min_delta}
         if not len(curve):
             metrics |= {"window": self.patience, "seen": 0, "records": 0}
             return Verdict(False, Reason.WARMING_UP, trace.last_step, repr(self), metrics)
         if not math.isfinite(curve.spread):
-            return _non_finite(self, curve, metrics, self.stop_on)
+            return non_finite(self, curve, metrics, self.stop_on)
         sign = 1.0 if self.mode == "max" else -1.0
         best = _last_improvement(sign * curve.values, self.min_delta)
         last = int(curve.steps[-1])
@@ -340,208 +347,6 @@ def schedule_problems(window: int, probe_every: int, max_steps: int) -> list[str
     return problems
 
 
-@dataclass(frozen=True)
-class FixedSteps:
-    """Stop at the record made after `max_steps` updates: the cap that every run has.
-
-    Raises: RefusedInput when `max_steps` is not a whole number of at least 1.
-    Source: Section 4.1, the "Baseline" and "Few iters" runs.
-    """
-
-    max_steps: int
-
-    def __post_init__(self) -> None:
-        if not _whole(self.max_steps) or self.max_steps < 1:
-            raise RefusedInput([f"max_steps must be a whole number of updates, 1 or more, got {self.max_steps!r}"])
-
-    def __call__(self, trace: Trace) -> Verdict:
-        stop = trace.last_step >= self.max_steps
-        metrics = {"max_steps": self.max_steps}
-        return Verdict(stop, Reason.CAP if stop else Reason.RUNNING, trace.last_step, repr(self), metrics)
-
-
-@dataclass(frozen=True)
-class AnyOf:
-    """Stop as soon as one of `rules` stops.
-
-    The reason is "non-finite" if it is so for one rule, else that of the first rule that stops, else that of the first
-    rule.  The diagnoses of all come with it, and the metrics of all that do not contradict those of the chosen one, so
-    that a run stopped by its cap still tells how far it was from converging.
-
-    Raises: RefusedInput when there is no rule, or one that cannot be called.
-    """
-
-    rules: tuple[Criterion, ...]
-
-    def __post_init__(self) -> None:
-        _refuse(_rules_problems("AnyOf", self.rules))
-
-    def __call__(self, trace: Trace) -> Verdict:
-        verdicts = [rule(trace) for rule in self.rules]
-        chosen = min(verdicts, key=lambda verdict: (verdict.reason is not Reason.NON_FINITE, not verdict.stop))
-        return _joined(chosen, verdicts, stop=any(verdict.stop for verdict in verdicts))
-
-
-@dataclass(frozen=True)
-class AllOf:
-    """Stop once all of `rules` stop at the same record.
-
-    The reason is "non-finite" if it is so for one rule, else that of the first rule that does not stop, else that of
-    the first rule; metrics and diagnoses as in `AnyOf`.
-
-    Raises: RefusedInput when there is no rule, or one that cannot be called.
-    """
-
-    rules: tuple[Criterion, ...]
-
-    def __post_init__(self) -> None:
-        _refuse(_rules_problems("AllOf", self.rules))
-
-    def __call__(self, trace: Trace) -> Verdict:
-        verdicts = [rule(trace) for rule in self.rules]
-        chosen = min(verdicts, key=lambda verdict: (verdict.reason is not Reason.NON_FINITE, verdict.stop))
-        return _joined(chosen, verdicts, stop=all(verdict.stop for verdict in verdicts))
-
-
-@dataclass(frozen=True)
-class NotBefore:
-    """`rule`, but for its stops before `step`: these are "warming up".  A loss that is not finite is told at any step.
-
-    Raises: RefusedInput when `step` is not a whole number of at least 1 or the rule cannot be called.
-    """
-
-    rule: Criterion
-    step: int
-
-    def __post_init__(self) -> None:
-        problems = _rules_problems("NotBefore", (self.rule,))
-        if not _whole(self.step) or self.step < 1:
-            problems.append(f"step must be a whole number of updates, 1 or more, got {self.step!r}")
-        _refuse(problems)
-
-    def __call__(self, trace: Trace) -> Verdict:
-        verdict = self.rule(trace)
-        if verdict.step >= self.step or not verdict.stop or verdict.reason is Reason.NON_FINITE:
-            return verdict
-        metrics = {**verdict.metrics, "not_before": self.step}
-        return replace(verdict, stop=False, reason=Reason.WARMING_UP, metrics=metrics)
-
-
-@dataclass(frozen=True)
-class AtMost:
-    """`rule`, and the cap: stop at the record made after `max_steps` updates at the latest.
-
-    Raises: RefusedInput when `max_steps` is not a whole number of at least 1 or the rule cannot be called.
-    """
-
-    rule: Criterion
-    max_steps: int
-
-    def __post_init__(self) -> None:
-        _refuse(_rules_problems("AtMost", (self.rule,)))
-        FixedSteps(self.max_steps)
-
-    def __call__(self, trace: Trace) -> Verdict:
-        return AnyOf((self.rule, FixedSteps(self.max_steps)))(trace)
-
-
-class _Windowed(Protocol):
-    @property
-    def window(self) -> int: ...
-    @property
-    def stop_on(self) -> tuple[Reason, ...]: ...
-
-
-def _read(rule: object, trace: Trace, metric: str, patience: int, first_step: int = 0) -> Curve:
-    """What the rule judges.  A metric may come late, but not later than the rule would have been ready to judge it."""
-    name = type(rule).__name__
-    try:
-        curve = Curve.of(trace, metric, first_step)
-    except TraceError as error:
-        raise RefusedInput([f"{name} cannot use its metric: {error}"]) from error
-    if not len(curve) and trace.last_step - max(trace.first_step, first_step) >= patience:
-        there = ", ".join(found for found in trace.metric_names) or "no metric at all"
-        raise RefusedInput(
-            [
-                f"{name} reads {metric!r}, which no record up to step {trace.last_step} holds: "
-                f"record it, or name one of those recorded ({there})"
-            ]
-        )
-    return curve
-
-
-def _not_yet(rule: _Windowed, curve: Curve, trace: Trace, metrics: dict[str, float]) -> Verdict | None:
-    """The verdict where there is nothing to judge; `metrics` then tell how much has been seen."""
-    metrics |= {"window": rule.window, "seen": 0, "records": 0}
-    if not len(curve):
-        return Verdict(False, Reason.WARMING_UP, trace.last_step, repr(rule), metrics)
-    step = int(curve.steps[-1])
-    metrics |= {
-        "seen": curve.span,
-        "records": len(curve) - int(np.searchsorted(curve.steps, step - rule.window, side="right")),
-    }
-    spread = curve.spread
-    if not math.isfinite(spread):
-        return _non_finite(rule, curve, metrics, rule.stop_on)
-    if curve.span < rule.window or metrics["records"] < MIN_RECORDS:
-        return Verdict(False, Reason.WARMING_UP, step, repr(rule), metrics)
-    if not spread:
-        found = partial(diagnose, curve, rule.window)
-        return Verdict(Reason.NO_CHANGE in rule.stop_on, Reason.NO_CHANGE, step, repr(rule), metrics, found)
-    return None
-
-
-def _non_finite(rule: object, curve: Curve, metrics: dict[str, float], stop_on: tuple[Reason, ...]) -> Verdict:
-    # Finite values too far apart for float64 have no finite spread either: then the furthest are named.
-    bad = ~np.isfinite(curve.values)
-    if not bad.any():
-        bad = np.abs(curve.values) >= np.abs(curve.values).max() / 2
-    steps = curve.steps[bad]
-    metrics |= {
-        "non_finite_step": int(steps[0]),
-        "non_finite_last": int(steps[-1]),
-        "non_finite_records": len(steps),
-    }
-    stop = Reason.NON_FINITE in stop_on
-    return Verdict(stop, Reason.NON_FINITE, int(curve.steps[-1]), repr(rule), metrics)
-
-
-def _judged(
-    rule: _Windowed, curve: Curve, metrics: dict[str, float], holds: bool, threshold: float | None = None
-) -> Verdict:
-    """The verdict once the rule's condition is known; the curve is examined only if it holds, or when asked for."""
-    verdict = partial(Verdict, step=int(curve.steps[-1]), rule=repr(rule))
-    if not holds:
-        found = partial(diagnose, curve, rule.window, threshold)
-        return verdict(False, Reason.RUNNING, metrics=metrics, diagnose=found)
-    doubts = diagnose(curve, rule.window, threshold)
-    reason = doubts[0].reason if doubts else Reason.STABILISED
-    metrics = {**(doubts[0].metrics if doubts else {}), **metrics}
-    return verdict(reason in rule.stop_on, reason, metrics=metrics, diagnose=lambda: doubts)
-
-
-def _joined(chosen: Verdict, verdicts: list[Verdict], stop: bool) -> Verdict:
-    metrics = dict(chosen.metrics)
-    for verdict in verdicts:
-        # All or nothing: the ratio of one rule beside the threshold of another would be a lie.
-        if all(metrics.get(name, value) == value for name, value in verdict.metrics.items()):
-            metrics |= verdict.metrics
-    return replace(
-        chosen,
-        stop=stop,
-        metrics=metrics,
-        diagnose=partial(_all_diagnoses, verdicts),
-    )
-
-
-def _all_diagnoses(verdicts: list[Verdict]) -> tuple[Diagnosis, ...]:
-    found: list[Diagnosis] = []
-    for diagnosis in chain.from_iterable(verdict.diagnoses for verdict in verdicts):
-        if diagnosis not in found:  # two rules may say the same of one curve
-            found.append(diagnosis)
-    return tuple(found)
-
-
 def _last_improvement(values: NDArray[np.float64], min_delta: float) -> int:
     """Where the last value lies that beats the best before it by more than `min_delta`; larger is better."""
     highest = np.maximum.accumulate(values)
@@ -551,68 +356,6 @@ def _last_improvement(values: NDArray[np.float64], min_delta: float) -> int:
     while (better := int(np.searchsorted(highest, values[best] + min_delta, side="right"))) < len(values):
         best = better
     return best
-
-
-def _written(rule: Any) -> str:
-    """The rule as it would be written in Python, less what is left at its default."""
-    told = [
-        f"{item.name}={getattr(rule, item.name)!r}" for item in fields(rule) if getattr(rule, item.name) != item.default
-    ]
-    return f"{type(rule).__name__}({', '.join(told)})"
-
-
-def _refuse(problems: list[str]) -> None:
-    if problems:
-        raise RefusedInput(problems)
-
-
-def _refuse_level(rule: object, level: float, step: int) -> None:
-    if not level > 0:
-        raise RefusedInput(
-            [
-                f"{type(rule).__name__} divides by the level of the loss, which is {level:.6g} at step {step}: "
-                "use Dvar or Trend for a loss that is not positive, such as a paired one"
-            ]
-        )
-
-
-def _window_problems(window: Any) -> list[str]:
-    if _whole(window) and window >= MIN_RECORDS:
-        return []
-    return [f"window must be a whole number of steps, {MIN_RECORDS} or more, got {window!r}"]
-
-
-def _threshold_problems(threshold: Any) -> list[str]:
-    if _real(threshold) and 0 < threshold < math.inf:
-        return []
-    return [f"threshold must be a finite number above 0, got {threshold!r}"]
-
-
-def _reason_problems(
-    stop_on: Any, allowed: tuple[Reason, ...] = (*SETTLED, Reason.NO_CHANGE, Reason.NON_FINITE)
-) -> list[str]:
-    if isinstance(stop_on, tuple) and stop_on and all(reason in allowed for reason in stop_on):
-        return []
-    names = ", ".join(repr(reason) for reason in allowed)
-    return [f"stop_on must be a tuple of one or more of {names}, got {stop_on!r}"]
-
-
-def _rules_problems(name: str, rules: Any) -> list[str]:
-    if not isinstance(rules, tuple) or not rules:
-        return [f"{name} needs one rule at least, in a tuple, got {rules!r}: pass for example (FixedSteps(1000),)"]
-    return [
-        f"{name} takes rules, which are called on a trace, got {rule!r}: pass for example FixedSteps(1000)"
-        for rule in rules
-        if not callable(rule) or isinstance(rule, type)
-    ]
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _real(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _clip_s(failures: int, min_delta: float) -> Plateau:
