@@ -17,11 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
-from dvar.mini.world.captions import FACTS, SIZES, agrees
-from dvar.mini.world.classes import CLASSES
-from dvar.mini.world.places import PLACES
-from dvar.mini.world.scene import COLOURS, PATTERNS
-from dvar.mini.world.styles import STYLES
+from dvar.mini.world.captions import ANSWERS, FACTS, SUBJECT, agrees
 from pretraining.pictures import as_tensor, captions_for, draw_pictures, fingerprint
 from pretraining.training import Training, arguments, load_average
 from pretraining.words import LENGTH, load_tokenizer
@@ -29,8 +25,7 @@ from pretraining.words import LENGTH, load_tokenizer
 WIDTHS = {"clip": 192, "judge": 128}
 SHARED = 128
 PATCH = 8
-SUBJECT = 4  # this many of the facts are about the subject itself
-ANSWERS = [len(CLASSES), len(COLOURS), len(PATTERNS), len(COLOURS), len(PLACES), len(STYLES), len(SIZES)]
+SPLITS = [ANSWERS[fact] for fact in FACTS]
 
 
 def build(width: int, vocabulary: int) -> CLIPModel:
@@ -54,16 +49,16 @@ class Tutored(nn.Module):
     def __init__(self, width: int, vocabulary: int) -> None:
         super().__init__()
         self.clip = build(width, vocabulary)
-        self.of_picture = nn.Linear(SHARED, sum(ANSWERS))
-        self.of_text = nn.Linear(SHARED, sum(ANSWERS))
-        self.of_patches = nn.Linear(width, sum(ANSWERS[:SUBJECT]) + 1)
+        self.of_picture = nn.Linear(SHARED, sum(SPLITS))
+        self.of_text = nn.Linear(SHARED, sum(SPLITS))
+        self.of_patches = nn.Linear(width, sum(SPLITS[:SUBJECT]) + 1)
 
 
 def reading_loss(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """Mean over the facts of cross-entropy; negative entries of ``truth`` [n, 7] are not asked for."""
+    """Mean over the facts of cross-entropy; negative entries of ``truth`` [n, 15] are not asked for."""
     losses = [
         F.cross_entropy(part, wanted, ignore_index=-1, reduction="sum") / (wanted >= 0).sum().clamp(min=1)
-        for part, wanted in zip(logits.float().split(ANSWERS, dim=1), truth.clamp(min=-1).T, strict=True)
+        for part, wanted in zip(logits.float().split(SPLITS, dim=1), truth.clamp(min=-1).T, strict=True)
     ]
     return torch.stack(losses).mean()
 
@@ -77,9 +72,9 @@ def contrastive_loss(similarity: torch.Tensor, agreement: torch.Tensor) -> torch
 
 
 def patch_loss(logits: torch.Tensor, truth: torch.Tensor, coverage: torch.Tensor) -> torch.Tensor:
-    """``logits`` [n, patches, answers + 1]: what each patch says of the subject's facts ``truth`` [n, 4], weighed by
+    """``logits`` [n, patches, answers + 1]: what each patch says of the subject's facts ``truth`` [n, 12], weighed by
     how much of the subject it shows, ``coverage`` [n, patches], which it must tell too."""
-    *parts, there = logits.float().split([*ANSWERS[:SUBJECT], 1], dim=2)
+    *parts, there = logits.float().split([*SPLITS[:SUBJECT], 1], dim=2)
     weight = coverage / coverage.sum()
     losses = [F.binary_cross_entropy_with_logits(there.squeeze(2), coverage)]
     for part, wanted in zip(parts, truth.T, strict=True):
@@ -135,7 +130,7 @@ def main() -> None:
         if training.step % 50 == 0:
             best = similarity.argmax(1).cpu()
             right = agreement.cpu()[torch.arange(len(best)), best].float().mean()
-            wanted = zip(FACTS, of_picture.split(ANSWERS, dim=1), shown.T, strict=True)
+            wanted = zip(FACTS, of_picture.split(SPLITS, dim=1), shown.T, strict=True)
             seen = {fact: (part.argmax(1) == truth).float().mean() for fact, part, truth in wanted}
             training.log(loss=loss, right=right, scale=model.clip.logit_scale.exp(), **seen)
 

@@ -69,7 +69,7 @@ def text_features(model: CLIPModel, tokenizer: CLIPTokenizer, texts: list[str]) 
 
 
 def truths(facts: np.ndarray) -> dict[str, torch.Tensor]:
-    """The numbers of the right answers, int64 [n] each, of facts [n, 7]."""
+    """The numbers of the right answers, int64 [n] each, of facts [n, 15]."""
     return {name: torch.from_numpy(facts[:, FACTS.index(name)]).long() for name in ASKED}
 
 
@@ -145,7 +145,7 @@ def knows_subjects(judge: recogniser.Recogniser, distractors: int = 99, n: int =
 
 
 def prompts(n: int) -> tuple[list[str], np.ndarray]:
-    """Colour + pattern + class + place; and the facts asked for, [n, 7], -1 where nothing is."""
+    """Colour + pattern + class + place; and the facts asked for, [n, 15], -1 where nothing is."""
     rng = np.random.default_rng(UNSEEN + 1)
     asked, wanted = [], np.full((n, len(FACTS)), -1)
     for i in range(n):

@@ -1,7 +1,7 @@
 """Stage 3: pictures once drawn and encoded, for the U-Net to see several times under other captions and other noise.
 
 ``work/latents/NNNN.safetensors`` holds 4,096 pictures: ``moments`` float16 [n, 8, 16, 16] (mean and log-variance),
-``facts`` int16 [n, 7], ``masks`` uint8 [n, 16, 16] (the subject's share of each latent cell).
+``facts`` int16 [n, 15], ``masks`` uint8 [n, 16, 16] (the subject's share of each latent cell).
 """
 
 from __future__ import annotations

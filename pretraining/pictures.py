@@ -15,7 +15,7 @@ from dvar.mini.world.scene import Scene, Subject, render, sample_scene, silhouet
 
 @dataclass(frozen=True)
 class Pictures:
-    """uint8 pictures [n, 64, 64, 3], the facts of each [n, 7], and what was drawn."""
+    """uint8 pictures [n, 64, 64, 3], the facts of each [n, 15], and what was drawn."""
 
     pixels: np.ndarray
     facts: np.ndarray
@@ -48,6 +48,6 @@ def fingerprint(seed: int) -> str:
 
 
 def captions_for(truths: np.ndarray, rng: np.random.Generator) -> tuple[list[str], np.ndarray]:
-    """One caption for each picture, and what each mentions [n, 7]."""
+    """One caption for each picture, and what each mentions [n, 15]."""
     pairs = [caption(truth, rng) for truth in truths]
     return [text for text, _ in pairs], np.stack([mentioned for _, mentioned in pairs])

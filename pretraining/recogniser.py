@@ -11,9 +11,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dvar.mini.recogniser import HEADS, Recogniser
-from dvar.mini.world.captions import FACTS, facts
-from dvar.mini.world.scene import render, sample_scene, sample_subject
+from dvar.mini.recogniser import RECOGNISED, Recogniser
+from dvar.mini.world.captions import ANSWERS, FACTS, facts
+from dvar.mini.world.scene import PARAMETERS, render, sample_scene, sample_subject
 from pretraining.pictures import as_tensor, fingerprint
 from pretraining.training import Training, arguments
 
@@ -27,9 +27,13 @@ def worn(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return x + share.to(x) * (small - x) + noise.to(x)
 
 
+def build() -> Recogniser:
+    return Recogniser({name: ANSWERS[name] for name in RECOGNISED}, PARAMETERS)
+
+
 def main() -> None:
     chosen = arguments(steps=12_000, batch=64)
-    model = Recogniser()
+    model = build()
     training = Training("recogniser", model, chosen, lr=1.5e-3, data=fingerprint(6000 + chosen.seed))
     for step in training:
         rng = np.random.default_rng([6000 + chosen.seed, step])
@@ -47,14 +51,14 @@ def main() -> None:
         x = worn(x, generator).contiguous(memory_format=torch.channels_last)
         with torch.autocast(chosen.device, torch.bfloat16):
             reading = model(x)
-        losses = [F.cross_entropy(reading.logits[head].float(), truth[:, FACTS.index(head)]) for head in HEADS]
+        losses = [F.cross_entropy(reading.logits[head].float(), truth[:, FACTS.index(head)]) for head in RECOGNISED]
         rows = torch.arange(chosen.batch, device=chosen.device), truth[:, FACTS.index("class")]
         error, spread = (reading.means[rows] - vectors) ** 2, reading.spreads[rows]
         surprise = (error / (2 * spread**2) + spread.log()).mean()
         loss = sum(losses) + 2 * surprise + 10 * error.mean()
         training.update(loss)
         if training.step % 100 == 0:
-            right = {h: (reading.best(h) == truth[:, FACTS.index(h)]).float().mean() for h in HEADS}
+            right = {h: (reading.best(h) == truth[:, FACTS.index(h)]).float().mean() for h in RECOGNISED}
             training.log(loss=loss, error=error.mean().sqrt(), surprise=surprise, **right)
 
 

@@ -16,10 +16,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from dvar import mini
-from dvar.mini.recogniser import Recogniser
 from dvar.mini.world.concepts import held_out, reference_scenes
 from dvar.mini.world.scene import render
-from pretraining import clip, unet
+from pretraining import clip, recogniser, unet
 from pretraining.training import WORK, load_average
 from pretraining.words import load_tokenizer
 
@@ -35,7 +34,7 @@ def save_judges(folder: Path) -> None:
     whole.config.save_pretrained(folder / "clip-conditioner")
     rest = {key: value.contiguous() for key, value in whole.state_dict().items() if not key.startswith("text_model.")}
     save_file(rest, folder / "clip-conditioner" / "all-but-text.safetensors")
-    state = load_average("recogniser", Recogniser()).half().state_dict()
+    state = load_average("recogniser", recogniser.build()).half().state_dict()
     save_file({key: value.contiguous() for key, value in state.items()}, folder / "recogniser.safetensors")
 
 

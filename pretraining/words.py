@@ -8,14 +8,15 @@ import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
-from dvar.mini.world.classes import CLASSES
+from dvar.mini.world.captions import PATTERN_SIZES
+from dvar.mini.world.classes import CLASSES, WORDS
 from dvar.mini.world.places import PLACES
 from dvar.mini.world.scene import COLOURS, PATTERNS
 from pretraining.pictures import captions_for, draw_pictures
 from pretraining.training import WORK
 
 LENGTH = 32
-"""Tokens in a caption, start and end included; the longest caption of the book has 20."""
+"""Tokens in a caption, start and end included; the longest caption of the book has 31."""
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 # Words that caption templates and prompts use beside the book's own, and the rare tokens that personalisation
 # starts from.
@@ -37,7 +38,11 @@ def corpus() -> list[str]:
     pictures = draw_pictures(7, 0, 400)
     rng = np.random.default_rng(7)
     lines = [text for _ in range(20) for text in captions_for(pictures.facts, rng)[0]]
-    words = [*OTHER_WORDS, *CLASSES, *COLOURS, *PATTERNS, *" ".join(p.words for p in PLACES.values()).split()]
+    words = [*OTHER_WORDS, *CLASSES, *COLOURS, *PATTERNS, *PATTERN_SIZES]
+    words += " ".join(place.words for place in PLACES.values()).split()
+    for known in WORDS.values():
+        words.append(known.accent)
+        words += " ".join(f"{p.low} {p.high} {p.part}" for p in known.shape if p is not None).split()
     return lines + [word for word in sorted(set(words)) for _ in range(50)]
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-from dvar.mini.recogniser import HEADS, LEAST_SPREAD, PARAMETERS, Reading, Recogniser
+from dvar.mini.recogniser import LEAST_SPREAD, RECOGNISED, Reading, Recogniser, load
+
+CLASSES, PARAMETERS = 25, 16
 
 
 def reading(mean: float, spread: float, pictures: int = 1) -> Reading:
-    shape = (pictures, HEADS["class"], PARAMETERS)
+    shape = (pictures, CLASSES, PARAMETERS)
     return Reading({}, torch.full(shape, mean), torch.full(shape, spread))
 
 
@@ -51,7 +55,7 @@ def test_identity_of_a_reading_that_tells_nothing_is_chance() -> None:
 
 
 def test_identity_uses_the_class_it_is_asked_about() -> None:
-    means = torch.zeros(1, HEADS["class"], PARAMETERS)
+    means = torch.zeros(1, CLASSES, PARAMETERS)
     means[:, 7] = 1.0
     seen = Reading({}, means, torch.full_like(means, 0.1))
     assert float(seen.identity(vector(1.0), vector(0.0)[None], answer=7)) > 0.99
@@ -60,7 +64,21 @@ def test_identity_uses_the_class_it_is_asked_about() -> None:
 
 def test_the_network_answers_every_head_for_every_picture_and_is_never_too_sure() -> None:
     torch.manual_seed(0)
-    seen = Recogniser(width=8, hidden=16)(torch.randn(3, 3, 64, 64))
-    assert {head: tuple(logits.shape) for head, logits in seen.logits.items()} == {h: (3, n) for h, n in HEADS.items()}
-    assert seen.means.shape == seen.spreads.shape == (3, HEADS["class"], PARAMETERS)
+    answers = dict(zip(RECOGNISED, (CLASSES, 11, 4, 14), strict=True))
+    seen = Recogniser(answers, PARAMETERS, width=8, hidden=16)(torch.randn(3, 3, 64, 64))
+    assert {head: tuple(logits.shape) for head, logits in seen.logits.items()} == {
+        h: (3, n) for h, n in answers.items()
+    }
+    assert seen.means.shape == seen.spreads.shape == (3, CLASSES, PARAMETERS)
     assert bool((seen.spreads >= LEAST_SPREAD * (1 - 1e-6)).all())
+
+
+def test_a_recogniser_of_another_world_is_loaded_with_its_own_numbers_of_answers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    trained = Recogniser(dict.fromkeys(RECOGNISED, 3) | {"class": 5}, parameters=7)
+    save_file(trained.state_dict(), tmp_path / "recogniser.safetensors")
+    pictures = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected, found = trained(pictures), load(tmp_path / "recogniser.safetensors")(pictures)
+    assert torch.equal(found.means, expected.means)
+    assert all(torch.equal(found.logits[name], expected.logits[name]) for name in RECOGNISED)

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dvar.mini.recogniser import HEADS, PARAMETERS
-from dvar.mini.world.captions import agrees, caption, facts
-from dvar.mini.world.classes import CLASSES
+from dvar import mini
+from dvar.mini import recogniser
+from dvar.mini.world.captions import ANSWERS, FACTS, PATTERN_SIZES, SIZES, SUBJECT, agrees, caption, facts
+from dvar.mini.world.classes import CLASSES, WORDS
 from dvar.mini.world.concepts import RADIUS, held_out, is_near_held_out, sample_trained_subject
 from dvar.mini.world.places import PLACES
-from dvar.mini.world.scene import COLOURS, PATTERNS, SHAPES, Subject, render, sample_scene, sample_subject, silhouette
+from dvar.mini.world.scene import (
+    PARAMETERS,
+    SHAPES,
+    Subject,
+    render,
+    sample_scene,
+    sample_subject,
+    silhouette,
+)
 from dvar.mini.world.styles import STYLES
 
 seeds = st.integers(0, 2**32 - 1)
@@ -72,9 +82,44 @@ def test_a_caption_is_true_of_its_picture_and_of_no_contrary_one(seed: int) -> N
         contrary[fact] += 1
         assert not agrees(mentioned[None], contrary[None]).any()
     # The words say what `mentioned` says.
-    assert (mentioned[0] >= 0) == (subject.noun in text.split())
-    assert (mentioned[4] >= 0) == text.endswith(PLACES[scene.place].words)
-    assert mentioned[1] < 0 or subject.colours[0] in text.split()
+    said = {name: int(answer) for name, answer in zip(FACTS, mentioned, strict=True) if answer >= 0}
+    assert ("class" in said) == (subject.noun in text.split())
+    assert ("place" in said) == text.endswith(PLACES[scene.place].words)
+    assert "main colour" not in said or subject.colours[0] in text.split()
+    assert "second colour" not in said or subject.colours[1] in text.split()
+    assert ("accent colour" in said) == (f"{subject.colours[2]} {WORDS[subject.noun].accent}" in text)
+    assert "pattern size" not in said or PATTERN_SIZES[said["pattern size"]] in text.split()
+    assert "size" not in said or SIZES[said["size"]] in text.split()
+    for i, number in enumerate(subject.shape):
+        if (answer := said.get(f"shape {i}")) is not None:
+            proportion = WORDS[subject.noun].shape[i]
+            word = {0: proportion.low, 2: proportion.high}[answer]
+            assert f"{word} {proportion.part}".strip() in text
+            assert number < 1 / 3 if answer == 0 else number >= 2 / 3
+
+
+def test_every_fact_that_has_words_is_said_sooner_or_later() -> None:
+    rng = np.random.default_rng(8)
+    subject = replace(sample_subject(rng, "vase"), pattern="dotted", pattern_scale=0.9, shape=(0.1,) * SHAPES)
+    scene = replace(sample_scene(rng, style="painting"), scale=0.37)
+    truth = facts(subject, scene)
+    assert (truth >= 0).all()
+    said = np.stack([caption(truth, rng)[1] for _ in range(300)])
+    assert (said.max(axis=0) == truth).all()
+
+
+@pytest.mark.parametrize("noun", CLASSES)
+def test_a_class_has_words_for_its_proportions_and_no_two_of_them_alike(noun: str) -> None:
+    words = WORDS[noun]
+    assert len(words.shape) == SHAPES
+    assert sum(proportion is not None for proportion in words.shape) >= 4
+    phrases = [(word, p.part) for p in words.shape if p is not None for word in (p.low, p.high)]
+    assert len(set(phrases)) == len(phrases)
+
+
+def test_every_fact_has_its_number_of_answers_and_those_of_the_subject_come_first() -> None:
+    assert set(ANSWERS) == set(FACTS)
+    assert FACTS[SUBJECT:] == ("place", "style", "size")
 
 
 def test_fifty_two_subjects_are_held_out_two_or_more_of_every_class() -> None:
@@ -101,11 +146,11 @@ def test_what_is_trained_on_keeps_its_distance() -> None:
         assert min(float(np.linalg.norm(other.vector() - subject.vector())) for other in others) >= RADIUS
 
 
-def test_the_recogniser_has_an_answer_for_everything_there_is() -> None:
-    assert {
-        "class": len(CLASSES), "main colour": len(COLOURS), "pattern": len(PATTERNS), "place": len(PLACES)
-    } == HEADS  # fmt: skip
-    assert next(iter(held_out().values())).vector().shape == (PARAMETERS,)
+def test_the_shipped_recogniser_has_an_answer_for_everything_there_is() -> None:
+    judge = recogniser.load(Path(mini.__file__).parent / "judges" / "recogniser.safetensors")
+    for name in recogniser.RECOGNISED:
+        assert judge.heads[name.replace(" ", "_")].out_features == ANSWERS[name]
+    assert next(iter(held_out().values())).vector().shape == (judge.shape[2],) == (PARAMETERS,)
 
 
 @pytest.mark.parametrize("style", STYLES)

@@ -10,10 +10,8 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-HEADS = {"class": 25, "main colour": 11, "pattern": 4, "place": 14}
-"""What is recognised, and how many answers there are; the answers are numbered as in `dvar.mini.world`."""
-PARAMETERS = 16
-"""Length of `Subject.vector`."""
+RECOGNISED = ("class", "main colour", "pattern", "place")
+"""Facts of `dvar.mini.world.captions` that are recognised, their answers numbered as there."""
 ASTRAY = 0.1
 """Share of parameters that a picture is taken to get wrong: anything in [0, 1], all alike."""
 LEAST_SPREAD = 0.01
@@ -24,8 +22,8 @@ LEAST_SPREAD = 0.01
 class Reading:
     """What is seen in n pictures.
 
-    ``logits``: [n, answers] for each head.  ``means`` and ``spreads``: [n, 25, 16], the estimate of each parameter and
-    its standard deviation if the subject were of each class: a class gives its six shape parameters their meaning.
+    ``logits``: [n, answers] for each head.  ``means`` and ``spreads``: [n, classes, 16], the estimate of each parameter
+    and its standard deviation if the subject were of each class: a class gives its six shape parameters their meaning.
     """
 
     logits: dict[str, Tensor]
@@ -53,23 +51,26 @@ class Reading:
 
 
 class Recogniser(nn.Module):
-    """Four convolutional stages on float pictures [n, 3, 64, 64] in [-1, 1]."""
+    """Four convolutional stages on float pictures [n, 3, 64, 64] in [-1, 1].
 
-    def __init__(self, width: int = 32, hidden: int = 384) -> None:
+    ``answers``: how many each of `RECOGNISED` has; ``parameters``: the length of `Subject.vector`.
+    """
+
+    def __init__(self, answers: dict[str, int], parameters: int, width: int = 32, hidden: int = 384) -> None:
         super().__init__()
+        self.shape = answers["class"], 2, parameters
         widths = [width, 2 * width, 4 * width, 6 * width]
         self.stages = nn.ModuleList(Stage(*pair) for pair in zip([3, *widths], widths, strict=False))
         self.mixed = nn.Sequential(nn.Flatten(), nn.Linear(widths[-1] * 16, hidden), nn.LayerNorm(hidden), nn.SiLU())
-        self.heads = nn.ModuleDict({name.replace(" ", "_"): nn.Linear(hidden, n) for name, n in HEADS.items()})
-        self.parameter_head = nn.Linear(hidden, HEADS["class"] * 2 * PARAMETERS)
+        self.heads = nn.ModuleDict({name.replace(" ", "_"): nn.Linear(hidden, answers[name]) for name in RECOGNISED})
+        self.parameter_head = nn.Linear(hidden, math.prod(self.shape))
 
     def forward(self, pictures: Tensor) -> Reading:
         for stage in self.stages:
             pictures = stage(pictures)
         hidden = self.mixed(pictures)
-        logits = {name: self.heads[name.replace(" ", "_")](hidden) for name in HEADS}
-        parameters = self.parameter_head(hidden).float().view(-1, HEADS["class"], 2, PARAMETERS)
-        means, logarithms = parameters.unbind(dim=2)
+        logits = {name: self.heads[name.replace(" ", "_")](hidden) for name in RECOGNISED}
+        means, logarithms = self.parameter_head(hidden).float().unflatten(1, self.shape).unbind(dim=2)
         return Reading(logits, 0.5 + means, (logarithms - 1).clamp(min=math.log(LEAST_SPREAD)).exp())
 
 
@@ -88,6 +89,8 @@ class Stage(nn.Module):
 
 def load(path: Path) -> Recogniser:
     """The shipped recogniser, frozen, in eval mode, in float32."""
-    model = Recogniser()
-    model.load_state_dict({key: value.float() for key, value in load_file(path).items()})
+    tensors = load_file(path)
+    answers = {name: len(tensors[f"heads.{name.replace(' ', '_')}.bias"]) for name in RECOGNISED}
+    model = Recogniser(answers, parameters=len(tensors["parameter_head.bias"]) // (2 * answers["class"]))
+    model.load_state_dict({key: value.float() for key, value in tensors.items()})
     return model.eval().requires_grad_(False)

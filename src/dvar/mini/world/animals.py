@@ -24,7 +24,11 @@ ROSE = (0.93, 0.45, 0.50)
 BEAK = (0.98, 0.68, 0.15)
 
 
-@thing("cat")
+@thing(
+    "cat",
+    accent="ears",
+    shape="slim|fat, small|big head, short|long ears, high|low tail, thin|thick tail, tall|short",
+)
 def draw_cat(pen: Pen, look: Look) -> None:
     hips, head, ear = look.between(0, 0.44, 0.7), look.between(1, 0.38, 0.52), look.between(2, 0.14, 0.46)
     tail, thick, y = look.between(3, -0.6, 0.35), look.between(4, 0.13, 0.26), look.between(5, -0.52, -0.2)
@@ -47,7 +51,11 @@ def draw_cat(pen: Pen, look: Look) -> None:
     pen.fill(polygon((-0.09, y + head * 0.2), (0.09, y + head * 0.2), (0, y + head * 0.42)), ROSE)
 
 
-@thing("dog")
+@thing(
+    "dog",
+    accent="ears",
+    shape="short|long legs, slim|fat, small|big head, short|long snout, short|long ears, high|low tail",
+)
 def draw_dog(pen: Pen, look: Look) -> None:
     leg, thick, head = look.between(0, 0.26, 0.58), look.between(1, 0.26, 0.4), look.between(2, 0.32, 0.44)
     snout, ear, tail = look.between(3, 0.22, 0.44), look.between(4, 0.35, 0.75), look.between(5, -0.75, 0.1)
@@ -67,7 +75,11 @@ def draw_dog(pen: Pen, look: Look) -> None:
     pen.part(curve((x + 0.05, top), (nape, top + 0.08), (nape + 0.04, low), (x + 0.18, low), closed=True), look.accent)
 
 
-@thing("duck")
+@thing(
+    "duck",
+    accent="wing",
+    shape="slim|fat, small|big head, short|long neck, short|long bill, low|high tail, small|big wing",
+)
 def draw_duck(pen: Pen, look: Look) -> None:
     deep, head, neck = look.between(0, 0.36, 0.54), look.between(1, 0.28, 0.4), look.between(2, 0.1, 0.75)
     bill, tail, wing = look.between(3, 0.22, 0.48), look.between(4, 0.0, 0.65), look.between(5, 0.28, 0.5)
@@ -88,7 +100,11 @@ def draw_duck(pen: Pen, look: Look) -> None:
     pen.eye(x - head * 0.25, top - head * 0.2, 0.13)
 
 
-@thing("fish")
+@thing(
+    "fish",
+    accent="fins",
+    shape="slim|fat, short|long, small|big tail, small|big fins, flat|forked tail, small|big eyes",
+)
 def draw_fish(pen: Pen, look: Look) -> None:
     deep, length, tail = look.between(0, 0.4, 0.72), look.between(1, 0.5, 0.74), look.between(2, 0.35, 0.75)
     fin, notch, eye = look.between(3, 0.1, 0.42), look.between(4, 0.0, 0.28), look.between(5, 0.12, 0.26)
@@ -108,7 +124,11 @@ def draw_fish(pen: Pen, look: Look) -> None:
     pen.line(curve((x - length * 0.9, y + 0.16), (x - length * 0.75, y + 0.26), (x - length / 2, y + 0.2)), INK, 0.05)
 
 
-@thing("bird")
+@thing(
+    "bird",
+    accent="wing",
+    shape="slim|fat, small|big head, short|long beak, high|low tail, short|long legs, short|long crest",
+)
 def draw_bird(pen: Pen, look: Look) -> None:
     plump, head, beak = look.between(0, 0.36, 0.52), look.between(1, 0.28, 0.4), look.between(2, 0.14, 0.48)
     tail, leg, crest = look.between(3, -0.5, 0.25), look.between(4, 0.18, 0.42), look.between(5, 0.0, 0.42)
@@ -129,7 +149,11 @@ def draw_bird(pen: Pen, look: Look) -> None:
     pen.eye(x - head * 0.25, top - head * 0.1, 0.14)
 
 
-@thing("owl")
+@thing(
+    "owl",
+    accent="wings",
+    shape="slim|fat, tall|short, small|big eyes, short|long tufts, short|long wings, short|long beak",
+)
 def draw_owl(pen: Pen, look: Look) -> None:
     wide, top, eye = look.between(0, 0.5, 0.78), look.between(1, -0.86, -0.45), look.between(2, 0.22, 0.34)
     tuft, wing, beak = look.between(3, 0.0, 0.36), look.between(4, 0.38, 0.74), look.between(5, 0.1, 0.42)
@@ -150,7 +174,11 @@ def draw_owl(pen: Pen, look: Look) -> None:
     pen.part(polygon((-root, low), (root, low), (0, y + eye * 0.6 + beak)), BEAK)
 
 
-@thing("teddy")
+@thing(
+    "teddy",
+    accent="bow",
+    shape="small|big head, small|big ears, slim|fat, high|low arms, small|big feet, tall|short",
+)
 def draw_teddy(pen: Pen, look: Look) -> None:
     head, ear, belly = look.between(0, 0.42, 0.56), look.between(1, 0.16, 0.27), look.between(2, 0.4, 0.58)
     arm, foot, y = look.between(3, -0.1, 0.6), look.between(4, 0.2, 0.31), look.between(5, -0.5, -0.26)
@@ -173,7 +201,11 @@ def draw_teddy(pen: Pen, look: Look) -> None:
         pen.part(polygon((0, y + head), (side * 0.32, y + head - 0.15), (side * 0.32, y + head + 0.15)), look.accent)
 
 
-@thing("snail")
+@thing(
+    "snail",
+    accent="body",
+    shape="small|big shell, flat|tall shell, small|big head, short|long stalks, loose|tight spiral, high|low head",
+)
 def draw_snail(pen: Pen, look: Look) -> None:
     shell, tall, head = look.between(0, 0.5, 0.72), look.between(1, 0.85, 1.15), look.between(2, 0.18, 0.28)
     stalk, turns, neck = look.between(3, 0.25, 0.6), look.between(4, 1.2, 2.4), look.between(5, -0.05, 0.35)

@@ -8,13 +8,33 @@ from __future__ import annotations
 
 import numpy as np
 
-from dvar.mini.world.classes import CLASSES
+from dvar.mini.world.classes import CLASSES, WORDS
 from dvar.mini.world.places import PLACES
 from dvar.mini.world.scene import COLOURS, PATTERNS, Scene, Subject
 from dvar.mini.world.styles import STYLES
 
-FACTS = ("class", "main colour", "pattern", "second colour", "place", "style", "size")
+FACTS = (
+    *("class", "main colour", "pattern", "second colour", "accent colour", "pattern size"),
+    *("shape 0", "shape 1", "shape 2", "shape 3", "shape 4", "shape 5"),
+    *("place", "style", "size"),
+)
+SUBJECT = FACTS.index("place")
+"""This many facts, the first, are about the subject itself."""
 SIZES = ("small", "medium", "large")
+PATTERN_SIZES = ("fine", "medium", "bold")
+THIRDS = (1 / 3, 2 / 3)
+"""Where a number in [0, 1] begins to be called middling, and great."""
+UNSAYABLE = -2
+"""A fact that no caption can be true of: a plain subject's second colour, a shape parameter without words."""
+ANSWERS = {
+    "class": len(CLASSES),
+    **dict.fromkeys(("main colour", "second colour", "accent colour"), len(COLOURS)),
+    "pattern": len(PATTERNS),
+    "place": len(PLACES),
+    "style": len(STYLES),
+    **dict.fromkeys(("size", "pattern size", *FACTS[6:SUBJECT]), 3),
+}
+"""How many answers each fact has."""
 _STYLE_WORDS = {
     "black and white": ("a black and white photo of {}", "a black and white picture of {}"),
     "sketch": ("a sketch of {}", "a pencil drawing of {}"),
@@ -38,16 +58,19 @@ def size_of(scene: Scene) -> int:
 
 
 def facts(subject: Subject, scene: Scene) -> np.ndarray:
-    """int16 [7], in the order of `FACTS`: what is true of the picture.  A plain subject's second colour is -2, true
-    of no caption."""
+    """int16 [15], in the order of `FACTS`: what is true of the picture, `UNSAYABLE` where there are no words for it."""
     colours = list(COLOURS)
-    second = -2 if subject.pattern == "plain" else colours.index(subject.colours[1])
+    plain = subject.pattern == "plain"
+    named = [proportion is not None for proportion in WORDS[subject.noun].shape]
     return np.array(
         [
             list(CLASSES).index(subject.noun),
             colours.index(subject.colours[0]),
             PATTERNS.index(subject.pattern),
-            second,
+            UNSAYABLE if plain else colours.index(subject.colours[1]),
+            colours.index(subject.colours[2]),
+            UNSAYABLE if plain else np.digitize(subject.pattern_scale, THIRDS),
+            *np.where(named, np.digitize(subject.shape, THIRDS), UNSAYABLE),
             list(PLACES).index(scene.place),
             list(STYLES).index(scene.style),
             size_of(scene),
@@ -57,60 +80,74 @@ def facts(subject: Subject, scene: Scene) -> np.ndarray:
 
 
 def caption(truth: np.ndarray, rng: np.random.Generator) -> tuple[str, np.ndarray]:
-    """A caption of a picture with these `facts`, and what it mentions: int16 [7], -1 where it is silent."""
-    noun, main, pattern, second, place, style, size = (int(value) for value in truth)
-    mentioned = np.full(len(FACTS), -1, dtype=np.int16)
+    """A caption of a picture with these `facts`, and what it mentions: int16 [15], -1 where it is silent."""
+    fact = dict(zip(FACTS, (int(value) for value in truth), strict=True))
+    noun, pattern = list(CLASSES)[fact["class"]], PATTERNS[fact["pattern"]]
+    place, style = list(PLACES.values())[fact["place"]].words, list(STYLES)[fact["style"]]
     names = list(COLOURS)
+    mentioned = np.full(len(FACTS), -1, dtype=np.int16)
 
-    def mention(*indices: int) -> None:
-        mentioned[list(indices)] = truth[list(indices)]
+    def mention(name: str) -> str:
+        mentioned[FACTS.index(name)] = fact[name]
+        return name
 
     if rng.uniform() < 0.04:
-        mention(4)
-        return f"{_pick(rng, ('a photo', 'a picture'))} {list(PLACES.values())[place].words}", mentioned
-    words = [list(CLASSES)[noun]]
-    mention(0)
-    tail = ""
-    if rng.uniform() < 0.55 and PATTERNS[pattern] != "plain":
-        mention(2)
-        if rng.uniform() < 0.6:
-            mention(3)
-            tail = f" with {names[second]} {_PATTERN_NOUNS[PATTERNS[pattern]]}"
-        else:
-            words.insert(0, PATTERNS[pattern])
-    elif rng.uniform() < 0.25 and PATTERNS[pattern] == "plain":
-        mention(2)
-        words.insert(0, "plain")
+        mention("place")
+        return f"{_pick(rng, ('a photo', 'a picture'))} {place}", mentioned
     # Colours cannot be told from a black and white picture or a sketch, so its captions leave them out.
-    grey = list(STYLES)[style] in ("black and white", "sketch")
-    if grey and mentioned[3] != -1:
-        mentioned[3] = -1
-        tail = f" with {_PATTERN_NOUNS[PATTERNS[pattern]]}"
+    grey = style in ("black and white", "sketch")
+    words = [noun]
+    parts: list[str] = []
+    mention("class")
+    if rng.uniform() < (0.25 if pattern == "plain" else 0.55):
+        mention("pattern")
+        if pattern == "plain" or rng.uniform() < 0.4:
+            words.insert(0, pattern)
+        else:
+            marks = [_PATTERN_NOUNS[pattern]]
+            if not grey:
+                marks.insert(0, names[fact[mention("second colour")]])
+            if fact["pattern size"] != 1 and rng.uniform() < 0.4:
+                marks.insert(0, PATTERN_SIZES[fact[mention("pattern size")]])
+            parts.append(" ".join(marks))
     if not grey and rng.uniform() < 0.6:
-        mention(1)
-        words.insert(0, names[main])
-    if SIZES[size] != "medium" and rng.uniform() < 0.3:
-        mention(6)
-        words.insert(0, SIZES[size])
-    article = _pick(rng, ("the", "my", "one", "article", "article", "article", "article"))
-    if article == "article":
-        article = "an" if words[0][0] in "aeiou" else "a"
-    text = f"{article} {' '.join(words)}{tail}"
+        words.insert(0, names[fact[mention("main colour")]])
+    if not grey and rng.uniform() < 0.4:
+        parts.append(_with_article(f"{names[fact[mention('accent colour')]]} {WORDS[noun].accent}"))
+    extremes = [i for i in rng.permutation(6) if fact[f"shape {i}"] in (0, 2)]
+    for i in extremes[: min(rng.binomial(3, 0.35), 3 - len(parts))]:
+        proportion = WORDS[noun].shape[i]
+        word = proportion.low if fact[mention(f"shape {i}")] == 0 else proportion.high
+        if proportion.part:
+            parts.append(_with_article(f"{word} {proportion.part}"))
+        else:
+            words.insert(0, word)
+    if fact["size"] != 1 and rng.uniform() < 0.3:
+        words.insert(0, SIZES[fact[mention("size")]])
+    article = _pick(rng, ("the", "my", "one", "", "", "", ""))
+    text = f"{article} {' '.join(words)}" if article else _with_article(" ".join(words))
+    if parts:
+        text = f"{text} with {' and '.join(parts[i] for i in rng.permutation(len(parts)))}"
     if rng.uniform() < 0.6:
-        mention(4)
-        text = f"{text} {list(PLACES.values())[place].words}"
-    style_name = list(STYLES)[style]
-    if style_name != "photo" and rng.uniform() < 0.85:
-        mention(5)
-        return _pick(rng, _STYLE_WORDS[style_name]).format(text), mentioned
-    return (_pick(rng, _PLAIN_WORDS).format(text) if style_name == "photo" and rng.uniform() < 0.7 else text), mentioned
+        mention("place")
+        text = f"{text} {place}"
+    if style != "photo" and rng.uniform() < 0.85:
+        mention("style")
+        return _pick(rng, _STYLE_WORDS[style]).format(text), mentioned
+    return (_pick(rng, _PLAIN_WORDS).format(text) if style == "photo" and rng.uniform() < 0.7 else text), mentioned
 
 
 def agrees(mentioned: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """bool [captions, pictures]: whether all that a caption mentions ([captions, 7]) is true of a picture
-    ([pictures, 7])."""
+    """bool [captions, pictures]: whether all that a caption mentions ([captions, 15]) is true of a picture
+    ([pictures, 15])."""
     said, true = mentioned[:, None, :], truth[None, :, :]
     return ((said == -1) | (said == true)).all(axis=-1)
+
+
+def _with_article(words: str) -> str:
+    if words.endswith(("s", "feet")):  # several parts, such as long legs
+        return words
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def _pick(rng: np.random.Generator, choices: tuple[str, ...]) -> str:

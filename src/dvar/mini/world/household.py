@@ -8,7 +8,11 @@ from dvar.mini.world.canvas import Look, Pen, box, curve, darker, lighter, oval,
 from dvar.mini.world.classes import thing
 
 
-@thing("vase")
+@thing(
+    "vase",
+    accent="rim",
+    shape="slim|fat belly, narrow|wide neck, narrow|wide foot, short|tall, high|low belly, small|big lip",
+)
 def draw_vase(pen: Pen, look: Look) -> None:
     belly, neck, foot = look.between(0, 0.42, 0.8), look.between(1, 0.16, 0.42), look.between(2, 0.28, 0.5)
     height, swell = look.between(3, 1.5, 1.95), look.between(4, 0.35, 0.68)
@@ -26,7 +30,11 @@ def draw_vase(pen: Pen, look: Look) -> None:
     pen.fill(oval(0, top + 0.01, lip * 0.75, 0.05), darker(look.accent, 0.7))
 
 
-@thing("mug")
+@thing(
+    "mug",
+    accent="handle",
+    shape="narrow|wide, short|tall, narrow|wide bottom, small|big handle, high|low handle, thin|thick handle",
+)
 def draw_mug(pen: Pen, look: Look) -> None:
     width, height = look.between(0, 0.5, 0.78), look.between(1, 1.0, 1.7)
     taper, ring = look.between(2, -0.14, 0.1), look.between(3, 0.26, 0.46)
@@ -47,7 +55,11 @@ def draw_mug(pen: Pen, look: Look) -> None:
     pen.fill(oval(left, top + 0.02, width * 0.84, 0.09), darker(look.main, 0.65))
 
 
-@thing("teapot")
+@thing(
+    "teapot",
+    accent="lid",
+    shape="narrow|wide, short|tall, high|low belly, low|high spout, small|big handle, small|big knob",
+)
 def draw_teapot(pen: Pen, look: Look) -> None:
     width, height = look.between(0, 0.48, 0.64), look.between(1, 1.0, 1.5)
     swell, spout = look.between(2, 0.36, 0.78), look.between(3, -0.05, 0.35)
@@ -76,7 +88,11 @@ def draw_teapot(pen: Pen, look: Look) -> None:
     pen.part(turned([(0.05, top - 0.1), (width * 0.45, top - 0.04), (width * 0.62, top + 0.1)]), look.accent)
 
 
-@thing("bottle")
+@thing(
+    "bottle",
+    accent="label",
+    shape="narrow|wide, thin|thick neck, high|low shoulder, short|long shoulder, small|big cap, small|big label",
+)
 def draw_bottle(pen: Pen, look: Look) -> None:
     width, neck = look.between(0, 0.36, 0.6), look.between(1, 0.13, 0.24)
     shoulder, slope = look.between(2, -0.35, 0.15), look.between(3, 0.12, 0.5)
@@ -91,7 +107,11 @@ def draw_bottle(pen: Pen, look: Look) -> None:
     pen.fill(oval(0, middle, label * 0.55, label * 0.55), lighter(look.accent, 0.75))
 
 
-@thing("lamp")
+@thing(
+    "lamp",
+    accent="foot",
+    shape="narrow|wide shade, narrow|wide top, short|long shade, thin|fat stem, small|big foot, high|low belly",
+)
 def draw_lamp(pen: Pen, look: Look) -> None:
     rim, crown = look.between(0, 0.62, 0.92), look.between(1, 0.22, 0.56)
     hem, belly = look.between(2, -0.2, 0.2), look.between(3, 0.1, 0.4)
@@ -105,7 +125,11 @@ def draw_lamp(pen: Pen, look: Look) -> None:
     pen.body(polygon((-crown, -0.97), (crown, -0.97), (rim, hem), (-rim, hem)), look)
 
 
-@thing("clock")
+@thing(
+    "clock",
+    accent="bells",
+    shape="narrow|wide, short|tall, square|round corners, small|big face, small|big bells, high|low hand",
+)
 def draw_clock(pen: Pen, look: Look) -> None:
     width, height = look.between(0, 0.68, 0.95), look.between(1, 0.66, 0.8)
     corner, face = look.between(2, 0.15, 0.9), look.between(3, 0.62, 0.84) * min(width, height)
@@ -124,7 +148,11 @@ def draw_clock(pen: Pen, look: Look) -> None:
     pen.line(polygon((0, middle), tip), (0.1, 0.1, 0.13), 0.11)
 
 
-@thing("chair")
+@thing(
+    "chair",
+    accent="legs",
+    shape="narrow|wide, low|high back, narrow|wide top, flat|round top, thin|thick legs, straight|splayed legs",
+)
 def draw_chair(pen: Pen, look: Look) -> None:
     width, back = look.between(0, 0.4, 0.64), look.between(1, 0.62, 0.93)
     flare, round_top = look.between(2, -0.12, 0.14), look.between(3, 0.0, 0.3)
@@ -144,7 +172,11 @@ def draw_chair(pen: Pen, look: Look) -> None:
     pen.part(box(-width - 0.22, seat + 0.18, width + 0.22, seat + 0.34, 0.06), look.accent)
 
 
-@thing("backpack")
+@thing(
+    "backpack",
+    accent="pocket",
+    shape="narrow|wide, tall|short, square|round top, small|big pocket, narrow|wide sides, small|big loop",
+)
 def draw_backpack(pen: Pen, look: Look) -> None:
     width, top = look.between(0, 0.54, 0.76), look.between(1, -0.84, -0.5)
     shoulder, pocket = look.between(2, 0.12, 0.6), look.between(3, 0.28, 0.5)

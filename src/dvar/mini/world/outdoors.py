@@ -15,7 +15,7 @@ LEAF = (0.30, 0.58, 0.26)
 TYRE = (0.16, 0.16, 0.19)
 
 
-@thing("robot")
+@thing("robot", accent="hands", shape="narrow|wide, short|tall, narrow|wide head, thin|thick limbs, , small|big eyes")
 def draw_robot(pen: Pen, look: Look) -> None:
     chest, waist, head = look.between(0, 0.40, 0.62), look.between(1, 0.48, 0.74), look.between(2, 0.36, 0.56)
     limb, wave = look.between(3, 0.12, 0.24), look.between(4, -0.35, 0.4)
@@ -38,7 +38,11 @@ def draw_robot(pen: Pen, look: Look) -> None:
     pen.line(curve((-head * 0.4, neck - 0.13), (0, neck - 0.08), (head * 0.4, neck - 0.13)), (0.07, 0.06, 0.09), 0.06)
 
 
-@thing("rocket")
+@thing(
+    "rocket",
+    accent="fins",
+    shape="slim|fat, short|long nose, narrow|wide tail, small|big fins, short|long fins, small|big window",
+)
 def draw_rocket(pen: Pen, look: Look) -> None:
     width, nose, tail = look.between(0, 0.32, 0.54), look.between(1, 0.40, 0.75), look.between(2, 0.5, 0.85)
     fin, sweep, port = look.between(3, 0.24, 0.46), look.between(4, 0.3, 0.62), look.between(5, 0.13, 0.22)
@@ -57,7 +61,11 @@ def draw_rocket(pen: Pen, look: Look) -> None:
     pen.part(oval(0, shoulder + 0.42, port, port), GLASS)
 
 
-@thing("car")
+@thing(
+    "car",
+    accent="roof",
+    shape="small|big wheels, low|high sides, short|long cabin, low|high roof, rear|forward cabin, square|round corners",
+)
 def draw_car(pen: Pen, look: Look) -> None:
     wheel, side, cabin = look.between(0, 0.24, 0.36), look.between(1, 0.48, 0.66), look.between(2, 0.40, 0.62)
     roof, lean, nose = look.between(3, 0.40, 0.60), look.between(4, -0.22, 0.12), look.between(5, 0.08, 0.3)
@@ -79,7 +87,11 @@ def draw_car(pen: Pen, look: Look) -> None:
         pen.part(oval(x, 1 - wheel, wheel * 0.52, wheel * 0.52), look.accent)
 
 
-@thing("boat")
+@thing(
+    "boat",
+    accent="sail",
+    shape="shallow|deep hull, low|high bow, narrow|wide bottom, short|tall mast, narrow|wide sail, small|big jib",
+)
 def draw_boat(pen: Pen, look: Look) -> None:
     deep, bow, keel = look.between(0, 0.44, 0.72), look.between(1, 0.05, 0.28), look.between(2, 0.5, 0.8)
     high, sail, jib = look.between(3, 1.0, 1.25), look.between(4, 0.5, 0.85), look.between(5, 0.3, 0.75)
@@ -104,7 +116,7 @@ def draw_boat(pen: Pen, look: Look) -> None:
     pen.body(hull, look)
 
 
-@thing("cactus")
+@thing("cactus", accent="pot", shape="slim|fat, thin|thick arms, narrow|wide pot, , , small|big bloom")
 def draw_cactus(pen: Pen, look: Look) -> None:
     trunk, arm, pot = look.between(0, 0.24, 0.38), look.between(1, 0.13, 0.19), look.between(2, 0.36, 0.56)
     left, right, bloom = look.between(3, -0.6, -0.1), look.between(4, -0.6, -0.1), look.between(5, 0.12, 0.26)
@@ -128,7 +140,11 @@ def draw_cactus(pen: Pen, look: Look) -> None:
     pen.part(box(-pot - 0.08, 0.54, pot + 0.08, 0.71, 0.05), look.accent)
 
 
-@thing("flower")
+@thing(
+    "flower",
+    accent="heart",
+    shape="few|many petals, thin|thick petals, small|big heart, short|long petals, , short|long leaves",
+)
 def draw_flower(pen: Pen, look: Look) -> None:
     petals, plump, heart = round(look.between(0, 4.5, 8.5)), look.between(1, 0.85, 1.25), look.between(2, 0.19, 0.32)
     reach, bend, leaf = look.between(3, 0.6, 0.76), look.between(4, -0.3, 0.3), look.between(5, 0.3, 0.62)
@@ -152,7 +168,11 @@ def draw_flower(pen: Pen, look: Look) -> None:
     pen.part(oval(0, y, heart, heart), look.accent)
 
 
-@thing("mushroom")
+@thing(
+    "mushroom",
+    accent="stalk",
+    shape="narrow|wide cap, flat|tall cap, pointed|round cap, thin|thick stalk, narrow|wide foot, small|big gills",
+)
 def draw_mushroom(pen: Pen, look: Look) -> None:
     wide, tall, peak = look.between(0, 0.68, 0.98), look.between(1, 0.7, 1.08), look.between(2, 0.3, 0.75)
     stalk, foot, gills = look.between(3, 0.2, 0.36), look.between(4, 0.0, 0.28), look.between(5, 0.06, 0.2)
@@ -170,7 +190,11 @@ def draw_mushroom(pen: Pen, look: Look) -> None:
     pen.part(stem, look.accent)
 
 
-@thing("house")
+@thing(
+    "house",
+    accent="roof",
+    shape="narrow|wide, short|tall, short|long eaves, pointed|flat roof, , small|big chimney",
+)
 def draw_house(pen: Pen, look: Look) -> None:
     wall, high, eaves = look.between(0, 0.58, 0.84), look.between(1, 0.8, 1.15), look.between(2, 0.08, 0.2)
     ridge, door, stack = look.between(3, 0.02, 0.5), look.between(4, -0.36, 0.36), look.between(5, 0.02, 0.2)
@@ -188,7 +212,11 @@ def draw_house(pen: Pen, look: Look) -> None:
     pen.part(box(window - 0.17, top + 0.24, window + 0.17, top + 0.56, 0.03), GLOW, shade=0.1)
 
 
-@thing("boot")
+@thing(
+    "boot",
+    accent="sole",
+    shape="short|tall, narrow|wide shaft, short|long toe, low|high heel, flat|round toe, narrow|wide cuff",
+)
 def draw_boot(pen: Pen, look: Look) -> None:
     high, shaft, toe = look.between(0, 1.45, 1.9), look.between(1, 0.32, 0.48), look.between(2, 0.55, 0.9)
     heel, bulge, cuff = look.between(3, 0.14, 0.34), look.between(4, 0.26, 0.46), look.between(5, 0.16, 0.4)

@@ -18,6 +18,8 @@ from dvar.mini.world.styles import STYLES
 
 SIZE = 64
 SHAPES = 6
+PARAMETERS = 3 * 3 + 1 + SHAPES
+"""Length of `Subject.vector`."""
 PATTERNS = ("plain", "striped", "dotted", "checked")
 # Hue, saturation and value of each named colour's middle, and how far a subject's colour may lie from it.
 COLOURS: dict[str, tuple[Colour, Colour]] = {
