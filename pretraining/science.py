@@ -1,9 +1,10 @@
 """Does the bundled model support the science?  Train past every stop on the four tuning concepts, and look at the way.
 
-``python -m pretraining.science train --method textual-inversion --seeds 0 1 2`` trains to the cap, DVAR kept from
-stopping, and scores pictures at steps spread over the run; ``--learning_rates`` tries several.  A run that is there is
-not made again; ``score`` reads its kept pictures anew, when the judges have changed.  ``judge`` reads all runs:
-settings are chosen by the recogniser at the cap alone, and the gate says for which methods rules may be ranked.
+``python -m pretraining.science train --method textual-inversion --learning_rates 1e-2`` trains to the cap, DVAR kept
+from stopping, and scores pictures at steps spread over the run, or with ``--shares 1`` at the cap alone.  A run that
+is there is not made again; ``score`` reads its kept pictures anew, when the judges have changed.  ``compare`` shows
+what settings are chosen by: the recogniser at the cap, nothing else.  ``freeze`` names what was chosen by a hash, and
+``judge``, which comes after, says for which methods rules may be ranked.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ import torch
 from transformers import CLIPModel, CLIPTokenizer
 
 from dvar import mini
+from dvar.config import CONFIGS
 from dvar.diffusion.sampling import sample
 from dvar.mini import recogniser
 from dvar.mini.world.classes import CLASSES
@@ -28,9 +31,9 @@ from dvar.mini.world.concepts import held_out, reference_scenes
 from dvar.mini.world.places import PLACES
 from dvar.mini.world.scene import COLOURS, PATTERNS, render, sample_scene, sample_subject
 from dvar.stopper.trace import Trace
-from dvar.trainer.presets import configure
+from dvar.trainer.presets import configure, settings
 from dvar.trainer.run import personalise, personalised
-from pretraining.evaluate import ROOT, percent, picture_features, text_features
+from pretraining.evaluate import ROOT, folder_hash, percent, picture_features, text_features
 from pretraining.pictures import as_tensor
 from pretraining.training import WORK
 
@@ -38,6 +41,11 @@ RUNS = WORK / "science"
 CADENCE, PROBE_EVERY = 25, 5
 SHARES = (0.0, 0.02, 0.05, 0.1, 0.17, 0.25, 0.35, 0.5, 0.75, 1.0)
 """Parts of the cap at which pictures are drawn and scored, rounded to checkpoints."""
+AT_THE_CAP = (
+    *(("plain", key) for key in ("identity", "class", "main colour", "pattern")),
+    *(("placed", key) for key in ("identity", "class", "place")),
+)
+"""The scores that settings are chosen by, both of the recogniser: the subject, and the places it was not seen in."""
 PLAIN, PLACED = 8, ("beach", "snow", "night", "forest", "table", "street", "desert", "blue wall")
 DISTRACTORS = 99
 
@@ -120,12 +128,12 @@ def named(method: str, noun: str) -> dict[str, str]:
     return {"placeholder_token": "<thing>", "initializer_token": noun}
 
 
-def train(trial: Trial) -> None:
-    """Train to the cap and score on the way; the pictures are kept beside the scores, for other judges."""
+def train(trial: Trial, shares: Sequence[float] = SHARES) -> None:
+    """Train to the cap and score at these parts of it; the pictures are kept beside the scores, for other judges."""
     run = trial.folder
     if (run / "scores.json").exists():
         return
-    settings = named(trial.method, mini.noun(trial.concept)) | {
+    given = named(trial.method, mini.noun(trial.concept)) | {
         "instance_data_dir": mini.concepts()[trial.concept],
         "output_dir": run,
         "overwrite": True,
@@ -133,7 +141,7 @@ def train(trial: Trial) -> None:
         "seed": trial.seed,
     }
     config = replace(
-        configure(settings, trial.method),
+        configure(given, trial.method),
         max_train_steps=trial.cap,
         probe_every=PROBE_EVERY,
         window=100,
@@ -145,7 +153,7 @@ def train(trial: Trial) -> None:
     personalise(config)
     plain = f"a photo of {config.subject}"
     prompts = [plain] * PLAIN + [f"{plain} {PLACES[place].words}" for place in PLACED]
-    for step in sorted({CADENCE * round(share * trial.cap / CADENCE) for share in SHARES}):
+    for step in sorted({CADENCE * round(share * trial.cap / CADENCE) for share in shares}):
         drawn = sample(
             personalised(run, step=step),
             prompts,
@@ -218,24 +226,35 @@ def curve(runs: Sequence[Path], part: str, key: str) -> list[float]:
     return [float(np.mean([row[part][key] for row in rows])) for rows in zip(*records, strict=True)]
 
 
+def frozen() -> dict[str, str]:
+    """What may not change once a concept of the laboratory has been run, each part by its sha256: the weights (and
+    with them the vocabulary), and each method's settings on the bundled model."""
+    chosen = {method: json.dumps(settings("mini", method), sort_keys=True) for method in CONFIGS}
+    return {"weights": folder_hash()} | {name: sha256(text.encode()).hexdigest() for name, text in chosen.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("action", choices=("train", "score", "judge"))
+    parser.add_argument("action", choices=("train", "score", "compare", "freeze", "judge"))
     parser.add_argument("--method", default="textual-inversion")
-    parser.add_argument("--learning_rates", type=float, nargs="+", required=True)
+    parser.add_argument("--learning_rates", type=float, nargs="+", default=[])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--concepts", nargs="+", default=mini.TUNING)
     parser.add_argument("--steps", type=int, default=1500, help="the cap")
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of the cap, at which to score")
     parser.add_argument("--threads", type=int, default=1)
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
+    if chosen.action == "freeze":
+        print(json.dumps(frozen(), indent=1))
+        return
     for rate in chosen.learning_rates:
         trials = [
             Trial(chosen.method, name, rate, seed, chosen.steps) for seed in chosen.seeds for name in chosen.concepts
         ]
         if chosen.action == "train":
             for trial in trials:
-                train(trial)
+                train(trial, chosen.shares)
                 print(trial.folder.name, (trial.folder / "scores.json").read_text()[-700:], flush=True)
             continue
         whole = [trial for trial in trials if (trial.folder / "scores.json").exists()]
@@ -245,6 +264,10 @@ def main() -> None:
             continue
         runs = [trial.folder for trial in whole]
         if not runs:
+            continue
+        if chosen.action == "compare":
+            shown = {f"{part} {key}": curve(runs, part, key)[-1] for part, key in AT_THE_CAP}
+            print(f"{rate:g}: {len(runs)} runs;", ", ".join(f"{name} {value:.3f}" for name, value in shown.items()))
             continue
         print(f"== {chosen.method}, learning rate {rate:g}: {len(runs)} runs")
         print({name: round(value, 3) for name, value in gate(runs).items()})
