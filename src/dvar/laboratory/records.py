@@ -1,0 +1,267 @@
+"""Recorded runs, read back as values: what was measured along a run, and how good its pictures were on the way.
+
+A recorded run is a run folder, ``RECORDS/<method>/<concept>/<seed>/``, that was trained past every way to stop.  Beside
+what every run leaves it holds ``scores.json`` and, written last, ``done.json`` with the SHA-256 of both series:
+
+- ``trace.jsonl``: per step ``eval`` (the paper's held draws), ``train_loss``, ``grad_norm`` and ``seconds`` by part; at
+  sparser cadences ``stratified``, ``fresh``, ``frozen`` and ``unseen`` (lists, one loss a sample), ``drift`` and
+  ``token_norm``.  The header has ``timesteps`` for ``eval`` and ``series``: name -> {"every", "timesteps" where held};
+  the timesteps of fresh draws stand beside them in a record, as ``fresh_timesteps``.
+- ``scores.json``: {"header": what scored how, "rows": [{"step", "train": {metric: [one per picture]}, "validation":
+  the same, "seconds"}]}.
+- ``seconds.json``, in RECORDS itself and optional: method -> {unit: median seconds on an idle machine}; units as in
+  `Record.seconds`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dvar.errors import RefusedInput, TraceError
+from dvar.mini import TUNING
+from dvar.stopper.trace import Trace
+
+Floats = NDArray[np.float64]
+Steps = NDArray[np.int64]
+Part = Literal["train", "validation"]
+HELD = "eval"
+PAIRED = "paired"
+"""The series ``fresh`` minus ``frozen``: the same draws seen by both models."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One recorded run.
+
+    ``header`` says how its pictures were scored: pairing, judges, prompts, seeds, sampling steps, guidance, references.
+    ``pictures`` maps (part, metric) to the score of each picture, [scored steps, pictures].
+    """
+
+    method: str
+    concept: str
+    seed: int
+    config: Mapping[str, Any]
+    trace: Trace
+    header: Mapping[str, Any]
+    scored_steps: Steps
+    pictures: Mapping[tuple[str, str], Floats]
+    scoring_seconds: Floats
+    folder: Path | None = field(default=None, compare=False)
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Record:
+        """Return the recorded run in a folder named ``<method>/<concept>/<seed>``.
+
+        Raises: RefusedInput when it is unfinished or damaged, all that is wrong at once; TraceError when its trace is.
+        """
+        folder = Path(folder)
+        method, concept, seed = folder.parts[-3:]
+        done = _json(folder / "done.json")
+        hashes = done.get("hashes", {})
+        problems = [
+            f"{folder / name} is not what was recorded (its SHA-256 differs from done.json): record the run again"
+            for name in ("trace.jsonl", "scores.json")
+            if hashes.get(name) != digest(folder / name)
+        ]
+        if problems:
+            raise RefusedInput(problems)
+        scores = _json(folder / "scores.json")
+        rows = sorted(scores["rows"], key=lambda row: row["step"])
+        return cls(
+            method=method,
+            concept=concept,
+            seed=int(seed),
+            config=_json(folder / "config.json"),
+            trace=Trace.read(folder / "trace.jsonl"),
+            header=scores["header"],
+            scored_steps=np.array([row["step"] for row in rows], np.int64),
+            pictures=_pictures(rows),
+            scoring_seconds=np.array([row["seconds"] for row in rows], np.float64),
+            folder=folder,
+        )
+
+    @property
+    def cap(self) -> int:
+        """The last recorded step: a way that would go further is censored here."""
+        return self.trace.last_step
+
+    @property
+    def name(self) -> str:
+        """Method, concept and seed in one word."""
+        return f"{self.method}/{self.concept}/{self.seed}"
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What was scored on both kinds of pictures, sorted."""
+        of = {part: {metric for there, metric in self.pictures if there == part} for part in ("train", "validation")}
+        return tuple(sorted(of["train"] & of["validation"]))
+
+    def scores(self, part: Part, metric: str) -> tuple[Steps, Floats]:
+        """Steps [n] and scores [n, pictures] of the training or the validation pictures.
+
+        Raises: RefusedInput naming what was scored when this was not.
+        """
+        if (part, metric) not in self.pictures:
+            known = ", ".join(f"{there} {name}" for there, name in sorted(self.pictures))
+            raise RefusedInput([f"{self.name} has no score {part} {metric}: it has {known}"])
+        return self.scored_steps, self.pictures[part, metric]
+
+    def series(self, name: str) -> tuple[Steps, Floats]:
+        """Steps [n] and values [n, samples] of a series of the trace; a plain number counts as one sample.
+
+        ``paired`` is ``fresh`` minus ``frozen``.
+
+        Raises: RefusedInput naming what was recorded when this was not.
+        """
+        if name == PAIRED:
+            (steps, fresh), (_, frozen) = self.series("fresh"), self.series("frozen")
+            return steps, fresh - frozen
+        if name not in self._series:
+            known = ", ".join(sorted(self._series))
+            raise RefusedInput([f"{self.name} has no series {name!r}: it has {known}"])
+        return self._series[name]
+
+    def has(self, name: str) -> bool:
+        """Whether `series` would return this one."""
+        return {"fresh", "frozen"} <= set(self._series) if name == PAIRED else name in self._series
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Median seconds of each unit of work in this run, by name.
+
+        ``train``: one update; ``forward``: one held sample through the probe; ``picture``: one scored picture.
+        """
+        units = {"train": self._median("train")}
+        probed = self._median("eval") or self._median("probe")
+        if self.has(HELD):
+            units["forward"] = probed / max(self.series(HELD)[1].shape[1], 1)
+        drawn = sum(values.shape[1] for (_, metric), values in self.pictures.items() if metric == self._counted)
+        if drawn and len(self.scoring_seconds):
+            units["picture"] = float(np.median(self.scoring_seconds)) / drawn
+        return {unit: value for unit, value in units.items() if value > 0}
+
+    @property
+    def _counted(self) -> str:
+        """A metric that every picture has: each counts once."""
+        return next(iter(sorted({metric for _, metric in self.pictures})), "")
+
+    def _median(self, part: str) -> float:
+        values = self.trace.metric(f"seconds.{part}")[1]
+        values = values[values > 0]
+        return float(np.median(values)) if len(values) else 0.0
+
+    @cached_property
+    def _series(self) -> dict[str, tuple[Steps, Floats]]:
+        found: dict[str, tuple[list[int], list[Any]]] = {}
+        for row in self.trace.records:
+            for name, value in row.items():
+                if name == "step" or isinstance(value, Mapping):
+                    continue
+                steps, values = found.setdefault(name, ([], []))
+                steps.append(row["step"])
+                values.append(value if isinstance(value, Sequence) else [value])
+        return {
+            name: (np.array(steps, np.int64), np.array(values, np.float64)) for name, (steps, values) in found.items()
+        }
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """All recorded runs of a folder: those that can be read, and for each other one the reason why not.
+
+    ``tuning`` names the concepts that settings are chosen on, and that no table counts.  ``seconds`` are unit seconds
+    by method, measured apart.
+    """
+
+    records: tuple[Record, ...]
+    lost: Mapping[str, str] = field(default_factory=dict)
+    tuning: tuple[str, ...] = TUNING
+    seconds: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, root: str | Path, tuning: tuple[str, ...] = TUNING) -> Shelf:
+        """Return what stands in ``root``; a run that cannot be read is named among `lost` with its reason.
+
+        Raises: RefusedInput when no run can be read at all.
+        """
+        root = Path(root)
+        records, lost = [], {}
+        for folder in sorted(path.parent for path in root.glob("*/*/*/config.json")):
+            name = "/".join(folder.parts[-3:])
+            try:
+                records.append(Record.open(folder))
+            except (RefusedInput, TraceError) as error:
+                lost[name] = _reason(folder) or str(error).splitlines()[0]
+        if not records:
+            raise RefusedInput(
+                [
+                    f"there are no recorded runs in {root}, <method>/<concept>/<seed>/done.json each: "
+                    "record some, or name another --records"
+                ]
+            )
+        seconds = root / "seconds.json"
+        return cls(tuple(records), lost, tuning, _json(seconds) if seconds.exists() else {})
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods that have a record outside the tuning concepts, in the paper's order."""
+        order = ("textual-inversion", "dreambooth-lora", "custom-diffusion")
+        there = {record.method for record in self.records if record.concept not in self.tuning}
+        return tuple(method for method in order if method in there) + tuple(sorted(there.difference(order)))
+
+    def of(self, method: str) -> tuple[Record, ...]:
+        """The records of a method that tables count."""
+        return tuple(r for r in self.records if r.method == method and r.concept not in self.tuning)
+
+    def for_tuning(self, method: str) -> tuple[Record, ...]:
+        """The records of a method that settings are chosen on."""
+        return tuple(r for r in self.records if r.method == method and r.concept in self.tuning)
+
+    def units(self, method: str) -> dict[str, float]:
+        """Seconds of each unit of work of a method: those measured apart, else the medians over its records."""
+        of = [record.seconds for record in self.records if record.method == method]
+        names = {name for units in of for name in units}
+        medians = {name: float(np.median([units[name] for units in of if name in units])) for name in sorted(names)}
+        return medians | dict(self.seconds.get(method, {}))
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self.records)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of a file as done.json holds it; empty for a file that is not there."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
+
+
+def _pictures(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], Floats]:
+    """Scores by part and metric; a metric that some row lacks is left out, since its curve would have holes."""
+    kinds = [{(part, metric) for part in ("train", "validation") for metric in row.get(part, ())} for row in rows]
+    whole = sorted(set.intersection(*kinds)) if kinds else []
+    return {(part, metric): np.array([row[part][metric] for row in rows], np.float64) for part, metric in whole}
+
+
+def _reason(folder: Path) -> str:
+    """What the recorder said of a run that failed."""
+    failed = folder / "failed.json"
+    return str(_json(failed).get("reason", "")) if failed.exists() else ""
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise RefusedInput([f"{path} is missing: the run was not recorded to its end, record it again"]) from error
+    except ValueError as error:
+        raise RefusedInput([f"{path} must be JSON, and is not ({error}): record the run again"]) from error
