@@ -107,6 +107,24 @@ def test_measuring_does_not_disturb_training() -> None:
     assert torch.equal(often.method.rows, seldom.method.rows)
 
 
+def test_more_series_go_into_the_record_of_their_step_and_their_seconds_are_apart() -> None:
+    plain, bench = Bench(), Bench()
+    plain.run()
+    steps = bench.run(series=lambda step: {"twice": 2 * step} if step % 5 == 0 else {})
+    assert bench.learner.trace.metric("twice")[0].tolist() == [0, 5, 10]
+    assert bench.learner.trace.metric("twice")[1].tolist() == [0, 10, 20]
+    assert all(step.seconds.keys() == {"train", "probe", "series", "other"} for step in steps)
+    kept = [{name: row[name] for name in row if name not in ("twice", "seconds")} for row in bench.logged]
+    assert kept == [{name: row[name] for name in row if name != "seconds"} for row in plain.logged]
+
+
+def test_a_step_that_failed_has_no_more_series() -> None:
+    bench, asked = Bench(), []
+    bench.spoil = lambda losses, step: losses * math.nan if step == 4 else losses
+    bench.run(series=lambda step: asked.append(step) or {})
+    assert asked == [0, 1, 2, 3]
+
+
 def test_training_leaves_the_global_random_state() -> None:
     state = torch.get_rng_state()
     Bench(seed=1).run()

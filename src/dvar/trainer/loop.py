@@ -22,6 +22,8 @@ from dvar.trainer.checkpoint import Checkpoint
 
 Losses = Callable[[int, int, int], Tensor]
 """(step, first sample, count) -> the loss of each of these samples of the step, float32 [count], with its graph."""
+Series = Callable[[int], Mapping[str, Any]]
+"""A step's number -> what else is to be recorded of the model after it: metrics by name."""
 
 
 class Method(Protocol):
@@ -40,7 +42,8 @@ class Step:
 
     ``train_loss``, ``grad_norm`` and ``lr`` are those of the last update, None at step 0; the loss was taken before
     it moved the model.  ``eval`` holds the losses of the held samples, None between two evaluations.  ``seconds``,
-    since the step before: "train", "probe" and "other" (what the consumers and the disk took).
+    since the step before: "train", "probe", "other" (what the consumers and the disk took) and, where more is
+    recorded than the trainer needs, "series".
     """
 
     step: int
@@ -71,6 +74,7 @@ def train(
     log: Callable[[Mapping[str, Any]], None],
     save: Callable[[], None],
     interrupted: Callable[[], bool] = lambda: False,
+    series: Series | None = None,
 ) -> Iterator[Step]:
     """Yield a `Step` for the untouched model and one after each update, until a verdict stops.
 
@@ -78,7 +82,8 @@ def train(
     cadence 1.  Before a step is yielded its record is with ``log``, and every ``checkpointing_steps`` and at the last
     one ``save`` is called: whoever breaks out leaves a run that can go on.  A learner whose trace already holds records
     goes on after the last one.  A loss that is not finite stops, and neither moves the model nor is saved;
-    ``interrupted`` stops after the step it finds under way, and that step is saved.
+    ``interrupted`` stops after the step it finds under way, and that step is saved.  What ``series`` returns goes into
+    the record of its step; it must leave the model as it finds it.
 
     Source: Section 3.2 and Figure 10.
     Deviates: the untouched model is evaluated too; the released code evaluates before each update and so never after
@@ -93,13 +98,17 @@ def train(
         due = step % config.probe_every == 0 or step == config.max_train_steps
         with watch("probe"):
             held = probe() if due and update.taken else None
+        more: Mapping[str, Any] = {}
+        if series and update.taken:
+            with watch("series"):
+                more = series(step)
         seen: dict[str, Any] = {
             "train_loss": update.train_loss,
             "grad_norm": update.grad_norm,
             "lr": update.lr,
             "seconds": watch.lap(),
         }
-        record = trace.record(step, held, **seen)
+        record = trace.record(step, held, **seen, **more)
         log(record)
         finite = update.taken and (held is None or bool(held.isfinite().all()))
         verdict = _judge(criterion(trace), step, finite, interrupted())
@@ -204,13 +213,13 @@ class Stopwatch:
     def __call__(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
         yield
-        self._spent[name] += time.perf_counter() - started
+        self._spent[name] = self._spent.get(name, 0.0) + time.perf_counter() - started
 
     def lap(self) -> dict[str, float]:
         """Return the seconds since the last lap, by name, and start the next."""
         now, spent = time.perf_counter(), self._spent
         lap = {**spent, "other": now - self._started - sum(spent.values())}
-        self._started, self._spent = now, dict.fromkeys(spent, 0.0)
+        self._started, self._spent = now, {"train": 0.0, "probe": 0.0}
         return lap
 
 

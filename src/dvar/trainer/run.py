@@ -46,7 +46,7 @@ from dvar.trainer.artifacts import RESULT, write_json, write_model_card, write_w
 from dvar.trainer.checkpoint import Checkpoint, latest
 from dvar.trainer.concept import WRITTEN, Concept, read_concept
 from dvar.trainer.loading import WEIGHTS, at_step
-from dvar.trainer.loop import Learner, Method, Step, train
+from dvar.trainer.loop import Learner, Method, Series, Step, train
 from dvar.trainer.methods.custom_diffusion import CustomDiffusion
 from dvar.trainer.methods.dreambooth_lora import DreamBoothLora
 from dvar.trainer.methods.textual_inversion import TextualInversion
@@ -103,6 +103,29 @@ def personalise(config: AnyConfig, consumers: Sequence[Callable[[Step], None]] =
     nothing to resume from, or only a run under other settings; NonFiniteLoss when no evaluation was finite.
     Source: Sections 3.2, 3.3 and 4.1.
     """
+    job, checkpoint = prepared(config)
+    job.open(checkpoint)
+    if checkpoint and checkpoint.step % config.validation_steps == 0:
+        job.draw_samples(checkpoint.step)  # it may have died after the checkpoint and before its samples
+    verdict = job.criterion(job.learner.trace)
+    with interruption() as interrupted, closing(Tracker(config.report_to, job.folder, asdict(config))) as tracker:
+        for step in job.steps(interrupted):
+            verdict = step.verdict
+            tracker(step)
+            for consumer in consumers:
+                consumer(step)
+            if step.step % config.validation_steps == 0 and not verdict.stop:
+                job.draw_samples(step.step)
+    return job.result(verdict) if verdict.reason is Reason.INTERRUPTED else job.finish(verdict)
+
+
+def prepared(config: AnyConfig) -> tuple[Job, Checkpoint | None]:
+    """Return the run that ``config`` describes, ready to be opened, and the checkpoint from which it is to go on.
+
+    What stands in its way is removed from its folder, and class pictures that it needs are drawn there; nothing of the
+    run itself is written yet.
+    Raises: as `personalise`, before anything is removed.
+    """
     folder = Path(config.output_dir).expanduser()
     concept = read_concept(config, lambda name: load_tokenizer(model_path(name)))
     checkpoint = _to_resume(folder, config, concept) if config.resume_from_checkpoint else None
@@ -113,20 +136,7 @@ def personalise(config: AnyConfig, consumers: Sequence[Callable[[Step], None]] =
     )
     _clear(folder, checkpoint)
     of_class = class_pictures(config, concept, backbone) if isinstance(config, CustomDiffusionConfig) else ()
-    job = _Job(folder, config, concept, of_class, backbone, assembled(config, backbone))
-    job.open(checkpoint)
-    if checkpoint and checkpoint.step % config.validation_steps == 0:
-        job.draw_samples(checkpoint.step)  # it may have died after the checkpoint and before its samples
-    verdict = job.criterion(job.learner.trace)
-    with _interruption() as interrupted, closing(Tracker(config.report_to, folder, asdict(config))) as tracker:
-        for step in job.steps(interrupted):
-            verdict = step.verdict
-            tracker(step)
-            for consumer in consumers:
-                consumer(step)
-            if step.step % config.validation_steps == 0 and not verdict.stop:
-                job.draw_samples(step.step)
-    return job.result(verdict) if verdict.reason is Reason.INTERRUPTED else job.finish(verdict)
+    return Job(folder, config, concept, of_class, backbone, assembled(config, backbone)), checkpoint
 
 
 def model_path(name: str) -> str:
@@ -175,7 +185,7 @@ def personalised(folder: str | Path, *, step: int | None = None, **loading: Any)
     return backbone
 
 
-class _Job:
+class Job:
     """One run under way: the parts that `personalise` put together, and what they leave in the folder."""
 
     def __init__(
@@ -198,8 +208,8 @@ class _Job:
             texts, self.prior_weight = [[class_prompt(config)]] * len(of_class), config.prior_loss_weight
             self.prior = encoded(of_class, texts, backbone, mirrored=config.random_flip)
         self.criterion = AnyOf((Dvar(config.window, config.threshold), FixedSteps(config.max_train_steps)))
-        held = self._drawn(self.examples, "held", 0, 0, config.eval_batch_size)
-        self.probe = Probe(self._losses, held, modules=backbone.modules)
+        held = self.drawn(self.examples, "held", 0, 0, config.eval_batch_size)
+        self.probe = Probe(self.losses, held, modules=backbone.modules)
         self.learner = Learner(method, config, {"method": config.method, "timesteps": held.timesteps.tolist()})
 
     def open(self, checkpoint: Checkpoint | None) -> None:
@@ -212,18 +222,19 @@ class _Job:
         for index, picture in enumerate(self.concept.pictures):
             picture.save(self.folder / "references" / f"{index:02d}.png")
 
-    def steps(self, interrupted: Callable[[], bool]) -> Iterator[Step]:
-        """Train, leaving the trace and the checkpoints in the folder."""
+    def steps(self, interrupted: Callable[[], bool], series: Series | None = None) -> Iterator[Step]:
+        """Train, leaving the trace and the checkpoints in the folder; ``series`` is as for `train`."""
         config = self.config
         with TraceFile(self.folder / "trace.jsonl", self.learner.trace.header) as file:
             yield from train(
                 self.learner,
-                losses=self._training_losses,
+                losses=self.training_losses,
                 probe=self.probe,
                 criterion=self.criterion,
                 log=file.append,
                 save=lambda: self.save(config.checkpoints_total_limit),
                 interrupted=interrupted,
+                series=series,
             )
 
     def save(self, keep: int | None) -> None:
@@ -300,7 +311,8 @@ class _Job:
             write_weights(paths[-1], tensors, self.method.metadata)
         return tuple(paths)
 
-    def _drawn(self, examples: Examples, stream: str, step: int, first: int, count: int) -> Draws:
+    def drawn(self, examples: Examples, stream: str, step: int, first: int, count: int) -> Draws:
+        """Samples ``first`` to ``first + count - 1`` of one step of a stream, drawn under the run's seed."""
         timesteps = len(self.schedule.alphas_cumprod)
         draws = draw(
             examples,
@@ -313,15 +325,16 @@ class _Job:
         )
         return draws.to(self.backbone.device)
 
-    def _training_losses(self, step: int, first: int, count: int) -> Tensor:
+    def training_losses(self, step: int, first: int, count: int) -> Tensor:
         """The losses of these samples; with a prior, each has that of a class picture added at the prior's weight."""
-        draws = self._drawn(self.examples, "train", step, first, count)
+        draws = self.drawn(self.examples, "train", step, first, count)
         if self.prior is None:
-            return self._losses(draws)
-        both = self._losses(draws.joined(self._drawn(self.prior, "prior", step, first, count)))
+            return self.losses(draws)
+        both = self.losses(draws.joined(self.drawn(self.prior, "prior", step, first, count)))
         return both[:count] + self.prior_weight * both[count:]
 
-    def _losses(self, draws: Draws) -> Tensor:
+    def losses(self, draws: Draws) -> Tensor:
+        """The losses of these samples, float32 [B]."""
         return denoising_loss(self.backbone.predict, draws, self.schedule)
 
 
@@ -390,7 +403,7 @@ def _versions() -> dict[str, str]:
 
 
 @contextmanager
-def _interruption() -> Iterator[Callable[[], bool]]:
+def interruption() -> Iterator[Callable[[], bool]]:
     """Yield whether SIGTERM or SIGINT has asked to stop; a second one interrupts at once.  Main thread only."""
     asked = threading.Event()
 
