@@ -395,3 +395,15 @@ def test_report_writes_the_page_again(trained: Trained) -> None:
     told = dvar("report", trained.folder)
     assert (told.status, told.out.strip()) == (0, str(trained.folder / "report.html"))
     assert (trained.folder / "report.html").is_file()
+
+
+def test_export_writes_what_is_asked_for_and_refuses_what_is_not_there(trained: Trained, tmp_path: Path) -> None:
+    told = dvar("export", trained.folder, "--merged", tmp_path / "whole")
+    assert (told.status, told.out.strip()) == (0, str(tmp_path / "whole"))
+    assert (tmp_path / "whole" / "model_index.json").is_file()
+    told = dvar("export", trained.folder)
+    assert (told.status, told.err) == (2, "dvar: export needs --merged or --kohya, got neither: name what to write\n")
+    told = dvar("export", trained.folder, "--kohya", tmp_path / "lora.safetensors")
+    assert told.status == 2
+    assert "is of textual-inversion" in told.err
+    assert not (tmp_path / "lora.safetensors").exists()

@@ -189,6 +189,31 @@ def generate(
 
 
 @app.command
+def export(run: Path, /, *, merged: Path | None = None, kohya: Path | None = None) -> int:
+    """Write a finished run in the forms that other software reads.
+
+    Parameters
+    ----------
+    run
+        Folder of a finished run.
+    merged
+        New folder for a whole diffusers pipeline: the base model with what was learned merged into it.
+    kohya
+        New file, NAME.safetensors, for the LoRA of a dreambooth-lora run under the names that ComfyUI, AUTOMATIC1111
+        and kohya's scripts read.
+    """
+    if not (merged or kohya):
+        raise RefusedInput(["export needs --merged or --kohya, got neither: name what to write"])
+    from dvar.trainer.export import write_kohya, write_merged
+
+    if kohya:
+        print(write_kohya(run, kohya))
+    if merged:
+        print(write_merged(run, merged))
+    return 0
+
+
+@app.command
 def report(run: Path, /) -> int:
     """Write the report of a run, finished or not, as one page.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,8 @@ def write_run(
     pictures: int = 4,
     side: int = 64,
     prompt: str = "a photo of <thing>",
+    weights: Sequence[str] = ("learned_embeds.safetensors",),
+    best_weights: Sequence[str] | None = None,
     **settings: Any,
 ) -> Path:
     """Write a run directory with that trace; `settings` replace those of `CONFIG`."""
@@ -74,7 +76,8 @@ def write_run(
         _noise(folder / "samples" / f"step-{step:06d}", pictures, side, seed=step)
         _json(folder / "samples" / "prompts.json", [{"prompt": prompt, "seed": seed} for seed in range(pictures)])
     if finished:
-        _json(folder / "result.json", _result(trace, verdict or _rule()(trace)))
+        names = {"weights": list(weights), "best_weights": list(best_weights or weights)}
+        _json(folder / "result.json", _result(trace, verdict or _rule()(trace)) | names)
     return folder
 
 

@@ -242,10 +242,8 @@ def test_another_model_is_loaded_by_its_name(tmp_path: Path) -> None:
 def test_a_run_of_another_method_says_what_it_learned_and_how_to_load_it(
     tmp_path: Path, method: dict[str, Any], title: str, subject: str, learned: str, loading: list[str]
 ) -> None:
-    folder = write_run(tmp_path, fake_trace(), **method)
     files = {"load_textual_inversion": EMBEDS, "load_lora_weights": LORA, "load_state_dict": ATTENTION}
-    for line in loading:
-        (folder / files[line]).touch()
+    folder = write_run(tmp_path, fake_trace(), weights=[files[line] for line in loading], **method)
     page = Page(write_report(folder))
     assert title in page.text
     assert page.of("h1") == [subject]
@@ -257,10 +255,12 @@ def test_a_run_of_another_method_says_what_it_learned_and_how_to_load_it(
 
 
 def test_the_vectors_of_the_lowest_step_are_named_where_they_are_kept(tmp_path: Path) -> None:
-    folder = write_run(tmp_path, fake_trace(lambda step: 0.03 if step == 100 else falling(step)))
-    assert "learned_embeds-steps" not in Page(write_report(folder)).text
-    (folder / "learned_embeds-steps-100.safetensors").touch()
-    assert "learned_embeds-steps-100.safetensors" in Page(write_report(folder)).text
+    trace, beside = (
+        fake_trace(lambda step: 0.03 if step == 100 else falling(step)),
+        "learned_embeds-steps-100.safetensors",
+    )
+    assert "is kept as well" not in Page(write_report(write_run(tmp_path / "one", trace))).text
+    assert beside in Page(write_report(write_run(tmp_path / "two", trace, best_weights=[beside]))).text
 
 
 def test_a_straight_line_runs_to_the_cap_with_a_warning(tmp_path: Path) -> None:

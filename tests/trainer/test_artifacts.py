@@ -59,3 +59,28 @@ def test_the_card_names_a_model_others_can_find_and_no_path_of_ours(
     assert "/home" not in card
     assert "](samples/step-000010/00.png)" in card
     assert VERDICT.sentence in card
+
+
+@pytest.mark.parametrize(
+    ("head", "licence", "told"),
+    [
+        ("---\nlicense: creativeml-openrail-m\n---\n", "creativeml-openrail-m", "Licence: creativeml-openrail-m, that"),
+        ("---\ntags: [x]\nlicense: mit\n---\n# model\n", "mit", "Licence: mit, that of the base model"),
+        ("license: mit\n", None, "Licence: that of the base model, `base`"),
+    ],
+)
+def test_the_card_tells_the_licence_of_the_base_where_its_own_card_does(
+    tmp_path: Path, head: str, licence: str | None, told: str
+) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "README.md").write_text(head)
+    config = TextualInversionConfig(pretrained_model_name_or_path=str(tmp_path / "base"), initializer_token="mug")
+    write_model_card(tmp_path, config, VERDICT, [])
+    card = (tmp_path / "README.md").read_text()
+    assert told in card
+    assert (f"license: {licence}\n" in card.split("---")[1]) if licence else ("license" not in card.split("---")[1])
+
+
+def test_the_card_of_the_bundled_model_tells_its_licence(tmp_path: Path) -> None:
+    write_model_card(tmp_path, TextualInversionConfig(initializer_token="mug"), VERDICT, [])
+    assert "license: apache-2.0\n" in (tmp_path / "README.md").read_text().split("---")[1]

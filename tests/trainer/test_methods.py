@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -26,7 +27,10 @@ from dvar.errors import CheckpointError, RefusedInput
 from dvar.laboratory.report import write_report
 from dvar.stopper.trace import Trace
 from dvar.stopper.verdict import Reason
+from dvar.testing import tiny_pipeline
+from dvar.trainer.artifacts import by_word, write_weights
 from dvar.trainer.checkpoint import Checkpoint, latest
+from dvar.trainer.export import write_kohya, write_merged
 from dvar.trainer.loading import ATTENTION, EMBEDS, LORA, WEIGHTS, at_step, loads
 from dvar.trainer.loop import Step
 from dvar.trainer.run import assembled, personalise, personalised
@@ -216,21 +220,119 @@ def test_a_stock_pipeline_loads_it_and_draws_our_picture(
     name: str, straight: dict[str, Path], tiny_model: Path
 ) -> None:
     folder, prompt = straight[name], "a photo of white dog" if name == "lora-alone" else PROMPT
-    stock = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
-    stock.set_progress_bar_config(disable=True)
-    base = picture(stock, prompt)
-    initial = picture(stock, prompt.replace("<thing>", "mug"))
+    loaded = stock(tiny_model)
+    base = picture(loaded, prompt)
+    initial = picture(loaded, prompt.replace("<thing>", "mug"))
     for line in loads(FILES[name], str(folder)):
-        exec(line, {"pipeline": stock, "load_file": load_file})  # as the model card and the report print it
-    learned = picture(stock, prompt)
-    ours = sample(personalised(folder, device="cpu"), [prompt], [5], size=32, steps=2)
-    assert np.abs(np.asarray(ours[0], dtype=int) - learned).max() <= 1
-    assert np.abs(learned - base).max() > 1
-    assert np.abs(learned - initial).max() > 1
+        exec(line, {"pipeline": loaded, "load_file": load_file})  # as the model card and the report print it
+    learned = picture(loaded, prompt)
+    (ours,) = sample(personalised(folder, device="cpu"), [prompt], [5], size=32, steps=2)
+    assert furthest(ours, learned) <= 1
+    assert furthest(learned, base) > 1
+    assert furthest(learned, initial) > 1
     if name != "textual-inversion":  # the U-Net itself changed, whatever the prompt says
-        fresh = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
-        fresh.set_progress_bar_config(disable=True)
-        assert np.abs(picture(stock, "a dark cat") - picture(fresh, "a dark cat")).max() > 1
+        assert furthest(picture(loaded, "a dark cat"), picture(stock(tiny_model), "a dark cat")) > 1
+
+
+def stock(model: Path) -> StableDiffusionPipeline:
+    pipeline = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def furthest(one: Any, other: Any) -> int:
+    """The largest difference of two pictures in any pixel and channel, of 255."""
+    return int(np.abs(np.asarray(one, dtype=int) - np.asarray(other, dtype=int)).max())
+
+
+def test_a_merged_pipeline_draws_our_picture_by_itself(
+    name: str, straight: dict[str, Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    prompt = "a photo of white dog" if name == "lora-alone" else PROMPT
+    merged = stock(write_merged(straight[name], tmp_path / "merged"))
+    (ours,) = sample(personalised(straight[name], device="cpu"), [prompt], [5], size=32, steps=2)
+    assert furthest(picture(merged, prompt), ours) <= 1
+    assert furthest(picture(merged, prompt), picture(stock(tiny_model), prompt)) > 1
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+    assert str(tiny_model.parent) not in (tmp_path / "merged" / "README.md").read_text()
+    with pytest.raises(RefusedInput, match="exists already"):
+        write_merged(straight[name], tmp_path / "merged")
+
+
+@pytest.mark.parametrize("alpha", [None, 3])
+def test_a_kohya_file_read_by_stock_diffusers_draws_our_picture(
+    tiny_model: Path, tiny_pictures: Path, straight: dict[str, Path], tmp_path: Path, alpha: int | None
+) -> None:
+    folder, prompt = straight["lora-alone"], "a photo of white dog"
+    if alpha:
+        scaled = replace(settings("lora-alone", tiny_model, tiny_pictures, tmp_path / "run"), lora_alpha=alpha)
+        folder = personalise(replace(scaled, max_train_steps=9, validation_steps=100)).folder
+    path = write_kohya(folder, tmp_path / "kohya.safetensors")
+    kept, matrices = load_file(path), load_file(folder / LORA)
+    layer = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0"
+    own = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0"
+    assert len(kept) == len(matrices) * 3 // 2
+    assert {key.split("_")[0] for key in kept} == {"lora"}
+    assert torch.equal(kept[f"{layer}.lora_down.weight"], matrices[f"{own}.lora_A.weight"])
+    assert torch.equal(kept[f"{layer}.lora_up.weight"], matrices[f"{own}.lora_B.weight"])
+    assert kept[f"{layer}.alpha"].shape == ()
+    assert float(kept[f"{layer}.alpha"]) == (alpha or 4)
+    other = stock(tiny_model)
+    before = picture(other, prompt)
+    other.load_lora_weights(str(tmp_path), weight_name=path.name)
+    (ours,) = sample(personalised(folder, device="cpu"), [prompt], [5], size=32, steps=2)
+    assert furthest(picture(other, prompt), ours) <= 1
+    assert furthest(picture(other, prompt), before) > 1
+
+
+def test_a_kohya_file_is_of_a_lora_and_new(straight: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(RefusedInput, match=r"takes the LoRA of a dreambooth-lora run, and .* is of textual-inversion"):
+        write_kohya(straight["textual-inversion"], tmp_path / "kohya.safetensors")
+    (tmp_path / "taken.ckpt").write_text("mine")
+    with pytest.raises(RefusedInput) as told:
+        write_kohya(straight["lora-alone"], tmp_path / "taken.ckpt")
+    assert len(told.value.problems) == 2
+    assert (tmp_path / "taken.ckpt").read_text() == "mine"
+
+
+def test_every_weight_file_names_its_base_by_what_is_in_it(
+    name: str, straight: dict[str, Path], tiny_model: Path
+) -> None:
+    digest = Backbone.load(tiny_model, device="cpu", mixed_precision="bf16").digest
+    for path in straight[name].glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            told = file.metadata()
+        assert told["base_sha256"] == digest
+        assert (told["base_model"], told["method"]) == (tiny_model.name, METHODS[name].method)
+        assert path.stem.endswith(f"-steps-{told['step']}") or int(told["step"]) == CAP
+    other = tiny_pipeline(straight[name].parent / "other-base", seed=1)
+    assert Backbone.load(other, device="cpu").digest != digest
+
+
+def test_a_changed_base_is_told(name: str, straight: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(straight[name], tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*"))
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_model_name_or_path"] = str(tiny_pipeline(tmp_path / "other", seed=1))
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match="is not what .* was trained on"):
+        personalised(folder, device="cpu")
+
+
+def test_several_words_have_a_file_each_that_stock_diffusers_loads(tmp_path: Path, tiny_model: Path) -> None:
+    vectors = {word: torch.randn(2, 32) for word in ("<new1>", "<new2>", "[new2]")}
+    files = by_word({EMBEDS: vectors, ATTENTION: {"weight": torch.ones(1)}})
+    assert list(files)[:2] == ["learned_embeds.new1.safetensors", "learned_embeds.new2.safetensors"]
+    assert len(files) == 4
+    assert by_word({EMBEDS: {"<one>": vectors["<new1>"]}}).keys() == {EMBEDS}
+    words = {name: tensors for name, tensors in files.items() if name != ATTENTION}
+    for name, tensors in words.items():
+        write_weights(tmp_path / name, tensors)
+    pipeline = stock(tiny_model)
+    for line in loads(words, str(tmp_path)):
+        exec(line, {"pipeline": pipeline})
+    table = pipeline.text_encoder.get_input_embeddings().weight
+    for word, rows in vectors.items():
+        assert torch.equal(table[pipeline.tokenizer.convert_tokens_to_ids(word)], rows[0])
 
 
 def test_the_model_of_an_earlier_step_is_its_checkpoints(name: str, straight: dict[str, Path]) -> None:
@@ -252,7 +354,7 @@ def test_a_run_whose_weights_are_gone_is_refused(config: AnyConfig, name: str, s
     folder.mkdir()
     for file in ("config.json", "result.json"):
         (folder / file).write_bytes((straight[name] / file).read_bytes())
-    with pytest.raises(RefusedInput, match="holds other weights than"):
+    with pytest.raises(RefusedInput, match="lacks its weights"):
         personalised(folder, device="cpu")
 
 
@@ -295,5 +397,5 @@ def test_nothing_that_a_run_leaves_is_a_pickle(name: str, straight: dict[str, Pa
 
 def test_settings_of_every_method_are_written_whole(name: str, straight: dict[str, Path]) -> None:
     kept = json.loads((straight[name] / "config.json").read_text())
-    kept.pop("versions")
+    assert {"dvar", "torch"} <= kept.pop("versions").keys()
     assert kept.keys() == written(METHODS[name]).keys()

@@ -366,7 +366,6 @@ def test_stock_diffusers_loads_the_word_and_draws_our_picture(
 ) -> None:
     folder = personalise(replace(config, num_vectors=vectors, learning_rate=0.5)).folder
     with safe_open(folder / "learned_embeds.safetensors", "pt") as file:
-        assert file.metadata() == {"format": "pt"}
         assert list(file.keys()) == ["<thing>"]
         assert file.get_tensor("<thing>").shape == (vectors, 32)
         assert file.get_tensor("<thing>").dtype == torch.float32

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,8 @@ class Backbone:
     """The parts of a Stable Diffusion 1.x or 2.x, frozen and in eval mode, on one device.
 
     ``precision`` is the arithmetic of the U-Net and the text encoder; weights other than the U-Net's stay in float32.
+    ``digest`` names the base model by what is in it: the SHA-256 of its networks' weights, as they were loaded, and of
+    its noise schedule.  It depends neither on the device nor on the precision, nor on what is learned later.
     """
 
     tokenizer: CLIPTokenizer
@@ -38,6 +41,7 @@ class Backbone:
     unet: UNet2DConditionModel
     scheduler: Any
     precision: torch.dtype = torch.float32
+    digest: str = ""
 
     @classmethod
     def load(
@@ -55,11 +59,18 @@ class Backbone:
         """
         with _loading(name):
             pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
-                name, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+                name,
+                safety_checker=None,
+                feature_extractor=None,
+                requires_safety_checker=False,
+                use_safetensors=True,
             )
-            for network in (pipeline.text_encoder, pipeline.vae, pipeline.unet):
-                network.to(device or best_device(), torch.float32)
-                network.requires_grad_(False).eval()
+            networks = (pipeline.text_encoder, pipeline.vae, pipeline.unet)
+            for network in networks:
+                network.to(torch.float32).requires_grad_(False).eval()
+            digest = _digest(networks, pipeline.scheduler.alphas_cumprod)
+            for network in networks:
+                network.to(device or best_device())
             pipeline.unet.to(PRECISIONS[mixed_precision])
         if gradient_checkpointing:
             pipeline.unet.enable_gradient_checkpointing()
@@ -74,6 +85,7 @@ class Backbone:
             pipeline.unet,
             pipeline.scheduler,
             PRECISIONS[mixed_precision],
+            digest,
         )
 
     @property
@@ -94,6 +106,21 @@ class Backbone:
             self.scheduler.config.prediction_type,
             self.vae.config.scaling_factor,
         )
+
+    def pipeline(self) -> diffusers.StableDiffusionPipeline:
+        """Return a stock pipeline of these very networks, with a scheduler of its own."""
+        pipeline = diffusers.StableDiffusionPipeline(
+            vae=self.vae,
+            text_encoder=self.text_encoder,
+            tokenizer=self.tokenizer,
+            unet=self.unet,
+            scheduler=type(self.scheduler).from_config(self.scheduler.config),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
 
     @torch.no_grad()
     def encode(self, pictures: Sequence[Image.Image]) -> Tensor:
@@ -145,6 +172,15 @@ def load_tokenizer(name: str | Path) -> CLIPTokenizer:
 def best_device() -> str:
     """Return "cuda" where there is such a GPU, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _digest(networks: Sequence[nn.Module], noise: Tensor) -> str:
+    digest = sha256(noise.float().numpy().tobytes())
+    for network in networks:
+        for name, tensor in network.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import diffusers
 import torch
 from PIL import Image
 
@@ -31,17 +30,7 @@ def sample(
 
     Source: Section 4.1 and the released command lines: 50 steps, guidance 7.5 for Textual Inversion.
     """
-    pipeline = diffusers.StableDiffusionPipeline(
-        vae=backbone.vae,
-        text_encoder=backbone.text_encoder,
-        tokenizer=backbone.tokenizer,
-        unet=backbone.unet,
-        scheduler=type(backbone.scheduler).from_config(backbone.scheduler.config),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = backbone.pipeline()
     pictures: list[Image.Image] = []
     with undisturbed(backbone.modules), backbone.autocast():
         for first in range(0, len(prompts), BATCH):

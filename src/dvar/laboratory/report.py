@@ -16,7 +16,7 @@ from dvar.laboratory.markup import Html, element, join
 from dvar.laboratory.runs import Run
 from dvar.stopper.rules import SETTLED
 from dvar.stopper.verdict import Reason
-from dvar.trainer.loading import WEIGHTS, at_step, imports, loads
+from dvar.trainer.loading import imports, loads
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
@@ -193,7 +193,7 @@ def _use(run: Run) -> Html | None:
         return None
     config = run.config
     folder, prompt = config["output_dir"], f"{run.settings.plain_prompt} on the beach"
-    weights = [name for name in WEIGHTS if (run.folder / name).exists()]
+    weights = run.result["weights"]
     bundled = config["pretrained_model_name_or_path"] == BUNDLED_MODEL
     model = "str(dvar.mini.path())" if bundled else _quoted(config["pretrained_model_name_or_path"])
     lines = [
@@ -215,8 +215,8 @@ def _use(run: Run) -> Html | None:
 
 
 def _best_file(run: Run) -> Html | None:
-    named = [at_step(name, run.best[0] if run.best else 0) for name in WEIGHTS]
-    kept = ", ".join(name for name in named if (run.folder / name).exists())
+    result = run.result or {}
+    kept = ", ".join(name for name in result["best_weights"] if name not in result["weights"])
     if not kept:
         return None
     return element("p", _prose("What was learned at the lowest L_det is kept as well: "), element("code", kept), ".")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from dvar import __version__
 from dvar.config import BUNDLED_MODEL, AnyConfig, sample_prompt
 from dvar.errors import NonFiniteLoss
 from dvar.stopper.verdict import Verdict
-from dvar.trainer.loading import EMBEDS, imports, loads
+from dvar.trainer.loading import EMBEDS, imports, loads, of_word
 
 RESULT = "result.json"
 _OWN = ("rank", "lora_alpha", "class_noun", "instance_prompt", "prior_loss_weight", "freeze_model")
@@ -31,6 +33,40 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
             raise NonFiniteLoss(f"the values of {name} are not finite and are not exported: lower the learning rate")
     kept = {name: tensor.contiguous() for name, tensor in tensors.items()}
     write_whole(path, save(kept, metadata={"format": "pt", **(metadata or {})}))
+
+
+def provenance(config: AnyConfig, base: str, step: int) -> dict[str, str]:
+    """Return what every weight file says of itself: its maker, its method, its base model by name and by ``base``, the
+    digest of what is in it, and its step.
+    """
+    return {
+        "dvar": __version__,
+        "method": config.method,
+        "base_model": public_name(config),
+        "base_sha256": base,
+        "step": str(step),
+    }
+
+
+def public_name(config: AnyConfig) -> str:
+    """Return the base model's name for others: a hub id as it is, of a folder the last part alone."""
+    name = config.pretrained_model_name_or_path
+    return name if _on_hub(name) else Path(name).name
+
+
+def by_word(files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Mapping[str, Tensor]]:
+    """Return ``files``, file name to what is in it, with each of several new words in a file of its own.
+
+    Stock diffusers reads one word from a file.  A single word stays in `EMBEDS`.
+    """
+    words = files.get(EMBEDS, {})
+    if len(words) < 2:
+        return dict(files)
+    apart: dict[str, Mapping[str, Tensor]] = {}
+    for word, vectors in words.items():
+        name = of_word(word)
+        apart[of_word(f"{word}_{len(apart)}") if name in apart else name] = {word: vectors}
+    return {**apart, **{name: tensors for name, tensors in files.items() if name != EMBEDS}}
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -62,9 +98,9 @@ def _facts(
     folder: Path, config: AnyConfig, verdict: Verdict, pictures: Sequence[Path], weights: Sequence[str]
 ) -> dict[str, str]:
     name = config.pretrained_model_name_or_path
-    on_hub = name != BUNDLED_MODEL and not Path(name).expanduser().exists()
     # A card travels: it must not tell where its writer keeps a model.
-    public = name if on_hub else Path(name).name
+    public, licence = public_name(config), _licence(name)
+    model = "the model bundled with dvar" if name == BUNDLED_MODEL else f"`{public}`"
     settings = {
         "first word": config.initializer_token,
         "vectors": config.num_vectors,
@@ -76,8 +112,9 @@ def _facts(
     }
     prompt = sample_prompt(config)
     return {
-        "base": f"base_model: {name}\n" if on_hub else "",
-        "model": "the model bundled with dvar" if name == BUNDLED_MODEL else f"`{public}`",
+        "head": (f"base_model: {name}\n" * _on_hub(name)) + (f"license: {licence}\n" if licence else ""),
+        "model": model,
+        "licence": f"{licence}, that of the base model" if licence else f"that of the base model, {model}",
         "loaded": "str(dvar.mini.path())" if name == BUNDLED_MODEL else f'"{public}"',
         "tags": "".join(f"\n- {tag}" for tag in config.tags),
         "title": config.title,
@@ -93,8 +130,22 @@ def _facts(
     }
 
 
+def _on_hub(name: str) -> bool:
+    return name != BUNDLED_MODEL and not Path(name).expanduser().exists()
+
+
+def _licence(name: str) -> str | None:
+    """The licence that a base model's own card names, where the card is at hand."""
+    if name == BUNDLED_MODEL:
+        return "apache-2.0"
+    card = Path(name).expanduser() / "README.md"
+    head = card.read_text(encoding="utf-8", errors="replace").split("---") if card.is_file() else []
+    found = re.search(r"^license: *([\w.-]+)$", head[1], re.MULTILINE) if len(head) > 2 else None
+    return found[1] if found else None
+
+
 _CARD = """---
-{base}library_name: diffusers
+{head}library_name: diffusers
 tags:
 - text-to-image
 - diffusers
@@ -116,6 +167,8 @@ pipeline("{prompt}").images[0].save("picture.png")
 ```
 
 How training ended: {verdict}.
+
+Licence: {licence}; its terms hold for what was learned from it.
 
 | setting | value |
 |---|---|

@@ -8,6 +8,7 @@ import platform
 import shutil
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -42,7 +44,15 @@ from dvar.stopper.probe import Probe
 from dvar.stopper.rules import SETTLED, AnyOf, Dvar, FixedSteps
 from dvar.stopper.trace import TraceFile
 from dvar.stopper.verdict import Reason, Verdict
-from dvar.trainer.artifacts import RESULT, write_json, write_model_card, write_weights, write_whole
+from dvar.trainer.artifacts import (
+    RESULT,
+    by_word,
+    provenance,
+    write_json,
+    write_model_card,
+    write_weights,
+    write_whole,
+)
 from dvar.trainer.checkpoint import Checkpoint, latest
 from dvar.trainer.concept import WRITTEN, Concept, read_concept
 from dvar.trainer.loading import WEIGHTS, at_step
@@ -157,32 +167,53 @@ def assembled(config: AnyConfig, backbone: Backbone) -> Personalisation:
             return CustomDiffusion(backbone, config.placeholder_token, initializer, vectors, part=config.freeze_model)
 
 
+def finished(folder: str | Path) -> tuple[AnyConfig, dict[str, Any]]:
+    """Return the settings of a finished run and what its result.json tells.
+
+    Raises: RefusedInput when the folder holds no finished run.
+    """
+    folder = Path(folder)
+    try:
+        config, result = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("config.json", RESULT))
+        return restored(config), result
+    except (OSError, ValueError) as error:
+        raise RefusedInput([f"{folder} is no finished run: it must hold config.json and {RESULT} ({error})"]) from error
+
+
 def personalised(folder: str | Path, *, step: int | None = None, **loading: Any) -> Backbone:
     """Return the model of a finished run with what was learned; ``loading`` goes to `Backbone.load`.
 
     With a ``step`` it is what was learned by then, from the checkpoint of that step; the run need not have finished.
+    Warns when the base model is no longer the one that was trained on.
 
     Raises: RefusedInput when the folder holds no finished run; CheckpointError when it has no such checkpoint;
     ModelError.
     """
     folder = Path(folder)
-    try:
-        config = restored(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-        if step is None:
-            (folder / RESULT).read_bytes()
-            files = [load_file(folder / name) for name in WEIGHTS if (folder / name).exists()]
-            learned = {name: tensor for file in files for name, tensor in file.items()}
-        else:
-            learned = Checkpoint.read(folder / f"checkpoint-{step}").state
-    except (OSError, ValueError) as error:
-        raise RefusedInput([f"{folder} is no finished run: it must hold config.json and {RESULT} ({error})"]) from error
+    if step is None:
+        config, result = finished(folder)
+        base, files = result["base_sha256"], _weights(folder, result["weights"])
+        learned = {name: tensor for file in files for name, tensor in file.items()}
+    else:
+        checkpoint = Checkpoint.read(folder / f"checkpoint-{step}")
+        config, base, learned = restored(checkpoint.facts["config"]), checkpoint.facts["base"], checkpoint.state
     backbone = Backbone.load(model_path(config.pretrained_model_name_or_path), **loading)
+    if backbone.digest != base:
+        said = f"{config.pretrained_model_name_or_path} is not what {folder} was trained on"
+        warnings.warn(f"{said}: its pictures will differ", stacklevel=2)
     try:
         assembled(config, backbone).load(learned)
     except (KeyError, RuntimeError) as error:
         said = f"{folder} holds other weights than its config.json tells of ({error})"
         raise RefusedInput([f"{said}: restore them or train again"]) from error
     return backbone
+
+
+def _weights(folder: Path, names: Sequence[str]) -> list[dict[str, Tensor]]:
+    try:
+        return [load_file(folder / name) for name in names]
+    except (OSError, SafetensorError) as error:
+        raise RefusedInput([f"{folder} lacks its weights or they are damaged ({error}): train again"]) from error
 
 
 class Job:
@@ -239,7 +270,7 @@ class Job:
 
     def save(self, keep: int | None) -> None:
         """Write a checkpoint."""
-        facts = {"config": written(self.config), "pictures": _digest(self.concept)}
+        facts = {"config": written(self.config), "pictures": _digest(self.concept), "base": self.backbone.digest}
         self.learner.checkpoint(**facts).write(self.folder, keep)
 
     def draw_samples(self, step: int) -> list[Path]:
@@ -279,11 +310,14 @@ class Job:
                 )
             self.method.load(learner.best)
         exported = learner.best_step if failed else learner.trace.last_step
-        result = replace(self.result(verdict), weights=self._export(self.method.state))
-        _remove(folder, [f"{Path(name).stem}-steps-*.safetensors" for name in WEIGHTS])
+        result = replace(self.result(verdict), weights=self._export(self.method.state, exported))
+        best = result.weights
         if exported != learner.best_step:
-            self._export(learner.best, learner.best_step)
+            best = self._export(learner.best, learner.best_step, beside=True)
         weights = [path.name for path in result.weights]
+        for stale in {found for name in WEIGHTS for found in folder.glob(f"{Path(name).stem}*.safetensors")}:
+            if stale not in (*result.weights, *best):
+                stale.unlink()
         write_model_card(folder, self.config, verdict, self.draw_samples(exported), weights)
         facts = {
             "verdict": verdict.to_json(),
@@ -293,6 +327,9 @@ class Job:
             "best_step": result.best_step,
             "seconds": result.seconds,
             "placeholder": self.config.placeholder_token,
+            "weights": weights,
+            "best_weights": [path.name for path in best],
+            "base_sha256": self.backbone.digest,
         }
         write_json(folder / RESULT, facts)
         return result
@@ -303,12 +340,12 @@ class Job:
         seconds = {name: float(trace.metric(f"seconds.{name}")[1].sum()) for name in ("train", "probe", "other")}
         return Result(self.folder, verdict, trace.last_step, self.learner.best_step, seconds)
 
-    def _export(self, state: Mapping[str, Tensor], step: int | None = None) -> tuple[Path, ...]:
-        """Return the files of ``state``, written; a ``step`` that is not the last goes into their names."""
-        paths = []
-        for name, tensors in self.method.files(state).items():
-            paths.append(self.folder / (name if step is None else at_step(name, step)))
-            write_weights(paths[-1], tensors, self.method.metadata)
+    def _export(self, state: Mapping[str, Tensor], step: int, *, beside: bool = False) -> tuple[Path, ...]:
+        """Return the files of ``state``, that of ``step``, once written; ``beside`` puts the step into their names."""
+        paths, told = [], {**provenance(self.config, self.backbone.digest, step), **self.method.metadata}
+        for name, tensors in by_word(self.method.files(state)).items():
+            paths.append(self.folder / (at_step(name, step) if beside else name))
+            write_weights(paths[-1], tensors, told)
         return tuple(paths)
 
     def drawn(self, examples: Examples, stream: str, step: int, first: int, count: int) -> Draws:
