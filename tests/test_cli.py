@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from dvar.config import (
     AnyConfig,
     CustomDiffusionConfig,
     DreamBoothLoraConfig,
+    ReplayConfig,
     TextualInversionConfig,
     settings_problems,
 )
@@ -388,6 +390,68 @@ def test_generate_draws_the_learned_word_and_never_overwrites(trained: Trained, 
 def test_generate_goes_into_the_run_by_default_with_its_settings(trained: Trained) -> None:
     told = dvar("generate", trained.folder, "--prompt", "<thing>", "--num_images", "1")
     assert told.out.splitlines() == [str(trained.folder / "generated" / "00.png")]
+
+
+# --- replay ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    path = tmp_path / "metrics.csv"
+    rows = [f"{step},{0.04 + 0.01 * math.exp(-step / 100)!r},0.5" for step in range(700)]
+    path.write_text("\n".join(["step,val_loss,loss", *rows]))
+    return path
+
+
+def test_replay_tells_in_a_table_when_each_rule_would_have_stopped_and_why(log: Path, tmp_path: Path) -> None:
+    told = dvar("replay", log, "--rule", "dvar", "--rule", "ema", "--window", "310", "--threshold", "0.15")
+    assert told.status == 0
+    assert told.err == ""
+    lines = [line.split(None, 2) for line in told.out.splitlines()]
+    assert lines[0][:2] == ["rule", "stops"]
+    assert lines[1][:2] == ["dvar", "406"]
+    assert lines[1][2].startswith("stop at step 406: variance of the last 310 steps is ")
+    assert lines[2][:2] == ["ema", "–"]
+    assert len(lines) == 3
+
+
+def test_replay_writes_its_picture(log: Path, tmp_path: Path) -> None:
+    told = dvar("replay", log, "--output", tmp_path / "replay.svg")
+    assert told.out.splitlines()[-1] == f"picture   {tmp_path / 'replay.svg'}"
+    assert (tmp_path / "replay.svg").read_text().startswith("<svg")
+
+
+def test_replay_warns_of_a_training_loss_and_refuses_wrong_words(log: Path) -> None:
+    told = dvar("replay", log, "--metric", "loss")
+    assert told.status == 0
+    assert told.err.startswith("warning: loss: this is a training loss with random timesteps")
+    told = dvar("replay", log, "--rule", "dvra")
+    assert told.status == 2
+    assert "dvra" in told.err
+    told = dvar("replay", log, "--window", "3", "--threshold", "2", "--rule", "all")
+    assert told.status == 2
+    assert [line.partition(" must")[0] for line in told.err.splitlines()] == ["dvar: window", "dvar: threshold"]
+    told = dvar("replay", log.with_name("nothing.csv"))
+    assert (told.status, told.out) == (2, "")
+    assert "does not exist" in told.err
+
+
+def test_every_setting_of_a_replay_is_a_flag_in_its_help() -> None:
+    told = dvar("replay", "--help").out
+    assert all(f"--{item.name} " in told for item in fields(ReplayConfig))
+
+
+def test_replay_of_a_table_needs_no_extra(log: Path) -> None:
+    """In an interpreter where every package of the extras is missing; training then names the extra."""
+    hidden = ("torch", "diffusers", "transformers", "accelerate", "peft", "PIL", "safetensors", "tensorboard")
+    program = f"import sys; sys.modules.update(dict.fromkeys({hidden})); from dvar.cli import main; sys.exit(main())"
+    words = [sys.executable, "-c", program]
+    done = subprocess.run([*words, "replay", log, "--rule", "all"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    done = subprocess.run([*words, "demo", "--output_dir", log.parent / "run"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("dvar: this command needs ")
+    assert done.stderr.splitlines()[-1].endswith(": pip install 'dvar[train]'")
 
 
 def test_report_writes_the_page_again(trained: Trained) -> None:

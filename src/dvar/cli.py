@@ -18,19 +18,23 @@ from cyclopts.types import NonNegativeFloat, NonNegativeInt, PositiveInt
 from dvar.config import (
     CustomDiffusionConfig,
     DreamBoothLoraConfig,
+    ReplayConfig,
     Settings,
     TextualInversionConfig,
     aliases,
     nearest,
     read_settings,
+    replay_problems,
 )
 from dvar.errors import DvarError, RefusedInput
 
 if TYPE_CHECKING:
     from dvar.config import AnyConfig
+    from dvar.laboratory.replay import Outcome
     from dvar.trainer.run import Result
 
 REFUSED, FAILED, INTERRUPTED = 2, 1, 130
+PLAIN_WIDTH = 200  # of a table that goes into a file or a pipe
 
 # Plain text, because reading help as Markdown costs 40 ms of the 100 that help takes.
 app = App(
@@ -60,23 +64,33 @@ def main(tokens: Sequence[str] | None = None) -> int:
             return _fail(REFUSED, error.problems)
         except DvarError as error:
             return _fail(FAILED, str(error).splitlines())
+        except ModuleNotFoundError as error:
+            if str(error.name).partition(".")[0] == "dvar":
+                raise
+            return _fail(FAILED, [f"this command needs {error.name}: pip install 'dvar[train]'"])
         except KeyboardInterrupt:
             return _fail(INTERRUPTED, ["interrupted"])
 
 
-def _with_flags_of(settings: type[Settings]) -> Callable[[Callable[..., int]], Callable[..., int]]:
+def _with_flags_of(settings: type[Settings | ReplayConfig]) -> Callable[[Callable[..., int]], Callable[..., int]]:
     """Give a command a flag for each field of a settings class; its keyword arguments are then the flags given."""
 
     def decorate(command: Callable[..., int]) -> Callable[..., int]:
         own = inspect.signature(command, eval_str=True).parameters.values()
-        flags = [parameter for parameter in own if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
+        flags = [parameter for parameter in own if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
         hints, others, groups = get_type_hints(settings), aliases(settings), dict[str, Group]()
         title = ""
         for item in fields(settings):
             title = item.metadata["section"] or title
             group = groups.setdefault(title, Group(title, sort_key=len(flags)))
             names = [item.name, *(alias for alias, name in others.items() if name == item.name)]
-            shown = Parameter(name=[f"--{name}" for name in names], help=item.metadata["help"], group=group)
+            shown = Parameter(
+                name=[f"--{name}" for name in names],
+                help=item.metadata["help"],
+                group=group,
+                negative_iterable=(),
+                show_default=", ".join if isinstance(item.default, tuple) else None,
+            )
             flag = inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=item.default)
             flags.append(flag.replace(annotation=Annotated[hints[item.name], shown]))
         command.__signature__ = inspect.Signature(flags)  # type: ignore[attr-defined]
@@ -229,6 +243,33 @@ def report(run: Path, /) -> int:
 
 
 @app.command
+@_with_flags_of(ReplayConfig)
+def replay(log: Path, /, **given: Any) -> int:
+    """Tell when each rule would have stopped a recorded run, and why.
+
+    Reads trace.jsonl, CSV, JSON lines, W&B's exported history, SimpleTuner's and ai-toolkit's logs.
+    With dvar[tensorboard] it reads event files too.
+
+    Parameters
+    ----------
+    log
+        File of a curve over steps, or a folder with one.
+    """
+    config = ReplayConfig(**given)
+    if problems := replay_problems(config):
+        raise RefusedInput(problems)
+    from dvar.laboratory.replay import replayed, write_picture
+    from dvar.stopper.logs import read_log
+
+    trace = read_log(log, config.metric, config.step_column)
+    outcomes = replayed(trace, config)
+    _print_outcomes(outcomes)
+    if config.output:
+        print(f"picture   {write_picture(Path(config.output), log.name, trace, outcomes, config)}")
+    return 0
+
+
+@app.command
 def demo(
     *, concept: str | None = None, output_dir: Path | None = None, resume_from_checkpoint: str | None = None
 ) -> int:
@@ -306,6 +347,20 @@ def _tell(result: Result, prompt: str) -> int:
         print(f"weights   {path}")
     print(f"next      dvar generate {shlex.quote(str(result.folder))} {shlex.join(['--prompt', prompt])}")
     return FAILED if result.verdict.reason is Reason.NON_FINITE else 0
+
+
+def _print_outcomes(outcomes: Iterable[Outcome]) -> None:
+    """Print a table of the rules, wrapped to the terminal; plain lines where there is none."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    table.add_column("rule", no_wrap=True)
+    table.add_column("stops at", justify="right", no_wrap=True)
+    table.add_column("why", overflow="fold")
+    for outcome in outcomes:
+        table.add_row(outcome.name, "–" if outcome.stop is None else f"{outcome.stop}", outcome.why)
+    Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH).print(table)
 
 
 def _unused(folder: Path) -> Path:

@@ -115,6 +115,35 @@ class Settings:
     overwrite: bool = setting(False, "Replace another run found in the output folder.")
 
 
+Rule = Literal["dvar", "paper", "ema", "hall", "trend", "plateau", "all"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayConfig:
+    """Every setting of ``dvar replay``.
+
+    Source: window and threshold are Textual Inversion's; Appendix E gives no threshold for its rules, and none for a
+    plateau of the loss: those defaults are ours, for a loss that falls by a few per cent in all.
+    """
+
+    rule: tuple[Rule, ...] = setting(
+        ("dvar",), "A rule to replay; give it again for another. 'paper' is DVAR as published.", section="Rules"
+    )
+    window: int = setting(Settings.window, "Steps over which a rule looks back.")
+    threshold: float = setting(Settings.threshold, "DVAR's alpha: stop when recent / whole variance is below it.")
+    ema_threshold: float = setting(1e-3, "Share by which the moving average changes over the window.", POSITIVE)
+    hall_threshold: float = setting(1e-2, "Share of its maximum over which the loss ranges in the window.", POSITIVE)
+    trend_threshold: float = setting(1e-6, "Slope a step, as a share of the first loss.", POSITIVE)
+    patience: int = setting(Settings.window, "Steps that a plateau may last.", COUNT)
+    min_delta: float = setting(0.0, "Fall of the loss that ends a plateau.", NOT_NEGATIVE)
+
+    metric: str | None = setting(
+        None, "Curve in the log; by default the one loss on fixed inputs, if there is just one.", section="The log"
+    )
+    step_column: str | None = setting(None, "Column of steps in a table; found by its name by default.")
+    output: str | None = setting(None, "Picture of the replay to write: a file that ends in .svg or .html.")
+
+
 Conflicts = Iterator[tuple[set[str], str]]
 """(settings concerned, what is wrong) for well-formed values that cannot be carried out, alone or together."""
 
@@ -342,7 +371,15 @@ def sound(config: C) -> C:
     return replace(config, **defaults)
 
 
-def _faults(config: Settings) -> Iterator[tuple[str, str]]:
+def replay_problems(config: ReplayConfig) -> list[str]:
+    """Everything wrong with these settings by themselves; the rules' own are the rules' to judge."""
+    problems = [said for _, said in _faults(config)]
+    if config.output and Path(config.output).suffix not in (".svg", ".html"):
+        problems.append(f"output must end in .svg or .html, got {config.output!r}: name a picture or a page")
+    return problems
+
+
+def _faults(config: Settings | ReplayConfig) -> Iterator[tuple[str, str]]:
     """(setting, what is wrong) for each value of a wrong type or out of its range."""
     annotations = get_type_hints(type(config))
     for item in fields(config):
@@ -382,7 +419,7 @@ def _conflicts(config: AnyConfig) -> Conflicts:
         yield {"overwrite", "resume_from_checkpoint"}, said
 
 
-def aliases(known: type[Settings]) -> dict[str, str]:
+def aliases(known: type[Settings | ReplayConfig]) -> dict[str, str]:
     """Other name to the name of the setting it stands for."""
     return {item.metadata["alias"]: item.name for item in fields(known) if item.metadata["alias"]}
 
@@ -433,6 +470,9 @@ def read_settings(path: str | Path, known: type[Settings] = TextualInversionConf
 def _admits(annotation: Any, value: object) -> bool:
     if get_origin(annotation) is Literal:
         return value in get_args(annotation)
+    if get_origin(annotation) is tuple:
+        part, _ = get_args(annotation)
+        return isinstance(value, tuple) and bool(value) and all(_admits(part, each) for each in value)
     if isinstance(annotation, UnionType):
         return any(_admits(part, value) for part in get_args(annotation))
     if annotation in (int, float) and isinstance(value, bool):
@@ -443,6 +483,8 @@ def _admits(annotation: Any, value: object) -> bool:
 def _wording(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return "one of " + ", ".join(get_args(annotation))
+    if get_origin(annotation) is tuple:
+        return _wording(get_args(annotation)[0])
     if isinstance(annotation, UnionType):
         return " or ".join(_wording(part) for part in get_args(annotation) if part is not NoneType)
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[annotation]

@@ -68,15 +68,29 @@ class Scale:
         return tuple(found)
 
 
-def panel(x: Scale, y: Scale, layers: Sequence[Html], *, label: str, steps: bool, tall: bool) -> Html:
+def panel(
+    x: Scale,
+    y: Scale | None,
+    layers: Sequence[Html],
+    *,
+    label: str,
+    steps: bool,
+    tall: bool = False,
+    box: tuple[float, float, float, float] | None = None,
+) -> Html:
     """Return one panel: grid, layers from back to front, values at the left and, if asked for, steps below.
 
-    `label` is what a screen reader says in place of the picture.
+    `label` is what a screen reader says in place of the picture.  A panel fills the width of its page, unless `box`
+    (left, top, width, height) places it in a drawing.
     """
     across = [tick for tick in x.ticks(6) if tick == int(tick)]
     grid = [_upright_tick(x, tick, f"{tick:.0f}" if steps else None) for tick in across]
-    ticks = y.ticks(4)
-    grid += [_level_tick(y, tick, text) for tick, text in zip(ticks, _wordings(y, ticks), strict=True)]
+    if y is not None:
+        ticks = y.ticks(4)
+        grid += [_level_tick(y, tick, text) for tick, text in zip(ticks, _wordings(y, ticks), strict=True)]
+    if box is not None:
+        placed = dict(zip(("x", "y", "width", "height"), box, strict=True))
+        return element("svg", *grid, *layers, class_="boxed", role="img", aria_label=label, **placed)
     name = " ".join(["panel", *["with-steps"] * steps, *["tall"] * tall])
     return element("svg", *grid, *layers, class_=name, role="img", aria_label=label)
 

@@ -36,7 +36,8 @@ def write_report(run_dir: str | Path) -> Path:
 
 
 def _page(run: Run) -> Html:
-    style = files("dvar.laboratory").joinpath("report.css").read_text(encoding="utf-8")
+    sheets = (files("dvar.laboratory").joinpath(name) for name in ("charts.css", "report.css"))
+    style = "".join(sheet.read_text(encoding="utf-8") for sheet in sheets)
     head = element(
         "head",
         element("meta", charset="utf-8"),

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from dvar.config import AnyConfig, restored
 from dvar.errors import RefusedInput
+from dvar.laboratory.replay import ratios
 from dvar.stopper.rules import Dvar
 from dvar.stopper.trace import Trace
 from dvar.stopper.verdict import Verdict
@@ -113,13 +114,7 @@ class Run:
     @cached_property
     def ratios(self) -> Floats:
         """The rule's ratio after each evaluation, the rule replayed over the trace; nan where the rule had none."""
-        replayed, found = Trace(), []
-        for step, value in zip(self.trace.steps, self.trace.values, strict=True):
-            replayed.record(int(step), float(value))
-            verdict = self._rule(replayed)
-            known = "total_var" in verdict.metrics
-            found.append(verdict.metrics["ratio"] if known else np.nan)
-        return np.array(found, dtype=np.float64)
+        return ratios(self.trace, self._rule)
 
     @property
     def _rule(self) -> Dvar:
