@@ -76,6 +76,8 @@ class Settings:
     train_batch_size: int = setting(2, "Pictures in one forward pass of training.", COUNT)
     gradient_accumulation_steps: int = setting(1, "Forward passes in one step.", COUNT)
     gradient_checkpointing: bool = setting(False, "Recompute activations going backward: less memory, more time.")
+    attention_slicing: bool = setting(False, "Compute attention in slices: less memory, more time.")
+    compile: bool = setting(False, "Compile the U-Net: minutes before the first step, then faster ones on a GPU.")
     learning_rate: float = setting(1e-2, "Learning rate of AdamW.", POSITIVE)
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
@@ -110,6 +112,13 @@ class Settings:
     resume_from_checkpoint: str | None = setting(None, "Go on from 'latest', or from a checkpoint by its name.")
     report_to: Literal["none", "tensorboard", "wandb"] = setting(
         "none", "Tracker to tell of each step; trace.jsonl and report.html hold the curves in any case."
+    )
+    extend: bool = setting(False, "Go on under a higher cap than the checkpoint's; with a constant learning rate.")
+    keep: Literal["last,best", "last", "best"] = setting(
+        "last,best", "Which steps are exported: the last, the best beside it, or one of the two alone."
+    )
+    best_by: Literal["l_det", "clip", "stop"] = setting(
+        "l_det", "What makes a step the best: the lowest L_det, the highest recorded CLIP score, or being the last."
     )
     output_dir: str = setting("runs/run", "Folder of the run.")
     overwrite: bool = setting(False, "Replace another run found in the output folder.")
@@ -417,6 +426,9 @@ def _conflicts(config: AnyConfig) -> Conflicts:
     if config.overwrite and config.resume_from_checkpoint:
         said = "overwrite and resume_from_checkpoint exclude each other, got both: drop one of them"
         yield {"overwrite", "resume_from_checkpoint"}, said
+    if config.extend and not config.resume_from_checkpoint:
+        said = "extend needs a resume_from_checkpoint, got it alone: add --resume_from_checkpoint latest"
+        yield {"extend", "resume_from_checkpoint"}, said
 
 
 def aliases(known: type[Settings | ReplayConfig]) -> dict[str, str]:

@@ -5,6 +5,7 @@
     ├── TraceError       (ValueError)       a record or a trace file that breaks the order or the shape of a trace
     ├── CheckpointError                     a checkpoint that is damaged, or made under other settings
     ├── ModelError                          a model folder or hub id that cannot be loaded or does not fit
+    ├── OutOfResources                      memory or disk that ran out while training
     └── NonFiniteLoss    (ArithmeticError)  a loss that is nan or infinite while training
 
 Each message is one line: the rule, the value received, the remedy.
@@ -43,6 +44,10 @@ class CheckpointError(DvarError):
 
 class ModelError(DvarError):
     """A model that cannot be loaded, or is not of the expected make."""
+
+
+class OutOfResources(DvarError):
+    """Training ran out of memory, or could not write to its folder."""
 
 
 class NonFiniteLoss(DvarError, ArithmeticError):

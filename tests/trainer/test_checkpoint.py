@@ -49,6 +49,16 @@ def test_newest_is_by_step_and_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert latest(tmp_path).step == 100
 
 
+def test_the_limit_never_deletes_what_was_just_written_for_a_later_one(tmp_path: Path) -> None:
+    for step in (4, 8, 12):
+        checkpoint(step).write(tmp_path)
+    (tmp_path / "checkpoint-12" / "facts.json").write_bytes(b"damaged")
+    checkpoint(9).write(tmp_path, keep=1)  # the run went on from 8, since 12 is damaged
+    with pytest.warns(UserWarning, match="checkpoint-12 is damaged"):
+        assert latest(tmp_path).step == 9
+    assert [path.name for path in saved(tmp_path)] == ["checkpoint-12", "checkpoint-9"]
+
+
 def test_a_step_reached_again_replaces_its_checkpoint(tmp_path: Path) -> None:
     checkpoint(5).write(tmp_path)
     again = Checkpoint(5, {"method/<thing>": torch.ones(1)}, {"best_step": 1}, checkpoint(5).trace)

@@ -118,6 +118,28 @@ def test_more_series_go_into_the_record_of_their_step_and_their_seconds_are_apar
     assert kept == [{name: row[name] for name in row if name != "seconds"} for row in plain.logged]
 
 
+@pytest.mark.parametrize(("by", "best"), [("l_det", 12), ("clip", 6), ("stop", 12)])
+def test_the_best_step_is_that_of_the_users_criterion(by: str, best: int) -> None:
+    scores = {0: 0.1, 3: 0.4, 6: 0.7, 9: 0.7}
+    bench, states = Bench(best_by=by), {}
+
+    def series(step: int) -> dict[str, float]:
+        states[step] = bench.method.state["rows"]
+        return {"clip_image": scores[step]} if step in scores else {}
+
+    bench.run(series=series)
+    values = bench.learner.trace.values
+    assert bench.learner.best_step == (int(values.argmin()) if by == "l_det" else best)
+    assert torch.equal(bench.learner.best["rows"], states[bench.learner.best_step])
+
+
+def test_the_last_sound_step_is_the_best_by_the_stop_of_a_run_that_fails() -> None:
+    bench = Bench(best_by="stop")
+    bench.spoil = lambda losses, step: losses * math.nan if step == 7 else losses
+    bench.run()
+    assert bench.learner.best_step == 6
+
+
 def test_a_step_that_failed_has_no_more_series() -> None:
     bench, asked = Bench(), []
     bench.spoil = lambda losses, step: losses * math.nan if step == 4 else losses

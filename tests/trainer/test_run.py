@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from dvar.diffusion.sampling import sample
 from dvar.errors import CheckpointError, NonFiniteLoss, RefusedInput
 from dvar.stopper.trace import Trace
 from dvar.stopper.verdict import Reason, Verdict
+from dvar.testing import tiny_pipeline
 from dvar.trainer.checkpoint import Checkpoint, latest
 from dvar.trainer.loop import Step
 from dvar.trainer.run import personalise, personalised
@@ -213,7 +215,7 @@ def test_a_run_stopped_by_the_cap_goes_on_under_a_higher_cap(config: TextualInve
     folder = personalise(shorter).folder
     assert (folder / "result.json").exists()
     unfinished: list[bool] = []
-    resumed = replace(config, resume_from_checkpoint="latest")
+    resumed = replace(config, resume_from_checkpoint="latest", extend=True)
     personalise(resumed, [lambda step: unfinished.append(not (folder / "result.json").exists())])
     assert unfinished == [True] * 3
     assert torch.equal(embeds(folder), embeds(straight))
@@ -236,7 +238,9 @@ def test_resuming_a_finished_run_changes_nothing(config: TextualInversionConfig)
     [
         ({"learning_rate": 0.5}, "learning_rate was 0.01 and is 0.5"),
         ({"seed": 3, "window": 9}, "seed was 0 and is 3; window was 8 and is 9"),
-        ({"lr_scheduler": "linear", "max_train_steps": 20}, "max_train_steps was 12 and is 20"),
+        ({"lr_scheduler": "linear", "max_train_steps": 20, "extend": True}, "max_train_steps was 12 and is 20"),
+        ({"max_train_steps": 20}, "max_train_steps was 12 and is 20): resume with those (a higher cap alone is taken"),
+        ({"max_train_steps": 10, "extend": True}, "max_train_steps was 12 and is 10): resume with those, or start"),
     ],
 )
 def test_a_checkpoint_of_other_settings_is_refused_with_the_difference(
@@ -258,6 +262,45 @@ def test_a_checkpoint_of_other_pictures_is_refused(config: TextualInversionConfi
     other = tiny_concept(tmp_path / "other", size=80)
     with pytest.raises(CheckpointError, match="the pictures or their captions changed"):
         personalise(replace(config, resume_from_checkpoint="latest", instance_data_dir=str(other)))
+
+
+def test_a_checkpoint_on_another_base_model_is_refused(
+    config: TextualInversionConfig, tmp_path: Path, tiny_model: Path
+) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    moved = replace(config, pretrained_model_name_or_path=str(model))
+    with pytest.raises(Killed):
+        personalise(moved, [killed_at(5)])
+    shutil.rmtree(model)
+    tiny_pipeline(model, seed=1)
+    before = {path: path.read_bytes() for path in Path(config.output_dir).rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError, match=r"made on another base model \(its SHA-256 was \w{12}\.\.\. and is"):
+        personalise(replace(moved, resume_from_checkpoint="latest"))
+    assert {path: path.read_bytes() for path in Path(config.output_dir).rglob("*") if path.is_file()} == before
+
+
+def test_a_run_that_stopped_by_itself_takes_no_further_step(config: TextualInversionConfig) -> None:
+    soon = replace(config, threshold=0.999, max_train_steps=100)
+    first = personalise(soon)
+    seen: list[Step] = []
+    for change in ({}, {"extend": True, "max_train_steps": 200}):
+        again = personalise(replace(soon, resume_from_checkpoint="latest", **change), [seen.append])
+        assert (again.steps, again.verdict.reason) == (first.steps, Reason.STABILISED)
+    assert seen == []
+
+
+@pytest.mark.parametrize(("keep", "exported", "beside"), [("last", CAP, 0), ("best", 5, 0), ("last,best", CAP, 1)])
+def test_what_is_kept_is_what_was_asked_for(
+    config: TextualInversionConfig, monkeypatch: pytest.MonkeyPatch, keep: Any, exported: int, beside: int
+) -> None:
+    true, calls = dvar.trainer.run.denoising_loss, iter(range(10**6))
+    monkeypatch.setattr(dvar.trainer.run, "denoising_loss", lambda *given: true(*given) + (next(calls) >= 12))
+    folder = personalise(replace(config, keep=keep, checkpointing_steps=1)).folder
+    facts = json.loads((folder / "result.json").read_text())
+    assert (facts["exported_step"], facts["best_step"], facts["best_by"]) == (exported, 5, "l_det")
+    assert torch.equal(embeds(folder), Checkpoint.read(folder / f"checkpoint-{exported}").state["<thing>"])
+    assert len(list(folder.glob("learned_embeds-steps-5.safetensors"))) == beside
+    assert set(facts["weights"]) | set(facts["best_weights"]) == {path.name for path in folder.glob("*.safetensors")}
 
 
 def test_another_run_is_replaced_only_when_asked_and_only_what_a_run_writes(config: TextualInversionConfig) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dvar.diffusion.objective import Schedule
@@ -51,10 +52,13 @@ class Backbone:
         device: str | None = None,
         mixed_precision: str = "no",
         gradient_checkpointing: bool = False,
+        attention_slicing: bool = False,
+        compile: bool = False,
     ) -> Backbone:
         """Return the model in a diffusers folder or behind a hub id, on ``device`` (a GPU where there is one).
 
-        ``mixed_precision`` "bf16" or "fp16" keeps the U-Net's weights in that precision and computes under autocast.
+        ``mixed_precision`` "bf16" or "fp16" keeps the U-Net's weights in that precision and computes under autocast;
+        ``compile`` compiles the U-Net at its first call.
         Raises: ModelError when it cannot be loaded or is no Stable Diffusion.
         """
         with _loading(name):
@@ -74,6 +78,10 @@ class Backbone:
             pipeline.unet.to(PRECISIONS[mixed_precision])
         if gradient_checkpointing:
             pipeline.unet.enable_gradient_checkpointing()
+        if attention_slicing:
+            pipeline.unet.set_attention_slice("auto")
+        if compile:
+            pipeline.unet.compile()
         if (kind := pipeline.scheduler.config.prediction_type) not in ("epsilon", "v_prediction"):
             raise ModelError(
                 f"the model must predict epsilon or v_prediction, {name} predicts {kind}: choose another model"
@@ -195,7 +203,7 @@ def _loading(name: str | Path) -> Iterator[None]:
         if (kind := diffusers.DiffusionPipeline.load_config(name)["_class_name"]) != "StableDiffusionPipeline":
             raise ModelError(f"the model must be a Stable Diffusion 1.x or 2.x, {name} is a {kind}: choose another")
         yield
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError, SafetensorError) as error:
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"{name} does not load as a Stable Diffusion model: {said}") from error
     finally:

@@ -16,10 +16,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from dvar.errors import CheckpointError
+from dvar.errors import CheckpointError, TraceError
 from dvar.stopper.trace import Trace
 
 MANIFEST = "manifest.json"
@@ -42,10 +43,11 @@ class Checkpoint:
         return {name.removeprefix(prefix): part for name, part in self.tensors.items() if name.startswith(prefix)}
 
     def write(self, folder: Path, keep: int | None = None) -> Path:
-        """Return ``folder``/checkpoint-N once it is complete and on the disk; then delete all but the ``keep`` newest.
+        """Return ``folder``/checkpoint-N once it is complete and on the disk; then delete older ones.
 
-        The files are written beside it, the manifest with their digests last, and one rename makes them a checkpoint:
-        killed at any moment, this leaves every earlier checkpoint as it was.
+        Of those up to its step the ``keep`` newest are left, itself among them.  The files are written beside it, the
+        manifest with their digests last, and one rename makes them a checkpoint: killed at any moment, this leaves
+        every earlier checkpoint as it was.
         """
         final, staged = folder / f"checkpoint-{self.step}", folder / f".checkpoint-{self.step}.part"
         _remove(staged)
@@ -59,7 +61,8 @@ class Checkpoint:
         _remove(final)  # of a step reached again; the checkpoint that the run went on from is still there
         staged.replace(final)
         _sync(folder)
-        for old in saved(folder)[keep:] if keep else ():
+        # Later ones are of a run that went on from before them: damaged perhaps, and none to count on.
+        for old in [path for path in saved(folder) if _step(path) <= self.step][keep:] if keep else ():
             _remove(old)
         return final
 
@@ -77,8 +80,11 @@ class Checkpoint:
             raise CheckpointError(f"{path} is not a whole checkpoint ({error}): name another, or 'latest'") from error
         if damaged:
             raise CheckpointError(f"{path} is damaged ({', '.join(damaged)} changed): name another, or 'latest'")
-        facts = json.loads(contents[FACTS])
-        return cls(facts.pop("step"), load(contents[TENSORS]), facts, Trace.read(path / TRACE))
+        try:
+            facts = json.loads(contents[FACTS])
+            return cls(facts.pop("step"), load(contents[TENSORS]), facts, Trace.read(path / TRACE))
+        except (ValueError, KeyError, SafetensorError, TraceError) as error:
+            raise CheckpointError(f"{path} holds no checkpoint of ours ({error}): name another, or 'latest'") from error
 
 
 def latest(folder: Path) -> Checkpoint:
@@ -97,7 +103,11 @@ def latest(folder: Path) -> Checkpoint:
 def saved(folder: Path) -> list[Path]:
     """Return the checkpoints in ``folder``, newest step first, whole or not."""
     found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
+    return sorted(found, key=_step, reverse=True)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("checkpoint-"))
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
@@ -171,10 +172,19 @@ class Learner:
         return Update(loss, norm, rate, taken=sound)
 
     def keep_best(self) -> None:
-        """Copy what is learned if the newest evaluation is the lowest L_det so far."""
-        steps, values = self.trace.steps, self.trace.values
-        if len(steps) and steps[-1] == self.trace.last_step and values[-1] < values[:-1].min(initial=math.inf):
-            self.best_step, self.best = self.trace.last_step, self.method.state
+        """Copy what is learned if the newest record is the best so far, as ``best_by`` judges it."""
+        by, trace = self.config.best_by, self.trace
+        steps, values = trace.metric("clip_image") if by == "clip" else (trace.steps, trace.values)
+        if not len(steps) or steps[-1] != trace.last_step or not math.isfinite(values[-1]):
+            return
+        before = values[:-1][np.isfinite(values[:-1])]
+        best = {
+            "l_det": values[-1] < before.min(initial=math.inf),
+            "clip": values[-1] > before.max(initial=-math.inf),
+            "stop": True,
+        }
+        if best[by]:
+            self.best_step, self.best = trace.last_step, self.method.state
 
     def checkpoint(self, **facts: Any) -> Checkpoint:
         """Return all of it as a value, with ``facts`` that are to be found beside it."""

@@ -39,7 +39,7 @@ from dvar.config import (
 from dvar.diffusion.backbone import Backbone, load_tokenizer
 from dvar.diffusion.objective import Draws, Examples, denoising_loss, draw
 from dvar.diffusion.sampling import sample
-from dvar.errors import CheckpointError, NonFiniteLoss, RefusedInput
+from dvar.errors import CheckpointError, NonFiniteLoss, OutOfResources, RefusedInput
 from dvar.stopper.probe import Probe
 from dvar.stopper.rules import SETTLED, AnyOf, Dvar, FixedSteps
 from dvar.stopper.trace import TraceFile
@@ -74,6 +74,8 @@ _FREE = {
     "report_to",
     "checkpointing_steps",
     "checkpoints_total_limit",
+    "extend",
+    "keep",
 }
 
 
@@ -107,12 +109,18 @@ def personalise(config: AnyConfig, consumers: Sequence[Callable[[Step], None]] =
     Training goes on until DVAR or the cap stops it.
     ``consumers`` are called with each `Step`.  SIGTERM or SIGINT ends the run after the step under way, with a
     checkpoint to go on from and the verdict "interrupted"; nothing is exported then.  A loss that is not finite ends
-    it too, and the step of the lowest L_det is what is exported.
+    it too, and the best step before it is what is exported.
 
     Raises: RefusedInput with every problem at once, before a model loads; ModelError; CheckpointError when there is
-    nothing to resume from, or only a run under other settings; NonFiniteLoss when no evaluation was finite.
+    nothing to resume from, or only a run under other settings, pictures or weights; OutOfResources when memory or disk
+    ran out; NonFiniteLoss when no evaluation was finite.
     Source: Sections 3.2, 3.3 and 4.1.
     """
+    with _told_in_a_line(config):
+        return _carried_out(config, consumers)
+
+
+def _carried_out(config: AnyConfig, consumers: Sequence[Callable[[Step], None]]) -> Result:
     job, checkpoint = prepared(config)
     job.open(checkpoint)
     if checkpoint and checkpoint.step % config.validation_steps == 0:
@@ -143,7 +151,12 @@ def prepared(config: AnyConfig) -> tuple[Job, Checkpoint | None]:
         model_path(config.pretrained_model_name_or_path),
         mixed_precision=config.mixed_precision,
         gradient_checkpointing=config.gradient_checkpointing,
+        attention_slicing=config.attention_slicing,
+        compile=config.compile,
     )
+    if checkpoint and (then := checkpoint.facts["base"]) != backbone.digest:
+        said = f"checkpoint-{checkpoint.step} was made on another base model (its SHA-256 was {then[:12]}... and is "
+        raise CheckpointError(f"{said}{backbone.digest[:12]}...): put that one back, or start another --output_dir")
     _clear(folder, checkpoint)
     of_class = class_pictures(config, concept, backbone) if isinstance(config, CustomDiffusionConfig) else ()
     return Job(folder, config, concept, of_class, backbone, assembled(config, backbone)), checkpoint
@@ -302,31 +315,33 @@ class Job:
 
         Raises: NonFiniteLoss when there is nothing finite to export.
         """
-        folder, learner = self.folder, self.learner
-        if failed := verdict.reason is Reason.NON_FINITE:
+        folder, config, learner = self.folder, self.config, self.learner
+        only_best = config.keep == "best" or verdict.reason is Reason.NON_FINITE
+        if only_best:
             if not np.isfinite(learner.trace.values).any():
                 raise NonFiniteLoss(
                     "no evaluation was finite, so nothing is exported: try --mixed_precision no or another model"
                 )
             self.method.load(learner.best)
-        exported = learner.best_step if failed else learner.trace.last_step
+        exported = learner.best_step if only_best else learner.trace.last_step
         result = replace(self.result(verdict), weights=self._export(self.method.state, exported))
         best = result.weights
-        if exported != learner.best_step:
+        if exported != learner.best_step and config.keep != "last":
             best = self._export(learner.best, learner.best_step, beside=True)
         weights = [path.name for path in result.weights]
         for stale in {found for name in WEIGHTS for found in folder.glob(f"{Path(name).stem}*.safetensors")}:
             if stale not in (*result.weights, *best):
                 stale.unlink()
-        write_model_card(folder, self.config, verdict, self.draw_samples(exported), weights)
+        write_model_card(folder, config, verdict, self.draw_samples(exported), weights)
         facts = {
             "verdict": verdict.to_json(),
             "stopped": verdict.stop and verdict.reason in SETTLED,
             "steps": result.steps,
             "exported_step": exported,
             "best_step": result.best_step,
+            "best_by": config.best_by,
             "seconds": result.seconds,
-            "placeholder": self.config.placeholder_token,
+            "placeholder": config.placeholder_token,
             "weights": weights,
             "best_weights": [path.name for path in best],
             "base_sha256": self.backbone.digest,
@@ -398,7 +413,9 @@ def _to_resume(folder: Path, config: AnyConfig, concept: Concept) -> Checkpoint:
     checkpoint = latest(folder) if name == "latest" else Checkpoint.read(folder / Path(name).name)
     now, then = written(config), {"method": TextualInversionConfig.method, **checkpoint.facts["config"]}
     # A schedule that bends towards the cap makes other steps under another cap; a constant one does not.
-    free = _FREE | ({"max_train_steps"} if config.lr_scheduler.startswith("constant") else set())
+    bends = not config.lr_scheduler.startswith("constant")
+    higher = config.max_train_steps > then["max_train_steps"]
+    free = _FREE | ({"max_train_steps"} if config.extend and higher and not bends else set())
     differing = [
         f"{key} was {then.get(key)!r} and is {now[key]!r}"
         for key in now
@@ -408,7 +425,8 @@ def _to_resume(folder: Path, config: AnyConfig, concept: Concept) -> Checkpoint:
         differing.append("the pictures or their captions changed")
     if differing:
         said = f"checkpoint-{checkpoint.step} was made under other settings ({'; '.join(differing)})"
-        raise CheckpointError(f"{said}: resume with those, or start another --output_dir")
+        raised = " (a higher cap alone is taken with --extend)" if higher and not bends and not config.extend else ""
+        raise CheckpointError(f"{said}: resume with those{raised}, or start another --output_dir")
     return checkpoint
 
 
@@ -437,6 +455,31 @@ def _remove(folder: Path, names: Sequence[str]) -> None:
 def _versions() -> dict[str, str]:
     packages = ("torch", "diffusers", "transformers", "peft", "safetensors", "numpy")
     return {"dvar": __version__, "python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+@contextmanager
+def _told_in_a_line(config: AnyConfig) -> Iterator[None]:
+    """Let memory or disk that runs out end in an error of ours, which says what to do."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        remedies = {
+            "--gradient_checkpointing": not config.gradient_checkpointing,
+            "--mixed_precision bf16": config.mixed_precision == "no",
+            "--attention_slicing": not config.attention_slicing,
+            "--train_batch_size 1 with --gradient_accumulation_steps": config.train_batch_size > 1,
+            "a smaller --eval_batch_size": config.eval_batch_size > 1,
+        }
+        tried = ", ".join(remedy for remedy, useful in remedies.items() if useful)
+        raise OutOfResources(f"the memory does not suffice: try {tried or 'a lower --resolution'}") from error
+    except OSError as error:
+        place = error.filename or config.output_dir
+        said = f"{place} cannot be written or read ({error.strerror or error})"
+        raise OutOfResources(
+            f"{said}: make room or mend it, then go on with --resume_from_checkpoint latest"
+        ) from error
 
 
 @contextmanager

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from short_run import Outcome, short_run
+
+from dvar.config import TextualInversionConfig
+from dvar.diffusion.backbone import Backbone
+from dvar.trainer.run import personalise
+
+
+@pytest.fixture
+def config(tiny_model: Path, tiny_pictures: Path, tmp_path: Path) -> TextualInversionConfig:
+    return short_run(tiny_model, tiny_pictures, tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def straight(tiny_model: Path, tiny_pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """The outcome of a run that nothing befell."""
+    config = short_run(tiny_model, tiny_pictures, tmp_path_factory.mktemp("straight") / "run")
+    return Outcome.of(personalise(config).folder)
+
+
+@pytest.fixture
+def loaded_at_once(tiny_model: Path) -> Iterator[None]:
+    """Loading the model takes a copy of one that was loaded once."""
+    first = Backbone.load(tiny_model, device="cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Backbone, "load", lambda *_, **__: copy.deepcopy(first))
+        yield

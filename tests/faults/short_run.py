@@ -1,0 +1,68 @@
+"""A short run on the tiny model that starts at once, to be broken in many ways, and one that nothing befell."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dvar.config import TextualInversionConfig
+from dvar.stopper.trace import Trace
+from dvar.trainer.checkpoint import saved
+from dvar.trainer.run import personalise
+
+CAP = 9
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What two runs must have in common to be called the same."""
+
+    vectors: Tensor
+    records: list[dict[str, Any]]
+    pictures: dict[str, bytes]
+
+    @classmethod
+    def of(cls, folder: Path) -> Outcome:
+        records = [dict(record) for record in Trace.read(folder / "trace.jsonl").records]
+        for record in records:
+            record.pop("seconds")
+        pictures = {str(path.relative_to(folder)): path.read_bytes() for path in folder.glob("samples/*/*.png")}
+        return cls(load_file(folder / "learned_embeds.safetensors")["<thing>"], records, pictures)
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Outcome)
+            and torch.equal(self.vectors, other.vectors)
+            and self.records == other.records
+            and self.pictures == other.pictures
+        )
+
+
+def short_run(model: Path, pictures: Path, folder: Path) -> TextualInversionConfig:
+    return TextualInversionConfig(
+        pretrained_model_name_or_path=str(model),
+        instance_data_dir=str(pictures),
+        initializer_token="mug",
+        resolution=32,
+        max_train_steps=CAP,
+        window=8,
+        threshold=1e-9,
+        random_flip=False,
+        validation_steps=5,
+        num_validation_images=1,
+        num_inference_steps=1,
+        checkpointing_steps=4,
+        output_dir=str(folder),
+    )
+
+
+def gone_on(config: TextualInversionConfig) -> Outcome:
+    """The same command as a person would give it after a failure: resumed, or afresh when nothing was saved yet."""
+    resume = "latest" if saved(Path(config.output_dir)) else None
+    personalise(replace(config, resume_from_checkpoint=resume, overwrite=resume is None))
+    return Outcome.of(Path(config.output_dir))

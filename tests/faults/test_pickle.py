@@ -1,0 +1,85 @@
+"""A malicious pickle, wherever weights are read, is refused and never run."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dvar.config import TextualInversionConfig
+from dvar.diffusion.backbone import Backbone
+from dvar.errors import CheckpointError, ModelError, RefusedInput
+from dvar.trainer.checkpoint import MANIFEST, TENSORS, Checkpoint
+from dvar.trainer.run import personalise, personalised
+
+
+class Malice:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The file that says that a pickle was run."""
+    path = tmp_path / "it-was-run"
+    pickle.loads(pickle.dumps(Malice(path)))
+    assert path.exists(), "the malice works"
+    path.unlink()
+    return path
+
+
+@pytest.mark.parametrize("how", [pickle.dump, torch.save])
+@pytest.mark.parametrize(
+    ("part", "names"),
+    [
+        ("unet", ["diffusion_pytorch_model.bin", "diffusion_pytorch_model.safetensors"]),
+        ("vae", ["diffusion_pytorch_model.bin", "diffusion_pytorch_model.safetensors"]),
+        ("text_encoder", ["pytorch_model.bin", "model.safetensors"]),
+    ],
+)
+def test_a_model(tmp_path: Path, tiny_model: Path, run: Path, part: str, names: list[str], how: Any) -> None:
+    for name in names:
+        model = shutil.copytree(tiny_model, tmp_path / name / "model")
+        for weights in (model / part).glob("*.safetensors"):
+            weights.unlink()
+        with (model / part / name).open("wb") as file:
+            how(Malice(run), file)
+        with pytest.raises(ModelError):
+            Backbone.load(model, device="cpu")
+        assert not run.exists()
+
+
+def test_a_model_with_code_of_its_own(tmp_path: Path, tiny_model: Path, run: Path) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    index = json.loads((model / "model_index.json").read_text())
+    (model / "model_index.json").write_text(json.dumps({**index, "unet": ["evil", "Evil"]}))
+    (model / "unet" / "evil.py").write_text(f"from pathlib import Path\nPath({str(run)!r}).touch()\nclass Evil: pass\n")
+    with pytest.raises(ModelError):
+        Backbone.load(model, device="cpu")
+    assert not run.exists()
+
+
+def test_learned_weights_and_a_checkpoint(config: TextualInversionConfig, tmp_path: Path, run: Path) -> None:
+    folder = personalise(replace(config, num_validation_images=1)).folder
+    content, checkpoint = pickle.dumps(Malice(run)), folder / "checkpoint-9"
+    (folder / "learned_embeds.safetensors").write_bytes(content)
+    with pytest.raises(RefusedInput, match="damaged"):
+        personalised(folder, device="cpu")
+    (checkpoint / TENSORS).write_bytes(content)
+    digests = json.loads((checkpoint / MANIFEST).read_text())
+    (checkpoint / MANIFEST).write_text(json.dumps({**digests, TENSORS: sha256(content).hexdigest()}))
+    with pytest.raises(CheckpointError, match="checkpoint-9 holds no checkpoint"):
+        Checkpoint.read(checkpoint)
+    assert not run.exists()
