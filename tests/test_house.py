@@ -37,6 +37,7 @@ PURE = (
     "stopper.judging",
     "stopper.verdict",
     "stopper.trace",
+    "stopper.watch",
 )
 HEAVY = ("torch", "diffusers", "transformers", "accelerate", "peft", "PIL", "matplotlib", "rich", "cyclopts", "skia")
 TORCH_PICKLERS = ("load", "save", "hub")

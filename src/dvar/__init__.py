@@ -17,6 +17,7 @@ from dvar.errors import DvarError, RefusedInput
 from dvar.stopper.rules import AnyOf, Criterion, Dvar, FixedSteps
 from dvar.stopper.trace import Trace
 from dvar.stopper.verdict import Reason, Verdict
+from dvar.stopper.watch import Watch
 
 if _typing.TYPE_CHECKING:
     from dvar.config import CustomDiffusionConfig, DreamBoothLoraConfig, TextualInversionConfig
@@ -42,6 +43,7 @@ __all__ = [
     "TextualInversionConfig",
     "Trace",
     "Verdict",
+    "Watch",
     "__version__",
     "personalise",
     "write_report",
