@@ -1,4 +1,5 @@
-"""The stopper, as Ray Tune's controller calls and keeps it; `tests/test_docs.py` runs a real experiment."""
+"""The stopper, as Ray Tune's controller calls and keeps it; `tests/test_docs.py` runs a whole
+experiment, which takes long (make test-all)."""
 
 from __future__ import annotations
 
