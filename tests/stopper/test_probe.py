@@ -301,6 +301,13 @@ def test_a_paired_reading_is_zero_before_the_first_step_and_the_gain_afterwards(
     assert random_states() == states
 
 
+def test_a_paired_probe_refuses_models_that_give_another_number_of_losses() -> None:
+    net = Net()
+    probe = PairedProbe(losses(net), lambda draws: losses(net)(draws)[:1], lambda step: HELD, [net])
+    with pytest.raises(RefusedInput, match="must be as many by both models, got 8 and 1 in training and frozen: give"):
+        probe(0)
+
+
 def test_a_paired_trace_refuses_to_be_normalised() -> None:
     probe = paired(Net())
     trace = Trace(probe.header)

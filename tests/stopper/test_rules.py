@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -621,6 +623,32 @@ def test_a_metric_that_never_comes_is_an_error_that_names_the_ones_there() -> No
     assert Plateau("clip_imgae", 30)(trace).reason is Reason.WARMING_UP
     with pytest.raises(RefusedInput, match=r"Plateau reads 'clip_imgae', which no record .* \(eval, eval/first\)"):
         Plateau("clip_imgae", 10)(trace)
+
+
+@pytest.mark.parametrize(
+    "rule", [Dvar(20, 0.15), EmaPercentile(20, 0.1), Hall(20, 0.1), Trend(20, 0.1), Plateau("eval", 20)]
+)
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"metric": "norms"}, "cannot use its metric: the metric 'norms' is not one number a record: read it from"),
+        ({"metric": 3}, "cannot use its metric: a metric is asked for by its name, got 3: such as 'eval'"),
+        ({"metric": "clip"}, "reads 'clip', which no record up to step 29 holds: record it, or name one of those"),
+        ({}, "reads 'eval', which no record up to step 29 holds: record it, or name one of those recorded (loss)"),
+        ({"trace": [0.1, 0.2]}, "is called on a Trace, got list: record the losses first, trace.record(step, losses)"),
+    ],
+)
+def test_what_a_rule_cannot_read_is_an_error_that_names_rule_value_and_remedy(
+    rule: Any, change: dict[str, Any], told: str
+) -> None:
+    trace = Trace()
+    assert rule(trace).reason is Reason.WARMING_UP  # nothing yet is no error
+    for step in range(30):
+        trace.record(step, loss=0.1, norms=[1.0, 2.0])
+    asked = replace(rule, metric=change["metric"]) if "metric" in change else rule
+    with pytest.raises(RefusedInput) as refused:
+        asked(change.get("trace", trace))
+    assert str(refused.value).startswith(f"{type(rule).__name__} {told}")
 
 
 def test_normalised_by_the_first_value_every_timestep_weighs_the_same() -> None:

@@ -139,6 +139,12 @@ def test_what_a_caller_holds_is_not_the_trace_itself() -> None:
         (6, np.ones(2, np.float16), {}, "float32 or wider, got float16"),
         (6, torch.ones(2, dtype=torch.float16), {}, "float32 or wider, got float16"),
         (6, torch.ones(2, dtype=torch.bfloat16), {}, "float32 or wider"),
+        (
+            6,
+            [0.1, 0.1],
+            {"eval/first": 1.0},
+            "'eval/first' is worked out from the losses, got it recorded: give it ano",
+        ),
         (6, [0.1, 0.1], {"note": "good"}, "'note' must be made of numbers, got 'good'"),
         (6, [0.1, 0.1], {"seconds": {"train": object()}}, "'seconds' must be made of numbers"),
     ],
@@ -166,6 +172,13 @@ def test_a_metric_of_several_numbers_is_no_series() -> None:
     trace.record(0, norms=[1.0, 2.0])
     with pytest.raises(TraceError, match="'norms' is not one number"):
         trace.metric("norms")
+
+
+def test_a_metric_is_found_by_its_whole_name_and_inside_a_mapping() -> None:
+    trace = Trace()
+    trace.record(0, **{"val.loss": 0.5, "seconds": {"probe": 0.25}})
+    assert trace.metric_names == ["seconds.probe", "val.loss"]
+    assert [trace.metric(name)[1].tolist() for name in trace.metric_names] == [[0.25], [0.5]]
 
 
 @pytest.mark.parametrize("header", [{"a": math.nan}, {"a": object()}, {"dvar_trace": 2}])

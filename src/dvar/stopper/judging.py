@@ -63,6 +63,11 @@ class Thresholded(Windowed, Protocol):
 def read(rule: object, trace: Trace, metric: str, patience: int, first_step: int = 0) -> Curve:
     """What the rule judges.  A metric may come late, but not later than the rule would have been ready to judge it."""
     name = type(rule).__name__
+    if not isinstance(trace, Trace):
+        raise RefusedInput(
+            f"{name} is called on a Trace, got {type(trace).__name__}: "
+            "record the losses first, trace.record(step, losses)"
+        )
     try:
         curve = Curve.of(trace, metric, first_step)
     except TraceError as error:

@@ -114,6 +114,11 @@ class PairedProbe(Generic[Held]):
             draws = self._draw(step)
         # The same key again, so that noise drawn inside the loss is common to both models as well.
         now, before = (self._measured(loss, draws, key) for loss in (self._loss, self._frozen))
+        if now.shape != before.shape:
+            raise RefusedInput(
+                f"a paired probe's losses must be as many by both models, got {len(now)} and {len(before)} in training "
+                "and frozen: give both one number per sample of the same draws"
+            )
         timesteps = _timesteps(draws)
         losses = (now - before).to(torch.float32)
         return {"eval": losses} if timesteps is None else {"eval": losses, "timesteps": timesteps}

@@ -72,6 +72,8 @@ class Trace:
         """
         row: dict[str, Any] = {"step": self._next_step(step)}
         losses = None if eval is None else self._checked_losses(eval)
+        if RELATIVE_LOSS in metrics:
+            raise TraceError(f"{RELATIVE_LOSS!r} is worked out from the losses, got it recorded: give it another name")
         if losses is not None:
             row["eval"] = losses.tolist()
         row |= {name: _plain(name, value) for name, value in metrics.items() if value is not None}
@@ -133,6 +135,8 @@ class Trace:
         anew at each record, so that there is nothing to divide by.
         Source: Section 4.5 and Figure 5: the scale of the loss depends on the timestep more than on anything else.
         """
+        if not isinstance(name, str):
+            raise TraceError(f"a metric is asked for by its name, got {name!r}: such as {LOSS!r}")
         if name == LOSS:
             return self.steps, self.values
         if name == RELATIVE_LOSS:
@@ -450,6 +454,8 @@ def _plain(name: str, value: Any) -> Any:
 
 
 def _inside(row: Mapping[str, Any], name: str) -> Any:
+    if name in row:  # a host's own name may hold a dot
+        return row[name]
     found: Any = row
     for key in name.split("."):
         found = found.get(key) if isinstance(found, Mapping) else None
