@@ -4,11 +4,13 @@ import random
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 
 from dvar.diffusion.backbone import Backbone
-from dvar.diffusion.sampling import BATCH, sample
+from dvar.diffusion.sampling import BATCH, sample, sample_into
 
 
 def test_pictures_are_those_of_the_stock_pipeline(tiny_model: Path) -> None:
@@ -50,3 +52,35 @@ def test_more_prompts_than_a_batch(tiny_model: Path) -> None:
     assert len(drawn) == BATCH + 1
     alone = sample(backbone, ["a mug"], [BATCH], size=32, steps=1)[0]
     assert np.array_equal(drawn[-1], alone)
+
+
+def test_a_folder_holds_all_of_its_pictures_or_is_not_there(tiny_model: Path, tmp_path: Path) -> None:
+    backbone = Backbone.load(tiny_model, device="cpu")
+    folder, prompts = tmp_path / "samples" / "step-0", ["a mug"] * 2
+    save, saved = Image.Image.save, []
+
+    def full_disk(self: Image.Image, path: Path) -> None:
+        if saved:
+            raise OSError("disk full")
+        saved.append(path)
+        save(self, path)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr(Image.Image, "save", full_disk)
+        sample_into(folder, backbone, prompts, [0, 1], size=32, steps=1)
+    assert saved
+    assert not folder.exists()
+    paths = sample_into(folder, backbone, prompts, [0, 1], size=32, steps=1)
+    assert [path.name for path in paths] == ["00.png", "01.png"]
+    assert [path.name for path in folder.parent.iterdir()] == ["step-0"]
+    for path, expected in zip(paths, sample(backbone, prompts, [0, 1], size=32, steps=1), strict=True):
+        assert np.array_equal(Image.open(path), expected)
+
+
+def test_a_folder_of_pictures_is_drawn_once_and_read_in_the_order_of_its_prompts(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    backbone = Backbone.load(tiny_model, device="cpu")
+    paths = sample_into(tmp_path / "many", backbone, ["a mug"] * 101, range(101), size=32, steps=1)
+    assert [path.name for path in paths] == [f"{index:03d}.png" for index in range(101)]
+    assert sample_into(tmp_path / "many", backbone, ["a cat"], [7], size=32, steps=1) == paths

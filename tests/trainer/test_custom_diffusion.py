@@ -136,16 +136,16 @@ def test_the_prior_adds_its_weight_times_the_loss_on_class_pictures_to_training_
 def test_class_pictures_are_drawn_by_the_base_model_once(config: CustomDiffusionConfig) -> None:
     folder = personalise(config).folder / "class_pictures"
     drawn = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert sorted(drawn) == ["000.png", "001.png", "002.png"]
+    assert sorted(drawn) == ["00.png", "01.png", "02.png"]
     assert len(set(drawn.values())) == 3
-    with Image.open(folder / "000.png") as picture:
+    with Image.open(folder / "00.png") as picture:
         assert (picture.mode, picture.size) == ("RGB", (32, 32))
-    Image.new("RGB", (32, 32)).save(folder / "001.png")
-    marked = (folder / "001.png").read_bytes()
+    Image.new("RGB", (32, 32)).save(folder / "01.png")
+    marked = (folder / "01.png").read_bytes()
     personalise(replace(config, resume_from_checkpoint="latest", max_train_steps=10))
-    assert (folder / "001.png").read_bytes() == marked, "a run that goes on reads them back"
+    assert (folder / "01.png").read_bytes() == marked, "a run that goes on reads them back"
     personalise(replace(config, overwrite=True))
-    assert (folder / "001.png").read_bytes() == drawn["001.png"], "another run draws its own"
+    assert (folder / "01.png").read_bytes() == drawn["01.png"], "another run draws its own"
 
 
 def test_given_class_pictures_are_taken_instead(config: CustomDiffusionConfig, tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -44,3 +47,22 @@ def sample(
             )
             pictures += drawn.images
     return pictures
+
+
+def sample_into(
+    folder: Path, backbone: Backbone, prompts: Sequence[str], seeds: Sequence[int], **how: Any
+) -> list[Path]:
+    """Return the pictures of ``folder`` in the order of ``prompts``, drawn by `sample` unless the folder is there.
+
+    They are drawn into a folder beside it and one rename puts that in its place, so that it holds all of them or is
+    not there; ``how`` goes to `sample`.
+    """
+    if not folder.exists():
+        staged = folder.with_name(f".{folder.name}.part")
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir(parents=True)
+        digits = max(2, len(str(len(prompts) - 1)))
+        for index, picture in enumerate(sample(backbone, prompts, seeds, **how)):
+            picture.save(staged / f"{index:0{digits}d}.png")
+        staged.replace(folder)
+    return sorted(folder.glob("*.png"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from PIL import Image
@@ -10,7 +9,7 @@ from PIL import Image
 from dvar.config import CustomDiffusionConfig
 from dvar.diffusion.backbone import Backbone
 from dvar.diffusion.randomness import seed_for
-from dvar.diffusion.sampling import sample
+from dvar.diffusion.sampling import sample_into
 from dvar.trainer.concept import CLASS_PICTURES, Concept
 
 
@@ -31,19 +30,13 @@ def class_pictures(config: CustomDiffusionConfig, concept: Concept, backbone: Ba
     if not config.prior_loss_weight or concept.class_pictures:
         return concept.class_pictures
     folder = Path(config.output_dir).expanduser() / CLASS_PICTURES
-    if not folder.exists():
-        staged = folder.with_name(f".{CLASS_PICTURES}.part")
-        shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir(parents=True)
-        drawn = sample(
-            backbone,
-            [class_prompt(config)] * config.num_class_images,
-            [seed_for(config.seed, "class", 0, index) for index in range(config.num_class_images)],
-            size=config.resolution,
-            steps=config.num_inference_steps,
-            guidance=config.guidance_scale,
-        )
-        for index, picture in enumerate(drawn):
-            picture.save(staged / f"{index:03d}.png")
-        staged.replace(folder)
-    return tuple(Image.open(path).convert("RGB") for path in sorted(folder.glob("*.png")))
+    drawn = sample_into(
+        folder,
+        backbone,
+        [class_prompt(config)] * config.num_class_images,
+        [seed_for(config.seed, "class", 0, index) for index in range(config.num_class_images)],
+        size=config.resolution,
+        steps=config.num_inference_steps,
+        guidance=config.guidance_scale,
+    )
+    return tuple(Image.open(path).convert("RGB") for path in drawn)

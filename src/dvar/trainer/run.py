@@ -38,7 +38,7 @@ from dvar.config import (
 )
 from dvar.diffusion.backbone import Backbone, load_tokenizer
 from dvar.diffusion.objective import Draws, Examples, denoising_loss, draw
-from dvar.diffusion.sampling import sample
+from dvar.diffusion.sampling import sample_into
 from dvar.errors import CheckpointError, NonFiniteLoss, OutOfResources, RefusedInput
 from dvar.stopper.probe import Probe
 from dvar.stopper.rules import SETTLED, AnyOf, Dvar, FixedSteps
@@ -289,26 +289,20 @@ class Job:
     def draw_samples(self, step: int) -> list[Path]:
         """Return the sample pictures of ``step``, drawn unless the folder has them all."""
         config, samples = self.config, self.folder / "samples"
-        final, staged = samples / f"step-{step:06d}", samples / f".step-{step:06d}.part"
         prompts = [sample_prompt(config)] * config.num_validation_images
         seeds = [config.seed + index for index in range(len(prompts))]
-        if not final.exists():
-            shutil.rmtree(staged, ignore_errors=True)
-            staged.mkdir(parents=True)
-            listed = [{"prompt": prompt, "seed": seed} for prompt, seed in zip(prompts, seeds, strict=True)]
-            write_json(samples / "prompts.json", listed)
-            drawn = sample(
-                self.backbone,
-                prompts,
-                seeds,
-                size=config.resolution,
-                steps=config.num_inference_steps,
-                guidance=config.guidance_scale,
-            )
-            for index, picture in enumerate(drawn):
-                picture.save(staged / f"{index:02d}.png")
-            staged.replace(final)
-        return sorted(final.glob("*.png"))
+        samples.mkdir(exist_ok=True)
+        listed = [{"prompt": prompt, "seed": seed} for prompt, seed in zip(prompts, seeds, strict=True)]
+        write_json(samples / "prompts.json", listed)
+        return sample_into(
+            samples / f"step-{step:06d}",
+            self.backbone,
+            prompts,
+            seeds,
+            size=config.resolution,
+            steps=config.num_inference_steps,
+            guidance=config.guidance_scale,
+        )
 
     def finish(self, verdict: Verdict) -> Result:
         """Write the exports and, last of all, result.json; return how the run ended.
