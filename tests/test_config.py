@@ -20,12 +20,15 @@ from dvar.config import (
     Range,
     TextualInversionConfig,
     canonical,
+    initializers,
     nearest,
+    prior_weight,
     read_settings,
     restored,
     sample_prompt,
     settings_problems,
     sound,
+    words,
     written,
 )
 from dvar.errors import RefusedInput
@@ -33,7 +36,14 @@ from dvar.errors import RefusedInput
 GOOD = TextualInversionConfig(instance_data_dir="pictures", initializer_token="mug")
 LORA = DreamBoothLoraConfig(instance_data_dir="pictures", placeholder_token="<thing>", initializer_token="mug")
 LORA_ALONE = DreamBoothLoraConfig(instance_data_dir="pictures", instance_prompt="a photo of sks dog")
+LORA_PRIOR = replace(LORA_ALONE, with_prior_preservation=True, class_prompt="a photo of dog")
 CUSTOM = CustomDiffusionConfig(instance_data_dir="pictures", class_noun="mug")
+SEVERAL = CustomDiffusionConfig(
+    placeholder_token="<new1>+<new2>",
+    initializer_token="ktn+pll",
+    concepts_list="list.json",
+    validation_prompt="a <new1> mug and a <new2> cat",
+)
 
 
 def test_good_settings_have_no_problems() -> None:
@@ -117,6 +127,7 @@ def test_the_sample_prompt_is_plain_unless_asked_for() -> None:
         (LORA_ALONE, "a photo of sks dog", "a low-rank change of the U-Net's attention"),
         (CUSTOM, "<new1> mug", "a new word and new keys and values of cross-attention"),
         (replace(CUSTOM, freeze_model="crossattn"), "<new1> mug", "a new word and new cross-attention"),
+        (SEVERAL, "<new1>, <new2>", "new words and new keys and values of cross-attention"),
     ],
 )
 def test_settings_say_what_the_subject_is_called_and_what_is_learned(
@@ -127,7 +138,7 @@ def test_settings_say_what_the_subject_is_called_and_what_is_learned(
     assert CONFIGS[config.method] is type(config)
 
 
-@pytest.mark.parametrize("config", [GOOD, LORA, LORA_ALONE, CUSTOM])
+@pytest.mark.parametrize("config", [GOOD, LORA, LORA_ALONE, LORA_PRIOR, CUSTOM, SEVERAL])
 def test_settings_are_kept_as_plain_values_and_restored(config: AnyConfig) -> None:
     kept = json.loads(json.dumps({**written(config), "versions": {"dvar": "9"}, "of_another_version": 3}))
     assert restored(kept) == config
@@ -161,6 +172,25 @@ def test_a_run_without_the_name_of_its_method_is_textual_inversion() -> None:
         (
             replace(CUSTOM, prior_loss_weight=0.0, class_data_dir="mugs"),
             "class_data_dir needs a prior_loss_weight above 0",
+        ),
+        (replace(LORA_PRIOR, class_prompt=None), "class_prompt is missing: with_prior_preservation needs"),
+        (replace(LORA, class_prompt="a dog"), "class_prompt needs with_prior_preservation, got 'a dog' alone"),
+        (replace(LORA, class_data_dir="dogs"), "class_data_dir needs with_prior_preservation, got 'dogs' alone"),
+        (replace(LORA_PRIOR, prior_loss_weight=0.0), "prior_loss_weight must be above 0, got 0.0"),
+        (replace(SEVERAL, class_noun="mug"), "class_noun is for one subject and concepts_list for several"),
+        (replace(SEVERAL, instance_data_dir="x"), "instance_data_dir is for one subject and concepts_list for several"),
+        (replace(SEVERAL, validation_prompt=None), "validation_prompt is missing: with a concepts_list"),
+        (replace(SEVERAL, validation_prompt="a mug"), "validation_prompt must hold the new word <new1> or <new2>"),
+        (replace(SEVERAL, initializer_token="ktn"), "initializer_token must give one word for each of <new1>+<new2>"),
+        (replace(CUSTOM, initializer_token="ktn+pll"), "initializer_token must give one word for each of <new1>, got"),
+        (replace(SEVERAL, placeholder_token="<new1>+"), "placeholder_token must be one word without spaces, got"),
+        (
+            replace(SEVERAL, placeholder_token="cat+cats", validation_prompt="cat"),
+            "placeholder_token must join words of which none is part of another, got cat+cats",
+        ),
+        (
+            replace(CUSTOM, placeholder_token="<new1>+<new2>", initializer_token="ktn+pll"),
+            "placeholder_token <new1>+<new2> is several words, which need a concepts_list",
         ),
         (replace(CUSTOM, max_grad_norm=0.0), "max_grad_norm must be above 0, got 0.0"),
         (replace(CUSTOM, validation_prompt="a mug"), "validation_prompt must hold the new word <new1>"),
@@ -236,3 +266,16 @@ def test_a_bad_settings_file_is_refused_by_name(tmp_path: Path, written: str, sa
 def test_a_missing_settings_file_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(RefusedInput, match=r"nowhere\.toml"):
         read_settings(tmp_path / "nowhere.toml")
+
+
+def test_words_are_joined_by_plus_in_custom_diffusion_alone() -> None:
+    assert words(SEVERAL) == ("<new1>", "<new2>")
+    assert initializers(SEVERAL) == ("ktn", "pll")
+    assert words(CUSTOM) == ("<new1>",)
+    assert words(replace(GOOD, placeholder_token="c++")) == ("c++",)
+    assert words(LORA_ALONE) == ()
+
+
+def test_only_a_run_with_class_pictures_has_a_prior() -> None:
+    assert [prior_weight(config) for config in (GOOD, LORA, LORA_ALONE, LORA_PRIOR, CUSTOM)] == [0, 0, 0, 1, 1]
+    assert prior_weight(replace(CUSTOM, prior_loss_weight=0.0)) == 0

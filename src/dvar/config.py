@@ -12,6 +12,7 @@ import math
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import permutations
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -224,8 +225,16 @@ class DreamBoothLoraConfig(Settings):
     learnable_property: Literal["object", "style"] = setting(
         "object", "What is learned from the pictures: it chooses the plain sentences."
     )
+    class_prompt: str | None = setting(None, "Caption of every class picture, such as 'a photo of dog'.")
+    class_data_dir: str | None = setting(
+        None, "Folder with pictures of the class; by default the model draws them before training."
+    )
+    num_class_images: int = setting(100, "Class pictures that the model draws when it has no folder of them.", COUNT)
     rank: int = setting(4, "Rank of the low-rank change of each attention matrix.", COUNT, section="Training")
     lora_alpha: int | None = setting(None, "The low-rank change is scaled by this over the rank; 1 by default.", COUNT)
+    train_text_encoder: bool = setting(False, "Learn a low-rank change of the text encoder's attention too.")
+    with_prior_preservation: bool = setting(False, "Train on pictures of the class too, so that it does not drift.")
+    prior_loss_weight: float = setting(1.0, "Weight of the loss on class pictures.", POSITIVE)
 
     @property
     def subject(self) -> str:
@@ -243,7 +252,7 @@ class DreamBoothLoraConfig(Settings):
 
     @property
     def learned(self) -> str:
-        change = "a low-rank change of the U-Net's attention"
+        change = "a low-rank change of the U-Net's" + " and the text encoder's" * self.train_text_encoder + " attention"
         return f"a new word and {change}" if self.placeholder_token else change
 
     def conflicts(self) -> Conflicts:
@@ -263,12 +272,20 @@ class DreamBoothLoraConfig(Settings):
         if word and prompt and word not in prompt:
             said = f"instance_prompt must hold the new word {word}, got {prompt!r}: put it in"
             yield {"placeholder_token", "instance_prompt"}, said
+        if self.with_prior_preservation and not (self.class_prompt or "").strip():
+            said = "class_prompt is missing: with_prior_preservation needs the caption of the class pictures"
+            yield {"class_prompt", "with_prior_preservation"}, f"{said}, such as 'a photo of dog'"
+        for name in ("class_prompt", "class_data_dir"):
+            if (given := getattr(self, name)) and not self.with_prior_preservation:
+                said = f"{name} needs with_prior_preservation, got {given!r} alone: add the flag or drop it"
+                yield {name, "with_prior_preservation"}, said
 
 
 @dataclass(frozen=True, kw_only=True)
 class CustomDiffusionConfig(Settings):
     """Every setting of ``dvar train custom-diffusion``; a prompt names the subject by the new word and its class.
 
+    With a ``concepts_list`` there are several subjects, each with pictures, a class and as a rule a word of its own.
     ``subject``, ``plain_prompt``, ``kind`` and ``learned`` are as in `TextualInversionConfig`.
     """
 
@@ -276,8 +293,12 @@ class CustomDiffusionConfig(Settings):
     title = "Custom Diffusion"
     tags = ("custom-diffusion",)
 
-    placeholder_token: str = setting("<new1>", "New word that will stand for the subject.", alias="modifier_token")
-    initializer_token: str | None = setting("ktn", "Known word whose embedding the new word starts from.")
+    placeholder_token: str = setting(
+        "<new1>", "New word that will stand for the subject; several are joined by +.", alias="modifier_token"
+    )
+    initializer_token: str | None = setting(
+        "ktn", "Known word whose embedding the new word starts from; several are joined by +."
+    )
     center_crop: bool = setting(False, "Crop the middle square; otherwise squeeze the whole picture into a square.")
     learning_rate: float = setting(4e-5, "Learning rate of AdamW.", POSITIVE)
     max_grad_norm: float | None = setting(1.0, "Norm to which a larger gradient is scaled down.", POSITIVE)
@@ -292,6 +313,12 @@ class CustomDiffusionConfig(Settings):
     instance_prompt: str | None = setting(
         None, "Caption of every picture; 'photo of a <new1> mug' by default, with the new word and the class."
     )
+    concepts_list: str | None = setting(
+        None, "JSON file of several subjects, as diffusers reads it, in place of the folders and prompts of one."
+    )
+    random_rescale: bool = setting(
+        True, "Show pictures smaller or larger, with captions that say so and a loss on what is theirs alone."
+    )
     class_data_dir: str | None = setting(
         None, "Folder with pictures of the class; by default the model draws them before training."
     )
@@ -305,24 +332,39 @@ class CustomDiffusionConfig(Settings):
 
     @property
     def subject(self) -> str:
-        return f"{self.placeholder_token} {self.class_noun}"
+        return ", ".join(words(self)) if self.concepts_list else f"{self.placeholder_token} {self.class_noun}"
 
     @property
     def plain_prompt(self) -> str:
+        if self.concepts_list:
+            return str(self.validation_prompt)
         return self.instance_prompt or f"photo of a {self.subject}"
 
     @property
     def kind(self) -> str:
-        return str(self.class_noun)
+        return "group of subjects" if self.concepts_list else str(self.class_noun)
 
     @property
     def learned(self) -> str:
         part = {"crossattn_kv": "keys and values of cross-attention", "crossattn": "cross-attention"}
-        return f"a new word and new {part[self.freeze_model]}"
+        word = "new words" if len(words(self)) > 1 else "a new word"
+        return f"{word} and new {part[self.freeze_model]}"
 
     def conflicts(self) -> Conflicts:
         """What is wrong beyond what all methods refuse."""
-        word, prompt = self.placeholder_token, self.instance_prompt
+        word, prompt, known = self.placeholder_token, self.instance_prompt, words(self)
+        if any(one and one in other for one, other in permutations(known, 2)):
+            said = f"placeholder_token must join words of which none is part of another, got {word}: rename one"
+            yield {"placeholder_token"}, said
+        if self.initializer_token and len(initializers(self)) != len(known):
+            said = f"initializer_token must give one word for each of {word}, got {self.initializer_token}"
+            yield {"initializer_token", "placeholder_token"}, f"{said}: join them by +, as in ktn+pll"
+        if self.concepts_list:
+            yield from self._conflicts_of_several()
+            return
+        if len(known) > 1:
+            said = f"placeholder_token {word} is several words, which need a concepts_list: name the file, or one word"
+            yield {"placeholder_token", "concepts_list"}, said
         if not (self.class_noun or "").strip():
             yield {"class_noun"}, "class_noun is missing: name the class of the subject, such as mug"
         if prompt and word not in prompt:
@@ -331,6 +373,15 @@ class CustomDiffusionConfig(Settings):
         if self.class_data_dir and not self.prior_loss_weight:
             said = f"class_data_dir needs a prior_loss_weight above 0, got {self.class_data_dir}: drop one of them"
             yield {"class_data_dir", "prior_loss_weight"}, said
+
+    def _conflicts_of_several(self) -> Conflicts:
+        for name in ("instance_data_dir", "class_noun", "instance_prompt", "class_data_dir"):
+            if given := getattr(self, name):
+                said = f"{name} is for one subject and concepts_list for several, got both ({given}): drop one of them"
+                yield {name, "concepts_list"}, said
+        if not self.validation_prompt:
+            said = "validation_prompt is missing: with a concepts_list, write what the sample pictures show"
+            yield {"validation_prompt", "concepts_list"}, f"{said}, such as '{words(self)[0]} cat on a beach'"
 
 
 AnyConfig = TextualInversionConfig | DreamBoothLoraConfig | CustomDiffusionConfig
@@ -356,6 +407,27 @@ def restored(kept: Mapping[str, Any]) -> AnyConfig:
         raise RefusedInput([f"the run is of method {name!r}, and only {', '.join(CONFIGS)} are known: update dvar"])
     names = {item.name for item in fields(CONFIGS[name])}
     return CONFIGS[name](**{key: value for key, value in kept.items() if key in names})
+
+
+def words(config: AnyConfig) -> tuple[str, ...]:
+    """The new words that are learned; none where a method trains without."""
+    word = config.placeholder_token
+    return _parts(config, word) if word is not None else ()
+
+
+def initializers(config: AnyConfig) -> tuple[str, ...]:
+    """The known words that the new ones start from, in their order."""
+    return _parts(config, str(config.initializer_token))
+
+
+def prior_weight(config: AnyConfig) -> float:
+    """The weight of the loss on class pictures; 0 where a run has none."""
+    match config:
+        case CustomDiffusionConfig():
+            return config.prior_loss_weight
+        case DreamBoothLoraConfig():
+            return config.prior_loss_weight if config.with_prior_preservation else 0.0
+    return 0.0
 
 
 def sample_prompt(config: AnyConfig) -> str:
@@ -399,19 +471,23 @@ def _faults(config: Settings | ReplayConfig) -> Iterator[tuple[str, str]]:
             yield item.name, f"{item.name} must be {allowed}, got {value!r}"
 
 
+def _parts(config: AnyConfig, joined: str) -> tuple[str, ...]:
+    return tuple(joined.split("+")) if isinstance(config, CustomDiffusionConfig) else (joined,)
+
+
 def _conflicts(config: AnyConfig) -> Conflicts:
     """What is wrong together, of all methods and of this one."""
     word, cap, warmup = config.placeholder_token, config.max_train_steps, config.lr_warmup_steps
-    if not config.instance_data_dir:
+    if not config.instance_data_dir and not (isinstance(config, CustomDiffusionConfig) and config.concepts_list):
         yield {"instance_data_dir"}, "instance_data_dir is missing: name the folder with the subject's pictures"
     if word is not None:
         if not config.initializer_token:
             yield {"initializer_token"}, "initializer_token is missing: give one word for the subject, such as mug"
-        if word.split() != [word]:
+        if any(part.split() != [part] for part in words(config)):
             said = f"placeholder_token must be one word without spaces, got {word!r}: try '<thing>'"
             yield {"placeholder_token"}, said
-        elif config.validation_prompt and word not in config.validation_prompt:
-            said = f"validation_prompt must hold the new word {word}, got {config.validation_prompt!r}: put it in"
+        elif (prompt := config.validation_prompt) and not any(part in prompt for part in words(config)):
+            said = f"validation_prompt must hold the new word {' or '.join(words(config))}, got {prompt!r}: put it in"
             yield {"placeholder_token", "validation_prompt"}, said
     yield from config.conflicts()
     if config.resolution % 8:

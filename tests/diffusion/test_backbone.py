@@ -10,7 +10,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from dvar.diffusion.backbone import Backbone, load_tokenizer
-from dvar.diffusion.objective import Examples, denoising_loss, draw
+from dvar.diffusion.objective import Encoded, denoising_loss, draw
 from dvar.errors import ModelError
 
 
@@ -62,7 +62,7 @@ def test_half_precision_still_gives_float32_losses_and_gradients(
 ) -> None:
     half = Backbone.load(tiny_model, device="cpu", mixed_precision=precision)
     assert half.unet.dtype != torch.float32
-    examples = Examples(half.encode(pictures(tiny_pictures)).unsqueeze(1), [half.tokenize(["a mug"])] * 4)
+    examples = Encoded(half.encode(pictures(tiny_pictures)).unsqueeze(1), [half.tokenize(["a mug"])] * 4)
     drawn = draw(examples, timesteps=1000, seed=0, stream="train", first=0, count=4)
     losses = denoising_loss(half.predict, drawn, half.schedule)
     assert losses.dtype == torch.float32

@@ -10,16 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dvar.diffusion.objective import Draws, Examples, Schedule, denoising_loss, draw, latents_of
+from dvar.diffusion.objective import Draws, Encoded, Schedule, denoising_loss, draw, latents_of
 
 STREAM = {"timesteps": 1000, "seed": 5, "stream": "train"}
 
 
 @pytest.fixture(scope="module")
-def examples() -> Examples:
+def examples() -> Encoded:
     moments = torch.randn(3, 2, 8, 4, 4, generator=torch.Generator().manual_seed(0))
     captions = [torch.arange(20 * picture, 20 * picture + 12).reshape(4, 3) for picture in range(3)]
-    return Examples(moments, captions)
+    return Encoded(moments, captions)
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +28,13 @@ def scheduler() -> DDPMScheduler:
 
 
 def equal(one: Draws, other: Draws) -> bool:
-    return all(torch.equal(getattr(one, item.name), getattr(other, item.name)) for item in fields(Draws))
+    pairs = [(getattr(one, item.name), getattr(other, item.name)) for item in fields(Draws)]
+    return all(first is second if first is None else torch.equal(first, second) for first, second in pairs)
 
 
 @given(step=st.integers(0, 9999), count=st.integers(1, 12), data=st.data())
 def test_draws_do_not_depend_on_how_a_step_is_split(
-    examples: Examples, step: int, count: int, data: st.DataObject
+    examples: Encoded, step: int, count: int, data: st.DataObject
 ) -> None:
     whole = draw(examples, **STREAM, step=step, first=0, count=count)
     cut = data.draw(st.integers(1, count))
@@ -43,7 +44,7 @@ def test_draws_do_not_depend_on_how_a_step_is_split(
     assert equal(whole, parts[0].joined(parts[1]) if cut < count else parts[0])
 
 
-def test_draws_are_fresh_at_every_step_and_in_every_stream_and_seed(examples: Examples) -> None:
+def test_draws_are_fresh_at_every_step_and_in_every_stream_and_seed(examples: Encoded) -> None:
     one = draw(examples, **STREAM, step=1, first=0, count=4)
     assert equal(one, draw(examples, **STREAM, step=1, first=0, count=4))
     for other in ({"step": 2}, {"step": 1, "stream": "held"}, {"step": 1, "seed": 6}):
@@ -53,7 +54,7 @@ def test_draws_are_fresh_at_every_step_and_in_every_stream_and_seed(examples: Ex
     assert not torch.equal(one.noise, one.vae_noise)
 
 
-def test_every_picture_view_caption_and_timestep_is_drawn_evenly(examples: Examples) -> None:
+def test_every_picture_view_caption_and_timestep_is_drawn_evenly(examples: Encoded) -> None:
     drawn = draw(examples, timesteps=10, seed=0, stream="train", first=0, count=3000)
     # With n = 3000 and chance p a count has mean np and deviation sqrt(np(1 - p)); six deviations never happen.
     for counts, chance in (
@@ -66,14 +67,14 @@ def test_every_picture_view_caption_and_timestep_is_drawn_evenly(examples: Examp
     assert len(seen) == 3 * 2
 
 
-def test_a_picture_keeps_its_own_captions(examples: Examples) -> None:
+def test_a_picture_keeps_its_own_captions(examples: Encoded) -> None:
     drawn = draw(examples, **STREAM, step=0, first=0, count=64)
     for moments, ids in zip(drawn.moments, drawn.input_ids, strict=True):
         picture = int(ids[0]) // 20
         assert any(torch.equal(moments, view) for view in examples.moments[picture])
 
 
-def test_latents_are_the_autoencoders_own_sample(examples: Examples) -> None:
+def test_latents_are_the_autoencoders_own_sample(examples: Encoded) -> None:
     drawn = draw(examples, **STREAM, step=0, first=0, count=4)
     drawn = replace(drawn, moments=drawn.moments * 40)  # far enough for the log-variance to meet both its bounds
     posterior = DiagonalGaussianDistribution(drawn.moments)
@@ -83,7 +84,7 @@ def test_latents_are_the_autoencoders_own_sample(examples: Examples) -> None:
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_the_noisy_input_and_the_target_are_those_of_diffusers(
-    examples: Examples, scheduler: DDPMScheduler, kind: str
+    examples: Encoded, scheduler: DDPMScheduler, kind: str
 ) -> None:
     drawn = draw(examples, **STREAM, step=0, first=0, count=6)
     schedule = Schedule(scheduler.alphas_cumprod, kind, 0.18215)
@@ -103,9 +104,38 @@ def test_the_noisy_input_and_the_target_are_those_of_diffusers(
     torch.testing.assert_close(losses, torch.arange(1.0, 7) ** 2, rtol=1e-5, atol=1e-5)
 
 
-def test_losses_are_float32_under_a_prediction_in_half_precision(examples: Examples, scheduler: DDPMScheduler) -> None:
+def test_losses_are_float32_under_a_prediction_in_half_precision(examples: Encoded, scheduler: DDPMScheduler) -> None:
     drawn = draw(examples, **STREAM, step=0, first=0, count=2)
     schedule = Schedule(scheduler.alphas_cumprod, "epsilon", 1.0)
     losses = denoising_loss(lambda noisy, *_: torch.zeros_like(noisy, dtype=torch.bfloat16), drawn, schedule)
     assert losses.dtype == torch.float32
     torch.testing.assert_close(losses, drawn.noise.square().mean(dim=(1, 2, 3)))
+
+
+def test_under_a_mask_the_loss_is_the_mean_over_the_elements_in_it(examples: Encoded, scheduler: DDPMScheduler) -> None:
+    drawn = draw(examples, **STREAM, step=0, first=0, count=3)
+    mask = torch.zeros(3, 1, 4, 4)
+    mask[0, 0, 1, 2] = mask[1, 0, :2] = 1
+    mask[2] = 1
+    error = torch.arange(3.0 * 4 * 4 * 4).reshape(3, 4, 4, 4) / 50
+    schedule = Schedule(scheduler.alphas_cumprod, "epsilon", 1.0)
+
+    def losses(draws: Draws) -> Tensor:
+        return denoising_loss(lambda *_: draws.noise + error, draws, schedule)
+
+    found = losses(replace(drawn, mask=mask))
+    expected = [error[0, :, 1, 2].square().mean(), error[1, :, :2].square().mean(), error[2].square().mean()]
+    torch.testing.assert_close(found, torch.stack(expected))
+    torch.testing.assert_close(found[2], losses(drawn)[2])
+    assert not torch.isclose(found[:2], losses(drawn)[:2]).any()
+
+
+def test_draws_with_a_mask_join_those_without_whose_mask_is_everywhere(examples: Encoded) -> None:
+    plain = draw(examples, **STREAM, step=0, first=0, count=2)
+    masked = replace(plain, mask=torch.zeros(2, 1, 4, 4))
+    assert plain.joined(plain).mask is None
+    for joined, expected in ((masked.joined(plain), (0, 0, 1, 1)), (plain.joined(masked), (1, 1, 0, 0))):
+        assert joined.mask is not None
+        assert joined.mask.shape == (4, 1, 4, 4)
+        assert joined.mask.mean(dim=(1, 2, 3)).tolist() == list(expected)
+    assert masked.to("cpu").mask is not None

@@ -20,7 +20,7 @@ def test_every_attention_matrix_has_two_thin_ones_beside_it_and_nothing_else(bac
     attentions = [name for name, part in backbone.unet.named_modules() if name.endswith((".attn1", ".attn2"))]
     method = DreamBoothLora(backbone, rank=2)
     expected = {
-        f"unet.{name}.{target}.lora_{side}.weight" for name in attentions for target in TARGETS for side in "AB"
+        f"unet.{name}.{target}.lora_{side}.weight" for name in attentions for target in TARGETS["unet"] for side in "AB"
     }
     assert set(method.matrices) == expected
     assert {min(matrix.shape) for matrix in method.matrices.values()} == {2}
@@ -91,7 +91,7 @@ def test_the_metadata_tells_rank_alpha_and_targets(backbone: Backbone) -> None:
     (said,) = DreamBoothLora(backbone, rank=2, alpha=6).metadata.values()
     adapter = json.loads(said)
     assert (adapter["unet.r"], adapter["unet.lora_alpha"]) == (2, 6)
-    assert adapter["unet.target_modules"] == sorted(TARGETS)
+    assert adapter["unet.target_modules"] == sorted(TARGETS["unet"])
 
 
 def test_in_half_precision_only_the_base_is_half(tiny_model: Path) -> None:
@@ -100,3 +100,31 @@ def test_in_half_precision_only_the_base_is_half(tiny_model: Path) -> None:
     assert {matrix.dtype for matrix in method.matrices.values()} == {torch.float32}
     learned = {id(matrix) for matrix in method.parameters}
     assert {part.dtype for part in backbone.unet.parameters() if id(part) not in learned} == {torch.bfloat16}
+
+
+def test_the_text_encoder_is_adapted_too_where_asked(backbone: Backbone, tiny_model: Path) -> None:
+    ids = backbone.tokenize(["a photo of mug"])
+    before = backbone.text_encoder(ids)[0].detach()
+    method = DreamBoothLora(backbone, "<thing>", "mug", rank=2, alpha=4, text_encoder=True)
+    assert torch.equal(backbone.text_encoder(ids)[0], before)
+    own = {name for name in method.matrices if name.startswith("text_encoder.")}
+    assert own == {
+        f"text_encoder.text_model.encoder.layers.{layer}.self_attn.{target}.lora_{side}.weight"
+        for layer in range(2)
+        for target in TARGETS["text_encoder"]
+        for side in "AB"
+    }
+    plain = DreamBoothLora(Backbone.load(tiny_model, device="cpu"), rank=2)
+    assert method.matrices.keys() - plain.matrices.keys() == own
+    assert all(torch.equal(method.matrices[name], plain.matrices[name]) for name in plain.matrices)
+    learned = {id(weight) for weight in method.parameters}
+    named = [*backbone.text_encoder.named_parameters(), *backbone.unet.named_parameters()]
+    assert learned == {id(weight) for _, weight in named if weight.requires_grad}
+    adapter = json.loads(*method.metadata.values())
+    assert (adapter["text_encoder.r"], adapter["text_encoder.lora_alpha"]) == (2, 4)
+    assert adapter["text_encoder.target_modules"] == sorted(TARGETS["text_encoder"])
+    assert (adapter["unet.r"], adapter["unet.lora_alpha"]) == (2, 4)
+    with torch.no_grad():
+        for name in own:
+            method.matrices[name].normal_(generator=torch.Generator().manual_seed(3))
+    assert not torch.isclose(backbone.text_encoder(ids)[0], before).all()

@@ -31,7 +31,7 @@ from dvar.testing import tiny_pipeline
 from dvar.trainer.artifacts import by_word, write_weights
 from dvar.trainer.checkpoint import Checkpoint, latest
 from dvar.trainer.export import write_kohya, write_merged
-from dvar.trainer.loading import ATTENTION, EMBEDS, LORA, WEIGHTS, at_step, loads
+from dvar.trainer.loading import ATTENTION, EMBEDS, LORA, at_step, loads
 from dvar.trainer.loop import Step
 from dvar.trainer.run import assembled, personalise, personalised
 
@@ -44,11 +44,38 @@ METHODS: dict[str, AnyConfig] = {
         placeholder_token="<thing>", initializer_token="mug", learning_rate=0.05, threshold=1e-9
     ),
     "lora-alone": DreamBoothLoraConfig(instance_prompt="a photo of white dog", learning_rate=0.05, threshold=1e-9),
+    "lora-with-prior": DreamBoothLoraConfig(
+        instance_prompt="a photo of white dog",
+        with_prior_preservation=True,
+        class_prompt="a photo of dog",
+        num_class_images=2,
+        train_text_encoder=True,
+        learning_rate=0.05,
+        gradient_accumulation_steps=2,
+    ),
     "custom-diffusion": CustomDiffusionConfig(
-        placeholder_token="<thing>", class_noun="mug", learning_rate=0.05, num_class_images=2, max_grad_norm=None
+        placeholder_token="<thing>",
+        class_noun="mug",
+        learning_rate=0.05,
+        num_class_images=2,
+        max_grad_norm=None,
+        gradient_accumulation_steps=2,
+    ),
+    "two-subjects": CustomDiffusionConfig(
+        placeholder_token="<thing>+<other>",
+        initializer_token="mug+cat",
+        learning_rate=0.05,
+        num_class_images=2,
+        max_grad_norm=None,
+        concepts_list="both.json",
+        validation_prompt="a photo of <thing> mug and <other> cat",
+        num_vectors=2,
     ),
 }
+PRIOR = {"lora-with-prior", "custom-diffusion", "two-subjects"}
 FILES = {
+    "lora-with-prior": {LORA},
+    "two-subjects": {"learned_embeds.thing.safetensors", "learned_embeds.other.safetensors", ATTENTION},
     "textual-inversion": {EMBEDS},
     "dreambooth-lora": {EMBEDS, LORA},
     "lora-alone": {LORA},
@@ -67,10 +94,14 @@ def config(name: str, tiny_model: Path, tiny_pictures: Path, tmp_path: Path) -> 
 
 
 def settings(name: str, model: Path, pictures: Path, folder: Path) -> AnyConfig:
+    config = METHODS[name]
+    if isinstance(config, CustomDiffusionConfig) and config.concepts_list:
+        config = replace(config, concepts_list=str(both(pictures, folder.with_name(f"{folder.name}.json"))))
+    else:
+        config = replace(config, instance_data_dir=str(pictures))
     return replace(
-        METHODS[name],
+        config,
         pretrained_model_name_or_path=str(model),
-        instance_data_dir=str(pictures),
         resolution=32,
         max_train_steps=CAP,
         window=8,
@@ -83,6 +114,14 @@ def settings(name: str, model: Path, pictures: Path, folder: Path) -> AnyConfig:
     )
 
 
+def both(pictures: Path, path: Path) -> Path:
+    """A list of two subjects, who share their pictures and the pictures of the first one's class."""
+    first = {"instance_prompt": "photo of a <thing> mug", "class_prompt": "mug", "class_data_dir": str(pictures)}
+    second = {"instance_prompt": "photo of a <other> cat", "class_prompt": "cat"}
+    path.write_text(json.dumps([{**each, "instance_data_dir": str(pictures)} for each in (first, second)]))
+    return path
+
+
 @pytest.fixture(scope="module")
 def straight(tiny_model: Path, tiny_pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """An uninterrupted run of each method."""
@@ -93,7 +132,8 @@ def straight(tiny_model: Path, tiny_pictures: Path, tmp_path_factory: pytest.Tem
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
-    return {key: part for name in WEIGHTS if (folder / name).exists() for key, part in load_file(folder / name).items()}
+    names = json.loads((folder / "result.json").read_text())["weights"]
+    return {key: part for name in names for key, part in load_file(folder / name).items()}
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -129,7 +169,7 @@ def test_a_run_leaves_its_weights_its_card_and_a_report(name: str, straight: dic
     best = json.loads((folder / "result.json").read_text())["best_step"]
     names = FILES[name] | {at_step(file, best) for file in FILES[name] if best != CAP}
     assert {path.name for path in folder.glob("*.safetensors")} == names
-    assert (folder / "class_pictures").exists() == (name == "custom-diffusion")
+    assert bool([*folder.glob("class_pictures*")]) == (name in PRIOR)
     for key, tensor in weights(folder).items():
         assert tensor.dtype == torch.float32, key
     card = (folder / "README.md").read_text()
@@ -219,7 +259,7 @@ def picture(pipeline: StableDiffusionPipeline, prompt: str) -> np.ndarray[Any, A
 def test_a_stock_pipeline_loads_it_and_draws_our_picture(
     name: str, straight: dict[str, Path], tiny_model: Path
 ) -> None:
-    folder, prompt = straight[name], "a photo of white dog" if name == "lora-alone" else PROMPT
+    folder, prompt = straight[name], "a photo of white dog" if name.startswith("lora") else PROMPT
     loaded = stock(tiny_model)
     base = picture(loaded, prompt)
     initial = picture(loaded, prompt.replace("<thing>", "mug"))
@@ -248,7 +288,7 @@ def furthest(one: Any, other: Any) -> int:
 def test_a_merged_pipeline_draws_our_picture_by_itself(
     name: str, straight: dict[str, Path], tiny_model: Path, tmp_path: Path
 ) -> None:
-    prompt = "a photo of white dog" if name == "lora-alone" else PROMPT
+    prompt = "a photo of white dog" if name.startswith("lora") else PROMPT
     merged = stock(write_merged(straight[name], tmp_path / "merged"))
     (ours,) = sample(personalised(straight[name], device="cpu"), [prompt], [5], size=32, steps=2)
     assert furthest(picture(merged, prompt), ours) <= 1
@@ -338,13 +378,16 @@ def test_several_words_have_a_file_each_that_stock_diffusers_loads(tmp_path: Pat
 def test_the_model_of_an_earlier_step_is_its_checkpoints(name: str, straight: dict[str, Path]) -> None:
     backbone = personalised(straight[name], step=8, device="cpu")
     kept = Checkpoint.read(straight[name] / "checkpoint-8").state
-    now = backbone.unet.state_dict()
+    now = {**backbone.unet.state_dict(), **backbone.text_encoder.state_dict()}
     for key, tensor in kept.items():
-        own = key.removeprefix("unet.").replace("lora_A.", "lora_A.default.").replace("lora_B.", "lora_B.default.")
-        if key != "<thing>":
+        own = key.removeprefix("unet.").removeprefix("text_encoder.text_model.")
+        own = own.replace("lora_A.", "lora_A.default.").replace("lora_B.", "lora_B.default.")
+        if not key.startswith("<"):
             assert torch.equal(now[own], tensor)
     if "<thing>" in kept:
-        assert torch.equal(backbone.text_encoder.get_input_embeddings().rows, kept["<thing>"])
+        learned = backbone.text_encoder.get_input_embeddings()
+        rows = [learned.words.rows, learned.rows] if name == "two-subjects" else [learned.rows]
+        assert all(torch.equal(part, kept[word]) for part, word in zip(rows, ("<thing>", "<other>"), strict=False))
     with pytest.raises(CheckpointError):
         personalised(straight[name], step=7)
 

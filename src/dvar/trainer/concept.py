@@ -23,12 +23,16 @@ from dvar.config import (
     BUNDLED_MODEL,
     AnyConfig,
     CustomDiffusionConfig,
+    DreamBoothLoraConfig,
     Settings,
     TextualInversionConfig,
+    initializers,
     nearest,
+    prior_weight,
     sample_prompt,
     settings_problems,
     sound,
+    words,
 )
 from dvar.errors import ModelError, RefusedInput
 from dvar.stopper.rules import MIN_RECORDS, Dvar, schedule_problems
@@ -80,6 +84,8 @@ TEMPLATES = {
         "the picture in the style of {}",
     ),
 }
+FAR, NEAR = ("a far away ", "very small "), ("zoomed in ", "close up ")
+"""What a caption begins with when its picture is shown much smaller, or larger, than it is."""
 # Files that an operating system or the bundled concepts leave beside pictures.
 _PASSED_OVER = {"Thumbs.db", "desktop.ini", "concept.json"}
 _METADATA = "metadata.jsonl"
@@ -91,8 +97,8 @@ WRITTEN = (
     *(
         "references",
         "samples",
-        CLASS_PICTURES,
-        f".{CLASS_PICTURES}.part",
+        f"{CLASS_PICTURES}*",
+        f".{CLASS_PICTURES}*.part",
         "logs",
         "result.json",
         "report.html",
@@ -115,26 +121,47 @@ class Tokenizer(Protocol):
 
 
 @dataclass(frozen=True)
+class Class:
+    """A class of subjects, for prior preservation: the caption of its pictures, and those that were given, squares."""
+
+    prompt: str
+    pictures: tuple[Image.Image, ...] = ()
+
+
+@dataclass(frozen=True)
 class Concept:
-    """The subject of a run.
+    """The subject of a run, or its several subjects.
 
     ``pictures`` are upright RGB squares, ``resolution`` pixels a side, in the order of ``names``; ``captions`` holds
-    for each its own caption or None; ``prompts`` are the sentences for those without.  ``placeholder`` and
-    ``initializer`` are None where no word is learned; ``class_pictures``, squares as well, are those that were given.
+    for each its own caption or None; ``prompts`` are the sentences for those without.  ``words`` are the new ones and
+    ``initializers`` those they start from, none where no word is learned; ``classes`` are there for a prior alone.
     """
 
     pictures: tuple[Image.Image, ...]
     names: tuple[str, ...]
     captions: tuple[str | None, ...]
-    placeholder: str | None
-    initializer: str | None
     prompts: tuple[str, ...]
-    class_pictures: tuple[Image.Image, ...] = ()
+    words: tuple[str, ...] = ()
+    initializers: tuple[str, ...] = ()
+    classes: tuple[Class, ...] = ()
 
     def texts(self, index: int) -> tuple[str, ...]:
         """The captions that picture ``index`` may be shown with: its own, or those of the run."""
         own = self.captions[index]
         return (own,) if own else self.prompts
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where one subject and its class come from; ``where`` begins what is said of it, ``prompt`` is for its pictures
+    alone.
+    """
+
+    folder: str | None
+    prompt: str | None = None
+    class_prompt: str | None = None
+    class_folder: str | None = None
+    where: str = ""
 
 
 def read_concept(config: AnyConfig, load_tokenizer: Callable[[str], Tokenizer] | None = None) -> Concept:
@@ -143,14 +170,21 @@ def read_concept(config: AnyConfig, load_tokenizer: Callable[[str], Tokenizer] |
     ``load_tokenizer`` gives a model's tokenizer by the model's name, and is called only when that model's folder is in
     order; without it the words are not checked.  Warns of a single picture and of pictures that must be enlarged.
 
-    Raises: `RefusedInput` with every problem of the settings, the model's folder, the run's folder, the pictures, their
-    captions and the words.
+    Raises: `RefusedInput` with every problem of the settings, the model's folder, the run's folder, the list of
+    subjects, the pictures, their captions and the words.
     """
     well = sound(config)
     model = well.pretrained_model_name_or_path
     wrong_model = model_problems(model)
-    pictures, captions, wrong_files = _read_folder(well)
-    of_class, wrong_class = _read_class_pictures(well)
+    sources, wrong_files = _sources(well)
+    pictures: dict[str, Image.Image] = {}
+    captions: dict[str, str] = {}
+    for source in sources:
+        shown, texts, wrong = _read_folder(source, well)
+        pictures |= {source.where + name: picture for name, picture in shown.items()}
+        captions |= {source.where + name: text for name in shown if (text := texts.get(name) or source.prompt)}
+        wrong_files += wrong
+    classes, wrong_class = _read_classes(sources, well)
     judged = ("window", "threshold", "probe_every", "max_train_steps")
     wrong_rule = rule_problems(config) if all(getattr(config, name) == getattr(well, name) for name in judged) else []
     wrong_output = [*output_problems(well), *tracker_problems(well.report_to)]
@@ -168,10 +202,10 @@ def read_concept(config: AnyConfig, load_tokenizer: Callable[[str], Tokenizer] |
         pictures=tuple(pictures.values()),
         names=tuple(pictures),
         captions=tuple(captions.get(name) for name in pictures),
-        placeholder=well.placeholder_token,
-        initializer=well.initializer_token,
         prompts=prompts(well),
-        class_pictures=tuple(of_class),
+        words=words(well),
+        initializers=initializers(well) if words(well) else (),
+        classes=tuple(classes),
     )
 
 
@@ -285,26 +319,31 @@ def tracker_problems(name: str) -> list[str]:
 
 
 def word_problems(config: AnyConfig, tokenizer: Tokenizer, captions: Mapping[str, str]) -> list[str]:
-    """What is wrong, as this tokenizer reads, with the new word, the word it starts from, and the captions' length.
+    """What is wrong, as this tokenizer reads, with the new words, those they start from, and the captions' length.
 
     ``captions`` are by the name of their picture.
     """
-    placeholder, initializer, count = config.placeholder_token, config.initializer_token, config.num_vectors
+    count, new = config.num_vectors, words(config)
     problems = []
-    words = token_names(placeholder, count) if placeholder is not None else ()
-    if placeholder is not None and (known := [word for word in words if token_id(tokenizer, word) is not None]):
-        said = f"placeholder_token must be a new word, and the model already knows {', '.join(known)}"
-        problems.append(f"{said}: try '<my-{placeholder.strip('<>')}>'")
-    if initializer and token_id(tokenizer, initializer) is None:
-        pieces = _pieces(tokenizer, initializer)
-        said = f"initializer_token must be one token, got {initializer!r}, which is {len(pieces)}: {' '.join(pieces)}"
-        problems.append(f"{said}; try {_known_word(tokenizer, initializer)}")
+    for word in new:
+        if known := [name for name in token_names(word, count) if token_id(tokenizer, name) is not None]:
+            said = f"placeholder_token must be a new word, and the model already knows {', '.join(known)}"
+            problems.append(f"{said}: try '<my-{word.strip('<>')}>'")
+    for word in initializers(config) if config.initializer_token else ():
+        if token_id(tokenizer, word) is None:
+            pieces = _pieces(tokenizer, word)
+            said = f"initializer_token must be one token, got {word!r}, which is {len(pieces)}: {' '.join(pieces)}"
+            problems.append(f"{said}; try {_known_word(tokenizer, word)}")
     texts = {**captions, "validation_prompt": sample_prompt(config)}
     if not isinstance(config, TextualInversionConfig) and config.instance_prompt:
         texts["instance_prompt"] = config.instance_prompt
+    rescaled = isinstance(config, CustomDiffusionConfig) and config.random_rescale
     for name, caption in texts.items():
-        known_part = caption.replace(placeholder, " ") if placeholder else caption
-        length = len(tokenizer.encode(known_part)) + (caption.count(placeholder) * count if placeholder else 0)
+        known_part, vectors = caption, 0
+        for word in new:
+            known_part, vectors = known_part.replace(word, " "), vectors + count * caption.count(word)
+        begins = ("", *FAR, *NEAR) if rescaled and name != "validation_prompt" else ("",)
+        length = max(len(tokenizer.encode(begin + known_part)) for begin in begins) + vectors
         if length > tokenizer.model_max_length:
             said = f"the text of {name} must be at most {tokenizer.model_max_length} tokens, got {length}"
             problems.append(f"{said}: shorten it")
@@ -337,14 +376,72 @@ def _rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def _read_folder(config: Settings) -> tuple[dict[str, Image.Image], dict[str, str], list[str]]:
+def _sources(config: AnyConfig) -> tuple[list[_Source], list[str]]:
+    """(where the subjects of these settings come from, what is wrong with the list of them)."""
+    match config:
+        case CustomDiffusionConfig() if config.concepts_list:
+            return _listed(config, Path(config.concepts_list).expanduser())
+        case CustomDiffusionConfig():
+            prompt, folder = f"photo of a {config.class_noun}", config.class_data_dir
+            return [_Source(config.instance_data_dir, None, prompt, folder)], []
+        case DreamBoothLoraConfig():
+            return [_Source(config.instance_data_dir, None, config.class_prompt, config.class_data_dir)], []
+    return [_Source(config.instance_data_dir)], []
+
+
+_LISTED = ("instance_prompt", "instance_data_dir", "class_prompt", "class_data_dir")
+
+
+def _listed(config: CustomDiffusionConfig, path: Path) -> tuple[list[_Source], list[str]]:
+    """(the subjects in a list of diffusers' format, what is wrong with it)."""
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        return [], [f"concepts_list {path}: {error.strerror or error}; check the path"]
+    except ValueError as error:
+        return [], [f"concepts_list {path} is not JSON ({error}): write a list of objects with {', '.join(_LISTED)}"]
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        return [], [f"concepts_list {path} must be a list of one or more objects: write one for each subject"]
+    needed = _LISTED[: 3 if config.prior_loss_weight else 2]
+    sources, problems = [], []
+    for number, entry in enumerate(entries, start=1):
+        where = f"concepts_list, subject {number}: "
+        problems += [
+            f"{where}unknown key {key!r}, the nearest known one is {nearest(key, _LISTED)}"
+            for key in entry
+            if key not in _LISTED
+        ]
+        problems += [
+            f"{where}{name} must be text, got {entry.get(name)!r}: give it"
+            for name in _LISTED
+            if not (isinstance(given := entry.get(name), str) and given.strip()) and (name in needed or given)
+        ]
+        plain = {name: given for name in _LISTED if isinstance(given := entry.get(name), str)}
+        prompt = plain.get("instance_prompt")
+        if prompt and not any(word in prompt for word in words(config)):
+            said = f"{where}instance_prompt must hold one of the new words {', '.join(words(config))}"
+            problems.append(f"{said}, got {prompt!r}: put it in")
+        sources.append(
+            _Source(
+                plain.get("instance_data_dir"), prompt, plain.get("class_prompt"), plain.get("class_data_dir"), where
+            )
+        )
+    missing = [word for word in words(config) if not any(word in (source.prompt or "") for source in sources)]
+    if missing and not problems:
+        said = f"concepts_list {path} has no instance_prompt with {', '.join(missing)}"
+        problems.append(f"{said}: put each new word into the prompt of its subject")
+    return sources, problems
+
+
+def _read_folder(source: _Source, config: AnyConfig) -> tuple[dict[str, Image.Image], dict[str, str], list[str]]:
     """(picture by file name, caption by file name, what is wrong) of the folder of pictures."""
-    if not config.instance_data_dir:
+    if not source.folder:
         return {}, {}, []
-    folder = Path(config.instance_data_dir).expanduser()
+    folder = Path(source.folder).expanduser()
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
-        return {}, {}, [f"instance_data_dir must be a folder with pictures, and {folder} {what}: check the path"]
+        said = f"{source.where}instance_data_dir must be a folder with pictures, and {folder} {what}"
+        return {}, {}, [f"{said}: check the path"]
     listed = (file for file in sorted(folder.iterdir()) if not file.name.startswith("."))
     files = [file for file in listed if file.name not in _PASSED_OVER]
     written = [file for file in files if file.suffix.lower() == ".txt" or file.name == _METADATA]
@@ -356,17 +453,27 @@ def _read_folder(config: Settings) -> tuple[dict[str, Image.Image], dict[str, st
             pictures[file.name] = read_picture(file, config.resolution, crop=config.center_crop)
         except RefusedInput as refused:
             problems += refused.problems
-    captions, wrong = _read_captions(written, [file.name for file in shown], config.placeholder_token)
-    return pictures, captions, problems + wrong
+    captions, wrong = _read_captions(written, [file.name for file in shown], words(config))
+    return pictures, captions, [source.where + problem for problem in problems + wrong]
 
 
-def _read_class_pictures(config: AnyConfig) -> tuple[list[Image.Image], list[str]]:
+def _read_classes(sources: Sequence[_Source], config: AnyConfig) -> tuple[list[Class], list[str]]:
+    """(the classes of the subjects, what is wrong with their folders), where a run has a prior."""
+    classes, problems = [], []
+    for source in sources if prior_weight(config) else ():
+        pictures, wrong = _read_class_pictures(source, config)
+        classes.append(Class(str(source.class_prompt), tuple(pictures)))
+        problems += wrong
+    return classes, problems
+
+
+def _read_class_pictures(source: _Source, config: AnyConfig) -> tuple[list[Image.Image], list[str]]:
     """(pictures, what is wrong) of the folder of class pictures, where one is named."""
-    if not isinstance(config, CustomDiffusionConfig) or not config.class_data_dir:
+    if not source.class_folder:
         return [], []
-    folder = Path(config.class_data_dir).expanduser()
+    folder, where = Path(source.class_folder).expanduser(), source.where
     if not folder.is_dir():
-        return [], [f"class_data_dir must be a folder with pictures of the class, got {folder}: check the path"]
+        return [], [f"{where}class_data_dir must be a folder with pictures of the class, got {folder}: check the path"]
     pictures, problems = [], []
     for file in sorted(folder.iterdir()):
         if file.name.startswith(".") or file.name in _PASSED_OVER or file.suffix.lower() == ".txt":
@@ -374,15 +481,14 @@ def _read_class_pictures(config: AnyConfig) -> tuple[list[Image.Image], list[str
         try:
             pictures.append(read_picture(file, config.resolution, crop=config.center_crop))
         except RefusedInput as refused:
-            problems += [f"class_data_dir: {problem}" for problem in refused.problems]
+            problems += [f"{where}class_data_dir: {problem}" for problem in refused.problems]
     if not pictures and not problems:
-        problems = [f"class_data_dir {folder} holds no pictures: put some hundred of the class there, or name none"]
+        said = f"{where}class_data_dir {folder} holds no pictures"
+        problems = [f"{said}: put some hundred of the class there, or name none"]
     return pictures, problems
 
 
-def _read_captions(
-    files: Sequence[Path], names: Sequence[str], placeholder: str | None
-) -> tuple[dict[str, str], list[str]]:
+def _read_captions(files: Sequence[Path], names: Sequence[str], new: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """(caption by the file name of its picture, what is wrong)."""
     captions: dict[str, str] = {}
     problems = []
@@ -391,8 +497,9 @@ def _read_captions(
             problems.append(f"{where} {text}")
         elif name not in names:
             problems.append(f"{where} names {name!r}, which is not in the folder: correct or remove it")
-        elif placeholder and placeholder not in text:
-            problems.append(f"{where} must hold the new word {placeholder} where the subject is named, got {text!r}")
+        elif new and not any(word in text for word in new):
+            said = f"{where} must hold the new word {' or '.join(new)} where the subject is named"
+            problems.append(f"{said}, got {text!r}")
         elif captions.setdefault(name, text) != text:
             problems.append(f"{where} is a second caption of {name}: keep one")
     return captions, problems

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from dvar.trainer.concept import token_id
@@ -20,5 +21,7 @@ def initial_rows(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, initiali
 
     Source: Section 2.3; the first vector is that of a known word, as in Textual Inversion.
     """
-    row = text_encoder.get_input_embeddings().weight[token_id(tokenizer, initializer)]
-    return row.detach().float().repeat(count, 1)
+    embedding = text_encoder.get_input_embeddings()
+    place = torch.tensor([token_id(tokenizer, initializer)], device=text_encoder.device)
+    with torch.no_grad():
+        return embedding(place).float().repeat(count, 1)

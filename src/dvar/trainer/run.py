@@ -19,8 +19,6 @@ from types import FrameType
 from typing import Any, Protocol
 
 import numpy as np
-import torch
-from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -32,8 +30,11 @@ from dvar.config import (
     CustomDiffusionConfig,
     DreamBoothLoraConfig,
     TextualInversionConfig,
+    initializers,
+    prior_weight,
     restored,
     sample_prompt,
+    words,
     written,
 )
 from dvar.diffusion.backbone import Backbone, load_tokenizer
@@ -54,13 +55,14 @@ from dvar.trainer.artifacts import (
     write_whole,
 )
 from dvar.trainer.checkpoint import Checkpoint, latest
-from dvar.trainer.concept import WRITTEN, Concept, read_concept
+from dvar.trainer.concept import WRITTEN, Class, Concept, read_concept
+from dvar.trainer.examples import encoded, rescaled
 from dvar.trainer.loading import WEIGHTS, at_step
 from dvar.trainer.loop import Learner, Method, Series, Step, train
 from dvar.trainer.methods.custom_diffusion import CustomDiffusion
 from dvar.trainer.methods.dreambooth_lora import DreamBoothLora
 from dvar.trainer.methods.textual_inversion import TextualInversion
-from dvar.trainer.prior import class_pictures, class_prompt
+from dvar.trainer.prior import with_pictures
 from dvar.trainer.trackers import Tracker
 
 # Settings that may differ when a run goes on: they decide where it is kept, not what it computes.
@@ -68,6 +70,7 @@ _FREE = {
     "preset",
     "instance_data_dir",
     "class_data_dir",
+    "concepts_list",
     "output_dir",
     "overwrite",
     "resume_from_checkpoint",
@@ -158,8 +161,8 @@ def prepared(config: AnyConfig) -> tuple[Job, Checkpoint | None]:
         said = f"checkpoint-{checkpoint.step} was made on another base model (its SHA-256 was {then[:12]}... and is "
         raise CheckpointError(f"{said}{backbone.digest[:12]}...): put that one back, or start another --output_dir")
     _clear(folder, checkpoint)
-    of_class = class_pictures(config, concept, backbone) if isinstance(config, CustomDiffusionConfig) else ()
-    return Job(folder, config, concept, of_class, backbone, assembled(config, backbone)), checkpoint
+    classes = tuple(with_pictures(config, concept.classes, backbone))
+    return Job(folder, config, concept, classes, backbone, assembled(config, backbone)), checkpoint
 
 
 def model_path(name: str) -> str:
@@ -175,9 +178,11 @@ def assembled(config: AnyConfig, backbone: Backbone) -> Personalisation:
             return TextualInversion(backbone, config.placeholder_token, initializer, vectors)
         case DreamBoothLoraConfig():
             shape = {"rank": config.rank, "alpha": config.lora_alpha or config.rank, "seed": config.seed}
-            return DreamBoothLora(backbone, config.placeholder_token, initializer, vectors, **shape)
+            both = config.train_text_encoder
+            return DreamBoothLora(backbone, config.placeholder_token, initializer, vectors, **shape, text_encoder=both)
         case CustomDiffusionConfig():
-            return CustomDiffusion(backbone, config.placeholder_token, initializer, vectors, part=config.freeze_model)
+            pairs = dict(zip(words(config), initializers(config), strict=True))
+            return CustomDiffusion(backbone, pairs, vectors, part=config.freeze_model)
 
 
 def finished(folder: str | Path) -> tuple[AnyConfig, dict[str, Any]]:
@@ -237,7 +242,7 @@ class Job:
         folder: Path,
         config: AnyConfig,
         concept: Concept,
-        of_class: Sequence[Image.Image],
+        classes: Sequence[Class],
         backbone: Backbone,
         method: Personalisation,
     ) -> None:
@@ -246,13 +251,16 @@ class Job:
         for network in backbone.modules:  # what is trained keeps its dropout, where a model has any
             network.train(any(weight.requires_grad for weight in network.parameters()))
         texts = [[method.expand(text) for text in concept.texts(index)] for index in range(len(concept.pictures))]
-        self.examples = encoded(concept.pictures, texts, backbone, mirrored=config.random_flip)
+        shown = rescaled if isinstance(config, CustomDiffusionConfig) and config.random_rescale else encoded
+        self.examples: Examples = shown(concept.pictures, texts, backbone, mirrored=config.random_flip)
         self.prior: Examples | None = None
-        if of_class and isinstance(config, CustomDiffusionConfig):
-            texts, self.prior_weight = [[class_prompt(config)]] * len(of_class), config.prior_loss_weight
-            self.prior = encoded(of_class, texts, backbone, mirrored=config.random_flip)
+        if classes:
+            pictures = [picture for known in classes for picture in known.pictures]
+            texts = [[known.prompt] for known in classes for _ in known.pictures]
+            self.prior = encoded(pictures, texts, backbone, mirrored=config.random_flip)
         self.criterion = AnyOf((Dvar(config.window, config.threshold), FixedSteps(config.max_train_steps)))
-        held = self.drawn(self.examples, "held", 0, 0, config.eval_batch_size)
+        # As in the released code the held batch has its augmentations, and L_det neither their mask nor the prior.
+        held = replace(self.drawn(self.examples, "held", 0, 0, config.eval_batch_size), mask=None)
         self.probe = Probe(self.losses, held, modules=backbone.modules)
         self.learner = Learner(method, config, {"method": config.method, "timesteps": held.timesteps.tolist()})
 
@@ -377,23 +385,11 @@ class Job:
         if self.prior is None:
             return self.losses(draws)
         both = self.losses(draws.joined(self.drawn(self.prior, "prior", step, first, count)))
-        return both[:count] + self.prior_weight * both[count:]
+        return both[:count] + prior_weight(self.config) * both[count:]
 
     def losses(self, draws: Draws) -> Tensor:
         """The losses of these samples, float32 [B]."""
         return denoising_loss(self.backbone.predict, draws, self.schedule)
-
-
-def encoded(
-    pictures: Sequence[Image.Image], captions: Sequence[Sequence[str]], backbone: Backbone, *, mirrored: bool
-) -> Examples:
-    """Return what training draws from, encoded once: pictures, where ``mirrored`` their mirror images too, and the
-    captions of each.
-    """
-    views = [pictures, [ImageOps.mirror(picture) for picture in pictures]][: 1 + mirrored]
-    return Examples(
-        torch.stack([backbone.encode(view) for view in views], dim=1), [backbone.tokenize(texts) for texts in captions]
-    )
 
 
 def _clear(folder: Path, checkpoint: Checkpoint | None) -> None:
@@ -428,8 +424,10 @@ def _digest(concept: Concept) -> str:
     digest = sha256()
     for index, picture in enumerate(concept.pictures):
         digest.update(picture.tobytes() + json.dumps(concept.texts(index)).encode())
-    for picture in concept.class_pictures:
-        digest.update(picture.tobytes())
+    for known in concept.classes:
+        for picture in known.pictures:
+            digest.update(picture.tobytes())
+        digest.update(known.prompt.encode())
     return digest.hexdigest()
 
 

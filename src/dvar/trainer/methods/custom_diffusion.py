@@ -1,4 +1,4 @@
-"""Custom Diffusion: a new word is learned, and with it the cross-attention through which the U-Net reads words."""
+"""Custom Diffusion: new words are learned, and with them the cross-attention through which the U-Net reads words."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from dvar.diffusion.backbone import Backbone
-from dvar.trainer.loading import ATTENTION
+from dvar.trainer.loading import ATTENTION, EMBEDS
 from dvar.trainer.methods.textual_inversion import TextualInversion
 
 LAYERS = {"crossattn_kv": ("to_k", "to_v"), "crossattn": ("to_q", "to_k", "to_v", "to_out.0")}
 
 
 class CustomDiffusion:
-    """The new word's vectors and the cross-attention of the U-Net, whose every other weight stays frozen.
+    """The new words' vectors and the cross-attention of the U-Net, whose every other weight stays frozen.
+
+    ``words``: each new word and the known one that it starts from.
 
     From construction on, the `LAYERS` of ``part`` in each cross-attention of the U-Net hold float32 copies of their
     weights, whatever the U-Net's precision, and no gradient reaches keys and values at the first place of a prompt,
-    where no word stands.  The word is learned as `TextualInversion` does; no other row of the vocabulary is trained or
-    decayed.
+    where no word stands.  Each word is learned as `TextualInversion` does; no other row of the vocabulary is trained
+    or decayed.
 
     Source: Section 2.3 (keys and values of cross-attention, and the token's embedding); the first place is left out as
     in the method's own code.
@@ -31,13 +33,12 @@ class CustomDiffusion:
     def __init__(
         self,
         backbone: Backbone,
-        placeholder: str,
-        initializer: str,
+        words: Mapping[str, str],
         num_vectors: int = 1,
         *,
         part: str = "crossattn_kv",
     ) -> None:
-        self.word = TextualInversion(backbone, placeholder, initializer, num_vectors)
+        self.words = [TextualInversion(backbone, new, known, num_vectors) for new, known in words.items()]
         self.weights: dict[str, nn.Parameter] = {}
         for name, attention in backbone.unet.named_modules():
             if not name.endswith(".attn2"):  # cross-attention, by diffusers' name
@@ -54,28 +55,32 @@ class CustomDiffusion:
     @cached_property
     def parameters(self) -> list[nn.Parameter]:
         """What the optimizer moves."""
-        return [*self.word.parameters, *self.weights.values()]
+        return [*(word.rows for word in self.words), *self.weights.values()]
 
     def expand(self, prompt: str) -> str:
-        """Return ``prompt`` with the word written out as all of its tokens, as a stock pipeline does by itself."""
-        return self.word.expand(prompt)
+        """Return ``prompt`` with each word written out as all of its tokens, as a stock pipeline does by itself."""
+        for word in self.words:
+            prompt = word.expand(prompt)
+        return prompt
 
     @property
     def state(self) -> dict[str, Tensor]:
         """A copy of what was learned, on the CPU: whole weights by the U-Net's own names, the vectors by their word."""
         copies = {name: weight.detach().to("cpu", copy=True) for name, weight in self.weights.items()}
-        return {**self.word.state, **copies}
+        return {name: part for state in (*(word.state for word in self.words), copies) for name, part in state.items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over what ``state`` returned."""
-        self.word.load(state)
+        for word in self.words:
+            word.load(state)
         with torch.no_grad():
             for name, weight in self.weights.items():
                 weight.copy_(state[name])
 
     def files(self, state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """Return a ``state`` as the files others load: file name to what is in it."""
-        return {**self.word.files(state), ATTENTION: {name: state[name] for name in self.weights}}
+        words = {word.placeholder: state[word.placeholder] for word in self.words}
+        return {EMBEDS: words, ATTENTION: {name: state[name] for name in self.weights}}
 
     @property
     def metadata(self) -> dict[str, str]:

@@ -1,11 +1,10 @@
-"""DreamBooth-LoRA: a low-rank change of the U-Net's attention is learned, and with it, where wished, a new word."""
+"""DreamBooth-LoRA: a low-rank change of attention is learned, and with it, where wished, a new word."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
 
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
@@ -17,20 +16,25 @@ from dvar.diffusion.randomness import seeded_globals
 from dvar.trainer.loading import LORA
 from dvar.trainer.methods.textual_inversion import TextualInversion
 
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+TARGETS = {
+    "unet": ("to_q", "to_k", "to_v", "to_out.0"),
+    "text_encoder": ("q_proj", "k_proj", "v_proj", "out_proj"),
+}
+"""By network, the attention matrices that are adapted, under the names of diffusers and transformers."""
 
 
 class DreamBoothLora:
     """A product of two thin matrices beside each attention matrix of the U-Net, whose own weights stay frozen.
 
     From construction on, the U-Net adds alpha / ``rank`` times the product to what each matrix in `TARGETS` gives, for
-    self- and cross-attention alike (``alpha`` is ``rank`` unless given).  Both matrices are float32 whatever the
-    U-Net's precision; the first is drawn by ``seed``, Gaussian with the spread 1 / rank, and the second is zero, so
-    that the untouched model is the base.  With a ``placeholder`` its vectors are learned too, as by `TextualInversion`.
+    self- and cross-attention alike (``alpha`` is ``rank`` unless given); with ``text_encoder`` the text encoder does
+    so too.  Both matrices are float32 whatever the U-Net's precision; the first is drawn by ``seed``, Gaussian with
+    the spread 1 / rank, and the second is zero, so that the untouched model is the base.  With a ``placeholder`` its
+    vectors are learned too, as by `TextualInversion`.
 
     Source: Sections 2.3 and 4.1, and the released code: a new token's embedding and LoRA of rank 4, one learning rate.
     Deviates: attention alone is adapted, as in diffusers' script that the paper cites; the released code also adapts
-    the feed-forward gates.  Without a placeholder it is that script: LoRA alone, the text encoder frozen.
+    the feed-forward gates.  Without a placeholder it is that script: LoRA alone, on the U-Net or on both networks.
     """
 
     def __init__(
@@ -43,18 +47,24 @@ class DreamBoothLora:
         rank: int = 4,
         alpha: int | None = None,
         seed: int = 0,
+        text_encoder: bool = False,
     ) -> None:
-        self.word = TextualInversion(backbone, placeholder, str(initializer), num_vectors) if placeholder else None
-        self.adapter = LoraConfig(
-            r=rank, lora_alpha=alpha or rank, init_lora_weights="gaussian", target_modules=list(TARGETS)
-        )
-        with seeded_globals(seed, "lora"):
-            backbone.unet.add_adapter(self.adapter)
+        self.adapters: dict[str, LoraConfig] = {}
         self.matrices: dict[str, nn.Parameter] = {}
-        for name, weight in backbone.unet.named_parameters():
-            if weight.requires_grad:  # the base is frozen, so these are the adapter's
-                weight.data = weight.data.float()
-                self.matrices[f"unet.{name.replace('.default', '')}"] = weight
+        for prefix in [*TARGETS][: 1 + text_encoder]:
+            network = getattr(backbone, prefix)
+            known = {id(weight) for weight in network.parameters()}
+            self.adapters[prefix] = LoraConfig(
+                r=rank, lora_alpha=alpha or rank, init_lora_weights="gaussian", target_modules=list(TARGETS[prefix])
+            )
+            with seeded_globals(seed, "lora" if prefix == "unet" else f"lora/{prefix}"):
+                network.add_adapter(self.adapters[prefix])
+            for name, weight in network.named_parameters():
+                if id(weight) not in known:
+                    weight.data = weight.data.float()
+                    self.matrices[_exported(prefix, name)] = weight
+        # After the adapters, for adding one freezes whatever else a network could learn.
+        self.word = TextualInversion(backbone, placeholder, str(initializer), num_vectors) if placeholder else None
 
     @cached_property
     def parameters(self) -> list[nn.Parameter]:
@@ -87,9 +97,17 @@ class DreamBoothLora:
     @property
     def metadata(self) -> dict[str, str]:
         """What the files must say of themselves: rank, alpha and targets, as diffusers writes and reads them."""
-        return {LORA_ADAPTER_METADATA_KEY: json.dumps(_plain(self.adapter.to_dict()), indent=2, sort_keys=True)}
+        told = {
+            f"{prefix}.{name}": sorted(value) if isinstance(value, set) else value  # whose order differs between runs
+            for prefix, adapter in self.adapters.items()
+            for name, value in adapter.to_dict().items()
+        }
+        return {LORA_ADAPTER_METADATA_KEY: json.dumps(told, indent=2, sort_keys=True)}
 
 
-def _plain(adapter: Mapping[str, Any]) -> dict[str, Any]:
-    """The adapter's settings under the U-Net's prefix; sets, whose order would differ between runs, as sorted lists."""
-    return {f"unet.{name}": sorted(value) if isinstance(value, set) else value for name, value in adapter.items()}
+def _exported(prefix: str, name: str) -> str:
+    """The name by which every loader knows an adapter's matrix; in older text encoders it has one level more."""
+    inner = name.replace(".default", "")
+    if prefix == "text_encoder" and not inner.startswith("text_model."):
+        inner = f"text_model.{inner}"
+    return f"{prefix}.{inner}"
