@@ -335,6 +335,7 @@ def _tell(result: Result, prompt: str) -> int:
     """Print how a run ended, where to look and what to do next; return the exit status that says the same."""
     from dvar.laboratory.report import write_report
     from dvar.stopper.verdict import Reason
+    from dvar.trainer.initialisation import told_of
 
     print(result.verdict)
     for diagnosis in result.verdict.diagnoses:
@@ -342,6 +343,8 @@ def _tell(result: Result, prompt: str) -> int:
     if result.verdict.reason is Reason.INTERRUPTED:
         print("next      the same command with --resume_from_checkpoint latest")
         return INTERRUPTED
+    for sentence in told_of(result.folder):
+        print(f"started   {sentence}")
     print(f"report    {write_report(result.folder)}")
     for path in result.weights:
         print(f"weights   {path}")

@@ -66,6 +66,12 @@ class Settings:
     instance_data_dir: str | None = setting(None, "Folder with the pictures of the subject.", alias="train_data_dir")
     placeholder_token: str | None = setting("<thing>", "New word that will stand for the subject.")
     initializer_token: str | None = setting(None, "Known word whose embedding the new word starts from, such as mug.")
+    initializer: Literal["manual", "random", "clip"] = setting(
+        "manual", "Where that known word comes from: given, drawn from the vocabulary, or found by a CLIP."
+    )
+    clip_model: str | None = setting(
+        None, "Folder or hub id of the CLIP that finds it; the bundled model has one of its own."
+    )
     num_vectors: int = setting(1, "Embedding vectors behind the new word.", COUNT)
     resolution: int = setting(512, "Side of the square training pictures in pixels, a multiple of 8.", Range(8))
     center_crop: bool = setting(True, "Crop the middle square; otherwise squeeze the whole picture into a square.")
@@ -79,7 +85,11 @@ class Settings:
     gradient_checkpointing: bool = setting(False, "Recompute activations going backward: less memory, more time.")
     attention_slicing: bool = setting(False, "Compute attention in slices: less memory, more time.")
     compile: bool = setting(False, "Compile the U-Net: minutes before the first step, then faster ones on a GPU.")
-    learning_rate: float = setting(1e-2, "Learning rate of AdamW.", POSITIVE)
+    optimizer: Literal["adamw", "adamw8bit", "sam", "prodigy"] = setting(
+        "adamw", "AdamW, the same with a state of 8 bits, SGD by the gradient at the steepest point near, or Prodigy."
+    )
+    sam_rho: float = setting(0.05, "How far SAM looks for that point.", POSITIVE)
+    learning_rate: float = setting(1e-2, "Learning rate of the optimizer.", POSITIVE)
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
     ] = setting("constant", "How the learning rate changes over the steps.")
@@ -210,7 +220,7 @@ class DreamBoothLoraConfig(Settings):
     placeholder_token: str | None = setting(
         None, "New word that will stand for the subject; without it LoRA alone is trained."
     )
-    learning_rate: float = setting(1e-3, "Learning rate of AdamW.", POSITIVE)
+    learning_rate: float = setting(1e-3, "Learning rate of the optimizer.", POSITIVE)
     max_train_steps: int = setting(1000, "The cap: training ends here if the rule has not ended it before.", COUNT)
     window: int = setting(440, "DVAR's N: steps over which the recent variance is taken.")
     threshold: float = setting(0.4, "DVAR's alpha: stop when recent / whole variance is below it.")
@@ -300,7 +310,7 @@ class CustomDiffusionConfig(Settings):
         "ktn", "Known word whose embedding the new word starts from; several are joined by +."
     )
     center_crop: bool = setting(False, "Crop the middle square; otherwise squeeze the whole picture into a square.")
-    learning_rate: float = setting(4e-5, "Learning rate of AdamW.", POSITIVE)
+    learning_rate: float = setting(4e-5, "Learning rate of the optimizer.", POSITIVE)
     max_grad_norm: float | None = setting(1.0, "Norm to which a larger gradient is scaled down.", POSITIVE)
     max_train_steps: int = setting(500, "The cap: training ends here if the rule has not ended it before.", COUNT)
     window: int = setting(180, "DVAR's N: steps over which the recent variance is taken.")
@@ -356,7 +366,7 @@ class CustomDiffusionConfig(Settings):
         if any(one and one in other for one, other in permutations(known, 2)):
             said = f"placeholder_token must join words of which none is part of another, got {word}: rename one"
             yield {"placeholder_token"}, said
-        if self.initializer_token and len(initializers(self)) != len(known):
+        if self.initializer == "manual" and self.initializer_token and len(initializers(self)) != len(known):
             said = f"initializer_token must give one word for each of {word}, got {self.initializer_token}"
             yield {"initializer_token", "placeholder_token"}, f"{said}: join them by +, as in ktn+pll"
         if self.concepts_list:
@@ -481,7 +491,7 @@ def _conflicts(config: AnyConfig) -> Conflicts:
     if not config.instance_data_dir and not (isinstance(config, CustomDiffusionConfig) and config.concepts_list):
         yield {"instance_data_dir"}, "instance_data_dir is missing: name the folder with the subject's pictures"
     if word is not None:
-        if not config.initializer_token:
+        if not config.initializer_token and config.initializer == "manual":
             yield {"initializer_token"}, "initializer_token is missing: give one word for the subject, such as mug"
         if any(part.split() != [part] for part in words(config)):
             said = f"placeholder_token must be one word without spaces, got {word!r}: try '<thing>'"
@@ -489,7 +499,11 @@ def _conflicts(config: AnyConfig) -> Conflicts:
         elif (prompt := config.validation_prompt) and not any(part in prompt for part in words(config)):
             said = f"validation_prompt must hold the new word {' or '.join(words(config))}, got {prompt!r}: put it in"
             yield {"placeholder_token", "validation_prompt"}, said
+    yield from _initializer_conflicts(config)
     yield from config.conflicts()
+    if config.optimizer == "prodigy" and config.learning_rate < 0.1:
+        said = f"learning_rate scales the rate that prodigy finds and is meant to be 1, got {config.learning_rate:g}"
+        yield {"learning_rate", "optimizer"}, f"{said}: add --learning_rate 1"
     if config.resolution % 8:
         near = 8 * round(config.resolution / 8)
         yield {"resolution"}, f"resolution must be a multiple of 8, got {config.resolution}: try {near}"
@@ -505,6 +519,23 @@ def _conflicts(config: AnyConfig) -> Conflicts:
     if config.extend and not config.resume_from_checkpoint:
         said = "extend needs a resume_from_checkpoint, got it alone: add --resume_from_checkpoint latest"
         yield {"extend", "resume_from_checkpoint"}, said
+
+
+def _initializer_conflicts(config: AnyConfig) -> Conflicts:
+    """What is wrong with the way in which the first word is to be found."""
+    way, token = config.initializer, config.initializer_token
+    if way != "manual" and config.placeholder_token is None:
+        said = f"initializer {way} needs a placeholder_token, got none: give the new word"
+        yield {"initializer", "placeholder_token"}, said
+    if way != "manual" and token != type(config).initializer_token:
+        said = f"initializer_token is for initializer manual, got {token!r} with {way}: drop one of them"
+        yield {"initializer", "initializer_token"}, said
+    if way == "clip" and not config.clip_model and config.pretrained_model_name_or_path != BUNDLED_MODEL:
+        said = "clip_model is missing: initializer clip needs the folder or hub id of a CLIP"
+        yield {"initializer", "clip_model"}, f"{said}, such as openai/clip-vit-base-patch32"
+    if way != "clip" and config.clip_model:
+        said = f"clip_model is for initializer clip, got {config.clip_model!r} with {way}: drop it"
+        yield {"initializer", "clip_model"}, said
 
 
 def aliases(known: type[Settings | ReplayConfig]) -> dict[str, str]:

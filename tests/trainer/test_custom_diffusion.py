@@ -243,7 +243,7 @@ def test_several_subjects_are_read_with_their_own_pictures_captions_and_classes(
     assert len(concept.pictures) == len(set(concept.names)) == 6
     texts = [concept.texts(index) for index in range(6)]
     assert texts == [("photo of a <new1> mug",)] * 4 + [("photo of a <new2> cat",), ("<new2> asleep",)]
-    assert (concept.words, concept.initializers) == (("<new1>", "<new2>"), ("ktn", "pll"))
+    assert concept.words == ("<new1>", "<new2>")
     assert [(known.prompt, len(known.pictures)) for known in concept.classes] == [("mug", 0), ("cat", 4)]
     assert read_concept(replace(config, prior_loss_weight=0.0)).classes == ()
 

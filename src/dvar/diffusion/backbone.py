@@ -192,22 +192,30 @@ def _digest(networks: Sequence[nn.Module], noise: Tensor) -> str:
 
 
 @contextmanager
-def _loading(name: str | Path) -> Iterator[None]:
-    """Keep the libraries' bars and notes off the terminal while a Stable Diffusion loads; say in one line why not."""
+def quiet() -> Iterator[None]:
+    """Keep the libraries' bars and notes off the terminal in a scope."""
     levels = transformers.logging.get_verbosity(), diffusers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     diffusers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     diffusers.logging.disable_progress_bar()
     try:
-        if (kind := diffusers.DiffusionPipeline.load_config(name)["_class_name"]) != "StableDiffusionPipeline":
-            raise ModelError(f"the model must be a Stable Diffusion 1.x or 2.x, {name} is a {kind}: choose another")
         yield
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError, SafetensorError) as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"{name} does not load as a Stable Diffusion model: {said}") from error
     finally:
         transformers.logging.set_verbosity(levels[0])
         diffusers.logging.set_verbosity(levels[1])
         transformers.logging.enable_progress_bar()
         diffusers.logging.enable_progress_bar()
+
+
+@contextmanager
+def _loading(name: str | Path) -> Iterator[None]:
+    """Be quiet while a Stable Diffusion loads; say in one line why it does not."""
+    try:
+        with quiet():
+            if (kind := diffusers.DiffusionPipeline.load_config(name)["_class_name"]) != "StableDiffusionPipeline":
+                raise ModelError(f"the model must be a Stable Diffusion 1.x or 2.x, {name} is a {kind}: choose another")
+            yield
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError, SafetensorError) as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"{name} does not load as a Stable Diffusion model: {said}") from error

@@ -89,7 +89,7 @@ FAR, NEAR = ("a far away ", "very small "), ("zoomed in ", "close up ")
 # Files that an operating system or the bundled concepts leave beside pictures.
 _PASSED_OVER = {"Thumbs.db", "desktop.ini", "concept.json"}
 _METADATA = "metadata.jsonl"
-CLASS_PICTURES = "class_pictures"
+CLASS_PICTURES, INITIALIZER = "class_pictures", "initializer.json"
 # All that a run writes into its folder: unasked it goes into a folder without any, and replacing it removes no more.
 WRITTEN = (
     *("config.json", "trace.jsonl", "trace.jsonl.*", "checkpoint-*", ".checkpoint-*"),
@@ -100,6 +100,7 @@ WRITTEN = (
         f"{CLASS_PICTURES}*",
         f".{CLASS_PICTURES}*.part",
         "logs",
+        INITIALIZER,
         "result.json",
         "report.html",
         "README.md",
@@ -133,8 +134,8 @@ class Concept:
     """The subject of a run, or its several subjects.
 
     ``pictures`` are upright RGB squares, ``resolution`` pixels a side, in the order of ``names``; ``captions`` holds
-    for each its own caption or None; ``prompts`` are the sentences for those without.  ``words`` are the new ones and
-    ``initializers`` those they start from, none where no word is learned; ``classes`` are there for a prior alone.
+    for each its own caption or None; ``prompts`` are the sentences for those without.  ``words`` are the new ones, none
+    where no word is learned; ``classes`` are there for a prior alone.
     """
 
     pictures: tuple[Image.Image, ...]
@@ -142,7 +143,6 @@ class Concept:
     captions: tuple[str | None, ...]
     prompts: tuple[str, ...]
     words: tuple[str, ...] = ()
-    initializers: tuple[str, ...] = ()
     classes: tuple[Class, ...] = ()
 
     def texts(self, index: int) -> tuple[str, ...]:
@@ -180,15 +180,17 @@ def read_concept(config: AnyConfig, load_tokenizer: Callable[[str], Tokenizer] |
     pictures: dict[str, Image.Image] = {}
     captions: dict[str, str] = {}
     for source in sources:
-        shown, texts, wrong = _read_folder(source, well)
+        shown, texts, wrong_here = _read_folder(source, well)
         pictures |= {source.where + name: picture for name, picture in shown.items()}
         captions |= {source.where + name: text for name in shown if (text := texts.get(name) or source.prompt)}
-        wrong_files += wrong
+        wrong_files += wrong_here
     classes, wrong_class = _read_classes(sources, well)
     judged = ("window", "threshold", "probe_every", "max_train_steps")
     wrong_rule = rule_problems(config) if all(getattr(config, name) == getattr(well, name) for name in judged) else []
     wrong_output = [*output_problems(well), *tracker_problems(well.report_to)]
-    problems = [*settings_problems(config), *wrong_rule, *wrong_model, *wrong_output, *wrong_files, *wrong_class]
+    wrong_choice = [*optimizer_problems(well.optimizer), *clip_problems(well.clip_model)]
+    wrong = [*settings_problems(config), *wrong_rule, *wrong_model, *wrong_choice, *wrong_output]
+    problems = [*wrong, *wrong_files, *wrong_class]
     if load_tokenizer and not wrong_model:
         try:
             problems += word_problems(well, load_tokenizer(model), captions)
@@ -204,7 +206,6 @@ def read_concept(config: AnyConfig, load_tokenizer: Callable[[str], Tokenizer] |
         captions=tuple(captions.get(name) for name in pictures),
         prompts=prompts(well),
         words=words(well),
-        initializers=initializers(well) if words(well) else (),
         classes=tuple(classes),
     )
 
@@ -318,6 +319,23 @@ def tracker_problems(name: str) -> list[str]:
     return [f"report_to {name} needs the package {name}, which is not installed: pip install {name}"]
 
 
+def optimizer_problems(name: str) -> list[str]:
+    """What is wrong with an optimizer's name: that the package it comes from is not installed."""
+    package = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}.get(name)
+    if package is None or importlib.util.find_spec(package):
+        return []
+    return [f"optimizer {name} needs the package {package}, which is not installed: pip install {package}"]
+
+
+def clip_problems(name: str | None) -> list[str]:
+    """What is wrong with a CLIP's name or with the folder it names, as far as a look at the disk tells."""
+    path = Path(name or "").expanduser()
+    if name is None or (path / "config.json").is_file() or (_HUB_ID.fullmatch(name) and not path.exists()):
+        return []
+    what = "holds no config.json" if path.is_dir() else "is neither a folder here nor a hub id"
+    return [f"clip_model {name} {what}: name a folder that save_pretrained wrote, or a hub id as owner/name"]
+
+
 def word_problems(config: AnyConfig, tokenizer: Tokenizer, captions: Mapping[str, str]) -> list[str]:
     """What is wrong, as this tokenizer reads, with the new words, those they start from, and the captions' length.
 
@@ -329,7 +347,7 @@ def word_problems(config: AnyConfig, tokenizer: Tokenizer, captions: Mapping[str
         if known := [name for name in token_names(word, count) if token_id(tokenizer, name) is not None]:
             said = f"placeholder_token must be a new word, and the model already knows {', '.join(known)}"
             problems.append(f"{said}: try '<my-{word.strip('<>')}>'")
-    for word in initializers(config) if config.initializer_token else ():
+    for word in initializers(config) if config.initializer_token and config.initializer == "manual" else ():
         if token_id(tokenizer, word) is None:
             pieces = _pieces(tokenizer, word)
             said = f"initializer_token must be one token, got {word!r}, which is {len(pieces)}: {' '.join(pieces)}"

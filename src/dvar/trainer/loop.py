@@ -20,6 +20,7 @@ from dvar.stopper.rules import Criterion
 from dvar.stopper.trace import Trace
 from dvar.stopper.verdict import Reason, Verdict
 from dvar.trainer.checkpoint import Checkpoint
+from dvar.trainer.optimizers import kept, optimizer_of, put_back, sharpened
 
 Losses = Callable[[int, int, int], Tensor]
 """(step, first sample, count) -> the loss of each of these samples of the step, float32 [count], with its graph."""
@@ -127,13 +128,7 @@ class Learner:
     def __init__(self, method: Method, config: Settings, header: Mapping[str, Any]) -> None:
         self.method, self.config, self.trace = method, config, Trace(header)
         self.best_step, self.best = 0, method.state
-        self.optimizer = torch.optim.AdamW(
-            method.parameters,
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon,
-            weight_decay=config.adam_weight_decay,
-        )
+        self.optimizer = optimizer_of(config, method.parameters)
         self.scaler = torch.amp.GradScaler(method.parameters[0].device.type, enabled=config.mixed_precision == "fp16")
         self._pace = _pace(config)
 
@@ -145,21 +140,18 @@ class Learner:
     def update(self, losses: Losses, step: int) -> Update:
         """Make update number ``step``; return its loss, the mean over its samples, its gradient's norm and its rate.
 
-        The samples of a step are numbered through its accumulation, so splitting it differently draws the same ones.
+        Under SAM the norm is that of the gradient it steps by, at the steeper point, and the loss is the one before.
         """
-        config, parts = self.config, self.config.gradient_accumulation_steps
-        seen = []
-        self.optimizer.zero_grad()
-        for first in range(0, parts * config.train_batch_size, config.train_batch_size):
-            with seeded_globals(config.seed, "dropout", step, first):
-                found = losses(step, first, config.train_batch_size)
-                self.scaler.scale(found.mean() / parts).backward()
-            seen.append(found.detach())
+        config = self.config
+        loss = self._gradient(losses, step)
+        if config.optimizer == "sam":
+            with sharpened(self.method.parameters, config.sam_rho):
+                self._gradient(losses, step)
         self.scaler.unscale_(self.optimizer)
         norm = float(
             nn.utils.get_total_norm([grad for part in self.method.parameters if (grad := part.grad) is not None])
         )
-        loss, rate = float(torch.cat(seen).double().mean()), config.learning_rate * self._pace(step - 1)
+        rate = config.learning_rate * self._pace(step - 1)
         # A gradient that overflows fp16 is the scaler's to skip and to scale down; anywhere else it is a fault.
         sound = math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled())
         if sound:
@@ -170,6 +162,21 @@ class Learner:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         return Update(loss, norm, rate, taken=sound)
+
+    def _gradient(self, losses: Losses, step: int) -> float:
+        """The mean loss of the samples of a step, whose gradient the parameters then hold.
+
+        The samples of a step are numbered through its accumulation, so splitting it differently draws the same ones.
+        """
+        config, parts = self.config, self.config.gradient_accumulation_steps
+        seen = []
+        self.optimizer.zero_grad()
+        for first in range(0, parts * config.train_batch_size, config.train_batch_size):
+            with seeded_globals(config.seed, "dropout", step, first):
+                found = losses(step, first, config.train_batch_size)
+                self.scaler.scale(found.mean() / parts).backward()
+            seen.append(found.detach())
+        return float(torch.cat(seen).double().mean())
 
     def keep_best(self) -> None:
         """Copy what is learned if the newest record is the best so far, as ``best_by`` judges it."""
@@ -190,25 +197,20 @@ class Learner:
         """Return all of it as a value, with ``facts`` that are to be found beside it."""
         tensors = {f"method/{name}": tensor for name, tensor in self.method.state.items()}
         tensors |= {f"best/{name}": tensor for name, tensor in self.best.items()}
-        for index, moments in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer/{index}/{name}": tensor.cpu() for name, tensor in moments.items()}
-        facts |= {"best_step": self.best_step, "scaler": self.scaler.state_dict()}
+        moments, moved = kept(self.optimizer)
+        tensors |= {f"optimizer/{path}": tensor for path, tensor in moments.items()}
+        facts |= {"best_step": self.best_step, "scaler": self.scaler.state_dict(), "optimizer": moved}
         return Checkpoint(self.trace.last_step, tensors, facts, self.trace)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Become what ``checkpoint`` returned; the settings must be those it was made under."""
-        groups: dict[str, dict[str, Tensor]] = {"method": {}, "best": {}}
-        moments: dict[int, dict[str, Tensor]] = {}
+        groups: dict[str, dict[str, Tensor]] = {"method": {}, "best": {}, "optimizer": {}}
         for key, tensor in checkpoint.tensors.items():
             group, name = key.split("/", 1)
-            if group == "optimizer":
-                index, name = name.split("/")
-                moments.setdefault(int(index), {})[name] = tensor
-            else:
-                groups[group][name] = tensor
+            groups[group][name] = tensor
         self.method.load(groups["method"])
         self.best_step, self.best = checkpoint.facts["best_step"], groups["best"]
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        put_back(self.optimizer, groups["optimizer"], checkpoint.facts["optimizer"])
         self.scaler.load_state_dict(checkpoint.facts["scaler"])
         self.trace = checkpoint.trace
 

@@ -57,6 +57,7 @@ from dvar.trainer.artifacts import (
 from dvar.trainer.checkpoint import Checkpoint, latest
 from dvar.trainer.concept import WRITTEN, Class, Concept, read_concept
 from dvar.trainer.examples import encoded, rescaled
+from dvar.trainer.initialisation import first_words
 from dvar.trainer.loading import WEIGHTS, at_step
 from dvar.trainer.loop import Learner, Method, Series, Step, train
 from dvar.trainer.methods.custom_diffusion import CustomDiffusion
@@ -143,8 +144,8 @@ def _carried_out(config: AnyConfig, consumers: Sequence[Callable[[Step], None]])
 def prepared(config: AnyConfig) -> tuple[Job, Checkpoint | None]:
     """Return the run that ``config`` describes, ready to be opened, and the checkpoint from which it is to go on.
 
-    What stands in its way is removed from its folder, and class pictures that it needs are drawn there; nothing of the
-    run itself is written yet.
+    What stands in its way is removed from its folder, and the first word and the class pictures that it needs are found
+    and left there; nothing of the run itself is written yet.
     Raises: as `personalise`, before anything is removed.
     """
     folder = Path(config.output_dir).expanduser()
@@ -161,6 +162,10 @@ def prepared(config: AnyConfig) -> tuple[Job, Checkpoint | None]:
         said = f"checkpoint-{checkpoint.step} was made on another base model (its SHA-256 was {then[:12]}... and is "
         raise CheckpointError(f"{said}{backbone.digest[:12]}...): put that one back, or start another --output_dir")
     _clear(folder, checkpoint)
+    if checkpoint:  # which tells the first word, where it was not given
+        config = replace(config, initializer_token=checkpoint.facts["config"]["initializer_token"])
+    else:
+        config = first_words(config, concept, backbone)
     classes = tuple(with_pictures(config, concept.classes, backbone))
     return Job(folder, config, concept, classes, backbone, assembled(config, backbone)), checkpoint
 
@@ -406,6 +411,7 @@ def _to_resume(folder: Path, config: AnyConfig, concept: Concept) -> Checkpoint:
     bends = not config.lr_scheduler.startswith("constant")
     higher = config.max_train_steps > then["max_train_steps"]
     free = _FREE | ({"max_train_steps"} if config.extend and higher and not bends else set())
+    free |= {"initializer_token"} if config.initializer != "manual" else set()
     differing = [
         f"{key} was {then.get(key)!r} and is {now[key]!r}"
         for key in now
