@@ -77,6 +77,9 @@ def test_good_settings_have_no_problems() -> None:
         ({"lr_warmup_steps": 5}, "lr_warmup_steps must be 0 when lr_scheduler is constant, got 5"),
         ({"lr_warmup_steps": 9999, "lr_scheduler": "cosine"}, "lr_warmup_steps must be below max_train_steps (6100)"),
         ({"overwrite": True, "resume_from_checkpoint": "latest"}, "exclude each other"),
+        ({"optimizer": "adam"}, "optimizer must be one of adamw, adamw8bit, sam, prodigy, got 'adam'"),
+        ({"optimizer": "prodigy"}, "the rate that prodigy finds and is meant to be 1, got 0.01: add --learning_rate 1"),
+        ({"sam_rho": 0.0}, "sam_rho must be above 0, got 0.0"),
         ({"report_to": "paper"}, "report_to must be one of none, tensorboard, wandb, got 'paper'"),
     ],
 )
@@ -125,6 +128,11 @@ def test_the_sample_prompt_is_plain_unless_asked_for() -> None:
         (GOOD, "<thing>", "a new word"),
         (LORA, "<thing>", "a new word and a low-rank change of the U-Net's attention"),
         (LORA_ALONE, "a photo of sks dog", "a low-rank change of the U-Net's attention"),
+        (
+            replace(LORA_PRIOR, train_text_encoder=True),
+            "a photo of sks dog",
+            "a low-rank change of the U-Net's and the text encoder's attention",
+        ),
         (CUSTOM, "<new1> mug", "a new word and new keys and values of cross-attention"),
         (replace(CUSTOM, freeze_model="crossattn"), "<new1> mug", "a new word and new cross-attention"),
         (SEVERAL, "<new1>, <new2>", "new words and new keys and values of cross-attention"),

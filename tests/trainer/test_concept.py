@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dvar.config import TextualInversionConfig
+from dvar.config import CustomDiffusionConfig, TextualInversionConfig
 from dvar.errors import ModelError, RefusedInput
 from dvar.stopper.rules import MIN_RECORDS
 from dvar.testing import tiny_tokenizer
@@ -24,6 +24,7 @@ from dvar.trainer.concept import (
     TEMPLATES,
     Concept,
     model_problems,
+    optimizer_problems,
     output_problems,
     read_concept,
     read_picture,
@@ -606,3 +607,30 @@ def test_the_tokenizer_is_not_loaded_from_a_folder_that_is_no_model(
     bad = replace(config, pretrained_model_name_or_path=str(pictures))
     (problem,) = refusals(bad, lambda name: pytest.fail("loaded"))
     assert "is no diffusers pipeline" in problem
+
+
+def test_an_optimizer_whose_package_is_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert optimizer_problems("adamw") == optimizer_problems("sam") == []
+    (problem,) = optimizer_problems("prodigy")
+    assert problem == "optimizer prodigy needs the package prodigyopt, which is not installed: pip install prodigyopt"
+    assert "pip install bitsandbytes" in optimizer_problems("adamw8bit")[0]
+
+
+def test_captions_are_measured_with_what_rescaling_puts_before_them(
+    config: TextualInversionConfig, tokenizer: Any
+) -> None:
+    # "photo of a <new1> mug" and its ends are 7 tokens; "a far away", spelled out, and each red add more.
+    plain = CustomDiffusionConfig(
+        instance_data_dir=config.instance_data_dir,
+        class_noun="mug",
+        resolution=64,
+        output_dir=config.output_dir,
+        instance_prompt="photo of a <new1> mug" + " red" * 70,
+        validation_prompt="<new1> mug",
+    )
+    with pytest.raises(RefusedInput, match="the text of instance_prompt must be at most 77 tokens, got 8"):
+        read_concept(plain, lambda name: tokenizer)
+    assert read_concept(replace(plain, random_rescale=False), lambda name: tokenizer).prompts
+    with pytest.raises(RefusedInput, match="the text of class_prompt must be at most 77 tokens"):
+        read_concept(replace(plain, random_rescale=False, class_noun="mug " * 80), lambda name: tokenizer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from dvar.stopper.rules import AnyOf, Dvar, FixedSteps
 from dvar.stopper.verdict import Reason
 from dvar.trainer.loop import Learner, Step, train
 
+PACKAGES = {"adamw": "torch", "sam": "torch", "prodigy": "prodigyopt", "adamw8bit": "bitsandbytes"}
 CONFIG: dict[str, Any] = {"max_train_steps": 12, "learning_rate": 0.1, "train_batch_size": 2, "checkpointing_steps": 5}
 
 
@@ -215,11 +217,13 @@ def test_what_must_survive_is_kept_before_a_step_is_handed_out() -> None:
     assert bench.saved == [0, 5, 10, 12]
 
 
-def test_breaking_out_and_going_on_is_an_uninterrupted_run() -> None:
-    straight = Bench(seed=1)
+@pytest.mark.parametrize("optimizer", [name for name, package in PACKAGES.items() if find_spec(package)])
+def test_breaking_out_and_going_on_is_an_uninterrupted_run(optimizer: str) -> None:
+    settings = {"seed": 1, "optimizer": optimizer, "gradient_accumulation_steps": 2}
+    straight = Bench(**settings)
     expected = straight.run()
     for broken in range(13):
-        bench, other = Bench(seed=1), Bench(seed=1)
+        bench, other = Bench(**settings), Bench(**settings)
         parts = {"losses": bench.losses, "probe": bench.probe, "criterion": bench.criterion, "log": bench.log}
         first = []
         for step in train(bench.learner, **parts, save=bench.save):

@@ -191,6 +191,21 @@ def test_a_run_killed_at_any_step_goes_on_bit_for_bit(
         assert repeated == rows(folder)[repeated["step"]]
 
 
+@pytest.mark.parametrize(("optimizer", "rate"), [("sam", 0.5), ("prodigy", 1.0)])
+def test_under_another_optimizer_a_killed_run_goes_on_bit_for_bit(
+    config: TextualInversionConfig, tmp_path: Path, optimizer: str, rate: float
+) -> None:
+    pytest.importorskip("prodigyopt")
+    other = replace(config, optimizer=optimizer, learning_rate=rate, gradient_accumulation_steps=2)  # type: ignore[arg-type]
+    whole = personalise(replace(other, output_dir=str(tmp_path / "whole"))).folder
+    with pytest.raises(Killed):
+        personalise(other, [killed_at(6)])
+    resumed = personalise(replace(other, resume_from_checkpoint="latest")).folder
+    assert torch.equal(embeds(resumed), embeds(whole))
+    assert rows(resumed) == rows(whole)
+    assert not torch.equal(embeds(whole), Checkpoint.read(whole / "checkpoint-0").state["<thing>"])
+
+
 def test_resuming_from_a_named_checkpoint(config: TextualInversionConfig, straight: Path) -> None:
     personalise(config)
     personalise(replace(config, resume_from_checkpoint="checkpoint-4"))

@@ -193,7 +193,8 @@ def read_concept(config: AnyConfig, load_tokenizer: Callable[[str], Tokenizer] |
     problems = [*wrong, *wrong_files, *wrong_class]
     if load_tokenizer and not wrong_model:
         try:
-            problems += word_problems(well, load_tokenizer(model), captions)
+            of_class = {f"{source.where}class_prompt": source.class_prompt for source in sources if source.class_prompt}
+            problems += word_problems(well, load_tokenizer(model), {**captions, **of_class})
         except ModelError as error:
             problems.append(str(error))
     if problems:
@@ -339,7 +340,7 @@ def clip_problems(name: str | None) -> list[str]:
 def word_problems(config: AnyConfig, tokenizer: Tokenizer, captions: Mapping[str, str]) -> list[str]:
     """What is wrong, as this tokenizer reads, with the new words, those they start from, and the captions' length.
 
-    ``captions`` are by the name of their picture.
+    ``captions`` are by the name of what they belong to, as a rule a picture.
     """
     count, new = config.num_vectors, words(config)
     problems = []

@@ -112,6 +112,7 @@ TABLE = (
     _paper("num_class_images", "released code, where they are retrieved photographs", method=CUSTOM),
     _paper("initializer_token", "released command", method=CUSTOM),
     _paper("freeze_model", "released code", method=CUSTOM),
+    _paper("random_rescale", "released code", method=CUSTOM),
     _paper("resolution", "released code, for Stable Diffusion", method=CUSTOM),
     _paper("center_crop", "released code: the whole picture is squeezed", method=CUSTOM),
     _paper("random_flip", "released code, with a probability of a half", method=CUSTOM),

@@ -126,6 +126,7 @@ def personalise(config: AnyConfig, consumers: Sequence[Callable[[Step], None]] =
 
 def _carried_out(config: AnyConfig, consumers: Sequence[Callable[[Step], None]]) -> Result:
     job, checkpoint = prepared(config)
+    config = job.config
     job.open(checkpoint)
     if checkpoint and checkpoint.step % config.validation_steps == 0:
         job.draw_samples(checkpoint.step)  # it may have died after the checkpoint and before its samples
