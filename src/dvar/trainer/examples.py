@@ -69,7 +69,7 @@ def rescale(picture: Image.Image, choose: Choose) -> tuple[Image.Image, str, tup
 
     Two times in three its new side is even between a third of the old one and all of it, else between 1.2 and 1.4 of
     it.  Under 0.6 it stands anywhere on grey; above 1 a part of the old size is cut from anywhere; between them it is
-    shown as it is.  What lies outside the grey is the whole picture: left and top 0, side the old one.
+    shown as it is.  Where there is no grey, left and top are 0 and the side is the old one.
     """
     size, steps = picture.width, 10_000
     low, high = ((1 / 3, 1.0), (1.2, 1.4))[choose("enlarged", 3) == 2]
