@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
