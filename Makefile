@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all check setup clean
+.PHONY: demo test test-all check docs setup clean
 
 setup: $(VENV)/.ready
 
@@ -34,6 +34,10 @@ check: setup
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 	$(RUN)/python -m pytest tests/test_house.py
+
+docs: setup
+	$(RUN)/python docs/verdicts.py
+	$(RUN)/python docs/reference.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

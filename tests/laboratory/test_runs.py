@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -93,3 +94,16 @@ def test_a_damaged_trace_is_refused(run_folder: Path) -> None:
     (run_folder / "trace.jsonl").write_text("no trace\n")
     with pytest.raises(TraceError, match=r"trace\.jsonl"):
         Run.open(run_folder)
+
+
+def test_a_result_of_an_older_version_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    """Until its reasons had numbers, a verdict kept its diagnoses as sentences."""
+    folder = write_run(tmp_path, fake_trace())
+    result = json.loads((folder / "result.json").read_text())
+    for damage in ({"diagnoses": ["still falling: ..."]}, {"reason": "unheard of"}, {"diagnoses": None}):
+        old = result | {"verdict": result["verdict"] | damage}
+        (folder / "result.json").write_text(json.dumps(old))
+        with pytest.raises(RefusedInput, match=r"result.json: a saved verdict must be of this version .* dvar replay"):
+            _ = Run.open(folder).verdict
+    (folder / "result.json").unlink()
+    assert Run.open(folder).verdict.sentence == result["verdict"]["sentence"]

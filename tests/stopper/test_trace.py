@@ -342,3 +342,14 @@ def source() -> str:
     import dvar
 
     return str(Path(dvar.__file__).parents[1])
+
+
+def test_a_relative_loss_is_the_same_read_at_every_record_and_once_at_the_end() -> None:
+    losses = np.random.default_rng(0).uniform(0.1, 2.0, (200, 7))
+    live, late = Trace(), Trace()
+    for step, row in enumerate(losses):
+        live.record(step, row)
+        late.record(step, row)
+        live.metric("eval/first")
+    assert live.metric("eval/first")[1].tolist() == late.metric("eval/first")[1].tolist()
+    np.testing.assert_allclose(late.metric("eval/first")[1], (losses / losses[0]).mean(axis=1), rtol=1e-15)

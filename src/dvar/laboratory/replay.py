@@ -18,7 +18,7 @@ from dvar.laboratory.charts import Scale
 from dvar.laboratory.markup import Html, element, join
 from dvar.stopper.rules import Criterion, Dvar, EmaPercentile, Hall, Plateau, Trend
 from dvar.stopper.trace import LOSS, RELATIVE_LOSS, Trace
-from dvar.stopper.verdict import Reason, Verdict
+from dvar.stopper.verdict import Verdict
 
 RULES: dict[str, Callable[[ReplayConfig], Criterion]] = {
     "dvar": lambda config: Dvar(config.window, config.threshold),
@@ -139,12 +139,11 @@ def picture(trace: Trace, outcomes: Sequence[Outcome], window: int, threshold: f
         if outcome.stop is not None
     ]
     behind: list[Html] = []
-    if spoken and spoken.verdict and spoken.verdict.reason is not Reason.WARMING_UP:
+    if spoken and spoken.verdict and "total_var" in spoken.verdict.metrics:
         behind = [charts.band(x, spoken.verdict.step - window, spoken.verdict.step, "window")]
-    lost = [charts.upright(x, int(step), "lost") for step in trace.steps[~np.isfinite(trace.values)][:20]]
     line = charts.curve(x, y, trace.steps, trace.values, "signal")
     top, drawn = TOP, [_title(_curve_name(trace), TOP)]
-    drawn.append(_panel(x, y, [*behind, *lost, *marks, line], "Loss", top, LOSS_HEIGHT))
+    drawn.append(_panel(x, y, [*behind, *_lost(x, trace), *marks, line], "Loss", top, LOSS_HEIGHT))
     top += LOSS_HEIGHT + BETWEEN
     if spoken:
         drawn.append(_title("Recent variance ÷ whole variance", top))
@@ -165,6 +164,14 @@ def picture(trace: Trace, outcomes: Sequence[Outcome], window: int, threshold: f
         role="img",
         aria_label=says,
     )
+
+
+def _lost(x: Scale, trace: Trace) -> Iterator[Html]:
+    """Where the loss was not finite: a line where that begins, and the stretch in grey."""
+    lost = np.flatnonzero(~np.isfinite(trace.values))
+    for run in np.split(lost, np.flatnonzero(np.diff(lost) > 1) + 1) if lost.size else ():
+        first, last = int(trace.steps[run[0]]), int(trace.steps[run[-1]])
+        yield join([charts.band(x, first, last, "warming"), charts.upright(x, first, "lost")])
 
 
 def _ratio(x: Scale, trace: Trace, marks: Sequence[Html], window: int, threshold: float, top: int) -> Html:

@@ -69,8 +69,22 @@ class Run:
 
     @cached_property
     def verdict(self) -> Verdict:
-        """The verdict a finished run ended with; of any other, the rule's verdict on its trace so far."""
-        return Verdict.from_json(self.result["verdict"]) if self.result else self._rule(self.trace)
+        """The verdict a finished run ended with; of any other, the rule's verdict on its trace so far.
+
+        Raises: RefusedInput when the result is of an older version, whose verdicts cannot be read any more.
+        """
+        if not self.result:
+            return self._rule(self.trace)
+        try:
+            return Verdict.from_json(self.result["verdict"])
+        except RefusedInput as error:
+            raise RefusedInput(
+                [
+                    f"{self.folder / 'result.json'}: {problem}: `dvar replay {self.folder}` does, and with that file "
+                    "moved away `dvar report` does too"
+                    for problem in error.problems
+                ]
+            ) from error
 
     @property
     def steps(self) -> int:

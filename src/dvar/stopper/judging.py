@@ -91,7 +91,7 @@ def not_yet(rule: Windowed, curve: Curve, trace: Trace, metrics: dict[str, float
     step = int(curve.steps[-1])
     metrics |= {
         "seen": curve.span,
-        "records": len(curve) - int(np.searchsorted(curve.steps, step - rule.window, side="right")),
+        "records": len(curve) - int(curve.steps.searchsorted(step - rule.window, side="right")),
     }
     spread = curve.spread
     if not math.isfinite(spread):

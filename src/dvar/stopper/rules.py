@@ -190,16 +190,13 @@ class EmaPercentile:
         return low + (high - low) * (step - left) / (right - left)
 
     def _average(self, curve: Curve, count: int) -> float:
-        """The average after the first `count` records, as one weighted sum."""
+        """The average after the first `count` records: its last value, less what is left of each change before."""
         # What is older than 40 / -log(1 - alpha) steps weighs less than e^-40: nothing, in float64.
         reach = 40 / -math.log1p(-self.alpha) if self.alpha < 1 else 0
         start = int(np.searchsorted(curve.steps[:count], int(curve.steps[count - 1]) - reach))
         steps, values = curve.steps[start:count], curve.values[start:count]
-        kept = np.power(1 - self.alpha, curve.weights[start:count])
-        if not start:
-            kept[0] = 0.0  # the average begins at the first value, as if that had always been there
-        weights = (1 - kept) * (1 - self.alpha) ** (steps[-1] - steps)
-        return float(values[0] + np.dot(weights, values - values[0]) / np.sum(weights))
+        left = np.power(1 - self.alpha, (steps[-1] - steps[:-1]).astype(np.float64))
+        return float(values[-1] - np.dot(left, values[1:] - values[:-1]))
 
 
 @dataclass(frozen=True, repr=False)

@@ -59,6 +59,7 @@ class Trace:
         self._steps = _Column(np.int64)
         self._values = _Column(np.float64)
         self._samples = _Column(np.float64)
+        self._relatives = _Column(np.float64)
         self._metrics: dict[str, _Metric] = {}
 
     def record(self, step: int, eval: ArrayLike | None = None, **metrics: Any) -> dict[str, Any]:
@@ -212,15 +213,18 @@ class Trace:
             raise TraceError(f"{RELATIVE_LOSS!r} needs the same samples at every record, and these are drawn anew")
         if not len(self.samples):
             return self.values
-        first = self.samples[0]
+        samples, known = self.samples, len(self._relatives)
+        first = samples[0]
         if not first.all():
             raise TraceError(
                 f"{RELATIVE_LOSS!r} divides by the first losses, and that of sample {int(np.argmin(first != 0))} "
                 f"is 0: read {LOSS!r}"
             )
-        with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-            relative: NDArray[np.float64] = self.samples @ (1 / (first * len(first)))
-        return relative
+        if known < len(samples):  # as in `metric`, each record is looked at once
+            with np.errstate(invalid="ignore", over="ignore"):
+                for value in (samples[known:] / first).sum(axis=1) / len(first):
+                    self._relatives.append(value)
+        return self._relatives.view()
 
     def _next_step(self, step: Any) -> int:
         try:
@@ -302,7 +306,7 @@ class Curve:
 
     steps: NDArray[np.int64]
     values: NDArray[np.float64]
-    weights: NDArray[np.int64]
+    weights: NDArray[np.float64]
 
     @classmethod
     def of(cls, trace: Trace, metric: str = LOSS, first_step: int = 0) -> Curve:
@@ -311,10 +315,10 @@ class Curve:
         Raises: TraceError as `Trace.metric` does.
         """
         steps, values = trace.metric(metric)
-        start = int(np.searchsorted(steps, first_step))
+        start = int(steps.searchsorted(first_step))
         steps, values = steps[start:], values[start:]
-        weights = np.ones_like(steps)
-        weights[1:] = steps[1:] - steps[:-1]
+        weights = np.ones(len(steps))  # whole numbers, but in the kind that all sums below are taken in
+        np.subtract(steps[1:], steps[:-1], out=weights[1:])
         return cls(steps, values, weights)
 
     def last(self, window: int) -> Curve:
@@ -324,7 +328,7 @@ class Curve:
         would be wider than one read at every step, and the same curve would stop later, by up to three cadences.
         """
         before = self.steps[-1] - window
-        start = int(np.searchsorted(self.steps, before, side="right"))
+        start = int(self.steps.searchsorted(before, side="right"))
         weights = np.minimum(self.weights[start:], self.steps[start:] - before)
         return Curve(self.steps[start:], self.values[start:], weights)
 
@@ -339,8 +343,7 @@ class Curve:
     @property
     def spread(self) -> float:
         """Largest minus smallest value; not finite as soon as one value is not."""
-        with np.errstate(invalid="ignore", over="ignore"):
-            return float(np.max(self.values) - np.min(self.values))
+        return float(self.values.max()) - float(self.values.min())
 
     @property
     def mean(self) -> float:
@@ -353,9 +356,9 @@ class Curve:
         The first value is subtracted first, so that a curve without any change has exactly no variance; the unit keeps
         the squares of very large or small losses within range.
         """
-        values = (self.values - self.values[0]) / unit
-        deviations = values - np.dot(self.weights, values) / np.sum(self.weights)
-        return float(np.dot(self.weights, deviations * deviations) / (np.sum(self.weights) - ddof))
+        values, count = (self.values - self.values[0]) / unit, self.weights.sum()
+        deviations = values - np.dot(self.weights, values) / count
+        return float(np.dot(self.weights, deviations * deviations) / (count - ddof))
 
     def slope(self) -> float:
         """Change per step of the weighted least-squares line, in closed form: sum(w x y) / sum(w x x), both centred."""
@@ -401,6 +404,9 @@ class _Column:
             self._cells = grown
         self._cells[self._filled] = cell
         self._filled += 1
+
+    def __len__(self) -> int:
+        return self._filled
 
     def view(self) -> NDArray[Any]:
         view = self._cells[: self._filled]

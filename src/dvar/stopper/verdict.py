@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from dvar.errors import RefusedInput
 from dvar.stopper.trace import Curve, decode, encode
 
 # A fall counts from two standard errors of its slope on, if the last quarter of the steps gave this share of it: a
@@ -134,16 +135,24 @@ class Verdict:
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> Verdict:
-        """The verdict that `to_json` wrote; its diagnoses are those of that moment."""
-        diagnoses = tuple(Diagnosis(Reason(found["reason"]), decode(found["metrics"])) for found in saved["diagnoses"])
-        return cls(
-            stop=saved["stop"],
-            reason=Reason(saved["reason"]),
-            step=saved["step"],
-            rule=saved["rule"],
-            metrics=decode(saved["metrics"]),
-            diagnose=lambda: diagnoses,
-        )
+        """The verdict that `to_json` wrote; its diagnoses are those of that moment.
+
+        Raises: RefusedInput when another version wrote it, with other fields or reasons.
+        """
+        try:
+            found = tuple(Diagnosis(Reason(each["reason"]), decode(each["metrics"])) for each in saved["diagnoses"])
+            return cls(
+                stop=saved["stop"],
+                reason=Reason(saved["reason"]),
+                step=saved["step"],
+                rule=saved["rule"],
+                metrics=decode(saved["metrics"]),
+                diagnose=lambda: found,
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise RefusedInput(
+                [f"a saved verdict must be of this version of dvar, and is not ({error}): judge its trace again"]
+            ) from error
 
 
 def diagnose(curve: Curve, window: int, threshold: float | None = None) -> tuple[Diagnosis, ...]:

@@ -1,0 +1,95 @@
+"""What a judgement costs: ``python benchmarks/judge.py [--steps 6100]``.
+
+Prints, for each rule, the time of one judgement at the end of a long trace, without its explanation, and of all
+judgements when the run is judged at every step: processor time, the best of several rounds, since another process can
+only slow one down.  The rules' conditions never hold here: an explanation is worked out once, on a stop.  The last
+lines are what else a loop pays for: a record, and an explanation.
+"""
+
+import argparse
+import math
+import time
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from dvar.stopper.rules import AtMost, Criterion, Dvar, EmaPercentile, FixedSteps, Hall, Plateau, Trend
+from dvar.stopper.trace import Trace
+
+NEVER = 1e-12
+"""A threshold that nothing here falls below."""
+RULES: dict[str, Criterion] = {
+    "Dvar": Dvar(310, NEVER),
+    "Dvar, strict_paper": Dvar(310, NEVER, strict_paper=True),
+    "Dvar, metric='eval/first'": Dvar(310, NEVER, metric="eval/first"),
+    "EmaPercentile": EmaPercentile(310, NEVER),
+    "Hall": Hall(310, NEVER),
+    "Trend": Trend(310, NEVER),
+    "Trend, metric='eval/first'": Trend(310, NEVER, metric="eval/first"),
+    "Plateau": Plateau("eval", 310),
+    "Plateau, min_delta=0.01": Plateau("eval", 310, 0.01),
+    "Plateau, metric='clip_image'": Plateau("clip_image", 10_000, 0.02, "max"),
+    "FixedSteps": FixedSteps(10_000),
+    "AtMost(Dvar)": AtMost(Dvar(310, NEVER), 10_000),
+}
+
+
+def records(steps: int, samples: int = 8) -> list[dict[str, object]]:
+    """A loss that falls for the whole run, with the jitter of a real one."""
+    noise = np.random.default_rng(0).normal(0, 1e-4, (steps + 1, samples))
+    height = np.linspace(0.5, 1.5, samples)
+    found: list[dict[str, object]] = []
+    for step in range(steps + 1):
+        found.append({"step": step, "eval": height * (0.1 + 0.1 * math.exp(-step / steps)) + noise[step]})
+        if step % 50 == 0:
+            found[-1]["clip_image"] = 0.6 + 0.2 * step / steps
+    return found
+
+
+def best(rounds: int, work: Callable[[], float]) -> float:
+    return min(work() for _ in range(rounds))
+
+
+def at_the_end(rule: Criterion, trace: Trace, times: int = 100) -> float:
+    """Seconds of one judgement."""
+    rule(trace)
+    began = time.process_time()
+    for _ in range(times):
+        rule(trace)
+    return (time.process_time() - began) / times
+
+
+def at_every_step(rule: Criterion, rows: Iterable[dict[str, object]]) -> float:
+    """Seconds of all judgements of a run, without what recording takes."""
+    trace, spent = Trace(), 0.0
+    for row in rows:
+        trace.record(**row)
+        began = time.process_time()
+        rule(trace)
+        spent += time.process_time() - began
+    return spent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=6100)
+    parser.add_argument("--rounds", type=int, default=7)
+    chosen = parser.parse_args()
+    rows, trace = records(chosen.steps), Trace()
+    began = time.process_time()
+    for row in rows:
+        trace.record(**row)
+    recorded = (time.process_time() - began) / len(rows)
+    print(f"{'':<32}{'one judgement':>16}{'a whole run':>16}")
+    for name, rule in RULES.items():
+        one = best(chosen.rounds, lambda rule=rule: at_the_end(rule, trace))
+        whole = best(3, lambda rule=rule: at_every_step(rule, rows))
+        print(f"{name:<32}{1e6 * one:>13.1f} µs{whole:>14.2f} s")
+    verdict = Dvar(310, NEVER)(trace)
+    explained = best(chosen.rounds, lambda: at_the_end(lambda _: verdict.diagnoses, trace))  # type: ignore[arg-type]
+    print(f"{'its explanation':<32}{1e6 * explained:>13.1f} µs")
+    print(f"{'Trace.record, 8 samples':<32}{1e6 * recorded:>13.1f} µs")
+
+
+if __name__ == "__main__":
+    main()
