@@ -103,7 +103,7 @@ def test_a_result_of_an_older_version_is_refused_with_what_to_do(tmp_path: Path)
     for damage in ({"diagnoses": ["still falling: ..."]}, {"reason": "unheard of"}, {"diagnoses": None}):
         old = result | {"verdict": result["verdict"] | damage}
         (folder / "result.json").write_text(json.dumps(old))
-        with pytest.raises(RefusedInput, match=r"result.json: a saved verdict must be of this version .* dvar replay"):
+        with pytest.raises(RefusedInput, match=r"result.json: a saved verdict must be of this version .* `dvar replay"):
             _ = Run.open(folder).verdict
     (folder / "result.json").unlink()
     assert Run.open(folder).verdict.sentence == result["verdict"]["sentence"]
