@@ -124,6 +124,7 @@ TABLE = (
     _mini("max_train_steps", 500, "the paper's; not tuned yet", method=CUSTOM),
     _mini("window", 180, "the paper's", "a straight line stops at step 464", method=CUSTOM),
     _mini("threshold", 0.15, "the paper's", method=CUSTOM),
+    _mini("random_rescale", False, "the picture book's captions know no zoom", method=CUSTOM),
     _mini("num_class_images", 64, "a third of the paper's, for time", method=CUSTOM),
     _mini("validation_steps", 100, "the paper's", method=CUSTOM),
     _mini("num_validation_images", 4, "half the paper's, for time", method=CUSTOM),
