@@ -39,7 +39,19 @@ PURE = (
     "stopper.trace",
     "stopper.watch",
 )
-HEAVY = ("torch", "diffusers", "transformers", "accelerate", "peft", "PIL", "matplotlib", "rich", "cyclopts", "skia")
+HEAVY = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "peft",
+    "PIL",
+    "matplotlib",
+    "scipy",
+    "rich",
+    "cyclopts",
+    "skia",
+)
 TORCH_PICKLERS = ("load", "save", "hub")
 PICKLERS = ("pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
 
