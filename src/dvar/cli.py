@@ -16,15 +16,18 @@ from cyclopts import App, CycloptsError, Group, Parameter, UnknownOptionError
 from cyclopts.types import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from dvar.config import (
+    EXPERIMENTS,
     CustomDiffusionConfig,
     DreamBoothLoraConfig,
     ReplayConfig,
+    ReproduceConfig,
     Settings,
     TextualInversionConfig,
     aliases,
     nearest,
     read_settings,
     replay_problems,
+    reproduce_problems,
 )
 from dvar.errors import DvarError, RefusedInput
 
@@ -72,15 +75,21 @@ def main(tokens: Sequence[str] | None = None) -> int:
             return _fail(INTERRUPTED, ["interrupted"])
 
 
-def _with_flags_of(settings: type[Settings | ReplayConfig]) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Give a command a flag for each field of a settings class; its keyword arguments are then the flags given."""
+def _with_flags_of(
+    settings: type[Settings | ReplayConfig | ReproduceConfig],
+) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Give a command a flag for each field of a settings class; its keyword arguments are then the flags given.
+
+    A field that the command takes itself, under the same name, gets none.
+    """
 
     def decorate(command: Callable[..., int]) -> Callable[..., int]:
         own = inspect.signature(command, eval_str=True).parameters.values()
         flags = [parameter for parameter in own if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
+        taken = {parameter.name for parameter in flags}
         hints, others, groups = get_type_hints(settings), aliases(settings), dict[str, Group]()
         title = ""
-        for item in fields(settings):
+        for item in (item for item in fields(settings) if item.name not in taken):
             title = item.metadata["section"] or title
             group = groups.setdefault(title, Group(title, sort_key=len(flags)))
             names = [item.name, *(alias for alias, name in others.items() if name == item.name)]
@@ -239,6 +248,25 @@ def report(run: Path, /) -> int:
     from dvar.laboratory.report import write_report
 
     print(write_report(run))
+    return 0
+
+
+@app.command(help_epilogue="\n".join(f"{name:<10}{says}" for name, says in EXPERIMENTS.items()))
+@_with_flags_of(ReproduceConfig)
+def reproduce(name: str, /, **given: Any) -> int:
+    """Make a table or figure of the paper from recorded runs: its data, its figures and a page.
+
+    Parameters
+    ----------
+    name
+        Which one, as listed below, or "all" for a report of everything.
+    """
+    config = ReproduceConfig(name=name, **given)
+    if problems := reproduce_problems(config):
+        raise RefusedInput(problems)
+    from dvar.laboratory.reproduce import reproduce as make
+
+    print(make(config, lambda line: print(f"dvar: {line}", file=sys.stderr, flush=True)))
     return 0
 
 

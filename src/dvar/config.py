@@ -402,6 +402,43 @@ CONFIGS: dict[str, type[AnyConfig]] = {
 """The settings class of each method, by the method's name."""
 
 
+EXPERIMENTS: dict[str, str] = {
+    "table1": "Table 1: ways to end a run, their scores, steps and minutes",
+    "rules": "Every stopping rule, ranked on recorded runs",
+    "figure1": "Figure 1: the same loss, noisy and fixed",
+    "figure2": "Figure 2: convergence of Textual Inversion",
+    "figure4": "Figure 4: scores along training, and where each way stops",
+    "figure6": "Figure 6: convergence of Custom Diffusion",
+    "figure7": "Figure 7: convergence of DreamBooth-LoRA",
+    "figure8": "Figure 8: smaller held batches",
+    "figure11": "Figure 11: other criteria",
+    "figure14": "Figure 14: convergence on more concepts",
+    "table3": "Table 3: timesteps and scores",
+    "traces": "All recorded runs as one file, to try rules on",
+}
+"""What `dvar reproduce` can make, each by its name, in the order of the report."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReproduceConfig:
+    """Every setting of ``dvar reproduce``."""
+
+    name: str = setting("all", "Which experiment, or all.")
+    records: str = setting(
+        "runs/records", "Folder of recorded runs, or a file of traces.", section="Records and report"
+    )
+    output_dir: str = setting("runs/laboratory", "Folder for data, figures and report.html.")
+    quick: bool = setting(False, "A few concepts of each method only.")
+
+
+def reproduce_problems(config: ReproduceConfig) -> list[str]:
+    """Everything wrong with these settings by themselves, a line each; empty when in order."""
+    if config.name in ("all", *EXPERIMENTS):
+        return []
+    near = nearest(config.name, ["all", *EXPERIMENTS])
+    return [f"there is no experiment {config.name!r}: the nearest is {near}, and 'all' makes every one"]
+
+
 def written(config: AnyConfig) -> dict[str, Any]:
     """The settings as plain values with their method's name, as config.json and checkpoints keep them."""
     return {"method": config.method, **asdict(config)}
@@ -538,7 +575,7 @@ def _initializer_conflicts(config: AnyConfig) -> Conflicts:
         yield {"initializer", "clip_model"}, said
 
 
-def aliases(known: type[Settings | ReplayConfig]) -> dict[str, str]:
+def aliases(known: type[Settings | ReplayConfig | ReproduceConfig]) -> dict[str, str]:
     """Other name to the name of the setting it stands for."""
     return {item.metadata["alias"]: item.name for item in fields(known) if item.metadata["alias"]}
 

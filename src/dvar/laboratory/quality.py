@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -58,6 +59,7 @@ class Climb:
     noise: float
 
     @classmethod
+    @cache
     def of(cls, record: Record, which: Half = REPORT, metric: str = SCORE) -> Climb:
         """The climb of a record's training pictures, read on one half of them."""
         steps, values = half(record, "train", metric, which)
@@ -121,9 +123,9 @@ class Outcome:
         return self.distance > np.log2(WASTEFUL) + 1e-9
 
 
-def outcome(record: Record, step: float, censored: bool = False, climb: Climb | None = None) -> Outcome:
+def outcome(record: Record, step: float, censored: bool = False) -> Outcome:
     """What stopping at `step` was worth; a censored one is taken at the end of the record, as a bound."""
-    climb = climb or Climb.of(record)
+    climb = Climb.of(record)
     text = "clip_text"
     lost = float("nan")
     if ("validation", text) in record.pictures:

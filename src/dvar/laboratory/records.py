@@ -38,7 +38,7 @@ PAIRED = "paired"
 """The series ``fresh`` minus ``frozen``: the same draws seen by both models."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Record:
     """One recorded run.
 
@@ -55,7 +55,7 @@ class Record:
     scored_steps: Steps
     pictures: Mapping[tuple[str, str], Floats]
     scoring_seconds: Floats
-    folder: Path | None = field(default=None, compare=False)
+    folder: Path | None = None
 
     @classmethod
     def open(cls, folder: str | Path) -> Record:
@@ -174,7 +174,7 @@ class Record:
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Shelf:
     """All recorded runs of a folder: those that can be read, and for each other one the reason why not.
 
@@ -225,6 +225,16 @@ class Shelf:
     def for_tuning(self, method: str) -> tuple[Record, ...]:
         """The records of a method that settings are chosen on."""
         return tuple(r for r in self.records if r.method == method and r.concept in self.tuning)
+
+    def examples(self, method: str, count: int) -> tuple[Record, ...]:
+        """The first `count` concepts of a method by name, one record each, so that none is picked for its looks.
+
+        Raises: RefusedInput when the method has no record.
+        """
+        first = {record.concept: record for record in reversed(self.of(method))}
+        if not first:
+            raise RefusedInput([f"there is no record of {method}: record one, or name another --records"])
+        return tuple(first[name] for name in sorted(first))[:count]
 
     def units(self, method: str) -> dict[str, float]:
         """Seconds of each unit of work of a method: those measured apart, else the medians over its records."""

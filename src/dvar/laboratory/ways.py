@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -153,10 +154,15 @@ def clip_s(record: Record) -> Way:
 
 def paper_dvar(record: Record, scaled: bool) -> Way:
     """DVAR by the paper's values; ``scaled``: with its window shortened as the training is."""
-    values = presets.settings("paper", record.method)
-    window = max(8, round(values["window"] * in_time(record))) if scaled else values["window"]
     name = "DVAR (preset scaled in time)" if scaled else "DVAR (paper's preset)"
-    return Way(name, Dvar(window, values["threshold"], strict_paper=True))
+    threshold = presets.settings("paper", record.method)["threshold"]
+    return Way(name, Dvar(paper_window(record, scaled), threshold, strict_paper=True))
+
+
+def paper_window(record: Record, scaled: bool) -> int:
+    """DVAR's N by the paper; ``scaled``: shortened as the training is."""
+    window = int(presets.settings("paper", record.method)["window"])
+    return max(8, round(window * in_time(record))) if scaled else window
 
 
 def read(way: Way, record: Record) -> Reading:
@@ -187,19 +193,24 @@ def tune(kind: Kind, records: Sequence[Record]) -> tuple[float, float, float] | 
     Where none keeps as much, the one that keeps the most; None where no record can be read or has a gain.  Every kind
     has a grid of at most 100 points, so all are tuned alike.
     """
-    climbs = {record.name: Climb.of(record) for record in records}
-    usable = [r for r in records if climbs[r.name].learned and readable(kind.way(kind.grid()[0], cap(r)).rule, r)]
-    if not usable:
+    tried = [found for record in records if (found := _tried(kind, record)) is not None]
+    if not tried:
         return None
-    kept, steps = np.zeros(len(kind.grid())), np.zeros(len(kind.grid()))
-    for record in usable:
-        ways = [kind.way(setting, cap(record)) for setting in kind.grid()]
-        readings = read_all(ways, record)
-        kept += [climbs[record.name].at(readings[way].kept) / len(usable) for way in ways]
-        steps += [readings[way].stop / len(usable) for way in ways]
+    kept, steps = np.mean(tried, axis=0)
     enough = kept >= ORACLE * min(1.0, float(kept.max()))
     chosen = int(np.where(enough, steps, np.inf).argmin())
     return kind.grid()[chosen]
+
+
+@cache
+def _tried(kind: Kind, record: Record) -> np.ndarray | None:
+    """The gain kept and the steps made at every point of the kind's grid, [2, points]; None where neither can be."""
+    climb = Climb.of(record)
+    ways = [kind.way(setting, cap(record)) for setting in kind.grid()]
+    if not climb.learned or not readable(ways[0].rule, record):
+        return None
+    readings = read_all(ways, record)
+    return np.array([[climb.at(readings[way].kept) for way in ways], [readings[way].stop for way in ways]])
 
 
 def minutes(reading: Reading, seconds: Mapping[str, float]) -> float:
@@ -250,11 +261,29 @@ def _stops(rules: Sequence[Criterion], record: Record, every: int | None) -> dic
 
 
 def _families(rules: Sequence[Criterion]) -> list[list[Criterion]]:
-    """Rules alike in all but their threshold together, the most lenient first; any other rule alone."""
-    families: dict[Any, list[Any]] = defaultdict(list)
-    for rule in rules:
-        families[replace(rule, threshold=0.5) if hasattr(rule, "threshold") else rule].append(rule)  # type: ignore[type-var]
-    return [sorted(family, key=lambda rule: -getattr(rule, "threshold", 0.0)) for family in families.values()]
+    """Rules alike in all but how strict they are together, the most lenient first; any other rule alone."""
+    families: dict[Any, list[tuple[float, int, Criterion]]] = defaultdict(list)
+    for number, rule in enumerate(rules):
+        alike, strictness = _alike(rule)
+        families[alike].append((strictness, number, rule))
+    return [[rule for *_, rule in sorted(family)] for family in families.values()]
+
+
+def _alike(rule: Any) -> tuple[Any, float]:
+    """What a rule is but for its strictness, and its strictness; that of `AllOf` is of the rules inside it."""
+    if isinstance(rule, AllOf):
+        parts = [_alike(part) for part in rule.rules]
+        same = len({strictness for _, strictness in parts}) == 1
+        return ((AllOf, tuple(alike for alike, _ in parts)), parts[0][1]) if same else (rule, 0.0)
+    for name, sign in _STRICTNESS.items():
+        if hasattr(rule, name):
+            rest = tuple((item.name, getattr(rule, item.name)) for item in fields(rule) if item.name != name)
+            return (type(rule), rest), sign * getattr(rule, name)
+    return rule, 0.0
+
+
+_STRICTNESS = {"threshold": -1.0, "patience": 1.0, "max_steps": 1.0}
+"""The setting that alone decides how soon a rule's condition holds, and whether more of it is stricter or less."""
 
 
 def _replayed(record: Record, wanted: set[str], every: int | None) -> Iterator[Trace]:

@@ -1,0 +1,275 @@
+"""A table or figure of the paper as a value, and its files: data (JSON, CSV), pictures (SVG, PNG), a page section."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from dvar.config import BUNDLED_MODEL, CONFIGS
+from dvar.laboratory.markup import Html, element
+from dvar.laboratory.records import Record
+
+INK, SOFT, NOISE, SIGNAL, LINE = "#22211e", "#6a6761", "#a5a099", "#b8452a", "#e2ded6"
+COLOURS = ("#b8452a", "#2f6f8f", "#7a8b2d", "#8a5a99", "#c98b1b", "#4b6b5c", "#a03f6a", "#5d6b9c")
+STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": SOFT,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.titlecolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": LINE,
+    "grid.linewidth": 0.6,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "figure.facecolor": "white",
+    "svg.hashsalt": "dvar",
+    "svg.fonttype": "path",
+}
+DOTS = 160
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as it is shown, cell by cell, and the numbers behind it, one mapping a row.
+
+    A row of one cell is a heading; ``bold`` are (row, column).
+    """
+
+    name: str
+    caption: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    data: tuple[Mapping[str, Any], ...]
+    bold: frozenset[tuple[int, int]] = frozenset()
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A drawn figure, what it shows in words, and the numbers behind it."""
+
+    name: str
+    caption: str
+    drawn: Figure
+    data: Any = None
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """One experiment's result: what it says, and its tables and figures; or, in ``missing``, why there is none."""
+
+    name: str
+    title: str
+    says: tuple[str, ...] = ()
+    tables: tuple[Table, ...] = ()
+    plots: tuple[Plot, ...] = ()
+    missing: str = ""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What every figure must state: base model, concepts, seeds, how pictures were scored, and what deviates."""
+
+    models: tuple[str, ...]
+    concepts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    pairing: str
+    pictures: int
+    scored: int
+    sampling_steps: int
+
+    @classmethod
+    def of(cls, records: Sequence[Record]) -> Provenance:
+        """The provenance of what is made from these records."""
+        header = records[0].header
+        return cls(
+            models=tuple(sorted({str(r.config.get("pretrained_model_name_or_path", "?")) for r in records})),
+            concepts=tuple(sorted({r.concept for r in records})),
+            seeds=tuple(sorted({r.seed for r in records})),
+            pairing=str(header.get("pairing", "not said")),
+            pictures=min((len(values[0]) for r in records for values in r.pictures.values()), default=0),
+            scored=int(np.median([len(r.scored_steps) for r in records])),
+            sampling_steps=int(header.get("sampling_steps", 0)),
+        )
+
+    def __str__(self) -> str:
+        model = ", ".join("the bundled model" if name == BUNDLED_MODEL else name for name in self.models)
+        return (
+            f"Base model: {model}. Concepts: {len(self.concepts)}; seeds: {len(self.seeds)}. "
+            f"CLIP similarity paired {self.pairing}; {self.pictures} pictures of each kind at {self.scored} steps, "
+            f"{self.sampling_steps} sampling steps; the even half chooses, the odd half is reported."
+        )
+
+
+def title(method: str) -> str:
+    """A method's name for people."""
+    return CONFIGS[method].title if method in CONFIGS else method
+
+
+def axes(
+    rows: int = 1, columns: int = 1, *, width: float = 8.0, height: float = 2.0, **more: Any
+) -> tuple[Figure, Any]:
+    """A figure and its axes, [rows, columns]; ``height`` is that of one row, in inches.
+
+    Its style is that of the `matplotlib.rc_context` around it: `STYLE`, set once by whoever makes exhibits.
+    """
+    figure = Figure(figsize=(width, 0.5 + height * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **more)
+
+
+def mark(panel: Axes, step: float, text: str = "", colour: str = SIGNAL, dashes: Any = "-") -> None:
+    """A vertical line at a step, with its name at the top."""
+    panel.axvline(step, color=colour, linewidth=1.0, linestyle=dashes)
+    if text:
+        panel.annotate(
+            text,
+            (step, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(3, -3),
+            textcoords="offset points",
+            va="top",
+            color=colour,
+            fontsize=8,
+        )
+
+
+def compared(claim: str, holds: bool) -> str:
+    """A pattern of the paper, in words that say whether it is found here."""
+    return f"As in the paper, {claim}." if holds else f"Unlike in the paper, it is not so here that {claim}."
+
+
+def number(value: float, digits: int = 3) -> str:
+    """A number for a table; a dash where there is none."""
+    return "–" if not math.isfinite(value) else f"{value:.{digits}f}".replace("-", "−")
+
+
+def spread(values: Iterable[float], digits: int = 3) -> str:
+    """Mean ± standard deviation over concepts (ddof 0); a dash where there is nothing."""
+    found = np.array([value for value in values if math.isfinite(value)])
+    return "–" if not found.size else f"{number(float(found.mean()), digits)} ± {number(float(found.std()), digits)}"
+
+
+def save(exhibit: Exhibit, folder: Path) -> list[Path]:
+    """Write the exhibit's files into `folder` and return their paths: one JSON, a CSV a table, SVG and PNG a figure."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = [folder / f"{exhibit.name}.json"]
+    content = {
+        "name": exhibit.name,
+        "title": exhibit.title,
+        "says": exhibit.says,
+        "missing": exhibit.missing,
+        "tables": [{"name": table.name, "caption": table.caption, "rows": table.data} for table in exhibit.tables],
+        "plots": [{"name": plot.name, "caption": plot.caption, "data": plot.data} for plot in exhibit.plots],
+    }
+    written[0].write_text(json.dumps(_plain(content), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    for table in exhibit.tables:
+        written.append(folder / f"{exhibit.name}-{table.name}.csv")
+        _csv(written[-1], table.data)
+    for plot in exhibit.plots:
+        for kind in ("svg", "png"):
+            written.append(folder / f"{exhibit.name}-{plot.name}.{kind}")
+            written[-1].write_bytes(_drawn(plot, kind))
+    return written
+
+
+def page(exhibits: Sequence[Exhibit], facts: Sequence[str]) -> str:
+    """Return one page with every exhibit that loads nothing and runs no script; `facts` open it."""
+    style = files("dvar.laboratory").joinpath("report.css").read_text(encoding="utf-8")
+    more = files("dvar.laboratory").joinpath("exhibit.css").read_text(encoding="utf-8")
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", http_equiv="Content-Security-Policy", content=POLICY),
+        element("title", "The laboratory · dvar"),
+        element("style", Html(style + more)),
+    )
+    links = [element("li", element("a", one.title, href=f"#{one.name}")) for one in exhibits]
+    top = element(
+        "header",
+        element("p", "dvar", class_="eyebrow"),
+        element("h1", "The laboratory"),
+        *(element("p", fact, class_="standfirst") for fact in facts),
+        element("ul", *links, class_="contents"),
+    )
+    body = element("body", element("main", top, *(section(one) for one in exhibits)), class_="laboratory")
+    return "<!doctype html>\n" + element("html", head, body, lang="en") + "\n"
+
+
+def section(exhibit: Exhibit) -> Html:
+    """The exhibit as a part of a page."""
+    missing = element("p", element("b", "Not made: "), exhibit.missing, class_="missing") if exhibit.missing else None
+    said = [element("p", line) for line in exhibit.says]
+    plots = [element("figure", _picture(plot), element("figcaption", plot.caption)) for plot in exhibit.plots]
+    tables = [_table(table) for table in exhibit.tables]
+    return element("section", element("h2", exhibit.title), missing, *said, *tables, *plots, id=exhibit.name)
+
+
+def _table(table: Table) -> Html:
+    head = element("tr", *(element("th", name, scope="col") for name in table.columns))
+    rows = [
+        element("tr", *(_cell(text, (row, column) in table.bold) for column, text in enumerate(cells)))
+        if len(cells) > 1
+        else element("tr", element("th", cells[0], colspan=len(table.columns), scope="rowgroup"))
+        for row, cells in enumerate(table.rows)
+    ]
+    shown = element("table", element("thead", head), element("tbody", *rows), class_="numbers-table")
+    return element("figure", element("div", shown, class_="wide"), element("figcaption", table.caption))
+
+
+def _cell(text: str, bold: bool) -> Html:
+    return element("td", element("b", text) if bold else text)
+
+
+def _picture(plot: Plot) -> Html:
+    drawn = base64.b64encode(_drawn(plot, "svg")).decode()
+    return element("img", src=f"data:image/svg+xml;base64,{drawn}", alt=plot.caption, class_="chart")
+
+
+def _drawn(plot: Plot, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    metadata = {"Date": None} if kind == "svg" else {"Software": None}
+    with matplotlib.rc_context(STYLE):  # the salt of the names inside an SVG, so that equal figures are equal files
+        plot.drawn.savefig(buffer, format=kind, dpi=DOTS, metadata=metadata)
+    return buffer.getvalue()
+
+
+def _csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows({name: _plain(value) for name, value in row.items()} for row in rows)
+
+
+def _plain(value: Any) -> Any:
+    """Numbers as JSON has them; what is not finite becomes null."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic | np.ndarray):
+        return _plain(value.tolist())
+    if hasattr(value, "__dataclass_fields__"):
+        return _plain(asdict(value))
+    return None if isinstance(value, float) and not math.isfinite(value) else value

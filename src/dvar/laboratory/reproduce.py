@@ -1,0 +1,118 @@
+"""Every table and figure of the paper by its name: made from recorded runs, written as files and as one page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+
+import matplotlib
+
+from dvar.config import EXPERIMENTS, ReproduceConfig
+from dvar.errors import DvarError, RefusedInput
+from dvar.laboratory.exhibit import STYLE, Exhibit, Provenance, page, save
+from dvar.laboratory.records import Shelf
+from dvar.laboratory.traces import read_traces, write_traces
+
+QUICK = 3
+"""Concepts of each method, besides those for tuning, that ``quick`` reads."""
+TRACES = "traces.npz"
+REPORT = "report.html"
+
+
+def reproduce(config: ReproduceConfig, tell: Callable[[str], None] = lambda line: None) -> Path:
+    """Make the experiments that ``config`` names and return the page that shows them, ``report.html``.
+
+    Beside it lie each experiment's data and figures.  Of "all", one that cannot be made is told in its place with the
+    reason; alone it is refused.
+
+    Raises: RefusedInput when no record can be read, or when the one experiment asked for cannot be made.
+    """
+    folder = Path(config.output_dir)
+    shelf = opened(config)
+    names = list(EXPERIMENTS) if config.name == "all" else [config.name]
+    made = []
+    with matplotlib.rc_context(STYLE):
+        for name in names:
+            tell(f"{name}: {EXPERIMENTS[name]}")
+            exhibit = _made(name, shelf, config)
+            save(exhibit, folder)
+            made.append(exhibit)
+    path = folder / REPORT
+    path.write_text(page(made, _facts(shelf, config)), encoding="utf-8", newline="\n")
+    return path
+
+
+def opened(config: ReproduceConfig) -> Shelf:
+    """The records that the settings name: a folder of recorded runs, or one file of traces."""
+    source = Path(config.records)
+    shelf = read_traces(source) if source.is_file() else Shelf.open(source)
+    return _few(shelf) if config.quick else shelf
+
+
+def _few(shelf: Shelf) -> Shelf:
+    kept = {record.name for method in shelf.methods for record in shelf.examples(method, QUICK)}
+    kept |= {record.name for method in shelf.methods for record in shelf.for_tuning(method)[:QUICK]}
+    return replace(shelf, records=tuple(record for record in shelf if record.name in kept))
+
+
+def _made(name: str, shelf: Shelf, config: ReproduceConfig) -> Exhibit:
+    if name == "traces":
+        return _traces(shelf, Path(config.output_dir))
+    try:
+        return _maker(name)(shelf)
+    except DvarError as error:
+        if config.name != "all":
+            raise
+        return Exhibit(name, EXPERIMENTS[name], missing=str(error))
+
+
+def _maker(name: str) -> Callable[[Shelf], Exhibit]:
+    module, _, function = MAKERS[name].partition(":")
+    found = import_module(f"dvar.laboratory.experiments.{module}")
+    made: Callable[[Shelf], Exhibit] = getattr(found, function or "make")
+    return made
+
+
+MAKERS = {
+    "table1": "speed",
+    "rules": "rules",
+    "figure1": "convergence:figure_1",
+    "figure2": "convergence:figure_2",
+    "figure4": "comparison",
+    "figure6": "convergence:figure_6",
+    "figure7": "convergence:figure_7",
+    "figure8": "held_batch",
+    "figure11": "measures",
+    "figure14": "convergence:figure_14",
+    "table3": "timesteps",
+}
+"""Where each experiment is made."""
+
+
+def _traces(shelf: Shelf, folder: Path) -> Exhibit:
+    path = write_traces(shelf, folder / TRACES)
+    size = path.stat().st_size / 1e6
+    said = (
+        f"{path.name} ({size:.1f} MB) holds {len(shelf)} recorded runs: every series of the loss, sample by sample, "
+        "and the scores of every picture. dvar.laboratory.traces.read_traces reads it; dvar reproduce rules --records "
+        f"{path.name} ranks the rules of this library on it, and any rule can be added: it is a function of a trace.",
+    )
+    return Exhibit("traces", EXPERIMENTS["traces"], said)
+
+
+def _facts(shelf: Shelf, config: ReproduceConfig) -> list[str]:
+    counted = [record for method in shelf.methods for record in shelf.of(method)]
+    if not counted:
+        raise RefusedInput(["every record is of a tuning concept, and no table counts those: record other concepts"])
+    told = [str(Provenance.of(counted))]
+    tuning = len({record.concept for record in shelf if record.concept in shelf.tuning})
+    told.append(f"Settings were tuned on {tuning} other concepts, which no table counts.")
+    if config.quick:
+        told.append(f"Quick: {QUICK} concepts a method at most; the intervals are as wide as that makes them.")
+    if shelf.lost:
+        told.append(
+            f"{len(shelf.lost)} runs are lost: " + "; ".join(f"{name} ({why})" for name, why in shelf.lost.items())
+        )
+    return told

@@ -1,0 +1,238 @@
+"""Every experiment on records whose truth is known, and the page of them all."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from fake_record import fake_record, oracle_step
+
+from dvar.config import EXPERIMENTS, ReproduceConfig
+from dvar.errors import RefusedInput
+from dvar.laboratory import ways
+from dvar.laboratory.exhibit import Exhibit, Provenance, compared, section
+from dvar.laboratory.experiments import held_batch, measures, rules, speed, timesteps
+from dvar.laboratory.information import information
+from dvar.laboratory.records import Shelf
+from dvar.laboratory.reproduce import MAKERS, reproduce
+from dvar.laboratory.ways import Kind
+
+METHODS = ("textual-inversion", "dreambooth-lora")
+CAP = 240
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two methods on three concepts that learn at different paces, and one for tuning."""
+    root = tmp_path_factory.mktemp("records")
+    for method in METHODS:
+        for concept, learned in (("cup", 15.0), ("mug", 20.0), ("owl", 30.0), ("purple_cat", 20.0)):
+            fake_record(root, method, concept, cap=CAP, learned=learned, noise=0.002, pictures=8)
+    return root
+
+
+@pytest.fixture(scope="module")
+def shelf(root: Path) -> Shelf:
+    return Shelf.open(root)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short_baseline() -> object:
+    """Baseline's cap is that of the presets, and these records are shorter."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ways, "_preset", lambda record: {"max_train_steps": 200, "validation_steps": 40})
+        grid = Kind.grid
+        patch.setattr(Kind, "grid", lambda kind: grid(kind)[::9])  # the whole of it takes a while
+        yield
+
+
+@pytest.fixture(scope="module")
+def report(root: Path, short_baseline: object, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("laboratory")
+    return reproduce(ReproduceConfig(records=str(root), output_dir=str(out)))
+
+
+def test_every_experiment_is_in_the_report_and_what_cannot_be_made_is_told(report: Path) -> None:
+    page = report.read_text(encoding="utf-8")
+    assert set(re.findall(r'<section id="([^"]+)"', page)) == set(EXPERIMENTS)
+    assert page.count("Not made") == 1
+    assert "there is no record of custom-diffusion" in page  # Figure 6
+    assert set(MAKERS) | {"traces"} == set(EXPERIMENTS)
+
+
+def test_the_page_loads_nothing(report: Path) -> None:
+    page = report.read_text(encoding="utf-8")
+    assert "<script" not in page
+    assert all(source.startswith("data:") for source in re.findall(r'src="([^"]*)', page))
+
+
+def test_every_exhibit_leaves_data_and_both_kinds_of_figure(report: Path) -> None:
+    for name in EXPERIMENTS:
+        content = json.loads((report.parent / f"{name}.json").read_text(encoding="utf-8"))
+        for table in content["tables"]:
+            with (report.parent / f"{name}-{table['name']}.csv").open(encoding="utf-8") as file:
+                assert len(list(csv.DictReader(file))) == len(table["rows"]) > 0
+        for plot in content["plots"]:
+            assert (report.parent / f"{name}-{plot['name']}.png").read_bytes().startswith(b"\x89PNG")
+            assert "<svg" in (report.parent / f"{name}-{plot['name']}.svg").read_text(encoding="utf-8")
+
+
+def test_every_caption_says_what_it_was_made_on(report: Path) -> None:
+    for name in set(MAKERS) - {"figure6"}:
+        content = json.loads((report.parent / f"{name}.json").read_text(encoding="utf-8"))
+        ours = [shown for shown in (*content["tables"], *content["plots"]) if shown["name"] != "paper"]
+        assert ours
+        for shown in ours:
+            for fact in ("Base model: the bundled model", "Concepts: ", "seeds: 1", "paired all pairs"):
+                assert fact in shown["caption"], (name, shown["name"])
+
+
+def test_the_same_records_give_the_same_files(root: Path, report: Path, tmp_path: Path) -> None:
+    reproduce(ReproduceConfig(name="figure8", records=str(root), output_dir=str(tmp_path)))
+    for path in tmp_path.glob("figure8*"):
+        assert path.read_bytes() == (report.parent / path.name).read_bytes(), path.name
+
+
+def test_rules_on_the_file_of_traces_are_rules_on_the_records(root: Path, report: Path, tmp_path: Path) -> None:
+    config = ReproduceConfig(name="rules", records=str(report.parent / "traces.npz"), output_dir=str(tmp_path))
+    reproduce(config)
+    there, here = (json.loads((at / "rules.json").read_text()) for at in (report.parent, tmp_path))
+    stops = [
+        [(row["rule"], row["setting"], round(row["steps"], 3)) for row in one["tables"][0]["rows"]]
+        for one in (there, here)
+    ]
+    assert sorted(stops[0]) == sorted(stops[1])
+
+
+# Table 1
+
+
+def test_a_row_of_table_1_is_its_readings(shelf: Shelf) -> None:
+    found = {row.way: row for row in speed.rows(shelf, "textual-inversion")}
+    assert {"Baseline", "CLIP-s", "Few iters (mean)", "Few iters (max)", "DVAR (tuned)"} < set(found)
+    assert [reading.stop for reading in found["Baseline"].readings] == [200] * 3
+    clip = [reading.stop for reading in found["CLIP-s"].readings]
+    assert {reading.stop for reading in found["Few iters (max)"].readings} == {max(clip)}
+    assert {reading.stop for reading in found["Few iters (mean)"].readings} == {round(np.mean(clip))}
+    assert all(reading.kept <= reading.stop for row in found.values() for reading in row.readings)
+
+
+def test_minutes_of_table_1_by_hand(shelf: Shelf) -> None:
+    row = speed.make(shelf).tables[0].data[0]
+    # 200 updates of 0.2 s and 8 pictures of 0.5 s at each of 0, 40, ..., 200
+    assert row["way"] == "Baseline"
+    assert row["Minutes mean"] == pytest.approx((200 * 0.2 + 6 * 8 * 0.5) / 60)
+    assert row["Final pictures, min"] == pytest.approx(8 * 0.5 / 60)
+
+
+def test_lost_runs_are_named_and_the_table_is_made(root: Path) -> None:
+    shelf = Shelf.open(root)
+    broken = Shelf(shelf.records, {"textual-inversion/vase/0": "the disk was full"})
+    exhibit = speed.make(broken)
+    assert any("textual-inversion/vase/0: the disk was full" in line for line in exhibit.says)
+    assert len(exhibit.tables[0].data) == 14
+
+
+# The ranking
+
+
+def test_the_ranking_knows_the_oracle(shelf: Shelf) -> None:
+    """Without noise the oracle of the other half is the oracle: nothing can rank before it."""
+    records = shelf.of("textual-inversion")
+    found = rules.ranking(records, {method: rules.tuned(shelf.for_tuning(method)) for method in METHODS})
+    oracle = next(one for one in found if one.rule == rules.ORACLE_NAME)
+    truth = [oracle_step({"cup": 15.0, "mug": 20.0, "owl": 30.0}[record.concept]) for record in records]
+    np.testing.assert_allclose(np.log2(oracle.stops), np.log2(truth), atol=0.15)
+    assert np.mean(oracle.errors) < 0.1
+    assert found[0].rule == rules.ORACLE_NAME
+    random = next(one for one in found if one.rule == "Random step")
+    assert np.mean(random.errors) > 1
+    assert {kind.name for kind in ways.KINDS} < {one.rule for one in found}
+
+
+def test_a_rule_is_not_further_from_the_oracle_than_itself(shelf: Shelf) -> None:
+    records = shelf.of("textual-inversion")
+    found = rules.ranking(records, {method: rules.tuned(shelf.for_tuning(method)) for method in METHODS})
+    same = rules._difference(found[0], found[0])
+    assert (same.mean, same.low, same.high) == (0, 0, 0)
+    assert rules._difference(found[-1], found[0]).low > 0
+
+
+def test_without_tuning_concepts_the_rest_is_ranked(root: Path) -> None:
+    shelf = Shelf.open(root, tuning=("no_such",))
+    exhibit = rules.make(shelf)
+    assert any("No tuning concept was recorded" in line for line in exhibit.says)
+    ranked = {row["rule"] for row in exhibit.tables[0].data}
+    assert ranked == {
+        rules.ORACLE_NAME,
+        "Random step",
+        "Baseline",
+        "DVAR (paper's preset)",
+        "DVAR (preset scaled in time)",
+    }
+
+
+# Figures
+
+
+def test_correlations_of_curves_that_mirror_each_other(shelf: Shelf) -> None:
+    record = shelf.of("textual-inversion")[0]
+    for _, low, high in timesteps.INTERVALS:
+        loss, score = timesteps.correlations(record, "Train image score", low, high)
+        assert np.corrcoef(loss, score)[0, 1] < -0.98
+    cells = timesteps.make(shelf).tables[0].data
+    assert {row["interval"] for row in cells} == {where[0] for where in timesteps.INTERVALS}
+
+
+def test_records_without_stratified_draws_are_refused(shelf: Shelf) -> None:
+    bare = Shelf(tuple(SimpleNamespace(**vars(r), has=lambda _: False) for r in shelf.of("textual-inversion")))  # type: ignore[arg-type]
+    with pytest.raises(RefusedInput, match="no record holds stratified draws"):
+        timesteps.make(bare)
+
+
+def test_smaller_batches_are_parts_of_the_recorded_one(shelf: Shelf) -> None:
+    record = shelf.of("textual-inversion")[0]
+    assert [len(held_batch._batches(record, size)) for size in (1, 2, 4, 8)] == [8, 4, 2, 1]
+    np.testing.assert_allclose(held_batch._mean(record, list(range(8)))[1], record.trace.values)
+
+
+def test_a_measure_is_what_the_rule_measures(shelf: Shelf) -> None:
+    record = shelf.of("textual-inversion")[0]
+    steps, values = measures.measured(record, measures.MEASURES["DVAR"][1](50), "ratio")
+    losses = record.trace.values[1:]  # the paper's rule has no value before the first step
+    assert steps[0] == 51
+    np.testing.assert_allclose(values[-1], losses[-50:].var() / losses.var())
+
+
+def test_information_by_hand() -> None:
+    random = np.random.default_rng(0)
+    steps = np.arange(2000)
+    noisy = information(steps, 1.0 - 0.5 * (steps >= 1000) + 0.1 * random.standard_normal(2000))
+    assert noisy.ratio == pytest.approx(5, rel=0.1)
+    assert noisy.steps_to_detect == pytest.approx(2, rel=0.2)  # 2 (5 / 5)^2
+    assert information(steps, np.linspace(0, 1, 2000)).ratio == 0
+    assert information(steps, np.linspace(0, 1, 2000)).steps_to_detect == np.inf
+    assert information(5 * steps, 1.0 - steps / 2000).steps_to_detect == 5  # one record, at its cadence
+
+
+# Saying it
+
+
+def test_a_pattern_that_differs_is_said_to_differ() -> None:
+    assert compared("water is wet", True) == "As in the paper, water is wet."
+    assert compared("water is wet", False) == "Unlike in the paper, it is not so here that water is wet."
+
+
+def test_a_prompt_cannot_become_part_of_the_page(shelf: Shelf) -> None:
+    assert "<b>" not in section(Exhibit("x", "<b>", ("<b>",)))
+    assert "2 seeds" not in str(Provenance.of(shelf.records))
+
+
+def test_the_one_experiment_asked_for_is_refused_where_it_cannot_be_made(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(RefusedInput, match="no record of custom-diffusion"):
+        reproduce(ReproduceConfig(name="figure6", records=str(root), output_dir=str(tmp_path)))
