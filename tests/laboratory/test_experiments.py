@@ -98,6 +98,7 @@ def test_the_same_records_give_the_same_files(root: Path, report: Path, tmp_path
         assert path.read_bytes() == (report.parent / path.name).read_bytes(), path.name
 
 
+@pytest.mark.slow  # two whole rankings
 def test_rules_on_the_file_of_traces_are_rules_on_the_records(root: Path, report: Path, tmp_path: Path) -> None:
     config = ReproduceConfig(name="rules", records=str(report.parent / "traces.npz"), output_dir=str(tmp_path))
     reproduce(config)
