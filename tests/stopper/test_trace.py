@@ -190,7 +190,7 @@ def test_a_header_that_is_no_json_of_this_format_is_refused(header: dict[str, An
 # --- on disk --------------------------------------------------------------------------------------------------------
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows)
 def test_a_trace_survives_its_file_to_the_last_bit(tmp_path: Path, drawn: list[Any]) -> None:
     trace, path = built(drawn), tmp_path / "trace.jsonl"
