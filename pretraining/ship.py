@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from transformers import CLIPImageProcessorPil
 
 from dvar import mini
 from dvar.mini.world.concepts import held_out, reference_scenes
-from dvar.mini.world.scene import render
+from dvar.mini.world.scene import SIZE, render
 from pretraining import clip, recogniser, unet
 from pretraining.training import WORK, load_average
 from pretraining.words import load_tokenizer
@@ -30,6 +31,12 @@ def save_judges(folder: Path) -> None:
     """The CLIP that scores, what the pipeline lacks of the one that conditions, and the recogniser."""
     vocabulary = len(load_tokenizer())
     clip.load("judge", vocabulary).half().save_pretrained(folder / "clip")
+    # Pixels as `pretraining.pictures.as_tensor` makes them, of pictures of any size.
+    half, side = [0.5] * 3, {"height": SIZE, "width": SIZE}
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": SIZE}, crop_size=side, image_mean=half, image_std=half, resample=3
+    )
+    processor.save_pretrained(folder / "clip")
     whole = clip.load("vision", vocabulary).half()
     whole.config.save_pretrained(folder / "clip-conditioner")
     rest = {key: value.contiguous() for key, value in whole.state_dict().items() if not key.startswith("text_model.")}

@@ -10,13 +10,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 from cyclopts import App, CycloptsError, Group, Parameter, UnknownOptionError
 from cyclopts.types import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from dvar.config import (
     EXPERIMENTS,
+    BUNDLED_MODEL,
+    CONFIGS,
     CustomDiffusionConfig,
     DreamBoothLoraConfig,
     ReplayConfig,
@@ -295,6 +297,91 @@ def replay(log: Path, /, **given: Any) -> int:
     if config.output:
         print(f"picture   {write_picture(Path(config.output), log.name, trace, outcomes, config)}")
     return 0
+
+
+@app.command
+def record(
+    methods: Annotated[list[str], Parameter(consume_multiple=True)] | None = None,
+    /,
+    *,
+    concepts: Annotated[list[str], Parameter(consume_multiple=True)] | None = None,
+    first: PositiveInt | None = None,
+    seeds: Annotated[list[NonNegativeInt], Parameter(consume_multiple=True)] | None = None,
+    preset: Literal["quick", "cpu", "full"] = "cpu",
+    quick: bool = False,
+    records: Path = Path("records"),
+    workers: PositiveInt | None = None,
+    model: str = BUNDLED_MODEL,
+    concepts_dir: Path | None = None,
+    clip: str | None = None,
+    dino: str | None = None,
+    pairing: Literal["all pairs", "row by row"] = "all pairs",
+    config: Path | None = None,
+    estimate: bool = False,
+) -> int:
+    """Record runs for the laboratory: train past every stop, and measure on the way.
+
+    What is there and whole is not made again, so the same command goes on after a kill.
+
+    Parameters
+    ----------
+    methods
+        Methods by name; all of them by default.
+    concepts
+        Concepts by name; all but the tuning ones by default.
+    first
+        Only so many of the concepts.
+    seeds
+        Seeds of the runs; 0 by default.
+    preset
+        How much is measured: quick, cpu or full.
+    quick
+        The same as --preset quick.
+    records
+        Folder of all records.
+    workers
+        Runs at once; one a GPU, or one a core, by default.
+    model
+        A hub id, a diffusers folder, or "mini", the bundled model.
+    concepts_dir
+        Folder of concepts, each a folder of pictures with a concept.json that says its class; else the bundled ones.
+    clip
+        Folder or hub id of the CLIP that scores; the bundled one by default.
+    dino
+        Folder or hub id of a DINO that scores too.
+    pairing
+        What a picture is held against: all references, or the one in its row.
+    config
+        TOML file of settings of the method, where one method is recorded.
+    estimate
+        Only tell how long it will take.
+    """
+    from dvar.laboratory import sweeps
+    from dvar.laboratory.recording import Recording
+
+    chosen = methods or list(CONFIGS)
+    if config and len(chosen) > 1:
+        raise RefusedInput(["settings are of one method: name it before --config"])
+    given = read_settings(config, CONFIGS[chosen[0]]) if config and chosen[0] in CONFIGS else {}
+    folder = str(concepts_dir) if concepts_dir else None
+    base = Recording(
+        *("", "", 0, str(records), "quick" if quick else preset, model, folder, clip, dino, pairing),
+        settings=tuple(given.items()),
+    )
+    names = (concepts or sweeps.laboratory_concepts(folder))[:first]
+    runs = sweeps.grid(base, chosen, names, seeds or [0])
+    sweeps.check(runs)
+    missing = [run for run in runs if sweeps.standing(run).state != "done"]
+    print(f"{len(runs)} runs, {len(missing)} of them to record; {sweeps.described(base)}", flush=True)
+    units = sweeps.estimate(missing)
+    for line in sweeps.expected(missing, units, workers):
+        print(line, flush=True)
+    if estimate:
+        return 0
+    rows = sweeps.sweep(runs, workers=workers, units=units, tell=lambda line: print(line, flush=True))
+    for line in sweeps.table(rows):
+        print(line)
+    return FAILED if any(row.state != "done" for row in rows) else 0
 
 
 @app.command

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image, ImageDraw
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 WORDS = """
 a an the my of in on at with and to one photo picture rendering drawing depiction painting illustration image style good
@@ -63,6 +63,26 @@ def tiny_tokenizer(words: Iterable[str] = WORDS) -> CLIPTokenizer:
     pieces = [*ALPHABET, *(letter + "</w>" for letter in ALPHABET), *map("".join, merges), START, END]
     vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
+
+
+def tiny_clip(folder: str | Path, *, resolution: int = 32, vocabulary: Iterable[str] = WORDS, seed: int = 1) -> Path:
+    """Return ``folder``, into which a random `CLIPModel` was saved with its tokenizer and its processor, to score with.
+
+    It reads pictures of ``resolution`` pixels and texts of 77 tokens.  Vectors have 16 numbers.
+    """
+    shared = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tokenizer = tiny_tokenizer(vocabulary)
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    text = {**shared, **ends, "vocab_size": len(tokenizer), "max_position_embeddings": 77}
+    vision = {**shared, "image_size": resolution, "patch_size": resolution // 4}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    CLIPImageProcessorPil(
+        size={"shortest_edge": resolution}, crop_size={"height": resolution, "width": resolution}
+    ).save_pretrained(folder)
+    return Path(folder)
 
 
 def tiny_concept(folder: str | Path, *, pictures: int = 4, size: int = 64) -> Path:

@@ -16,7 +16,7 @@ from dvar.config import TextualInversionConfig
 from dvar.diffusion.randomness import generator
 from dvar.stopper.rules import AnyOf, Dvar, FixedSteps
 from dvar.stopper.verdict import Reason
-from dvar.trainer.loop import Learner, Step, train
+from dvar.trainer.loop import Learner, Step, Stopwatch, train
 
 PACKAGES = {"adamw": "torch", "sam": "torch", "prodigy": "prodigyopt", "adamw8bit": "bitsandbytes"}
 CONFIG: dict[str, Any] = {"max_train_steps": 12, "learning_rate": 0.1, "train_batch_size": 2, "checkpointing_steps": 5}
@@ -112,10 +112,15 @@ def test_measuring_does_not_disturb_training() -> None:
 def test_more_series_go_into_the_record_of_their_step_and_their_seconds_are_apart() -> None:
     plain, bench = Bench(), Bench()
     plain.run()
-    steps = bench.run(series=lambda step: {"twice": 2 * step} if step % 5 == 0 else {})
+
+    def twice(step: int, watch: Stopwatch) -> dict[str, int]:
+        with watch("doubling"):
+            return {"twice": 2 * step} if step % 5 == 0 else {}
+
+    steps = bench.run(series=twice)
     assert bench.learner.trace.metric("twice")[0].tolist() == [0, 5, 10]
     assert bench.learner.trace.metric("twice")[1].tolist() == [0, 10, 20]
-    assert all(step.seconds.keys() == {"train", "probe", "series", "other"} for step in steps)
+    assert all(step.seconds.keys() == {"train", "probe", "doubling", "other"} for step in steps)
     kept = [{name: row[name] for name in row if name not in ("twice", "seconds")} for row in bench.logged]
     assert kept == [{name: row[name] for name in row if name != "seconds"} for row in plain.logged]
 
@@ -145,7 +150,7 @@ def test_the_last_sound_step_is_the_best_by_the_stop_of_a_run_that_fails() -> No
 def test_a_step_that_failed_has_no_more_series() -> None:
     bench, asked = Bench(), []
     bench.spoil = lambda losses, step: losses * math.nan if step == 4 else losses
-    bench.run(series=lambda step: asked.append(step) or {})
+    bench.run(series=lambda step, watch: asked.append(step) or {})
     assert asked == [0, 1, 2, 3]
 
 

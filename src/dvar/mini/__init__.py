@@ -23,6 +23,15 @@ def path() -> Path:
     return folder
 
 
+def judges() -> Path:
+    """The folder of what scores pictures and conditions nothing: a CLIP, and the recogniser.
+
+    Raises: RefusedInput as `path` does.
+    """
+    path()
+    return _HERE / "judges"
+
+
 def concepts() -> dict[str, Path]:
     """Name to folder of all 52 held-out concepts, each three to five pictures and a ``concept.json``; the tuning
     ones come last.

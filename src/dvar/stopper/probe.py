@@ -109,6 +109,12 @@ class PairedProbe(Generic[Held]):
 
     def measure(self, step: int) -> dict[str, Any]:
         """What `trace.record(step, **probe.measure(step))` takes: `eval`, and `timesteps` where the draws have them."""
+        now, before, timesteps = self.both(step)
+        losses = (now - before).to(torch.float32)
+        return {"eval": losses} if timesteps is None else {"eval": losses, "timesteps": timesteps}
+
+    def both(self, step: int) -> tuple[Tensor, Tensor, list[int] | None]:
+        """The two losses, of the model in training and of the frozen one: float64 [B] on the CPU; and the timesteps."""
         key = int(np.random.SeedSequence((self._seed, step)).generate_state(1, np.uint32)[0])
         with undisturbed(self._modules, key), torch.no_grad():
             draws = self._draw(step)
@@ -119,9 +125,7 @@ class PairedProbe(Generic[Held]):
                 f"a paired probe's losses must be as many by both models, got {len(now)} and {len(before)} in training "
                 "and frozen: give both one number per sample of the same draws"
             )
-        timesteps = _timesteps(draws)
-        losses = (now - before).to(torch.float32)
-        return {"eval": losses} if timesteps is None else {"eval": losses, "timesteps": timesteps}
+        return now, before, _timesteps(draws)
 
     def _measured(self, loss: Callable[[Held], Tensor], draws: Held, key: int) -> Tensor:
         with undisturbed(self._modules, key), torch.no_grad():

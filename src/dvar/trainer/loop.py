@@ -24,8 +24,6 @@ from dvar.trainer.optimizers import kept, optimizer_of, put_back, sharpened
 
 Losses = Callable[[int, int, int], Tensor]
 """(step, first sample, count) -> the loss of each of these samples of the step, float32 [count], with its graph."""
-Series = Callable[[int], Mapping[str, Any]]
-"""A step's number -> what else is to be recorded of the model after it: metrics by name."""
 
 
 class Method(Protocol):
@@ -44,8 +42,7 @@ class Step:
 
     ``train_loss``, ``grad_norm`` and ``lr`` are those of the last update, None at step 0; the loss was taken before
     it moved the model.  ``eval`` holds the losses of the held samples, None between two evaluations.  ``seconds``,
-    since the step before: "train", "probe", "other" (what the consumers and the disk took) and, where more is
-    recorded than the trainer needs, "series".
+    since the step before: "train", "probe", "other" (what the consumers and the disk took), and what more was timed.
     """
 
     step: int
@@ -85,7 +82,7 @@ def train(
     one ``save`` is called: whoever breaks out leaves a run that can go on.  A learner whose trace already holds records
     goes on after the last one.  A loss that is not finite stops, and neither moves the model nor is saved;
     ``interrupted`` stops after the step it finds under way, and that step is saved.  What ``series`` returns goes into
-    the record of its step; it must leave the model as it finds it.
+    the record of its step, and what it times there into its seconds; it must leave the model as it finds it.
 
     Source: Section 3.2 and Figure 10.
     Deviates: the untouched model is evaluated too; the released code evaluates before each update and so never after
@@ -100,10 +97,7 @@ def train(
         due = step % config.probe_every == 0 or step == config.max_train_steps
         with watch("probe"):
             held = probe() if due and update.taken else None
-        more: Mapping[str, Any] = {}
-        if series and update.taken:
-            with watch("series"):
-                more = series(step)
+        more = series(step, watch) if series and update.taken else {}
         seen: dict[str, Any] = {
             "train_loss": update.train_loss,
             "grad_norm": update.grad_norm,
@@ -233,6 +227,10 @@ class Stopwatch:
         lap = {**spent, "other": now - self._started - sum(spent.values())}
         self._started, self._spent = now, {"train": 0.0, "probe": 0.0}
         return lap
+
+
+Series = Callable[[int, Stopwatch], Mapping[str, Any]]
+"""A step's number and its stopwatch -> what else is to be recorded of the model after it: metrics by name."""
 
 
 def _judge(verdict: Verdict, step: int, finite: bool, interrupted: bool) -> Verdict:

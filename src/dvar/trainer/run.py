@@ -43,7 +43,7 @@ from dvar.diffusion.objective import Draws, Examples, denoising_loss, draw
 from dvar.diffusion.sampling import sample_into
 from dvar.errors import CheckpointError, NonFiniteLoss, OutOfResources, RefusedInput
 from dvar.stopper.probe import Probe
-from dvar.stopper.rules import SETTLED, AnyOf, Dvar, FixedSteps
+from dvar.stopper.rules import SETTLED, AnyOf, Criterion, Dvar, FixedSteps
 from dvar.stopper.trace import TraceFile
 from dvar.stopper.verdict import Reason, Verdict
 from dvar.trainer.artifacts import (
@@ -265,7 +265,7 @@ class Job:
             pictures = [picture for known in classes for picture in known.pictures]
             texts = [[known.prompt] for known in classes for _ in known.pictures]
             self.prior = encoded(pictures, texts, backbone, mirrored=config.random_flip)
-        self.criterion = AnyOf((Dvar(config.window, config.threshold), FixedSteps(config.max_train_steps)))
+        self.criterion: Criterion = AnyOf((Dvar(config.window, config.threshold), FixedSteps(config.max_train_steps)))
         # As in the released code the held batch has its augmentations, and L_det neither their mask nor the prior.
         held = replace(self.drawn(self.examples, "held", 0, 0, config.eval_batch_size), mask=None)
         self.probe = Probe(self.losses, held, modules=backbone.modules)

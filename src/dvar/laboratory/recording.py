@@ -1,0 +1,742 @@
+"""Recorded runs: training past every way to stop, with all that any rule or figure asks of it measured on the way.
+
+A run is recorded once for a method, a concept and a seed; ways to stop are read off it afterwards
+(`dvar.laboratory.records` says what it leaves).  It is a run of the trainer like any other, only that nothing ends it
+before its cap: its trace holds what `dvar train` under its config.json would hold, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cache, cached_property
+from hashlib import sha256
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dvar import mini
+from dvar.config import BUNDLED_MODEL, CONFIGS, AnyConfig, CustomDiffusionConfig, nearest, restored, written
+from dvar.diffusion.backbone import Backbone
+from dvar.diffusion.objective import Draws, denoising_loss
+from dvar.diffusion.randomness import generator
+from dvar.diffusion.sampling import BATCH, sample
+from dvar.errors import CheckpointError, DvarError, NonFiniteLoss, RefusedInput
+from dvar.laboratory.metrics import Clip, Dino, Judge, Pairing, Scorer
+from dvar.laboratory.records import digest
+from dvar.stopper.probe import PairedProbe, Probe, stratified_timesteps
+from dvar.stopper.rules import Criterion, Dvar, FixedSteps
+from dvar.stopper.trace import Trace
+from dvar.stopper.verdict import Reason
+from dvar.trainer.artifacts import write_json, write_weights
+from dvar.trainer.checkpoint import Checkpoint, latest, saved
+from dvar.trainer.concept import CLASS_PICTURES, Concept, read_concept
+from dvar.trainer.loop import Step, Stopwatch
+from dvar.trainer.presets import configure
+from dvar.trainer.run import Job, assembled, encoded, interruption, model_path, prepared
+
+try:
+    import fcntl
+except ModuleNotFoundError:
+    fcntl = None  # type: ignore[assignment]
+
+SCORES, DONE, FAILED, FACTS, WEIGHTS, SHEETS = (
+    *("scores.json", "done.json", "failed.json", "recording.json", "weights", "pictures"),
+)
+PAST = {"textual-inversion": 1.0, "dreambooth-lora": 1.5, "custom-diffusion": 3.0}
+"""The recorded cap over the preset's: 6100, 1500 and 1500 steps where the paper's caps are 6100, 1000 and 500."""
+CHECKPOINTS = 8
+"""Whole checkpoints kept of a run, evenly: no step is further than an eighth of the cap from where a replay starts."""
+STRATIFIED, FRESH, UNSEEN, DRIFT = "stratified", "fresh", "unseen", "drift"
+SAMPLES = {STRATIFIED: 32, FRESH: 8, UNSEEN: 8, DRIFT: 8}
+FORWARDS = {STRATIFIED: 32, FRESH: 16, UNSEEN: 8, DRIFT: 8}
+"""Samples that each series sends through the model: fresh draws go through the frozen one too."""
+UNSEEN_PICTURES = 4
+_ELSEWHERE = ("instance_data_dir", "class_data_dir", "output_dir", "overwrite", "resume_from_checkpoint", "report_to")
+PLACES = {
+    "beach": "on the beach",
+    "snow": "in the snow",
+    "night": "at night",
+    "forest": "in the forest",
+    "table": "on a table",
+    "street": "on the street",
+    "desert": "in the desert",
+    "sea": "by the sea",
+}
+"""Where validation prompts put the subject, by the names that the bundled judge knows; no training caption has them."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured.
+
+    ``share`` of the recorded cap is trained; ``scored`` steps, log-spaced, have pictures: ``prompts`` times ``seeds``
+    of each kind, drawn in ``sampling_steps`` (the preset's own where None).  ``every`` gives the steps between two
+    values of a series.
+    """
+
+    share: float
+    scored: int
+    prompts: int
+    seeds: int
+    sampling_steps: int | None
+    every: Mapping[str, int]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The plan as plain values."""
+        return {**asdict(replace(self, every={})), "every": dict(self.every)}
+
+
+def _every(stratified: int, fresh: int, unseen: int, drift: int) -> Mapping[str, int]:
+    return MappingProxyType({STRATIFIED: stratified, FRESH: fresh, UNSEEN: unseen, DRIFT: drift})
+
+
+PLANS = {
+    "quick": Plan(0.2, 8, 2, 2, 10, _every(10, 10, 10, 30)),
+    "cpu": Plan(1.0, 30, 4, 2, 15, _every(10, 5, 10, 50)),
+    "full": Plan(1.0, 40, 8, 4, None, _every(5, 1, 5, 25)),
+}
+"""By name: a look in minutes; what two cores can do for many concepts; the issue's full size."""
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One run to be recorded, and by what; all of it plain values, so that another process can be told.
+
+    ``records`` is the folder of all records.  ``concepts`` is a folder of concepts, each with a ``concept.json`` that
+    holds its "noun", and ``clip`` the CLIP that scores: the bundled ones where None.  ``dino`` is optional.
+    ``settings`` are of the method, by name, and come before its preset.
+    """
+
+    method: str
+    concept: str
+    seed: int = 0
+    records: str = "records"
+    plan: str = "cpu"
+    model: str = BUNDLED_MODEL
+    concepts: str | None = None
+    clip: str | None = None
+    dino: str | None = None
+    pairing: Pairing = "all pairs"
+    threads: int = 1
+    settings: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def told(cls, text: str) -> Recording:
+        """Return the recording that was written as JSON, its fields by name."""
+        given = json.loads(text)
+        return cls(**{**given, "settings": tuple((name, value) for name, value in given.get("settings", ()))})
+
+    @property
+    def name(self) -> str:
+        """Method, concept and seed in one word."""
+        return f"{self.method}/{self.concept}/{self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        """Where it is recorded."""
+        return Path(self.records).expanduser() / self.method / self.concept / str(self.seed)
+
+    @property
+    def bundled(self) -> bool:
+        """Whether it is the bundled model on a bundled concept, where more can be known of a picture."""
+        return self.model == BUNDLED_MODEL and self.concepts is None
+
+    @cached_property
+    def noun(self) -> str:
+        """The class noun of the concept."""
+        return noun_of(self.pictures)
+
+    @property
+    def pictures(self) -> Path:
+        """The folder of the concept's pictures."""
+        return concept_folders(self.concepts)[self.concept]
+
+    @cached_property
+    def config(self) -> AnyConfig:
+        """The settings of the run: the preset's, up to the recorded cap.
+
+        Raises: RefusedInput when the learning rate depends on the cap, so that a shorter run would be no prefix.
+        """
+        noun = self.noun
+        own = {"class_noun": noun} if self.method == CustomDiffusionConfig.method else {"initializer_token": noun}
+        if self.method == "dreambooth-lora":
+            own["placeholder_token"] = "<thing>"
+        given = {
+            "pretrained_model_name_or_path": self.model,
+            "instance_data_dir": self.pictures,
+            "output_dir": self.folder,
+            "seed": self.seed,
+            **own,
+            **dict(self.settings),
+        }
+        config, share = configure(given, self.method), PLANS[self.plan].share
+        if not config.lr_scheduler.startswith("constant"):
+            raise RefusedInput([f"a recorded run needs a constant learning rate, got {config.lr_scheduler}: change it"])
+        cap = round(config.max_train_steps * PAST[self.method] * share)
+        return replace(
+            config,
+            max_train_steps=cap,
+            window=max(round(config.window * share), 8),
+            checkpointing_steps=max(1, cap // CHECKPOINTS),
+        )
+
+    @property
+    def scored(self) -> list[int]:
+        """The steps whose pictures are scored: 0, the cap, and log-spaced ones between; all of them evaluated."""
+        return log_spaced(self.config.max_train_steps, PLANS[self.plan].scored, self.config.probe_every)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What must be the same for a record to be this one: all but where it is kept and how it is computed."""
+        config = {name: value for name, value in written(self.config).items() if name not in _ELSEWHERE}
+        judged = {"clip": self.clip, "dino": self.dino, "pairing": self.pairing, "noun": self.noun}
+        weights = {"weights": _bundled_weights()} if BUNDLED_MODEL in (self.model, self.clip or BUNDLED_MODEL) else {}
+        plan = {"plan": self.plan, **PLANS[self.plan].facts}
+        return {"concept": self.concept, "settings": config, "measured": plan, "judged": judged, **weights}
+
+    def foreign(self) -> str:
+        """What the folder holds that is not this recording, whole or in part; empty when it may be written."""
+        found = facts_of(self.folder)
+        if found is None:
+            there = (self.folder / "config.json").exists()
+            return f"{self.folder} holds a run that was not recorded: name another --records" if there else ""
+        differing = [name for name, value in self.facts.items() if found.get(name) != value]
+        said = f"{self.folder} was recorded under another {', '.join(differing)}"
+        return f"{said}: name another --records, or remove it" if differing else ""
+
+    def check(self) -> Concept:
+        """Return the concept, read as the run will read it.
+
+        Raises: RefusedInput with all that is wrong with the method, the concept and the settings.
+        """
+        if self.method not in CONFIGS:
+            raise RefusedInput([f"method must be one of {', '.join(CONFIGS)}, got {self.method!r}"])
+        if self.plan not in PLANS:
+            raise RefusedInput([f"preset must be one of {', '.join(PLANS)}, got {self.plan!r}"])
+        known = concept_folders(self.concepts)
+        if self.concept not in known:
+            said = f"there is no concept {self.concept!r}, the nearest is {nearest(self.concept, known)}"
+            raise RefusedInput([f"{said}: see dvar concepts, or the folder given"])
+        with warnings.catch_warnings(action="ignore"):  # the run itself will warn
+            concept = read_concept(replace(self.config, overwrite=True))
+        if len(concept.pictures) < 2:
+            said = f"{self.pictures} holds one picture, and a concept that is scored needs two or more"
+            raise RefusedInput([f"{said}: a likeness to one picture rewards its background"])
+        return concept
+
+
+def concept_folders(folder: str | None = None) -> dict[str, Path]:
+    """Return name to folder of the concepts in ``folder``, of the bundled ones without.
+
+    Raises: RefusedInput when there is none.
+    """
+    if folder is None:
+        return mini.concepts()
+    found = {path.parent.name: path.parent for path in sorted(Path(folder).expanduser().glob("*/concept.json"))}
+    if not found:
+        said = f"{folder} holds no concepts: each is a folder of pictures"
+        raise RefusedInput([f'{said} with a concept.json that says its class, {{"noun": "mug"}}'])
+    return found
+
+
+def noun_of(folder: Path) -> str:
+    """Return the class noun of the concept in a folder.
+
+    Raises: RefusedInput when its concept.json holds none.
+    """
+    try:
+        return str(json.loads((folder / "concept.json").read_text(encoding="utf-8"))["noun"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RefusedInput([f'{folder}/concept.json must hold {{"noun": "mug"}}, its class ({error})']) from error
+
+
+@cache
+def _bundled_weights() -> str:
+    """The SHA-256 of the bundled model and judges: records made with other weights are other records."""
+    sums = sha256()
+    for folder in (mini.path(), mini.judges()):
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            sums.update(digest(path).encode())
+    return sums.hexdigest()
+
+
+def log_spaced(cap: int, count: int, cadence: int = 1) -> list[int]:
+    """Return about ``count`` steps: 0, ``cap`` and steps between in equal ratios, rounded to multiples of a cadence."""
+    between = np.geomspace(min(4, cap), cap, max(count - 1, 2))
+    return sorted({0, cap, *(min(cadence * round(step / cadence), cap) for step in between)})
+
+
+@dataclass(frozen=True)
+class Shots:
+    """The pictures of one kind that every scored step draws: what the model reads, what the CLIP reads, and the seed.
+
+    Prompt by prompt, each from several seeds in a row, no seed twice: even and odd pictures are two halves that share
+    their prompts.  ``places`` names what was asked for, where a judge can tell.
+    """
+
+    prompts: tuple[str, ...]
+    texts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    places: tuple[str, ...] | None = None
+
+    @classmethod
+    def of(
+        cls, prompts: Sequence[str], subject: str, noun: str, seeds: int, places: Sequence[str] | None = None
+    ) -> Shots:
+        """``seeds`` pictures of each prompt; the CLIP knows no new word and reads the class noun for ``subject``."""
+        each = [prompt for prompt in prompts for _ in range(seeds)]
+        named = None if places is None else tuple(place for place in places for _ in range(seeds))
+        return cls(tuple(each), tuple(text.replace(subject, noun) for text in each), tuple(range(len(each))), named)
+
+
+def shots(recording: Recording, concept: Concept) -> dict[str, Shots]:
+    """Return what is drawn of training prompts, taken evenly from the run's captions, and of validation prompts.
+
+    Source: Section 4.1: 8 samples of prompts used in training, and prompts that training never saw.
+    Deviates: the paper's validation prompts go with its concepts; ours are `PLACES`, the same for every concept.
+    """
+    config, plan = recording.config, PLANS[recording.plan]
+    captions = list(dict.fromkeys(text for index in range(len(concept.pictures)) for text in concept.texts(index)))
+    seen = [captions[index * len(captions) // plan.prompts] for index in range(plan.prompts)]
+    places = list(PLACES)[: plan.prompts]
+    unseen = [f"a photo of the {config.subject} {PLACES[place]}" for place in places]
+    return {
+        "train": Shots.of(seen, config.subject, recording.noun, plan.seeds),
+        "validation": Shots.of(unseen, config.subject, recording.noun, plan.seeds, places),
+    }
+
+
+class Recorder:
+    """All that is measured beside a run.  Called with a step, it returns the series that are due; at a scored step it
+    also leaves pictures, scores and weights in the run's folder.
+
+    It is made before the job is opened, while its model is still untouched; it never moves the model: flags, global
+    random states and trainable weights are afterwards what they were.
+    """
+
+    def __init__(self, recording: Recording, job: Job, scorer: Scorer, rows: Sequence[dict[str, Any]] = ()) -> None:
+        self.job, self.scorer, self.folder = job, scorer, job.folder
+        self.plan, self.scored = PLANS[recording.plan], set(recording.scored)
+        self.shots = shots(recording, job.concept)
+        self.steps = self.plan.sampling_steps or job.config.num_inference_steps
+        self.rows = list(rows)
+        texts = {text for part in self.shots.values() for text in part.texts}
+        if long := [text for text in texts if len(scorer.clip.tokenizer(text).input_ids) > scorer.clip.length]:
+            raise RefusedInput([f"the CLIP that scores reads {scorer.clip.length} tokens, too few for {long[0]!r}"])
+        self._untouched = job.method.state
+        self._series: dict[str, Callable[[int], dict[str, Any]]] = {}
+        self._header: dict[str, dict[str, Any]] = {}
+        self._hold(STRATIFIED, self._stratified())
+        paired = PairedProbe(job.losses, self._frozen, self._fresh, job.backbone.modules, seed=job.config.seed)
+        self._add(FRESH, lambda step: _pair(paired, step))
+        self._header["frozen"] = self._header[FRESH]
+        if recording.bundled:
+            pictures = unseen_pictures(recording.concept)
+            texts_of = [[job.method.expand(text) for text in job.concept.texts(0)]] * len(pictures)
+            examples = encoded(pictures, texts_of, job.backbone, mirrored=False)
+            self._hold(UNSEEN, job.drawn(examples, UNSEEN, 0, 0, SAMPLES[UNSEEN]))
+        self._add_drift(f"a photo of a {recording.noun}")
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """What the trace's header says of the series: cadence, and timesteps where they are held."""
+        always = {"eval": self.job.config.probe_every, "token_norm": 1}
+        return {"series": {**{name: {"every": every} for name, every in always.items()}, **self._header}}
+
+    def __call__(self, step: int, watch: Stopwatch) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, series in self._series.items():
+            if step % self.plan.every[name] == 0:
+                with watch(name):
+                    found |= series(step)
+        rows = getattr(self.job.backbone.text_encoder.get_input_embeddings(), "rows", None)
+        if rows is not None:
+            found["token_norm"] = float(rows.detach().double().norm())
+        if step in self.scored:
+            with watch("score"):
+                self.score(step)
+                self.keep(step)
+        return found
+
+    def score(self, step: int) -> None:
+        """Draw and score the pictures of a step, leaving them in a sheet and their scores in a row."""
+        row: dict[str, Any] = {"step": step}
+        started, drawn = time.perf_counter(), {}
+        for part, wanted in self.shots.items():
+            drawn[part] = self.draw(wanted.prompts, wanted.seeds)
+        row["seconds"] = time.perf_counter() - started
+        for part, wanted in self.shots.items():
+            row[part] = self.scorer(drawn[part], wanted.texts, wanted.places)
+        write_sheet(self.folder / SHEETS / f"step-{step:06d}.png", list(drawn.values()))
+        self.rows = [*(kept for kept in self.rows if kept["step"] != step), row]
+        write_json(self.folder / SCORES, {"header": self._scores_header(), "rows": self.rows})
+
+    def keep(self, step: int) -> None:
+        """Leave what is learned by now in the folder."""
+        path = weights_at(self.folder, step)
+        path.parent.mkdir(exist_ok=True)
+        write_weights(path, self.job.method.state)
+
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+        """Return the pictures of these prompts by the model as it stands."""
+        size, guidance = self.job.config.resolution, self.job.config.guidance_scale
+        return sample(self.job.backbone, prompts, seeds, size=size, steps=self.steps, guidance=guidance)
+
+    def _add(self, name: str, series: Callable[[int], dict[str, Any]], timesteps: Tensor | None = None) -> None:
+        self._series[name] = series
+        held = {} if timesteps is None else {"timesteps": timesteps.tolist()}
+        self._header[name] = {"every": self.plan.every[name], **held}
+
+    def _hold(self, name: str, draws: Draws) -> None:
+        probe = Probe(self.job.losses, draws, modules=self.job.backbone.modules)
+        self._add(name, lambda step: {name: probe()}, draws.timesteps)
+
+    def _stratified(self) -> Draws:
+        job, count = self.job, SAMPLES[STRATIFIED]
+        draws = job.drawn(job.examples, STRATIFIED, 0, 0, count)
+        strata = generator(job.config.seed, f"{STRATIFIED}/strata")
+        timesteps = stratified_timesteps(count, len(job.schedule.alphas_cumprod), strata)
+        return replace(draws, timesteps=timesteps.to(draws.timesteps.device))
+
+    def _fresh(self, step: int) -> Draws:
+        return self.job.drawn(self.job.examples, FRESH, step, 0, SAMPLES[FRESH])
+
+    def _frozen(self, draws: Draws) -> Tensor:
+        """The losses of the untouched model: what is trained steps aside for them."""
+        learned = self.job.method.state
+        self.job.method.load(self._untouched)
+        try:
+            return self.job.losses(draws)
+        finally:
+            self.job.method.load(learned)
+
+    def _add_drift(self, prompt: str) -> None:
+        """How far the prediction on pictures of the class has moved: mean of its squared change, on held draws.
+
+        The pictures are the untouched model's own, so that the series needs no data.
+        """
+        job = self.job
+        pictures = self.draw([prompt] * SAMPLES[DRIFT], range(SAMPLES[DRIFT]))
+        examples = encoded(pictures, [[prompt]] * len(pictures), job.backbone, mirrored=False)
+        draws = job.drawn(examples, DRIFT, 0, 0, SAMPLES[DRIFT])
+
+        def prediction(held: Draws) -> Tensor:
+            seen: list[Tensor] = []
+
+            def predict(*given: Tensor) -> Tensor:
+                seen.append(job.backbone.predict(*given))
+                return seen[0]
+
+            denoising_loss(predict, held, job.schedule)
+            return seen[0].float()
+
+        with torch.no_grad():
+            before = prediction(draws)
+        moved = Probe(
+            lambda held: (prediction(held) - before).square().mean(dim=(1, 2, 3)), draws, job.backbone.modules
+        )
+        self._add(DRIFT, lambda step: {DRIFT: float(moved().double().mean())}, draws.timesteps)
+
+    def _scores_header(self) -> dict[str, Any]:
+        return {
+            "pairing": self.scorer.pairing,
+            "judges": self.scorer.names,
+            **{f"{part}_prompts": list(wanted.prompts) for part, wanted in self.shots.items()},
+            **{f"{part}_texts": list(wanted.texts) for part, wanted in self.shots.items()},
+            "seeds": list(self.shots["train"].seeds),
+            "sampling_steps": self.steps,
+            "guidance": self.job.config.guidance_scale,
+            "references": len(self.job.concept.pictures),
+        }
+
+
+def record(recording: Recording, consumers: Sequence[Callable[[Step], None]] = ()) -> Path:
+    """Return the folder of the recorded run, made now; one that was interrupted goes on from its last checkpoint.
+
+    A damaged one is made anew; what is not a recording of this very kind is not touched.
+    Raises: RefusedInput and ModelError before training; NonFiniteLoss when training broke; KeyboardInterrupt when it
+    was asked to stop, and then it can go on.
+    """
+    with _alone(recording.folder):
+        return _record(recording, consumers)
+
+
+def _record(recording: Recording, consumers: Sequence[Callable[[Step], None]]) -> Path:
+    torch.set_num_threads(recording.threads)
+    concept = recording.check()
+    scorer = scorer_of(recording, concept)
+    folder, config = recording.folder, recording.config
+    if problem := recording.foreign():
+        raise RefusedInput([problem])
+    write_json(folder / FACTS, recording.facts)
+    rows = scores_to_go_on_from(recording)
+    if rows is None:
+        forget(folder)
+    job, checkpoint = prepared(
+        replace(config, overwrite=rows is None, resume_from_checkpoint=None if rows is None else "latest")
+    )
+    recorder = Recorder(recording, job, scorer, rows or ())
+    (folder / SHEETS).mkdir(exist_ok=True)
+    (folder / FAILED).unlink(missing_ok=True)
+    job.criterion = FixedSteps(config.max_train_steps)
+    job.learner.trace = Trace({**job.learner.trace.header, **recorder.header})
+    job.open(checkpoint)
+    verdict, live = job.criterion(job.learner.trace), Live(config.window, config.threshold, job.learner.trace)
+    with interruption() as interrupted:
+        for step in job.steps(interrupted, recorder):
+            verdict = step.verdict
+            if live(job.learner.trace):
+                recorder.keep(step.step)
+            for consumer in consumers:
+                consumer(step)
+    if verdict.reason is Reason.INTERRUPTED:
+        raise KeyboardInterrupt
+    if verdict.reason is Reason.NON_FINITE:
+        raise NonFiniteLoss(f"training broke: {verdict.sentence}")
+    job.finish(verdict)
+    versions = json.loads((folder / "config.json").read_text(encoding="utf-8"))["versions"]
+    hashes = {name: digest(folder / name) for name in ("trace.jsonl", SCORES)}
+    write_json(folder / DONE, {"hashes": hashes, "versions": versions, "threads": recording.threads})
+    return folder
+
+
+class Live:
+    """The paper's rule, ours and the strict one, judged along the run: whether one of them now begins to stop."""
+
+    def __init__(self, window: int, threshold: float, trace: Trace) -> None:
+        self.rules: tuple[Criterion, ...] = (Dvar(window, threshold), Dvar(window, threshold, strict_paper=True))
+        self.stopping = [rule(trace).stop for rule in self.rules]
+
+    def __call__(self, trace: Trace) -> bool:
+        before, self.stopping = self.stopping, [rule(trace).stop for rule in self.rules]
+        return any(now and not then for then, now in zip(before, self.stopping, strict=True))
+
+
+def scorer_of(recording: Recording, concept: Concept) -> Scorer:
+    """Return what scores the pictures of a recording.
+
+    References are read from their files, as the CLIP's own processor wants them, not as training crops them.
+    Raises: ModelError and RefusedInput when a judge cannot be had.
+    """
+    references = []
+    for name in concept.names:
+        with Image.open(recording.pictures / name) as picture:
+            references.append(picture.convert("RGB"))
+    return Scorer(
+        Clip.load(recording.clip) if recording.clip else Clip.bundled(),
+        references,
+        pairing=recording.pairing,
+        dino=Dino.load(recording.dino) if recording.dino else None,
+        judge=Judge(recording.concept) if recording.bundled else None,
+    )
+
+
+def unseen_pictures(concept: str) -> list[Image.Image]:
+    """Return renderings of a bundled concept that nothing was trained on, in places of no picture it ships with."""
+    from dvar.mini.world.concepts import held_out, reference_scenes
+    from dvar.mini.world.places import PLACES as ALL
+    from dvar.mini.world.scene import render, sample_scene
+
+    rng = np.random.default_rng([11, list(held_out()).index(concept)])
+    shown = {scene.place for scene in reference_scenes(concept)}
+    places = rng.permutation([place for place in ALL if place not in shown])[:UNSEEN_PICTURES]
+    scenes = [sample_scene(rng, place=str(place), style="photo") for place in places]
+    return [Image.fromarray(render(held_out()[concept], scene)) for scene in scenes]
+
+
+def scores_to_go_on_from(recording: Recording) -> list[dict[str, Any]] | None:
+    """Return the rows of scores that an interrupted recording left, up to its last checkpoint.
+
+    None when it cannot go on: nothing is there, it was finished, or something of it is damaged.
+    """
+    folder = recording.folder
+    if (folder / DONE).exists() or facts_of(folder) is None:
+        return None
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            step = latest(folder).step
+        rows = json.loads((folder / SCORES).read_text(encoding="utf-8"))["rows"]
+        kept = [row for row in rows if row["step"] <= step]
+        there = [row["step"] for row in kept if weights_at(folder, row["step"]).exists()]
+    except (CheckpointError, OSError, ValueError, KeyError, TypeError):
+        return None
+    return kept if there == [scored for scored in recording.scored if scored <= step] else None
+
+
+def facts_of(folder: Path) -> dict[str, Any] | None:
+    """Return the `Recording.facts` that a folder was recorded under; None when nothing was recorded there."""
+    try:
+        return dict(json.loads((folder / FACTS).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return None
+
+
+def forget(folder: Path) -> None:
+    """Remove what only a recording leaves in a run's folder, but for what it is of; the rest is the trainer's."""
+    for name in (DONE, SCORES, FAILED):
+        (folder / name).unlink(missing_ok=True)
+    for name in (WEIGHTS, SHEETS):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def weights_at(folder: Path, step: int) -> Path:
+    """Return the file of what was learned at a step, where it was kept."""
+    return folder / WEIGHTS / f"step-{step:06d}.safetensors"
+
+
+def write_sheet(path: Path, rows: Sequence[Sequence[Image.Image]]) -> None:
+    """Write pictures of one size as one PNG, a row each; `read_sheet` gives them back bit for bit."""
+    side = rows[0][0].width
+    sheet = Image.new("RGB", (side * max(map(len, rows)), side * len(rows)))
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            sheet.paste(picture, (side * x, side * y))
+    part = path.with_suffix(".part")
+    sheet.save(part, format="PNG")
+    part.replace(path)
+
+
+def read_sheet(path: Path, rows: int = 2) -> list[list[Image.Image]]:
+    """Return the pictures of a scored step: those of training prompts, then those of validation prompts."""
+    with Image.open(path) as opened:
+        sheet = opened.convert("RGB")
+    side = sheet.height // rows
+    boxes = [[(x, y, x + side, y + side) for x in range(0, sheet.width, side)] for y in range(0, sheet.height, side)]
+    return [[sheet.crop(box) for box in row] for row in boxes]
+
+
+def learned_at(folder: str | Path, step: int) -> Backbone:
+    """Return the model of a recorded run as it was after ``step`` updates: from weights that were kept, or trained
+    again from the nearest checkpoint before, which gives the very same weights (on a CPU at equal thread count).
+
+    The folder is only read.
+    Raises: RefusedInput when it holds no recorded run, or the step is beyond its cap; CheckpointError when a replayed
+    loss differs from the recorded one.
+    """
+    folder = Path(folder)
+    try:
+        config = restored(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        trace = Trace.read(folder / "trace.jsonl")
+    except (OSError, ValueError) as error:
+        raise RefusedInput([f"{folder} is no recorded run ({error}): record it first"]) from error
+    if not 0 <= step <= trace.last_step:
+        raise RefusedInput([f"step must lie between 0 and {trace.last_step}, where {folder} ends, got {step}"])
+    kept = weights_at(folder, step)
+    if kept.exists():
+        backbone = Backbone.load(
+            model_path(config.pretrained_model_name_or_path), mixed_precision=config.mixed_precision
+        )
+        assembled(config, backbone).load(load_file(kept))
+        return backbone
+    checkpoint = Checkpoint.read(next(path for path in saved(folder) if int(path.name.split("-")[1]) <= step))
+    recorded = {row["step"]: row.get("train_loss") for row in trace.records}
+    with tempfile.TemporaryDirectory() as elsewhere:
+        apart: dict[str, Any] = {"output_dir": elsewhere, "overwrite": False, "resume_from_checkpoint": None}
+        if isinstance(config, CustomDiffusionConfig) and (folder / CLASS_PICTURES).exists():
+            apart["class_data_dir"] = str(folder / CLASS_PICTURES)
+        job, _ = prepared(replace(config, **apart))
+    job.learner.restore(checkpoint)
+    for number in range(checkpoint.step + 1, step + 1):
+        update = job.learner.update(job.training_losses, number)
+        if job.backbone.device.type == "cpu" and update.train_loss != recorded[number]:
+            said = f"step {number} gave the loss {update.train_loss!r}, and {recorded[number]!r} was recorded"
+            raise CheckpointError(f"{folder} cannot be replayed here: {said}; use its versions and thread count")
+    return job.backbone
+
+
+def unit_seconds(recording: Recording) -> dict[str, float]:
+    """Return the seconds of each unit of work, on this machine and now: "start_up", all before the first step;
+    "train", one update; "forward", one held sample; "picture", one scored picture.  A median of a few, nothing is kept.
+
+    Raises: all that `record` would raise before training.
+    """
+    torch.set_num_threads(recording.threads)
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as elsewhere:
+        few: dict[str, Any] = {"num_class_images": 2} if recording.method == CustomDiffusionConfig.method else {}
+        apart = replace(recording, records=elsewhere)
+        concept = apart.check()
+        job, _ = prepared(replace(apart.config, **few))
+        recorder = Recorder(apart, job, scorer_of(apart, concept))
+        start_up = time.perf_counter() - started
+        wanted = recorder.shots["train"]
+        train = _median(lambda number: job.learner.update(job.training_losses, number + 1), 5)
+        forward = _median(lambda _: job.probe(), 3) / job.config.eval_batch_size
+        count = min(BATCH, len(wanted.prompts))
+        drawn = _median(lambda _: recorder.draw(wanted.prompts[:count], wanted.seeds[:count]), 1)
+    return {"start_up": start_up, "train": train, "forward": forward, "picture": drawn / count}
+
+
+def expected_seconds(recording: Recording, units: Mapping[str, float]) -> float:
+    """Return what the recording takes, by counts times ``units``."""
+    config, plan = recording.config, PLANS[recording.plan]
+    cap = config.max_train_steps
+    forwards = (cap // config.probe_every + 1) * config.eval_batch_size
+    series = [name for name in plan.every if name != UNSEEN or recording.bundled]
+    forwards += sum((cap // plan.every[name] + 1) * FORWARDS[name] for name in series)
+    pictures = float(len(recording.scored) * 2 * plan.prompts * plan.seeds)
+    steps = plan.sampling_steps or config.num_inference_steps
+    others = config.num_validation_images
+    if isinstance(config, CustomDiffusionConfig) and not config.class_data_dir and config.prior_loss_weight:
+        others += config.num_class_images
+    pictures += others * config.num_inference_steps / steps
+    return units["start_up"] + cap * units["train"] + forwards * units["forward"] + pictures * units["picture"]
+
+
+def main() -> int:
+    """Make the one recording that the first argument describes in JSON; a sweep starts this as a process of its own."""
+    try:
+        record(Recording.told(sys.argv[1]))
+    except DvarError as error:
+        print(f"dvar: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold a run's folder while it is recorded; whoever dies lets go of it.  Windows has no such lock."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("wb") as lock:
+        try:
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RefusedInput([f"{folder} is being recorded by another process: wait for it, or end it"]) from error
+        yield
+
+
+def _pair(paired: PairedProbe[Draws], step: int) -> dict[str, Any]:
+    now, before, timesteps = paired.both(step)
+    return {FRESH: now, "frozen": before, "fresh_timesteps": timesteps}
+
+
+def _median(work: Callable[[int], Any], count: int) -> float:
+    """The median seconds of ``work(i)``, after one time that is not counted."""
+    spent = []
+    for number in range(count + 1):
+        started = time.perf_counter()
+        work(number)
+        spent.append(time.perf_counter() - started)
+    return float(np.median(spent[1:]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,271 @@
+"""Many recordings: what is missing or damaged is made, several at once, each in a process of its own.
+
+The folders of the runs are all there is to a sweep: killed at any moment, the same command goes on, and a run that
+failed is a row with its reason.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from dvar.config import CONFIGS
+from dvar.errors import DvarError, RefusedInput
+from dvar.laboratory.recording import (
+    FAILED,
+    PLANS,
+    Recording,
+    concept_folders,
+    expected_seconds,
+    scorer_of,
+    unit_seconds,
+)
+from dvar.laboratory.records import Record
+from dvar.mini import TUNING
+from dvar.trainer.artifacts import write_json
+from dvar.trainer.progress import clock
+
+LOG = "record.log"
+Tell = Callable[[str], None]
+State = Literal["done", "failed", "missing"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """How one run of a sweep stands; ``reason`` says why it failed, or what is wrong with what was found."""
+
+    recording: Recording
+    state: State
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.recording.name:<48} {self.state}" + (f"  {self.reason}" if self.reason else "")
+
+
+def grid(base: Recording, methods: Sequence[str], concepts: Sequence[str], seeds: Sequence[int]) -> list[Recording]:
+    """Return the recordings of every method, concept and seed, otherwise as ``base``: concept by concept, so that what
+    is there at any time covers all methods alike.
+    """
+    return [
+        replace(base, method=method, concept=concept, seed=seed)
+        for seed, concept, method in product(seeds, concepts, methods)
+    ]
+
+
+def laboratory_concepts(folder: str | None = None) -> list[str]:
+    """Return the concepts that tables are made on: all but the tuning ones."""
+    return [name for name in concept_folders(folder) if name not in TUNING]
+
+
+def check(recordings: Sequence[Recording]) -> None:
+    """Refuse at once what would only fail after hours.
+
+    Raises: RefusedInput with everything that is wrong with methods, concepts, pictures and folders; ModelError when a
+    judge cannot be had or does not fit.
+    """
+    problems: list[str] = []
+    for recording in recordings:
+        try:
+            concept = recording.check()
+        except RefusedInput as refused:
+            problems += refused.problems
+        else:
+            problems += [recording.foreign()] if recording.foreign() else []
+    if problems:
+        raise RefusedInput(dict.fromkeys(problems))
+    if recordings:
+        scorer_of(recordings[0], concept)
+
+
+def standing(recording: Recording) -> Row:
+    """Return how a run stands by what its folder holds; one that is damaged is missing, and the reason says so."""
+    if not recording.folder.exists():
+        return Row(recording, "missing")
+    try:
+        Record.open(recording.folder)
+    except DvarError as error:
+        failed = recording.folder / FAILED
+        if failed.exists():
+            return Row(recording, "failed", str(json.loads(failed.read_text(encoding="utf-8"))["reason"]))
+        return Row(recording, "missing", str(error).splitlines()[0])
+    return Row(recording, "done")
+
+
+def described(base: Recording) -> str:
+    """Return in one line what is measured, as every header says it."""
+    plan = PLANS[base.plan]
+    cadence = ", ".join(f"{name} every {every}" for name, every in plan.every.items())
+    shown = f"{plan.prompts} prompts x {plan.seeds} seeds of each kind at about {plan.scored} steps"
+    drawn = f"{plan.sampling_steps or 'the preset number of'} sampling steps"
+    cap = "" if plan.share == 1 else f", trained to {100 * plan.share:.0f} % of the full length"
+    return f"preset {base.plan}: {shown}, {drawn}; {cadence}; {base.pairing}{cap}"
+
+
+def estimate(recordings: Sequence[Recording]) -> dict[str, dict[str, float]]:
+    """Return by method the seconds of each unit of work, measured now on the first recording of that method."""
+    first = {recording.method: recording for recording in reversed(recordings)}
+    return {method: unit_seconds(first[method]) for method in CONFIGS if method in first}
+
+
+def expected(
+    recordings: Sequence[Recording], units: Mapping[str, Mapping[str, float]], workers: int | None = None
+) -> Iterator[str]:
+    """Yield what ``recordings`` will take by `estimate`'s ``units``: a line for each method, and the whole."""
+    if not recordings:
+        return
+    work = {run: expected_seconds(run, units[run.method]) for run in recordings}
+    for method, unit in units.items():
+        of = [seconds for run, seconds in work.items() if run.method == method]
+        costs = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in unit.items())
+        yield f"{method}: {len(of)} runs of {clock(sum(of) / len(of))} each ({costs})"
+    places = len(slots(workers, recordings[0].threads))
+    whole = clock(sum(work.values()) / min(places, len(work)))
+    yield f"about {whole} with {places} at once, if that does not slow each of them down"
+
+
+def slots(workers: int | None, threads: int) -> list[str]:
+    """Return a place for each run under way: the GPU that it may see, or "" for the CPU.
+
+    Without ``workers``: one a GPU, else as many as there are cores for.
+    """
+    gpus = [str(number) for number in range(torch.cuda.device_count())]
+    count = workers or len(gpus) or max(1, len(os.sched_getaffinity(0)) // threads)
+    return [gpus[number % len(gpus)] if gpus else "" for number in range(count)]
+
+
+def sweep(
+    recordings: Sequence[Recording],
+    *,
+    workers: int | None = None,
+    units: Mapping[str, Mapping[str, float]] | None = None,
+    tell: Tell = lambda line: None,
+    every: float = 60,
+) -> list[Row]:
+    """Make what is missing, damaged or failed of ``recordings``; return how all of them stand.
+
+    Each run is a process that writes to `LOG` in its folder.  ``units`` are those of `estimate`, for the time left;
+    progress is told when a run ends and every ``every`` seconds.  Interrupted, it asks each run under way to save.
+    """
+    missing = [recording for recording in recordings if standing(recording).state != "done"]
+    if not missing:
+        return [standing(recording) for recording in recordings]
+    free: queue.SimpleQueue[str] = queue.SimpleQueue()
+    places = slots(workers, missing[0].threads)
+    for place in places:
+        free.put(place)
+    progress = _Progress(missing, units or {}, len(places))
+    running: dict[Recording, subprocess.Popen[bytes]] = {}
+
+    def make(recording: Recording) -> None:
+        place = free.get()
+        try:
+            _make(recording, place, running)
+        finally:
+            running.pop(recording, None)
+            free.put(place)
+
+    with ThreadPoolExecutor(len(places)) as pool:
+        futures = {pool.submit(make, recording): recording for recording in missing}
+        left: set[Future[None]] = set(futures)
+        try:
+            while left:
+                ended, left = wait(left, timeout=every, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    future.result()
+                    progress.ended(futures[future])
+                    tell(f"{standing(futures[future])}")
+                tell(progress.line(list(running)))
+        except BaseException:
+            for future in left:
+                future.cancel()
+            for process in list(running.values()):
+                process.send_signal(signal.SIGTERM)
+            raise
+    return [standing(recording) for recording in recordings]
+
+
+def table(rows: Iterable[Row]) -> Iterator[str]:
+    """Yield a line for each row that is not done, and the count of each state."""
+    rows = list(rows)
+    yield from (str(row) for row in rows if row.state != "done")
+    counts = {state: sum(row.state == state for row in rows) for state in ("done", "failed", "missing")}
+    yield ", ".join(f"{count} {state}" for state, count in counts.items() if count) or "nothing to record"
+
+
+class _Progress:
+    """How far a sweep is, in expected seconds of work, so that long runs count for more."""
+
+    def __init__(self, recordings: Sequence[Recording], units: Mapping[str, Mapping[str, float]], workers: int) -> None:
+        self.work = {
+            recording: expected_seconds(recording, units[recording.method]) if recording.method in units else 1.0
+            for recording in recordings
+        }
+        self.workers, self.started, self.over = workers, time.monotonic(), set[Recording]()
+        self.at_start = sum(self.work[recording] * _share(recording) for recording in recordings)
+
+    def ended(self, recording: Recording) -> None:
+        self.over.add(recording)
+
+    def line(self, running: Sequence[Recording]) -> str:
+        done = sum(self.work[recording] for recording in self.over)
+        done += sum(self.work[recording] * _share(recording) for recording in running)
+        whole, spent = sum(self.work.values()), time.monotonic() - self.started
+        gained = done - self.at_start
+        left = f", about {clock(spent * (whole - done) / gained)} left" if gained > 0 else ""
+        return f"{len(self.over)} of {len(self.work)} runs, {100 * done / whole:.0f} % in {clock(spent)}{left}"
+
+
+def _make(recording: Recording, place: str, running: dict[Recording, subprocess.Popen[bytes]]) -> None:
+    """Make one recording in a process of its own; leave the reason in its folder if it fails."""
+    folder = recording.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(recording.threads), "TOKENIZERS_PARALLELISM": "false"}
+    if place:
+        environment["CUDA_VISIBLE_DEVICES"] = place
+    command = [sys.executable, "-m", "dvar.laboratory.recording", json.dumps(asdict(recording))]
+    with (folder / LOG).open("wb") as log:
+        running[recording] = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,  # the terminal's own interrupt must not reach it beside ours
+        )
+        status = running[recording].wait()
+    if status in (130, -signal.SIGTERM):  # it was asked to stop and can go on
+        return
+    if status:
+        write_json(folder / FAILED, {"reason": _reason(folder / LOG, status)})
+
+
+def _reason(log: Path, status: int) -> str:
+    """Why a process ended: what it said last, or what killed it."""
+    if status < 0:
+        return f"killed by {signal.Signals(-status).name}"
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return lines[-1].removeprefix("dvar: ") if lines else f"ended with status {status} and said nothing"
+
+
+def _share(recording: Recording) -> float:
+    """The part of its steps that a run has made, by the end of its trace."""
+    try:
+        with (recording.folder / "trace.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 2**16))
+            whole = file.read().split(b"\n")[:-1]
+        return min(1.0, int(json.loads(whole[-1])["step"]) / recording.config.max_train_steps)
+    except (OSError, ValueError, KeyError, IndexError):
+        return 0.0

@@ -1,0 +1,380 @@
+"""Recorded runs of the tiny model: what they hold, that measuring changes nothing, and that any kill is survived."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dvar.errors import CheckpointError, ModelError, RefusedInput
+from dvar.laboratory import recording as room
+from dvar.laboratory.recording import (
+    PLACES,
+    PLANS,
+    Plan,
+    Recording,
+    Shots,
+    learned_at,
+    log_spaced,
+    read_sheet,
+    record,
+    scores_to_go_on_from,
+    weights_at,
+    write_sheet,
+)
+from dvar.laboratory.records import Record
+from dvar.stopper.trace import Trace
+from dvar.testing import tiny_clip, tiny_concept
+from dvar.trainer.loop import Step
+from dvar.trainer.run import personalise
+
+METHODS = ("textual-inversion", "dreambooth-lora", "custom-diffusion")
+CAP = 12
+SETTINGS: dict[str, Any] = {
+    "resolution": 32,
+    "num_inference_steps": 2,
+    "num_validation_images": 1,
+    "validation_steps": 100,
+    "window": 8,
+    "threshold": 1e-9,
+    "learning_rate": 0.05,
+}
+OWN = {"custom-diffusion": {"num_class_images": 2, "max_grad_norm": None}}
+
+
+@pytest.fixture(scope="session")
+def concepts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one concept, a mug."""
+    folder = tmp_path_factory.mktemp("concepts")
+    tiny_concept(folder / "ball", pictures=3)
+    (folder / "ball" / "concept.json").write_text('{"noun": "mug"}')
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_clip(tmp_path_factory.mktemp("judges") / "clip")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny_plan() -> Iterator[None]:
+    """The preset "cpu" made small."""
+    every = {"stratified": 4, "fresh": 3, "unseen": 4, "drift": 6}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PLANS, "cpu", Plan(1.0, 4, 2, 2, 2, every))
+        patch.setattr(room, "CHECKPOINTS", 3)
+        yield
+
+
+Make = Callable[..., Recording]
+
+
+@pytest.fixture(scope="module")
+def make(tiny_model: Path, concepts: Path, clip: Path) -> Make:
+    def described(method: str, records: Path, **changed: Any) -> Recording:
+        cap = round(CAP / room.PAST[method])
+        given = {**SETTINGS, **OWN.get(method, {}), "max_train_steps": cap, **changed.pop("settings", {})}
+        told = {"model": str(tiny_model), "concepts": str(concepts), "clip": str(clip), "records": str(records)}
+        return Recording(method, "ball", **{**told, **changed}, settings=tuple(given.items()))
+
+    return described
+
+
+@pytest.fixture
+def one(make: Make, tmp_path: Path) -> Make:
+    """A recording of a test's own, not made yet."""
+    return lambda method="textual-inversion", **changed: make(method, tmp_path / "r", **changed)
+
+
+@pytest.fixture(scope="module")
+def finished(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a method's finished recording, made once: not to be changed."""
+    records = tmp_path_factory.mktemp("finished")
+    return cache(lambda method: record(make(method, records)))
+
+
+@pytest.fixture
+def copied(finished: Callable[[str], Path], one: Make) -> Callable[[str], Path]:
+    """The same, to be changed: it stands where the recordings of `one` do."""
+
+    def copy(method: str) -> Path:
+        shutil.copytree(finished(method), one(method).folder)
+        return one(method).folder
+
+    return copy
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def rows(folder: Path, *, but: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    """The records of a run, every field but the seconds and those named."""
+    records = Trace.read(folder / "trace.jsonl").records
+    return [{name: value for name, value in row.items() if name not in ("seconds", *but)} for row in records]
+
+
+def scores(folder: Path) -> list[dict[str, Any]]:
+    found = json.loads((folder / "scores.json").read_text())["rows"]
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in found]
+
+
+SERIES = ("stratified", "fresh", "frozen", "fresh_timesteps", "unseen", "drift", "token_norm")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_recorded_run_is_the_trainer_s_run_bit_for_bit(
+    one: Make, finished: Callable[[str], Path], method: str, tmp_path: Path
+) -> None:
+    config = one(method).config
+    assert config.max_train_steps == CAP
+    plain, folder = personalise(replace(config, output_dir=str(tmp_path / "plain"))).folder, finished(method)
+    assert rows(folder, but=SERIES) == rows(plain)
+    names = [path.name for path in plain.glob("*.safetensors") if "steps" not in path.name]
+    assert names
+    for name in names:
+        learned, same = load_file(folder / name), load_file(plain / name)
+        assert learned.keys() == same.keys()
+        assert all(torch.equal(learned[key], same[key]) for key in learned)
+
+
+def test_recording_leaves_the_global_random_state(one: Make) -> None:
+    state = torch.get_rng_state()
+    record(one())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_rule_that_stops_a_plain_run_cuts_the_recorded_one_at_that_step(one: Make, tmp_path: Path) -> None:
+    recording = one(settings={"threshold": 0.9999, "max_train_steps": 20})
+    folder = record(recording)
+    plain = personalise(replace(recording.config, output_dir=str(tmp_path / "plain")))
+    assert plain.steps < 20
+    assert rows(plain.folder) == rows(folder, but=SERIES)[: plain.steps + 1]
+    learned = load_file(weights_at(folder, plain.steps))["<thing>"]
+    assert torch.equal(learned, load_file(plain.weights[0])["<thing>"])
+
+
+def test_what_a_recorded_run_holds(one: Make, finished: Callable[[str], Path]) -> None:
+    recording, found = one("dreambooth-lora"), Record.open(finished("dreambooth-lora"))
+    assert (found.method, found.concept, found.seed, found.cap) == ("dreambooth-lora", "ball", 0, CAP)
+    assert found.series("eval")[0].tolist() == list(range(CAP + 1))
+    for name, every, width in (("stratified", 4, 32), ("fresh", 3, 8), ("frozen", 3, 8), ("drift", 6, 1)):
+        steps, values = found.series(name)
+        assert steps.tolist() == list(range(0, CAP + 1, every))
+        assert values.shape == (len(steps), width)
+        assert np.isfinite(values).all()
+        assert found.trace.header["series"][name]["every"] == every
+    assert not found.has("unseen")
+    assert found.series("token_norm")[1].shape == (CAP + 1, 1)
+    strata = found.trace.header["series"]["stratified"]["timesteps"]
+    assert [timestep * 32 // 1000 for timestep in strata] == list(range(32))
+    assert found.series("fresh_timesteps")[1].shape == (5, 8)
+    assert len({tuple(drawn) for drawn in found.series("fresh_timesteps")[1].tolist()}) == 5
+    assert found.scored_steps.tolist() == recording.scored == [0, 4, 7, 12]
+    for part in ("train", "validation"):
+        for metric in ("clip_image", "clip_text"):
+            assert found.scores(part, metric)[1].shape == (4, 4)
+        assert found.scores(part, "clip_image")[1].std(axis=0).min() > 0
+    assert found.header["sampling_steps"] == 2
+    assert found.header["seeds"] == [0, 1, 2, 3]
+    assert found.header["validation_prompts"][1:3] == [
+        "a photo of the <thing> on the beach",
+        "a photo of the <thing> in the snow",
+    ]
+    assert found.header["validation_texts"][2] == "a photo of the mug in the snow"
+    assert not any("<thing>" in text for text in found.header["train_texts"])
+    assert {"train", "probe", "stratified", "fresh", "drift", "score", "other"} == {
+        part for row in found.trace.records for part in row["seconds"]
+    }
+    for step in recording.scored:
+        sheet = read_sheet(found.folder / "pictures" / f"step-{step:06d}.png")  # type: ignore[operator]
+        assert [len(row) for row in sheet] == [4, 4]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_gain_over_the_frozen_model_is_nothing_before_the_first_update(
+    finished: Callable[[str], Path], method: str
+) -> None:
+    found = Record.open(finished(method))
+    _, paired = found.series("paired")
+    _, drift = found.series("drift")
+    assert not paired[0].any()
+    assert paired[1:].any(axis=1).all()
+    assert drift[0] == 0
+    # A new word alone changes nothing of what the class's own words give.
+    assert bool(drift[1:].any()) == (method != "textual-inversion")
+
+
+class Killed(BaseException):
+    """The process dies here: nothing after it is carried out."""
+
+
+def killed_at(step: int) -> Callable[[Step], None]:
+    def kill(seen: Step) -> None:
+        if seen.step == step:
+            raise Killed
+
+    return kill
+
+
+@pytest.mark.parametrize("step", [pytest.param(0, marks=pytest.mark.slow), 5, pytest.param(11, marks=pytest.mark.slow)])
+def test_a_recording_killed_at_any_step_goes_on_bit_for_bit(
+    one: Make, finished: Callable[[str], Path], step: int
+) -> None:
+    straight, recording, seen = finished("dreambooth-lora"), one("dreambooth-lora"), list[int]()
+    with pytest.raises(Killed):
+        record(recording, [killed_at(step)])
+    assert not (recording.folder / "done.json").exists()
+    folder = record(recording, [lambda made: seen.append(made.step)])
+    assert seen[0] == step // 4 * 4 + 1
+    assert rows(folder) == rows(straight)
+    assert scores(folder) == scores(straight)
+    kept = sorted((straight / "weights").iterdir())
+    assert [path.name for path in sorted((folder / "weights").iterdir())] == [path.name for path in kept]
+    for path in kept:
+        learned, same = load_file(folder / "weights" / path.name), load_file(path)
+        assert all(torch.equal(learned[key], same[key]) for key in same)
+    Record.open(folder)
+
+
+@pytest.mark.parametrize("damage", ["scores.json", "weights/step-000004.safetensors", "recording.json"])
+def test_an_interrupted_recording_that_lost_something_is_made_anew(
+    one: Make, copied: Callable[[str], Path], damage: str
+) -> None:
+    folder, recording = copied("dreambooth-lora"), one("dreambooth-lora")
+    assert scores_to_go_on_from(recording) is None  # it is finished
+    (folder / "done.json").unlink()
+    shutil.rmtree(folder / "checkpoint-12")
+    assert [row["step"] for row in scores_to_go_on_from(recording) or ()] == [0, 4, 7]
+    (folder / damage).unlink()
+    assert scores_to_go_on_from(recording) is None
+
+
+def test_what_is_not_this_recording_is_left_alone(one: Make, copied: Callable[[str], Path]) -> None:
+    folder = copied("textual-inversion")
+    before = contents(folder)
+    with pytest.raises(RefusedInput, match="recorded under another settings"):
+        record(one(settings={"learning_rate": 0.01}))
+    with pytest.raises(RefusedInput, match="recorded under another judged"):
+        record(one(pairing="row by row"))
+    (folder / "recording.json").unlink()
+    with pytest.raises(RefusedInput, match="holds a run that was not recorded"):
+        record(one())
+    before.pop(folder / "recording.json")
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_any_step_can_be_replayed_bit_for_bit(copied: Callable[[str], Path], method: str) -> None:
+    folder = copied(method)
+    kept = load_file(weights_at(folder, 7))
+    loaded = trained(learned_at(folder, 7), kept)
+    weights_at(folder, 7).unlink()
+    before = contents(folder)
+    replayed = trained(learned_at(folder, 7), kept)
+    for name in kept:
+        assert torch.equal(loaded[name], kept[name])
+        assert torch.equal(replayed[name], kept[name])
+    assert contents(folder) == before
+
+
+def trained(backbone: Any, kept: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of a model under the names of ``kept``."""
+    found = {f"unet.{name.replace('.default', '')}": weight for name, weight in backbone.unet.named_parameters()}
+    found |= dict(backbone.unet.named_parameters())
+    rows = backbone.text_encoder.get_input_embeddings().rows
+    return {name: (rows if name.startswith("<") else found[name]).detach() for name in kept}
+
+
+def test_a_replay_that_differs_is_told(copied: Callable[[str], Path]) -> None:
+    folder = copied("textual-inversion")
+    trace = Trace.read(folder / "trace.jsonl")
+    changed = Trace(trace.header)
+    for row in trace.records:
+        changed.record(**{**row, **({"train_loss": row["train_loss"] + 1e-9} if row["step"] == 6 else {})})
+    changed.write(folder / "trace.jsonl")
+    learned_at(folder, 5)
+    with pytest.raises(CheckpointError, match="step 6 gave the loss"):
+        learned_at(folder, 6)
+    with pytest.raises(RefusedInput, match="between 0 and 12"):
+        learned_at(folder, 13)
+
+
+def test_input_that_cannot_be_recorded_is_refused_before_training(
+    one: Make, concepts: Path, clip: Path, tmp_path: Path
+) -> None:
+    def refused(match: str, kind: type[Exception] = RefusedInput, **changed: Any) -> None:
+        with pytest.raises(kind, match=match):
+            record(replace(one(), **changed))
+
+    lonely = tmp_path / "lonely"
+    shutil.copytree(concepts, lonely)
+    for path in sorted((lonely / "ball").glob("*.png"))[1:]:
+        path.unlink()
+    refused("one picture, and a concept that is scored needs two", concepts=str(lonely))
+    (lonely / "ball" / "concept.json").write_text("{}")
+    refused("must hold", concepts=str(lonely))
+    refused("holds no concepts", concepts=str(tmp_path))
+    refused("no concept 'bal', the nearest is ball", concept="bal")
+    refused("method must be one of", method="hypernetwork")
+    refused("preset must be one of quick, cpu, full", plan="huge")
+    refused("needs a constant learning rate", settings=(*one().settings, ("lr_scheduler", "cosine")))
+    refused("does not load as a CLIP", ModelError, clip=str(tmp_path / "nowhere"))
+    small = tiny_clip(tmp_path / "small")
+    processor = json.loads((small / "preprocessor_config.json").read_text())
+    processor["crop_size"] = {"height": 24, "width": 24}
+    (small / "preprocessor_config.json").write_text(json.dumps(processor))
+    refused("its processor makes 24x24, it reads 32", ModelError, clip=str(small))
+    assert not list((tmp_path / "r").rglob("trace.jsonl"))
+
+
+def test_log_spaced_steps_begin_at_0_end_at_the_cap_and_grow_by_equal_ratios() -> None:
+    steps = log_spaced(6100, 40)
+    assert (steps[0], steps[-1], len(steps)) == (0, 6100, 40)
+    ratios = [later / earlier for earlier, later in pairwise(steps[10:])]
+    assert max(ratios) / min(ratios) < 1.05
+    assert all(step % 5 == 0 for step in log_spaced(1500, 40, 5))
+    assert log_spaced(3, 40) == [0, 3]
+
+
+def test_the_two_halves_of_the_pictures_share_their_prompts_and_no_seed() -> None:
+    drawn = Shots.of(["a <thing>", "my <thing>"], "<thing>", "mug", 4, ["beach", "snow"])
+    assert drawn.prompts[::2] == drawn.prompts[1::2]
+    assert len(set(drawn.seeds)) == len(drawn.prompts) == 8
+    assert drawn.texts[:5] == ("a mug",) * 4 + ("my mug",)
+    assert drawn.places == ("beach",) * 4 + ("snow",) * 4
+
+
+def test_validation_places_are_said_as_the_bundled_world_says_them() -> None:
+    from dvar.mini.world.places import PLACES as ALL
+
+    assert {name: ALL[name].words for name in PLACES} == PLACES
+
+
+def test_a_sheet_gives_its_pictures_back(tmp_path: Path) -> None:
+    from PIL import Image
+
+    random = np.random.default_rng(0)
+    rows = [[Image.fromarray(random.integers(0, 256, (8, 8, 3), np.uint8)) for _ in range(3)] for _ in range(2)]
+    write_sheet(tmp_path / "sheet.png", rows)
+    for given, read in zip(rows, read_sheet(tmp_path / "sheet.png"), strict=True):
+        assert [picture.tobytes() for picture in given] == [picture.tobytes() for picture in read]
+
+
+def test_a_run_that_breaks_is_no_record(one: Make) -> None:
+    from dvar.errors import NonFiniteLoss
+
+    recording = one(settings={"learning_rate": 1e30})
+    with pytest.raises(NonFiniteLoss):
+        record(recording)
+    assert not (recording.folder / "done.json").exists()

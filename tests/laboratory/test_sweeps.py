@@ -1,0 +1,187 @@
+"""Sweeps of the tiny model: each run is a real process."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dvar.errors import ModelError, RefusedInput
+from dvar.laboratory import sweeps
+from dvar.laboratory.recording import PLANS, Recording, expected_seconds, facts_of, unit_seconds
+from dvar.laboratory.records import Record, Shelf
+from dvar.laboratory.sweeps import Row, check, described, grid, slots, standing, sweep, table
+from dvar.testing import tiny_clip, tiny_concept
+
+SETTINGS: dict[str, Any] = {
+    "resolution": 32,
+    "num_inference_steps": 2,
+    "num_validation_images": 1,
+    "max_train_steps": 50,
+    "window": 8,
+}
+
+
+@pytest.fixture(scope="module")
+def base(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Recording:
+    folder = tmp_path_factory.mktemp("bench")
+    for name in ("ball", "other"):
+        tiny_concept(folder / "concepts" / name, pictures=2)
+        (folder / "concepts" / name / "concept.json").write_text('{"noun": "mug"}')
+    told = {"model": str(tiny_model), "concepts": str(folder / "concepts"), "clip": str(tiny_clip(folder / "clip"))}
+    return Recording("textual-inversion", "ball", plan="quick", settings=tuple(SETTINGS.items()), **told)
+
+
+def fake(recording: Recording, status: int = 0, said: str = "") -> str:
+    """A program that stands in for a recording: it notes that it ran, says something and ends."""
+    return f"import sys; open({str(recording.folder / 'ran')!r}, 'a').write('x'); print({said!r}); sys.exit({status})"
+
+
+@pytest.fixture
+def processes(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Programs by the name of the run they stand in for."""
+    programs: dict[str, str] = {}
+    start = subprocess.Popen
+
+    def popen(command: list[str], **how: Any) -> subprocess.Popen[bytes]:
+        recording = Recording.told(command[-1])
+        return start([command[0], "-c", programs[recording.name]], **how)
+
+    monkeypatch.setattr(sweeps.subprocess, "Popen", popen)
+    return programs
+
+
+def test_a_sweep_makes_what_is_missing_and_what_is_damaged_and_nothing_else(base: Recording, tmp_path: Path) -> None:
+    runs = grid(replace(base, records=str(tmp_path)), ["textual-inversion"], ["ball", "other"], [0])
+    told: list[str] = []
+    rows = sweep(runs, workers=2, tell=told.append)
+    assert [row.state for row in rows] == ["done", "done"], rows
+    assert told[-1].startswith("2 of 2 runs, 100 %")
+    assert len(Shelf.open(tmp_path)) == 2
+    before = {run: (run.folder / "done.json").stat().st_mtime_ns for run in runs}
+    assert [row.state for row in sweep(runs)] == ["done", "done"]
+    (runs[1].folder / "scores.json").write_text("{}")
+    row = standing(runs[1])
+    assert row.state == "missing"
+    assert "scores.json is not what was recorded" in row.reason
+    assert [row.state for row in sweep(runs, workers=1)] == ["done", "done"]
+    after = {run: (run.folder / "done.json").stat().st_mtime_ns for run in runs}
+    assert after[runs[0]] == before[runs[0]]
+    assert after[runs[1]] > before[runs[1]]
+    Record.open(runs[1].folder)
+
+
+def test_a_run_that_fails_is_a_row_with_its_reason_and_is_tried_again(
+    base: Recording, tmp_path: Path, processes: dict[str, str]
+) -> None:
+    runs = grid(replace(base, records=str(tmp_path)), ["textual-inversion"], ["ball", "other"], [0, 1])
+    programs = [
+        fake(runs[0], 1, "a note\ndvar: the loss was not finite"),
+        "import os; os.kill(os.getpid(), 9)",
+        fake(runs[2], 130),
+        fake(runs[3], 3),
+    ]
+    processes |= {run.name: program for run, program in zip(runs, programs, strict=True)}
+    rows = sweep(runs, workers=2)
+    assert [(row.state, row.reason) for row in rows[:2]] == [
+        ("failed", "the loss was not finite"),
+        ("failed", "killed by SIGKILL"),
+    ]
+    assert rows[2].state == "missing"
+    assert (rows[3].state, rows[3].reason) == ("failed", "ended with status 3 and said nothing")
+    lines = list(table(rows))
+    assert lines[-1] == "3 failed, 1 missing"
+    assert "textual-inversion/ball/0" in lines[0]
+    assert "failed  the loss was not finite" in lines[0]
+    sweep(runs, workers=2)
+    assert (runs[0].folder / "ran").read_text() == "xx"
+
+
+def test_an_interrupted_sweep_asks_its_runs_to_save_and_starts_no_more(
+    base: Recording, tmp_path: Path, processes: dict[str, str]
+) -> None:
+    runs = grid(replace(base, records=str(tmp_path)), ["textual-inversion"], ["ball", "other"], [0, 1])
+    asked = (
+        "import signal, sys; signal.signal(15, lambda *_: (open({0!r}, 'w'), sys.exit(130))); print(1); signal.pause()"
+    )
+    processes |= {run.name: asked.format(str(run.folder / "asked")) for run in runs}
+
+    def interrupt(line: str) -> None:
+        # Told after a second without an end: the first run has had the time to say that it listens.
+        while not (runs[0].folder / "record.log").read_text():
+            pass
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep(runs, workers=1, tell=interrupt, every=0.2)
+    assert [(run.folder / "asked").exists() for run in runs] == [True, False, False, False]
+
+
+def test_two_processes_do_not_record_one_run_at_once(base: Recording, tmp_path: Path) -> None:
+    from dvar.laboratory.recording import _alone, record
+
+    run = replace(base, records=str(tmp_path))
+    with _alone(run.folder), pytest.raises(RefusedInput, match="is being recorded by another process"):
+        record(run)
+
+
+def test_everything_that_is_wrong_is_told_before_the_first_run(base: Recording, tmp_path: Path) -> None:
+    wrong = [replace(base, concept="bal"), replace(base, method="lora"), replace(base, concept="balll")]
+    with pytest.raises(RefusedInput) as refused:
+        check(wrong)
+    assert len(refused.value.problems) == 3
+    with pytest.raises(ModelError, match="does not load as a CLIP"):
+        check([replace(base, clip=str(tmp_path))])
+    check([base])
+
+
+def test_an_estimate_counts_all_that_is_measured(base: Recording, tmp_path: Path) -> None:
+    units = {"start_up": 0.0, "train": 0.0, "forward": 0.0, "picture": 0.0}
+    plan, run = PLANS["quick"], replace(base, records=str(tmp_path))
+    cap = run.config.max_train_steps
+    assert cap == 10
+    assert expected_seconds(run, {**units, "start_up": 3.0}) == 3
+    assert expected_seconds(run, {**units, "train": 2.0}) == 2 * cap
+    # 11 evaluations of 8; at steps 0 and 10 32, and 8 fresh ones by two models; at step 0 8 class pictures.
+    assert expected_seconds(run, {**units, "forward": 1.0}) == 11 * 8 + 2 * (32 + 16) + 8
+    with_unseen = replace(run, model="mini", concepts=None, concept="black_cat")
+    assert expected_seconds(with_unseen, {**units, "forward": 1.0}) == 11 * 8 + 2 * (32 + 16 + 8) + 8
+    # 2 kinds, and the sample picture of the end, drawn in 2 steps for 10.
+    drawn = len(run.scored) * 2 * plan.prompts * plan.seeds
+    assert expected_seconds(run, {**units, "picture": 1.0}) == pytest.approx(drawn + 0.2)
+    measured = unit_seconds(run)
+    assert measured.keys() == units.keys()
+    assert min(measured.values()) > 0
+    assert not run.folder.exists()
+
+
+def test_headers_name_pictures_sampling_steps_and_cadence(base: Recording) -> None:
+    said = described(base)
+    for part in (
+        "preset quick",
+        "2 prompts x 2 seeds",
+        "10 sampling steps",
+        "stratified every 10",
+        "all pairs",
+        "20 %",
+    ):
+        assert part in said
+
+
+def test_places_are_cores_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweeps.os, "sched_getaffinity", lambda _: set(range(6)))
+    assert slots(None, 2) == [""] * 3
+    assert slots(None, 8) == [""]
+    monkeypatch.setattr(sweeps.torch.cuda, "device_count", lambda: 2)
+    assert slots(None, 1) == ["0", "1"]
+    assert slots(3, 1) == ["0", "1", "0"]
+
+
+def test_an_empty_folder_is_missing(base: Recording, tmp_path: Path) -> None:
+    run = replace(base, records=str(tmp_path))
+    assert standing(run) == Row(run, "missing")
+    assert facts_of(run.folder) is None
+    assert list(table([])) == ["nothing to record"]
