@@ -357,7 +357,7 @@ def record(
         Only tell how long it will take.
     """
     from dvar.laboratory import sweeps
-    from dvar.laboratory.recording import Recording
+    from dvar.laboratory.plans import Recording
 
     chosen = methods or list(CONFIGS)
     if config and len(chosen) > 1:

@@ -17,15 +17,10 @@ import torch
 from safetensors.torch import load_file
 
 from dvar.errors import CheckpointError, ModelError, RefusedInput
-from dvar.laboratory import recording as room
+from dvar.laboratory import plans
+from dvar.laboratory.plans import PLACES, PLANS, Plan, Recording, Shots, log_spaced
 from dvar.laboratory.recording import (
-    PLACES,
-    PLANS,
-    Plan,
-    Recording,
-    Shots,
     learned_at,
-    log_spaced,
     read_sheet,
     record,
     scores_to_go_on_from,
@@ -72,7 +67,7 @@ def tiny_plan() -> Iterator[None]:
     every = {"stratified": 4, "fresh": 3, "unseen": 4, "drift": 6}
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PLANS, "cpu", Plan(1.0, 4, 2, 2, 2, every))
-        patch.setattr(room, "CHECKPOINTS", 3)
+        patch.setattr(plans, "CHECKPOINTS", 3)
         yield
 
 
@@ -82,7 +77,7 @@ Make = Callable[..., Recording]
 @pytest.fixture(scope="module")
 def make(tiny_model: Path, concepts: Path, clip: Path) -> Make:
     def described(method: str, records: Path, **changed: Any) -> Recording:
-        cap = round(CAP / room.PAST[method])
+        cap = round(CAP / plans.PAST[method])
         given = {**SETTINGS, **OWN.get(method, {}), "max_train_steps": cap, **changed.pop("settings", {})}
         told = {"model": str(tiny_model), "concepts": str(concepts), "clip": str(clip), "records": str(records)}
         return Recording(method, "ball", **{**told, **changed}, settings=tuple(given.items()))

@@ -24,15 +24,8 @@ import torch
 
 from dvar.config import CONFIGS
 from dvar.errors import DvarError, RefusedInput
-from dvar.laboratory.recording import (
-    FAILED,
-    PLANS,
-    Recording,
-    concept_folders,
-    expected_seconds,
-    scorer_of,
-    unit_seconds,
-)
+from dvar.laboratory.plans import PLANS, Recording, concept_folders, expected_seconds
+from dvar.laboratory.recording import FAILED, scorer_of, unit_seconds
 from dvar.laboratory.records import Record
 from dvar.mini import TUNING
 from dvar.trainer.artifacts import write_json
