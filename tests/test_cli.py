@@ -471,3 +471,16 @@ def test_export_writes_what_is_asked_for_and_refuses_what_is_not_there(trained: 
     assert told.status == 2
     assert "is of textual-inversion" in told.err
     assert not (tmp_path / "lora.safetensors").exists()
+
+
+def test_record_refuses_what_it_cannot_record_before_long_work(tmp_path: Path) -> None:
+    told = dvar("record", "textual-inversion", "--concepts", "blak_cat", "red_mugg", "--records", tmp_path)
+    assert told.status == 2
+    assert "there is no concept 'blak_cat', the nearest is black_cat" in told.err
+    assert "there is no concept 'red_mugg'" in told.err
+    told = dvar("record", "textual", "--first", "1", "--records", tmp_path)
+    assert told.status == 2
+    assert "method must be one of textual-inversion, dreambooth-lora, custom-diffusion, got 'textual'" in told.err
+    told = dvar("record", "--config", tmp_path / "settings.toml", "--records", tmp_path)
+    assert (told.status, told.err) == (2, "dvar: settings are of one method: name it before --config\n")
+    assert not list(tmp_path.iterdir())
