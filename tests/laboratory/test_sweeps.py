@@ -55,6 +55,7 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return programs
 
 
+@pytest.mark.slow
 def test_a_sweep_makes_what_is_missing_and_what_is_damaged_and_nothing_else(
     base: Recording, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

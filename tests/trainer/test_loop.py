@@ -130,7 +130,7 @@ def test_the_best_step_is_that_of_the_users_criterion(by: str, best: int) -> Non
     scores = {0: 0.1, 3: 0.4, 6: 0.7, 9: 0.7}
     bench, states = Bench(best_by=by), {}
 
-    def series(step: int) -> dict[str, float]:
+    def series(step: int, watch: Stopwatch) -> dict[str, float]:
         states[step] = bench.method.state["rows"]
         return {"clip_image": scores[step]} if step in scores else {}
 
