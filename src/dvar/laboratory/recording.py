@@ -25,7 +25,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dvar.config import CustomDiffusionConfig, restored
+from dvar.config import CustomDiffusionConfig, TextualInversionConfig, restored
 from dvar.diffusion.backbone import Backbone
 from dvar.diffusion.objective import Draws, denoising_loss
 from dvar.diffusion.randomness import generator
@@ -51,8 +51,9 @@ from dvar.stopper.verdict import Reason
 from dvar.trainer.artifacts import write_json, write_weights
 from dvar.trainer.checkpoint import Checkpoint, latest, saved
 from dvar.trainer.concept import CLASS_PICTURES, Concept
+from dvar.trainer.examples import encoded
 from dvar.trainer.loop import Step, Stopwatch
-from dvar.trainer.run import Job, assembled, encoded, interruption, model_path, prepared
+from dvar.trainer.run import Job, assembled, interruption, model_path, prepared
 
 try:
     import fcntl
@@ -154,10 +155,10 @@ class Recorder:
         draws = job.drawn(job.examples, STRATIFIED, 0, 0, count)
         strata = generator(job.config.seed, f"{STRATIFIED}/strata")
         timesteps = stratified_timesteps(count, len(job.schedule.alphas_cumprod), strata)
-        return replace(draws, timesteps=timesteps.to(draws.timesteps.device))
+        return replace(draws, timesteps=timesteps.to(draws.timesteps.device), mask=None)  # as the held batch
 
     def _fresh(self, step: int) -> Draws:
-        return self.job.drawn(self.job.examples, FRESH, step, 0, SAMPLES[FRESH])
+        return replace(self.job.drawn(self.job.examples, FRESH, step, 0, SAMPLES[FRESH]), mask=None)
 
     def _frozen(self, draws: Draws) -> Tensor:
         """The losses of the untouched model: what is trained steps aside for them."""
@@ -382,7 +383,7 @@ def learned_at(folder: str | Path, step: int) -> Backbone:
     recorded = {row["step"]: row.get("train_loss") for row in trace.records}
     with tempfile.TemporaryDirectory() as elsewhere:
         apart: dict[str, Any] = {"output_dir": elsewhere, "overwrite": False, "resume_from_checkpoint": None}
-        if isinstance(config, CustomDiffusionConfig) and (folder / CLASS_PICTURES).exists():
+        if not isinstance(config, TextualInversionConfig) and (folder / CLASS_PICTURES).exists():
             apart["class_data_dir"] = str(folder / CLASS_PICTURES)
         job, _ = prepared(replace(config, **apart))
     job.learner.restore(checkpoint)
