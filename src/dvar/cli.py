@@ -16,9 +16,9 @@ from cyclopts import App, CycloptsError, Group, Parameter, UnknownOptionError
 from cyclopts.types import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from dvar.config import (
-    EXPERIMENTS,
     BUNDLED_MODEL,
     CONFIGS,
+    EXPERIMENTS,
     CustomDiffusionConfig,
     DreamBoothLoraConfig,
     ReplayConfig,
