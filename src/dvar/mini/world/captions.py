@@ -110,10 +110,13 @@ def caption(truth: np.ndarray, rng: np.random.Generator) -> tuple[str, np.ndarra
             if fact["pattern size"] != 1 and rng.uniform() < 0.4:
                 marks.insert(0, PATTERN_SIZES[fact[mention("pattern size")]])
             parts.append(" ".join(marks))
-    if not grey and rng.uniform() < 0.6:
-        words.insert(0, names[fact[mention("main colour")]])
-    if not grey and rng.uniform() < 0.4:
-        parts.append(_with_article(f"{names[fact[mention('accent colour')]]} {WORDS[noun].accent}"))
+    main = names[fact[mention("main colour")]] if not grey and rng.uniform() < 0.6 else ""
+    accent = names[fact[mention("accent colour")]] if not grey and rng.uniform() < 0.5 else ""
+    if main and accent and rng.uniform() < 0.5:
+        words.insert(0, f"{main} and {accent}")  # before the noun, so that one word in their place can mean all of it
+    else:
+        words[:0] = [main] if main else []
+        parts += [_with_article(f"{accent} {WORDS[noun].accent}")] if accent else []
     extremes = [i for i in rng.permutation(6) if fact[f"shape {i}"] in (0, 2)]
     for i in extremes[: min(rng.binomial(3, 0.35), 3 - len(parts))]:
         proportion = WORDS[noun].shape[i]
