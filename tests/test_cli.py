@@ -27,7 +27,7 @@ from dvar.config import (
     TextualInversionConfig,
     settings_problems,
 )
-from dvar.errors import DvarError, ModelError, RefusedInput
+from dvar.errors import DvarError, ModelError, NonFiniteLoss, RefusedInput
 from dvar.testing import tiny_concept, tiny_pipeline
 
 TRAIN = ("train", "textual-inversion")
@@ -55,10 +55,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[TextualInversionConfig]:
     """The settings that commands would have trained with; each ends in a failure instead."""
     seen: list[TextualInversionConfig] = []
 
-    def personalise(config: TextualInversionConfig, consumers: Sequence[Any]) -> None:
+    def personalise(config: TextualInversionConfig, consumers: Sequence[Any], concept: None) -> None:
         seen.append(config)
         raise DvarError("not in this test")
 
+    monkeypatch.setattr("dvar.trainer.concept.read_concept", lambda *_: None)
     monkeypatch.setattr("dvar.trainer.run.personalise", personalise)
     return seen
 
@@ -243,7 +244,8 @@ def test_every_problem_of_a_run_is_a_line_before_a_model_loads(tmp_path: Path, m
     ("error", "status", "lines"),
     [
         (RefusedInput(["first", "second"]), 2, ["dvar: first", "dvar: second"]),
-        (ModelError("no model"), 1, ["dvar: no model"]),
+        (ModelError("no model"), 2, ["dvar: no model"]),
+        (NonFiniteLoss("lost"), 1, ["dvar: lost"]),
         (KeyboardInterrupt(), 130, ["dvar: interrupted"]),
     ],
 )

@@ -31,7 +31,7 @@ from dvar.config import (
     replay_problems,
     reproduce_problems,
 )
-from dvar.errors import DvarError, RefusedInput
+from dvar.errors import CheckpointError, DvarError, ModelError, RefusedInput, TraceError
 
 if TYPE_CHECKING:
     from dvar.config import AnyConfig
@@ -67,6 +67,8 @@ def main(tokens: Sequence[str] | None = None) -> int:
             return _fail(REFUSED, [" ".join(str(error).split())])
         except RefusedInput as error:
             return _fail(REFUSED, error.problems)
+        except (CheckpointError, ModelError, TraceError) as error:
+            return _fail(REFUSED, str(error).splitlines())
         except DvarError as error:
             return _fail(FAILED, str(error).splitlines())
         except ModuleNotFoundError as error:
@@ -436,13 +438,16 @@ def _personalise(given: dict[str, Any], method: str = TextualInversionConfig.met
     from dvar.trainer.presets import configure
 
     config = configure(given, method)
+    from dvar.trainer.concept import read_concept, tokenizer_of
+
+    concept = read_concept(config, tokenizer_of)
     title = f"{config.subject} · {config.pretrained_model_name_or_path} · {config.output_dir}"
     print(f"dvar: loading for {title}", file=sys.stderr, flush=True)
     from dvar.trainer.progress import watch
     from dvar.trainer.run import personalise
 
     with watch(config.max_train_steps, title, sys.stderr) as progress:
-        result = personalise(config, [progress])
+        result = personalise(config, [progress], concept=concept)
     return _tell(result, f"{config.plain_prompt} on the beach")
 
 

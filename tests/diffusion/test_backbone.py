@@ -9,8 +9,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from dvar.diffusion.backbone import Backbone, load_tokenizer
+from dvar.diffusion.backbone import Backbone
 from dvar.diffusion.objective import Encoded, denoising_loss, draw
+from dvar.diffusion.tokens import load_tokenizer
 from dvar.errors import ModelError
 
 

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dvar.diffusion.objective import Schedule
+from dvar.diffusion.tokens import check_make
 from dvar.errors import ModelError
 
 if TYPE_CHECKING:
@@ -164,19 +165,6 @@ class Backbone:
         return (values / 127.5 - 1).unsqueeze(0).to(self.device)
 
 
-def load_tokenizer(name: str | Path) -> CLIPTokenizer:
-    """Return the tokenizer of a model alone: quick, so that words can be checked before the model loads.
-
-    Raises: ModelError when there is none.
-    """
-    with _loading(name):
-        tokenizer = transformers.CLIPTokenizer.from_pretrained(name, subfolder="tokenizer")
-    # Without files transformers makes up an empty vocabulary; a real one spells at least the 256 bytes.
-    if len(tokenizer) < 256:
-        raise ModelError(f"{name} does not load as a Stable Diffusion model: its tokenizer has no vocabulary")
-    return tokenizer
-
-
 def best_device() -> str:
     """Return "cuda" where there is such a GPU, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -213,8 +201,7 @@ def _loading(name: str | Path) -> Iterator[None]:
     """Be quiet while a Stable Diffusion loads; say in one line why it does not."""
     try:
         with quiet():
-            if (kind := diffusers.DiffusionPipeline.load_config(name)["_class_name"]) != "StableDiffusionPipeline":
-                raise ModelError(f"the model must be a Stable Diffusion 1.x or 2.x, {name} is a {kind}: choose another")
+            check_make(name, diffusers.DiffusionPipeline.load_config(name)["_class_name"])
             yield
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError, SafetensorError) as error:
         said = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import json
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import Protocol
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from safetensors import SafetensorError, safe_open
 
 from dvar import mini
 from dvar.config import (
@@ -164,14 +166,30 @@ class _Source:
     where: str = ""
 
 
+def model_path(name: str) -> str:
+    """Return the folder or hub id behind a model's name: "mini" is the bundled model."""
+    return str(mini.path()) if name == BUNDLED_MODEL else os.path.expanduser(name)
+
+
+def tokenizer_of(name: str) -> Tokenizer:
+    """Return the tokenizer of the model of this name.
+
+    Raises: ModelError.
+    """
+    from dvar.diffusion.tokens import load_tokenizer
+
+    return load_tokenizer(model_path(name))
+
+
 def read_concept(config: AnyConfig, load_tokenizer: Callable[[str], Tokenizer] | None = None) -> Concept:
-    """The concept that ``config`` names, read and checked.
+    """The concept that ``config`` names, read and checked; torch is not imported for it.
 
     ``load_tokenizer`` gives a model's tokenizer by the model's name, and is called only when that model's folder is in
-    order; without it the words are not checked.  Warns of a single picture and of pictures that must be enlarged.
+    order (`tokenizer_of`); without it the words are not checked.  Warns of a single picture and of pictures that must
+    be enlarged.
 
-    Raises: `RefusedInput` with every problem of the settings, the model's folder, the run's folder, the list of
-    subjects, the pictures, their captions and the words.
+    Raises: `RefusedInput` with every problem of the settings, the processes, the model's folder, the run's folder, the
+    list of subjects, the pictures, their captions and the words.
     """
     well = sound(config)
     model = well.pretrained_model_name_or_path
@@ -186,11 +204,13 @@ def read_concept(config: AnyConfig, load_tokenizer: Callable[[str], Tokenizer] |
         wrong_files += wrong_here
     classes, wrong_class = _read_classes(sources, well)
     judged = ("window", "threshold", "probe_every", "max_train_steps")
-    wrong_rule = rule_problems(config) if all(getattr(config, name) == getattr(well, name) for name in judged) else []
+    # Lists, since nan equals itself in a list alone.
+    as_given = [getattr(config, name) for name in judged] == [getattr(well, name) for name in judged]
+    wrong_rule = rule_problems(config) if as_given else []
     wrong_output = [*output_problems(well), *tracker_problems(well.report_to)]
     wrong_choice = [*optimizer_problems(well.optimizer), *clip_problems(well.clip_model)]
-    wrong = [*settings_problems(config), *wrong_rule, *wrong_model, *wrong_choice, *wrong_output]
-    problems = [*wrong, *wrong_files, *wrong_class]
+    wrong = [*settings_problems(config), *process_problems(os.environ), *wrong_rule, *wrong_model, *wrong_choice]
+    problems = [*wrong, *wrong_output, *wrong_files, *wrong_class]
     if load_tokenizer and not wrong_model:
         try:
             of_class = {f"{source.where}class_prompt": source.class_prompt for source in sources if source.class_prompt}
@@ -284,7 +304,11 @@ def model_problems(name: str) -> list[str]:
     if path.is_dir():
         missing = [part for part in _MODEL_PARTS if not (path / part).exists()]
         said = f"model folder {name} is no diffusers pipeline, it lacks {', '.join(missing)}"
-        return [f"{said}: name a folder that save_pretrained wrote"] if missing else []
+        if missing:
+            return [f"{said}: name a folder that save_pretrained wrote"]
+        return [
+            f"model folder {name}: {problem}" for part in _MODEL_PARTS[1:] for problem in _part_problems(path / part)
+        ]
     if path.is_file():
         return [f"model {name} is a single file: convert it to a diffusers folder and name that"]
     if _HUB_ID.fullmatch(name) and not path.parent.is_dir():
@@ -293,6 +317,49 @@ def model_problems(name: str) -> list[str]:
     alike = difflib.get_close_matches(path.name, beside, n=1)
     remedy = f"did you mean {path.parent / alike[0]}?" if alike else "check the path, or give a hub id as owner/name"
     return [f"model {name} is neither a folder here nor a hub id: {remedy}"]
+
+
+def _part_problems(part: Path) -> list[str]:
+    """What a look at one part of a model's folder tells: settings that are no JSON, weights that are not whole."""
+    settings = {"scheduler": "scheduler_config.json", "tokenizer": None}.get(part.name, "config.json")
+    try:
+        if settings:
+            json.loads((part / settings).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return [f"{part.name}/{settings} cannot be read ({_first_line(error)}): save the model again"]
+    if part.name == "tokenizer":
+        spelled = (part / "tokenizer.json").exists() or (part / "vocab.json").exists()
+        return [] if spelled else ["tokenizer has neither tokenizer.json nor vocab.json: save the model again"]
+    if part.name == "scheduler":
+        return []
+    files = sorted(part.glob("*.safetensors"))
+    if not files:
+        pickled = [file.name for file in part.iterdir() if file.suffix in (".bin", ".ckpt", ".pt", ".pth")]
+        said = f"{part.name} has no .safetensors weights" + (
+            f", only {pickled[0]}, which is never read" if pickled else ""
+        )
+        return [f"{said}: save the model again with safe_serialization=True"]
+    problems = []
+    for file in files:
+        try:
+            with safe_open(file, "np"):
+                pass
+        except (OSError, SafetensorError) as error:
+            problems.append(f"{part.name}/{file.name} is damaged ({_first_line(error)}): copy it again")
+    return problems
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def process_problems(environment: Mapping[str, str]) -> list[str]:
+    """What launchers of several processes tell of themselves: one process trains here."""
+    for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if (count := environment.get(name, "1")) != "1":
+            said = f"dvar train runs in one process, got {name}={count}"
+            return [f"{said}: start it without torchrun, mpirun, or accelerate launch of several processes"]
+    return []
 
 
 def output_problems(config: Settings) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 import signal
@@ -24,9 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dvar import __version__, mini
+from dvar import __version__
 from dvar.config import (
-    BUNDLED_MODEL,
     AnyConfig,
     CustomDiffusionConfig,
     DreamBoothLoraConfig,
@@ -38,7 +36,7 @@ from dvar.config import (
     words,
     written,
 )
-from dvar.diffusion.backbone import Backbone, load_tokenizer
+from dvar.diffusion.backbone import Backbone
 from dvar.diffusion.objective import Draws, Examples, denoising_loss, draw
 from dvar.diffusion.sampling import sample_into
 from dvar.errors import CheckpointError, NonFiniteLoss, OutOfResources, RefusedInput
@@ -56,7 +54,7 @@ from dvar.trainer.artifacts import (
     write_whole,
 )
 from dvar.trainer.checkpoint import Checkpoint, latest
-from dvar.trainer.concept import WRITTEN, Class, Concept, read_concept
+from dvar.trainer.concept import WRITTEN, Class, Concept, model_path, read_concept, tokenizer_of
 from dvar.trainer.examples import encoded, rescaled
 from dvar.trainer.initialisation import first_words
 from dvar.trainer.loading import WEIGHTS, at_step
@@ -108,11 +106,14 @@ class Result:
     weights: tuple[Path, ...] = ()
 
 
-def personalise(config: AnyConfig, consumers: Sequence[Callable[[Step], None]] = ()) -> Result:
+def personalise(
+    config: AnyConfig, consumers: Sequence[Callable[[Step], None]] = (), *, concept: Concept | None = None
+) -> Result:
     """Learn the subject of the pictures that ``config`` names, by the method of its class; leave the run in its folder.
 
     Training goes on until DVAR or the cap stops it.
-    ``consumers`` are called with each `Step`.  SIGTERM or SIGINT ends the run after the step under way, with a
+    ``consumers`` are called with each `Step`; ``concept`` is what `read_concept` returned, where that was called
+    before.  SIGTERM or SIGINT ends the run after the step under way, with a
     checkpoint to go on from and the verdict "interrupted"; nothing is exported then.  A loss that is not finite ends
     it too, and the best step before it is what is exported.
 
@@ -122,11 +123,11 @@ def personalise(config: AnyConfig, consumers: Sequence[Callable[[Step], None]] =
     Source: Sections 3.2, 3.3 and 4.1.
     """
     with _told_in_a_line(config):
-        return _carried_out(config, consumers)
+        return _carried_out(config, consumers, concept)
 
 
-def _carried_out(config: AnyConfig, consumers: Sequence[Callable[[Step], None]]) -> Result:
-    job, checkpoint = prepared(config)
+def _carried_out(config: AnyConfig, consumers: Sequence[Callable[[Step], None]], concept: Concept | None) -> Result:
+    job, checkpoint = prepared(config, concept)
     config = job.config
     job.open(checkpoint)
     if checkpoint and checkpoint.step % config.validation_steps == 0:
@@ -143,7 +144,7 @@ def _carried_out(config: AnyConfig, consumers: Sequence[Callable[[Step], None]])
     return job.result(verdict) if verdict.reason is Reason.INTERRUPTED else job.finish(verdict)
 
 
-def prepared(config: AnyConfig) -> tuple[Job, Checkpoint | None]:
+def prepared(config: AnyConfig, concept: Concept | None = None) -> tuple[Job, Checkpoint | None]:
     """Return the run that ``config`` describes, ready to be opened, and the checkpoint from which it is to go on.
 
     What stands in its way is removed from its folder, and the first word and the class pictures that it needs are found
@@ -151,7 +152,7 @@ def prepared(config: AnyConfig) -> tuple[Job, Checkpoint | None]:
     Raises: as `personalise`, before anything is removed.
     """
     folder = Path(config.output_dir).expanduser()
-    concept = read_concept(config, lambda name: load_tokenizer(model_path(name)))
+    concept = concept or read_concept(config, tokenizer_of)
     checkpoint = _to_resume(folder, config, concept) if config.resume_from_checkpoint else None
     backbone = Backbone.load(
         model_path(config.pretrained_model_name_or_path),
@@ -170,11 +171,6 @@ def prepared(config: AnyConfig) -> tuple[Job, Checkpoint | None]:
         config = first_words(config, concept, backbone)
     classes = tuple(with_pictures(config, concept.classes, backbone))
     return Job(folder, config, concept, classes, backbone, assembled(config, backbone)), checkpoint
-
-
-def model_path(name: str) -> str:
-    """Return the folder or hub id behind a model's name: "mini" is the bundled model."""
-    return str(mini.path()) if name == BUNDLED_MODEL else os.path.expanduser(name)
 
 
 def assembled(config: AnyConfig, backbone: Backbone) -> Personalisation:

@@ -1,0 +1,339 @@
+"""Everything a person may get wrong: one line with the remedy, exit status 2, nothing written, and no torch imported.
+
+The table is run by one fresh process, which has never imported torch; a part of it again by a process for each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+TI, LORA, CUSTOM = ("train", "textual-inversion"), ("train", "dreambooth-lora"), ("train", "custom-diffusion")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Words of a command, what its one line must say, and what is done to a copy of the good folders before.
+
+    ``{model}``, ``{pictures}``, ``{out}`` and ``{there}`` in the words are paths; flags given twice are the case's.
+    """
+
+    said: str
+    words: tuple[str, ...]
+    spoil: Callable[[Path], object] = lambda place: None
+    method: tuple[str, ...] | None = TI
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+def setting(name: str, value: object, said: str, method: tuple[str, ...] = TI) -> Case:
+    return Case(said, (f"--{name}", str(value)), method=method)
+
+
+def file(path: str, content: bytes | None, said: str, *words: str) -> Case:
+    """A case whose file at ``path`` holds this content, or is gone."""
+
+    def spoil(place: Path) -> None:
+        target = place / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content) if content is not None else target.unlink()
+
+    return Case(said, words, spoil)
+
+
+def cut(path: str, said: str) -> Case:
+    return Case(said, (), lambda place: (place / path).write_bytes((place / path).read_bytes()[:-40]))
+
+
+def removed(path: str, said: str) -> Case:
+    return Case(said, (), lambda place: shutil.rmtree(place / path))
+
+
+NUMBERS = [
+    *[setting(name, "0", f"{name} must be at least 1, got 0") for name in ("num_vectors", "train_batch_size")],
+    *[setting(name, "0", f"{name} must be at least 1, got 0") for name in ("eval_batch_size", "probe_every")],
+    *[
+        setting(name, "-3", f"{name} must be at least 1, got -3")
+        for name in ("validation_steps", "checkpointing_steps")
+    ],
+    setting("gradient_accumulation_steps", 0, "gradient_accumulation_steps must be at least 1, got 0"),
+    setting("num_validation_images", 0, "num_validation_images must be at least 1, got 0"),
+    setting("num_inference_steps", 0, "num_inference_steps must be at least 1, got 0"),
+    setting("max_train_steps", 0, "max_train_steps must be at least 1, got 0"),
+    setting("checkpoints_total_limit", 0, "checkpoints_total_limit must be at least 1, got 0"),
+    setting("resolution", 100, "resolution must be a multiple of 8, got 100: try 96"),
+    Case(
+        "00.png must be 512 pixels or more on its shorter side at resolution 1024, got 64x64",
+        ("--resolution", "1024"),
+        lambda place: [(place / "pictures" / f"0{index}.png").unlink() for index in (1, 2, 3)],
+    ),
+    setting("learning_rate", 0, "learning_rate must be above 0, got 0.0"),
+    setting("learning_rate", -1, "learning_rate must be above 0, got -1.0"),
+    setting("learning_rate", "nan", "learning_rate must be above 0, got nan"),
+    setting("learning_rate", "inf", "learning_rate must be above 0, got inf"),
+    setting("adam_beta1", 1, "adam_beta1 must be at least 0 and below 1, got 1.0"),
+    setting("adam_beta2", -0.1, "adam_beta2 must be at least 0 and below 1, got -0.1"),
+    setting("adam_weight_decay", -1, "adam_weight_decay must be at least 0, got -1.0"),
+    setting("adam_epsilon", 0, "adam_epsilon must be above 0, got 0.0"),
+    setting("max_grad_norm", 0, "max_grad_norm must be above 0, got 0.0"),
+    setting("seed", -1, "seed must be at least 0, got -1"),
+    setting("guidance_scale", -1, "guidance_scale must be at least 0, got -1.0"),
+    setting("threshold", 0, "threshold"),
+    setting("threshold", 1.5, "threshold"),
+    setting("threshold", "nan", "threshold"),
+    setting("window", 0, "window"),
+    setting("window", -5, "window"),
+    setting("window", 6100, "window must be smaller than the cap on steps"),
+    setting("probe_every", 100, "holds fewer than 8 evaluations when one is made every 100 steps"),
+    setting("lr_warmup_steps", 5, "lr_warmup_steps must be 0 when lr_scheduler is constant, got 5"),
+    setting("lr_warmup_steps", -5, "lr_warmup_steps must be at least 0, got -5"),
+    Case("lr_warmup_steps must be below max_train_steps", ("--lr_warmup_steps", "9999", "--lr_scheduler", "linear")),
+    setting("rank", 0, "rank must be at least 1, got 0", LORA),
+    setting("lora_alpha", 0, "lora_alpha must be at least 1, got 0", LORA),
+    setting("num_class_images", 0, "num_class_images must be at least 1, got 0", CUSTOM),
+    setting("prior_loss_weight", -1, "prior_loss_weight must be", CUSTOM),
+]
+TOML = ("--config", "{place}/run.toml")
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+TENSORS = "diffusion_pytorch_model.safetensors"
+GO_ON = "--resume_from_checkpoint"
+WORDS = [
+    setting("learning_rate", "fast", "learning_rate"),
+    setting("max_train_steps", "many", "max_train_steps"),
+    setting("mixed_precision", "fp8", "mixed_precision"),
+    setting("lr_scheduler", "wavy", "constant_with_warmup"),
+    setting("report_to", "paper", "report_to"),
+    setting("keep", "first", "last,best"),
+    setting("best_by", "luck", "l_det"),
+    setting("preset", "papr", "preset must be one of mini, paper, got 'papr': try paper"),
+    setting("freeze_model", "all", "crossattn_kv", CUSTOM),
+    setting("learnable_property", "mood", "object"),
+    setting("learnin_rate", 1, "unknown flag --learnin_rate: the nearest known one is --learning_rate"),
+    setting("rank", 4, "unknown flag --rank"),
+    setting("class_noun", "mug", "unknown flag --class_noun"),
+    Case("requires an argument", ("--seed",)),
+    Case("--config", ("--config", "{place}/nowhere.toml")),
+    file(
+        "run.toml",
+        b"widow = 3",
+        "unknown setting 'widow': the nearest known one is window",
+        "--config",
+        "{place}/run.toml",
+    ),
+    file("run.toml", b"seed = ", "is not valid TOML", *TOML),
+    file("run.toml", b"\xff\xfe", "is not valid TOML", *TOML),
+    file("run.toml", b'seed = "one"', "seed must be a whole number, got 'one'", *TOML),
+    file("run.toml", b"center_crop = 3", "center_crop must be true or false, got 3", *TOML),
+    Case("extend needs a resume_from_checkpoint", ("--extend",)),
+    file("out/checkpoint-0/facts.json", b"", "exclude each other", "--overwrite", GO_ON, "latest"),
+]
+TOKENS = [
+    setting("placeholder_token", "two words", "placeholder_token must be one word without spaces, got 'two words'"),
+    setting("placeholder_token", "", "placeholder_token must be one word without spaces, got ''"),
+    setting("placeholder_token", "mug", "placeholder_token must be a new word, and the model already knows mug"),
+    setting("initializer_token", "red mug", "initializer_token must be one token, got 'red mug', which is 2"),
+    setting("initializer_token", "xylophone", "initializer_token must be one token, got 'xylophone'"),
+    setting("initializer_token", "", "initializer_token is missing"),
+    setting("validation_prompt", "a mug", "validation_prompt must hold the new word <thing>"),
+    setting("validation_prompt", "<thing> " + "mug " * 90, "must be at most 77 tokens"),
+    setting("instance_prompt", "a photo of a mug", "instance_prompt must hold the new word <thing>", LORA),
+    setting("class_noun", " ", "class_noun is missing", CUSTOM),
+    setting("instance_prompt", "a photo of a mug", "instance_prompt must hold the new word <thing>", CUSTOM),
+]
+PICTURES = [
+    setting("instance_data_dir", "{place}/nowhere", "does not exist: check the path"),
+    setting("instance_data_dir", "{place}/pictures/00.png", "is a file: check the path"),
+    setting("instance_data_dir", "{place}/empty", "holds no pictures: put three to five there"),
+    setting("class_data_dir", "{place}/nowhere", "class_data_dir must be a folder with pictures of the class", CUSTOM),
+    setting("class_data_dir", "{place}/empty", "class_data_dir {place}/empty holds no pictures", CUSTOM),
+    file("pictures/notes.pdf", b"%PDF-1.4", "notes.pdf is not a picture that can be read"),
+    file("pictures/empty.png", b"", "empty.png is not a picture that can be read"),
+    file("pictures/text.png", b"no picture", "text.png is not a picture that can be read"),
+    file("pictures/deep/00.png", b"", "deep is a folder: pictures are read from one flat folder"),
+    file("pictures/00.txt", b"a photo of a mug", "00.txt must hold the new word <thing> where the subject is named"),
+    file("pictures/00.txt", b"", "00.txt must hold the new word <thing>"),
+    file("pictures/00.txt", b"\xff\xfe\xfa", "00.txt cannot be read as UTF-8 text"),
+    file("pictures/00.txt", b"<thing> " + b"mug " * 90, "the text of 00.png must be at most 77 tokens"),
+    file("pictures/77.txt", b"a photo of <thing>", "77.txt is the caption of no picture"),
+    file("pictures/metadata.jsonl", b"{", "metadata.jsonl, line 1, must be"),
+    file("pictures/metadata.jsonl", b'{"file_name": "00.png"}', "metadata.jsonl, line 1, must be"),
+    file("pictures/metadata.jsonl", b'{"file_name": "9.png", "text": "<thing>"}', "names '9.png', which is not in the"),
+    file("pictures/metadata.jsonl", b'{"file_name": "00.png", "text": "a mug"}', "must hold the new word <thing>"),
+    cut("pictures/00.png", "00.png is damaged"),
+]
+MODELS = [
+    setting("pretrained_model_name_or_path", "{place}/nowhere", "is neither a folder here nor a hub id"),
+    setting("pretrained_model_name_or_path", "{place}/modle", "did you mean {place}/model?"),
+    setting("pretrained_model_name_or_path", "{place}/pictures", "is no diffusers pipeline, it lacks model_index.json"),
+    setting("pretrained_model_name_or_path", "{place}/pictures/00.png", "is a single file: convert it"),
+    setting("pretrained_model_name_or_path", "stable-diffusion", "is neither a folder here nor a hub id"),
+    *[removed(f"model/{part}", f"it lacks {part}") for part in PARTS],
+    file("model/model_index.json", None, "it lacks model_index.json"),
+    file("model/model_index.json", b"{", "does not load as a Stable Diffusion model"),
+    file("model/model_index.json", b"[]", "does not load as a Stable Diffusion model"),
+    file("model/model_index.json", b"{}", "does not load as a Stable Diffusion model"),
+    file("model/model_index.json", b'{"_class_name": "FluxPipeline"}', "is a FluxPipeline: choose another"),
+    *[file(f"model/{part}/config.json", None, f"{part}/config.json cannot be read") for part in ("unet", "vae")],
+    *[file(f"model/{part}/config.json", b"{", f"{part}/config.json cannot be read") for part in ("unet", "vae")],
+    file("model/text_encoder/config.json", b"\xff", "text_encoder/config.json cannot be read"),
+    file("model/scheduler/scheduler_config.json", None, "scheduler/scheduler_config.json cannot be read"),
+    file("model/scheduler/scheduler_config.json", b"no", "scheduler/scheduler_config.json cannot be read"),
+    file("model/tokenizer/tokenizer.json", None, "tokenizer has neither tokenizer.json nor vocab.json"),
+    file("model/tokenizer/tokenizer.json", b"{", "does not load as a Stable Diffusion model"),
+    *[
+        cut(
+            f"model/{part}/diffusion_pytorch_model.safetensors",
+            f"{part}/diffusion_pytorch_model.safetensors is damaged",
+        )
+        for part in ("unet", "vae")
+    ],
+    cut("model/text_encoder/model.safetensors", "text_encoder/model.safetensors is damaged"),
+    file("model/unet/diffusion_pytorch_model.safetensors", None, "unet has no .safetensors weights: save"),
+    file("model/vae/diffusion_pytorch_model.safetensors", b"", "vae/diffusion_pytorch_model.safetensors is damaged"),
+    Case(
+        "text_encoder has no .safetensors weights, only pytorch_model.bin, which is never read",
+        (),
+        lambda place: (place / "model/text_encoder/model.safetensors").rename(
+            place / "model/text_encoder/pytorch_model.bin"
+        ),
+    ),
+]
+RUNS = [
+    setting("output_dir", "{place}/pictures/00.png", "output_dir must be a folder, and"),
+    setting("output_dir", "{place}/pictures", "output_dir must not be the folder of the pictures"),
+    file("out/result.json", b"{}", "holds another run, or files in its place (result.json): choose another"),
+    file("out/trace.jsonl", b"", "holds another run, or files in its place (trace.jsonl): choose another"),
+    setting("resume_from_checkpoint", "latest", "it holds no checkpoint: correct it or start afresh"),
+    setting("resume_from_checkpoint", "checkpoint-7", "it holds no checkpoint: correct it or start afresh"),
+    file(
+        "out/checkpoint-4/facts.json",
+        b"{}",
+        "it holds checkpoint-4: correct",
+        "--resume_from_checkpoint",
+        "checkpoint-5",
+    ),
+    Case("dvar train runs in one process, got WORLD_SIZE=2", (), environment=(("WORLD_SIZE", "2"),)),
+    Case("got OMPI_COMM_WORLD_SIZE=4", (), environment=(("OMPI_COMM_WORLD_SIZE", "4"),)),
+    Case("{place}/nowhere", ("report", "{place}/nowhere"), method=None),
+    Case("a run folder holds config.json, {place}/pictures does not", ("report", "{place}/pictures"), method=None),
+    Case("export needs --merged or --kohya", ("export", "{place}/out"), method=None),
+    Case("concept 'red_mugg' is not bundled", ("demo", "--concept", "red_mugg"), method=None),
+    Case("--prompt", ("generate", "{place}/out"), method=None),
+    Case("generat", ("generat",), method=None),
+]
+TABLE = [*NUMBERS, *WORDS, *TOKENS, *PICTURES, *MODELS, *RUNS]
+
+
+def words_of(case: Case, place: Path) -> list[str]:
+    """The whole command: good everywhere but for the case."""
+    given = [word.replace("{place}", str(place)) for word in case.words]
+    if case.method is None:
+        return given
+    good = {
+        "--pretrained_model_name_or_path": str(place / "model"),
+        "--instance_data_dir": str(place / "pictures"),
+        "--placeholder_token": "<thing>",
+        "--initializer_token": "mug",
+        "--resolution": "32",
+        "--output_dir": str(place / "out"),
+        **({"--class_noun": "mug"} if case.method == CUSTOM else {}),
+    }
+    rest = [word for pair in good.items() if pair[0] not in given for word in pair]
+    return [*case.method, *rest, *given]
+
+
+RUNNER = """
+import contextlib, io, json, os, sys
+from dvar.cli import main
+for line in sys.stdin:
+    words, environment = json.loads(line)
+    os.environ.update(environment)
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main(words)
+    for name in environment:
+        del os.environ[name]
+    print(json.dumps([status, out.getvalue(), err.getvalue(), "torch" in sys.modules]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUNNER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    yield process
+    process.communicate()
+
+
+@pytest.fixture
+def place(tmp_path: Path, tiny_model: Path, tiny_pictures: Path) -> Path:
+    """A folder with a model, pictures and an empty folder, to be spoiled."""
+    for name, source in (("model", tiny_model), ("pictures", tiny_pictures)):
+        shutil.copytree(source, tmp_path / name)
+    (tmp_path / "empty").mkdir()
+    return tmp_path
+
+
+def left(place: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() if path.is_file() else b"" for path in place.rglob("*")}
+
+
+def check(case: Case, place: Path, status: int, out: str, err: str) -> None:
+    lines = [line for line in err.splitlines() if not line.startswith("warning: ")]
+    assert status == 2, err
+    assert out == ""
+    assert len(lines) == 1, err
+    assert lines[0].startswith("dvar: ")
+    assert case.said.replace("{place}", str(place)) in lines[0]
+
+
+@pytest.mark.parametrize("case", TABLE, ids=lambda case: case.said[:50])
+def test_bad_input_is_refused_in_a_line_before_torch_is_there(
+    case: Case, place: Path, runner: subprocess.Popen[str]
+) -> None:
+    case.spoil(place)
+    before = left(place)
+    assert runner.stdin
+    assert runner.stdout
+    runner.stdin.write(json.dumps([words_of(case, place), dict(case.environment)]) + "\n")
+    runner.stdin.flush()
+    status, out, err, torch = json.loads(runner.stdout.readline())
+    check(case, place, status, out, err)
+    assert left(place) == before
+    assert not torch
+
+
+def test_the_table_is_long_enough() -> None:
+    assert len(TABLE) >= 100
+
+
+PROCESSES = [*NUMBERS[::8], *WORDS[::5], *PICTURES[::5], *MODELS[4::8], *RUNS[7:13]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", PROCESSES, ids=lambda case: case.said[:50])
+def test_a_real_process_says_the_same(case: Case, place: Path) -> None:
+    case.spoil(place)
+    before = left(place)
+    program = [sys.executable, "-c", "import sys; from dvar.cli import main; sys.exit(main())"]
+    environment = {**os.environ, **dict(case.environment)}
+    done = subprocess.run([*program, *words_of(case, place)], capture_output=True, text=True, env=environment)
+    check(case, place, done.returncode, done.stdout, done.stderr)
+    assert "Traceback" not in done.stderr
+    assert left(place) == before
+
+
+def test_enough_of_them_are_real_processes() -> None:
+    assert len(PROCESSES) >= 20
