@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
 
-from cyclopts import App, CycloptsError, Group, Parameter, UnknownOptionError
+from cyclopts import App, CycloptsError, Group, Parameter, Token, UnknownOptionError, convert
 from cyclopts.types import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from dvar.config import (
@@ -79,6 +79,13 @@ def main(tokens: Sequence[str] | None = None) -> int:
             return _fail(INTERRUPTED, ["interrupted"])
 
 
+def _whole(kind: Any, tokens: Sequence[Token]) -> Any:
+    """A whole number as it was written; by itself Cyclopts reads 1.5 as 2."""
+    if "." in tokens[0].value:
+        raise ValueError(f"must be a whole number, got {tokens[0].value}")
+    return convert(kind, tokens)
+
+
 def _with_flags_of(
     settings: type[Settings | ReplayConfig | ReproduceConfig],
 ) -> Callable[[Callable[..., int]], Callable[..., int]]:
@@ -97,15 +104,17 @@ def _with_flags_of(
             title = item.metadata["section"] or title
             group = groups.setdefault(title, Group(title, sort_key=len(flags)))
             names = [item.name, *(alias for alias, name in others.items() if name == item.name)]
+            hint = hints[item.name]
             shown = Parameter(
                 name=[f"--{name}" for name in names],
                 help=item.metadata["help"],
                 group=group,
                 negative_iterable=(),
+                converter=_whole if int in (hint, *get_args(hint)) else None,
                 show_default=", ".join if isinstance(item.default, tuple) else None,
             )
             flag = inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=item.default)
-            flags.append(flag.replace(annotation=Annotated[hints[item.name], shown]))
+            flags.append(flag.replace(annotation=Annotated[hint, shown]))
         command.__signature__ = inspect.Signature(flags)  # type: ignore[attr-defined]
         return command
 
@@ -168,10 +177,10 @@ def generate(
     /,
     *,
     prompt: str,
-    num_images: PositiveInt = 4,
-    seed: NonNegativeInt = 0,
+    num_images: Annotated[PositiveInt, Parameter(converter=_whole)] = 4,
+    seed: Annotated[NonNegativeInt, Parameter(converter=_whole)] = 0,
     guidance_scale: NonNegativeFloat | None = None,
-    num_inference_steps: PositiveInt | None = None,
+    num_inference_steps: Annotated[PositiveInt | None, Parameter(converter=_whole)] = None,
     output: Path | None = None,
 ) -> int:
     """Draw pictures of a learned word.

@@ -23,7 +23,7 @@ TI, LORA, CUSTOM = ("train", "textual-inversion"), ("train", "dreambooth-lora"),
 class Case:
     """Words of a command, what its one line must say, and what is done to a copy of the good folders before.
 
-    ``{model}``, ``{pictures}``, ``{out}`` and ``{there}`` in the words are paths; flags given twice are the case's.
+    ``{place}`` in them is the folder with all of these; words without a ``method`` are a whole command.
     """
 
     said: str
@@ -107,6 +107,13 @@ GO_ON = "--resume_from_checkpoint"
 WORDS = [
     setting("learning_rate", "fast", "learning_rate"),
     setting("max_train_steps", "many", "max_train_steps"),
+    setting("max_train_steps", 1.5, "--max_train_steps: must be a whole number, got 1.5"),
+    setting("checkpoints_total_limit", 2.0, "--checkpoints_total_limit: must be a whole number, got 2.0"),
+    Case(
+        "--num_images: must be a whole number, got 1.5",
+        ("generate", "{place}/out", "--prompt", "<thing>", "--num_images", "1.5"),
+        method=None,
+    ),
     setting("mixed_precision", "fp8", "mixed_precision"),
     setting("lr_scheduler", "wavy", "constant_with_warmup"),
     setting("report_to", "paper", "report_to"),
@@ -228,7 +235,53 @@ RUNS = [
     Case("--prompt", ("generate", "{place}/out"), method=None),
     Case("generat", ("generat",), method=None),
 ]
-TABLE = [*NUMBERS, *WORDS, *TOKENS, *PICTURES, *MODELS, *RUNS]
+SEVERAL = (
+    *CUSTOM,
+    *("--concepts_list", "{place}/list.json", "--placeholder_token", "<a>+<b>", "--initializer_token", "mug+mug"),
+    *("--validation_prompt", "<a> mug and <b> mug", "--resolution", "32"),
+    *("--pretrained_model_name_or_path", "{place}/model", "--output_dir", "{place}/out"),
+)
+FIRST, SECOND = (
+    {"instance_prompt": f"a {word} mug", "instance_data_dir": "{place}/pictures", "class_prompt": "a mug"}
+    for word in ("<a>", "<b>")
+)
+
+
+def listed(content: object, said: str, *words: str) -> Case:
+    """A case with a list of subjects of this content."""
+
+    def spoil(place: Path) -> None:
+        (place / "list.json").write_text(json.dumps(content).replace("{place}", str(place)))
+
+    return Case(said, (*SEVERAL, *words), spoil, method=None)
+
+
+LISTS = [
+    Case("concepts_list {place}/list.json: No such file or directory; check the path", SEVERAL, method=None),
+    Case("is not JSON", SEVERAL, lambda place: (place / "list.json").write_text("[{"), method=None),
+    Case("is not JSON", SEVERAL, lambda place: (place / "list.json").write_bytes(b"\xff"), method=None),
+    listed([], "must be a list of one or more objects: write one for each subject"),
+    listed(FIRST, "must be a list of one or more objects: write one for each subject"),
+    listed([FIRST, "<b>"], "must be a list of one or more objects: write one for each subject"),
+    listed(
+        [FIRST, {**SECOND, "class_promt": "a mug"}], "subject 2: unknown key 'class_promt', the nearest known one is"
+    ),
+    listed([FIRST, {**SECOND, "class_prompt": 3}], "subject 2: class_prompt must be text, got 3: give it"),
+    listed([{**FIRST, "instance_data_dir": " "}, SECOND], "subject 1: instance_data_dir must be text, got ' '"),
+    listed(
+        [FIRST, {**SECOND, "instance_prompt": "a mug"}], "subject 2: instance_prompt must hold one of the new words"
+    ),
+    listed([FIRST, FIRST], "has no instance_prompt with <b>: put each new word into the prompt of its subject"),
+    listed(
+        [FIRST, {**SECOND, "instance_data_dir": "{place}/nowhere"}], "subject 2: instance_data_dir must be a folder"
+    ),
+    listed([FIRST, {**SECOND, "instance_data_dir": "{place}/empty"}], "{place}/empty holds no pictures"),
+    listed([{**FIRST, "class_data_dir": "{place}/nowhere"}, SECOND], "subject 1: class_data_dir must be a folder"),
+    listed([{**FIRST, "class_data_dir": "{place}/empty"}, SECOND], "class_data_dir {place}/empty holds no pictures"),
+    listed([{**FIRST, "class_prompt": "mug " * 90}, SECOND], "the text of concepts_list, subject 1: class_prompt must"),
+    listed([FIRST, SECOND], "class_noun is for one subject and concepts_list for several", "--class_noun", "mug"),
+]
+TABLE = [*NUMBERS, *WORDS, *TOKENS, *PICTURES, *MODELS, *LISTS, *RUNS]
 
 
 def words_of(case: Case, place: Path) -> list[str]:
@@ -319,7 +372,7 @@ def test_the_table_is_long_enough() -> None:
     assert len(TABLE) >= 100
 
 
-PROCESSES = [*NUMBERS[::8], *WORDS[::5], *PICTURES[::5], *MODELS[4::8], *RUNS[7:13]]
+PROCESSES = [*NUMBERS[::8], *WORDS[::5], *PICTURES[::5], *MODELS[4::8], LISTS[1], *RUNS[7:13]]
 
 
 @pytest.mark.slow

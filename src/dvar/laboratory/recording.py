@@ -50,10 +50,10 @@ from dvar.stopper.trace import Trace
 from dvar.stopper.verdict import Reason
 from dvar.trainer.artifacts import write_json, write_weights
 from dvar.trainer.checkpoint import Checkpoint, latest, saved
-from dvar.trainer.concept import CLASS_PICTURES, Concept
+from dvar.trainer.concept import CLASS_PICTURES, Concept, model_path
 from dvar.trainer.examples import encoded
 from dvar.trainer.loop import Step, Stopwatch
-from dvar.trainer.run import Job, assembled, interruption, model_path, prepared
+from dvar.trainer.run import Job, assembled, interruption, prepared
 
 try:
     import fcntl

@@ -502,7 +502,7 @@ def _listed(config: CustomDiffusionConfig, path: Path) -> tuple[list[_Source], l
             for name in _LISTED
             if not (isinstance(given := entry.get(name), str) and given.strip()) and (name in needed or given)
         ]
-        plain = {name: given for name in _LISTED if isinstance(given := entry.get(name), str)}
+        plain = {name: given for name in _LISTED if isinstance(given := entry.get(name), str) and given.strip()}
         prompt = plain.get("instance_prompt")
         if prompt and not any(word in prompt for word in words(config)):
             said = f"{where}instance_prompt must hold one of the new words {', '.join(words(config))}"
