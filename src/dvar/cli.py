@@ -8,7 +8,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
 
@@ -23,17 +22,22 @@ from dvar.config import (
     DreamBoothLoraConfig,
     ReplayConfig,
     ReproduceConfig,
-    Settings,
+    SurveyBuildConfig,
+    SurveyScoreConfig,
+    SurveyServeConfig,
     TextualInversionConfig,
     aliases,
     nearest,
     read_settings,
     replay_problems,
     reproduce_problems,
+    survey_problems,
 )
 from dvar.errors import CheckpointError, DvarError, ModelError, RefusedInput, TraceError
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     from dvar.config import AnyConfig
     from dvar.laboratory.replay import Outcome
     from dvar.trainer.run import Result
@@ -51,6 +55,8 @@ app = App(
 )
 train = App(name="train", help="Personalise a model; training stops by itself.")
 app.command(train)
+survey = App(name="survey", help="Ask people which of two runs draws better pictures, and read their answers.")
+app.command(survey)
 
 
 def main(tokens: Sequence[str] | None = None) -> int:
@@ -86,9 +92,7 @@ def _whole(kind: Any, tokens: Sequence[Token]) -> Any:
     return convert(kind, tokens)
 
 
-def _with_flags_of(
-    settings: type[Settings | ReplayConfig | ReproduceConfig],
-) -> Callable[[Callable[..., int]], Callable[..., int]]:
+def _with_flags_of(settings: type[DataclassInstance]) -> Callable[[Callable[..., int]], Callable[..., int]]:
     """Give a command a flag for each field of a settings class; its keyword arguments are then the flags given.
 
     A field that the command takes itself, under the same name, gets none.
@@ -202,25 +206,19 @@ def generate(
     output
         Folder for the pictures; "generated" in the run's folder by default.
     """
-    from dvar.diffusion.sampling import sample
+    from dvar.laboratory.drawings import draw
     from dvar.laboratory.runs import Run
-    from dvar.trainer.run import personalised
 
-    settings = Run.open(run).config
-    pictures = sample(
-        personalised(run),
+    drawn = draw(
+        Run.open(run),
         [prompt] * num_images,
         range(seed, seed + num_images),
-        size=settings["resolution"],
-        steps=num_inference_steps or settings["num_inference_steps"],
-        guidance=settings["guidance_scale"] if guidance_scale is None else guidance_scale,
+        folder=output,
+        guidance_scale=guidance_scale,
+        num_inference_steps=num_inference_steps,
     )
-    folder = output or run / "generated"
-    folder.mkdir(parents=True, exist_ok=True)
-    for picture in pictures:
-        path = _unused(folder)
-        picture.save(path)
-        print(path)
+    for drawing in drawn:
+        print(drawing.path)
     return 0
 
 
@@ -307,6 +305,136 @@ def replay(log: Path, /, **given: Any) -> int:
     _print_outcomes(outcomes)
     if config.output:
         print(f"picture   {write_picture(Path(config.output), log.name, trace, outcomes, config)}")
+    return 0
+
+
+@survey.command
+@_with_flags_of(SurveyBuildConfig)
+def build(*runs: Path, **given: Any) -> int:
+    """Pair the pictures of finished runs into a survey.
+
+    Runs of one method and one concept are compared: the one named first is the candidate.
+    What they have not drawn yet is drawn first.
+
+    Parameters
+    ----------
+    runs
+        Folders of finished runs, two for each concept.
+    """
+    config = SurveyBuildConfig(**given)
+    if problems := survey_problems(config):
+        raise RefusedInput(problems)
+    from dvar.laboratory.survey.build import build
+    from dvar.laboratory.survey.plan import QUESTIONS
+
+    made = build(runs, config)
+    for pair in made.runs:
+        told = f"{pair['candidate']} ({made.candidate}) against {pair['baseline']} ({made.baseline})"
+        print(f"compares  {pair['method']}, {pair['concept']}: {told}")
+    for question in QUESTIONS:
+        print(f"asks      {len(made.of(question, 'pair'))} pairs about {question}")
+    print(f"survey    {config.output_dir}")
+    print(f"next      dvar survey serve {shlex.quote(config.output_dir)}")
+    return 0
+
+
+@survey.command
+@_with_flags_of(SurveyServeConfig)
+def serve(folder: Path, /, **given: Any) -> int:
+    """Serve a survey to people's browsers until interrupted.
+
+    Parameters
+    ----------
+    folder
+        Folder of the survey.
+    """
+    config = SurveyServeConfig(**given)
+    if problems := survey_problems(config):
+        raise RefusedInput(problems)
+    from dvar.laboratory.survey.server import serve
+
+    serve(folder, config, lambda line: print(line, flush=True))
+    return 0
+
+
+@survey.command(name="export")
+def export_tasks(
+    folder: Path,
+    /,
+    *,
+    question: Literal["reconstruction", "customization"],
+    pictures: str,
+    output: Path,
+    secret_file: Path | None = None,
+) -> int:
+    """Write the tasks of one question as a table for a platform that finds people to answer.
+
+    Parameters
+    ----------
+    folder
+        Folder of the survey.
+    question
+        Which of the two surveys.
+    pictures
+        Address at which the survey's folder of pictures can be read, such as https://survey.example.org/pictures.
+    output
+        New file, comma-separated.
+    secret_file
+        File with the secret that signs the rows; by default the one in the survey's folder.
+    """
+    from dvar.laboratory.survey.exchange import write_tasks
+    from dvar.laboratory.survey.server import read_secret
+
+    secret = read_secret(folder, str(secret_file) if secret_file else None)
+    print(f"rows      {write_tasks(folder, output, question, secret, pictures)} in {output}")
+    return 0
+
+
+@survey.command(name="import")
+def import_answers(folder: Path, answers: Path, /, *, secret_file: Path | None = None) -> int:
+    """Count the answers in a table with the columns ticket, worker and answer among the survey's votes.
+
+    Parameters
+    ----------
+    folder
+        Folder of the survey.
+    answers
+        Table, separated by commas or tabs; reading it again changes nothing.
+    secret_file
+        File with the secret that signed the rows; by default the one in the survey's folder.
+    """
+    from dvar.laboratory.survey.exchange import read_answers
+    from dvar.laboratory.survey.server import read_secret
+
+    new, known = read_answers(folder, answers, read_secret(folder, str(secret_file) if secret_file else None))
+    print(f"answers   {new} new, {known} counted before")
+    return 0
+
+
+@survey.command(name="score")
+@_with_flags_of(SurveyScoreConfig)
+def score_votes(folder: Path, /, **given: Any) -> int:
+    """Tell what the votes say, and write it as a page.
+
+    Parameters
+    ----------
+    folder
+        Folder of the survey.
+    """
+    config = SurveyScoreConfig(**given)
+    if problems := survey_problems(config):
+        raise RefusedInput(problems)
+    from dvar.laboratory.survey.ballots import Ballots
+    from dvar.laboratory.survey.page import write_page
+    from dvar.laboratory.survey.plan import VOTES, Survey
+    from dvar.laboratory.survey.score import score
+
+    asked = Survey.open(folder)
+    found = score(asked, Ballots(folder / VOTES, asked).votes(), config)
+    for row in found.after:
+        print(f"{row.method}, {row.question}: {row}")
+    print(f"people    {len(found.people)}, {len(found.excluded)} left out for failing the controls")
+    print(f"page      {write_page(folder, asked, found, Path(config.output or folder / 'score.html'))}")
     return 0
 
 
@@ -493,10 +621,6 @@ def _print_outcomes(outcomes: Iterable[Outcome]) -> None:
     for outcome in outcomes:
         table.add_row(outcome.name, "–" if outcome.stop is None else f"{outcome.stop}", outcome.why)
     Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH).print(table)
-
-
-def _unused(folder: Path) -> Path:
-    return next(path for number in count() if not (path := folder / f"{number:02d}.png").exists())
 
 
 def _fail(status: int, lines: Iterable[str]) -> int:

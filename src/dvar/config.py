@@ -15,9 +15,13 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import permutations
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from urllib.parse import urlsplit
 
 from dvar.errors import RefusedInput
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 BUNDLED_MODEL = "mini"
 
@@ -41,6 +45,8 @@ class Range:
 COUNT = Range(1)
 NOT_NEGATIVE = Range(0)
 POSITIVE = Range(0, above=True)
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+"""The addresses under which a machine reaches itself alone."""
 
 
 def setting(default: Any, help: str, allowed: Range | None = None, *, section: str = "", alias: str = "") -> Any:
@@ -162,6 +168,56 @@ class ReplayConfig:
     )
     step_column: str | None = setting(None, "Column of steps in a table; found by its name by default.")
     output: str | None = setting(None, "Picture of the replay to write: a file that ends in .svg or .html.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SurveyBuildConfig:
+    """Every setting of ``dvar survey build``.
+
+    Source: Section 4.4 asks for 10 answers to each pair; the other numbers are ours.
+    """
+
+    output_dir: str = setting("survey", "Folder of the survey.", section="The survey")
+    candidate: str = setting("DVAR", "What to call the run that is named first of two.")
+    baseline: str = setting("baseline", "What to call the run that is named second.")
+    overlap: int = setting(10, "People who are asked about each pair.", COUNT)
+    per_person: int = setting(40, "Pairs that one person is asked about in each of the two surveys, at most.", COUNT)
+    control_every: int = setting(6, "One task in this many is a control with an obvious answer.", Range(2))
+    seed: int = setting(0, "Seed of orders and sides.", NOT_NEGATIVE)
+
+    draw: bool = setting(
+        True, "Draw what the runs have not drawn yet; otherwise pair what is there.", section="Pictures"
+    )
+    scenes: str | None = setting(
+        None, "Text file of scenes, such as 'on the beach', one a line; eight of our own by default."
+    )
+    pictures_per_prompt: int = setting(2, "Pictures that each run draws of each prompt.", COUNT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SurveyServeConfig:
+    """Every setting of ``dvar survey serve``: by default this machine alone can reach it."""
+
+    host: str = setting("127.0.0.1", "Address to listen on; another than this machine's own needs the two below.")
+    port: int = setting(8000, "Port to listen on; 0 takes a free one.", Range(0, 65536))
+    public_url: str | None = setting(None, "Address that people open, such as https://survey.example.org.")
+    secret_file: str | None = setting(
+        None,
+        "File with a secret of at least 32 characters that signs everything; by default one in the survey's folder.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SurveyScoreConfig:
+    """Every setting of ``dvar survey score``."""
+
+    min_accuracy: float = setting(
+        0.8, "Share of the controls that must be right for a person's votes to count.", NOT_NEGATIVE
+    )
+    confidence: float = setting(0.95, "Share of samples in which an interval holds the truth.", Range(0.5, 1))
+    resamples: int = setting(2000, "Samples of people and concepts behind the clustered intervals.", Range(100))
+    seed: int = setting(0, "Seed of those samples.", NOT_NEGATIVE)
+    output: str | None = setting(None, "Page to write; score.html in the survey's folder by default.")
 
 
 Conflicts = Iterator[tuple[set[str], str]]
@@ -507,7 +563,33 @@ def replay_problems(config: ReplayConfig) -> list[str]:
     return problems
 
 
-def _faults(config: Settings | ReplayConfig) -> Iterator[tuple[str, str]]:
+def survey_problems(config: SurveyBuildConfig | SurveyServeConfig | SurveyScoreConfig) -> list[str]:
+    """Everything wrong with these settings by themselves, a line each; empty when in order."""
+    problems = [said for _, said in _faults(config)]
+    match config:
+        case SurveyBuildConfig():
+            if config.candidate == config.baseline:
+                said = f"candidate and baseline must have different names, got {config.candidate!r} twice"
+                problems.append(f"{said}: rename one")
+        case SurveyServeConfig():
+            problems += _public_problems(config)
+        case SurveyScoreConfig():
+            if not problems and config.min_accuracy > 1:
+                problems.append(f"min_accuracy must be at most 1, got {config.min_accuracy}: give a share")
+    return problems
+
+
+def _public_problems(config: SurveyServeConfig) -> Iterator[str]:
+    if config.host not in LOOPBACK:
+        for name, value in (("public_url", config.public_url), ("secret_file", config.secret_file)):
+            if not value:
+                yield f"{name} is missing: it is needed to listen on {config.host}, where others can reach it"
+    url = urlsplit(config.public_url or "https://host")
+    if url.scheme not in ("http", "https") or not url.hostname or url.path.strip("/") or url.query or url.fragment:
+        yield f"public_url must be like https://survey.example.org, got {config.public_url!r}: drop the rest"
+
+
+def _faults(config: DataclassInstance) -> Iterator[tuple[str, str]]:
     """(setting, what is wrong) for each value of a wrong type or out of its range."""
     annotations = get_type_hints(type(config))
     for item in fields(config):
@@ -575,7 +657,7 @@ def _initializer_conflicts(config: AnyConfig) -> Conflicts:
         yield {"initializer", "clip_model"}, said
 
 
-def aliases(known: type[Settings | ReplayConfig | ReproduceConfig]) -> dict[str, str]:
+def aliases(known: type[DataclassInstance]) -> dict[str, str]:
     """Other name to the name of the setting it stands for."""
     return {item.metadata["alias"]: item.name for item in fields(known) if item.metadata["alias"]}
 
