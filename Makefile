@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all check docs setup clean
+.PHONY: demo survey test test-all check docs setup clean
 
 setup: $(VENV)/.ready
 
@@ -22,6 +22,17 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 demo: setup
 	env -u OMP_NUM_THREADS $(RUN)/dvar demo
+
+# The same mug learned by DVAR and up to the cap, and the two compared in a browser; the first time it trains for some 15 minutes.
+MUG = --instance_data_dir src/dvar/mini/concepts/red_striped_mug --initializer_token mug
+runs/survey-%/result.json: | setup
+	env -u OMP_NUM_THREADS $(RUN)/dvar train textual-inversion $(MUG) --output_dir $(@D) $(FLAGS)
+runs/survey-full/result.json: FLAGS = --threshold 1e-9 --probe_every 25
+runs/survey/survey.json: runs/survey-stopped/result.json runs/survey-full/result.json
+	env -u OMP_NUM_THREADS $(RUN)/dvar survey build $(^D) --output_dir $(@D) --baseline "full training"
+
+survey: runs/survey/survey.json
+	$(RUN)/dvar survey serve $(<D)
 
 test: setup
 	$(RUN)/python -m pytest -n 2 -m "not slow"

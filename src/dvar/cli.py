@@ -80,7 +80,8 @@ def main(tokens: Sequence[str] | None = None) -> int:
         except ModuleNotFoundError as error:
             if str(error.name).partition(".")[0] == "dvar":
                 raise
-            return _fail(FAILED, [f"this command needs {error.name}: pip install 'dvar[train]'"])
+            extra = "survey" if error.name in ("starlette", "uvicorn", "jinja2", "itsdangerous") else "train"
+            return _fail(FAILED, [f"this command needs {error.name}: pip install 'dvar[{extra}]'"])
         except KeyboardInterrupt:
             return _fail(INTERRUPTED, ["interrupted"])
 
@@ -434,7 +435,7 @@ def score_votes(folder: Path, /, **given: Any) -> int:
     for row in found.after:
         print(f"{row.method}, {row.question}: {row}")
     print(f"people    {len(found.people)}, {len(found.excluded)} left out for failing the controls")
-    print(f"page      {write_page(folder, asked, found, Path(config.output or folder / 'score.html'))}")
+    print(f"page      {write_page(folder, found, Path(config.output or folder / 'score.html'))}")
     return 0
 
 

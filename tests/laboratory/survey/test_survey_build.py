@@ -173,7 +173,8 @@ def test_missing_pictures_are_drawn_by_both_runs(tmp_path: Path, monkeypatch: py
     def sample(folder: Path, prompts: list[str], seeds: list[int], **_: object) -> list[Image.Image]:
         asked.append((folder.name, list(prompts), list(seeds)))
         return [
-            Image.new("RGB", (64, 64), (len(prompt), seed, len(folder.name))) for prompt, seed in zip(prompts, seeds)
+            Image.new("RGB", (64, 64), (len(prompt), seed, len(folder.name)))
+            for prompt, seed in zip(prompts, seeds, strict=True)
         ]
 
     monkeypatch.setitem(sys.modules, "dvar.diffusion.sampling", SimpleNamespace(sample=sample))

@@ -219,7 +219,7 @@ class Ballots:
             stretch, place = divmod(had + met_controls, every)
             # One control in each stretch of tasks, where its own draw puts it; one at the end if there was none.
             due = met_controls <= stretch and place >= key(seed, worker, question, stretch) % every
-            if left and (due if pair else had and not met_controls):
+            if left and (pair or had) and (due or not (pair or met_controls)):
                 return left[0]
             if pair:
                 return pair

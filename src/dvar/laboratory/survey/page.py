@@ -9,7 +9,7 @@ from pathlib import Path
 from dvar.laboratory import figures
 from dvar.laboratory.markup import Html, element, join
 from dvar.laboratory.report import POLICY
-from dvar.laboratory.survey.plan import PICTURES, Survey
+from dvar.laboratory.survey.plan import PICTURES
 from dvar.laboratory.survey.score import Row, Score, Tally
 from dvar.laboratory.survey.statistics import Interval
 from dvar.laboratory.survey.wording import THE_OBJECT, WORDING
@@ -19,7 +19,7 @@ LEAST_VOTES = 3  # fewer votes on a pair say nothing about agreement
 STYLES = ("charts.css", "report.css", "survey/score.css")
 
 
-def write_page(folder: Path, survey: Survey, score: Score, path: Path) -> Path:
+def write_page(folder: Path, score: Score, path: Path) -> Path:
     """Return ``path``, written: one file that loads nothing and runs no script; the same votes give the same bytes."""
     sheets = "".join(files("dvar.laboratory").joinpath(name).read_text(encoding="utf-8") for name in STYLES)
     head = element(

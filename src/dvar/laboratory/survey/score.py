@@ -146,8 +146,8 @@ def score(survey: Survey, votes: Iterable[Vote], config: SurveyScoreConfig | Non
         baseline=survey.baseline,
         wanted=survey.overlap * sum(len(survey.of(question, "pair")) for question in QUESTIONS),
         votes=len(pairs),
-        before=_rows(pairs, config),
-        after=_rows(kept, config),
+        before=_rows(survey, pairs, config),
+        after=_rows(survey, kept, config),
         people=people,
         tallies=_tallies(kept),
         left=leftward / len(decided) if decided else 0.5,
@@ -157,11 +157,11 @@ def score(survey: Survey, votes: Iterable[Vote], config: SurveyScoreConfig | Non
     )
 
 
-def _rows(votes: Sequence[Vote], config: SurveyScoreConfig) -> tuple[Row, ...]:
+def _rows(survey: Survey, votes: Sequence[Vote], config: SurveyScoreConfig) -> tuple[Row, ...]:
     groups = _grouped(votes, lambda vote: (vote.task.method, vote.task.question))
     return tuple(
         _row(method, question, groups[method, question], config)
-        for method in dict.fromkeys(method for method, _ in groups)
+        for method in dict.fromkeys(task.method for task in survey.tasks)
         for question in QUESTIONS
         if (method, question) in groups
     )

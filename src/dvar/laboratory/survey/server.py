@@ -64,13 +64,14 @@ def serve(folder: str | Path, config: SurveyServeConfig, say: Callable[[str], No
     app = application(folder, survey, secret, config.public_url, None if config.host in LOOPBACK else config.host)
     settings = uvicorn.Config(app, host=config.host, port=config.port, log_level="warning", access_log=False)
     server = uvicorn.Server(settings)
-    sockets = [settings.bind_socket()]
-    port = sockets[0].getsockname()[1]
+    listening = settings.bind_socket()
+    listening.listen(settings.backlog)  # whoever reads the address below is not turned away
+    port = listening.getsockname()[1]
     host = f"[{config.host}]" if ":" in config.host else config.host
     base = (config.public_url or f"http://{host}:{port}").rstrip("/")
     say(f"survey    {base}/")
     say(f"progress  {base}/admin?token={admin_token(secret)}")
-    server.run(sockets=sockets)
+    server.run(sockets=[listening])
 
 
 def read_secret(folder: Path, path: str | None = None) -> str:
@@ -221,7 +222,7 @@ class Pages:
         self.checked(request, given, f"vote {number}")
         outcome, task = await run_in_threadpool(self.ballots.vote, worker, int(number), given.get("answer", ""))
         if outcome == "refused" or task is None:
-            raise HTTPException(409, "This task has your answer already, and the first answer counts.")
+            raise HTTPException(409, "This answer is not counted: the first one to a task stands.")
         request.session["told"] = [outcome, task.lesson]
         return see("/task")
 

@@ -109,7 +109,7 @@ def rate(ballots: Ballots, raters: Sequence[Rater], truth: Truth, seed: int = 0)
         going = still
 
 
-def table2(*, careful: int = 40, careless: int = 10, seed: int = 0) -> tuple[Score, Truth]:
+def table2(*, careful: int = 40, careless: int = 10, concepts: int = 12, seed: int = 0) -> tuple[Score, Truth]:
     """Return the score of simulated people on an imagined survey of the paper's three methods, and the truth they had.
 
     The truth's shares are the paper's; how they split into better and equal is assumed (`split`). Careful people look
@@ -118,7 +118,7 @@ def table2(*, careful: int = 40, careless: int = 10, seed: int = 0) -> tuple[Sco
     truth = {cell: split(share) for cell, share in TABLE_2.items()}
     methods = list(dict.fromkeys(method for method, _ in TABLE_2))
     config = SurveyBuildConfig(per_person=36, seed=seed)
-    survey = imagined(methods, concepts=12, prompts=4, config=config)
+    survey = imagined(methods, concepts=concepts, prompts=4, config=config)
     ballots = Ballots(":memory:", survey)
     raters = [Rater(1.0)] * careful + [Rater(0.0, left=0.3)] * careless
     order = np.random.default_rng(seed).permutation(len(raters))

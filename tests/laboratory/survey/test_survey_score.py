@@ -1,0 +1,264 @@
+"""The score: counted votes, who is left out, the page; tables for platforms and back; simulated people."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_survey import small_survey
+
+pytest.importorskip("itsdangerous", reason="needs the extra: pip install 'dvar[survey]'")
+
+from dvar.cli import main
+from dvar.config import SurveyBuildConfig, SurveyScoreConfig, survey_problems
+from dvar.errors import RefusedInput
+from dvar.laboratory.survey.ballots import Ballots, Vote
+from dvar.laboratory.survey.exchange import read_answers, write_tasks
+from dvar.laboratory.survey.page import write_page
+from dvar.laboratory.survey.plan import PICTURES, VOTES
+from dvar.laboratory.survey.score import score
+from dvar.laboratory.survey.server import read_secret
+from dvar.laboratory.survey.simulation import TABLE_2, Chances, Rater, imagined, rate, split, table2
+from dvar.laboratory.survey.statistics import wilson
+
+KEY = "k" * 40
+SURVEY = imagined(["a", "b"], concepts=2, prompts=2, config=SurveyBuildConfig())
+PAIRS = [task for task in SURVEY.of("reconstruction", "pair") if task.method == "a"]
+CONTROLS = SURVEY.of("reconstruction", "control")
+
+
+def votes(worker: str, answers: str, right: int = 1, wrong: int = 0, left: str = "first") -> list[Vote]:
+    """A person's votes on the pairs of method a: + better, = equal, - worse; and on controls."""
+    meant = {"+": "first", "=": "equal", "-": "second"}
+    cast = [Vote(worker, task, left, meant[mark], 3.0) for task, mark in zip(PAIRS, answers, strict=False)]  # type: ignore[arg-type]
+    checks = [Vote(worker, task, left, task.expected, 1.0) for task in CONTROLS[:right]]  # type: ignore[arg-type]
+    missed = [Vote(worker, CONTROLS[0], left, "equal", 1.0)] * wrong  # type: ignore[arg-type]
+    return [*cast, *checks, *missed]
+
+
+def test_votes_are_counted_as_table_2_has_them_and_as_it_hides_them() -> None:
+    found = score(SURVEY, [*votes("1", "++=-"), *votes("2", "+==-", left="second")])
+    (row,) = found.after
+    assert (row.method, row.question, row.people, row.concepts) == ("a", "reconstruction", 2, 2)
+    assert (row.better, row.equal, row.worse, row.votes) == (3, 3, 2, 8)
+    assert row.share == 6 / 8
+    assert row.win == 3 / 5
+    assert row.interval == wilson(6, 8)
+    assert found.before == found.after
+    # Person 1 saw the candidate on the left: 2 of 3 decided votes went left; person 2 on the right: 1 of 2.
+    assert (found.left, found.left_interval) == (3 / 5, wilson(3, 5))
+    assert [(tally.better, tally.equal, tally.worse) for tally in found.tallies] == [
+        (2, 0, 0),
+        (1, 1, 0),
+        (0, 2, 0),
+        (0, 0, 2),
+    ]
+    assert [tally.agreement for tally in found.tallies] == [1, 0, 1, 1]
+
+
+def test_who_fails_the_controls_is_left_out_and_the_score_before_it_is_kept() -> None:
+    cast = [*votes("good", "++++", right=2), *votes("bad", "----", wrong=1), *votes("new", "====", right=0)]
+    found = score(SURVEY, cast)
+    assert [(person.name, person.right, person.controls, person.excluded) for person in found.people] == [
+        ("good", 2, 2, False),
+        ("bad", 1, 2, True),
+        ("new", 0, 0, False),
+    ]
+    assert [(row.better, row.equal, row.worse) for row in (*found.before, *found.after)] == [(4, 4, 4), (4, 4, 0)]
+    assert score(SURVEY, cast, SurveyScoreConfig(min_accuracy=0.5)).after == found.before
+
+
+def test_nobody_and_nobody_left_are_told(tmp_path: Path) -> None:
+    empty = score(SURVEY, [])
+    assert (empty.before, empty.votes, empty.left) == ((), 0, 0.5)
+    page = write_page(tmp_path, empty, tmp_path / "score.html").read_text()
+    assert "Nobody has answered yet." in page
+    gone = score(SURVEY, votes("bad", "++--", right=0, wrong=2))
+    assert gone.after == ()
+    assert "nobody left" in write_page(tmp_path, gone, tmp_path / "score.html").read_text()
+
+
+def test_settings_are_checked() -> None:
+    assert survey_problems(SurveyScoreConfig()) == []
+    assert len(survey_problems(SurveyScoreConfig(min_accuracy=1.5))) == 1
+    assert len(survey_problems(SurveyScoreConfig(confidence=1.0, resamples=3))) == 2
+
+
+def voted(folder: Path, survey, people: int = 3) -> Ballots:  # type: ignore[no-untyped-def]
+    box = Ballots(folder / VOTES, survey)
+    truth = {
+        ("textual-inversion", question): Chances(0.6, 0.2, 0.2) for question in ("reconstruction", "customization")
+    }
+    rate(box, [Rater(1.0)] * people, truth)  # type: ignore[arg-type]
+    return box
+
+
+def test_the_page_shows_the_table_and_the_pictures_and_loads_nothing(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    folder, survey = small_survey(tmp_path)
+    voted(folder, survey)
+    assert main(["survey", "score", str(folder)]) == 0
+    told = capsys.readouterr().out.splitlines()
+    found = score(survey, Ballots(folder / VOTES, survey).votes())
+    assert told[0] == f"textual-inversion, reconstruction: {found.after[0]}"
+    assert told[-1] == f"page      {folder / 'score.html'}"
+    page = (folder / "score.html").read_text()
+    for row in found.after:
+        assert f"{100 * row.share:.1f} %" in page
+        assert f"{row.better} · {row.equal} · {row.worse}" in page
+    assert "Where people agreed most" in page
+    assert page.count("data:image/") == 4 * 2 * 3
+    assert "<script" not in page
+    assert 'src="http' not in page
+    assert (folder / "score.html").read_bytes() == write_page(folder, found, tmp_path / "again.html").read_bytes()
+
+
+# Tables
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def answered(path: Path, table: list[dict[str, str]], names: tuple[str, str, str], delimiter: str = ",") -> Path:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, delimiter=delimiter)
+        writer.writerow(names)
+        for worker in ("W1", "W2"):
+            writer.writerows([worker, row["ticket"], row["expected"] or "left"] for row in table[::2])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("names", "delimiter"),
+    [
+        (("worker", "ticket", "answer"), ","),
+        (("WorkerId", "Input.ticket", "Answer.answer"), ","),
+        (("ASSIGNMENT:worker_id", "INPUT:ticket", "OUTPUT:answer"), "\t"),
+    ],
+)
+def test_answers_of_a_platform_come_back_as_votes(tmp_path: Path, names: tuple[str, str, str], delimiter: str) -> None:
+    folder, survey = small_survey(tmp_path)
+    table = tmp_path / "tasks.csv"
+    written = write_tasks(folder, table, "customization", KEY, "https://a.example/pictures/")
+    listed = rows(table)
+    assert written == len(listed)
+    pairs = [row for row in listed if row["role"] == "pair"]
+    assert len(pairs) == 2 * len(survey.of("customization", "pair"))
+    assert [int(row["people"]) for row in pairs[:2]] == [5, 5]
+    assert {row["left"] for row in pairs[:2]} == {row["right"] for row in pairs[:2]}, "both sides are asked"
+    assert all(row["left"].startswith("https://a.example/pictures/") for row in listed)
+    assert all(row["description"].startswith("a photo of the object ") for row in listed)
+    path = answered(tmp_path / "answers", listed, names, delimiter)
+    given = 2 * len(listed[::2])
+    assert read_answers(folder, path, KEY) == (given, 0)
+    assert read_answers(folder, path, KEY) == (0, given), "read again, nothing is counted twice"
+    counted = Ballots(folder / VOTES, survey).votes()
+    assert len(counted) == given
+    sides = {row["ticket"]: row for row in listed}
+    assert len(sides) == len(listed)
+    for vote in counted:
+        if vote.task.role == "pair":
+            assert vote.answer == vote.left_side, "left was answered"
+        elif vote.task.role == "control":
+            assert vote.answer == "first"
+
+
+def test_a_wrong_table_is_refused_whole(tmp_path: Path) -> None:
+    folder, survey = small_survey(tmp_path)
+    table = tmp_path / "tasks.csv"
+    write_tasks(folder, table, "customization", KEY, "https://a.example")
+    good = [row for row in rows(table) if row["role"] == "pair"]
+    wrong = tmp_path / "wrong.csv"
+    lines = [
+        f"W1,{good[0]['ticket']},left",
+        f"W1,{good[0]['ticket'][:-3]}abc,left",
+        f"W1,{good[1]['ticket']},better",
+        f",{good[1]['ticket']},left",
+        f"W1,{good[1]['ticket']},left",
+    ]
+    wrong.write_text("\n".join(["worker,ticket,answer", *lines]) + "\n")
+    with pytest.raises(RefusedInput) as refused:
+        read_answers(folder, wrong, KEY)
+    said = refused.value.problems
+    assert ["line 3" in said[0], "line 4" in said[1], "line 5" in said[2], "twice" in said[3]] == [True] * 4
+    assert Ballots(folder / VOTES, survey).votes() == ()
+    (tmp_path / "none.csv").write_text("worker,answer\nW1,left\n")
+    for name in ("none.csv", "missing.csv"):
+        with pytest.raises(RefusedInput):
+            read_answers(folder, tmp_path / name, KEY)
+    with pytest.raises(RefusedInput, match="there already"):
+        write_tasks(folder, table, "customization", KEY, "https://a.example")
+
+
+def test_the_commands_sign_with_the_surveys_own_secret(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    folder, _ = small_survey(tmp_path)
+    table = tmp_path / "tasks.csv"
+    words = ["--question", "reconstruction", "--pictures", "https://a.example", "--output", str(table)]
+    assert main(["survey", "export", str(folder), *words]) == 0
+    path = answered(tmp_path / "answers.csv", rows(table), ("worker", "ticket", "answer"))
+    assert main(["survey", "import", str(folder), str(path)]) == 0
+    assert " new, 0 counted before" in capsys.readouterr().out
+    assert read_secret(folder)
+    assert not list((folder / PICTURES).glob("secret*"))
+
+
+def test_no_cell_is_a_formula(tmp_path: Path) -> None:
+    folder, _ = small_survey(tmp_path)
+    plan = folder / "survey.json"
+    plan.write_text(plan.read_text().replace("a photo of {} at night", "=HYPERLINK({})"))
+    write_tasks(folder, tmp_path / "tasks.csv", "customization", KEY, "https://a.example")
+    assert "'=HYPERLINK(the object)" in {row["description"] for row in rows(tmp_path / "tasks.csv")}
+
+
+# Simulated people
+
+
+def test_a_rater_answers_as_often_as_their_chances_say() -> None:
+    survey = imagined(["a"], concepts=1, prompts=1, config=SurveyBuildConfig())
+    pair = Ballots(":memory:", survey)
+    pair.join()
+    shown = pair.current(1)
+    assert shown is not None
+    draws, said = np.random.default_rng(0), []
+    for _ in range(3000):
+        said.append(Rater(0.7, left=0.3).answer(shown, {}, draws))
+    # A training task: right with 0.7, else at random, where left has 1.3 / 3, equal 1 / 3, right 0.7 / 3.
+    right = str(shown.task.expected)
+    blind = 1.3 if right == shown.left_side else 0.7
+    assert said.count(right) / 3000 == pytest.approx(0.7 + 0.3 * blind / 3, abs=0.025)  # type: ignore[arg-type]
+    assert said.count("equal") / 3000 == pytest.approx(0.1, abs=0.02)
+
+
+def recovered(careful: int, careless: int, concepts: int) -> None:
+    found, truth = table2(careful=careful, careless=careless, concepts=concepts)
+    assert [(row.method, row.question) for row in found.after] == list(TABLE_2)
+    assert [person.votes > 0 for person in found.people] == [True] * len(found.people)
+    assert len(found.excluded) == careless, "every careless person fails, no careful one"
+    for row in found.after:
+        meant = truth[row.method, row.question]
+        assert meant.share in row.wide
+        assert meant.better / (meant.better + meant.worse) in row.win_wide
+        assert row.strength is not None
+        assert np.log(meant.better / meant.worse) in row.strength.interval or row.question == "customization"
+    assert 0.5 in found.left_interval
+    pulled = [abs(row.share - truth[row.method, row.question].share) for row in found.before]
+    assert sum(pulled) > sum(abs(row.share - truth[row.method, row.question].share) for row in found.after)
+
+
+def test_the_truth_that_simulated_people_were_given_lies_in_the_intervals() -> None:
+    recovered(careful=12, careless=4, concepts=4)
+
+
+@pytest.mark.slow
+def test_and_with_fifty_people_too() -> None:
+    recovered(careful=40, careless=10, concepts=12)
+
+
+def test_a_split_keeps_its_share() -> None:
+    chances = split(0.6)
+    assert sum(chances) == pytest.approx(1)
+    assert chances.share == pytest.approx(0.6)
+    assert chances.equal == pytest.approx(0.2)

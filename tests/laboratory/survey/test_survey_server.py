@@ -1,0 +1,386 @@
+"""The survey's pages: a person's way through them without scripts, and a table of attacks that are all refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_survey import small_survey
+
+pytest.importorskip("starlette", reason="needs the extra: pip install 'dvar[survey]'")
+from starlette.testclient import TestClient
+
+from dvar.config import SurveyServeConfig, survey_problems
+from dvar.errors import RefusedInput
+from dvar.laboratory.survey.ballots import Ballots
+from dvar.laboratory.survey.plan import PICTURES, SECRET, VOTES, Survey
+from dvar.laboratory.survey.server import BODY, admin_token, application, read_secret, serve
+
+KEY = "k" * 40
+HOME = "http://127.0.0.1:8000"
+NASTY = "<script>alert(1)</script>\"'>&lt;"
+
+
+@dataclass
+class Page(HTMLParser):
+    """What a page holds: its text, elements and hidden fields."""
+
+    source: str
+    text: str = ""
+    elements: list[tuple[str, dict[str, str | None]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self.feed(self.source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def of(self, tag: str) -> list[dict[str, str | None]]:
+        return [found for name, found in self.elements if name == tag]
+
+    @property
+    def hidden(self) -> dict[str, str]:
+        return {str(f["name"]): str(f["value"]) for f in self.of("input") if f.get("type") == "hidden"}
+
+
+class Someone:
+    """A browser without scripts."""
+
+    def __init__(self, app: Any) -> None:
+        self.http = TestClient(app, base_url=HOME)
+
+    def page(self, path: str = "/task") -> Page:
+        answer = self.http.get(path)
+        assert answer.status_code == 200, answer.text
+        return Page(answer.text)
+
+    def begin(self, name: str = "Ada") -> Page:
+        answer = self.http.post("/join", data={**self.page("/").hidden, "name": name})
+        assert answer.status_code == 200
+        return Page(answer.text)
+
+    def press(self, page: Page, answer: str) -> Any:
+        return self.http.post("/vote", data={**page.hidden, "answer": answer}, follow_redirects=False)
+
+
+@dataclass
+class Place:
+    folder: Path
+    survey: Survey
+    app: Any
+
+    @property
+    def votes(self) -> tuple[Any, ...]:
+        return Ballots(self.folder / VOTES, self.survey).votes()
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    folder, survey = small_survey(tmp_path)
+    return Place(folder, survey, application(folder, survey, KEY))
+
+
+def expected(place: Place, page: Page) -> str | None:
+    """The right button of a training or control task, as its pictures tell."""
+    left = next(str(f["src"]) for f in page.of("img") if f.get("alt") == "Left picture")
+    right = next(str(f["src"]) for f in page.of("img") if f.get("alt") == "Right picture")
+    for task in place.survey.tasks:
+        if task.role != "pair" and {left, right} == {f"/pictures/{task.first}.png", f"/pictures/{task.second}.png"}:
+            if task.first == task.second:
+                return "equal"
+            return "left" if left == f"/pictures/{task.first}.png" else "right"
+    return None
+
+
+def test_a_person_goes_from_the_first_page_to_thanks_without_scripts(place: Place) -> None:
+    someone = Someone(place.app)
+    page, seen = someone.begin(), 0
+    while "Thank you" not in page.text:
+        answer = expected(place, page) or "left"
+        if seen == 0:
+            wrong = next(word for word in ("left", "right", "equal") if word != answer)
+            assert someone.press(page, wrong).status_code == 303
+            page = someone.page()
+            assert "Not quite." in page.text
+            assert "Please answer again." in page.text
+        told = someone.press(page, answer)
+        assert (told.status_code, told.headers["location"]) == (303, "/task")
+        page, seen = someone.page(), seen + 1
+        if "Thank you" not in page.text:
+            assert [f["value"] for f in page.of("progress")] == [f"{seen}"]
+        assert seen < 50
+    assert (
+        seen
+        == len(place.votes)
+        == sum(place.survey.longest(question) for question in ("reconstruction", "customization"))
+    )
+    assert f"Your {seen} answers are recorded" in page.text
+    assert {vote.worker for vote in place.votes} == {"1 Ada"}
+
+
+def test_reload_back_and_another_tab_show_the_task_that_is_open(place: Place) -> None:
+    someone = Someone(place.app)
+    first = someone.begin()
+    assert someone.page().hidden["task"] == first.hidden["task"] == someone.page().hidden["task"]
+    assert "Go on" in someone.page("/").text
+    assert someone.press(first, expected(place, first) or "left").status_code == 303
+    assert someone.press(first, expected(place, first) or "left").status_code == 303, "pressed twice: no harm"
+    assert len(place.votes) == 1
+    assert someone.page().hidden["task"] != first.hidden["task"]
+
+
+def test_the_own_link_goes_on_in_another_browser(place: Place) -> None:
+    someone = Someone(place.app)
+    page = someone.begin()
+    link = next(str(f["href"]) for f in page.of("a") if str(f["href"]).startswith("/resume/"))
+    elsewhere = Someone(place.app)
+    assert elsewhere.page(link).hidden["task"] == page.hidden["task"]
+
+
+def test_a_restarted_server_knows_everyone(place: Place) -> None:
+    someone = Someone(place.app)
+    page = someone.begin()
+    someone.http.app = application(place.folder, place.survey, KEY)  # type: ignore[assignment]
+    again = Someone(someone.http.app)
+    again.http.cookies = someone.http.cookies
+    assert again.page().hidden["task"] == page.hidden["task"]
+
+
+def test_pages_have_what_a_screen_reader_and_a_keyboard_need(place: Place) -> None:
+    someone = Someone(place.app)
+    for page in (someone.page("/"), someone.begin()):
+        assert page.of("html")[0]["lang"] == "en"
+        assert len(page.of("h1")) == 1
+        assert len(page.of("main")) == 1
+        assert all(found.get("alt") for found in page.of("img"))
+        named = {found["for"] for found in page.of("label")}
+        fields = [f for f in [*page.of("input"), *page.of("progress")] if f.get("type") != "hidden"]
+        assert {found["id"] for found in fields} <= named
+    buttons = page.of("button")
+    assert [(found["value"], found["data-key"]) for found in buttons] == [("left", "1"), ("right", "2"), ("equal", "0")]
+
+
+def test_pages_name_no_method_no_rival_and_no_path(place: Place) -> None:
+    someone = Someone(place.app)
+    page = someone.begin()
+    words = {"textual", "inversion", "stopped", "full", "dvar", "baseline", "control", str(place.folder), "mug"}
+    for _ in range(8):
+        low = page.source.lower()
+        assert not [word for word in words if word.lower() in low]
+        someone.press(page, expected(place, page) or "right")
+        page = someone.page()
+    picture = someone.http.get(str(page.of("img")[0]["src"]))
+    assert picture.headers["content-type"] == "image/png"
+    assert not {"last-modified", "etag"} & set(picture.headers)
+
+
+def test_what_people_and_prompts_say_is_shown_and_never_carried_out(place: Place) -> None:
+    someone, shown = Someone(place.app), ""
+    page = someone.begin(NASTY)
+    while "Thank you" not in page.text:
+        shown += page.source
+        assert [f.get("src") for f in page.of("script")] == ["/static/keys.js"]
+        someone.press(page, expected(place, page) or "left")
+        page = someone.page()
+    assert "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;" in shown, "a scene of the survey"
+    admin = Page(someone.http.get(f"/admin?token={admin_token(KEY)}").text)
+    assert not admin.of("script")
+    assert NASTY in admin.text
+
+
+def test_the_page_of_progress_needs_its_token_and_tells_who_fails(place: Place) -> None:
+    someone = Someone(place.app)
+    page = someone.begin("Careless")
+    while "Thank you" not in page.text:
+        right = expected(place, page)
+        someone.press(page, "equal")
+        if right not in (None, "equal"):
+            someone.press(page, str(right))  # of training; a control's second answer is refused
+        page = someone.page()
+    assert someone.http.get("/admin").status_code == 403
+    admin = Page(someone.http.get(f"/admin?token={admin_token(KEY)}").text)
+    assert "Careless (left out)" in admin.text
+    assert re.search(r"1 people, 8 answers to pairs of 80 wanted", admin.text)
+    assert admin_token(KEY) not in admin.source
+
+
+# Attacks
+
+
+def forged(place: Place, someone: Someone, page: Page) -> Any:
+    fields = {**page.hidden, "answer": "left"}
+    head, signature = fields["ticket"].rsplit(".", 1)
+    return someone.http.post("/vote", data={**fields, "ticket": f"{head}.{signature[::-1]}"})
+
+
+def other_key(place: Place, someone: Someone, page: Page) -> Any:
+    evil = Someone(application(place.folder, place.survey, "e" * 40))
+    return someone.http.post("/vote", data={**evil.begin().hidden, "task": page.hidden["task"], "answer": "left"})
+
+
+def other_person(place: Place, someone: Someone, page: Page) -> Any:
+    thief = Someone(place.app)
+    thief.begin("Thief")
+    return thief.http.post("/vote", data={**page.hidden, "answer": "left"})
+
+
+def other_task(place: Place, someone: Someone, page: Page) -> Any:
+    return someone.http.post("/vote", data={**page.hidden, "task": str(int(page.hidden["task"]) + 1), "answer": "left"})
+
+
+def other_purpose(place: Place, someone: Someone, page: Page) -> Any:
+    ticket = someone.page("/").hidden["ticket"]
+    return someone.http.post("/vote", data={**page.hidden, "ticket": ticket, "answer": "left"})
+
+
+def forged_cookie(place: Place, someone: Someone, page: Page) -> Any:
+    thief = Someone(place.app)
+    thief.http.cookies.set("survey", "eyJ3b3JrZXIiOiAxfQ==.aaaaaa.bbbbbbbbbbbbbbbbbbbbbbbbbbb")
+    return thief.http.post("/vote", data={**page.hidden, "answer": "left"})
+
+
+def replayed(place: Place, someone: Someone, page: Page) -> Any:
+    right = expected(place, page) or "left"
+    assert someone.press(page, right).status_code == 303
+    return someone.press(page, "right" if right == "left" else "left")
+
+
+def no_button(place: Place, someone: Someone, page: Page) -> Any:
+    return someone.press(page, "first")
+
+
+def posted(path: str = "/vote", **request: Any) -> Callable[[Place, Someone, Page], Any]:
+    def attack(place: Place, someone: Someone, page: Page) -> Any:
+        given = {"data": {**page.hidden, "answer": "left"}, **request}
+        return someone.http.post(path, **given)
+
+    return attack
+
+
+def fetched(path: str, **headers: str) -> Callable[[Place, Someone, Page], Any]:
+    return lambda place, someone, page: someone.http.get(path, headers=headers)
+
+
+def endless(place: Place, someone: Someone, page: Page) -> Any:
+    def parts() -> Any:
+        for _ in range(100):
+            yield b"x" * BODY
+
+    return someone.http.post("/vote", content=parts(), headers={"content-type": "application/x-www-form-urlencoded"})
+
+
+FORM = {"content-type": "application/x-www-form-urlencoded"}
+ATTACKS: dict[str, tuple[Callable[[Place, Someone, Page], Any], set[int]]] = {
+    "a forged ticket": (forged, {403}),
+    "no ticket": (posted(data={"task": "1", "answer": "left"}), {403}),
+    "a ticket of another secret": (other_key, {403}),
+    "another person's ticket": (other_person, {403}),
+    "a ticket of another task": (other_task, {403}),
+    "a ticket of another purpose": (other_purpose, {403}),
+    "a forged cookie": (forged_cookie, {403}),
+    "an answer replayed with another word": (replayed, {409}),
+    "a post from another site": (posted(headers={"origin": "https://evil.example"}), {403}),
+    "a post from a page without a site": (posted(headers={"origin": "null"}), {403}),
+    "a post that the browser calls cross-site": (posted(headers={"sec-fetch-site": "cross-site"}), {403}),
+    "joining from another site": (posted("/join", headers={"origin": "https://evil.example"}), {403}),
+    "joining without a ticket": (posted("/join", data={"name": "Eve"}), {403}),
+    "an answer that is no button": (no_button, {409}),
+    "an empty form": (posted(data={}, headers=FORM), {403}),
+    "a body that is too large": (posted(content=b"a=" + b"x" * BODY, data=None, headers=FORM), {413}),
+    "a body without end": (endless, {413}),
+    "a thousand fields": (posted(content=b"a=1&" * 900, data=None, headers=FORM), {400}),
+    "bytes that are no text": (posted(content=b"\xff\xfe=%ff", data=None, headers=FORM), {400}),
+    "another kind of body": (posted(json={"answer": "left"}, data=None), {415}),
+    "a number that is none": (posted(data={"task": "1e9", "answer": "left"}), {403}),
+    "a number beyond all": (posted(data={"task": "9" * 400, "answer": "left"}), {403}),
+    "voting by a link": (fetched("/vote?answer=left"), {405}),
+    "a path out of the pictures": (fetched("/pictures/..%2f..%2fsurvey.json"), {404}),
+    "a path out, encoded twice": (fetched("/pictures/%252e%252e%252fsecret.png"), {404}),
+    "the plan": (fetched("/pictures/../survey.json"), {404}),
+    "the secret": (fetched("/static/..%2f..%2f..%2fsecret"), {404}),
+    "the source": (fetched("/static/..%2fserver.py"), {404}),
+    "the votes": (fetched("/votes.sqlite"), {404}),
+    "a zero byte": (fetched("/pictures/a%00.png"), {404}),
+    "a forged link of one's own": (fetched("/resume/MQ.AAAA"), {403}),
+    "progress without a token": (fetched("/admin"), {403}),
+    "progress with a wrong token": (fetched("/admin?token=" + "0" * 32), {403}),
+    "progress with a token that is no ASCII": (fetched("/admin?token=%C3%A9"), {403}),
+    "another host's name": (fetched("/task", host="evil.example"), {400}),
+}
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_an_attack_is_refused_and_changes_nothing(place: Place, name: str) -> None:
+    attack, statuses = ATTACKS[name]
+    someone = Someone(place.app)
+    page = someone.begin()
+    answer = attack(place, someone, page)
+    assert answer.status_code in statuses, answer.text
+    allowed = 1 if name.startswith("an answer replayed") else 0
+    assert len(place.votes) == allowed
+    for word in ("Traceback", str(place.folder), KEY):
+        assert word not in answer.text
+    policy = answer.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+def test_every_page_has_the_headers_and_the_cookie_is_out_of_reach(place: Place) -> None:
+    someone = Someone(place.app)
+    for path in ("/", "/static/survey.css", "/static/keys.js", f"/pictures/{place.survey.pictures[0]}.png"):
+        answer = someone.http.get(path)
+        assert answer.status_code == 200
+        assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
+        assert answer.headers["referrer-policy"] == "same-origin"
+    cookie = Someone(place.app).http.get("/").headers["set-cookie"].lower()
+    assert "httponly" in cookie
+    assert "samesite=lax" in cookie
+    https = Someone(application(place.folder, place.survey, KEY, "https://survey.example.org"))
+    https.http.headers["host"] = "survey.example.org"
+    assert "secure" in https.http.get("/").headers["set-cookie"].lower()
+
+
+def test_the_secret_is_made_once_for_its_owner_alone(tmp_path: Path) -> None:
+    secret = read_secret(tmp_path)
+    assert len(secret) >= 32
+    assert read_secret(tmp_path) == secret
+    assert (tmp_path / SECRET).stat().st_mode & 0o077 == 0
+    assert secret not in admin_token(secret)
+    (tmp_path / "short").write_text("abc")
+    for name in ("short", "missing"):
+        with pytest.raises(RefusedInput, match=name):
+            read_secret(tmp_path, str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, []),
+        ({"host": "::1"}, []),
+        ({"host": "0.0.0.0"}, ["public_url", "secret_file"]),
+        ({"host": "0.0.0.0", "public_url": "https://a.example"}, ["secret_file"]),
+        ({"host": "0.0.0.0", "public_url": "https://a.example", "secret_file": "s"}, []),
+        ({"public_url": "a.example"}, ["public_url"]),
+        ({"public_url": "javascript:alert(1)"}, ["public_url"]),
+        ({"public_url": "https://a.example/path"}, ["public_url"]),
+        ({"port": 70000}, ["port"]),
+    ],
+)
+def test_others_reach_it_only_when_asked_for(given: dict[str, Any], said: list[str]) -> None:
+    assert [problem.split()[0] for problem in survey_problems(SurveyServeConfig(**given))] == said
+
+
+def test_a_folder_without_a_survey_is_refused_before_anything_listens(tmp_path: Path) -> None:
+    with pytest.raises(RefusedInput, match=r"survey\.json"):
+        serve(tmp_path, SurveyServeConfig())
+    assert not (tmp_path / PICTURES).exists()
