@@ -469,6 +469,7 @@ EXPERIMENTS: dict[str, str] = {
     "figure8": "Figure 8: smaller held batches",
     "figure11": "Figure 11: other criteria",
     "figure14": "Figure 14: convergence on more concepts",
+    "table2": "Table 2: which way people prefer, of simulated people",
     "table3": "Table 3: timesteps and scores",
     "traces": "All recorded runs as one file, to try rules on",
 }

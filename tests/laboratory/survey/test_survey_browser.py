@@ -188,7 +188,7 @@ def browser() -> Iterator[Any]:
 def _patient(new_context: Any) -> Any:
     def make(**given: Any) -> Any:
         context = new_context(**given)
-        context.set_default_timeout(1000 * TIMEOUT)
+        context.set_default_timeout(500 * TIMEOUT)
         return context
 
     return make
@@ -205,7 +205,7 @@ def right_button(page: Any, survey: Survey) -> str | None:
 
 
 @needs_browser
-@pytest.mark.parametrize("scripts", [True, False], ids=["keys", "no scripts"])
+@pytest.mark.parametrize("scripts", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["keys", "no scripts"])
 def test_the_whole_way_in_a_browser(tmp_path: Path, browser: Any, scripts: bool) -> None:
     folder, survey = small_survey(tmp_path)
     buttons = {"1": "Left is better", "2": "Right is better", "0": "Equal"}

@@ -14,13 +14,14 @@ pytest.importorskip("itsdangerous", reason="needs the extra: pip install 'dvar[s
 from dvar.cli import main
 from dvar.config import SurveyBuildConfig, SurveyScoreConfig, survey_problems
 from dvar.errors import RefusedInput
+from dvar.laboratory.paper import TABLE_2
 from dvar.laboratory.survey.ballots import Ballots, Vote
 from dvar.laboratory.survey.exchange import read_answers, write_tasks
 from dvar.laboratory.survey.page import write_page
 from dvar.laboratory.survey.plan import PICTURES, VOTES
 from dvar.laboratory.survey.score import score
 from dvar.laboratory.survey.server import read_secret
-from dvar.laboratory.survey.simulation import TABLE_2, Chances, Rater, imagined, rate, split, table2
+from dvar.laboratory.survey.simulation import Chances, Rater, imagined, rate, split, table2
 from dvar.laboratory.survey.statistics import wilson
 
 KEY = "k" * 40
@@ -255,6 +256,17 @@ def test_the_truth_that_simulated_people_were_given_lies_in_the_intervals() -> N
 @pytest.mark.slow
 def test_and_with_fifty_people_too() -> None:
     recovered(careful=40, careless=10, concepts=12)
+
+
+@pytest.mark.slow
+def test_table_2_is_reproduced_without_records_and_says_that_it_is_simulated(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra: pip install 'dvar[lab]'")
+    assert main(["reproduce", "table2", "--records", str(tmp_path / "none"), "--output_dir", str(tmp_path)]) == 0
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "A simulation, not a finding" in page
+    assert "The truth lies in 6 of 6 intervals." in page
+    for share in TABLE_2.values():
+        assert f">{100 * share:.1f}<" in page
 
 
 def test_a_split_keeps_its_share() -> None:

@@ -218,7 +218,11 @@ class Ballots:
             met_controls = len(controls) - len(left)
             stretch, place = divmod(had + met_controls, every)
             # One control in each stretch of tasks, where its own draw puts it; one at the end if there was none.
-            due = met_controls <= stretch and place >= key(seed, worker, question, stretch) % every
+            due = (
+                met_controls < self.survey.controls(question)
+                and met_controls <= stretch
+                and place >= key(seed, worker, question, stretch) % every
+            )
             if left and (pair or had) and (due or not (pair or met_controls)):
                 return left[0]
             if pair:

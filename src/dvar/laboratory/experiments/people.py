@@ -1,0 +1,67 @@
+"""Table 2: which way people prefer.  Of simulated people, who are given the paper's numbers as the truth."""
+
+from __future__ import annotations
+
+from dvar.laboratory.exhibit import Exhibit, Table, title
+from dvar.laboratory.records import Shelf
+from dvar.laboratory.survey.score import Row, Score
+from dvar.laboratory.survey.simulation import Truth, table2
+from dvar.laboratory.survey.statistics import Interval
+from dvar.laboratory.survey.wording import WORDING
+
+COLUMNS = ("Method", "Question", "Truth", "Better or equal", "Everyone", "Better", "Equal", "Worse", "Votes", "Alpha")
+
+
+def make(shelf: Shelf | None = None) -> Exhibit:
+    """Table 2, simulated: no picture and no record is looked at, so ``shelf`` does not matter."""
+    score, truth = table2()
+    held = sum(truth[row.method, row.question].share in row.wide for row in score.after)
+    says = (
+        "A simulation, not a finding: the voters are simulated, and the truth they were given is the paper's Table 2. "
+        f"It tests the path from showing to score. The truth lies in {held} of {len(score.after)} intervals.",
+        f"The controls found {len(score.excluded)} of {len(score.people)} people, who press buttons at random; the "
+        "column Everyone shows what they would have done to the result.",
+        "With people: dvar survey build, serve and score (docs/survey.md).",
+    )
+    return Exhibit("table2", "Table 2: which way people prefer (simulated)", says, (_table(score, truth),))
+
+
+def _table(score: Score, truth: Truth) -> Table:
+    before = {(row.method, row.question): row for row in score.before}
+    lines = [_line(row, before[row.method, row.question], truth) for row in score.after]
+    data = [
+        {
+            "method": row.method,
+            "question": row.question,
+            "truth": truth[row.method, row.question].share,
+            "share": row.share,
+            "low": row.wide.low,
+            "high": row.wide.high,
+            "better": row.better,
+            "equal": row.equal,
+            "worse": row.worse,
+        }
+        for row in score.after
+    ]
+    caption = (
+        f"Percentage of votes in which {score.candidate} was better or equal, with {100 * score.confidence:g} %"
+        " intervals that draw people and concepts again. Simulated votes on imagined pictures; how the truth splits "
+        "into better and equal is assumed, since the paper does not say it."
+    )
+    return Table("table2", caption, COLUMNS, tuple(lines), tuple(data))
+
+
+def _line(row: Row, everyone: Row, truth: Truth) -> tuple[str, ...]:
+    return (
+        title(row.method),
+        WORDING[row.question].name,
+        f"{100 * truth[row.method, row.question].share:.1f}",
+        f"{100 * row.share:.1f} {_percents(row.wide)}",
+        f"{100 * everyone.share:.1f}",
+        *(str(count) for count in (row.better, row.equal, row.worse, row.votes)),
+        "–" if row.alpha is None else f"{row.alpha:.2f}",
+    )
+
+
+def _percents(interval: Interval) -> str:
+    return f"[{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
