@@ -36,9 +36,7 @@ from dvar.config import (
 from dvar.errors import CheckpointError, DvarError, ModelError, RefusedInput, TraceError
 
 if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-    from dvar.config import AnyConfig
+    from dvar.config import AnyConfig, AnySettings
     from dvar.laboratory.replay import Outcome
     from dvar.trainer.run import Result
 
@@ -93,7 +91,7 @@ def _whole(kind: Any, tokens: Sequence[Token]) -> Any:
     return convert(kind, tokens)
 
 
-def _with_flags_of(settings: type[DataclassInstance]) -> Callable[[Callable[..., int]], Callable[..., int]]:
+def _with_flags_of(settings: type[AnySettings]) -> Callable[[Callable[..., int]], Callable[..., int]]:
     """Give a command a flag for each field of a settings class; its keyword arguments are then the flags given.
 
     A field that the command takes itself, under the same name, gets none.

@@ -15,13 +15,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import permutations
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from urllib.parse import urlsplit
 
 from dvar.errors import RefusedInput
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 BUNDLED_MODEL = "mini"
 
@@ -488,6 +485,10 @@ class ReproduceConfig:
     quick: bool = setting(False, "A few concepts of each method only.")
 
 
+AnySettings = Settings | ReplayConfig | ReproduceConfig | SurveyBuildConfig | SurveyServeConfig | SurveyScoreConfig
+"""What a command is set by: frozen dataclasses whose fields `setting` made."""
+
+
 def reproduce_problems(config: ReproduceConfig) -> list[str]:
     """Everything wrong with these settings by themselves, a line each; empty when in order."""
     if config.name in ("all", *EXPERIMENTS):
@@ -590,7 +591,7 @@ def _public_problems(config: SurveyServeConfig) -> Iterator[str]:
         yield f"public_url must be like https://survey.example.org, got {config.public_url!r}: drop the rest"
 
 
-def _faults(config: DataclassInstance) -> Iterator[tuple[str, str]]:
+def _faults(config: AnySettings) -> Iterator[tuple[str, str]]:
     """(setting, what is wrong) for each value of a wrong type or out of its range."""
     annotations = get_type_hints(type(config))
     for item in fields(config):
@@ -658,7 +659,7 @@ def _initializer_conflicts(config: AnyConfig) -> Conflicts:
         yield {"initializer", "clip_model"}, said
 
 
-def aliases(known: type[DataclassInstance]) -> dict[str, str]:
+def aliases(known: type[AnySettings]) -> dict[str, str]:
     """Other name to the name of the setting it stands for."""
     return {item.metadata["alias"]: item.name for item in fields(known) if item.metadata["alias"]}
 

@@ -13,6 +13,7 @@ import pytest
 from fake_survey import drawn_run, rival_runs, small_survey
 from PIL import Image
 
+from dvar.cli import main
 from dvar.config import SurveyBuildConfig, survey_problems
 from dvar.errors import RefusedInput
 from dvar.laboratory.drawings import GENERATED, LIST, drawings
@@ -207,3 +208,42 @@ def test_settings_are_checked() -> None:
     assert survey_problems(SurveyBuildConfig()) == []
     wrong = SurveyBuildConfig(overlap=0, control_every=1, candidate="x", baseline="x")
     assert [said.split()[0] for said in survey_problems(wrong)] == ["overlap", "control_every", "candidate"]
+
+
+def test_the_command_builds_and_tells_what_comes_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [str(folder) for folder in rival_runs(tmp_path)]
+    output = str(tmp_path / "asked")
+    assert main(["survey", "build", *runs, "--no-draw", "--output-dir", output, "--candidate", "early"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == f"compares  textual-inversion, mug: {runs[0]} (early) against {runs[1]} (baseline)"
+    assert told[1:3] == ["asks      2 pairs about reconstruction", "asks      6 pairs about customization"]
+    assert told[-1] == f"next      dvar survey serve {output}"
+    assert Survey.open(output).candidate == "early"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["build"], ["a survey compares two runs of one concept, got none: name them"]),
+        (["build", "nowhere"], ["a run folder holds config.json, nowhere does not"]),
+        (["build", "nowhere", "--overlap", "0"], ["overlap must be at least 1, got 0"]),
+        (["build", "nowhere", "--overlp", "0"], ["unknown flag --overlp: the nearest known one is --overlap"]),
+        (["serve", "nowhere"], ["a survey's folder holds survey.json, nowhere does not"]),
+        (["serve", "nowhere", "--host", "0.0.0.0"], ["public_url is missing", "secret_file is missing"]),
+        (["score", "nowhere"], ["a survey's folder holds survey.json, nowhere does not"]),
+        (["import", "nowhere", "answers.csv"], ["a survey's folder holds survey.json, nowhere does not"]),
+    ],
+)
+def test_wrong_words_are_refused_in_a_line_each(
+    words: list[str],
+    said: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["survey", *words]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(said)
+    assert all(line.startswith(f"dvar: {start}") for line, start in zip(lines, said, strict=True))
+    assert not list(tmp_path.iterdir())

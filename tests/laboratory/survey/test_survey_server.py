@@ -351,10 +351,11 @@ def test_every_page_has_the_headers_and_the_cookie_is_out_of_reach(place: Place)
 
 
 def test_the_secret_is_made_once_for_its_owner_alone(tmp_path: Path) -> None:
-    secret = read_secret(tmp_path)
+    folder, _ = small_survey(tmp_path)
+    secret = read_secret(folder)
     assert len(secret) >= 32
-    assert read_secret(tmp_path) == secret
-    assert (tmp_path / SECRET).stat().st_mode & 0o077 == 0
+    assert read_secret(folder) == secret
+    assert (folder / SECRET).stat().st_mode & 0o077 == 0
     assert secret not in admin_token(secret)
     (tmp_path / "short").write_text("abc")
     for name in ("short", "missing"):

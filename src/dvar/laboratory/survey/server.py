@@ -77,10 +77,11 @@ def serve(folder: str | Path, config: SurveyServeConfig, say: Callable[[str], No
 def read_secret(folder: Path, path: str | None = None) -> str:
     """Return the secret in a file; without a path that of the survey's folder, made at the first call.
 
-    Raises: RefusedInput when the named file cannot be read or is too short.
+    Raises: RefusedInput when the folder holds no survey, or the named file cannot be read or is too short.
     """
     kept = Path(path) if path else folder / SECRET
     if not path and not kept.exists():
+        Survey.open(folder)
         kept.touch(mode=0o600)
         kept.write_text(secrets.token_urlsafe(SECRET_LENGTH) + "\n", encoding="utf-8")
     try:
