@@ -73,7 +73,7 @@ class Settings:
         "manual", "Where that known word comes from: given, drawn from the vocabulary, or found by a CLIP."
     )
     clip_model: str | None = setting(
-        None, "Folder or hub id of the CLIP that finds it; the bundled model has one of its own."
+        None, "Folder or hub id of the CLIP that finds it, and scores samples; the bundled model has one of its own."
     )
     num_vectors: int = setting(1, "Embedding vectors behind the new word.", COUNT)
     resolution: int = setting(512, "Side of the square training pictures in pixels, a multiple of 8.", Range(8))
@@ -132,7 +132,8 @@ class Settings:
         "last,best", "Which steps are exported: the last, the best beside it, or one of the two alone."
     )
     best_by: Literal["l_det", "clip", "stop"] = setting(
-        "l_det", "What makes a step the best: the lowest L_det, the highest recorded CLIP score, or being the last."
+        "l_det",
+        "What makes a step the best: the lowest L_det, the samples most like the pictures by CLIP, or being the last.",
     )
     output_dir: str = setting("runs/run", "Folder of the run.")
     overwrite: bool = setting(False, "Replace another run found in the output folder.")
@@ -621,6 +622,7 @@ def _conflicts(config: AnyConfig) -> Conflicts:
             said = f"validation_prompt must hold the new word {' or '.join(words(config))}, got {prompt!r}: put it in"
             yield {"placeholder_token", "validation_prompt"}, said
     yield from _initializer_conflicts(config)
+    yield from _clip_conflicts(config)
     yield from config.conflicts()
     if config.optimizer == "prodigy" and config.learning_rate < 0.1:
         said = f"learning_rate scales the rate that prodigy finds and is meant to be 1, got {config.learning_rate:g}"
@@ -651,12 +653,22 @@ def _initializer_conflicts(config: AnyConfig) -> Conflicts:
     if way != "manual" and token != type(config).initializer_token:
         said = f"initializer_token is for initializer manual, got {token!r} with {way}: drop one of them"
         yield {"initializer", "initializer_token"}, said
-    if way == "clip" and not config.clip_model and config.pretrained_model_name_or_path != BUNDLED_MODEL:
-        said = "clip_model is missing: initializer clip needs the folder or hub id of a CLIP"
-        yield {"initializer", "clip_model"}, f"{said}, such as openai/clip-vit-base-patch32"
-    if way != "clip" and config.clip_model:
-        said = f"clip_model is for initializer clip, got {config.clip_model!r} with {way}: drop it"
-        yield {"initializer", "clip_model"}, said
+
+
+def _clip_conflicts(config: AnyConfig) -> Conflicts:
+    """What is wrong with the CLIP of these settings, or with judging the best step by it."""
+    asked = {"initializer": config.initializer, "best_by": config.best_by}
+    asking = [f"{name} clip" for name, way in asked.items() if way == "clip"]
+    if asking and not config.clip_model and config.pretrained_model_name_or_path != BUNDLED_MODEL:
+        said = f"clip_model is missing: {asking[0]} needs the folder or hub id of a CLIP"
+        yield {*asked, "clip_model"}, f"{said}, such as openai/clip-vit-base-patch32"
+    if config.clip_model and not asking:
+        said = f"clip_model is for initializer clip or best_by clip, got {config.clip_model!r} with neither: drop it"
+        yield {*asked, "clip_model"}, said
+    # The rule cannot stop within its window, so that a trained step is then always scored before it does.
+    if config.best_by == "clip" and config.validation_steps > config.window:
+        said = f"validation_steps must be at most the window ({config.window}) where best_by is clip, since samples are"
+        yield {"best_by", "validation_steps", "window"}, f"{said} scored, got {config.validation_steps}: lower it"
 
 
 def aliases(known: type[AnySettings]) -> dict[str, str]:

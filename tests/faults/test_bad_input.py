@@ -119,6 +119,16 @@ WORDS = [
     setting("report_to", "paper", "report_to"),
     setting("keep", "first", "last,best"),
     setting("best_by", "luck", "l_det"),
+    Case("clip_model is missing: best_by clip needs", ("--best_by", "clip", "--validation_steps", "100")),
+    setting("clip_model", "owner/name", "clip_model is for initializer clip or best_by clip, got"),
+    Case(
+        "validation_steps must be at most the window (310) where best_by is clip",
+        ("--best_by", "clip", "--clip_model", "openai/clip-vit-base-patch32"),
+    ),
+    Case(
+        "clip_model {place}/nowhere is neither a folder here nor a hub id",
+        ("--best_by", "clip", "--clip_model", "{place}/nowhere", "--validation_steps", "100"),
+    ),
     setting("preset", "papr", "preset must be one of mini, paper, got 'papr': try paper"),
     setting("freeze_model", "all", "crossattn_kv", CUSTOM),
     setting("learnable_property", "mood", "object"),

@@ -26,11 +26,12 @@ from safetensors.torch import load_file
 import dvar.trainer.run
 from dvar.config import TextualInversionConfig
 from dvar.diffusion.backbone import Backbone
+from dvar.diffusion.clip import Clip
 from dvar.diffusion.sampling import sample
 from dvar.errors import CheckpointError, NonFiniteLoss, RefusedInput
 from dvar.stopper.trace import Trace
 from dvar.stopper.verdict import Reason, Verdict
-from dvar.testing import tiny_pipeline
+from dvar.testing import tiny_clip, tiny_pipeline
 from dvar.trainer.checkpoint import Checkpoint, latest
 from dvar.trainer.loop import Step
 from dvar.trainer.run import personalise, personalised
@@ -568,3 +569,38 @@ def test_a_process_killed_at_random_moments_ends_where_a_straight_run_does(
     assert attempt > 0
     assert torch.equal(embeds(folder), embeds(straight))
     assert rows(folder) == rows(straight)
+
+
+def test_the_best_by_clip_is_the_step_whose_samples_are_most_like_the_pictures(
+    config: TextualInversionConfig, tmp_path: Path
+) -> None:
+    judged = replace(config, best_by="clip", clip_model=str(tiny_clip(tmp_path / "clip")), keep="best")
+    plain, folder = personalise(replace(config, output_dir=str(tmp_path / "plain"))).folder, personalise(judged).folder
+    clip = Clip.load(judged.clip_model or "")
+    references = [Image.open(path) for path in sorted((folder / "references").iterdir())]
+    scores = {}
+    for step in (0, 5, 10, 12):
+        samples = [Image.open(path) for path in sorted((folder / "samples" / f"step-{step:06d}").iterdir())]
+        scores[step] = float((clip.of_pictures(samples) @ clip.of_pictures(references).T).mean())
+    trace = Trace.read(folder / "trace.jsonl")
+    assert dict(zip(*(part.tolist() for part in trace.metric("clip_image")), strict=True)) == pytest.approx(scores)
+    best = max(scores, key=lambda step: scores[step])
+    facts = json.loads((folder / "result.json").read_text())
+    assert (facts["best_step"], facts["exported_step"], facts["best_by"]) == (best, best, "clip")
+    # What is scored is drawn all the same: training is that of a run without.
+    assert [{name: row[name] for name in row if name != "clip_image"} for row in rows(folder)] == rows(plain)
+
+
+def test_a_run_judged_by_clip_goes_on_to_the_same_best_step(config: TextualInversionConfig, tmp_path: Path) -> None:
+    judged = replace(config, best_by="clip", clip_model=str(tiny_clip(tmp_path / "clip")))
+    straight = personalise(replace(judged, output_dir=str(tmp_path / "straight")))
+
+    def kill(step: Step) -> None:
+        if step.step == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        personalise(judged, [kill])
+    again = personalise(replace(judged, resume_from_checkpoint="latest"))
+    assert rows(again.folder) == rows(straight.folder)
+    assert again.best_step == straight.best_step

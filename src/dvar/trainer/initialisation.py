@@ -39,10 +39,11 @@ def initial_rows(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, initiali
         return embedding(place).float().repeat(count, 1)
 
 
-def first_words(config: AnyConfig, concept: Concept, backbone: Backbone) -> AnyConfig:
+def first_words(config: AnyConfig, concept: Concept, backbone: Backbone, clip: Clip | None = None) -> AnyConfig:
     """Return ``config`` with an ``initializer_token`` for each new word, as its ``initializer`` says.
 
-    What was chosen, and under "clip" the best and the worst words with their scores, is written into the run's folder.
+    ``clip`` is what `clip_of` returned, where that was called before.  What was chosen, and under "clip" the best and
+    the worst words with their scores, is written into the run's folder.
 
     Source: the paper's first version: a word drawn from the vocabulary, or the one that scores best by CLIP over four
     sentences.
@@ -54,14 +55,18 @@ def first_words(config: AnyConfig, concept: Concept, backbone: Backbone) -> AnyC
         keys = [seed_for(config.seed, "initializer", 0, number) for number in range(len(concept.words))]
         told: list[dict[str, Any]] = [{"initializer_token": entries[key % len(entries)]} for key in keys]
     else:
-        bundled = config.clip_model is None
-        clip = Clip.bundled(backbone) if bundled else Clip.load(Path(str(config.clip_model)).expanduser())
+        clip = clip or clip_of(config, backbone)
         told = [_best(clip, entries, concept, word, config) for word in concept.words]
         told = [{**each, "clip": config.clip_model or BUNDLED_MODEL} for each in told]
     folder = Path(config.output_dir).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / INITIALIZER, [{"word": word, **each} for word, each in zip(concept.words, told, strict=True)])
     return replace(config, initializer_token="+".join(each["initializer_token"] for each in told))
+
+
+def clip_of(config: AnyConfig, backbone: Backbone) -> Clip:
+    """Return the CLIP that these settings name, or that of the bundled model, ``backbone``, still untouched."""
+    return Clip.load(Path(config.clip_model).expanduser()) if config.clip_model else Clip.bundled(backbone)
 
 
 def told_of(folder: Path) -> list[str]:

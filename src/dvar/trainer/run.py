@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -37,6 +38,7 @@ from dvar.config import (
     written,
 )
 from dvar.diffusion.backbone import Backbone
+from dvar.diffusion.clip import Clip
 from dvar.diffusion.objective import Draws, Examples, denoising_loss, draw
 from dvar.diffusion.sampling import sample_into
 from dvar.errors import CheckpointError, NonFiniteLoss, OutOfResources, RefusedInput
@@ -56,9 +58,9 @@ from dvar.trainer.artifacts import (
 from dvar.trainer.checkpoint import Checkpoint, latest
 from dvar.trainer.concept import WRITTEN, Class, Concept, model_path, read_concept, tokenizer_of
 from dvar.trainer.examples import encoded, rescaled
-from dvar.trainer.initialisation import first_words
+from dvar.trainer.initialisation import clip_of, first_words
 from dvar.trainer.loading import WEIGHTS, at_step
-from dvar.trainer.loop import Learner, Method, Series, Step, train
+from dvar.trainer.loop import Learner, Method, Series, Step, Stopwatch, train
 from dvar.trainer.methods.custom_diffusion import CustomDiffusion
 from dvar.trainer.methods.dreambooth_lora import DreamBoothLora
 from dvar.trainer.methods.textual_inversion import TextualInversion
@@ -164,13 +166,15 @@ def prepared(config: AnyConfig, concept: Concept | None = None) -> tuple[Job, Ch
     if checkpoint and (then := checkpoint.facts["base"]) != backbone.digest:
         said = f"checkpoint-{checkpoint.step} was made on another base model (its SHA-256 was {then[:12]}... and is "
         raise CheckpointError(f"{said}{backbone.digest[:12]}...): put that one back, or start another --output_dir")
+    wanted = config.best_by == "clip" or (config.initializer == "clip" and not checkpoint)
+    clip = clip_of(config, backbone) if wanted else None
     _clear(folder, checkpoint)
     if checkpoint:  # which tells the first word, where it was not given
         config = replace(config, initializer_token=checkpoint.facts["config"]["initializer_token"])
     else:
-        config = first_words(config, concept, backbone)
+        config = first_words(config, concept, backbone, clip)
     classes = tuple(with_pictures(config, concept.classes, backbone))
-    return Job(folder, config, concept, classes, backbone, assembled(config, backbone)), checkpoint
+    return Job(folder, config, concept, classes, backbone, assembled(config, backbone), clip), checkpoint
 
 
 def assembled(config: AnyConfig, backbone: Backbone) -> Personalisation:
@@ -248,8 +252,10 @@ class Job:
         classes: Sequence[Class],
         backbone: Backbone,
         method: Personalisation,
+        clip: Clip | None = None,
     ) -> None:
         self.folder, self.config, self.concept, self.backbone, self.method = folder, config, concept, backbone, method
+        self.clip = clip
         self.schedule = backbone.schedule
         for network in backbone.modules:  # what is trained keeps its dropout, where a model has any
             network.train(any(weight.requires_grad for weight in network.parameters()))
@@ -280,6 +286,10 @@ class Job:
     def steps(self, interrupted: Callable[[], bool], series: Series | None = None) -> Iterator[Step]:
         """Train, leaving the trace and the checkpoints in the folder; ``series`` is as for `train`."""
         config = self.config
+
+        def all_series(step: int, watch: Stopwatch) -> Mapping[str, Any]:
+            return {**self.scores(step, watch), **(series(step, watch) if series else {})}
+
         with TraceFile(self.folder / "trace.jsonl", self.learner.trace.header) as file:
             yield from train(
                 self.learner,
@@ -289,7 +299,7 @@ class Job:
                 log=file.append,
                 save=lambda: self.save(config.checkpoints_total_limit),
                 interrupted=interrupted,
-                series=series,
+                series=all_series,
             )
 
     def save(self, keep: int | None) -> None:
@@ -314,6 +324,24 @@ class Job:
             steps=config.num_inference_steps,
             guidance=config.guidance_scale,
         )
+
+    def scores(self, step: int, watch: Stopwatch) -> dict[str, float]:
+        """How like the subject's pictures the samples of ``step`` are, by the CLIP of a run that judges its best by it:
+        the mean cosine of all pairs, wherever samples are drawn and at the cap.
+
+        Source: Section 4.1, the CLIP score that DVAR is held against.
+        """
+        config = self.config
+        if (
+            not self.clip
+            or config.best_by != "clip"
+            or (step % config.validation_steps and step != config.max_train_steps)
+        ):
+            return {}
+        with watch("samples"):
+            samples = [Image.open(path) for path in self.draw_samples(step)]
+            likeness = self.clip.of_pictures(samples) @ self.clip.of_pictures(self.concept.pictures).T
+        return {"clip_image": float(likeness.mean())}
 
     def finish(self, verdict: Verdict) -> Result:
         """Write the exports and, last of all, result.json; return how the run ended.
