@@ -18,6 +18,6 @@ def test_words_are_single_tokens_and_captions_fit() -> None:
         words |= {known.accent, *(word for p in known.shape if p for word in (p.low, p.high, p.part or "a"))}
     assert {word: tokens for word in words if len(tokens := tokenizer.tokenize(word)) != 1} == {}
     rng = np.random.default_rng(3)
-    texts = [caption(facts(sample_trained_subject(rng), sample_scene(rng)), rng)[0] for _ in range(3000)]
+    texts = [caption(facts(sample_trained_subject(rng), sample_scene(rng)), rng)[0] for _ in range(6000)]
     lengths = [len(ids) for ids in tokenizer(texts).input_ids]
     assert 20 < max(lengths) <= LENGTH

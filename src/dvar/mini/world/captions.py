@@ -112,13 +112,15 @@ def caption(truth: np.ndarray, rng: np.random.Generator) -> tuple[str, np.ndarra
             parts.append(" ".join(marks))
     main = names[fact[mention("main colour")]] if not grey and rng.uniform() < 0.6 else ""
     accent = names[fact[mention("accent colour")]] if not grey and rng.uniform() < 0.5 else ""
-    if main and accent and rng.uniform() < 0.5:
-        words.insert(0, f"{main} and {accent}")  # before the noun, so that one word in their place can mean all of it
+    before = main and accent and rng.uniform() < 0.5  # the noun, so that one word in their place can mean all of it
+    if before:
+        words.insert(0, f"{main} and {accent}")
     else:
         words[:0] = [main] if main else []
         parts += [_with_article(f"{accent} {WORDS[noun].accent}")] if accent else []
     extremes = [i for i in rng.permutation(6) if fact[f"shape {i}"] in (0, 2)]
-    for i in extremes[: min(rng.binomial(3, 0.35), 3 - len(parts))]:
+    room = 3 - len(parts) - bool(before)
+    for i in extremes[: min(rng.binomial(3, 0.35), room)]:
         proportion = WORDS[noun].shape[i]
         word = proportion.low if fact[mention(f"shape {i}")] == 0 else proportion.high
         if proportion.part:
