@@ -463,8 +463,8 @@ def model_folder(folder: Path, *without: str) -> Path:
     return folder
 
 
-def test_a_model_folder_with_all_its_parts_is_let_in(tmp_path: Path) -> None:
-    assert model_problems(str(model_folder(tmp_path / "model"))) == []
+def test_a_model_folder_with_all_its_parts_is_let_in(tiny_model: Path) -> None:
+    assert model_problems(str(tiny_model)) == []
     assert model_problems("mini") == []
 
 

@@ -146,7 +146,7 @@ def test_class_pictures_are_drawn_by_the_base_model_once(config: CustomDiffusion
         assert (picture.mode, picture.size) == ("RGB", (32, 32))
     Image.new("RGB", (32, 32)).save(folder / "01.png")
     marked = (folder / "01.png").read_bytes()
-    personalise(replace(config, resume_from_checkpoint="latest", max_train_steps=10))
+    personalise(replace(config, resume_from_checkpoint="latest", max_train_steps=10, extend=True))
     assert (folder / "01.png").read_bytes() == marked, "a run that goes on reads them back"
     personalise(replace(config, overwrite=True))
     assert (folder / "01.png").read_bytes() == drawn["01.png"], "another run draws its own"
