@@ -38,7 +38,7 @@ from dvar.errors import CheckpointError, DvarError, ModelError, RefusedInput, Tr
 if TYPE_CHECKING:
     from dvar.config import AnyConfig, AnySettings
     from dvar.laboratory.replay import Outcome
-    from dvar.trainer.run import Result
+    from dvar.trainer.job import Result
 
 REFUSED, FAILED, INTERRUPTED = 2, 1, 130
 PLAIN_WIDTH = 200  # of a table that goes into a file or a pipe

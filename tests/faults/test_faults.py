@@ -12,7 +12,7 @@ import torch
 from short_run import Outcome, gone_on
 from torch import Tensor
 
-import dvar.trainer.run
+import dvar.trainer.job
 import dvar.trainer.trackers
 from dvar.config import TextualInversionConfig
 from dvar.errors import OutOfResources
@@ -26,12 +26,12 @@ pytestmark = pytest.mark.usefixtures("loaded_at_once")
 
 def at_call(patch: pytest.MonkeyPatch, number: int, change: Callable[[Tensor], Tensor]) -> None:
     """Let the objective's call of this number pass through ``change``."""
-    true, count = dvar.trainer.run.denoising_loss, iter(range(10**6))
+    true, count = dvar.trainer.job.denoising_loss, iter(range(10**6))
 
     def loss(*given: Any) -> Tensor:
         return change(true(*given)) if next(count) == number else true(*given)
 
-    patch.setattr(dvar.trainer.run, "denoising_loss", loss)
+    patch.setattr(dvar.trainer.job, "denoising_loss", loss)
 
 
 def cuda_full(losses: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-import dvar.trainer.run
+import dvar.trainer.job
 from dvar.config import CustomDiffusionConfig
 from dvar.diffusion.backbone import Backbone
 from dvar.diffusion.objective import Draws, denoising_loss
@@ -182,7 +182,7 @@ def test_training_sees_the_mask_and_the_held_batch_its_augmentations_alone(
         seen.append(draws)
         return denoising_loss(predict, draws, schedule)
 
-    monkeypatch.setattr(dvar.trainer.run, "denoising_loss", spy)
+    monkeypatch.setattr(dvar.trainer.job, "denoising_loss", spy)
     personalise(replace(config, train_batch_size=3))
     held = [draws for draws in seen if draws.mask is None]
     trained = [draws.mask for draws in seen if draws.mask is not None]
@@ -199,7 +199,7 @@ def test_without_rescaling_there_is_one_caption_and_no_mask(
 ) -> None:
     seen: list[Draws] = []
     monkeypatch.setattr(
-        dvar.trainer.run, "denoising_loss", lambda *given: (seen.append(given[1]), denoising_loss(*given))[1]
+        dvar.trainer.job, "denoising_loss", lambda *given: (seen.append(given[1]), denoising_loss(*given))[1]
     )
     personalise(replace(config, random_rescale=False, prior_loss_weight=0.0))
     assert all(draws.mask is None for draws in seen)

@@ -31,9 +31,10 @@ from dvar.testing import tiny_pipeline
 from dvar.trainer.artifacts import by_word, write_weights
 from dvar.trainer.checkpoint import Checkpoint, latest
 from dvar.trainer.export import write_kohya, write_merged
+from dvar.trainer.job import assembled
 from dvar.trainer.loading import ATTENTION, EMBEDS, LORA, at_step, loads
 from dvar.trainer.loop import Step
-from dvar.trainer.run import assembled, personalise, personalised
+from dvar.trainer.run import personalise, personalised
 
 CAP = 10
 PROMPT = "a photo of <thing> on the beach"

@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import dvar.trainer.run
+import dvar.trainer.job
 from dvar.config import TextualInversionConfig
 from dvar.diffusion.backbone import Backbone
 from dvar.diffusion.clip import Clip
@@ -309,8 +309,8 @@ def test_a_run_that_stopped_by_itself_takes_no_further_step(config: TextualInver
 def test_what_is_kept_is_what_was_asked_for(
     config: TextualInversionConfig, monkeypatch: pytest.MonkeyPatch, keep: Any, exported: int, beside: int
 ) -> None:
-    true, calls = dvar.trainer.run.denoising_loss, iter(range(10**6))
-    monkeypatch.setattr(dvar.trainer.run, "denoising_loss", lambda *given: true(*given) + (next(calls) >= 12))
+    true, calls = dvar.trainer.job.denoising_loss, iter(range(10**6))
+    monkeypatch.setattr(dvar.trainer.job, "denoising_loss", lambda *given: true(*given) + (next(calls) >= 12))
     folder = personalise(replace(config, keep=keep, checkpointing_steps=1)).folder
     facts = json.loads((folder / "result.json").read_text())
     assert (facts["exported_step"], facts["best_step"], facts["best_by"]) == (exported, 5, "l_det")
@@ -381,13 +381,13 @@ def test_a_second_signal_ends_at_once(config: TextualInversionConfig) -> None:
 
 def spoiled(monkeypatch: pytest.MonkeyPatch, calls: range) -> None:
     """Make the losses nan at these calls of the objective, and from the eighth call on look worse than they are."""
-    true, count = dvar.trainer.run.denoising_loss, iter(range(10**6))
+    true, count = dvar.trainer.job.denoising_loss, iter(range(10**6))
 
     def loss(*arguments: Any) -> torch.Tensor:
         call = next(count)
         return true(*arguments) + (float("nan") if call in calls else call >= 8)
 
-    monkeypatch.setattr(dvar.trainer.run, "denoising_loss", loss)
+    monkeypatch.setattr(dvar.trainer.job, "denoising_loss", loss)
 
 
 # Call 0 evaluates the untouched model; then come an update and its evaluation in turn: 13 is update 7, 14 follows it.
@@ -464,9 +464,9 @@ def test_sample_pictures_are_those_of_the_exported_word(config: TextualInversion
 def test_the_best_step_is_exported_beside_the_last(
     config: TextualInversionConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    true, calls = dvar.trainer.run.denoising_loss, iter(range(10**6))
+    true, calls = dvar.trainer.job.denoising_loss, iter(range(10**6))
     # The evaluations are calls 0, 2, 4, ...; from step 6 on they are made to look worse.
-    monkeypatch.setattr(dvar.trainer.run, "denoising_loss", lambda *given: true(*given) + (next(calls) >= 12))
+    monkeypatch.setattr(dvar.trainer.job, "denoising_loss", lambda *given: true(*given) + (next(calls) >= 12))
     kept: dict[int, torch.Tensor] = {}
     result = personalise(replace(config, checkpointing_steps=1))
     for step in range(CAP + 1):
@@ -479,7 +479,7 @@ def test_the_best_step_is_exported_beside_the_last(
 
 def test_pictures_are_shown_mirrored_too_unless_told_not_to(config: TextualInversionConfig, tmp_path: Path) -> None:
     shapes = []
-    encode = dvar.trainer.run.encoded
+    encode = dvar.trainer.job.encoded
 
     def spy(*given: Any, **options: Any) -> Any:
         examples = encode(*given, **options)
@@ -487,7 +487,7 @@ def test_pictures_are_shown_mirrored_too_unless_told_not_to(config: TextualInver
         return examples
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dvar.trainer.run, "encoded", spy)
+        patch.setattr(dvar.trainer.job, "encoded", spy)
         for name, flip in (("flipped", True), ("plain", False)):
             personalise(replace(config, output_dir=str(tmp_path / name), random_flip=flip, max_train_steps=9))
     assert [tuple(shape) for shape in shapes] == [(4, 2, 8, 8, 8), (4, 1, 8, 8, 8)]

@@ -52,8 +52,9 @@ from dvar.trainer.artifacts import write_json, write_weights
 from dvar.trainer.checkpoint import Checkpoint, latest, saved
 from dvar.trainer.concept import CLASS_PICTURES, Concept, model_path
 from dvar.trainer.examples import encoded
+from dvar.trainer.job import Job, assembled
 from dvar.trainer.loop import Step, Stopwatch
-from dvar.trainer.run import Job, assembled, interruption, prepared
+from dvar.trainer.run import interruption, prepared
 
 try:
     import fcntl
