@@ -6,7 +6,6 @@ every way that ends inside it.  A way that does not end there is *censored*: all
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
@@ -16,6 +15,7 @@ import numpy as np
 
 from dvar.laboratory.quality import CHOOSE, ORACLE, SCORE, Climb, half
 from dvar.laboratory.records import PAIRED, Record
+from dvar.laboratory.screens import Screen
 from dvar.stopper.rules import (
     CLIP_S,
     AllOf,
@@ -28,7 +28,6 @@ from dvar.stopper.rules import (
     Trend,
 )
 from dvar.stopper.trace import LOSS, RELATIVE_LOSS, Trace
-from dvar.stopper.verdict import Reason
 from dvar.trainer import presets
 
 PICTURES = 8
@@ -243,47 +242,24 @@ def _preset(record: Record) -> Mapping[str, Any]:
 def _stops(rules: Sequence[Criterion], record: Record, every: int | None) -> dict[Criterion, int | None]:
     """The first step at which each rule stops, None where it never does."""
     wanted = set().union(*(_metrics(rule) for rule in rules)) if rules else set()
+    *_, whole = _replayed(record, wanted, every)
+    screen = Screen(whole)
+    due = {rule: np.flatnonzero(screen(rule)).tolist()[::-1] for rule in rules}
     found: dict[Criterion, int | None] = dict.fromkeys(rules)
-    families = _families(rules)
-    for trace in _replayed(record, wanted, every):
-        for family in families:
-            for rule in list(family):
-                verdict = rule(trace)
-                if verdict.stop:
-                    found[rule] = trace.last_step
-                    family.remove(rule)
-                # The stricter ones of a family hold only where this one does.
-                elif len(family) > 1 and verdict.reason in (Reason.RUNNING, Reason.WARMING_UP):
-                    break
-        if not any(families):
+    for number, trace in enumerate(_replayed(record, wanted, every)):
+        for rule in [rule for rule, left in due.items() if left and left[-1] == number]:
+            due[rule].pop()
+            if _holds(rule, trace):
+                found[rule] = trace.last_step
+                del due[rule]
+        if not any(due.values()):
             break
     return found
 
 
-def _families(rules: Sequence[Criterion]) -> list[list[Criterion]]:
-    """Rules alike in all but how strict they are together, the most lenient first; any other rule alone."""
-    families: dict[Any, list[tuple[float, int, Criterion]]] = defaultdict(list)
-    for number, rule in enumerate(rules):
-        alike, strictness = _alike(rule)
-        families[alike].append((strictness, number, rule))
-    return [[rule for *_, rule in sorted(family)] for family in families.values()]
-
-
-def _alike(rule: Any) -> tuple[Any, float]:
-    """What a rule is but for its strictness, and its strictness; that of `AllOf` is of the rules inside it."""
-    if isinstance(rule, AllOf):
-        parts = [_alike(part) for part in rule.rules]
-        same = len({strictness for _, strictness in parts}) == 1
-        return ((AllOf, tuple(alike for alike, _ in parts)), parts[0][1]) if same else (rule, 0.0)
-    for name, sign in _STRICTNESS.items():
-        if hasattr(rule, name):
-            rest = tuple((item.name, getattr(rule, item.name)) for item in fields(rule) if item.name != name)
-            return (type(rule), rest), sign * getattr(rule, name)
-    return rule, 0.0
-
-
-_STRICTNESS = {"threshold": -1.0, "patience": 1.0, "max_steps": 1.0}
-"""The setting that alone decides how soon a rule's condition holds, and whether more of it is stricter or less."""
+def _holds(rule: Criterion, trace: Trace) -> bool:
+    """Whether the rule stops; of rules that must all stop, none is asked after one that does not."""
+    return all(_holds(part, trace) for part in rule.rules) if isinstance(rule, AllOf) else rule(trace).stop
 
 
 def _replayed(record: Record, wanted: set[str], every: int | None) -> Iterator[Trace]:
