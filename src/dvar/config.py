@@ -462,10 +462,12 @@ EXPERIMENTS: dict[str, str] = {
     "figure1": "Figure 1: the same loss, noisy and fixed",
     "figure2": "Figure 2: convergence of Textual Inversion",
     "figure4": "Figure 4: scores along training, and where each way stops",
+    "figure5": "Figure 5: which randomness hides convergence; trains a run of its own",
     "figure6": "Figure 6: convergence of Custom Diffusion",
     "figure7": "Figure 7: convergence of DreamBooth-LoRA",
     "figure8": "Figure 8: smaller held batches",
     "figure11": "Figure 11: other criteria",
+    "figure12": "Figure 12: pictures where DVAR and Baseline end, side by side",
     "figure14": "Figure 14: convergence on more concepts",
     "table2": "Table 2: which way people prefer, of simulated people",
     "table3": "Table 3: timesteps and scores",
@@ -479,11 +481,11 @@ class ReproduceConfig:
     """Every setting of ``dvar reproduce``."""
 
     name: str = setting("all", "Which experiment, or all.")
-    records: str = setting(
-        "runs/records", "Folder of recorded runs, or a file of traces.", section="Records and report"
-    )
+    records: str = setting("records", "Folder of recorded runs, or a file of traces.", section="Records and report")
     output_dir: str = setting("runs/laboratory", "Folder for data, figures and report.html.")
-    quick: bool = setting(False, "A few concepts of each method only.")
+    quick: bool = setting(False, "A few concepts of each method only, and small runs where one is trained.")
+    model: str = setting(BUNDLED_MODEL, "Base model of runs that an experiment trains itself.")
+    concepts_dir: str | None = setting(None, "Folder of concepts for those runs; the bundled ones without.")
 
 
 AnySettings = Settings | ReplayConfig | ReproduceConfig | SurveyBuildConfig | SurveyServeConfig | SurveyScoreConfig

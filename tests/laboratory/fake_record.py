@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from dvar.stopper.trace import Trace
 
@@ -56,6 +58,16 @@ def fake_record(
     sums = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ("trace.jsonl", "scores.json")}
     _json(folder / "done.json", {"hashes": sums, "versions": {"dvar": "0.1.0"}})
     return folder
+
+
+def fake_sheets(folder: Path, steps: Iterable[int], count: int = 4, side: int = 16) -> None:
+    """Pictures of some scored steps, plain ones that grow lighter with the step; and a reference."""
+    (folder / "pictures").mkdir(exist_ok=True)
+    for place, step in enumerate(steps):
+        sheet = Image.new("RGB", (side * count, 2 * side), (40 * place, 80, 120))
+        sheet.save(folder / "pictures" / f"step-{step:06d}.png")
+    (folder / "references").mkdir(exist_ok=True)
+    Image.new("RGB", (side, side), "white").save(folder / "references" / "00.png")
 
 
 def _trace(random: np.random.Generator, cap: int, learned: float, jitter: float, every: int, seconds: float) -> Trace:

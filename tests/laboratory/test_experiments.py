@@ -10,16 +10,18 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fake_record import fake_record, oracle_step
+from fake_record import fake_record, fake_sheets, oracle_step
 
 from dvar.config import EXPERIMENTS, ReproduceConfig
 from dvar.errors import RefusedInput
+from dvar.laboratory import reproduce as made
 from dvar.laboratory import ways
 from dvar.laboratory.exhibit import Exhibit, Provenance, compared, section
-from dvar.laboratory.experiments import held_batch, measures, rules, speed, timesteps
+from dvar.laboratory.experiments import convergence, held_batch, measures, pictures, rules, speed, timesteps
 from dvar.laboratory.information import information
 from dvar.laboratory.records import Shelf
-from dvar.laboratory.reproduce import MAKERS, SIMULATED, reproduce
+from dvar.laboratory.reproduce import MAKERS, SIMULATED, TRAINED, reproduce
+from dvar.laboratory.traces import read_traces
 from dvar.laboratory.ways import Kind
 
 METHODS = ("textual-inversion", "dreambooth-lora")
@@ -32,7 +34,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("records")
     for method in METHODS:
         for concept, learned in (("cup", 15.0), ("mug", 20.0), ("owl", 30.0), ("purple_cat", 20.0)):
-            fake_record(root, method, concept, cap=CAP, learned=learned, noise=0.002, pictures=8)
+            folder = fake_record(root, method, concept, cap=CAP, learned=learned, noise=0.002, pictures=8)
+            if concept == "cup":
+                fake_sheets(folder, steps=(0, 20, 60, 200))
     return root
 
 
@@ -48,6 +52,9 @@ def short_baseline() -> object:
         patch.setattr(ways, "_preset", lambda record: {"max_train_steps": 200, "validation_steps": 40})
         grid = Kind.grid
         patch.setattr(Kind, "grid", lambda kind: grid(kind)[::9])  # the whole of it takes a while
+        patch.setattr(convergence, "MORE", 1)
+        patch.setattr(made, "_trained", lambda name, *_: Exhibit(name, name, missing="trained elsewhere"))
+        patch.setattr(held_batch, "SHOWN", 1)
         yield
 
 
@@ -60,9 +67,9 @@ def report(root: Path, short_baseline: object, tmp_path_factory: pytest.TempPath
 def test_every_experiment_is_in_the_report_and_what_cannot_be_made_is_told(report: Path) -> None:
     page = report.read_text(encoding="utf-8")
     assert set(re.findall(r'<section id="([^"]+)"', page)) == set(EXPERIMENTS)
-    assert page.count("Not made") == 1
+    assert page.count("Not made") == 1 + len(TRAINED)
     assert "there is no record of custom-diffusion" in page  # Figure 6
-    assert set(MAKERS) | {"traces"} == set(EXPERIMENTS)
+    assert {*MAKERS, *TRAINED, "traces"} == set(EXPERIMENTS)
 
 
 def test_the_page_loads_nothing(report: Path) -> None:
@@ -219,6 +226,22 @@ def test_information_by_hand() -> None:
     assert information(steps, np.linspace(0, 1, 2000)).ratio == 0
     assert information(steps, np.linspace(0, 1, 2000)).steps_to_detect == np.inf
     assert information(5 * steps, 1.0 - steps / 2000).steps_to_detect == 5  # one record, at its cadence
+
+
+def test_pictures_are_those_of_the_nearest_scored_step(shelf: Shelf, report: Path) -> None:
+    record = shelf.of("textual-inversion")[0]
+    assert [pictures.shown_step(record, step) for step in (0, 9, 21, 41, 199, 240)] == [0, 20, 20, 60, 200, 200]
+    shown = json.loads((report.parent / "figure12.json").read_text(encoding="utf-8"))["plots"]
+    assert [plot["name"] for plot in shown] == [f"pictures-{method}" for method in METHODS]
+    assert {(one["way"], one["record"]) for one in shown[0]["data"]} == {
+        ("Baseline", "textual-inversion/cup/0"),
+        ("DVAR (tuned)", "textual-inversion/cup/0"),
+    }
+
+
+def test_a_file_of_traces_has_no_pictures(report: Path) -> None:
+    with pytest.raises(RefusedInput, match="no recorded run has kept its pictures"):
+        pictures.make(read_traces(report.parent / "traces.npz"))
 
 
 # Saying it

@@ -38,8 +38,10 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> Record:
 def live(rule: Criterion, record: Record) -> int | None:
     """Where the rule stops a run: its own verdict after each record."""
     trace = Trace(record.trace.header)
+    means = {name: dict(zip(*ways._means(record, name), strict=True)) for name in ways.EXTRA}
     for row in record.trace.records:
-        trace.record(**row)
+        found = {name: values.get(row["step"]) for name, values in means.items()}
+        trace.record(row["step"], row["eval"], **found)
         if rule(trace).stop:
             return trace.last_step
     return None
@@ -52,11 +54,13 @@ def test_reading_is_running(record: Record, rule: Criterion) -> None:
     assert (None if reading.censored else reading.stop) == expected
 
 
-def test_many_thresholds_at_once_stop_where_each_alone_does(record: Record) -> None:
-    for kind in (DVAR, KINDS[1], CLIP):
-        setting = kind.grid()[20:60:9]
-        together = read_all([kind.way(one, 400) for one in setting], record)
-        assert together == {way: read(way, record) for way in together}
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_many_settings_read_at_once_stop_where_each_alone_does_live(record: Record, kind: Kind) -> None:
+    settings = kind.grid()[5::31]
+    for way, reading in read_all([kind.way(one, 400) for one in settings], record).items():
+        if way.every is None:
+            assert (None if reading.censored else reading.stop) == live(way.rule, record)
+        assert reading == read(way, record)
 
 
 def test_a_record_that_ends_first_censors(record: Record) -> None:

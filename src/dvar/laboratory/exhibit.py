@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ class Table:
     bold: frozenset[tuple[int, int]] = frozenset()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plot:
     """A drawn figure, what it shows in words, and the numbers behind it."""
 
@@ -246,6 +247,7 @@ def _picture(plot: Plot) -> Html:
     return element("img", src=f"data:image/svg+xml;base64,{drawn}", alt=plot.caption, class_="chart")
 
 
+@cache  # the file and the page hold the same picture, which takes a second
 def _drawn(plot: Plot, kind: str) -> bytes:
     buffer = io.BytesIO()
     metadata = {"Date": None} if kind == "svg" else {"Software": None}

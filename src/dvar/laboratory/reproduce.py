@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -30,17 +31,18 @@ def reproduce(config: ReproduceConfig, tell: Callable[[str], None] = lambda line
     Raises: RefusedInput when no record can be read, or when the one experiment asked for cannot be made.
     """
     folder = Path(config.output_dir)
-    shelf = Shelf(()) if config.name in SIMULATED else opened(config)
     names = list(EXPERIMENTS) if config.name == "all" else [config.name]
+    shelf = Shelf(()) if set(names) <= {*SIMULATED, *TRAINED} else opened(config)
+    facts = _facts(shelf, config)
     made = []
     with matplotlib.rc_context(STYLE):
         for name in names:
             tell(f"{name}: {EXPERIMENTS[name]}")
-            exhibit = _made(name, shelf, config)
+            exhibit = _made(name, shelf, config, tell)
             save(exhibit, folder)
             made.append(exhibit)
     path = folder / REPORT
-    path.write_text(page(made, _facts(shelf, config)), encoding="utf-8", newline="\n")
+    path.write_text(page(made, facts), encoding="utf-8", newline="\n")
     return path
 
 
@@ -57,22 +59,29 @@ def _few(shelf: Shelf) -> Shelf:
     return replace(shelf, records=tuple(record for record in shelf if record.name in kept))
 
 
-def _made(name: str, shelf: Shelf, config: ReproduceConfig) -> Exhibit:
-    if name == "traces":
-        return _traces(shelf, Path(config.output_dir))
+def _made(name: str, shelf: Shelf, config: ReproduceConfig, tell: Callable[[str], None]) -> Exhibit:
     try:
-        return _maker(name)(shelf)
+        if name in TRAINED:
+            return _trained(name, config, tell)
+        return _traces(shelf, Path(config.output_dir)) if name == "traces" else _maker(MAKERS[name])(shelf)
     except DvarError as error:
         if config.name != "all":
             raise
         return Exhibit(name, EXPERIMENTS[name], missing=str(error))
 
 
-def _maker(name: str) -> Callable[[Shelf], Exhibit]:
-    module, _, function = MAKERS[name].partition(":")
+def _maker(place: str) -> Callable[[Any], Exhibit]:
+    module, _, function = place.partition(":")
     found = import_module(f"dvar.laboratory.experiments.{module}")
-    made: Callable[[Shelf], Exhibit] = getattr(found, function or "make")
+    made: Callable[[Any], Exhibit] = getattr(found, function or "make")
     return made
+
+
+def _trained(name: str, config: ReproduceConfig, tell: Callable[[str], None]) -> Exhibit:
+    from dvar.laboratory.trials import Bench  # and with it torch, which recorded runs are read without
+
+    folder = Path(config.output_dir) / "runs"
+    return _maker(TRAINED[name])(Bench(folder, config.quick, config.model, config.concepts_dir, tell))
 
 
 MAKERS = {
@@ -85,13 +94,18 @@ MAKERS = {
     "figure7": "convergence:figure_7",
     "figure8": "held_batch",
     "figure11": "measures",
+    "figure12": "pictures",
     "figure14": "convergence:figure_14",
     "table2": "people",
     "table3": "timesteps",
 }
-"""Where each experiment is made."""
+"""Where each experiment is made that is read off recorded runs."""
+
 SIMULATED = ("table2",)
 """What is made without any record."""
+
+TRAINED = {"figure5": "factors"}
+"""Where each is made that trains runs of its own."""
 
 
 def _traces(shelf: Shelf, folder: Path) -> Exhibit:
@@ -108,12 +122,15 @@ def _traces(shelf: Shelf, folder: Path) -> Exhibit:
 def _facts(shelf: Shelf, config: ReproduceConfig) -> list[str]:
     if config.name in SIMULATED:
         return ["No record was read: this is a simulation."]
+    if config.name in TRAINED:
+        return ["No record was read: this experiment trained a run of its own."]
     counted = [record for method in shelf.methods for record in shelf.of(method)]
     if not counted:
         raise RefusedInput(["every record is of a tuning concept, and no table counts those: record other concepts"])
     told = [str(Provenance.of(counted))]
     tuning = len({record.concept for record in shelf if record.concept in shelf.tuning})
-    told.append(f"Settings were tuned on {tuning} other concepts, which no table counts.")
+    others = "1 other concept" if tuning == 1 else f"{tuning} other concepts"
+    told.append(f"Settings were tuned on {others}, which no table counts.")
     if config.quick:
         told.append(f"Quick: {QUICK} concepts a method at most; the intervals are as wide as that makes them.")
     if shelf.lost:

@@ -1,0 +1,99 @@
+"""Figure 12: what the model draws where DVAR ends the training, beside where Baseline does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dvar.errors import RefusedInput
+from dvar.laboratory.exhibit import INK, SOFT, Exhibit, Plot, Provenance, axes, title
+from dvar.laboratory.experiments.speed import Row, rows
+from dvar.laboratory.recording import SHEETS, read_sheet
+from dvar.laboratory.records import Record, Shelf
+
+SHOWN = 4
+"""Concepts of each method."""
+EACH = 2
+"""Pictures of either kind."""
+
+
+def make(shelf: Shelf) -> Exhibit:
+    """A figure for every method; recorded runs keep their pictures, and a file of traces does not."""
+    plots, says = [], []
+    for method in shelf.methods:
+        kept = [record for record in shelf.examples(method, len(shelf)) if _sheets(record)]
+        if kept:
+            plots.append(_plot(shelf, method, kept[:SHOWN]))
+        else:
+            says.append(f"No pictures of {title(method)} were kept.")
+    if not plots:
+        raise RefusedInput(["no recorded run has kept its pictures: name a folder of records, not a file of traces"])
+    return Exhibit("figure12", "Figure 12: side by side", tuple(says), plots=tuple(plots))
+
+
+def shown_step(record: Record, step: int) -> int:
+    """The step with pictures that lies nearest to `step`, in octaves."""
+    steps = np.array(_sheets(record))
+    return int(steps[np.abs(np.log2((steps + 1) / (step + 1))).argmin()])
+
+
+def _sheets(record: Record) -> list[int]:
+    """Steps whose pictures a record has kept."""
+    if record.folder is None:
+        return []
+    return sorted(int(path.stem.removeprefix("step-")) for path in (record.folder / SHEETS).glob("step-*.png"))
+
+
+def _plot(shelf: Shelf, method: str, records: Sequence[Record]) -> Plot:
+    found = {row.way: row for row in rows(shelf, method)}
+    dvar = next(name for name in ("DVAR (tuned)", "DVAR (preset scaled in time)") if name in found)
+    columns = 1 + 4 * EACH
+    drawn, panels = axes(len(records), columns, width=0.95 * columns, height=1.15)
+    data: list[dict[str, Any]] = []
+    for line, record in enumerate(records):
+        _show(panels[line][0], _reference(record))
+        panels[line][0].set_ylabel(record.concept.replace("_", " "), color=INK)
+        for place, way in enumerate((dvar, "Baseline")):
+            kept = _kept(found[way], record)
+            step = shown_step(record, kept)
+            data.append({"record": record.name, "way": way, "kept": kept, "shown": step})
+            train, validation = read_sheet(record.folder / SHEETS / f"step-{step:06d}.png")  # type: ignore[operator]
+            first = 1 + 2 * EACH * place
+            for number, picture in enumerate((*train[:EACH], *validation[:EACH])):
+                _show(panels[line][first + number], picture)
+            panels[line][first].set_xlabel(f"step {kept}", loc="left", color=SOFT, fontsize=8)
+    for place, way in enumerate((dvar, "Baseline")):
+        panels[0][1 + 2 * EACH * place].set_title(way)
+    panels[0][0].set_title("one reference")
+    caption = (
+        f"{title(method)}. Of each way {EACH} pictures of training prompts, then {EACH} of validation prompts, the "
+        "first of the record and the same seeds for both. Named is the step that a way keeps; shown are the pictures "
+        f"of the scored step nearest to it (up to {_apart(data):.2f} octaves away). {Provenance.of(records)} Concepts "
+        "are the first by name."
+    )
+    return Plot(f"pictures-{method}", caption, drawn, data)
+
+
+def _kept(row: Row, record: Record) -> int:
+    return row.readings[row.records.index(record)].kept
+
+
+def _apart(data: Sequence[dict[str, Any]]) -> float:
+    return max(abs(float(np.log2((one["shown"] + 1) / (one["kept"] + 1)))) for one in data)
+
+
+def _reference(record: Record) -> Image.Image | None:
+    found = sorted((record.folder / "references").glob("*.png")) if record.folder else []
+    return Image.open(found[0]).convert("RGB") if found else None
+
+
+def _show(panel: Any, picture: Image.Image | None) -> None:
+    panel.set(xticks=[], yticks=[])
+    for side in panel.spines.values():
+        side.set_visible(False)
+    panel.grid(visible=False)
+    if picture is not None:
+        panel.imshow(np.asarray(picture), interpolation="nearest")

@@ -1,0 +1,84 @@
+"""Runs that an experiment needs of its own: made once, gone on with after a kill, read back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dvar.config import BUNDLED_MODEL, AnyConfig
+from dvar.errors import CheckpointError, RefusedInput
+from dvar.laboratory.exhibit import title
+from dvar.laboratory.plans import Recording
+from dvar.laboratory.sweeps import laboratory_concepts
+from dvar.stopper.rules import FixedSteps
+from dvar.stopper.trace import Trace
+from dvar.stopper.verdict import Reason
+from dvar.trainer.checkpoint import latest
+from dvar.trainer.loop import Series
+from dvar.trainer.run import Job, interruption, prepared
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where such runs are made, on which model, and whether they are to be small; ``tell`` is told how far they are.
+
+    Small and whole runs stand in folders of their own, so that neither is taken for the other.
+    """
+
+    folder: Path
+    quick: bool
+    model: str = BUNDLED_MODEL
+    concepts: str | None = None
+    tell: Callable[[str], None] = lambda line: None
+
+    def planned(self, experiment: str, **settings: object) -> Recording:
+        """The run of an experiment: Textual Inversion of the first concept by name, as it would be recorded."""
+        return Recording(
+            method="textual-inversion",
+            concept=laboratory_concepts(self.concepts)[0],
+            records=str(self.folder / experiment / ("quick" if self.quick else "whole")),
+            plan="quick" if self.quick else "cpu",
+            model=self.model,
+            concepts=self.concepts,
+            settings=tuple(settings.items()),
+        )
+
+    def stated(self, one: Recording) -> str:
+        """What a caption must say of such a run."""
+        model = "the bundled model" if one.model == BUNDLED_MODEL else one.model
+        small = (
+            " A small run (--quick): the whole one goes on to the cap, with batches up to 512." if self.quick else ""
+        )
+        named = f"1, the first by name ({one.concept.replace('_', ' ')})"
+        return f"{title(one.method)}. Base model: {model}. Concepts: {named}; seeds: 1.{small}"
+
+
+def trained(config: AnyConfig, series: Callable[[Job], Series], tell: Callable[[str], None]) -> Trace:
+    """Return the trace of the run that ``config`` describes, trained to its cap whatever any rule says of it.
+
+    ``series`` gives, of the run's job while its model is untouched, what is measured beside.  A run that is there is
+    read, and one that was interrupted goes on from its last checkpoint.
+    Raises: CheckpointError when the folder holds a run under other settings; KeyboardInterrupt when asked to stop;
+    RefusedInput when training breaks.
+    """
+    folder = Path(config.output_dir)
+    try:
+        latest(folder)
+        there = replace(config, resume_from_checkpoint="latest")
+    except CheckpointError:
+        there = replace(config, overwrite=True)
+    job, checkpoint = prepared(there)
+    job.criterion = FixedSteps(config.max_train_steps)
+    measured = series(job)
+    job.open(checkpoint)
+    tenth = max(1, config.max_train_steps // 10)
+    with interruption() as interrupted:
+        for step in job.steps(interrupted, measured):
+            if step.step % tenth == 0:
+                tell(f"step {step.step} of {config.max_train_steps}")
+            if step.verdict.reason is Reason.INTERRUPTED:
+                raise KeyboardInterrupt
+            if step.verdict.reason is Reason.NON_FINITE:
+                raise RefusedInput([f"training broke at step {step.step}: {step.verdict.sentence}"])
+    return job.learner.trace

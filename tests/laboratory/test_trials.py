@@ -1,0 +1,128 @@
+"""Experiments that train runs of their own, with the tiny model: what they measure; they go on after a kill."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dvar.config import AnyConfig, ReproduceConfig
+from dvar.errors import CheckpointError
+from dvar.laboratory.experiments import factors
+from dvar.laboratory.reproduce import reproduce
+from dvar.laboratory.trials import Bench, trained
+from dvar.testing import tiny_concept
+from dvar.trainer.run import Job, prepared
+
+STEPS, EVERY, COUNT = 10, 5, 10
+
+
+@pytest.fixture(scope="module")
+def concepts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("concepts")
+    tiny_concept(folder / "ball", pictures=2)
+    (folder / "ball" / "concept.json").write_text('{"noun": "mug"}')
+    return folder
+
+
+@pytest.fixture
+def config(tiny_model: Path, concepts: Path, tmp_path: Path) -> AnyConfig:
+    bench = Bench(tmp_path, quick=True, model=str(tiny_model), concepts=str(concepts))
+    planned = bench.planned("figure5", resolution=32, learning_rate=0.05, train_batch_size=1)
+    small = {"max_train_steps": STEPS, "checkpointing_steps": 4, "window": 8}
+    return replace(planned.config, output_dir=str(planned.folder), **small)
+
+
+def series(job: Job) -> object:
+    return factors.redrawn(job, COUNT, EVERY)
+
+
+def test_one_factor_is_drawn_anew_and_the_others_are_held(config: AnyConfig) -> None:
+    job, _ = prepared(config)
+    held, fresh = (job.drawn(job.examples, stream, EVERY, 0, COUNT) for stream in ("held", factors.SERIES))
+    for name, fields in factors.FACTORS.items():
+        mixed = factors._with(held, fresh, fields)
+        for field in factors.FACTORS["all"]:
+            source = fresh if field in fields else held
+            assert torch.equal(getattr(mixed, field), getattr(source, field)), (name, field)
+    assert sorted(field for name, fields in factors.FACTORS.items() if name != "all" for field in fields) == sorted(
+        factors.FACTORS["all"]
+    )
+
+
+def test_the_curves_of_a_run(config: AnyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(factors, "_PART", 4)  # so that the batch is accumulated from unequal parts
+    at, curves = factors.read(trace := trained(config, series, print))
+    assert at.tolist() == [0, 5, 10]
+    assert set(curves) == {*factors.ROWS, factors.FROZEN}
+    assert all(values.shape == (3, COUNT) for values in curves.values())
+    # The first samples of the held batch are those of L_det.
+    np.testing.assert_allclose(curves[factors.HELD][:, :8], trace.samples[::EVERY], rtol=1e-5)
+    assert not curves[factors.PAIRED][0].any()
+    assert curves[factors.PAIRED][1:].all()
+    for name in ("x", "y", "E(x)", "ε", "t", "all"):
+        assert (curves[name] != curves[factors.HELD]).any(axis=1).all(), name
+
+
+def test_a_trial_goes_on_where_it_was_killed_and_is_not_made_twice(config: AnyConfig, tmp_path: Path) -> None:
+    whole = trained(config, series, print)
+
+    class Killed(Exception):
+        pass
+
+    def killed(job: Job) -> object:
+        measured = factors.redrawn(job, COUNT, EVERY)
+
+        def until(step: int, watch: object) -> object:
+            if step == 7:
+                raise Killed
+            return measured(step, watch)  # type: ignore[arg-type]
+
+        return until
+
+    apart = replace(config, output_dir=str(tmp_path / "apart"))
+    with pytest.raises(Killed):
+        trained(apart, killed, print)  # type: ignore[arg-type]
+    again = trained(apart, series, print)
+
+    def told(trace: object) -> list[dict[str, object]]:
+        return [{name: value for name, value in row.items() if name != "seconds"} for row in trace.records]  # type: ignore[attr-defined]
+
+    assert told(again) == told(whole)
+    assert told(trained(apart, killed, print)) == told(whole)  # type: ignore[arg-type]  # nothing is left to do
+    with pytest.raises(CheckpointError, match="learning_rate"):
+        trained(replace(apart, learning_rate=0.01), series, print)
+
+
+def test_figure_5_by_its_command(
+    tiny_model: Path, concepts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(factors._STEPS, True, 40)
+    monkeypatch.setitem(factors._SIZES, True, (2, 4))
+    planned = Bench.planned
+    small = {"resolution": 32, "train_batch_size": 1}
+    monkeypatch.setattr(Bench, "planned", lambda bench, name: planned(bench, name, **small))
+    told: list[str] = []
+    report = reproduce(
+        ReproduceConfig(
+            name="figure5",
+            records=str(tmp_path / "none"),
+            output_dir=str(tmp_path),
+            quick=True,
+            model=str(tiny_model),
+            concepts_dir=str(concepts),
+        ),
+        told.append,
+    )
+    content = json.loads((report.parent / "figure5.json").read_text(encoding="utf-8"))
+    rows = content["tables"][0]["rows"]
+    assert [(row["drawn anew"], row["batch"]) for row in rows] == [
+        (row, size) for row in factors.ROWS for size in (2, 4)
+    ]
+    assert "step 40 of 40" in told
+    for fact in (str(tiny_model), "1, the first by name (ball)", "40 steps", "A small run"):
+        assert fact in content["tables"][0]["caption"], fact
