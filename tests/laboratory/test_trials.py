@@ -16,7 +16,8 @@ from dvar.laboratory.experiments import factors
 from dvar.laboratory.reproduce import reproduce
 from dvar.laboratory.trials import Bench, trained
 from dvar.testing import tiny_concept
-from dvar.trainer.run import Job, prepared
+from dvar.trainer.job import Job
+from dvar.trainer.run import prepared
 
 STEPS, EVERY, COUNT = 10, 5, 10
 

@@ -15,8 +15,9 @@ from dvar.stopper.rules import FixedSteps
 from dvar.stopper.trace import Trace
 from dvar.stopper.verdict import Reason
 from dvar.trainer.checkpoint import latest
+from dvar.trainer.job import Job
 from dvar.trainer.loop import Series
-from dvar.trainer.run import Job, interruption, prepared
+from dvar.trainer.run import interruption, prepared
 
 
 @dataclass(frozen=True)

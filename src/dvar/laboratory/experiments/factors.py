@@ -16,8 +16,8 @@ from dvar.laboratory.information import Information, information
 from dvar.laboratory.trials import Bench, trained
 from dvar.stopper.probe import undisturbed
 from dvar.stopper.trace import Trace
+from dvar.trainer.job import Job
 from dvar.trainer.loop import Series, Stopwatch
-from dvar.trainer.run import Job
 
 HELD, FROZEN, PAIRED = "none", "t, frozen", "t, paired"
 FACTORS: Mapping[str, tuple[str, ...]] = {
