@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dvar.config import BUNDLED_MODEL, CONFIGS
-from dvar.laboratory.markup import Html, element
+from dvar.laboratory.markup import Html, element, page_head
 from dvar.laboratory.records import Record
 
 INK, SOFT, NOISE, SIGNAL, LINE = "#22211e", "#6a6761", "#a5a099", "#b8452a", "#e2ded6"
@@ -47,7 +47,6 @@ STYLE = {
     "svg.fonttype": "path",
 }
 DOTS = 160
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 @dataclass(frozen=True)
@@ -197,14 +196,7 @@ def page(exhibits: Sequence[Exhibit], facts: Sequence[str]) -> str:
     """Return one page with every exhibit that loads nothing and runs no script; `facts` open it."""
     style = files("dvar.laboratory").joinpath("report.css").read_text(encoding="utf-8")
     more = files("dvar.laboratory").joinpath("exhibit.css").read_text(encoding="utf-8")
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", http_equiv="Content-Security-Policy", content=POLICY),
-        element("title", "The laboratory · dvar"),
-        element("style", Html(style + more)),
-    )
+    head = page_head("The laboratory · dvar", style + more)
     links = [element("li", element("a", one.title, href=f"#{one.name}")) for one in exhibits]
     top = element(
         "header",

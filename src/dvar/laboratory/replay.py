@@ -15,7 +15,7 @@ from dvar.config import ReplayConfig
 from dvar.errors import RefusedInput
 from dvar.laboratory import charts
 from dvar.laboratory.charts import Scale
-from dvar.laboratory.markup import Html, element, join
+from dvar.laboratory.markup import Html, element, join, page_head
 from dvar.stopper.rules import Criterion, Dvar, EmaPercentile, Hall, Plateau, Trend
 from dvar.stopper.trace import LOSS, RELATIVE_LOSS, Trace
 from dvar.stopper.verdict import Verdict
@@ -30,7 +30,6 @@ RULES: dict[str, Callable[[ReplayConfig], Criterion]] = {
 }
 """The rules of `dvar replay`, by the name of each: its settings to the rule."""
 
-POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 WIDTH, LEFT, RIGHT = 860, 76, 20  # of a picture and its margins
 LOSS_HEIGHT, RATIO_HEIGHT, LANE = 190, 130, 26
 TOP, BETWEEN, BELOW = 34, 46, 30
@@ -243,14 +242,7 @@ def _curve_name(trace: Trace) -> str:
 
 
 def _page(title: str, curve: str, shown: Html, outcomes: Sequence[Outcome]) -> Html:
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", http_equiv="Content-Security-Policy", content=POLICY),
-        element("title", f"{title} · dvar replay"),
-        element("style", Html(_style("charts.css") + _style("report.css"))),
-    )
+    head = page_head(f"{title} · dvar replay", _style("charts.css") + _style("report.css"), images=False)
     rows = [element("tr", element("th", outcome.name, scope="row"), element("td", outcome.why)) for outcome in outcomes]
     body = element(
         "main",

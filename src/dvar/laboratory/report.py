@@ -12,13 +12,11 @@ from pathlib import Path
 
 from dvar.config import BUNDLED_MODEL
 from dvar.laboratory import figures
-from dvar.laboratory.markup import Html, element, join
+from dvar.laboratory.markup import Html, element, join, page_head
 from dvar.laboratory.runs import Run
 from dvar.stopper.rules import SETTLED
 from dvar.stopper.verdict import Reason
 from dvar.trainer.loading import imports, loads
-
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -38,14 +36,7 @@ def write_report(run_dir: str | Path) -> Path:
 def _page(run: Run) -> Html:
     sheets = (files("dvar.laboratory").joinpath(name) for name in ("charts.css", "report.css"))
     style = "".join(sheet.read_text(encoding="utf-8") for sheet in sheets)
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", http_equiv="Content-Security-Policy", content=POLICY),
-        element("title", f"{run.settings.subject} · dvar"),
-        element("style", Html(style)),
-    )
+    head = page_head(f"{run.settings.subject} · dvar", style)
     sections = (_title, _outcome, _numbers, _losses, _ratio, _growth, _single_inputs, _use, _settings)
     return element("html", head, element("body", element("main", *(section(run) for section in sections))), lang="en")
 

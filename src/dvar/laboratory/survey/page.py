@@ -7,8 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from dvar.laboratory import figures
-from dvar.laboratory.markup import Html, element, join
-from dvar.laboratory.report import POLICY
+from dvar.laboratory.markup import Html, element, join, page_head
 from dvar.laboratory.survey.plan import PICTURES
 from dvar.laboratory.survey.score import Row, Score, Tally
 from dvar.laboratory.survey.statistics import Interval
@@ -22,14 +21,7 @@ STYLES = ("charts.css", "report.css", "survey/score.css")
 def write_page(folder: Path, score: Score, path: Path) -> Path:
     """Return ``path``, written: one file that loads nothing and runs no script; the same votes give the same bytes."""
     sheets = "".join(files("dvar.laboratory").joinpath(name).read_text(encoding="utf-8") for name in STYLES)
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", http_equiv="Content-Security-Policy", content=POLICY),
-        element("title", f"{score.candidate} against {score.baseline} · dvar"),
-        element("style", Html(sheets)),
-    )
+    head = page_head(f"{score.candidate} against {score.baseline} · dvar", sheets)
     title = element(
         "header",
         element("p", "Human evaluation", class_="eyebrow"),
