@@ -2,9 +2,9 @@
 
 ``python -m pretraining.science train --method textual-inversion --learning_rates 1e-2`` trains to the cap, DVAR kept
 from stopping, and scores pictures at steps spread over the run, or with ``--shares 1`` at the cap alone.  A run that
-is there is not made again; ``score`` reads its kept pictures anew, when the judges have changed.  ``compare`` shows
-what settings are chosen by: the recogniser at the cap, nothing else.  ``freeze`` names what was chosen by a hash, and
-``judge``, which comes after, says for which methods rules may be ranked.
+is there is not made again, but gets the pictures it lacks; ``score`` reads kept pictures anew, when the judges have
+changed.  ``compare`` shows what settings are chosen by: the recogniser at the cap, nothing else.  ``freeze`` names
+what was chosen by a hash, and ``judge``, which comes after, says for which methods rules may be ranked.
 """
 
 from __future__ import annotations
@@ -129,14 +129,11 @@ def named(method: str, noun: str) -> dict[str, str]:
 
 
 def train(trial: Trial, shares: Sequence[float] = SHARES) -> None:
-    """Train to the cap and score at these parts of it; the pictures are kept beside the scores, for other judges."""
+    """Train to the cap and draw pictures at these parts of it, what is there already excepted; then score them all."""
     run = trial.folder
-    if (run / "scores.json").exists():
-        return
     given = named(trial.method, mini.noun(trial.concept)) | {
         "instance_data_dir": mini.concepts()[trial.concept],
         "output_dir": run,
-        "overwrite": True,
         "learning_rate": trial.rate,
         "seed": trial.seed,
     }
@@ -150,10 +147,14 @@ def train(trial: Trial, shares: Sequence[float] = SHARES) -> None:
         num_validation_images=1,
         checkpointing_steps=CADENCE,
     )
-    personalise(config)
+    if not (run / "result.json").exists():
+        personalise(replace(config, overwrite=True))
     plain = f"a photo of {config.subject}"
     prompts = [plain] * PLAIN + [f"{plain} {PLACES[place].words}" for place in PLACED]
     for step in sorted({CADENCE * round(share * trial.cap / CADENCE) for share in shares}):
+        pictures = run / f"pictures-{step:06d}.npy"
+        if pictures.exists():
+            continue
         drawn = sample(
             personalised(run, step=step),
             prompts,
@@ -162,7 +163,7 @@ def train(trial: Trial, shares: Sequence[float] = SHARES) -> None:
             steps=25,
             guidance=config.guidance_scale,
         )
-        np.save(run / f"pictures-{step:06d}.npy", np.stack([np.asarray(picture) for picture in drawn]))
+        np.save(pictures, np.stack([np.asarray(picture) for picture in drawn]))
     rescore(trial)
 
 
