@@ -137,14 +137,14 @@ class Learner:
         Under SAM the norm is that of the gradient it steps by, at the steeper point, and the loss is the one before.
         """
         config = self.config
-        loss = self._gradient(losses, step)
+        mean = self._gradient(losses, step)
         if config.optimizer == "sam":
             with sharpened(self.method.parameters, config.sam_rho):
                 self._gradient(losses, step)
         self.scaler.unscale_(self.optimizer)
-        norm = float(
-            nn.utils.get_total_norm([grad for part in self.method.parameters if (grad := part.grad) is not None])
-        )
+        gradients = [grad for part in self.method.parameters if (grad := part.grad) is not None]
+        # Both leave the device at once: each wait for it would let it run dry.
+        loss, norm = torch.stack([mean, nn.utils.get_total_norm(gradients).double()]).tolist()
         rate = config.learning_rate * self._pace(step - 1)
         # A gradient that overflows fp16 is the scaler's to skip and to scale down; anywhere else it is a fault.
         sound = math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled())
@@ -157,8 +157,8 @@ class Learner:
             self.scaler.update()
         return Update(loss, norm, rate, taken=sound)
 
-    def _gradient(self, losses: Losses, step: int) -> float:
-        """The mean loss of the samples of a step, whose gradient the parameters then hold.
+    def _gradient(self, losses: Losses, step: int) -> Tensor:
+        """The mean loss of the samples of a step, float64 on their device; the parameters then hold its gradient.
 
         The samples of a step are numbered through its accumulation, so splitting it differently draws the same ones.
         """
@@ -170,7 +170,7 @@ class Learner:
                 found = losses(step, first, config.train_batch_size)
                 self.scaler.scale(found.mean() / parts).backward()
             seen.append(found.detach())
-        return float(torch.cat(seen).double().mean())
+        return torch.cat(seen).double().mean()
 
     def keep_best(self) -> None:
         """Copy what is learned if the newest record is the best so far, as ``best_by`` judges it."""
