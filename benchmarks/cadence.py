@@ -34,10 +34,7 @@ BATCHES = {**dict.fromkeys(HELD, 0), "4 held": 4, "8 held": 8, "16 held": 16, ST
 
 
 def settings(method: str, concept: str, folder: Path) -> AnyConfig:
-    noun = mini.noun(concept)
-    named = {"class_noun": noun} if method == "custom-diffusion" else {"initializer_token": noun}
-    given = {"instance_data_dir": mini.concepts()[concept], "output_dir": folder, "placeholder_token": "<thing>"}
-    return configure(given | named, method)
+    return configure(mini.given(method, concept) | {"output_dir": folder}, method)
 
 
 def record(method: str, concept: str, folder: Path) -> None:

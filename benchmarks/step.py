@@ -81,17 +81,15 @@ def backward_timed(clock: Clock) -> Iterator[None]:
 
 
 def settings_of(method: str, chosen: argparse.Namespace, folder: str) -> AnyConfig:
-    concept = mini.TUNING[0]
-    noun = mini.noun(concept)
-    named = {"class_noun": noun, "num_class_images": 8} if method == "custom-diffusion" else {"initializer_token": noun}
-    given = {
-        "instance_data_dir": chosen.pictures or mini.concepts()[concept],
+    given = mini.given(method, mini.TUNING[0]) | {
         "output_dir": folder,
         "pretrained_model_name_or_path": chosen.model,
         "mixed_precision": chosen.mixed_precision,
-        "placeholder_token": "<thing>",
     }
-    config = configure(given | named, method)
+    given |= {"instance_data_dir": chosen.pictures} if chosen.pictures else {}
+    given |= {"resolution": chosen.resolution} if chosen.resolution else {}
+    given |= {"num_class_images": 8, "random_rescale": False} if method == "custom-diffusion" else {}
+    config = configure(given, method)
     return replace(config, threshold=1e-9, max_train_steps=100_000, checkpointing_steps=100_000)
 
 
@@ -163,6 +161,7 @@ def main() -> None:
     parser.add_argument("--model", default=BUNDLED_MODEL, help="a diffusers folder; the bundled model by default")
     parser.add_argument("--pictures", help="a folder of pictures; a bundled concept's by default")
     parser.add_argument("--method", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
+    parser.add_argument("--resolution", type=int, help="the preset's by default")
     parser.add_argument("--mixed_precision", choices=("no", "bf16", "fp16"), default="no")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5, help="turns that each loop takes")

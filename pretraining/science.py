@@ -3,8 +3,9 @@
 ``python -m pretraining.science train --method textual-inversion --learning_rates 1e-2`` trains to the cap, DVAR kept
 from stopping, and scores pictures at steps spread over the run, or with ``--shares 1`` at the cap alone.  A run that
 is there is not made again, but gets the pictures it lacks; ``score`` reads kept pictures anew, when the judges have
-changed.  ``compare`` shows what settings are chosen by: the recogniser at the cap, nothing else.  ``freeze`` names
-what was chosen by a hash, and ``judge``, which comes after, says for which methods rules may be ranked.
+changed.  ``compare`` shows what settings are chosen by: the recogniser at the cap, nothing else.  ``freeze`` writes
+what was chosen to ``frozen.json``, as hashes, and ``judge``,
+which comes after, says for which methods rules may be ranked.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from pretraining.pictures import as_tensor
 from pretraining.training import WORK
 
 RUNS = WORK / "science"
+FROZEN = Path(__file__).with_name("frozen.json")
 CADENCE, PROBE_EVERY = 25, 5
 SHARES = (0.0, 0.02, 0.05, 0.1, 0.17, 0.25, 0.35, 0.5, 0.75, 1.0)
 """Parts of the cap at which pictures are drawn and scored, rounded to checkpoints."""
@@ -48,6 +50,8 @@ AT_THE_CAP = (
 """The scores that settings are chosen by, both of the recogniser: the subject, and the places it was not seen in."""
 PLAIN, PLACED = 8, ("beach", "snow", "night", "forest", "table", "street", "desert", "blue wall")
 DISTRACTORS = 99
+WATCHED = ("window", "threshold", "probe_every", "validation_steps", "num_validation_images", "checkpointing_steps")
+"""Settings by which a run is judged and shown; they move nothing that is trained."""
 
 
 @dataclass(frozen=True)
@@ -121,18 +125,10 @@ def ceiling(concept: str) -> dict[str, float]:
     return scores | {"clip image among references": among}
 
 
-def named(method: str, noun: str) -> dict[str, str]:
-    """What each method must be told of the subject's class."""
-    if method == "custom-diffusion":
-        return {"class_noun": noun}
-    return {"placeholder_token": "<thing>", "initializer_token": noun}
-
-
 def train(trial: Trial, shares: Sequence[float] = SHARES) -> None:
     """Train to the cap and draw pictures at these parts of it, what is there already excepted; then score them all."""
     run = trial.folder
-    given = named(trial.method, mini.noun(trial.concept)) | {
-        "instance_data_dir": mini.concepts()[trial.concept],
+    given = mini.given(trial.method, trial.concept) | {
         "output_dir": run,
         "learning_rate": trial.rate,
         "seed": trial.seed,
@@ -229,8 +225,13 @@ def curve(runs: Sequence[Path], part: str, key: str) -> list[float]:
 
 def frozen() -> dict[str, str]:
     """What may not change once a concept of the laboratory has been run, each part by its sha256: the weights (and
-    with them the vocabulary), and each method's settings on the bundled model."""
-    chosen = {method: json.dumps(settings("mini", method), sort_keys=True) for method in CONFIGS}
+    with them the vocabulary), and how each method trains on the bundled model.  When it is judged and shown may."""
+    chosen = {
+        method: json.dumps(
+            {key: value for key, value in settings("mini", method).items() if key not in WATCHED}, sort_keys=True
+        )
+        for method in CONFIGS
+    }
     return {"weights": folder_hash()} | {name: sha256(text.encode()).hexdigest() for name, text in chosen.items()}
 
 
@@ -247,7 +248,8 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     if chosen.action == "freeze":
-        print(json.dumps(frozen(), indent=1))
+        FROZEN.write_text(json.dumps(frozen(), indent=1) + "\n")
+        print(FROZEN.read_text(), end="")
         return
     for rate in chosen.learning_rates:
         trials = [

@@ -62,3 +62,19 @@ def test_each_condition_can_fail_by_itself(tmp_path: Path, identity: list[list[f
         for seed, (row, moved) in enumerate(zip(identity, shaken, strict=True))
     ]
     assert science.gate(runs)["rankable"] is False
+
+
+def test_what_was_frozen_is_what_ships() -> None:
+    assert science.frozen() == json.loads(science.FROZEN.read_text()), (
+        "weights or training settings changed: say why in LOG.md, then python -m pretraining.science freeze"
+    )
+
+
+def test_only_what_moves_the_training_is_frozen(monkeypatch) -> None:
+    before, own = science.frozen(), science.settings
+    monkeypatch.setattr(science, "settings", lambda name, method: own(name, method) | {"window": 7})
+    assert science.frozen() == before
+    monkeypatch.setattr(science, "settings", lambda name, method: own(name, method) | {"learning_rate": 7.0})
+    changed = science.frozen()
+    assert changed["weights"] == before["weights"]
+    assert all(changed[method] != before[method] for method in before if method != "weights")

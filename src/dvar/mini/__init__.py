@@ -46,3 +46,9 @@ def concepts() -> dict[str, Path]:
 def noun(name: str) -> str:
     """The class noun of a concept, as captions use it."""
     return str(json.loads((concepts()[name] / "concept.json").read_text(encoding="utf-8"))["noun"])
+
+
+def given(method: str, name: str) -> dict[str, str | Path]:
+    """What a method must be told to learn a concept: its pictures, a new word, the noun as the method asks for it."""
+    asked = "class_noun" if method == "custom-diffusion" else "initializer_token"
+    return {"instance_data_dir": concepts()[name], "placeholder_token": "<thing>", asked: noun(name)}

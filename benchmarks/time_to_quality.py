@@ -1,0 +1,84 @@
+"""Minutes from the command to the saved result, and how good it is: ``python benchmarks/time_to_quality.py``.
+
+`dvar train` runs as a user starts it, start-up, samples and export included, in three ways: to the cap without a probe;
+stopped by DVAR reading the held batch after every step, as the paper does; stopped by DVAR as the preset reads it.
+Each result draws the same fresh seeds, scored by the bundled CLIP that conditions nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from dvar import mini
+from dvar.config import CONFIGS
+from dvar.diffusion.sampling import sample
+from dvar.laboratory.metrics import Clip, similarity
+from dvar.trainer.presets import settings
+from dvar.trainer.run import finished, personalised
+
+DVAR = Path(sys.executable).with_name("dvar")
+FRESH = range(1_000, 1_016)
+
+
+def ways(method: str) -> dict[str, list[str]]:
+    """The flags of each way; a probe at an eighth of the cap is as good as none."""
+    cap = settings("mini", method)["max_train_steps"]
+    never = ["--threshold", "1e-9", "--window", str(cap - 1), "--probe_every", str(cap // 9)]
+    return {"to the cap": never, "DVAR at every step": ["--probe_every", "1"], "DVAR": []}
+
+
+def trained(method: str, concept: str, flags: list[str], folder: Path) -> dict[str, Any]:
+    given = [part for name, value in mini.given(method, concept).items() for part in (f"--{name}", value)]
+    command = [DVAR, "train", method, *given, "--output_dir", folder, *flags]
+    began = time.perf_counter()
+    subprocess.run([str(part) for part in command], check=True, capture_output=True)
+    seconds = time.perf_counter() - began
+    config, result = finished(folder)
+    prompts = [f"a photo of {config.subject}"] * len(FRESH)
+    drawn = sample(
+        personalised(folder), prompts, FRESH, size=config.resolution, steps=config.num_inference_steps,
+        guidance=config.guidance_scale,
+    )  # fmt: skip
+    clip = Clip.bundled()
+    references = [Image.open(path) for path in sorted((folder / "references").glob("*.png"))]
+    score = float(similarity(clip.pictures(drawn), clip.pictures(references)).mean())
+    parts = {name: round(value, 1) for name, value in result["seconds"].items()}
+    return {"minutes": seconds / 60, "steps": result["steps"], "clip": score, "seconds": parts}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--method", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
+    parser.add_argument("--concepts", nargs="+", default=mini.TUNING[:1])
+    parser.add_argument("--output", type=Path)
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    for method in chosen.method:
+        for concept in chosen.concepts:
+            for way, flags in ways(method).items():
+                with tempfile.TemporaryDirectory() as folder:
+                    row = {"method": method, "concept": concept, "way": way}
+                    row |= trained(method, concept, flags, Path(folder) / "run")
+                rows.append(row)
+                print(
+                    f"{method:<18}{concept:<20}{way:<20}{row['minutes']:6.2f} min{row['steps']:6d} steps"
+                    f"  CLIP {row['clip']:.3f}  {row['seconds']}",
+                    flush=True,
+                )
+    if chosen.output:
+        chosen.output.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""The benchmarks run, and what they say follows from what they timed; how fast anything is, no test says."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from dvar.stopper.rules import Dvar
+from dvar.stopper.trace import Trace
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+
+    def named(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    return named
+
+
+@pytest.mark.parametrize("method", ["textual-inversion", "dreambooth-lora", "custom-diffusion"])
+def test_both_loops_are_timed_part_by_part(
+    method, benchmark, monkeypatch, tiny_model: Path, tiny_pictures: Path, tmp_path: Path, capsys
+) -> None:
+    output = tmp_path / "step.json"
+    flags = ["--model", tiny_model, "--pictures", tiny_pictures, "--resolution", "32", "--method", method]
+    monkeypatch.setattr(sys, "argv", ["step.py", *map(str, flags), "--rounds", "1", "--output", str(output)])
+    benchmark("step").main()
+    found = json.loads(output.read_text())["methods"][method]
+    ours, plain = found["parts"]["dvar"], found["parts"]["plain"]
+    assert plain["encode"] > 0 == ours["encode"]
+    for name in ("data", "text", "U-Net forward", "backward", "optimizer"):
+        assert ours[name] > 0 < plain[name]
+    whole = found["whole"]
+    assert found["ratios"]["step"] == pytest.approx(whole["plain"] / whole["dvar"])
+    assert "a probe" in capsys.readouterr().out
+
+
+def test_a_stop_read_at_every_step_is_the_rules_own(benchmark) -> None:
+    curve = 0.05 - 0.01 * (1 - np.exp(-np.arange(400) / 40))
+    rule, trace = Dvar(100, 0.15), Trace()
+    for step, value in enumerate(curve):
+        trace.record(step, [value])
+        if rule(trace).stop:
+            break
+    cadence = benchmark("cadence")
+    assert cadence.stop(curve, range(400), rule) == step
+    assert 0 <= cadence.stop(curve, range(0, 400, 10), rule) - step <= 10
+    assert cadence.stop(np.linspace(1, 0, 400), range(90), rule) is None
