@@ -508,15 +508,9 @@ def record(
     )
     names = (concepts or sweeps.laboratory_concepts(folder))[:first]
     runs = sweeps.grid(base, chosen, names, seeds or [0])
-    sweeps.check(runs)
-    missing = [run for run in runs if sweeps.standing(run).state != "done"]
-    print(f"{len(runs)} runs, {len(missing)} of them to record; {sweeps.described(base)}", flush=True)
-    units = sweeps.estimate(missing)
-    for line in sweeps.expected(missing, units, workers):
-        print(line, flush=True)
+    rows = sweeps.recorded(runs, lambda line: print(line, flush=True), workers=workers, only_estimate=estimate)
     if estimate:
         return 0
-    rows = sweeps.sweep(runs, workers=workers, units=units, tell=lambda line: print(line, flush=True))
     for line in sweeps.table(rows):
         print(line)
     return FAILED if any(row.state != "done" for row in rows) else 0

@@ -466,11 +466,14 @@ EXPERIMENTS: dict[str, str] = {
     "figure6": "Figure 6: convergence of Custom Diffusion",
     "figure7": "Figure 7: convergence of DreamBooth-LoRA",
     "figure8": "Figure 8: smaller held batches",
+    "figure9": "Figure 9: larger training batches; trains runs of its own",
     "figure11": "Figure 11: other criteria",
     "figure12": "Figure 12: pictures where DVAR and Baseline end, side by side",
     "figure14": "Figure 14: convergence on more concepts",
     "table2": "Table 2: which way people prefer, of simulated people",
     "table3": "Table 3: timesteps and scores",
+    "initial": "First version of the paper: the initial word; records runs of its own",
+    "sam": "First version of the paper: SAM in place of AdamW; records runs of its own",
     "traces": "All recorded runs as one file, to try rules on",
 }
 """What `dvar reproduce` can make, each by its name, in the order of the report."""
@@ -483,7 +486,7 @@ class ReproduceConfig:
     name: str = setting("all", "Which experiment, or all.")
     records: str = setting("records", "Folder of recorded runs, or a file of traces.", section="Records and report")
     output_dir: str = setting("runs/laboratory", "Folder for data, figures and report.html.")
-    quick: bool = setting(False, "A few concepts of each method only, and small runs where one is trained.")
+    quick: bool = setting(False, "Small and soon: records the little it needs, where there are none, and trains less.")
     model: str = setting(BUNDLED_MODEL, "Base model of runs that an experiment trains itself.")
     concepts_dir: str | None = setting(None, "Folder of concepts for those runs; the bundled ones without.")
 

@@ -50,7 +50,7 @@ class Plan:
 
     ``share`` of the recorded cap is trained; ``scored`` steps, log-spaced, have pictures: ``prompts`` times ``seeds``
     of each kind, drawn in ``sampling_steps`` (the preset's own where None).  ``every`` gives the steps between two
-    values of a series.
+    values of a series; ``class_pictures`` are those of Custom Diffusion (the preset's number where None).
     """
 
     share: float
@@ -59,6 +59,7 @@ class Plan:
     seeds: int
     sampling_steps: int | None
     every: Mapping[str, int]
+    class_pictures: int | None = None
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -71,8 +72,8 @@ def _every(stratified: int, fresh: int, unseen: int, drift: int) -> Mapping[str,
 
 
 PLANS = {
-    "quick": Plan(0.2, 8, 2, 2, 10, _every(10, 10, 10, 30)),
-    "cpu": Plan(1.0, 30, 4, 2, 15, _every(10, 5, 10, 50)),
+    "quick": Plan(0.15, 8, 2, 2, 10, _every(20, 20, 20, 50), class_pictures=16),
+    "cpu": Plan(1.0, 30, 4, 2, 10, _every(10, 10, 20, 50)),
     "full": Plan(1.0, 40, 8, 4, None, _every(5, 1, 5, 25)),
 }
 """By name: a look in minutes; what two cores can do for many concepts; the issue's full size."""
@@ -138,9 +139,12 @@ class Recording:
         Raises: RefusedInput when the learning rate depends on the cap, so that a shorter run would be no prefix.
         """
         noun = self.noun
-        own = {"class_noun": noun} if self.method == CustomDiffusionConfig.method else {"initializer_token": noun}
-        if self.method == "dreambooth-lora":
-            own["placeholder_token"] = "<thing>"
+        own: dict[str, Any] = {"placeholder_token": "<thing>"} if self.method == "dreambooth-lora" else {}
+        if self.method == CustomDiffusionConfig.method:
+            pictures = PLANS[self.plan].class_pictures
+            own |= {"class_noun": noun, **({"num_class_images": pictures} if pictures else {})}
+        elif dict(self.settings).get("initializer", "manual") == "manual":
+            own["initializer_token"] = noun
         given = {
             "pretrained_model_name_or_path": self.model,
             "instance_data_dir": self.pictures,

@@ -199,6 +199,7 @@ class Recorder:
 
     def _scores_header(self) -> dict[str, Any]:
         return {
+            "share": self.plan.share,
             "pairing": self.scorer.pairing,
             "judges": self.scorer.names,
             **{f"{part}_prompts": list(wanted.prompts) for part, wanted in self.shots.items()},

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 
@@ -16,8 +16,13 @@ from dvar.laboratory.exhibit import STYLE, Exhibit, Provenance, page, save
 from dvar.laboratory.records import Shelf
 from dvar.laboratory.traces import read_traces, write_traces
 
+if TYPE_CHECKING:
+    from dvar.laboratory.trials import Bench
+
 QUICK = 3
-"""Concepts of each method, besides those for tuning, that ``quick`` reads."""
+"""Concepts of each method, and as many for tuning, that ``quick`` reads of whole records."""
+QUICK_CONCEPTS, QUICK_TUNING = 2, 1
+"""Concepts of each method, and for tuning, that ``quick`` records where there are no records."""
 TRACES = "traces.npz"
 REPORT = "report.html"
 
@@ -32,7 +37,9 @@ def reproduce(config: ReproduceConfig, tell: Callable[[str], None] = lambda line
     """
     folder = Path(config.output_dir)
     names = list(EXPERIMENTS) if config.name == "all" else [config.name]
-    shelf = Shelf(()) if set(names) <= {*SIMULATED, *TRAINED} else opened(config)
+    if config.quick:
+        config = _recorded(config, names, tell)
+    shelf = opened(config) if _reads_records(names) else Shelf(())
     facts = _facts(shelf, config)
     made = []
     with matplotlib.rc_context(STYLE):
@@ -44,6 +51,38 @@ def reproduce(config: ReproduceConfig, tell: Callable[[str], None] = lambda line
     path = folder / REPORT
     path.write_text(page(made, facts), encoding="utf-8", newline="\n")
     return path
+
+
+def _reads_records(names: Sequence[str]) -> bool:
+    return not set(names) <= {*SIMULATED, *TRAINED}
+
+
+def _recorded(config: ReproduceConfig, names: Sequence[str], tell: Callable[[str], None]) -> ReproduceConfig:
+    """The same settings, once all is recorded that a small report of these experiments reads.
+
+    Where there are no records, a few small ones are made in "quick" beside where whole ones would stand.
+    """
+    from dvar.laboratory.experiments import variants
+    from dvar.laboratory.sweeps import recorded, table
+
+    source, bench = Path(config.records), _bench(config, tell)
+    runs = []
+    if _reads_records(names) and not source.is_file() and not any(source.glob("*/*/*/config.json")):
+        config = replace(config, records=str(source / "quick"))
+        runs += bench.few(config.records, QUICK_CONCEPTS, QUICK_TUNING)
+    for name, changes in (("initial", variants.STARTS), ("sam", variants.OPTIMIZERS)):
+        if name in names:
+            runs += [one for of in variants.planned(bench, changes).values() for one in of]
+    if runs:
+        for line in table(recorded(list(dict.fromkeys(runs)), tell)):
+            tell(line)
+    return config
+
+
+def _bench(config: ReproduceConfig, tell: Callable[[str], None]) -> Bench:
+    from dvar.laboratory.trials import Bench  # and with it torch, which recorded runs are read without
+
+    return Bench(Path(config.output_dir) / "runs", config.quick, config.model, config.concepts_dir, tell)
 
 
 def opened(config: ReproduceConfig) -> Shelf:
@@ -78,10 +117,7 @@ def _maker(place: str) -> Callable[[Any], Exhibit]:
 
 
 def _trained(name: str, config: ReproduceConfig, tell: Callable[[str], None]) -> Exhibit:
-    from dvar.laboratory.trials import Bench  # and with it torch, which recorded runs are read without
-
-    folder = Path(config.output_dir) / "runs"
-    return _maker(TRAINED[name])(Bench(folder, config.quick, config.model, config.concepts_dir, tell))
+    return _maker(TRAINED[name])(_bench(config, tell))
 
 
 MAKERS = {
@@ -104,7 +140,7 @@ MAKERS = {
 SIMULATED = ("table2",)
 """What is made without any record."""
 
-TRAINED = {"figure5": "factors"}
+TRAINED = {"figure5": "factors", "figure9": "batches", "initial": "variants:initial", "sam": "variants:sam"}
 """Where each is made that trains runs of its own."""
 
 
@@ -123,7 +159,7 @@ def _facts(shelf: Shelf, config: ReproduceConfig) -> list[str]:
     if config.name in SIMULATED:
         return ["No record was read: this is a simulation."]
     if config.name in TRAINED:
-        return ["No record was read: this experiment trained a run of its own."]
+        return ["No record was read: this experiment trained what it shows."]
     counted = [record for method in shelf.methods for record in shelf.of(method)]
     if not counted:
         raise RefusedInput(["every record is of a tuning concept, and no table counts those: record other concepts"])

@@ -139,6 +139,24 @@ def slots(workers: int | None, threads: int) -> list[str]:
     return [gpus[number % len(gpus)] if gpus else "" for number in range(count)]
 
 
+def recorded(
+    recordings: Sequence[Recording], tell: Tell, *, workers: int | None = None, only_estimate: bool = False
+) -> list[Row]:
+    """Make what is missing of ``recordings``, telling first what is measured and how long it will take.
+
+    Raises: all that `check` and `estimate` do, before anything is made.
+    """
+    check(recordings)
+    missing = [recording for recording in recordings if standing(recording).state != "done"]
+    tell(f"{len(recordings)} runs, {len(missing)} of them to record; {described(recordings[0])}")
+    units = estimate(missing)
+    for line in expected(missing, units, workers):
+        tell(line)
+    if only_estimate:
+        return [standing(recording) for recording in recordings]
+    return sweep(recordings, workers=workers, units=units, tell=tell)
+
+
 def sweep(
     recordings: Sequence[Recording],
     *,

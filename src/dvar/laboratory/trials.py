@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dvar.config import BUNDLED_MODEL, AnyConfig
+from dvar.config import BUNDLED_MODEL, CONFIGS, AnyConfig
 from dvar.errors import CheckpointError, RefusedInput
 from dvar.laboratory.exhibit import title
-from dvar.laboratory.plans import Recording
-from dvar.laboratory.sweeps import laboratory_concepts
+from dvar.laboratory.plans import Recording, concept_folders
+from dvar.laboratory.records import Record
+from dvar.laboratory.sweeps import grid, laboratory_concepts, recorded
+from dvar.mini import TUNING
 from dvar.stopper.rules import FixedSteps
 from dvar.stopper.trace import Trace
 from dvar.stopper.verdict import Reason
@@ -33,11 +35,11 @@ class Bench:
     concepts: str | None = None
     tell: Callable[[str], None] = lambda line: None
 
-    def planned(self, experiment: str, **settings: object) -> Recording:
-        """The run of an experiment: Textual Inversion of the first concept by name, as it would be recorded."""
+    def planned(self, experiment: str, concept: str | None = None, **settings: object) -> Recording:
+        """The run of an experiment, as it would be recorded: Textual Inversion of a concept, the first by name."""
         return Recording(
             method="textual-inversion",
-            concept=laboratory_concepts(self.concepts)[0],
+            concept=concept or laboratory_concepts(self.concepts)[0],
             records=str(self.folder / experiment / ("quick" if self.quick else "whole")),
             plan="quick" if self.quick else "cpu",
             model=self.model,
@@ -45,14 +47,28 @@ class Bench:
             settings=tuple(settings.items()),
         )
 
+    def few(self, records: str, concepts: int, tuning: int) -> list[Recording]:
+        """The least that shows everything: small runs of every method on some concepts, the last of them for tuning."""
+        names = [name for name in concept_folders(self.concepts) if name in TUNING][:tuning]
+        base = Recording("", "", records=records, plan="quick", model=self.model, concepts=self.concepts)
+        return grid(base, list(CONFIGS), laboratory_concepts(self.concepts)[:concepts] + names, [0])
+
     def stated(self, one: Recording) -> str:
         """What a caption must say of such a run."""
         model = "the bundled model" if one.model == BUNDLED_MODEL else one.model
-        small = (
-            " A small run (--quick): the whole one goes on to the cap, with batches up to 512." if self.quick else ""
-        )
+        small = " A small run (--quick): the whole one goes on for longer, with larger batches." if self.quick else ""
         named = f"1, the first by name ({one.concept.replace('_', ' ')})"
         return f"{title(one.method)}. Base model: {model}. Concepts: {named}; seeds: 1.{small}"
+
+    def recorded(self, recordings: Sequence[Recording]) -> list[Record]:
+        """These runs, recorded where they are missing; how long that takes is told first.
+
+        Raises: RefusedInput when one of them failed.
+        """
+        lost = [row for row in recorded(recordings, self.tell) if row.state != "done"]
+        if lost:
+            raise RefusedInput([f"{row.recording.name} is {row.state}: {row.reason or 'see its log'}" for row in lost])
+        return [Record.open(recording.folder) for recording in recordings]
 
 
 def trained(config: AnyConfig, series: Callable[[Job], Series], tell: Callable[[str], None]) -> Trace:

@@ -130,8 +130,8 @@ KINDS = (
 
 
 def cap(record: Record) -> int:
-    """Baseline's own number of steps for the preset the record was made with."""
-    return int(_preset(record)["max_train_steps"])
+    """Baseline's own number of steps for the preset the record was made with, or as much of it as was to be trained."""
+    return round(_preset(record)["max_train_steps"] * record.header.get("share", 1.0))
 
 
 def in_time(record: Record) -> float:
@@ -141,7 +141,8 @@ def in_time(record: Record) -> float:
 
 def baseline(record: Record) -> Way:
     """The original training: to its own cap, pictures on the way, the best checkpoint by them."""
-    return Way("Baseline", FixedSteps(cap(record)), int(_preset(record)["validation_steps"]), best=True)
+    every = max(1, round(_preset(record)["validation_steps"] * record.header.get("share", 1.0)))
+    return Way("Baseline", FixedSteps(cap(record)), every, best=True)
 
 
 def clip_s(record: Record) -> Way:
