@@ -17,8 +17,9 @@ from torchmetrics.functional.multimodal import clip_score
 from transformers import CLIPProcessor, ViTConfig, ViTImageProcessorPil, ViTModel
 
 from dvar import mini
+from dvar.diffusion.clip import Clip
 from dvar.errors import ModelError, RefusedInput
-from dvar.laboratory.metrics import Clip, Dino, Judge, Scorer, similarity
+from dvar.laboratory.metrics import Dino, Judge, Scorer, similarity
 from dvar.testing import tiny_clip, tiny_concept
 
 
@@ -81,13 +82,13 @@ def test_the_vectors_of_references_are_computed_once(
     clip: Clip, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    whole = Clip.pictures
+    whole = Clip.of_pictures
 
     def counted(self: Clip, shown: list[Image.Image]) -> torch.Tensor:
         seen.append(len(shown))
         return whole(self, shown)
 
-    monkeypatch.setattr(Clip, "pictures", counted)
+    monkeypatch.setattr(Clip, "of_pictures", counted)
     scorer = Scorer(clip, pictures)
     for _ in range(3):
         scorer(pictures[:2], ["a mug"] * 2)
@@ -96,8 +97,8 @@ def test_the_vectors_of_references_are_computed_once(
 
 def test_pixels_are_those_of_the_processor_whatever_the_company(clip: Clip, pictures: list[Image.Image]) -> None:
     large = [picture.resize((90, 70)) for picture in pictures]
-    together = clip.pictures(large)
-    torch.testing.assert_close(together, torch.cat([clip.pictures([picture]) for picture in large]))
+    together = clip.of_pictures(large)
+    torch.testing.assert_close(together, torch.cat([clip.of_pictures([picture]) for picture in large]))
     pixels = clip.processor(large, return_tensors="pt").pixel_values
     expected = clip.model.get_image_features(pixel_values=pixels).pooler_output
     torch.testing.assert_close(together, torch.nn.functional.normalize(expected, dim=1))
@@ -154,7 +155,7 @@ def test_the_bundled_judges_know_a_bundled_concept() -> None:
     shown = [Image.open(path) for path in sorted(mini.concepts()[name].glob("*.png"))]
     places = json.loads((mini.concepts()[name] / "concept.json").read_text())["places"]
     others = [Image.open(path) for path in sorted(mini.concepts()["brown_boot"].glob("*.png"))]
-    scorer = Scorer(Clip.bundled(), shown, judge=Judge(name))
+    scorer = Scorer(Clip.scoring(), shown, judge=Judge(name))
     own = scorer(shown, ["a photo of a cat"] * len(shown), places)
     foreign = scorer(others, ["a photo of a cat"] * len(others))
     assert min(own["identity"]) > 0.9
@@ -168,6 +169,6 @@ def test_the_bundled_judges_know_a_bundled_concept() -> None:
 
 def test_the_bundled_clip_s_processor_makes_the_pixels_it_was_trained_on() -> None:
     shown = Image.open(next(iter(sorted(mini.concepts()["black_cat"].glob("*.png"))))).convert("RGB")
-    pixels = Clip.bundled().processor([shown], return_tensors="pt").pixel_values
+    pixels = Clip.scoring().processor([shown], return_tensors="pt").pixel_values
     expected = torch.from_numpy(np.array(shown)).permute(2, 0, 1).float() / 127.5 - 1
     torch.testing.assert_close(pixels[0], expected, atol=1e-6, rtol=0)

@@ -6,8 +6,7 @@ A score is a number a picture, so that means, spreads and halves can be taken la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,17 +16,16 @@ import torch
 import transformers
 from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, CLIPModel, CLIPTokenizer
+from transformers import AutoModel
 
 from dvar import mini
 from dvar.diffusion.backbone import best_device
+from dvar.diffusion.clip import Clip, embedded, loading, sizes_differ, unit
 from dvar.errors import ModelError, RefusedInput
 
 Pairing = Literal["all pairs", "row by row"]
 PAIRINGS: tuple[Pairing, ...] = get_args(Pairing)
-BATCH = 64
 DISTRACTORS = 99
-_LEAST = 1e-12
 
 
 def similarity(of: Tensor, to: Tensor, pairing: Pairing = "all pairs") -> Tensor:
@@ -38,76 +36,11 @@ def similarity(of: Tensor, to: Tensor, pairing: Pairing = "all pairs") -> Tensor
     Source: the paper says "CLIP image-to-image similarity"; all pairs is what Textual Inversion and Custom Diffusion
     publish, row by row what the released code computes.
     """
-    cosines = _unit(of) @ _unit(to).T
+    cosines = unit(of) @ unit(to).T
     if pairing == "all pairs":
         return cosines.mean(dim=1)
     rows = torch.arange(len(of))
     return cosines[rows, rows % len(to)]
-
-
-@dataclass(frozen=True)
-class Clip:
-    """A CLIP that scores: its model, its tokenizer, and the processor that makes pixels of a picture its own way."""
-
-    name: str
-    model: CLIPModel
-    tokenizer: CLIPTokenizer
-    processor: Any
-
-    @classmethod
-    def load(cls, name: str | Path, *, tokenizer: str | Path | None = None, device: str | None = None) -> Clip:
-        """Return the CLIP in a folder or behind a hub id, in float32; ``tokenizer`` is where its own is elsewhere.
-
-        Raises: ModelError when it cannot be loaded, or its parts do not fit one another.
-        """
-        with _loading(name, "CLIP"):
-            if (kind := AutoConfig.from_pretrained(name).model_type) != "clip":
-                raise ModelError(f"the CLIP that scores must be of type clip, {name} is of type {kind}: name another")
-            processor = transformers.CLIPImageProcessorPil.from_pretrained(name)
-            words = CLIPTokenizer.from_pretrained(tokenizer or name)
-            model = CLIPModel.from_pretrained(name, dtype=torch.float32)
-        clip = cls(Path(name).name, model.to(device or best_device()).eval().requires_grad_(False), words, processor)
-        if problems := clip._misfits():
-            raise ModelError(f"{name} does not fit: {'; '.join(problems)}: complete the folder or name another CLIP")
-        return clip
-
-    @classmethod
-    def bundled(cls) -> Clip:
-        """Return the CLIP that ships for scoring; it conditions nothing.
-
-        Raises: RefusedInput when the bundled model is not installed.
-        """
-        clip = cls.load(mini.judges() / "clip", tokenizer=mini.path() / "tokenizer")
-        return cls("the bundled scorer", clip.model, clip.tokenizer, clip.processor)
-
-    @property
-    def length(self) -> int:
-        """Tokens of a text that it reads, the start and the end among them."""
-        return int(self.model.config.text_config.max_position_embeddings)
-
-    def pictures(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """Return the unit vectors of RGB pictures of any size, float32 [n, d] on the CPU."""
-
-        def embed(pixels: Tensor) -> Tensor:
-            return self.model.get_image_features(pixel_values=pixels).pooler_output
-
-        return _embedded(pictures, self.processor, embed, self.model.device)
-
-    @torch.no_grad()
-    def texts(self, texts: Sequence[str]) -> Tensor:
-        """Return the unit vectors of texts, float32 [n, d] on the CPU; a text beyond `length` is cut."""
-        given = self.tokenizer(
-            list(texts), padding=True, truncation=True, max_length=self.length, return_tensors="pt"
-        ).to(self.model.device)
-        return _unit(self.model.get_text_features(**given).pooler_output.float().cpu())
-
-    def _misfits(self) -> list[str]:
-        words, rows = len(self.tokenizer), self.model.config.text_config.vocab_size
-        problems = _sizes_differ(self.processor, self.model.config.vision_config.image_size)
-        # Without files transformers makes up an empty vocabulary; a real one spells at least the 256 bytes.
-        if not 256 <= words <= rows:
-            problems.append(f"its tokenizer has {words} words, its text model reads {rows}")
-        return problems
 
 
 @dataclass(frozen=True)
@@ -128,21 +61,21 @@ class Dino:
 
         Raises: ModelError when it cannot be loaded, or its processor makes pictures of another size.
         """
-        with _loading(name, "DINO"):
+        with loading(name, "DINO"):
             processor = transformers.AutoImageProcessor.from_pretrained(name, backend="pil")
             model = AutoModel.from_pretrained(name, dtype=torch.float32)
             size = model.config.image_size
-        if problems := _sizes_differ(processor, size):
+        if problems := sizes_differ(processor, size):
             raise ModelError(f"{name} does not fit: {'; '.join(problems)}: complete the folder or name another DINO")
         return cls(Path(name).name, model.to(device or best_device()).eval().requires_grad_(False), processor)
 
-    def pictures(self, pictures: Sequence[Image.Image]) -> Tensor:
+    def of_pictures(self, pictures: Sequence[Image.Image]) -> Tensor:
         """Return the unit vectors of RGB pictures of any size, float32 [n, d] on the CPU."""
 
         def embed(pixels: Tensor) -> Tensor:
             return self.model(pixel_values=pixels).last_hidden_state[:, 0]
 
-        return _embedded(pictures, self.processor, embed, self.model.device)
+        return embedded(pictures, self.processor, embed, self.model.device)
 
 
 class Judge:
@@ -210,8 +143,8 @@ class Scorer:
         if not references:
             raise RefusedInput(["there must be a reference to hold pictures against, got none: name a concept"])
         self.pairing, self.clip, self.dino, self.judge = pairing, clip, dino, judge
-        self._clip_references = clip.pictures(references)
-        self._dino_references = dino.pictures(references) if dino else None
+        self._clip_references = clip.of_pictures(references)
+        self._dino_references = dino.of_pictures(references) if dino else None
 
     @property
     def names(self) -> dict[str, str]:
@@ -229,47 +162,13 @@ class Scorer:
 
         Source: Section 4.1, "Train CLIP img" and "Val CLIP txt".
         """
-        seen = self.clip.pictures(pictures)
+        seen = self.clip.of_pictures(pictures)
         scores = {
             "clip_image": similarity(seen, self._clip_references, self.pairing),
-            "clip_text": similarity(seen, self.clip.texts(texts), "row by row"),
+            "clip_text": similarity(seen, self.clip.of_texts(texts), "row by row"),
         }
         if self.dino and self._dino_references is not None:
-            scores["dino"] = similarity(self.dino.pictures(pictures), self._dino_references, self.pairing)
+            scores["dino"] = similarity(self.dino.of_pictures(pictures), self._dino_references, self.pairing)
         if self.judge:
             scores |= self.judge.scores(pictures, places)
         return {name: values.tolist() for name, values in scores.items()}
-
-
-def _unit(vectors: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(vectors.float(), dim=1, eps=_LEAST)
-
-
-@torch.no_grad()
-def _embedded(
-    pictures: Sequence[Image.Image], processor: Any, embed: Callable[[Tensor], Tensor], device: torch.device
-) -> Tensor:
-    parts = []
-    for first in range(0, len(pictures), BATCH):
-        shown = [picture.convert("RGB") for picture in pictures[first : first + BATCH]]
-        parts.append(embed(processor(shown, return_tensors="pt").pixel_values.to(device)).float().cpu())
-    return _unit(torch.cat(parts))
-
-
-def _sizes_differ(processor: Any, wanted: int) -> list[str]:
-    """What is wrong with the side of the pictures that a processor makes for a model that reads ``wanted`` pixels."""
-    made = processor(Image.new("RGB", (wanted + 16, wanted + 8)), return_tensors="pt").pixel_values.shape[-2:]
-    return [] if tuple(made) == (wanted, wanted) else [f"its processor makes {made[1]}x{made[0]}, it reads {wanted}"]
-
-
-@contextmanager
-def _loading(name: str | Path, kind: str) -> Iterator[None]:
-    """Keep transformers' bars off the terminal while a judge loads; say in one line why it does not."""
-    transformers.logging.disable_progress_bar()
-    try:
-        yield
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"{name} does not load as a {kind}: {said}") from error
-    finally:
-        transformers.logging.enable_progress_bar()

@@ -27,11 +27,12 @@ from torch import Tensor
 
 from dvar.config import CustomDiffusionConfig, TextualInversionConfig, restored
 from dvar.diffusion.backbone import Backbone
+from dvar.diffusion.clip import Clip
 from dvar.diffusion.objective import Draws, denoising_loss
 from dvar.diffusion.randomness import generator
 from dvar.diffusion.sampling import BATCH, sample
 from dvar.errors import CheckpointError, DvarError, NonFiniteLoss, RefusedInput
-from dvar.laboratory.metrics import Clip, Dino, Judge, Scorer
+from dvar.laboratory.metrics import Dino, Judge, Scorer
 from dvar.laboratory.plans import (
     DRIFT,
     FACTS,
@@ -284,7 +285,7 @@ def scorer_of(recording: Recording, concept: Concept) -> Scorer:
         with Image.open(recording.pictures / name) as picture:
             references.append(picture.convert("RGB"))
     return Scorer(
-        Clip.load(recording.clip) if recording.clip else Clip.bundled(),
+        Clip.load(recording.clip) if recording.clip else Clip.scoring(),
         references,
         pairing=recording.pairing,
         dino=Dino.load(recording.dino) if recording.dino else None,
