@@ -458,6 +458,7 @@ CONFIGS: dict[str, type[AnyConfig]] = {
 
 EXPERIMENTS: dict[str, str] = {
     "table1": "Table 1: ways to end a run, their scores, steps and minutes",
+    "agreement": "True runs beside what was read off for them; runs them again",
     "rules": "Every stopping rule, ranked on recorded runs",
     "figure1": "Figure 1: the same loss, noisy and fixed",
     "figure2": "Figure 2: convergence of Textual Inversion",

@@ -76,6 +76,8 @@ def test_the_page_loads_nothing(report: Path) -> None:
     page = report.read_text(encoding="utf-8")
     assert "<script" not in page
     assert all(source.startswith("data:") for source in re.findall(r'src="([^"]*)', page))
+    asked, given = (set(re.findall(pattern, page)) for pattern in (r"var\((--[a-z]+)", r"(--[a-z]+):"))
+    assert asked <= given  # every colour and typeface that the page asks for is its own
 
 
 def test_every_exhibit_leaves_data_and_both_kinds_of_figure(report: Path) -> None:

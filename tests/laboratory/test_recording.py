@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from dvar.errors import CheckpointError, ModelError, RefusedInput
 from dvar.laboratory import plans
+from dvar.laboratory.experiments.agreement import agreement
 from dvar.laboratory.plans import PLACES, PLANS, Plan, Recording, Shots, log_spaced
 from dvar.laboratory.recording import (
     learned_at,
@@ -28,6 +29,8 @@ from dvar.laboratory.recording import (
     write_sheet,
 )
 from dvar.laboratory.records import Record
+from dvar.laboratory.ways import Way
+from dvar.stopper.rules import Dvar, FixedSteps, Plateau
 from dvar.stopper.trace import Trace
 from dvar.testing import tiny_clip, tiny_concept
 from dvar.trainer.loop import Step
@@ -373,3 +376,20 @@ def test_a_run_that_breaks_is_no_record(one: Make) -> None:
     with pytest.raises(NonFiniteLoss):
         record(recording)
     assert not (recording.folder / "done.json").exists()
+
+
+# Reading and running
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_reading_a_record_is_running(method: str, finished: Callable[[str], Path]) -> None:
+    """Two rules that stop on the way, and one that never does: the true run ends where it was read, bit for bit."""
+    found = Record.open(finished(method))
+    for rule in (FixedSteps(5), Plateau("eval", 8, 1e9), Dvar(8, 1e-9)):
+        one = agreement(found, Way("way", rule))
+        assert one.ran == one.read.stop
+        assert one.equal, one.differing
+        assert one.seconds > 0
+        assert one.spread[0] <= one.expected <= one.spread[1]
+    assert torch.get_num_threads() == 1

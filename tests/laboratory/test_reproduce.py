@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from fake_record import fake_record
 
 from dvar.cli import main
+from dvar.laboratory import sweeps
+from dvar.laboratory.plans import Recording
+from dvar.laboratory.sweeps import Row
+from dvar.mini import TUNING
+
+METHODS = ("textual-inversion", "dreambooth-lora", "custom-diffusion")
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
+    """What was asked to be recorded; each is there at once, and a fake."""
+    asked: list[Recording] = []
+
+    def record(recordings: Sequence[Recording], tell: object, **_: object) -> list[Row]:
+        asked.extend(recordings)
+        for one in recordings:
+            fake_record(Path(one.records), one.method, one.concept, one.seed, cap=60, learned=8.0)
+        return [Row(one, "done") for one in recordings]
+
+    monkeypatch.setattr(sweeps, "recorded", record)
+    return asked
 
 
 def test_one_figure_is_made_from_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -19,6 +41,7 @@ def test_one_figure_is_made_from_records(tmp_path: Path, capsys: pytest.CaptureF
     assert "dvar: figure1: Figure 1" in told.err
     assert {path.name for path in out.iterdir()} == {
         "report.html",
+        "report.json",
         "figure1.json",
         *(f"figure1-convergence-textual-inversion.{kind}" for kind in ("svg", "png")),
     }
@@ -34,3 +57,37 @@ def test_without_records_nothing_is_written(tmp_path: Path, capsys: pytest.Captu
     assert main(["reproduce", "all", "--records", str(tmp_path / "none"), "--output_dir", str(out)]) == 2
     assert f"there are no recorded runs in {tmp_path / 'none'}" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_a_quick_report_records_what_it_needs_where_there_are_no_records(
+    tmp_path: Path, recorded: list[Recording], capsys: pytest.CaptureFixture[str]
+) -> None:
+    records, out = tmp_path / "records", tmp_path / "out"
+    words = ["reproduce", "figure2", "--quick", "--records", str(records), "--output_dir", str(out)]
+    assert main(words) == 0
+    assert {one.plan for one in recorded} == {"quick"}
+    assert {Path(one.records) for one in recorded} == {records / "quick"}
+    by_method = {method: [one.concept for one in recorded if one.method == method] for method in METHODS}
+    for concepts in by_method.values():
+        assert [concept in TUNING for concept in concepts] == [False, False, True]
+    assert "dvar: 9 done" in capsys.readouterr().err
+    # And the second time it goes through them again, which makes what is missing.
+    recorded.clear()
+    assert main(words) == 0
+    assert len(recorded) == 9
+
+
+def test_a_quick_report_of_whole_records_reads_a_few_and_records_none(
+    tmp_path: Path, recorded: list[Recording], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for concept in ("cup", "jug", "mug", "owl", TUNING[0]):
+        fake_record(tmp_path / "records", concept=concept, cap=60, learned=8.0)
+    words = ["reproduce", "figure1", "--quick", "--records", str(tmp_path / "records")]
+    assert main([*words, "--output_dir", str(tmp_path / "out")]) == 0
+    assert not recorded
+    assert "Concepts: 3" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+def test_what_reads_no_record_records_none(tmp_path: Path, recorded: list[Recording]) -> None:
+    assert main(["reproduce", "table2", "--quick", "--output_dir", str(tmp_path)]) == 0
+    assert not recorded

@@ -97,6 +97,7 @@ class Provenance:
     pictures: int
     scored: int
     sampling_steps: int
+    share: float = 1.0
 
     @classmethod
     def of(cls, records: Sequence[Record]) -> Provenance:
@@ -110,12 +111,14 @@ class Provenance:
             pictures=min((len(values[0]) for r in records for values in r.pictures.values()), default=0),
             scored=int(np.median([len(r.scored_steps) for r in records])),
             sampling_steps=int(header.get("sampling_steps", 0)),
+            share=float(header.get("share", 1.0)),
         )
 
     def __str__(self) -> str:
         model = ", ".join("the bundled model" if name == BUNDLED_MODEL else name for name in self.models)
+        small = "" if self.share == 1 else f"Trained to {100 * self.share:g} % of the full length, Baseline's cap too. "
         return (
-            f"Base model: {model}. Concepts: {len(self.concepts)}; seeds: {len(self.seeds)}. "
+            f"Base model: {model}. Concepts: {len(self.concepts)}; seeds: {len(self.seeds)}. {small}"
             f"CLIP similarity paired {self.pairing}; {self.pictures} pictures of each kind at {self.scored} steps, "
             f"{self.sampling_steps} sampling steps; the even half chooses, the odd half is reported."
         )
@@ -178,7 +181,15 @@ def save(exhibit: Exhibit, folder: Path) -> list[Path]:
         "title": exhibit.title,
         "says": exhibit.says,
         "missing": exhibit.missing,
-        "tables": [{"name": table.name, "caption": table.caption, "rows": table.data} for table in exhibit.tables],
+        "tables": [
+            {
+                "name": table.name,
+                "caption": table.caption,
+                "rows": table.data,
+                "shown": {"columns": table.columns, "cells": table.rows, "bold": sorted(table.bold)},
+            }
+            for table in exhibit.tables
+        ],
         "plots": [{"name": plot.name, "caption": plot.caption, "data": plot.data} for plot in exhibit.plots],
     }
     written[0].write_text(json.dumps(_plain(content), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -194,9 +205,9 @@ def save(exhibit: Exhibit, folder: Path) -> list[Path]:
 
 def page(exhibits: Sequence[Exhibit], facts: Sequence[str]) -> str:
     """Return one page with every exhibit that loads nothing and runs no script; `facts` open it."""
-    style = files("dvar.laboratory").joinpath("report.css").read_text(encoding="utf-8")
-    more = files("dvar.laboratory").joinpath("exhibit.css").read_text(encoding="utf-8")
-    head = page_head("The laboratory · dvar", style + more)
+    sheets = (files("dvar.laboratory").joinpath(name) for name in ("charts.css", "report.css", "exhibit.css"))
+    style = "".join(sheet.read_text(encoding="utf-8") for sheet in sheets)
+    head = page_head("The laboratory · dvar", style)
     links = [element("li", element("a", one.title, href=f"#{one.name}")) for one in exhibits]
     top = element(
         "header",

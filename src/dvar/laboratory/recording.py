@@ -385,10 +385,7 @@ def learned_at(folder: str | Path, step: int) -> Backbone:
     checkpoint = Checkpoint.read(next(path for path in saved(folder) if int(path.name.split("-")[1]) <= step))
     recorded = {row["step"]: row.get("train_loss") for row in trace.records}
     with tempfile.TemporaryDirectory() as elsewhere:
-        apart: dict[str, Any] = {"output_dir": elsewhere, "overwrite": False, "resume_from_checkpoint": None}
-        if not isinstance(config, TextualInversionConfig) and (folder / CLASS_PICTURES).exists():
-            apart["class_data_dir"] = str(folder / CLASS_PICTURES)
-        job, _ = prepared(replace(config, **apart))
+        job = rerun(folder, elsewhere)
     job.learner.restore(checkpoint)
     for number in range(checkpoint.step + 1, step + 1):
         update = job.learner.update(job.training_losses, number)
@@ -396,6 +393,15 @@ def learned_at(folder: str | Path, step: int) -> Backbone:
             said = f"step {number} gave the loss {update.train_loss!r}, and {recorded[number]!r} was recorded"
             raise CheckpointError(f"{folder} cannot be replayed here: {said}; use its versions and thread count")
     return job.backbone
+
+
+def rerun(folder: Path, elsewhere: str | Path) -> Job:
+    """Return the recorded run of ``folder`` as it began, ready to be opened in another folder."""
+    config = restored(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    apart: dict[str, Any] = {"output_dir": str(elsewhere), "overwrite": False, "resume_from_checkpoint": None}
+    if not isinstance(config, TextualInversionConfig) and (folder / CLASS_PICTURES).exists():
+        apart["class_data_dir"] = str(folder / CLASS_PICTURES)
+    return prepared(replace(config, **apart))[0]
 
 
 def unit_seconds(recording: Recording) -> dict[str, float]:

@@ -56,6 +56,7 @@ class Record:
     pictures: Mapping[tuple[str, str], Floats]
     scoring_seconds: Floats
     folder: Path | None = None
+    threads: int = 1
 
     @classmethod
     def open(cls, folder: str | Path) -> Record:
@@ -87,6 +88,7 @@ class Record:
             pictures=_pictures(rows),
             scoring_seconds=np.array([row["seconds"] for row in rows], np.float64),
             folder=folder,
+            threads=int(done.get("threads", 1)),
         )
 
     @property

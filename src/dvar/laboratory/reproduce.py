@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import import_module
@@ -24,14 +25,14 @@ QUICK = 3
 QUICK_CONCEPTS, QUICK_TUNING = 2, 1
 """Concepts of each method, and for tuning, that ``quick`` records where there are no records."""
 TRACES = "traces.npz"
-REPORT = "report.html"
+REPORT, FACTS = "report.html", "report.json"
 
 
 def reproduce(config: ReproduceConfig, tell: Callable[[str], None] = lambda line: None) -> Path:
     """Make the experiments that ``config`` names and return the page that shows them, ``report.html``.
 
-    Beside it lie each experiment's data and figures.  Of "all", one that cannot be made is told in its place with the
-    reason; alone it is refused.
+    Beside it lie each experiment's data and figures, and ``report.json`` with what they were made from.  Of "all", one
+    that cannot be made is told in its place with the reason; alone it is refused.
 
     Raises: RefusedInput when no record can be read, or when the one experiment asked for cannot be made.
     """
@@ -48,6 +49,8 @@ def reproduce(config: ReproduceConfig, tell: Callable[[str], None] = lambda line
             exhibit = _made(name, shelf, config, tell)
             save(exhibit, folder)
             made.append(exhibit)
+    content = {"facts": facts, "experiments": names}
+    (folder / FACTS).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     path = folder / REPORT
     path.write_text(page(made, facts), encoding="utf-8", newline="\n")
     return path
@@ -62,8 +65,8 @@ def _recorded(config: ReproduceConfig, names: Sequence[str], tell: Callable[[str
 
     Where there are no records, a few small ones are made in "quick" beside where whole ones would stand.
     """
+    from dvar.laboratory import sweeps
     from dvar.laboratory.experiments import variants
-    from dvar.laboratory.sweeps import recorded, table
 
     source, bench = Path(config.records), _bench(config, tell)
     runs = []
@@ -74,7 +77,7 @@ def _recorded(config: ReproduceConfig, names: Sequence[str], tell: Callable[[str
         if name in names:
             runs += [one for of in variants.planned(bench, changes).values() for one in of]
     if runs:
-        for line in table(recorded(list(dict.fromkeys(runs)), tell)):
+        for line in sweeps.table(sweeps.recorded(list(dict.fromkeys(runs)), tell)):
             tell(line)
     return config
 
@@ -122,6 +125,7 @@ def _trained(name: str, config: ReproduceConfig, tell: Callable[[str], None]) ->
 
 MAKERS = {
     "table1": "speed",
+    "agreement": "agreement",
     "rules": "rules",
     "figure1": "convergence:figure_1",
     "figure2": "convergence:figure_2",

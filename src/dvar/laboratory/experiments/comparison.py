@@ -66,5 +66,6 @@ def _stop(panel, row: Row, part: Part, metric: str, colour: str) -> None:  # typ
 def _pattern(method: str, records: tuple[Record, ...]) -> str:
     falls = [score(r, 0, "validation", "clip_text") - score(r, r.cap, "validation", "clip_text") for r in records]
     fall = float(np.mean(falls))
-    claim = f"long training loses Validation CLIP text ({fall:+.3f} from the first step to the last)"
+    moved = f"it {'falls' if fall > 0 else 'rises'} by {abs(fall):.3f} from the first step to the last"
+    claim = f"long training loses Validation CLIP text ({moved})"
     return f"{title(method)}. {compared(claim, fall > 0)}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from dvar.laboratory import ways
-from dvar.laboratory.exhibit import COLOURS, Exhibit, Plot, Provenance, Table, axes, spread, title
+from dvar.laboratory.exhibit import COLOURS, Exhibit, Plot, Provenance, Table, axes, compared, spread, title
 from dvar.laboratory.information import information
 from dvar.laboratory.records import Record, Shelf
 from dvar.stopper.trace import Trace
@@ -32,15 +32,16 @@ def make(shelf: Shelf) -> Exhibit:
         panels[0][column].set_title(record.concept.replace("_", " "))
         panels[-1][column].set_xlabel("step")
     caption = (
-        f"{title(method)}: L_det on batches of each size, in percent of its first value; the 8 recorded draws make 8, "
-        f"4, 2 and 1 of them. A row's scale is its own. {Provenance.of(examples)} Deviates from the paper: the "
-        "batches share 8 draws, and are not drawn anew."
+        f"{title(method)}: L_det on batches of each size, in percent of its first value, less 100; a line is a batch, "
+        f"and the 8 recorded draws make 8, 4, 2 and 1 of them. Each panel has a scale of its own. "
+        f"{Provenance.of(examples)} Deviates from the paper: the batches share 8 draws, and are not drawn anew."
     )
+    table = _table(records, method)
     return Exhibit(
         "figure8",
         "Figure 8: smaller held batches",
-        (),
-        (_table(records, method),),
+        (_pattern(table),),
+        (table,),
         (Plot("batches", caption, drawn, data),),
     )
 
@@ -75,6 +76,19 @@ def _table(records: tuple[Record, ...], method: str) -> Table:
         f"inputs there is one batch. {Provenance.of(records)}"
     )
     return Table("sizes", caption, columns, tuple(lines), tuple(data))
+
+
+def _pattern(table: Table) -> str:
+    """Whether smaller batches agree less on where to stop, as Section 4.5 says."""
+    apart = {row["size"]: row["octaves"] for row in table.data if row["octaves"] is not None}
+    if len(apart) < 2:
+        return "Too few batches stopped to say how far their stops lie apart."
+    smallest, largest = min(apart), max(apart)
+    told = (
+        f"{apart[smallest]:.2f} octaves for {smallest} input{'s' * (smallest > 1)}, {apart[largest]:.2f} for {largest}"
+    )
+    claim = f"the smaller the batch, the further its stops lie apart ({told})"
+    return compared(claim, apart[smallest] > apart[largest])
 
 
 def _batches(record: Record, size: int) -> list[list[int]]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dvar.laboratory import ways
-from dvar.laboratory.exhibit import COLOURS, Exhibit, Plot, Provenance, Table, axes, number, title
+from dvar.laboratory.exhibit import COLOURS, Exhibit, Plot, Provenance, Table, axes, compared, number, title
 from dvar.laboratory.quality import Climb
 from dvar.laboratory.records import Record, Shelf
 from dvar.stopper.rules import Criterion, Dvar, EmaPercentile, Hall, Trend
@@ -56,13 +56,27 @@ def make(shelf: Shelf) -> Exhibit:
         f"on {min(SHOWN, len(records))} concepts; Trend is a share of the first loss a step. {provenance} The "
         "paper does not say its window; this is DVAR's preset, scaled in time."
     )
+    table = _table(levels, method, provenance)
     return Exhibit(
         "figure11",
         "Figure 11: other criteria",
-        (),
-        (_table(levels, method, provenance),),
+        (_pattern(table),),
+        (table,),
         (Plot("measures", caption, drawn, data),),
     )
+
+
+def _pattern(table: Table) -> str:
+    """Whether DVAR's threshold carries over between concepts best, as Appendix E says."""
+    ratios = {row["measure"]: row["high"] / row["low"] for row in table.data if row["concepts"] > 1}
+    if "DVAR" not in ratios:
+        return "Too few concepts learned enough to say how well a threshold carries over."
+    least = min(ratios, key=lambda name: ratios[name])
+    others = ", ".join(f"{name} {ratio:.1f}" for name, ratio in ratios.items() if name != "DVAR")
+    claim = (
+        f"DVAR's level at the right step differs least between concepts (by a factor of {ratios['DVAR']:.1f}; {others})"
+    )
+    return compared(claim, least == "DVAR")
 
 
 def measured(record: Record, rule: Criterion, metric: str) -> tuple[np.ndarray, np.ndarray]:

@@ -55,7 +55,7 @@ def _plot(shelf: Shelf, method: str, records: Sequence[Record]) -> Plot:
     data: list[dict[str, Any]] = []
     for line, record in enumerate(records):
         _show(panels[line][0], _reference(record))
-        panels[line][0].set_ylabel(record.concept.replace("_", " "), color=INK)
+        panels[line][0].set_ylabel("\n".join(record.concept.rsplit("_", 1)).replace("_", " "), color=INK)
         for place, way in enumerate((dvar, "Baseline")):
             kept = _kept(found[way], record)
             step = shown_step(record, kept)
@@ -67,12 +67,12 @@ def _plot(shelf: Shelf, method: str, records: Sequence[Record]) -> Plot:
             panels[line][first].set_xlabel(f"step {kept}", loc="left", color=SOFT, fontsize=8)
     for place, way in enumerate((dvar, "Baseline")):
         panels[0][1 + 2 * EACH * place].set_title(way)
-    panels[0][0].set_title("one reference")
+    panels[0][0].set_title("reference")
     caption = (
-        f"{title(method)}. Of each way {EACH} pictures of training prompts, then {EACH} of validation prompts, the "
-        "first of the record and the same seeds for both. Named is the step that a way keeps; shown are the pictures "
-        f"of the scored step nearest to it (up to {_apart(data):.2f} octaves away). {Provenance.of(records)} Concepts "
-        "are the first by name."
+        f"{title(method)}. One reference, and of each way {EACH} pictures of training prompts, then {EACH} of "
+        "validation prompts, the first of the record and the same seeds for both. Named is the step that a way keeps; "
+        f"shown are the pictures of the scored step nearest to it (up to {_apart(data):.2f} octaves away). "
+        f"{Provenance.of(records)} Concepts are the first by name."
     )
     return Plot(f"pictures-{method}", caption, drawn, data)
 

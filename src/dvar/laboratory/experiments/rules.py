@@ -137,12 +137,12 @@ def _random(records: Sequence[Record]) -> Judged:
 
 
 def _setting(kind: Kind, chosen: Sequence[tuple[float, float, float] | None]) -> str:
-    """Settings as shares of the cap; several methods' settings in a row."""
+    """A setting, its window as a share of the cap; those of several methods stand in their own tables."""
     told = dict.fromkeys(
         f"{100 * share:g} %" + (f", {threshold:g}" if len(kind.thresholds) > 1 else "")
         for share, threshold, _ in (one for one in chosen if one)
     )
-    return "; ".join(told)
+    return "; ".join(told) if len(told) == 1 else "by method, below"
 
 
 def _difference(one: Judged, other: Judged) -> Estimate:
@@ -265,11 +265,12 @@ def _ceiling(records: Sequence[Record]) -> str:
     for share in (ORACLE, *OTHER_SHARES):
         pairs = [(Climb.of(r, CHOOSE).reached(share), Climb.of(r).reached(share)) for r in records]
         apart = [abs(float(np.log2(max(one, 1.0) / max(other, 1.0)))) for one, other in pairs]
-        agreements.append(f"{np.mean(apart):.2f} at q ≥ {share}")
+        agreements.append(f"{np.mean(apart):.2f} octaves at q ≥ {share}")
     pictures = half(records[0], "train", "clip_image", CHOOSE)[1].shape[1]
     return (
-        f"Two oracles, each from its own {pictures} pictures of the same run, lie {', '.join(agreements)} octaves "
-        "apart: no rule can be seen to do better than that."
+        "The oracle of a run is the first step with a share q of its gain in Train CLIP image; distances are in "
+        f"octaves, factors of two in steps. Two oracles, each from its own {pictures} pictures of the same run, "
+        f"lie apart by {', '.join(agreements)}: no rule can be seen to do better than that."
     )
 
 

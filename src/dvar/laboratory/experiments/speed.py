@@ -155,11 +155,12 @@ def _table(shelf: Shelf, found: dict[str, list[Row]], provenance: Provenance) ->
     caption = (
         "Mean ± standard deviation over concepts (seeds averaged first); the best mean of a method is bold. Iterations "
         "are those trained; the scores are of the checkpoint kept, on pictures that chose nothing, between scored "
-        "steps on the line. Minutes are counts times median unit seconds, each way paying for its own probe and "
-        "pictures, without start-up and final pictures, which stand beside. A forward is one sample through the U-Net. "
-        f"Censored runs had not stopped where the record ends, and count with that step. {provenance} Deviates from "
-        "the paper: all ways are read off one run, CLIP-s is measured where the record was scored, and DVAR's first "
-        "evaluation is dropped as in the paper."
+        "steps on the line. Identity, where it stands: the bundled recogniser's probability that the subject is this "
+        "one and not another of its class. Minutes are counts times median unit seconds, each way paying for its own "
+        "probe and pictures, without start-up and final pictures, which stand beside. A forward is one sample through "
+        f"the U-Net. Censored runs had not stopped where the record ends, and count with that step. {provenance} "
+        "Deviates from the paper: all ways are read off one run, CLIP-s is measured where the record was scored, and "
+        "DVAR's first evaluation is dropped as in the paper."
     )
     return Table("ways", caption, columns, tuple(lines), tuple(data), frozenset(bold))
 

@@ -1,0 +1,110 @@
+"""The page docs/results.md and its pictures: ``python docs/results.py FOLDER`` writes them anew.
+
+FOLDER is what ``dvar reproduce all --output_dir FOLDER`` has made; runs/laboratory, unless another is named.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+HERE = Path(__file__).parent
+FOLDER = Path("runs/laboratory")
+LIMIT = 120_000
+"""Bytes of an SVG; a larger one is shown as a picture of points."""
+WIDTH = 1400
+OPENING = """# Results
+
+<!-- written by docs/results.py -->
+
+Every table and figure of the paper, re-run by `dvar reproduce all` and set beside the paper's numbers where it prints
+them. All of it is read off recorded runs of the laboratory, by the rules that `docs/fidelity.md` gives.
+
+"""
+DEVIATIONS = """
+What differs from the paper throughout:
+
+- The base model is the one that ships with this library unless a caption names another: a latent diffusion model of a
+  picture book, 64 × 64 pixels, trained for this purpose. Numbers are therefore not comparable one by one with those of
+  Stable Diffusion 1.5; patterns are, and each section says in words which of them are found here and which are not.
+- Trainings are shorter: the paper's windows and patiences are scaled by the ratio of the caps where a caption says so.
+- All ways of ending a run are read off one run that goes past them all; true runs beside them show
+  that reading is running.
+- CLIP scores are of a CLIP that conditions nothing; pictures that choose a step never report on it.
+- Minutes are counts of work times seconds measured on the machine of the record, and not those of an A100.
+- People are simulated in Table 2.
+"""
+
+
+def page(folder: Path) -> tuple[str, dict[str, bytes]]:
+    """The page, and its pictures by the names they have in it."""
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    parts, pictures = [OPENING, *(f"{fact}\n" for fact in report["facts"]), DEVIATIONS], dict[str, bytes]()
+    for name in report["experiments"]:
+        content = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        parts += ["", f"## {content['title']}", ""]
+        if content["missing"]:
+            parts += [f"Not made: {content['missing']}", ""]
+        parts += [f"{line}\n" for line in content["says"]]
+        for table in content["tables"]:
+            parts += [*_table(table["shown"]), "", f"*{_flat(table['caption'])}*", ""]
+        for plot in content["plots"]:
+            shown, drawn = _picture(folder / f"{name}-{plot['name']}.svg")
+            pictures[shown] = drawn
+            parts += [f"![{_flat(plot['name'])}](results/{shown})", "", f"*{_flat(plot['caption'])}*", ""]
+    return "\n".join(parts).rstrip() + "\n", pictures
+
+
+def _table(shown: Mapping[str, Any]) -> Iterator[str]:
+    bold = {(row, column) for row, column in shown["bold"]}
+    yield _line(shown["columns"])
+    yield _line(["---", *("---:" for _ in shown["columns"][1:])])
+    for row, cells in enumerate(shown["cells"]):
+        if len(cells) == 1:
+            yield _line([f"**{_flat(cells[0])}**", *("" for _ in shown["columns"][1:])])
+        else:
+            yield _line(
+                [f"**{_flat(cell)}**" if (row, column) in bold else _flat(cell) for column, cell in enumerate(cells)]
+            )
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _flat(text: str) -> str:
+    """Text that stays in its cell and is no markup."""
+    return " ".join(text.split()).replace("|", "\\|").replace("*", "\\*").replace("_", "\\_").replace("<", "&lt;")
+
+
+def _picture(svg: Path) -> tuple[str, bytes]:
+    """A figure's file and what is in it: the drawing itself where it is small, else its points."""
+    drawn = svg.read_bytes()
+    if len(drawn) <= LIMIT:
+        return svg.name, drawn
+    written = io.BytesIO()
+    with Image.open(svg.with_suffix(".png")) as opened:
+        opened.thumbnail((WIDTH, 4 * WIDTH), Image.Resampling.LANCZOS)
+        opened.convert("RGB").save(written, "webp", quality=85, method=6)
+    return svg.with_suffix(".webp").name, written.getvalue()
+
+
+def main(folder: Path = FOLDER, to: Path = HERE) -> None:
+    """Write the page, and its pictures in place of those that were there."""
+    text, pictures = page(folder)
+    (to / "results").mkdir(exist_ok=True)
+    for stale in (to / "results").iterdir():
+        stale.unlink()
+    for name, drawn in pictures.items():
+        (to / "results" / name).write_bytes(drawn)
+    (to / "results.md").write_text(text, encoding="utf-8", newline="\n")
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:2]))
