@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fake_record import fake_record
 
 from dvar.config import AnyConfig, ReproduceConfig
 from dvar.errors import CheckpointError
-from dvar.laboratory.experiments import factors
+from dvar.laboratory.experiments import batches, factors, variants
+from dvar.laboratory.records import Record
 from dvar.laboratory.reproduce import reproduce
 from dvar.laboratory.trials import Bench, trained
 from dvar.testing import tiny_concept
@@ -127,3 +129,59 @@ def test_figure_5_by_its_command(
     assert "step 40 of 40" in told
     for fact in (str(tiny_model), "1, the first by name (ball)", "40 steps", "A small run"):
         assert fact in content["tables"][0]["caption"], fact
+
+
+def test_figure_9_accumulates_its_batches(
+    tiny_model: Path, concepts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(batches.SIZES, True, (1, 4))
+    monkeypatch.setitem(batches.STEPS, True, 12)
+    planned = Bench.planned
+    small = {"resolution": 32, "train_batch_size": 1}
+    monkeypatch.setattr(Bench, "planned", lambda bench, name: planned(bench, name, **small))
+    exhibit = batches.make(Bench(tmp_path, quick=True, model=str(tiny_model), concepts=str(concepts)))
+    rows = {row["batch"]: row for row in exhibit.tables[0].data}
+    assert {size: row["samples"] for size, row in rows.items()} == {1: 12, 4: 48}
+    curves = {(one["batch"], one["series"]): one["value"] for one in exhibit.plots[0].data}
+    assert len(curves[4, "training loss"]) == 12
+    # Accumulated or not, the samples of a step are numbered through: the first of four is the one of one.
+    settings = json.loads(next(tmp_path.glob("figure9/batch-4/*/*/*/*/config.json")).read_text(encoding="utf-8"))
+    assert (settings["train_batch_size"], settings["gradient_accumulation_steps"]) == (1, 4)
+    assert "Batches of 1 and 4, accumulated 1 at a time" in exhibit.tables[0].caption
+
+
+def faked(bench: Bench, recordings: list) -> list[Record]:  # type: ignore[type-arg]
+    """Records of these recordings without any training; SAM learns further, a random word less far."""
+    found = []
+    for one in recordings:
+        learned = {"sam": 5.0, "random-word": 200.0}.get(Path(one.records).parent.name, 20.0)
+        found.append(Record.open(fake_record(Path(one.records), concept=one.concept, cap=100, learned=learned)))
+        if "random" in one.records:
+            (found[-1].folder / "initializer.json").write_text('[{"word": "<it>", "initializer_token": "teapot"}]')
+    return found
+
+
+def test_the_first_version_s_variants(concepts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Bench, "recorded", faked)
+    bench = Bench(tmp_path, quick=True, concepts=str(concepts))
+    words = variants.initial(bench)
+    rows = {row["variant"]: row for row in words.tables[0].data}
+    assert list(rows) == list(variants.STARTS)
+    assert rows["random word"]["words"] == ["teapot"]
+    assert "Unlike in the paper, it is not so here that a random word ends as well" in words.says[0]
+    assert "As in the paper, a best word by CLIP ends as well" in words.says[0]
+    rows = {row["variant"]: row for row in variants.sam(bench).tables[0].data}
+    assert rows["SAM"]["Train CLIP img"][0] > rows["AdamW"]["Train CLIP img"][0]
+
+
+def test_a_variant_differs_in_what_it_says_and_in_nothing_else(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, quick=False)
+    every = {**variants.STARTS, **variants.OPTIMIZERS}
+    runs = {name: of[0] for name, of in variants.planned(bench, every).items()}
+    assert runs[variants.USUAL] == runs["AdamW"]
+    usual = runs[variants.USUAL].facts["settings"]
+    for name, run in runs.items():
+        changed = {key for key, value in run.facts["settings"].items() if value != usual[key]}
+        assert changed - {"initializer_token"} == set(every[name]), name
+        run.check()
+    assert len({run.folder for run in runs.values()}) == 4

@@ -195,7 +195,7 @@ def _table(name: str, how: str, found: Sequence[Judged]) -> Table:
                 f"{number(one['median'], 2)} ({number(one['low'], 2)} … {number(one['high'], 2)})",
                 _shown(one["gain kept"]),
                 number(one["context lost"].mean, 3),
-                *(f"{100 * one[share]:.0f} %" for share in ("premature", "wasteful", "censored")),
+                " · ".join(f"{100 * one[share]:.0f}" for share in ("premature", "wasteful", "censored")),
                 f"{one['steps']:.0f}",
                 number(one["cost"] / 1000, 1),
             )
@@ -208,9 +208,7 @@ def _table(name: str, how: str, found: Sequence[Judged]) -> Table:
         "log₂(stop / oracle), median (10–90 %)",
         "Gain kept",
         "Context lost",
-        "Premature",
-        "Wasteful",
-        "Censored",
+        "Premature · wasteful · censored, %",
         "Steps",
         "Thousand forwards to decide",
     )
