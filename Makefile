@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo survey test test-all check docs setup clean
+.PHONY: demo survey test test-all check docs results setup clean
 
 setup: $(VENV)/.ready
 
@@ -49,6 +49,11 @@ check: setup
 docs: setup
 	$(RUN)/python docs/verdicts.py
 	$(RUN)/python docs/reference.py
+
+# The page of results, from the recorded runs in the folder "records" (dvar record makes them).
+results: setup
+	$(RUN)/dvar reproduce all
+	$(RUN)/python docs/results.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

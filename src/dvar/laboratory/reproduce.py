@@ -170,11 +170,12 @@ def _facts(shelf: Shelf, config: ReproduceConfig) -> list[str]:
     told = [str(Provenance.of(counted))]
     tuning = len({record.concept for record in shelf if record.concept in shelf.tuning})
     others = "1 other concept" if tuning == 1 else f"{tuning} other concepts"
-    told.append(f"Settings were tuned on {others}, which no table counts.")
+    told.append(
+        f"Settings were tuned on {others}, which no table counts." if tuning else "No concept was recorded for tuning."
+    )
     if config.quick:
         told.append(f"Quick: {QUICK} concepts a method at most; the intervals are as wide as that makes them.")
     if shelf.lost:
-        told.append(
-            f"{len(shelf.lost)} runs are lost: " + "; ".join(f"{name} ({why})" for name, why in shelf.lost.items())
-        )
+        lost = "1 run is lost: " if len(shelf.lost) == 1 else f"{len(shelf.lost)} runs are lost: "
+        told.append(lost + "; ".join(f"{name} ({why})" for name, why in shelf.lost.items()))
     return told

@@ -71,6 +71,8 @@ def _exhibit(name: str, heading: str, records: list[Record], shown: tuple[str, .
             panel.plot(steps, values, color=colour, linewidth=0.7 if colour == NOISE else 1.3, **dots)
             if not stop.censored:
                 mark(panel, stop.stop, f"DVAR {stop.stop}" if not row else "", COLOURS[1], (0, (4, 3)))
+            if series == "grad_norm":
+                panel.set_yscale("log")  # a rare large one would flatten all others
             panel.set_ylabel(SERIES[series][0] if not column else "")
             data.append({"record": record.name, "series": series, "step": steps, "value": values})
         panels[0][column].set_title(record.concept.replace("_", " ") if len(records) > 1 else "")

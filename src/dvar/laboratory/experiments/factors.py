@@ -32,8 +32,13 @@ FACTORS: Mapping[str, tuple[str, ...]] = {
 """What is drawn anew, by the paper's letters, and the fields of `Draws` that it is."""
 ROWS = (*FACTORS, PAIRED)
 SERIES = "factors"
+MANY = 10_000
+"""Steps from which a count says no more than that there are too many."""
+LETTERS = "x: the pictures; y: their captions; E(x): the autoencoder's sample; ε: the noise; t: the timesteps"
 _PART = 32
 """Samples in one forward pass; larger batches are accumulated."""
+SHOWN = 2500 / 6100
+"""Of the cap, what the paper's figure shows and what is trained here."""
 _SIZES = {True: (8, 32), False: (8, 32, 128, 512)}
 _STEPS, _EVERY = {True: 120, False: None}, {True: 4, False: 10}
 Curves = Mapping[str, np.ndarray]
@@ -46,7 +51,7 @@ def make(bench: Bench) -> Exhibit:
     config = replace(
         planned.config,
         output_dir=str(planned.folder),
-        max_train_steps=steps or planned.config.max_train_steps,
+        max_train_steps=steps or round(planned.config.max_train_steps * SHOWN),
         checkpointing_steps=20,
         probe_every=every,
         window=8 * every,  # of a rule that is not asked
@@ -165,7 +170,7 @@ def _short(ratio: float) -> str:
 
 
 def _steps(steps: float) -> str:
-    return "never" if np.isinf(steps) else f"{steps:.0f}"
+    return "never" if np.isinf(steps) else f"{steps:.0f}" if steps < MANY else f"over {MANY}"
 
 
 def _plot(at: np.ndarray, curves: Curves, sizes: tuple[int, ...], stated: str) -> Plot:
@@ -182,9 +187,11 @@ def _plot(at: np.ndarray, curves: Curves, sizes: tuple[int, ...], stated: str) -
             panel.set_title(f"B = {size}" if not line else "")
     for panel in panels[-1]:
         panel.set_xlabel("step")
+    drawn.supylabel("loss, % of the first $L_{det}$, less 100", fontsize=9)
     caption = (
         f"{stated} The loss in percent of L_det's first value, less 100, with what a row names drawn anew at each "
-        "evaluation; each panel has a scale of its own. The smaller batches are the first samples of the largest."
+        f"evaluation ({LETTERS}); each panel has a scale of its own. The smaller batches "
+        "are the first samples of the largest."
     )
     return Plot("factors", caption, drawn, data)
 
@@ -192,11 +199,9 @@ def _plot(at: np.ndarray, curves: Curves, sizes: tuple[int, ...], stated: str) -
 def _pattern(found: Mapping[tuple[str, int], Information], sizes: tuple[int, ...]) -> str:
     single = {row: found[row, sizes[0]].jitter for row in ("x", "y", "E(x)", "ε", "t")}
     worst = max(single, key=lambda row: single[row])
-    most = compared(
-        f"timesteps drawn anew hide the fall most (jitter {single['t']:.2g} on {sizes[0]} inputs; {worst} gives "
-        f"{single[worst]:.2g})",
-        worst == "t",
-    )
+    others = ", ".join(f"{row} {jitter:.2g}" for row, jitter in single.items() if row != "t")
+    told = f"jitter {single['t']:.2g} on {sizes[0]} inputs; {others}"
+    most = compared(f"timesteps drawn anew hide the fall most ({told})", worst == "t")
     paired, alone = found[PAIRED, sizes[0]], found["t", sizes[0]]
     times = alone.jitter / paired.jitter if paired.jitter else float("inf")
     return f"{most} Taking off the untouched model's loss on the same draws leaves a jitter {times:.0f} times smaller."
