@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -49,9 +50,7 @@ class AnyOf:
         refuse(_rules_problems("AnyOf", self.rules))
 
     def __call__(self, trace: Trace) -> Verdict:
-        verdicts = [rule(trace) for rule in self.rules]
-        chosen = min(verdicts, key=lambda verdict: (verdict.reason is not Reason.NON_FINITE, not verdict.stop))
-        return _joined(chosen, verdicts, stop=any(verdict.stop for verdict in verdicts))
+        return _joined([rule(trace) for rule in self.rules], any)
 
 
 @dataclass(frozen=True)
@@ -70,9 +69,7 @@ class AllOf:
         refuse(_rules_problems("AllOf", self.rules))
 
     def __call__(self, trace: Trace) -> Verdict:
-        verdicts = [rule(trace) for rule in self.rules]
-        chosen = min(verdicts, key=lambda verdict: (verdict.reason is not Reason.NON_FINITE, verdict.stop))
-        return _joined(chosen, verdicts, stop=all(verdict.stop for verdict in verdicts))
+        return _joined([rule(trace) for rule in self.rules], all)
 
 
 @dataclass(frozen=True)
@@ -114,21 +111,19 @@ class AtMost:
         FixedSteps(self.max_steps)
 
     def __call__(self, trace: Trace) -> Verdict:
-        return AnyOf((self.rule, FixedSteps(self.max_steps)))(trace)
+        return _joined([self.rule(trace), FixedSteps(self.max_steps)(trace)], any)
 
 
-def _joined(chosen: Verdict, verdicts: list[Verdict], stop: bool) -> Verdict:
+def _joined(verdicts: list[Verdict], together: Callable[[Iterable[bool]], bool]) -> Verdict:
+    """One verdict for all: a value that is not finite speaks first, then the first that says what all say together."""
+    stop = together(verdict.stop for verdict in verdicts)
+    chosen = min(verdicts, key=lambda verdict: (verdict.reason is not Reason.NON_FINITE, verdict.stop is not stop))
     metrics = dict(chosen.metrics)
     for verdict in verdicts:
         # All or nothing: the ratio of one rule beside the threshold of another would be a lie.
-        if all(metrics.get(name, value) == value for name, value in verdict.metrics.items()):
+        if {**metrics, **verdict.metrics} == {**verdict.metrics, **metrics}:
             metrics |= verdict.metrics
-    return replace(
-        chosen,
-        stop=stop,
-        metrics=metrics,
-        diagnose=partial(_all_diagnoses, verdicts),
-    )
+    return replace(chosen, stop=stop, metrics=metrics, diagnose=partial(_all_diagnoses, verdicts))
 
 
 def _all_diagnoses(verdicts: list[Verdict]) -> tuple[Diagnosis, ...]:

@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -211,16 +212,14 @@ class Trace:
     def _relative(self) -> NDArray[np.float64]:
         if self._header.get("reading") == "paired":
             raise TraceError(f"{RELATIVE_LOSS!r} needs the same samples at every record, and these are drawn anew")
-        if not len(self.samples):
-            return self.values
-        samples, known = self.samples, len(self._relatives)
-        first = samples[0]
-        if not first.all():
-            raise TraceError(
-                f"{RELATIVE_LOSS!r} divides by the first losses, and that of sample {int(np.argmin(first != 0))} "
-                f"is 0: read {LOSS!r}"
-            )
+        samples, known = self._samples.view(), len(self._relatives)
         if known < len(samples):  # as in `metric`, each record is looked at once
+            first = samples[0]
+            if not first.all():
+                raise TraceError(
+                    f"{RELATIVE_LOSS!r} divides by the first losses, and that of sample {int(np.argmin(first != 0))} "
+                    f"is 0: read {LOSS!r}"
+                )
             with np.errstate(invalid="ignore", over="ignore"):
                 for value in (samples[known:] / first).sum(axis=1) / len(first):
                     self._relatives.append(value)
@@ -317,8 +316,8 @@ class Curve:
         steps, values = trace.metric(metric)
         start = int(steps.searchsorted(first_step))
         steps, values = steps[start:], values[start:]
-        weights = np.ones(len(steps))  # whole numbers, but in the kind that all sums below are taken in
-        np.subtract(steps[1:], steps[:-1], out=weights[1:])
+        weights = np.empty(len(steps))  # whole numbers, but in the kind that all sums below are taken in
+        weights[:1], weights[1:] = 1, steps[1:] - steps[:-1]
         return cls(steps, values, weights)
 
     def last(self, window: int) -> Curve:
@@ -340,7 +339,7 @@ class Curve:
         """Steps from the first record to the last."""
         return int(self.steps[-1] - self.steps[0])
 
-    @property
+    @cached_property
     def spread(self) -> float:
         """Largest minus smallest value; not finite as soon as one value is not."""
         return float(self.values.max()) - float(self.values.min())
