@@ -84,11 +84,23 @@ def test_every_integration_has_its_section() -> None:
     assert shown == {f"dvar.stopper.integrations.{path.stem}" for path in there}
 
 
-def test_what_the_page_shows_of_the_diffusers_example_is_in_it() -> None:
-    shown = re.findall(r"^```text\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.M | re.S)
-    example = (ROOT / "examples" / "diffusers_lora.py").read_text(encoding="utf-8")
-    assert len(shown) == 1
-    assert shown[0] in example
+def test_what_the_page_shows_of_the_whole_programs_is_in_them() -> None:
+    """Each piece is in the programs that its section names; these are run by `test_example_scripts.py`."""
+    shown = 0
+    for section in re.split(r"^## ", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE):
+        programs = [
+            (PAGE.parent / path).read_text(encoding="utf-8") for path in re.findall(r"\]\((.*?\.py)\)", section)
+        ]
+        for piece in re.findall(r"^```text\n(.*?)^```$", section, re.M | re.S):
+            assert programs
+            assert [program for program in programs if piece not in program] == []
+            shown += 1
+    assert shown == 2
+
+
+def test_every_program_is_on_the_page() -> None:
+    there = {path.name for path in (ROOT / "examples").glob("*.py")}
+    assert set(re.findall(r"\(\.\./examples/(.*?\.py)\)", PAGE.read_text(encoding="utf-8"))) == there
 
 
 def test_links_between_pages_lead_somewhere() -> None:

@@ -36,6 +36,7 @@ PURE = (
     "stopper.compositions",
     "stopper.judging",
     "stopper.verdict",
+    "stopper.record",
     "stopper.trace",
     "stopper.watch",
 )

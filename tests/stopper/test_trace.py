@@ -129,6 +129,7 @@ def test_what_a_caller_holds_is_not_the_trace_itself() -> None:
         (5, [0.1, 0.1], {}, "steps must grow, got 5 after 5"),
         (4, [0.1, 0.1], {}, "steps must grow, got 4 after 5"),
         (6.0, [0.1, 0.1], {}, "whole number of updates, got 6.0"),
+        (2**63, [0.1, 0.1], {}, "counts updates from 0, got 9223372036854775808"),
         (6, [0.1, 0.1, 0.1], {}, "holds 2 losses a record, got 3"),
         (6, 0.1, {}, "holds 2 losses a record, got 1"),
         (6, [[0.1, 0.1]], {}, r"got the shape \(1, 2\)"),

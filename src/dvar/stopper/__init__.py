@@ -1,4 +1,4 @@
 """The stopper: a loss on held inputs, its trace, and the rules that read it.
 
-`rules`, `compositions`, `judging`, `verdict`, `trace`, `logs` and `formats` need numpy alone; `probe` needs torch.
+All rooms need numpy alone, but for `probe`, which needs torch, and `integrations`, each of which needs its host.
 """

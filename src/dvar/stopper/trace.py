@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import operator
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,31 +17,22 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dvar.errors import TraceError
+from dvar.stopper.record import (
+    FORMAT,
+    as_line,
+    checked_header,
+    checked_losses,
+    decode,
+    found_inside,
+    from_line,
+    names_inside,
+    plain_metric,
+)
 
-FORMAT = 1
 LOSS = "eval"
 """The metric that a rule reads unless told otherwise: L_det, the mean over the held samples."""
 RELATIVE_LOSS = "eval/first"
 """L_det with each held sample divided by its own first value, so that no timestep outweighs the others."""
-_NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-
-
-def encode(value: Any) -> Any:
-    """Plain numbers, lists and mappings made fit for JSON: nan and the infinities become "nan", "inf" and "-inf"."""
-    if isinstance(value, Mapping):
-        return {name: encode(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [encode(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def decode(value: Any) -> Any:
-    """The inverse of `encode`, bit for bit."""
-    if isinstance(value, dict):
-        return {name: decode(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [decode(item) for item in value]
-    return _NON_FINITE.get(value, value) if isinstance(value, str) else value
 
 
 class Trace:
@@ -55,7 +45,7 @@ class Trace:
     """
 
     def __init__(self, header: Mapping[str, Any] | None = None) -> None:
-        self._header = _checked_header(header or {})
+        self._header = checked_header(header or {})
         self._rows: list[dict[str, Any]] = []
         self._steps = _Column(np.int64)
         self._values = _Column(np.float64)
@@ -78,7 +68,7 @@ class Trace:
             raise TraceError(f"{RELATIVE_LOSS!r} is worked out from the losses, got it recorded: give it another name")
         if losses is not None:
             row["eval"] = losses.tolist()
-        row |= {name: _plain(name, value) for name, value in metrics.items() if value is not None}
+        row |= {name: plain_metric(name, value) for name, value in metrics.items() if value is not None}
 
         self._rows.append(row)
         if losses is not None:
@@ -146,7 +136,7 @@ class Trace:
         found = self._metrics.setdefault(name, _Metric())
         # Each row is looked at once, so that a rule judged at every step does not read the whole run every time.
         for row in self._rows[found.looked_at :]:
-            value = _inside(row, name)
+            value = found_inside(row, name)
             if value is not None and not isinstance(value, int | float):
                 raise TraceError(f"the metric {name!r} is not one number a record: read it from `records`")
             if value is not None:
@@ -160,12 +150,12 @@ class Trace:
         """What `metric` can be asked for, sorted: the names in any record, those inside a mapping with a dot."""
         names = {LOSS, RELATIVE_LOSS} if len(self.steps) else set()
         for row in self._rows:
-            names |= set(_names({key: value for key, value in row.items() if key not in ("step", LOSS)}))
+            names |= set(names_inside({key: value for key, value in row.items() if key not in ("step", LOSS)}))
         return sorted(names)
 
     def line(self, index: int) -> str:
         """Record `index` as one line of JSON, without the line break."""
-        return _line(self._rows[index])
+        return as_line(self._rows[index])
 
     def cut(self, step: int) -> Trace:
         """A new trace with the same header and the records up to and including `step`."""
@@ -180,7 +170,7 @@ class Trace:
         path = Path(path)
         part = path.with_name(path.name + ".part")
         with part.open("w", encoding="ascii", newline="\n") as file:
-            file.writelines(f"{_line(row)}\n" for row in [self._header, *self._rows])
+            file.writelines(f"{as_line(row)}\n" for row in [self._header, *self._rows])
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
@@ -193,7 +183,7 @@ class Trace:
         Raises: TraceError naming the line, when the file is no trace or is damaged elsewhere.
         """
         lines = Path(path).read_bytes().splitlines()
-        rows = [_parsed(line) for line in lines]
+        rows = [from_line(line) for line in lines]
         if not rows or rows[0] is None or rows[0].get("dvar_trace") != FORMAT:
             raise TraceError(f'{path} is no trace: its first line must be a header with "dvar_trace": {FORMAT}')
         if rows[-1] is None:
@@ -229,9 +219,9 @@ class Trace:
         try:
             number = operator.index(step)
         except TypeError:
-            raise TraceError(f"a step is a whole number of updates, got {step!r}") from None
-        if number < 0:
-            raise TraceError(f"a step counts updates from 0, got {number}")
+            raise TraceError(f"a step is a whole number of updates, got {step!r}: pass how many were made") from None
+        if not 0 <= number <= np.iinfo(np.int64).max:
+            raise TraceError(f"a step counts updates from 0, got {number}: pass how many were made")
         if self._rows and number <= self.last_step:
             raise TraceError(
                 f"steps must grow, got {number} after {self.last_step}: "
@@ -240,7 +230,7 @@ class Trace:
         return number
 
     def _checked_losses(self, given: Any) -> NDArray[np.float64]:
-        losses = _losses(given)
+        losses = checked_losses(given)
         width = self._samples.view().shape[1:] or losses.shape
         if losses.shape != width:
             raise TraceError(f"this trace holds {width[0]} losses a record, got {losses.size}: evaluate the same batch")
@@ -274,7 +264,7 @@ class TraceFile:
         step = record["step"]
         if step <= self._last_step:
             raise TraceError(f"{self.path} already holds step {self._last_step}, got step {step}: cut the trace first")
-        self._file.write(f"{_line(record)}\n".encode("ascii"))
+        self._file.write(f"{as_line(record)}\n".encode("ascii"))
         self._file.flush()
         self._last_step = step
 
@@ -418,70 +408,3 @@ class _Metric:
 
     def __init__(self) -> None:
         self.steps, self.values, self.looked_at = _Column(np.int64), _Column(np.float64), 0
-
-
-def _checked_header(header: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        checked: dict[str, Any] = json.loads(json.dumps({"dvar_trace": FORMAT, **header}, allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise TraceError(f"a trace's header must be a JSON object without nan or infinities: {error}") from None
-    if checked["dvar_trace"] != FORMAT:
-        raise TraceError(f"this version reads traces of format {FORMAT}, got {checked['dvar_trace']!r}")
-    return checked
-
-
-def _losses(given: Any) -> NDArray[np.float64]:
-    if hasattr(given, "detach"):  # a torch tensor, known by what it can do: this room must not import torch
-        given = given.detach().cpu()
-    try:
-        losses = np.atleast_1d(np.asarray(given))
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TraceError(f"losses must be numbers in float32 or wider ({error}): compute them in float32") from None
-    if losses.dtype.kind not in "iuf" or losses.dtype == np.float16:
-        # Half precision has about 20 values in the whole range of L_det: the window would look constant at once.
-        raise TraceError(f"losses must be numbers in float32 or wider, got {losses.dtype}: compute them in float32")
-    if losses.ndim != 1 or not losses.size:
-        raise TraceError(f"losses must be one number, or one per held sample, got the shape {losses.shape}")
-    return losses.astype(np.float64)
-
-
-def _plain(name: str, value: Any) -> Any:
-    """The metric in Python's own numbers, so that a record means the same live and read back."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(name, item) for key, item in value.items()}
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        return [_plain(name, item) for item in value]
-    if not isinstance(value, int | float):
-        raise TraceError(f"the metric {name!r} must be made of numbers, got {value!r}")
-    return value
-
-
-def _inside(row: Mapping[str, Any], name: str) -> Any:
-    if name in row:  # a host's own name may hold a dot
-        return row[name]
-    found: Any = row
-    for key in name.split("."):
-        found = found.get(key) if isinstance(found, Mapping) else None
-    return found
-
-
-def _names(row: Mapping[str, Any]) -> Iterator[str]:
-    for name, value in row.items():
-        if isinstance(value, Mapping):
-            yield from (f"{name}.{inner}" for inner in _names(value))
-        elif isinstance(value, int | float):
-            yield name
-
-
-def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(encode(row), allow_nan=False)
-
-
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) else None

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from dvar.errors import RefusedInput
-from dvar.stopper.trace import Curve, decode, encode
+from dvar.stopper.record import decode, encode
+from dvar.stopper.trace import Curve
 
 # A fall counts from two standard errors of its slope on, if the last quarter of the steps gave this share of it: a
 # straight line gives 25 % for ever, an exponential 15 % at 1.25 time constants, with 29 % of its fall to go.

@@ -168,7 +168,7 @@ def _update_number(step: Any) -> int:
     try:
         return operator.index(step)
     except TypeError:
-        raise TraceError(f"a step is a whole number of updates, got {step!r}") from None
+        raise TraceError(f"a step is a whole number of updates, got {step!r}: pass how many were made") from None
 
 
 def _windows(rule: object) -> Iterator[int]:

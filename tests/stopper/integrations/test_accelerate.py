@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +9,7 @@ from typing import Any
 import pytest
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from processes import said_by_two
 from task import CAP, STOP, assert_as_expected, expected, network, watch_of
 
 from dvar import RefusedInput, Trace, Verdict
@@ -66,29 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def said(folder: Path) -> list[dict[str, Any]]:
-    """What each of two gloo processes has to say at its end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    root = Path(__file__).parents[3]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    shared |= {"PYTHONPATH": f"{root / 'src'}:{Path(__file__).parent}", "OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(folder)],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "PATH": "/usr/bin:/bin"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        ends = [process.communicate(timeout=120)[1] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [0, 0], "\n".join(ends)
-    return [json.loads((folder / f"said-{rank}.json").read_text()) for rank in range(2)]
+    return said_by_two(WORKER, folder)
 
 
 def test_two_processes_stop_at_the_same_step_by_the_verdict_of_the_first(

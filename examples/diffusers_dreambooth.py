@@ -1,0 +1,122 @@
+"""DVAR in a loop of the shape of diffusers' `train_dreambooth_lora.py`: a LoRA, with prior preservation.
+
+The lines that were added for DVAR stand between "dvar:" and "end".  The model is a tiny random one and learns nothing
+of use; with another folder it is a real one.  Run it with ``python examples/diffusers_dreambooth.py``; it takes
+seconds.
+"""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig
+from PIL import Image
+from transformers import CLIPTextModel, CLIPTokenizer
+
+import dvar
+from dvar.stopper.integrations.accelerate import judged_together
+from dvar.testing import tiny_concept, tiny_pipeline
+
+scratch = Path(tempfile.mkdtemp())
+model, output_dir = tiny_pipeline(scratch / "model"), scratch / "output"
+instance_data_dir, class_data_dir = tiny_concept(scratch / "instance"), tiny_concept(scratch / "class", size=48)
+train_batch_size, max_train_steps, num_train_epochs, prior_loss_weight = 2, 1000, 1000, 1.0
+
+accelerator = Accelerator(gradient_accumulation_steps=2, mixed_precision="no")
+torch.manual_seed(0)
+noise_scheduler = DDPMScheduler.from_pretrained(model, subfolder="scheduler")
+tokenizer = CLIPTokenizer.from_pretrained(model, subfolder="tokenizer")
+text_encoder = CLIPTextModel.from_pretrained(model, subfolder="text_encoder").requires_grad_(False)
+vae = AutoencoderKL.from_pretrained(model, subfolder="vae").requires_grad_(False)
+unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet").requires_grad_(False)
+unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_k", "to_q", "to_v", "to_out.0"]))
+cast_training_params(unet, dtype=torch.float32)
+for part in (text_encoder, vae, unet):
+    part.to(accelerator.device)
+optimizer = torch.optim.AdamW([weight for weight in unet.parameters() if weight.requires_grad], lr=1e-2)
+
+
+def example(path: Path, prompt: str) -> dict[str, torch.Tensor]:
+    pixels = np.asarray(Image.open(path).convert("RGB").resize((32, 32)), dtype=np.float32) / 127.5 - 1
+    ids = tokenizer(prompt, padding="max_length", max_length=77, return_tensors="pt").input_ids
+    return {"pixel_values": torch.from_numpy(pixels).permute(2, 0, 1), "input_ids": ids[0]}
+
+
+instances = [example(path, "a photo of sks ball") for path in sorted(instance_data_dir.glob("*.png"))]
+classes = [example(path, "a photo of a ball") for path in sorted(class_data_dir.glob("*.png"))]
+
+
+def collate_fn(pairs: list[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]) -> dict[str, torch.Tensor]:
+    """The instances, and after them as many pictures of the class."""
+    return torch.utils.data.default_collate([item for part in zip(*pairs, strict=True) for item in part])
+
+
+train_dataset = list(zip(instances, classes, strict=True))
+train_dataloader = torch.utils.data.DataLoader(
+    train_dataset, batch_size=train_batch_size, shuffle=True, collate_fn=collate_fn
+)
+unet, optimizer, train_dataloader = accelerator.prepare(unet, optimizer, train_dataloader)
+
+
+# dvar: what is random about a batch, drawn once, of the instance alone; and the loss of each of its samples
+def draw() -> dict[str, torch.Tensor]:
+    chosen = [instances[index % len(instances)] for index in range(8)]
+    batch = {name: torch.stack([item[name] for item in chosen]).to(accelerator.device) for name in chosen[0]}
+    latents = vae.encode(batch["pixel_values"]).latent_dist.sample() * vae.config.scaling_factor
+    timesteps = torch.randint(0, noise_scheduler.config.num_train_timesteps, (8,), device=latents.device)
+    return {
+        "latents": latents,
+        "noise": torch.randn_like(latents),
+        "timesteps": timesteps,
+        "input_ids": batch["input_ids"],
+    }
+
+
+def losses(held: dict[str, torch.Tensor]) -> torch.Tensor:
+    noisy_latents = noise_scheduler.add_noise(held["latents"], held["noise"], held["timesteps"])
+    states = text_encoder(held["input_ids"])[0]
+    prediction = accelerator.unwrap_model(unet)(noisy_latents, held["timesteps"], states).sample
+    return (prediction.float() - held["noise"].float()).square().mean(dim=(1, 2, 3))
+
+
+probe = dvar.Probe.capture(losses, draw, [accelerator.unwrap_model(unet), text_encoder])
+watch = dvar.Watch(dvar.Dvar(window=60, threshold=0.15), probe, output_dir / "trace.jsonl")
+# end
+
+global_step = 0
+# dvar: the untouched model, or the one that was loaded from a checkpoint
+verdict = judged_together(accelerator, watch, global_step)
+# end
+for _epoch in range(num_train_epochs):
+    unet.train()
+    for batch in train_dataloader:
+        with accelerator.accumulate(unet):
+            latents = vae.encode(batch["pixel_values"]).latent_dist.sample() * vae.config.scaling_factor
+            noise = torch.randn_like(latents)
+            timesteps = torch.randint(
+                0, noise_scheduler.config.num_train_timesteps, (len(latents),), device=latents.device
+            )
+            noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
+            states = text_encoder(batch["input_ids"])[0]
+            model_pred, prior_pred = unet(noisy_latents, timesteps, states).sample.float().chunk(2)
+            target, prior_target = noise.float().chunk(2)
+            loss = F.mse_loss(model_pred, target) + prior_loss_weight * F.mse_loss(prior_pred, prior_target)
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        if accelerator.sync_gradients:
+            global_step += 1
+            # dvar: after an update, not after a batch
+            verdict = judged_together(accelerator, watch, global_step)
+            # end
+        if global_step >= max_train_steps or verdict.stop:
+            break
+    if global_step >= max_train_steps or verdict.stop:
+        break
+
+print(verdict)
