@@ -684,5 +684,7 @@ def test_not_before_and_at_most() -> None:
     assert stop_step(AtMost(Dvar(40, 0.15), 60), line) == 60
     with pytest.raises(RefusedInput, match="max_steps must be"):
         AtMost(Dvar(40, 0.15), 0)
+    with pytest.raises(RefusedInput, match=r"AtMost takes rules.*\nmax_steps must be"):
+        AtMost(Dvar, 0)  # type: ignore[arg-type]
     with pytest.raises(RefusedInput, match="NotBefore takes rules"):
         NotBefore(3, 4)  # type: ignore[arg-type]

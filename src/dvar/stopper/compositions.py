@@ -24,8 +24,7 @@ class FixedSteps:
     max_steps: int
 
     def __post_init__(self) -> None:
-        if not whole(self.max_steps) or self.max_steps < 1:
-            refuse([f"max_steps must be a whole number of updates, 1 or more, got {self.max_steps!r}"])
+        refuse(_count_problems("max_steps", self.max_steps))
 
     def __call__(self, trace: Trace) -> Verdict:
         stop = trace.last_step >= self.max_steps
@@ -83,10 +82,7 @@ class NotBefore:
     step: int
 
     def __post_init__(self) -> None:
-        problems = _rules_problems("NotBefore", (self.rule,))
-        if not whole(self.step) or self.step < 1:
-            problems.append(f"step must be a whole number of updates, 1 or more, got {self.step!r}")
-        refuse(problems)
+        refuse(_rules_problems("NotBefore", (self.rule,)) + _count_problems("step", self.step))
 
     def __call__(self, trace: Trace) -> Verdict:
         verdict = self.rule(trace)
@@ -107,8 +103,7 @@ class AtMost:
     max_steps: int
 
     def __post_init__(self) -> None:
-        refuse(_rules_problems("AtMost", (self.rule,)))
-        FixedSteps(self.max_steps)
+        refuse(_rules_problems("AtMost", (self.rule,)) + _count_problems("max_steps", self.max_steps))
 
     def __call__(self, trace: Trace) -> Verdict:
         return _joined([self.rule(trace), FixedSteps(self.max_steps)(trace)], any)
@@ -132,6 +127,12 @@ def _all_diagnoses(verdicts: list[Verdict]) -> tuple[Diagnosis, ...]:
         if diagnosis not in found:  # two rules may say the same of one curve
             found.append(diagnosis)
     return tuple(found)
+
+
+def _count_problems(name: str, count: Any) -> list[str]:
+    if whole(count) and count >= 1:
+        return []
+    return [f"{name} must be a whole number of updates, 1 or more, got {count!r}"]
 
 
 def _rules_problems(name: str, rules: Any) -> list[str]:

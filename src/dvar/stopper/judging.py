@@ -73,7 +73,7 @@ def read(rule: object, trace: Trace, metric: str, patience: int, first_step: int
     except TraceError as error:
         raise RefusedInput([f"{name} cannot use its metric: {error}"]) from error
     if not len(curve) and trace.last_step - max(trace.first_step, first_step) >= patience:
-        there = ", ".join(found for found in trace.metric_names) or "no metric at all"
+        there = ", ".join(trace.metric_names) or "no metric at all"
         raise RefusedInput(
             [
                 f"{name} reads {metric!r}, which no record up to step {trace.last_step} holds: "

@@ -42,9 +42,13 @@ def checked_header(header: Mapping[str, Any]) -> dict[str, Any]:
     try:
         checked: dict[str, Any] = json.loads(json.dumps({"dvar_trace": FORMAT, **header}, allow_nan=False))
     except (TypeError, ValueError) as error:
-        raise TraceError(f"a trace's header must be a JSON object without nan or infinities ({error}): leave it out") from None
+        raise TraceError(
+            f"a trace's header must be a JSON object without nan or infinities ({error}): leave it out"
+        ) from None
     if checked["dvar_trace"] != FORMAT:
-        raise TraceError(f"this version reads traces of format {FORMAT}, got {checked['dvar_trace']!r}: use the one that wrote it")
+        raise TraceError(
+            f"this version reads traces of format {FORMAT}, got {checked['dvar_trace']!r}: use the one that wrote it"
+        )
     return checked
 
 

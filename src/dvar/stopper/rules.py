@@ -115,8 +115,7 @@ class Dvar:
             problems.append(f"strict_paper stops on the ratio alone, got stop_on={self.stop_on!r}: give one of the two")
         refuse(problems + reason_problems(self.stop_on))
 
-    def __repr__(self) -> str:
-        return written(self)
+    __repr__ = written
 
     def __call__(self, trace: Trace) -> Verdict:
         curve = read(self, trace, self.metric, self.window, first_step=1 if self.strict_paper else 0)
@@ -169,8 +168,7 @@ class EmaPercentile:
             problems.append(f"alpha must lie between 0 (excluded) and 1, got {self.alpha!r}: the paper's is 0.1")
         refuse(problems)
 
-    def __repr__(self) -> str:
-        return written(self)
+    __repr__ = written
 
     def __call__(self, trace: Trace) -> Verdict:
         return below_threshold(self, trace, "change", self._measured)
@@ -186,8 +184,7 @@ class EmaPercentile:
         high = self._average(curve, after + 1)
         if curve.steps[after] == step:
             return high
-        low, left, right = self._average(curve, after), int(curve.steps[after - 1]), int(curve.steps[after])
-        return low + (high - low) * (step - left) / (right - left)
+        return float(np.interp(step, curve.steps[after - 1 : after + 1], (self._average(curve, after), high)))
 
     def _average(self, curve: Curve, count: int) -> float:
         """The average after the first `count` records: its last value, less what is left of each change before."""
@@ -226,8 +223,7 @@ class Hall:
             problems.append(f"level must be 'max' (the formula) or 'mean' (the text), got {self.level!r}")
         refuse(problems)
 
-    def __repr__(self) -> str:
-        return written(self)
+    __repr__ = written
 
     def __call__(self, trace: Trace) -> Verdict:
         return below_threshold(self, trace, "range", self._measured)
@@ -262,8 +258,7 @@ class Trend:
     def __post_init__(self) -> None:
         refuse(below_threshold_problems(self))
 
-    def __repr__(self) -> str:
-        return written(self)
+    __repr__ = written
 
     def __call__(self, trace: Trace) -> Verdict:
         return below_threshold(self, trace, "slope", self._measured)
@@ -303,8 +298,7 @@ class Plateau:
             problems.append(f"mode must be 'min' or 'max', what is better, got {self.mode!r}")
         refuse(problems + reason_problems(self.stop_on, (Reason.STABILISED, Reason.NON_FINITE)))
 
-    def __repr__(self) -> str:
-        return written(self)
+    __repr__ = written
 
     def __call__(self, trace: Trace) -> Verdict:
         curve = read(self, trace, self.metric, self.patience)

@@ -287,7 +287,7 @@ class TraceFile:
 
 @dataclass(frozen=True)
 class Curve:
-    """A stretch of L_det, each value weighted by the steps it stands for.
+    """A stretch of one metric, each value weighted by the steps it stands for.
 
     A record stands for the steps since the one before it; the first stands for its own step alone.  So at cadence 1
     every weight is 1, and every average below is the plain one.

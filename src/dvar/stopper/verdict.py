@@ -268,16 +268,13 @@ def straight_line_step(curve: Curve, window: int, threshold: float) -> float:
 
 
 def _percent(ratio: float, threshold: float) -> str:
-    """Three digits, or as many more as show on which side of the threshold the ratio lies."""
-    texts = [f"{100 * ratio:.{digits}g}" for digits in range(3, 18)]
-    honest = (text for text in texts if (float(text) < 100 * threshold) == (ratio < threshold))
-    return next(honest, texts[-1])
+    return _digits(100 * ratio, 100 * threshold, below=ratio < threshold)
 
 
-def _digits(value: float, threshold: float) -> str:
+def _digits(value: float, threshold: float, below: bool) -> str:
+    """Three digits, or as many more as show whether the value lies below the threshold."""
     texts = [f"{value:.{digits}g}" for digits in range(3, 18)]
-    honest = (text for text in texts if (abs(float(text)) < threshold) == (abs(value) < threshold))
-    return next(honest, texts[-1])
+    return next((text for text in texts if (abs(float(text)) < threshold) == below), texts[-1])
 
 
 def _variance_clause(metrics: Mapping[str, float]) -> str:
@@ -307,10 +304,8 @@ def _range_clause(metrics: Mapping[str, float]) -> str:
 
 def _slope_clause(metrics: Mapping[str, float]) -> str:
     slope, threshold = metrics["slope"], metrics["threshold"]
-    return (
-        f"the slope over the last {metrics['window']:.0f} steps is {_digits(slope, threshold)} a step "
-        f"(threshold {threshold:.6g})"
-    )
+    told = _digits(slope, threshold, below=abs(slope) < threshold)
+    return f"the slope over the last {metrics['window']:.0f} steps is {told} a step (threshold {threshold:.6g})"
 
 
 def _plateau_clause(metrics: Mapping[str, float]) -> str:

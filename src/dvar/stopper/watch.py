@@ -17,7 +17,8 @@ from typing import Any, Protocol, runtime_checkable
 from numpy.typing import ArrayLike
 
 from dvar.errors import DvarError, RefusedInput, TraceError
-from dvar.stopper.rules import Criterion, schedule_problems
+from dvar.stopper.judging import Criterion, whole
+from dvar.stopper.rules import schedule_problems
 from dvar.stopper.trace import Trace, TraceFile
 from dvar.stopper.verdict import Verdict
 
@@ -63,7 +64,7 @@ class Watch:
             problems.append(f"rule must be a rule, which is called on a trace, got {rule!r}: pass Dvar(310, 0.15)")
         if probe is not None and not callable(probe):
             problems.append(f"probe must be a function that returns losses, or a Probe, got {probe!r}: see dvar.Probe")
-        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+        if not whole(every) or every < 1:
             problems.append(f"every must be a whole number of steps, 1 or more, got {every!r}: 1 measures at each step")
         elif probe is not None:
             problems += [told for window in _windows(rule) for told in schedule_problems(window, every, sys.maxsize)]
