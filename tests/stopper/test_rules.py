@@ -550,6 +550,22 @@ def test_the_moving_average_is_its_recursion(values: list[float]) -> None:
         assert metrics["change"] == pytest.approx(average[-1] / average[-21] - 1, rel=1e-9, abs=1e-12)
 
 
+def test_the_moving_average_at_an_uneven_cadence_lies_between_its_records() -> None:
+    # The weight of a record after g steps is 1 - 0.9^g, and the average n steps ago is on the line between neighbours.
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        steps, values = np.cumsum(random.integers(1, 5, 30)), random.uniform(0.1, 1, 30)
+        trace, averages = Trace(), [values[0]]
+        for step, value in zip(steps.tolist(), values.tolist(), strict=True):
+            trace.record(step, value)
+        for gap, value in zip(np.diff(steps), values[1:], strict=True):
+            averages.append(averages[-1] + (1 - 0.9**gap) * (value - averages[-1]))
+        before = np.interp(steps[-1] - 23, steps, averages)
+        metrics = EmaPercentile(23, 0.01)(trace).metrics
+        assert metrics["ema_before"] == pytest.approx(before, rel=1e-12)
+        assert metrics["change"] == pytest.approx(averages[-1] / before - 1, rel=1e-9)
+
+
 @given(st.lists(st.floats(0.1, 1), min_size=30, max_size=60))
 def test_hall_and_trend_are_their_formulas(values: list[float]) -> None:
     assume(np.ptp(values) > 0)
@@ -558,6 +574,14 @@ def test_hall_and_trend_are_their_formulas(values: list[float]) -> None:
     mean = Hall(20, 0.1, level="mean")(trace).metrics["range"]
     assert mean == pytest.approx(np.ptp(recent) / recent.mean(), abs=1e-12)
     assert Trend(20, 0.1)(trace).metrics["slope"] == pytest.approx(np.polyfit(range(20), recent, 1)[0], abs=1e-12)
+
+
+def test_the_record_just_before_the_window_is_no_part_of_it() -> None:
+    # At step 30 a window of 20 holds the steps 11 to 30.  A variance gives step 10 no weight; a range would show it.
+    values = [1.0] * 10 + [5.0] + [1.0, 1.1] * 10
+    verdict = Hall(20, 0.01)(traced(values))
+    assert verdict.metrics["records"] == 20
+    assert verdict.metrics["range"] == pytest.approx(0.1 / 1.1, rel=1e-12)
 
 
 @pytest.mark.parametrize("rule", [EmaPercentile(160, 0.02), Hall(160, 0.05), Trend(160, 2e-4)], ids=repr)

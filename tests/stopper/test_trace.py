@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from dvar import Trace
 from dvar.errors import TraceError
-from dvar.stopper.trace import TraceFile
+from dvar.stopper.trace import Curve, TraceFile
 
 HEADER = {"timesteps": [17, 512, 803], "method": "textual-inversion"}
 
@@ -343,6 +343,21 @@ def source() -> str:
     import dvar
 
     return str(Path(dvar.__file__).parents[1])
+
+
+@pytest.mark.parametrize("follow", [0.0, 0.8])
+def test_the_error_of_a_slope_is_the_scatter_of_slopes(follow: float) -> None:
+    # With 0.8 of each value in the next one, an error that took them as independent would be a third of the truth.
+    random, count = np.random.default_rng(0), 400
+    slopes, errors = [], []
+    for _ in range(300):
+        noise = random.normal(size=count)
+        for index in range(1, count):
+            noise[index] += follow * noise[index - 1]
+        curve = Curve(np.arange(count), noise, np.ones(count))
+        slopes.append(curve.slope())
+        errors.append(curve.slope_error(unit=1.0))
+    assert np.mean(errors) == pytest.approx(np.std(slopes), rel=0.15)
 
 
 def test_a_relative_loss_is_the_same_read_at_every_record_and_once_at_the_end() -> None:
