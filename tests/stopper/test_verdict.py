@@ -124,6 +124,33 @@ def test_a_curve_that_learned_and_turned_is_rising_only() -> None:
     assert names(verdict) == ["rising"]
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_the_chance_slope_of_noise_is_no_rise(seed: int) -> None:
+    # In half of all pieces of noise the slope lies above 0, most of these above the pace that counts.
+    noise = np.random.default_rng(seed).normal(size=401)
+    assert "rising" not in names(stopped(lambda step: 0.18 + 0.01 * noise[step], cap=401))
+
+
+@pytest.mark.parametrize(("pace", "found"), [(0.05, []), (0.2, ["rising"])])
+def test_a_creep_slower_than_a_tenth_of_the_runs_pace_is_no_rise(pace: float, found: list[str]) -> None:
+    # A fall of 1, then a rise that would take 1 / pace times the run's 600 steps to undo it.
+    trace = Trace()
+    for step in range(601):
+        trace.record(step, math.exp(-step / 20) + pace * max(0, step - 200) / 600)
+    assert names(RULE(trace)) == found
+
+
+def test_the_chance_slope_of_noise_after_a_fall_is_seldom_still_falling() -> None:
+    # Two standard errors leave 1 in 40; without them it is every tenth run.
+    found = 0
+    for seed in range(60):
+        trace, noise = Trace(), np.random.default_rng(seed).normal(size=121)
+        for step in range(121):
+            trace.record(step, 0.04 * math.exp(-step / 5) + 0.01 * noise[step])
+        found += "still falling" in names(Dvar(40, 0.15)(trace))
+    assert found <= 3
+
+
 def test_noise_is_not_learning_and_has_no_trend() -> None:
     verdict = stopped(lambda step: 0.18 + 0.01 * NOISE[step], cap=2000)
     assert not verdict.stop

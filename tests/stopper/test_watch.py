@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -96,6 +97,7 @@ def test_a_record_that_is_there_is_not_measured_again(tmp_path: Path) -> None:
     driven(resumed := Watch(STOP, other, path), other, 7, 8)
     assert other.calls == 1
     assert resumed.trace.values[7] == pytest.approx(1.5 * math.exp(-7 / 8), rel=1e-15)
+    assert list(tmp_path.iterdir()) == [path]  # nothing was lost, so nothing is kept aside
 
 
 def test_a_stopped_run_stays_stopped_when_it_is_resumed(tmp_path: Path) -> None:
@@ -244,6 +246,8 @@ def test_every_rank_hears_the_verdict_and_its_diagnoses() -> None:
     verdict = Dvar(20, 0.2, stop_on=(Reason.NO_CHANGE,))(line)
     assert verdict.stop
     assert ranks(lambda: verdict)[1].diagnoses == verdict.diagnoses != ()
+    going = replace(verdict, stop=False, diagnose=lambda: pytest.fail("worked out for nobody"))
+    assert ranks(lambda: going)[1].diagnoses == ()
 
 
 def test_where_the_first_rank_fails_every_rank_does() -> None:
