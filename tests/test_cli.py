@@ -55,7 +55,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[TextualInversionConfig]:
     """The settings that commands would have trained with; each ends in a failure instead."""
     seen: list[TextualInversionConfig] = []
 
-    def personalise(config: TextualInversionConfig, consumers: Sequence[Any], concept: None) -> None:
+    def personalise(config: TextualInversionConfig, consumers: Sequence[Any], **_: Any) -> None:
         seen.append(config)
         raise DvarError("not in this test")
 

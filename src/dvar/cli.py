@@ -276,7 +276,7 @@ def reproduce(name: str, /, **given: Any) -> int:
         raise RefusedInput(problems)
     from dvar.laboratory.reproduce import reproduce as make
 
-    print(make(config, lambda line: print(f"dvar: {line}", file=sys.stderr, flush=True)))
+    print(make(config, _say))
     return 0
 
 
@@ -572,12 +572,12 @@ def _personalise(given: dict[str, Any], method: str = TextualInversionConfig.met
 
     concept = read_concept(config, tokenizer_of)
     title = f"{config.subject} · {config.pretrained_model_name_or_path} · {config.output_dir}"
-    print(f"dvar: loading for {title}", file=sys.stderr, flush=True)
+    _say(f"loading for {title}")
     from dvar.trainer.progress import watch
     from dvar.trainer.run import personalise
 
     with watch(config.max_train_steps, title, sys.stderr) as progress:
-        result = personalise(config, [progress], concept=concept)
+        result = personalise(config, [progress], concept=concept, tell=_say)
     return _tell(result, f"{config.plain_prompt} on the beach")
 
 
@@ -616,7 +616,11 @@ def _print_outcomes(outcomes: Iterable[Outcome]) -> None:
     Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH).print(table)
 
 
+def _say(line: str) -> None:
+    print(f"dvar: {line}", file=sys.stderr, flush=True)
+
+
 def _fail(status: int, lines: Iterable[str]) -> int:
     for line in lines:
-        print(f"dvar: {line}", file=sys.stderr)
+        _say(line)
     return status

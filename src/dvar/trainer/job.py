@@ -50,6 +50,7 @@ from dvar.trainer.concept import Class, Concept
 from dvar.trainer.examples import encoded, rescaled
 from dvar.trainer.loading import WEIGHTS, at_step
 from dvar.trainer.loop import Learner, Method, Series, Step, Stopwatch, train
+from dvar.trainer.memory import Memory, peak
 from dvar.trainer.methods.custom_diffusion import CustomDiffusion
 from dvar.trainer.methods.dreambooth_lora import DreamBoothLora
 from dvar.trainer.methods.textual_inversion import TextualInversion
@@ -94,6 +95,7 @@ class Job:
     ) -> None:
         self.folder, self.config, self.concept, self.backbone, self.method = folder, config, concept, backbone, method
         self.clip = clip
+        self.memory: Memory | None = None  # `needed` tells it where somebody asks
         self.schedule = backbone.schedule
         for network in backbone.modules:  # what is trained keeps its dropout, where a model has any
             network.train(any(weight.requires_grad for weight in network.parameters()))
@@ -212,6 +214,7 @@ class Job:
             "best_step": result.best_step,
             "best_by": config.best_by,
             "seconds": result.seconds,
+            "memory": {"estimated": self.memory and self.memory.total, "peak": peak(self.backbone.device)},
             "placeholder": config.placeholder_token,
             "weights": weights,
             "best_weights": [path.name for path in best],
@@ -250,11 +253,20 @@ class Job:
 
     def training_losses(self, step: int, first: int, count: int) -> Tensor:
         """The losses of these samples; with a prior, each has that of a class picture added at the prior's weight."""
+        return self.weighed(self.training_draws(step, first, count))
+
+    def training_draws(self, step: int, first: int, count: int) -> Draws:
+        """The draws of these samples; with a prior, then those of as many class pictures."""
         draws = self.drawn(self.examples, "train", step, first, count)
+        return draws if self.prior is None else draws.joined(self.drawn(self.prior, "prior", step, first, count))
+
+    def weighed(self, draws: Draws) -> Tensor:
+        """The losses of `training_draws`, one a sample."""
+        losses = self.losses(draws)
         if self.prior is None:
-            return self.losses(draws)
-        both = self.losses(draws.joined(self.drawn(self.prior, "prior", step, first, count)))
-        return both[:count] + prior_weight(self.config) * both[count:]
+            return losses
+        own, others = losses.chunk(2)
+        return own + prior_weight(self.config) * others
 
     def losses(self, draws: Draws) -> Tensor:
         """The losses of these samples, float32 [B]."""

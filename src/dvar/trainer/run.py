@@ -29,6 +29,7 @@ from dvar.trainer.concept import WRITTEN, Concept, model_path, read_concept, tok
 from dvar.trainer.initialisation import clip_of, first_words
 from dvar.trainer.job import Job, Result, assembled, digest_of
 from dvar.trainer.loop import Step
+from dvar.trainer.memory import needed
 from dvar.trainer.prior import with_pictures
 from dvar.trainer.trackers import Tracker
 
@@ -50,13 +51,18 @@ _FREE = {
 
 
 def personalise(
-    config: AnyConfig, consumers: Sequence[Callable[[Step], None]] = (), *, concept: Concept | None = None
+    config: AnyConfig,
+    consumers: Sequence[Callable[[Step], None]] = (),
+    *,
+    concept: Concept | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> Result:
     """Learn the subject of the pictures that ``config`` names, by the method of its class; leave the run in its folder.
 
     Training goes on until DVAR or the cap stops it.
     ``consumers`` are called with each `Step`; ``concept`` is what `read_concept` returned, where that was called
-    before.  SIGTERM or SIGINT ends the run after the step under way, with a checkpoint to go on from and the verdict
+    before.  ``tell`` is given a line on the memory that the run will take, before its first step; without it none is
+    estimated.  SIGTERM or SIGINT ends the run after the step under way, with a checkpoint to go on from and the verdict
     "interrupted"; nothing is exported then.  A loss that is not finite ends it too, and the best step before it is what
     is exported.
 
@@ -66,13 +72,20 @@ def personalise(
     Source: Sections 3.2, 3.3 and 4.1.
     """
     with _told_in_a_line(config):
-        return _carried_out(config, consumers, concept)
+        return _carried_out(config, consumers, concept, tell)
 
 
-def _carried_out(config: AnyConfig, consumers: Sequence[Callable[[Step], None]], concept: Concept | None) -> Result:
+def _carried_out(
+    config: AnyConfig,
+    consumers: Sequence[Callable[[Step], None]],
+    concept: Concept | None,
+    tell: Callable[[str], None] | None,
+) -> Result:
     job, checkpoint = prepared(config, concept)
     config = job.config
     job.open(checkpoint)
+    if tell:
+        _tell_memory(job, tell)
     if checkpoint and checkpoint.step % config.validation_steps == 0:
         job.draw_samples(checkpoint.step)  # it may have died after the checkpoint and before its samples
     verdict = job.criterion(job.learner.trace)
@@ -165,6 +178,15 @@ def _weights(folder: Path, names: Sequence[str]) -> list[dict[str, Tensor]]:
         return [load_file(folder / name) for name in names]
     except (OSError, SafetensorError) as error:
         raise RefusedInput([f"{folder} lacks its weights or they are damaged ({error}): train again"]) from error
+
+
+def _tell_memory(job: Job, tell: Callable[[str], None]) -> None:
+    try:
+        job.memory = needed(job)
+    except Exception as error:  # whatever a build of PyTorch raises: an estimate stops no run
+        warnings.warn(f"the memory could not be estimated ({str(error).splitlines()[0]})", stacklevel=2)
+    else:
+        tell(str(job.memory))
 
 
 def _clear(folder: Path, checkpoint: Checkpoint | None) -> None:
