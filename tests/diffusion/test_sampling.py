@@ -10,7 +10,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from dvar.diffusion.backbone import Backbone
-from dvar.diffusion.sampling import BATCH, sample, sample_into
+from dvar.diffusion.sampling import BATCH, Abandoned, sample, sample_into
 
 
 def test_pictures_are_those_of_the_stock_pipeline(tiny_model: Path) -> None:
@@ -85,3 +85,12 @@ def test_a_folder_of_pictures_is_drawn_once_and_read_in_the_order_of_its_prompts
     paths = sample_into(tmp_path / "many", backbone, ["a mug"] * 101, range(101), size=32, steps=1)
     assert [path.name for path in paths] == [f"{index:03d}.png" for index in range(101)]
     assert sample_into(tmp_path / "many", backbone, ["a cat"], [7], size=32, steps=1) == paths
+
+
+def test_drawing_ends_between_two_steps_when_asked_to_and_leaves_no_picture(tiny_model: Path, tmp_path: Path) -> None:
+    backbone, asked = Backbone.load(tiny_model, device="cpu"), iter([False, False, True])
+    with pytest.raises(Abandoned):
+        sample_into(tmp_path / "drawn", backbone, ["a mug"], [0], size=32, steps=5, interrupted=lambda: next(asked))
+    assert not (tmp_path / "drawn").exists()
+    with pytest.raises(StopIteration):
+        next(asked)

@@ -127,7 +127,7 @@ def test_more_series_go_into_the_record_of_their_step_and_their_seconds_are_apar
 
 @pytest.mark.parametrize(("by", "best"), [("l_det", 12), ("clip", 6), ("stop", 12)])
 def test_the_best_step_is_that_of_the_users_criterion(by: str, best: int) -> None:
-    scores = {0: 0.1, 3: 0.4, 6: 0.7, 9: 0.7}
+    scores = {0: 0.9, 3: 0.4, 6: 0.7, 9: 0.7}  # that of the untouched model does not count, and of equals the first
     bench, states = Bench(best_by=by), {}
 
     def series(step: int, watch: Stopwatch) -> dict[str, float]:

@@ -368,6 +368,73 @@ def test_a_signal_ends_the_run_after_its_step_and_it_goes_on_bit_for_bit(
     assert rows(result.folder) == rows(straight)
 
 
+def asked_in_drawing(monkeypatch: pytest.MonkeyPatch, number: int) -> list[int]:
+    """Send SIGTERM within the drawing of this number, the untouched model's being 0; returns a list of all drawings."""
+    true, drawings = dvar.trainer.job.sample_into, []
+
+    def drawing(folder: Path, *given: Any, interrupted: Callable[[], bool], **how: Any) -> list[Path]:
+        drawings.append(len(drawings))
+        if drawings[-1] == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return true(folder, *given, interrupted=interrupted, **how)
+
+    monkeypatch.setattr(dvar.trainer.job, "sample_into", drawing)
+    return drawings
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_signal_ends_the_drawing_of_samples_and_the_run_goes_on_to_the_same_pictures(
+    config: TextualInversionConfig, straight: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    with monkeypatch.context() as patch:
+        drawings = asked_in_drawing(patch, number)
+        result = personalise(config)
+    assert len(drawings) == number + 1
+    assert result.verdict.reason is Reason.INTERRUPTED
+    assert result.steps == result.verdict.step == latest(result.folder).step == 5 * number
+    assert not (result.folder / "samples" / f"step-{5 * number:06d}").exists()
+    personalise(replace(config, resume_from_checkpoint="latest"))
+    assert rows(result.folder) == rows(straight)
+    for picture in sorted((straight / "samples").rglob("*.png")):
+        assert picture.read_bytes() == (result.folder / picture.relative_to(straight)).read_bytes()
+
+
+# Drawings are those that are scored, at 0, 5, 10 and the cap of 12; each is then met again as the samples of its step.
+@pytest.mark.parametrize(
+    ("number", "step"),
+    [pytest.param(0, 0, marks=pytest.mark.slow), (2, 5), pytest.param(6, 12, marks=pytest.mark.slow)],
+)
+def test_a_signal_in_the_drawing_of_what_is_scored_loses_neither_score_nor_best_step(
+    config: TextualInversionConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, step: int
+) -> None:
+    judged = replace(config, best_by="clip", clip_model=str(tiny_clip(tmp_path / "clip")))
+    straight = personalise(replace(judged, output_dir=str(tmp_path / "straight")))
+    with monkeypatch.context() as patch:
+        asked_in_drawing(patch, number)
+        result = personalise(judged)
+    assert result.verdict.reason is Reason.INTERRUPTED
+    assert latest(result.folder).step == step
+    assert "clip_image" not in rows(result.folder)[-1]
+    again = personalise(replace(judged, resume_from_checkpoint="latest"))
+    assert rows(again.folder) == rows(straight.folder)
+    assert again.best_step == straight.best_step
+    assert torch.equal(embeds(again.folder), embeds(straight.folder))
+
+
+def test_a_signal_at_the_last_step_leaves_what_follows_to_the_run_that_goes_on(
+    config: TextualInversionConfig, straight: Path
+) -> None:
+    def send(step: Step) -> None:
+        if step.step == CAP - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    result = personalise(config, [send])
+    assert (result.verdict.reason, result.steps) == (Reason.INTERRUPTED, CAP)
+    assert not (result.folder / "result.json").exists()
+    assert personalise(replace(config, resume_from_checkpoint="latest")).verdict.reason is Reason.CAP
+    assert torch.equal(embeds(result.folder), embeds(straight))
+
+
 def test_a_second_signal_ends_at_once(config: TextualInversionConfig) -> None:
     def send(step: Step) -> None:
         if step.step == 2:
@@ -584,11 +651,25 @@ def test_the_best_by_clip_is_the_step_whose_samples_are_most_like_the_pictures(
         scores[step] = float((clip.of_pictures(samples) @ clip.of_pictures(references).T).mean())
     trace = Trace.read(folder / "trace.jsonl")
     assert dict(zip(*(part.tolist() for part in trace.metric("clip_image")), strict=True)) == pytest.approx(scores)
-    best = max(scores, key=lambda step: scores[step])
+    best = max((5, 10, 12), key=lambda step: scores[step])  # the untouched model is none
     facts = json.loads((folder / "result.json").read_text())
     assert (facts["best_step"], facts["exported_step"], facts["best_by"]) == (best, best, "clip")
     # What is scored is drawn all the same: training is that of a run without.
     assert [{name: row[name] for name in row if name != "clip_image"} for row in rows(folder)] == rows(plain)
+
+
+def test_a_run_judged_by_clip_that_fails_before_its_first_score_exports_the_best_by_its_loss(
+    config: TextualInversionConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged = replace(config, best_by="clip", clip_model=str(tiny_clip(tmp_path / "clip")), checkpointing_steps=1)
+    spoiled(monkeypatch, range(7, 8))  # update 4, before the first score of a trained step, at 5
+    result = personalise(judged)
+    values = Trace.read(result.folder / "trace.jsonl").values
+    facts = json.loads((result.folder / "result.json").read_text())
+    assert facts["best_by"] == "l_det"
+    assert facts["exported_step"] == facts["best_step"] == int(values.argmin())
+    best = Checkpoint.read(result.folder / f"checkpoint-{int(values.argmin())}")
+    assert torch.equal(embeds(result.folder), best.state["<thing>"])
 
 
 def test_a_run_judged_by_clip_goes_on_to_the_same_best_step(config: TextualInversionConfig, tmp_path: Path) -> None:

@@ -74,9 +74,9 @@ class Backbone:
             for network in networks:
                 network.to(torch.float32).requires_grad_(False).eval()
             digest = _digest(networks, pipeline.scheduler.alphas_cumprod)
-            for network in networks:
-                network.to(device or best_device())
-            pipeline.unet.to(PRECISIONS[mixed_precision])
+            for network in networks:  # each weight in its precision at once: a GPU need not hold them all in float32
+                precision = PRECISIONS[mixed_precision] if network is pipeline.unet else torch.float32
+                network.to(device or best_device(), precision)
         if gradient_checkpointing:
             pipeline.unet.enable_gradient_checkpointing()
         if attention_slicing:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,10 @@ from dvar.stopper.probe import undisturbed
 BATCH = 8
 
 
+class Abandoned(Exception):
+    """Drawing was asked to end before its pictures were done."""
+
+
 def sample(
     backbone: Backbone,
     prompts: Sequence[str],
@@ -24,15 +28,24 @@ def sample(
     size: int,
     steps: int = 50,
     guidance: float = 7.5,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> list[Image.Image]:
     """Return one RGB picture of ``size`` pixels a side for each prompt, its noise drawn on the CPU from its own seed.
 
     ``steps`` of the model's own sampler under classifier-free guidance of weight ``guidance`` (1 or less: none).  Any
     stock pipeline of the same model draws the same picture from ``generator=torch.Generator().manual_seed(seed)``.
-    Neither a train or eval flag nor a global random state is changed.
+    Neither a train or eval flag nor a global random state is changed.  ``interrupted`` is asked after each step.
+
+    Raises: Abandoned when it says so.
 
     Source: Section 4.1 and the released command lines: 50 steps, guidance 7.5 for Textual Inversion.
     """
+
+    def look(pipeline: Any, step: int, timestep: Any, tensors: Mapping[str, Any]) -> Mapping[str, Any]:
+        if interrupted():
+            raise Abandoned
+        return {}
+
     pipeline = backbone.pipeline()
     pictures: list[Image.Image] = []
     with undisturbed(backbone.modules), backbone.autocast():
@@ -44,6 +57,7 @@ def sample(
                 width=size,
                 num_inference_steps=steps,
                 guidance_scale=guidance,
+                callback_on_step_end=look,
             )
             pictures += drawn.images
     return pictures
@@ -56,6 +70,8 @@ def sample_into(
 
     They are drawn into a folder beside it and one rename puts that in its place, so that it holds all of them or is
     not there; ``how`` goes to `sample`.
+
+    Raises: Abandoned, as `sample`.
     """
     if not folder.exists():
         staged = folder.with_name(f".{folder.name}.part")

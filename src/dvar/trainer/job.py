@@ -34,7 +34,7 @@ from dvar.diffusion.sampling import sample_into
 from dvar.errors import NonFiniteLoss
 from dvar.stopper.probe import Probe
 from dvar.stopper.rules import SETTLED, AnyOf, Criterion, Dvar, FixedSteps
-from dvar.stopper.trace import TraceFile
+from dvar.stopper.trace import Trace, TraceFile
 from dvar.stopper.verdict import Reason, Verdict
 from dvar.trainer.artifacts import (
     RESULT,
@@ -118,6 +118,7 @@ class Job:
         if checkpoint:
             self.learner.restore(checkpoint)
             _cut(self.folder / "trace.jsonl", checkpoint)
+            self._caught_up(checkpoint.trace)
         (self.folder / "references").mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "config.json", {**written(self.config), "versions": _versions()})
         for index, picture in enumerate(self.concept.pictures):
@@ -128,7 +129,7 @@ class Job:
         config = self.config
 
         def all_series(step: int, watch: Stopwatch) -> Mapping[str, Any]:
-            return {**self.scores(step, watch), **(series(step, watch) if series else {})}
+            return {**self.scores(step, watch, interrupted), **(series(step, watch) if series else {})}
 
         with TraceFile(self.folder / "trace.jsonl", self.learner.trace.header) as file:
             yield from train(
@@ -147,8 +148,11 @@ class Job:
         facts = {"config": written(self.config), "pictures": digest_of(self.concept), "base": self.backbone.digest}
         self.learner.checkpoint(**facts).write(self.folder, keep)
 
-    def draw_samples(self, step: int) -> list[Path]:
-        """Return the sample pictures of ``step``, drawn unless the folder has them all."""
+    def draw_samples(self, step: int, interrupted: Callable[[], bool] = lambda: False) -> list[Path]:
+        """Return the sample pictures of ``step``, drawn unless the folder has them all.
+
+        Raises: Abandoned when ``interrupted`` says so meanwhile.
+        """
         config, samples = self.config, self.folder / "samples"
         prompts = [sample_prompt(config)] * config.num_validation_images
         seeds = [config.seed + index for index in range(len(prompts))]
@@ -163,12 +167,14 @@ class Job:
             size=config.resolution,
             steps=config.num_inference_steps,
             guidance=config.guidance_scale,
+            interrupted=interrupted,
         )
 
-    def scores(self, step: int, watch: Stopwatch) -> dict[str, float]:
+    def scores(self, step: int, watch: Stopwatch, interrupted: Callable[[], bool] = lambda: False) -> dict[str, float]:
         """How like the subject's pictures the samples of ``step`` are, by the CLIP of a run that judges its best by it:
         the mean cosine of all pairs, wherever samples are drawn and at the cap.
 
+        Raises: as `draw_samples`.
         Source: Section 4.1, the CLIP score that DVAR is held against.
         """
         config = self.config
@@ -179,7 +185,7 @@ class Job:
         ):
             return {}
         with watch("samples"):
-            samples = [Image.open(path) for path in self.draw_samples(step)]
+            samples = [Image.open(path) for path in self.draw_samples(step, interrupted)]
             likeness = self.clip.of_pictures(samples) @ self.clip.of_pictures(self.concept.pictures).T
         return {"clip_image": float(likeness.mean())}
 
@@ -212,7 +218,7 @@ class Job:
             "steps": result.steps,
             "exported_step": exported,
             "best_step": result.best_step,
-            "best_by": config.best_by,
+            "best_by": learner.best_by,
             "seconds": result.seconds,
             "memory": {"estimated": self.memory and self.memory.total, "peak": peak(self.backbone.device)},
             "placeholder": config.placeholder_token,
@@ -228,6 +234,18 @@ class Job:
         trace = self.learner.trace
         seconds = {name: float(trace.metric(f"seconds.{name}")[1].sum()) for name in ("train", "probe", "other")}
         return Result(self.folder, verdict, trace.last_step, self.learner.best_step, seconds)
+
+    def _caught_up(self, trace: Trace) -> None:
+        """Make up for the samples and the score of the last step in ``trace``, where its run ended before them."""
+        *before, last = trace.records
+        if last["step"] % self.config.validation_steps == 0:
+            self.draw_samples(last["step"])
+        if (found := self.scores(last["step"], Stopwatch())) and not found.keys() <= last.keys():
+            self.learner.trace = Trace(trace.header)
+            for record in (*before, {**last, **found}):
+                self.learner.trace.record(**record)
+            self.learner.trace.write(self.folder / "trace.jsonl")
+            self.learner.keep_best()
 
     def _export(self, state: Mapping[str, Tensor], step: int, *, beside: bool = False) -> tuple[Path, ...]:
         """Return the files of ``state``, that of ``step``, once written; ``beside`` puts the step into their names."""

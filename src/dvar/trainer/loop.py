@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dvar.config import Settings
 from dvar.diffusion.randomness import seeded_globals
+from dvar.diffusion.sampling import Abandoned
 from dvar.stopper.rules import Criterion
 from dvar.stopper.trace import Trace
 from dvar.stopper.verdict import Reason, Verdict
@@ -82,7 +83,8 @@ def train(
     one ``save`` is called: whoever breaks out leaves a run that can go on.  A learner whose trace already holds records
     goes on after the last one.  A loss that is not finite stops, and neither moves the model nor is saved;
     ``interrupted`` stops after the step it finds under way, and that step is saved.  What ``series`` returns goes into
-    the record of its step, and what it times there into its seconds; it must leave the model as it finds it.
+    the record of its step, and what it times there into its seconds; it must leave the model as it finds it, and raises
+    Abandoned where it was interrupted itself: the record then stands without it.
 
     Source: Section 3.2 and Figure 10.
     Deviates: the untouched model is evaluated too; the released code evaluates before each update and so never after
@@ -97,7 +99,10 @@ def train(
         due = step % config.probe_every == 0 or step == config.max_train_steps
         with watch("probe"):
             held = probe() if due and update.taken else None
-        more = series(step, watch) if series and update.taken else {}
+        try:
+            more = series(step, watch) if series and update.taken else {}
+        except Abandoned:
+            more = {}
         seen: dict[str, Any] = {
             "train_loss": update.train_loss,
             "grad_norm": update.grad_norm,
@@ -172,10 +177,21 @@ class Learner:
             seen.append(found.detach())
         return torch.cat(seen).double().mean()
 
+    @property
+    def best_by(self) -> str:
+        """What the best step so far was judged by: L_det, while no trained step has the score that it is to be."""
+        scored = self.config.best_by != "clip" or len(self._scores()[0])
+        return self.config.best_by if scored else "l_det"
+
+    def _scores(self) -> tuple[Any, Any]:
+        """The steps that have a score, and the scores; that of the untouched model does not count."""
+        steps, values = self.trace.metric("clip_image")
+        return steps[steps > 0], values[steps > 0]
+
     def keep_best(self) -> None:
         """Copy what is learned if the newest record is the best so far, as ``best_by`` judges it."""
-        by, trace = self.config.best_by, self.trace
-        steps, values = trace.metric("clip_image") if by == "clip" else (trace.steps, trace.values)
+        by, trace = self.best_by, self.trace
+        steps, values = self._scores() if by == "clip" else (trace.steps, trace.values)
         if not len(steps) or steps[-1] != trace.last_step or not math.isfinite(values[-1]):
             return
         before = values[:-1][np.isfinite(values[:-1])]
@@ -238,7 +254,7 @@ def _judge(verdict: Verdict, step: int, finite: bool, interrupted: bool) -> Verd
     if not finite:
         metrics = {**verdict.metrics, "non_finite_step": step}
         return replace(verdict, stop=True, reason=Reason.NON_FINITE, step=step, metrics=metrics)
-    if interrupted and not verdict.stop:
+    if interrupted:  # also where the rule stops: what follows a stop takes time, and is done when the run goes on
         return replace(verdict, stop=True, reason=Reason.INTERRUPTED, step=step)
     return verdict
 

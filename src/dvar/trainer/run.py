@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dvar.config import AnyConfig, TextualInversionConfig, restored, written
 from dvar.diffusion.backbone import Backbone
+from dvar.diffusion.sampling import Abandoned
 from dvar.errors import CheckpointError, OutOfResources, RefusedInput
 from dvar.stopper.verdict import Reason
 from dvar.trainer.artifacts import RESULT
@@ -62,9 +63,9 @@ def personalise(
     Training goes on until DVAR or the cap stops it.
     ``consumers`` are called with each `Step`; ``concept`` is what `read_concept` returned, where that was called
     before.  ``tell`` is given a line on the memory that the run will take, before its first step; without it none is
-    estimated.  SIGTERM or SIGINT ends the run after the step under way, with a checkpoint to go on from and the verdict
-    "interrupted"; nothing is exported then.  A loss that is not finite ends it too, and the best step before it is what
-    is exported.
+    estimated.  SIGTERM or SIGINT ends the run after the step under way, or between two denoising steps of its samples,
+    with a checkpoint to go on from and the verdict "interrupted"; nothing is exported then.  A loss that is not finite
+    ends it too, and the best step before it is what is exported.
 
     Raises: RefusedInput with every problem at once, before a model loads; ModelError; CheckpointError when there is
     nothing to resume from, or only a run under other settings, pictures or weights; OutOfResources when memory or disk
@@ -86,8 +87,6 @@ def _carried_out(
     job.open(checkpoint)
     if tell:
         _tell_memory(job, tell)
-    if checkpoint and checkpoint.step % config.validation_steps == 0:
-        job.draw_samples(checkpoint.step)  # it may have died after the checkpoint and before its samples
     verdict = job.criterion(job.learner.trace)
     with interruption() as interrupted, closing(Tracker(config.report_to, job.folder, asdict(config))) as tracker:
         for step in job.steps(interrupted):
@@ -96,7 +95,12 @@ def _carried_out(
             for consumer in consumers:
                 consumer(step)
             if step.step % config.validation_steps == 0 and not verdict.stop:
-                job.draw_samples(step.step)
+                try:
+                    job.draw_samples(step.step, interrupted)
+                except Abandoned:
+                    verdict = replace(verdict, stop=True, reason=Reason.INTERRUPTED, step=step.step)
+                    job.save(config.checkpoints_total_limit)
+                    break
     return job.result(verdict) if verdict.reason is Reason.INTERRUPTED else job.finish(verdict)
 
 
@@ -117,6 +121,8 @@ def prepared(config: AnyConfig, concept: Concept | None = None) -> tuple[Job, Ch
         attention_slicing=config.attention_slicing,
         compile=config.compile,
     )
+    if config.mixed_precision == "fp16" and backbone.device.type == "cpu":
+        warnings.warn("fp16 on a CPU takes many times as long as float32: --mixed_precision bf16 does not", stacklevel=2)
     if checkpoint and (then := checkpoint.facts["base"]) != backbone.digest:
         said = f"checkpoint-{checkpoint.step} was made on another base model (its SHA-256 was {then[:12]}... and is "
         raise CheckpointError(f"{said}{backbone.digest[:12]}...): put that one back, or start another --output_dir")

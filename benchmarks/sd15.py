@@ -1,0 +1,139 @@
+"""The three methods at the size of Stable Diffusion 1.5: ``python benchmarks/sd15.py [--steps 50] [--resolution 512]``.
+
+Builds a pipeline of that shape with random weights (its U-Net has 860 million), trains it by ``dvar train`` once for
+each method, every run a process of its own, and prints for each: seconds to the first step, steps a second, the share
+of that time which the evaluations of the held batch take, the estimate of memory and its measured peak, that of the
+tensors on a GPU and of the whole process on a CPU.  The pipeline and the runs are deleted at the end.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from dvar.stopper.trace import Trace
+from dvar.testing import tiny_concept, tiny_tokenizer
+
+GIB = 2**30
+METHODS = {
+    "textual-inversion": (),
+    "dreambooth-lora": ("--placeholder_token", "<thing>"),
+    "custom-diffusion": ("--class_noun", "toy"),
+}
+
+
+def sd15_pipeline(folder: Path) -> Path:
+    """Return ``folder``, into which a random pipeline of the shape of Stable Diffusion 1.5 was saved in half precision.
+
+    Its tokenizer knows a few words only; the text encoder's table has all 49,408 rows.
+    """
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    text = CLIPTextConfig(  # CLIP ViT-L/14
+        vocab_size=49408,
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        max_position_embeddings=77,
+        hidden_act="quick_gelu",
+        projection_dim=768,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=4,
+        sample_size=512,
+    )
+    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)  # diffusers' own defaults are its shape
+    scheduler = PNDMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(text),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.to(torch.float16).save_pretrained(folder)
+    return folder
+
+
+def trained(method: str, model: Path, place: Path, chosen: argparse.Namespace) -> dict[str, float]:
+    """Train once; return what is to be told of it."""
+    folder, pictures = place / method, place / "pictures"
+    settings = {
+        "pretrained_model_name_or_path": model,
+        "instance_data_dir": pictures,
+        "initializer_token": "toy",
+        "output_dir": folder,
+        "resolution": chosen.resolution,
+        "mixed_precision": chosen.mixed_precision,
+        "train_batch_size": chosen.batch,
+        "eval_batch_size": chosen.held,
+        "max_train_steps": chosen.steps,
+        "window": chosen.steps - 1,
+        "threshold": 1e-9,
+        "num_validation_images": 1,
+        "num_inference_steps": chosen.sampling,
+        **({"class_data_dir": place / "class"} if method == "custom-diffusion" else {}),
+    }
+    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    program = [sys.executable, "-c", "import sys; from dvar.cli import main; sys.exit(main())", "train", method]
+    began = time.perf_counter()
+    subprocess.run([*program, *words, *METHODS[method], *chosen.more], check=True)
+    took = time.perf_counter() - began
+    seconds = [record["seconds"] for record in Trace.read(folder / "trace.jsonl").records][2:]  # the first ones warm up
+    each = [second["train"] + second["probe"] for second in seconds]
+    memory = json.loads((folder / "result.json").read_text())["memory"]
+    return {
+        "steps/s": 1 / statistics.median(each),
+        "probe share": sum(second["probe"] for second in seconds) / sum(each),
+        "estimate GiB": memory["estimated"] / GIB,
+        "peak GiB": memory["peak"] / GIB,
+        "whole s": took,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What dvar train does not know goes to it: --gradient_checkpointing")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
+    parser.add_argument("--steps", type=int, default=50, help="at least 9, since the rule's window holds 8")
+    parser.add_argument("--resolution", type=int, default=512)
+    parser.add_argument("--mixed_precision", default="bf16")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--held", type=int, default=8, help="inputs in the held batch")
+    parser.add_argument("--sampling", type=int, default=50, help="denoising steps of the one sample at the end")
+    parser.add_argument("--folder", help="where the pipeline goes meanwhile: 2 GB; the system's own by default")
+    chosen, chosen.more = parser.parse_known_args()
+    with tempfile.TemporaryDirectory(dir=chosen.folder) as folder:
+        place = Path(folder)
+        model = sd15_pipeline(place / "model")
+        for name in ("pictures", "class"):
+            tiny_concept(place / name, size=chosen.resolution)
+        told = {method: trained(method, model, place, chosen) for method in chosen.methods}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{device}, {chosen.resolution} px, {chosen.mixed_precision} {' '.join(chosen.more)}")
+    print("".ljust(20), *(name.rjust(13) for name in next(iter(told.values()))))
+    for method, figures in told.items():
+        print(method.ljust(20), *(f"{value:13.3f}" for value in figures.values()))
+
+
+if __name__ == "__main__":
+    main()
