@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from dvar.config import TextualInversionConfig
+from dvar.config import AnyConfig, CustomDiffusionConfig, DreamBoothLoraConfig, TextualInversionConfig
 from dvar.errors import NonFiniteLoss
 from dvar.stopper.verdict import Reason, Verdict
 from dvar.trainer.artifacts import write_model_card, write_weights, write_whole
@@ -84,3 +84,20 @@ def test_the_card_tells_the_licence_of_the_base_where_its_own_card_does(
 def test_the_card_of_the_bundled_model_tells_its_licence(tmp_path: Path) -> None:
     write_model_card(tmp_path, TextualInversionConfig(initializer_token="mug"), VERDICT, [])
     assert "license: apache-2.0\n" in (tmp_path / "README.md").read_text().split("---")[1]
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (DreamBoothLoraConfig(placeholder_token="<thing>"), False),
+        (DreamBoothLoraConfig(placeholder_token="<thing>", with_prior_preservation=True, prior_loss_weight=0.5), True),
+        (CustomDiffusionConfig(class_noun="mug"), True),
+        (CustomDiffusionConfig(class_noun="mug", prior_loss_weight=0.0), False),
+        (TextualInversionConfig(), False),
+    ],
+)
+def test_the_card_tells_the_weight_of_a_prior_where_there_was_one(
+    tmp_path: Path, config: AnyConfig, told: bool
+) -> None:
+    write_model_card(tmp_path, config, VERDICT, [])
+    assert ("| prior loss weight |" in (tmp_path / "README.md").read_text()) == told

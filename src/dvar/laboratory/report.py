@@ -155,9 +155,9 @@ def _ratio(run: Run) -> Html | None:
     window, threshold = run.config["window"], run.config["threshold"]
     caption = (
         f"The variance of L_det over the last {window} steps divided by that over the whole run; training stops "
-        f"when this falls below {100 * threshold:g} %. Dotted: a loss that falls in a straight line, which the rule "
-        f"would stop at about step {math.floor(run.straight_line_step)} with nothing settled. Shaded: warming up, "
-        "without a ratio yet."
+        f"when this is below {100 * threshold:g} % and the loss no longer falls. Dotted: a loss that falls in a "
+        f"straight line, which the rule would stop at about step {math.floor(run.straight_line_step)} with "
+        "nothing settled. Shaded: warming up, without a ratio yet."
     )
     return _section("The stopping rule", _figure(figures.ratio(run), caption))
 
@@ -166,7 +166,7 @@ def _growth(run: Run) -> Html | None:
     if not run.samples:
         return None
     word = run.settings.subject
-    caption = f"Each row starts from the same noise, so what changes along it is only what {word} means to the model."
+    caption = "Each row starts from the same noise, so what changes along it is only what was learned."
     return _section(f"How {word} grew", _figure(figures.growth(run), caption))
 
 

@@ -14,13 +14,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dvar import __version__
-from dvar.config import BUNDLED_MODEL, AnyConfig, sample_prompt
+from dvar.config import BUNDLED_MODEL, AnyConfig, prior_weight, sample_prompt
 from dvar.errors import NonFiniteLoss
 from dvar.stopper.verdict import Verdict
 from dvar.trainer.loading import EMBEDS, imports, loads, of_word
 
 RESULT = "result.json"
-_OWN = ("rank", "lora_alpha", "class_noun", "instance_prompt", "prior_loss_weight", "freeze_model")
+_OWN = ("rank", "lora_alpha", "class_noun", "instance_prompt", "freeze_model")
 
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -109,6 +109,7 @@ def _facts(
         "learning rate": f"{config.learning_rate:g}",
         "seed": config.seed,
         **{name.replace("_", " "): getattr(config, name) for name in _OWN if hasattr(config, name)},
+        "prior loss weight": prior_weight(config) or None,
     }
     prompt = sample_prompt(config)
     return {

@@ -122,7 +122,9 @@ def prepared(config: AnyConfig, concept: Concept | None = None) -> tuple[Job, Ch
         compile=config.compile,
     )
     if config.mixed_precision == "fp16" and backbone.device.type == "cpu":
-        warnings.warn("fp16 on a CPU takes many times as long as float32: --mixed_precision bf16 does not", stacklevel=2)
+        warnings.warn(
+            "fp16 on a CPU takes many times as long as float32: --mixed_precision bf16 does not", stacklevel=2
+        )
     if checkpoint and (then := checkpoint.facts["base"]) != backbone.digest:
         said = f"checkpoint-{checkpoint.step} was made on another base model (its SHA-256 was {then[:12]}... and is "
         raise CheckpointError(f"{said}{backbone.digest[:12]}...): put that one back, or start another --output_dir")
