@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dvar.laboratory.exhibit import Exhibit, Table, title
+from dvar.laboratory.exhibit import Exhibit, Table, number, title
 from dvar.laboratory.records import Shelf
 from dvar.laboratory.survey.score import Row, Score
 from dvar.laboratory.survey.simulation import Truth, table2
 from dvar.laboratory.survey.statistics import Interval
 from dvar.laboratory.survey.wording import WORDING
 
-COLUMNS = ("Method", "Question", "Truth", "Better or equal", "Everyone", "Better", "Equal", "Worse", "Votes", "Alpha")
+COLUMNS = ("Question", "Truth", "Better or equal", "Everyone", "Better", "Equal", "Worse", "Votes", "Alpha")
 
 
 def make(shelf: Shelf | None = None) -> Exhibit:
@@ -28,7 +28,15 @@ def make(shelf: Shelf | None = None) -> Exhibit:
 
 def _table(score: Score, truth: Truth) -> Table:
     before = {(row.method, row.question): row for row in score.before}
-    lines = [_line(row, before[row.method, row.question], truth) for row in score.after]
+    methods = dict.fromkeys(row.method for row in score.after)
+    lines = [
+        line
+        for method in methods
+        for line in (
+            (title(method),),
+            *(_line(row, before[row.method, row.question], truth) for row in score.after if row.method == method),
+        )
+    ]
     data = [
         {
             "method": row.method,
@@ -46,20 +54,20 @@ def _table(score: Score, truth: Truth) -> Table:
     caption = (
         f"Percentage of votes in which {score.candidate} was better or equal, with {100 * score.confidence:g} %"
         " intervals that draw people and concepts again. Simulated votes on imagined pictures; how the truth splits "
-        "into better and equal is assumed, since the paper does not say it."
+        "into better and equal is assumed, since the paper does not say it. Alpha is Krippendorff's, and near 0 because "
+        "all imagined pairs of a row have the same chances: there is nothing about a single pair to agree on."
     )
     return Table("table2", caption, COLUMNS, tuple(lines), tuple(data))
 
 
 def _line(row: Row, everyone: Row, truth: Truth) -> tuple[str, ...]:
     return (
-        title(row.method),
         WORDING[row.question].name,
         f"{100 * truth[row.method, row.question].share:.1f}",
         f"{100 * row.share:.1f} {_percents(row.wide)}",
         f"{100 * everyone.share:.1f}",
         *(str(count) for count in (row.better, row.equal, row.worse, row.votes)),
-        "–" if row.alpha is None else f"{row.alpha:.2f}",
+        number(float("nan") if row.alpha is None else row.alpha, 2),
     )
 
 
