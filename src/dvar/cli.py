@@ -410,6 +410,36 @@ def import_answers(folder: Path, answers: Path, /, *, secret_file: Path | None =
     return 0
 
 
+@survey.command(name="forget")
+def forget_people(folder: Path, /, *people: PositiveInt) -> int:
+    """Delete people and all that they answered, for good; the numbers are on the page of progress.
+
+    Answers that came by import come back when their table is read again.
+
+    Parameters
+    ----------
+    folder
+        Folder of the survey.
+    people
+        Numbers of people.
+    """
+    from dvar.laboratory.survey.ballots import Ballots
+    from dvar.laboratory.survey.plan import VOTES, Survey
+
+    ballots = Ballots(folder / VOTES, Survey.open(folder))
+    unknown = [str(number) for number in people if ballots.name(number) is None]
+    if unknown or not people:
+        said = (
+            f"numbers of people of {folder} are needed, it has no {', '.join(unknown)}"
+            if unknown
+            else "people are needed, got none"
+        )
+        raise RefusedInput([f"{said}: see the page of progress"])
+    for number in people:
+        print(f"forgotten {number}: {ballots.forget(number)} answers")
+    return 0
+
+
 @survey.command(name="score")
 @_with_flags_of(SurveyScoreConfig)
 def score_votes(folder: Path, /, **given: Any) -> int:

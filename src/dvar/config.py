@@ -203,6 +203,11 @@ class SurveyServeConfig:
         None,
         "File with a secret of at least 32 characters that signs everything; by default one in the survey's folder.",
     )
+    joins_per_hour: int = setting(
+        30,
+        "People whom one address may send within an hour, where there is a public_url; 0 lets nobody new in.",
+        NOT_NEGATIVE,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from dvar.config import EXPERIMENTS, ReproduceConfig
 from dvar.errors import RefusedInput
 from dvar.laboratory import reproduce as made
 from dvar.laboratory import ways
-from dvar.laboratory.exhibit import Exhibit, Provenance, compared, section
+from dvar.laboratory.exhibit import Exhibit, Provenance, compared, page, section
 from dvar.laboratory.experiments import convergence, held_batch, measures, pictures, rules, speed, timesteps
 from dvar.laboratory.information import information
 from dvar.laboratory.records import Shelf
@@ -279,3 +279,10 @@ def test_a_prompt_cannot_become_part_of_the_page(shelf: Shelf) -> None:
 def test_the_one_experiment_asked_for_is_refused_where_it_cannot_be_made(root: Path, tmp_path: Path) -> None:
     with pytest.raises(RefusedInput, match="no record of custom-diffusion"):
         reproduce(ReproduceConfig(name="figure6", records=str(root), output_dir=str(tmp_path)))
+
+
+def test_the_page_defines_every_colour_and_font_that_it_uses() -> None:
+    style = page([], ())
+    used = set(re.findall(r"var\((--[a-z-]+)\)", style))
+    assert used
+    assert used <= set(re.findall(r"(--[a-z-]+):", style))

@@ -90,6 +90,29 @@ def test_every_pair_gets_its_overlap_and_no_more_with_sides_in_balance() -> None
         assert abs(sides[task, "first"] - sides[task, "second"]) == 1, "three people cannot be halved better"
 
 
+def test_sides_stay_in_balance_when_someone_is_forgotten_and_no_number_is_given_again() -> None:
+    box = ballots(replace(SURVEY, overlap=6))
+    for number in range(1, 6):
+        assert box.join() == number
+        through(box, number)
+    # Of five, two or three stand on a side. Take two of one side from some task: the next two must stand there.
+    task = SURVEY.of("customization", "pair")[0].id
+    sides = {int(vote.worker): vote.left_side for vote in box.votes() if vote.task.id == task}
+    fewer = min(set(sides.values()), key=list(sides.values()).count)
+    gone = [worker for worker, side in sides.items() if side == fewer]
+    for worker in gone:
+        assert box.forget(worker) == sum(SURVEY.longest(question) for question in QUESTIONS)
+        assert box.name(worker) is None
+    assert box.forget(gone[0]) is None
+    assert box.forget(99) is None
+    for number in (6, 7):
+        assert box.join() == number
+        through(box, number)
+    after = Counter(vote.left_side for vote in box.votes() if vote.task.id == task)
+    assert after[fewer] >= 2, after
+    assert sum(after.values()) == 5
+
+
 def test_who_comes_when_all_is_answered_is_done_at_once() -> None:
     box = ballots()
     for _ in range(3):

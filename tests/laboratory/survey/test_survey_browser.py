@@ -69,7 +69,8 @@ class Visitor:
     def page(self, path: str) -> tuple[dict[str, str], str]:
         status, text = self.ask("GET", path)
         assert status == 200, text
-        hidden = re.findall(r'type="hidden" name="(\w+)" value="([^"]*)"', text)
+        first_form = text.partition("</form>")[0]
+        hidden = re.findall(r'type="hidden" name="(\w+)" value="([^"]*)"', first_form)
         return {name: unescape(value) for name, value in hidden}, text
 
     def begin(self) -> None:

@@ -71,6 +71,36 @@ def test_who_fails_the_controls_is_left_out_and_the_score_before_it_is_kept() ->
     assert score(SURVEY, cast, SurveyScoreConfig(min_accuracy=0.5)).after == found.before
 
 
+def test_exactly_the_asked_share_of_controls_is_enough() -> None:
+    # 0.55 * 20 is a little more than 11 in binary.
+    found = score(SURVEY, votes("1", "+", right=0), SurveyScoreConfig(min_accuracy=0.55))
+    assert not found.people[0].excluded
+    checks = [Vote("1", CONTROLS[0], "first", "first" if n < 11 else "equal", 1.0) for n in range(20)]
+    for least, out in ((0.55, False), (0.551, True)):
+        (person,) = score(SURVEY, checks, SurveyScoreConfig(min_accuracy=least)).people
+        assert (person.right, person.controls, person.excluded) == (11, 20, out)
+
+
+def test_two_people_who_agree_do_not_make_a_result_certain(tmp_path: Path) -> None:
+    found = score(SURVEY, [*votes("1", "+==-"), *votes("2", "+==-")])
+    (row,) = found.after
+    assert row.share == 3 / 4
+    assert (row.wide.low, row.wide.high) == pytest.approx((row.interval.low, 1.0))
+    assert row.win == 1 / 2
+    assert row.win_wide.low <= wilson(2, 4).low < wilson(2, 4).high <= row.win_wide.high
+    assert "as few as 2 people and 2 concepts" in write_page(tmp_path, found, tmp_path / "score.html").read_text()
+    many = [vote for number in range(10) for vote in votes(str(number), "+==-")]
+    assert "as few as 2 concepts:" in write_page(tmp_path, score(SURVEY, many), tmp_path / "score.html").read_text()
+
+
+def test_the_page_of_the_score_names_nobody(tmp_path: Path) -> None:
+    cast = [*votes("1 Zerubbabel Z", "++++"), *votes("2 Habakkuk H", "----", right=0, wrong=2)]
+    page = write_page(tmp_path, score(SURVEY, cast), tmp_path / "score.html").read_text()
+    assert "number 2 (0 of 2)" in page
+    assert "Habakkuk" not in page
+    assert "Zerubbabel" not in page
+
+
 def test_nobody_and_nobody_left_are_told(tmp_path: Path) -> None:
     empty = score(SURVEY, [])
     assert (empty.before, empty.votes, empty.left) == ((), 0, 0.5)
@@ -113,6 +143,21 @@ def test_the_page_shows_the_table_and_the_pictures_and_loads_nothing(tmp_path: P
     assert "<script" not in page
     assert 'src="http' not in page
     assert (folder / "score.html").read_bytes() == write_page(folder, found, tmp_path / "again.html").read_bytes()
+
+
+def test_people_are_forgotten_by_their_numbers(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    folder, survey = small_survey(tmp_path)
+    voted(folder, survey)
+    votes = Ballots(folder / VOTES, survey).votes()
+    each = len(votes) // 3
+    assert main(["survey", "forget", str(folder), "2", "9"]) == 2
+    assert "has no 9" in capsys.readouterr().err
+    assert main(["survey", "forget", str(folder)]) == 2
+    assert Ballots(folder / VOTES, survey).votes() == votes
+    capsys.readouterr()
+    assert main(["survey", "forget", str(folder), "2", "3"]) == 0
+    assert capsys.readouterr().out.splitlines() == [f"forgotten {number}: {each} answers" for number in (2, 3)]
+    assert {vote.worker for vote in Ballots(folder / VOTES, survey).votes()} == {"1 simulated 0"}
 
 
 # Tables

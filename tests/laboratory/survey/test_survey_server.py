@@ -17,7 +17,9 @@ from starlette.testclient import TestClient
 
 from dvar.config import SurveyServeConfig, survey_problems
 from dvar.errors import RefusedInput
+from dvar.laboratory.survey import server
 from dvar.laboratory.survey.ballots import Ballots
+from dvar.laboratory.survey.door import Door
 from dvar.laboratory.survey.plan import PICTURES, SECRET, VOTES, Survey
 from dvar.laboratory.survey.server import BODY, admin_token, application, read_secret, serve
 
@@ -33,13 +35,19 @@ class Page(HTMLParser):
     source: str
     text: str = ""
     elements: list[tuple[str, dict[str, str | None]]] = field(default_factory=list)
+    forms: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__init__()
         self.feed(self.source)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
+        given = dict(attrs)
+        self.elements.append((tag, given))
+        if tag == "form":
+            self.forms[given.get("action") or ""] = {}
+        elif tag == "input" and given.get("type") == "hidden":
+            next(reversed(self.forms.values()))[str(given["name"])] = str(given["value"])
 
     def handle_data(self, data: str) -> None:
         self.text += data
@@ -49,7 +57,8 @@ class Page(HTMLParser):
 
     @property
     def hidden(self) -> dict[str, str]:
-        return {str(f["name"]): str(f["value"]) for f in self.of("input") if f.get("type") == "hidden"}
+        """The hidden fields of the page's first form."""
+        return next(iter(self.forms.values()))
 
 
 class Someone:
@@ -68,6 +77,16 @@ class Someone:
         assert answer.status_code == 200
         return Page(answer.text)
 
+    def send(self, path: str, page: Page, **fields: str) -> Any:
+        """Press the button of the page's form that goes to a path."""
+        return self.http.post(path, data={**page.forms[path], **fields}, follow_redirects=False)
+
+    def progress(self) -> Page:
+        """The page of progress, opened with its token."""
+        page = Page(self.http.get("/admin").text)
+        assert self.send("/admin", page, token=f" {admin_token(KEY)}").headers["location"] == "/admin"
+        return self.page("/admin")
+
     def press(self, page: Page, answer: str) -> Any:
         return self.http.post("/vote", data={**page.hidden, "answer": answer}, follow_redirects=False)
 
@@ -79,14 +98,27 @@ class Place:
     app: Any
 
     @property
+    def ballots(self) -> Ballots:
+        return Ballots(self.folder / VOTES, self.survey)
+
+    @property
     def votes(self) -> tuple[Any, ...]:
-        return Ballots(self.folder / VOTES, self.survey).votes()
+        return self.ballots.votes()
 
 
 @pytest.fixture
 def place(tmp_path: Path) -> Place:
     folder, survey = small_survey(tmp_path)
     return Place(folder, survey, application(folder, survey, KEY))
+
+
+def own_link(page: Page) -> str:
+    return next(str(f["href"]) for f in page.of("a") if str(f["href"]).startswith("/resume/"))
+
+
+def kept(place: Place) -> bytes:
+    """All bytes on the disk of what people answered."""
+    return b"".join(path.read_bytes() for path in sorted(place.folder.glob(f"{VOTES}*")))
 
 
 def expected(place: Place, page: Page) -> str | None:
@@ -110,7 +142,7 @@ def test_a_person_goes_from_the_first_page_to_thanks_without_scripts(place: Plac
             wrong = next(word for word in ("left", "right", "equal") if word != answer)
             assert someone.press(page, wrong).status_code == 303
             page = someone.page()
-            assert "Not quite." in page.text
+            assert re.search("<title>Not quite. 1 of at most ", page.source)
             assert "Please answer again." in page.text
         told = someone.press(page, answer)
         assert (told.status_code, told.headers["location"]) == (303, "/task")
@@ -141,9 +173,98 @@ def test_reload_back_and_another_tab_show_the_task_that_is_open(place: Place) ->
 def test_the_own_link_goes_on_in_another_browser(place: Place) -> None:
     someone = Someone(place.app)
     page = someone.begin()
-    link = next(str(f["href"]) for f in page.of("a") if str(f["href"]).startswith("/resume/"))
+    link = own_link(page)
     elsewhere = Someone(place.app)
-    assert elsewhere.page(link).hidden["task"] == page.hidden["task"]
+    asked = elsewhere.page(link)
+    assert "Go on as Ada?" in asked.text
+    assert elsewhere.http.get("/task").url.path == "/", "a link alone makes nobody of anyone"
+    answer = elsewhere.http.post(link, data=asked.hidden)
+    assert Page(answer.text).hidden["task"] == page.hidden["task"]
+    assert someone.http.get(link).url.path == "/task", "who it is goes on at once"
+
+
+def test_a_link_of_someone_else_takes_nothing_from_who_opens_it(place: Place) -> None:
+    someone, other = Someone(place.app), Someone(place.app)
+    link, page = own_link(someone.begin()), other.begin("Eve")
+    asked = other.page(link)
+    assert other.page().hidden["task"] == page.hidden["task"]
+    assert other.http.post(link, data={"ticket": page.hidden["ticket"]}).status_code == 403
+    assert other.http.post(link, data=asked.hidden, headers={"origin": "https://evil.example"}).status_code == 403
+    assert other.page().hidden["task"] == page.hidden["task"]
+
+
+def test_who_wants_is_forgotten_and_nobody_else(place: Place) -> None:
+    someone, other = Someone(place.app), Someone(place.app)
+    page = someone.begin("Zerubbabel")
+    other_page = other.begin("Other")
+    for visitor, shown in ((someone, page), (other, other_page)):
+        assert visitor.press(shown, expected(place, shown) or "left").status_code == 303
+    old_page, link = someone.page(), own_link(page)
+    old_cookies = dict(someone.http.cookies)
+    asked = someone.page("/forget")
+    assert "your 1 answer will be deleted" in asked.text
+    assert len(place.votes) == 2, "asking deletes nothing"
+    assert b"Zerubbabel" in kept(place)
+    told = someone.http.post("/forget", data=asked.hidden)
+    assert "Your name and your 1 answer are deleted." in Page(told.text).text
+    assert "deleted" not in someone.page("/").text.partition("A name")[0], "said once"
+    assert {vote.worker for vote in place.votes} == {"2 Other"}
+    assert b"Zerubbabel" not in kept(place)
+    # Neither the link nor an old cookie with an old form is anyone's now, and nobody gets the number.
+    assert someone.http.get(link).status_code == 410
+    new = someone.begin("New")
+    ghost = Someone(place.app)
+    ghost.http.cookies.update(old_cookies)
+    assert ghost.press(old_page, "left").status_code == 403
+    assert ghost.http.get("/task").url.path == "/"
+    assert someone.http.get(link).status_code == 410
+    assert int(new.hidden["task"]) > int(old_page.hidden["task"])
+    assert Someone(place.app).http.get("/forget").url.path == "/", "who is nobody has nothing to delete"
+
+
+def test_keys_can_be_turned_off_and_on(place: Place) -> None:
+    someone = Someone(place.app)
+    page = someone.begin()
+    for keys in (False, True):
+        assert someone.send("/keys", page).status_code == 303
+        page = someone.page()
+        assert len(page.of("script")) == len(page.of("kbd")) / 3 == keys
+        assert ("Turn the keys off" in page.text) == keys
+
+
+def test_one_address_sends_only_so_many_people_and_who_is_in_goes_on(place: Place) -> None:
+    app = application(place.folder, place.survey, KEY, door=Door(2))
+    first, second, third = (Someone(app) for _ in range(3))
+    first.begin()
+    second.begin()
+    refused = third.send("/join", third.page("/"), name="Eve")
+    assert refused.status_code == 429
+    assert 3590 < int(refused.headers["retry-after"]) <= 3600
+    assert "come back within the hour" in refused.text
+    assert first.send("/join", first.page("/")).status_code == 303
+    assert first.page().hidden
+    assert third.http.get("/task").url.path == "/"
+    unlimited = application(place.folder, place.survey, KEY)
+    assert all(Someone(unlimited).begin().hidden for _ in range(3))
+
+
+@pytest.mark.parametrize(("public_url", "most"), [(None, None), ("https://survey.example.org", 7)])
+def test_a_public_survey_has_a_door(place: Place, monkeypatch: pytest.MonkeyPatch, public_url: Any, most: Any) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(server, "application", lambda *parts: given.append(parts[-1]))
+    monkeypatch.setattr(server.uvicorn.Server, "run", lambda *_, **__: None)
+    said: list[str] = []
+    serve(place.folder, SurveyServeConfig(port=0, public_url=public_url, joins_per_hour=7), said.append)
+    assert [door and door.most for door in given] == [most]
+    token = admin_token(read_secret(place.folder))
+    assert said[-1] == f"token     {token}"
+    assert not any(token in line for line in said[:-1]), "in no address"
+
+
+def test_a_name_has_no_signs_that_cannot_be_seen(place: Place) -> None:
+    Someone(place.app).begin("A\u202eda\x1b[31m  B\n\u0000" + "x" * 100)
+    (name,) = place.ballots.known("web")
+    assert name == ("Ada[31m B " + "x" * 100)[:60]
 
 
 def test_a_restarted_server_knows_everyone(place: Place) -> None:
@@ -157,7 +278,9 @@ def test_a_restarted_server_knows_everyone(place: Place) -> None:
 
 def test_pages_have_what_a_screen_reader_and_a_keyboard_need(place: Place) -> None:
     someone = Someone(place.app)
-    for page in (someone.page("/"), someone.begin()):
+    pages = [someone.page("/"), Page(someone.http.get("/admin").text), someone.begin(), someone.page("/forget")]
+    pages += [Someone(place.app).page(own_link(pages[2]))]
+    for page in pages:
         assert page.of("html")[0]["lang"] == "en"
         assert len(page.of("h1")) == 1
         assert len(page.of("main")) == 1
@@ -165,7 +288,9 @@ def test_pages_have_what_a_screen_reader_and_a_keyboard_need(place: Place) -> No
         named = {found["for"] for found in page.of("label")}
         fields = [f for f in [*page.of("input"), *page.of("progress")] if f.get("type") != "hidden"]
         assert {found["id"] for found in fields} <= named
-    buttons = page.of("button")
+    titles = [re.findall("<title>(.*)</title>", page.source)[0] for page in pages]
+    assert len(set(titles)) == len(titles), "every page says at once which it is"
+    buttons = pages[2].of("button")[:3]
     assert [(found["value"], found["data-key"]) for found in buttons] == [("left", "1"), ("right", "2"), ("equal", "0")]
 
 
@@ -192,7 +317,7 @@ def test_what_people_and_prompts_say_is_shown_and_never_carried_out(place: Place
         someone.press(page, expected(place, page) or "left")
         page = someone.page()
     assert "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;" in shown, "a scene of the survey"
-    admin = Page(someone.http.get(f"/admin?token={admin_token(KEY)}").text)
+    admin = someone.progress()
     assert not admin.of("script")
     assert NASTY in admin.text
 
@@ -207,7 +332,7 @@ def test_the_page_of_progress_needs_its_token_and_tells_who_fails(place: Place) 
             someone.press(page, str(right))  # of training; a control's second answer is refused
         page = someone.page()
     assert someone.http.get("/admin").status_code == 403
-    admin = Page(someone.http.get(f"/admin?token={admin_token(KEY)}").text)
+    admin = someone.progress()
     assert "Careless (left out)" in admin.text
     assert re.search(r"1 people, 8 answers to pairs of 80 wanted", admin.text)
     assert admin_token(KEY) not in admin.source
@@ -252,6 +377,13 @@ def replayed(place: Place, someone: Someone, page: Page) -> Any:
     right = expected(place, page) or "left"
     assert someone.press(page, right).status_code == 303
     return someone.press(page, "right" if right == "left" else "left")
+
+
+def wrong_token(token: str) -> Callable[[Place, Someone, Page], Any]:
+    def attack(place: Place, someone: Someone, page: Page) -> Any:
+        return someone.send("/admin", Page(someone.http.get("/admin").text), token=token)
+
+    return attack
 
 
 def no_button(place: Place, someone: Someone, page: Page) -> Any:
@@ -312,8 +444,15 @@ ATTACKS: dict[str, tuple[Callable[[Place, Someone, Page], Any], set[int]]] = {
     "a zero byte": (fetched("/pictures/a%00.png"), {404}),
     "a forged link of one's own": (fetched("/resume/MQ.AAAA"), {403}),
     "progress without a token": (fetched("/admin"), {403}),
-    "progress with a wrong token": (fetched("/admin?token=" + "0" * 32), {403}),
-    "progress with a token that is no ASCII": (fetched("/admin?token=%C3%A9"), {403}),
+    "progress with a token in an address": (fetched(f"/admin?token={admin_token(KEY)}"), {403}),
+    "progress with a wrong token": (wrong_token("0" * 32), {403}),
+    "progress with no token": (wrong_token(""), {403}),
+    "progress with a token that is no ASCII": (wrong_token("é"), {403}),
+    "progress from another site": (posted("/admin", data={"token": admin_token(KEY)}), {403}),
+    "forgetting someone from another site": (posted("/forget", data={}, headers=FORM), {403}),
+    "forgetting someone with the ticket of a vote": (posted("/forget"), {403}),
+    "turning keys off from another site": (posted("/keys", data={}, headers=FORM), {403}),
+    "a link with another number": (fetched("/resume/Mg.sN6GYKedNg0_wlLLJBeQt1OcWQI"), {403}),
     "another host's name": (fetched("/task", host="evil.example"), {400}),
 }
 
@@ -347,7 +486,24 @@ def test_every_page_has_the_headers_and_the_cookie_is_out_of_reach(place: Place)
     assert "samesite=lax" in cookie
     https = Someone(application(place.folder, place.survey, KEY, "https://survey.example.org"))
     https.http.headers["host"] = "survey.example.org"
-    assert "secure" in https.http.get("/").headers["set-cookie"].lower()
+    cookie = https.http.get("/").headers["set-cookie"].lower()
+    assert "secure" in cookie
+    assert cookie.startswith("__host-survey=")
+    assert "path=/;" in cookie
+    assert "domain" not in cookie
+
+
+def test_a_proxy_may_call_the_server_by_another_name(place: Place) -> None:
+    someone = Someone(application(place.folder, place.survey, KEY, "http://survey.example.org"))
+    page = someone.page("/")
+    for origin, status in (("http://survey.example.org", 303), ("http://survey.example", 403)):
+        given = {"data": page.hidden, "headers": {"origin": origin}, "follow_redirects": False}
+        assert someone.http.post("/join", **given).status_code == status  # type: ignore[arg-type]
+
+
+def test_a_body_that_is_too_large_ends_the_connection(place: Place) -> None:
+    answer = Someone(place.app).http.post("/join", content=b"a=" + b"x" * BODY, headers=FORM)
+    assert (answer.status_code, answer.headers["connection"]) == (413, "close")
 
 
 def test_the_secret_is_made_once_for_its_owner_alone(tmp_path: Path) -> None:
@@ -375,6 +531,7 @@ def test_the_secret_is_made_once_for_its_owner_alone(tmp_path: Path) -> None:
         ({"public_url": "javascript:alert(1)"}, ["public_url"]),
         ({"public_url": "https://a.example/path"}, ["public_url"]),
         ({"port": 70000}, ["port"]),
+        ({"joins_per_hour": -1}, ["joins_per_hour"]),
     ],
 )
 def test_others_reach_it_only_when_asked_for(given: dict[str, Any], said: list[str]) -> None:

@@ -54,8 +54,8 @@ def _table(score: Score, truth: Truth) -> Table:
     caption = (
         f"Percentage of votes in which {score.candidate} was better or equal, with {100 * score.confidence:g} %"
         " intervals that draw people and concepts again. Simulated votes on imagined pictures; how the truth splits "
-        "into better and equal is assumed, since the paper does not say it. Alpha is Krippendorff's, and near 0 because "
-        "all imagined pairs of a row have the same chances: there is nothing about a single pair to agree on."
+        "into better and equal is assumed, since the paper does not say it. Alpha is Krippendorff's; it is near 0 "
+        "because all imagined pairs of a row have the same chances: there is nothing about a single pair to agree on."
     )
     return Table("table2", caption, COLUMNS, tuple(lines), tuple(data))
 

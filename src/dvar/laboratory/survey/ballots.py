@@ -19,16 +19,17 @@ from dvar.laboratory.survey.plan import QUESTIONS, Answer, Question, Survey, Tas
 
 IDLE = 1800.0  # seconds after which a task that was shown and not answered is offered to others
 BUSY = 30.0  # seconds to wait for another writer
+# No number is given twice: an old link or an old form must not become another person's.
 TABLES = """
 create table if not exists worker (
-    id integer primary key,
+    id integer primary key autoincrement,
     name text not null,
     source text not null default 'web',
     joined real not null
 );
 create unique index if not exists worker_elsewhere on worker (source, name) where source <> 'web';
 create table if not exists assignment (
-    id integer primary key,
+    id integer primary key autoincrement,
     worker integer not null references worker on delete cascade,
     task text not null,
     question text not null,
@@ -123,9 +124,10 @@ class Ballots:
             if task is None:
                 return None
             place = task.question, task.role, task.id
-            before = "select count(*) from assignment where question = ? and role = ? and task = ?"
-            shown = db.execute(before, place).fetchone()[0]
-            side = ("first", "second")[(shown + key(self.survey.seed, "side", task.id)) % 2]
+            of = "select left_side, count(*) from assignment where question = ? and role = ? and task = ? group by 1"
+            shown = {"first": 0, "second": 0, **dict(db.execute(of, place).fetchall())}
+            drawn = ("first", "second")[key(self.survey.seed, "side", task.id) % 2]
+            side = min(shown, key=lambda side: (shown[side], side != drawn))
             return self._assignment(_assign(db, worker, task, side, self.clock()))
 
     def vote(self, worker: int, assignment: int, pressed: str) -> tuple[Outcome, Task | None]:
@@ -171,6 +173,18 @@ class Ballots:
             row = _assign(db, known[0], task, side, now)
             _answered(db, row["id"], answer, now)
         return True
+
+    def forget(self, worker: int) -> int | None:
+        """Delete a person with all they answered, also from the disk; return how many answers, None for no such person.
+
+        Their number is never given to another.
+        """
+        with self._change() as db:
+            gone = db.execute("select count(answer) from assignment where worker = ?", (worker,)).fetchone()[0]
+            if not db.execute("delete from worker where id = ?", (worker,)).rowcount:
+                return None
+        self._db.execute("pragma wal_checkpoint(truncate)")  # the log still has what was deleted
+        return int(gone)
 
     def known(self, source: str) -> dict[str, str]:
         """The people of a source: their name there to their name among the votes."""
@@ -257,7 +271,7 @@ class Ballots:
         if db is None:
             db = self.connections.db = sqlite3.connect(self.path, timeout=BUSY, isolation_level=None)
             db.row_factory = sqlite3.Row
-            for setting in ("journal_mode = wal", "synchronous = full", "foreign_keys = on"):
+            for setting in ("journal_mode = wal", "synchronous = full", "foreign_keys = on", "secure_delete = on"):
                 db.execute(f"pragma {setting}")
         return db
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 
+from dvar.config import CONFIGS
 from dvar.laboratory import figures
 from dvar.laboratory.markup import Html, element, join, page_head
 from dvar.laboratory.survey.plan import PICTURES
@@ -15,6 +16,7 @@ from dvar.laboratory.survey.wording import THE_OBJECT, WORDING
 
 SHOWN = 4  # pairs of most and of least agreement
 LEAST_VOTES = 3  # fewer votes on a pair say nothing about agreement
+FEW = 10  # fewer people or concepts say little about others than themselves
 STYLES = ("charts.css", "report.css", "survey/score.css")
 
 
@@ -39,6 +41,11 @@ def section(score: Score, pictures: Path | None = None) -> Html:
     return join(parts) if score.votes else element("p", "Nobody has answered yet.")
 
 
+def named(method: str) -> str:
+    """A method's name for people, or the names of two that were compared."""
+    return " against ".join(CONFIGS[one].title if one in CONFIGS else one for one in method.split(" against "))
+
+
 def _counted(score: Score) -> str:
     kept = [person for person in score.people if not person.excluded]
     votes = sum(person.votes for person in kept)
@@ -48,32 +55,45 @@ def _counted(score: Score) -> str:
 
 def _result(score: Score) -> Html:
     percent = f"{100 * score.confidence:g} %"
-    heads = ("Method", "Asked about", "Better or equal", "Better · equal · worse", "", "Better, ties aside", "Strength")
+    heads = ("Method", "Asked about", "Better or equal", "Better · equal · worse", "Better, ties aside", "Strength")
     caption = (
         f"Better or equal counts every tie for {score.candidate}, as the paper does, so its split stands beside it. In "
         f"brackets {percent} intervals: people and concepts drawn again, because votes of one person or about one "
-        "concept are alike; smaller, Wilson's, which takes every vote for independent. Strength is Davidson's: the log "
-        f"of how often {score.candidate} is better for each time that it is worse, whichever side it stands on."
+        "concept are alike, and never narrower than Wilson's; smaller, Wilson's, which takes every vote for "
+        f"independent. Strength is Davidson's: the log of how often {score.candidate} is better for each time that it "
+        "is worse, whichever side it stands on; where a rival or a side was never better there is none."
     )
     return element(
         "section",
         element("h2", "Result"),
         _table(heads, [_result_row(row) for row in score.after]),
+        *(element("p", said) for said in _few(score)),
         element("figcaption", caption),
     )
+
+
+def _few(score: Score) -> Iterator[str]:
+    """What the intervals cannot tell."""
+    counts = {
+        "people": min((row.people for row in score.after), default=FEW),
+        "concepts": min((row.concepts for row in score.after), default=FEW),
+    }
+    few = [f"{count} {name}" for name, count in counts.items() if count < FEW]
+    if few:
+        said = " and ".join(few).replace("1 people", "1 person").replace("1 concepts", "1 concept")
+        yield f"A row rests on as few as {said}: no interval tells much about others than these."
 
 
 def _result_row(row: Row) -> list[Html]:
     split = f"{row.better} · {row.equal} · {row.worse}"
     strength = row.strength
-    fitted = f"{strength.advantage:+.2f} {_bracket(strength.interval)}" if strength else "not to be told"
+    fitted = f"{_signed(strength.advantage)} {_bracket(strength.interval)}" if strength else "none"
     wilson = element("small", f"Wilson {_percents(row.interval)}", class_="soft")
     return [
-        join([row.method]),
+        join([named(row.method)]),
         join([WORDING[row.question].name]),
         element("span", element("b", f"{100 * row.share:.1f} %"), f" {_percents(row.wide)} ", wilson),
-        join([split]),
-        _bar(row),
+        join([split, _bar(row)]),
         join([f"{100 * row.win:.1f} % {_percents(row.win_wide)}"]),
         join([fitted]),
     ]
@@ -99,7 +119,7 @@ def _exclusion(score: Score) -> Html:
         kept = after.get(cell)
         rows.append(
             [
-                join([row.method]),
+                join([named(row.method)]),
                 join([WORDING[row.question].name]),
                 _plain(row),
                 _plain(kept) if kept else join(["nobody left"]),
@@ -107,11 +127,11 @@ def _exclusion(score: Score) -> Html:
                 _alpha(kept) if kept else join(["–"]),
             ]
         )
-    who = ", ".join(f"{person.name} ({person.right} of {person.controls})" for person in score.excluded) or "nobody"
+    who = ", ".join(f"number {person.number} ({person.right} of {person.controls})" for person in score.excluded)
     says = (
-        f"Left out are people with fewer than {100 * score.min_accuracy:g} % of their controls right: {who}. "
-        "Agreement is Krippendorff's alpha, 1 for full agreement and 0 for that of chance; in brackets, the alpha in "
-        "which equal lies halfway between better and worse."
+        f"Left out are people with fewer than {100 * score.min_accuracy:g} % of their controls right: "
+        f"{who or 'nobody'}. Agreement is Krippendorff's alpha, 1 for full agreement and 0 for that of chance; in "
+        "brackets, the alpha in which equal lies halfway between better and worse."
     )
     return element("section", element("h2", "Who was counted"), _table(heads, rows), element("figcaption", says))
 
@@ -121,7 +141,7 @@ def _plain(row: Row) -> Html:
 
 
 def _alpha(row: Row) -> Html:
-    told = [f"{value:.2f}" if value is not None else "–" for value in (row.alpha, row.ordered_alpha)]
+    told = [_minus(f"{value:.2f}") if value is not None else "–" for value in (row.alpha, row.ordered_alpha)]
     return join([f"{told[0]} ({told[1]})"])
 
 
@@ -163,7 +183,7 @@ def _gallery(title: str, tallies: Sequence[Tally], score: Score, pictures: Path)
         told = [
             element("b", said),
             element("br"),
-            f"{task.method} · {task.concept} · {WORDING[task.question].name}{asked}",
+            f"{named(task.method)} · {task.concept} · {WORDING[task.question].name}{asked}",
         ]
         shown.append(element("div", element("div", *strip, class_="three"), element("p", *told)))
     return element("section", element("h2", title), element("div", *shown, class_="judged"))
@@ -184,4 +204,12 @@ def _percents(interval: Interval) -> str:
 
 
 def _bracket(interval: Interval) -> str:
-    return f"[{interval.low:+.2f}, {interval.high:+.2f}]"
+    return f"[{_signed(interval.low)}, {_signed(interval.high)}]"
+
+
+def _signed(value: float) -> str:
+    return _minus(f"{value:+.2f}")
+
+
+def _minus(number: str) -> str:
+    return number.replace("-", "−")

@@ -37,7 +37,9 @@ class Row:
     """One method and question: how often the candidate was better, equal and worse, and how sure that is.
 
     ``share`` is "better or equal", the paper's number; ``interval`` takes votes for independent, ``wide`` draws people
-    and concepts again.  ``strength`` and ``alpha`` are None where the votes cannot tell them.
+    and concepts again and is never narrower than ``interval``: of two people who happen to agree, drawing them again
+    knows nothing of a third.  ``win_wide`` is the same of ``win``.  ``strength`` and ``alpha`` are None where the votes
+    cannot tell them.
     """
 
     method: str
@@ -76,7 +78,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Person:
-    """Who voted: answers to pairs, controls met and right, wrong training answers, median seconds an answer."""
+    """Who voted: answers to pairs, controls met and right, wrong training answers, median seconds an answer.
+
+    ``name`` begins with their number, which tells them apart and says no more.
+    """
 
     name: str
     votes: int
@@ -85,6 +90,10 @@ class Person:
     misses: int
     seconds: float
     excluded: bool
+
+    @property
+    def number(self) -> str:
+        return self.name.partition(" ")[0]
 
 
 @dataclass(frozen=True)
@@ -173,6 +182,8 @@ def _row(method: str, question: Question, votes: Sequence[Vote], config: SurveyS
     sampling = {"confidence": config.confidence, "resamples": config.resamples, "seed": config.seed}
     better, equal, worse = (int((values == value).sum()) for value in (BETTER, EQUAL, WORSE))
     decided = values != EQUAL
+    interval = wilson(better + equal, len(votes), config.confidence)
+    win_interval = wilson(better, better + worse, config.confidence)
     ratings = _ratings(people, _numbered([vote.task.id for vote in votes]), values)
     return Row(
         method=method,
@@ -182,9 +193,9 @@ def _row(method: str, question: Question, votes: Sequence[Vote], config: SurveyS
         worse=worse,
         people=len(np.unique(people)),
         concepts=len(np.unique(concepts)),
-        interval=wilson(better + equal, len(votes), config.confidence),
-        wide=clustered(values >= EQUAL, people, concepts, **sampling),  # type: ignore[arg-type]
-        win_wide=clustered(values[decided] == BETTER, people[decided], concepts[decided], **sampling),  # type: ignore[arg-type]
+        interval=interval,
+        wide=interval | clustered(values >= EQUAL, people, concepts, **sampling),  # type: ignore[arg-type]
+        win_wide=win_interval | clustered(values[decided] == BETTER, people[decided], concepts[decided], **sampling),  # type: ignore[arg-type]
         strength=davidson(values, np.array([vote.left_side == "first" for vote in votes]), config.confidence),
         alpha=krippendorff(ratings, nominal),
         ordered_alpha=krippendorff(ratings, ordered),
@@ -204,7 +215,7 @@ def _people(votes: Sequence[Vote], least: float) -> tuple[Person, ...]:
                 right=right,
                 misses=sum(vote.misses for vote in cast),
                 seconds=float(np.median([vote.seconds for vote in cast])),
-                excluded=right < least * len(controls),
+                excluded=bool(controls) and right / len(controls) < least,
             )
         )
     return tuple(found)

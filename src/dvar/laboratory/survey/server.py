@@ -1,8 +1,9 @@
 """The survey as a web application: plain pages and forms, no script needed, nothing taken on trust.
 
 A person's cookie is signed and holds their number and a nonce.  Every form carries a ticket, signed for that nonce, for
-one purpose and for one task, so that a form of another site, of another person or of another task is refused.  Pictures
-are served from the plan's list alone; a body of more than `BODY` bytes is not read.
+one purpose and for one task, so that a form of another site, of another person or of another task is refused.  A link
+alone never changes whose answers are given or kept: that takes a button.  Pictures are served from the plan's list, and
+a body of more than `BODY` bytes is not read.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hmac
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from hashlib import sha256
+from math import ceil
 from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
@@ -32,6 +34,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from dvar.config import LOOPBACK, SurveyScoreConfig, SurveyServeConfig
 from dvar.errors import RefusedInput
 from dvar.laboratory.survey.ballots import Ballots
+from dvar.laboratory.survey.door import Door
+from dvar.laboratory.survey.page import named
 from dvar.laboratory.survey.plan import PICTURES, SECRET, VOTES, Survey
 from dvar.laboratory.survey.score import Score, score
 from dvar.laboratory.survey.wording import SOMETHING, THE_OBJECT, WORDING
@@ -61,7 +65,8 @@ def serve(folder: str | Path, config: SurveyServeConfig, say: Callable[[str], No
     folder = Path(folder)
     survey = Survey.open(folder)
     secret = read_secret(folder, config.secret_file)
-    app = application(folder, survey, secret, config.public_url, None if config.host in LOOPBACK else config.host)
+    door = Door(config.joins_per_hour) if config.public_url else None
+    app = application(folder, survey, secret, config.public_url, None if config.host in LOOPBACK else config.host, door)
     settings = uvicorn.Config(app, host=config.host, port=config.port, log_level="warning", access_log=False)
     server = uvicorn.Server(settings)
     listening = settings.bind_socket()
@@ -70,7 +75,8 @@ def serve(folder: str | Path, config: SurveyServeConfig, say: Callable[[str], No
     host = f"[{config.host}]" if ":" in config.host else config.host
     base = (config.public_url or f"http://{host}:{port}").rstrip("/")
     say(f"survey    {base}/")
-    say(f"progress  {base}/admin?token={admin_token(secret)}")
+    say(f"progress  {base}/admin")
+    say(f"token     {admin_token(secret)}")
     server.run(sockets=[listening])
 
 
@@ -100,21 +106,32 @@ def admin_token(secret: str) -> str:
 
 
 def application(
-    folder: Path, survey: Survey, secret: str, public_url: str | None = None, host: str | None = None
+    folder: Path,
+    survey: Survey,
+    secret: str,
+    public_url: str | None = None,
+    host: str | None = None,
+    door: Door | None = None,
 ) -> Starlette:
-    """Return the application of a survey; only this machine's own names and ``public_url``'s reach it."""
-    pages = Pages(folder, survey, secret)
+    """Return the application of a survey; only this machine's own names and ``public_url``'s reach it.
+
+    Without a ``door`` nothing limits how many people one address sends.
+    """
     public = urlsplit(public_url or "")
+    pages = Pages(folder, survey, secret, public.netloc, door)
     hosts = [*LOOPBACK[:2], "[::1]", *filter(None, (public.hostname, host))]
+    https = public.scheme == "https"
     return Starlette(
         routes=[
             Route("/", pages.welcome),
             Route("/join", pages.join, methods=["POST"]),
             Route("/task", pages.task),
             Route("/vote", pages.vote, methods=["POST"]),
-            Route("/resume/{token}", pages.resume),
+            Route("/resume/{token}", pages.resume, methods=["GET", "POST"]),
+            Route("/forget", pages.forget, methods=["GET", "POST"]),
+            Route("/keys", pages.keys, methods=["POST"]),
             Route("/pictures/{name}.png", pages.picture),
-            Route("/admin", pages.admin),
+            Route("/admin", pages.admin, methods=["GET", "POST"]),
             Mount("/static", StaticFiles(packages=[("dvar.laboratory.survey", "static")])),
         ],
         middleware=[
@@ -123,10 +140,10 @@ def application(
             Middleware(
                 SessionMiddleware,
                 secret_key=secret,
-                session_cookie="survey",
+                session_cookie="__Host-survey" if https else "survey",  # the prefix keeps neighbours from setting it
                 max_age=COOKIE_DAYS * 86400,
                 same_site="lax",
-                https_only=public.scheme == "https",
+                https_only=https,
             ),
         ],
         exception_handlers={HTTPException: pages.refused},
@@ -155,8 +172,8 @@ class Guarded:
 class Pages:
     """The pages of one survey."""
 
-    def __init__(self, folder: Path, survey: Survey, secret: str) -> None:
-        self.survey, self.secret = survey, secret
+    def __init__(self, folder: Path, survey: Survey, secret: str, site: str = "", door: Door | None = None) -> None:
+        self.survey, self.secret, self.site, self.door = survey, secret, site, door
         self.ballots = Ballots(folder / VOTES, survey)
         self.pictures = {name: folder / PICTURES / f"{name}.png" for name in survey.pictures}
         self.environment = Environment(
@@ -165,6 +182,7 @@ class Pages:
         asked = [WORDING[question] for question in WORDING if survey.longest(question)]
         self.environment.globals |= {
             "wording": WORDING,
+            "named": named,
             "asked": asked,
             "something": SOMETHING,
             "the_object": THE_OBJECT,
@@ -174,24 +192,58 @@ class Pages:
     async def welcome(self, request: Request) -> Response:
         """What the survey is, and the form that begins it; who has begun goes on."""
         worker = await self.worker(request)
-        return self.page("welcome.html", joined=worker is not None, ticket=self.ticket(request, "join"))
+        forgotten = request.session.pop("forgotten", None)
+        ticket = self.ticket(request, "join")
+        return self.page("welcome.html", joined=worker is not None, forgotten=forgotten, ticket=ticket)
 
     async def join(self, request: Request) -> Response:
         """Take a person in; one who is in already goes on."""
         given = await form(request)
         self.checked(request, given, "join")
         if await self.worker(request) is None:
-            name = " ".join(given.get("name", "").split())[:NAME_LENGTH]
+            if wait := self.door.wait(request.client.host if request.client else "") if self.door else 0:
+                said = "Too many people have joined from your address: come back within the hour."
+                raise HTTPException(429, said, {"retry-after": str(ceil(wait))})
+            name = "".join(sign for sign in " ".join(given.get("name", "").split()) if sign.isprintable())[:NAME_LENGTH]
             request.session["worker"] = await run_in_threadpool(self.ballots.join, name)
         return see("/task")
 
     async def resume(self, request: Request) -> Response:
-        """Go on as the person whose link this is."""
+        """Ask whether to go on as the person whose link this is, and do so."""
         try:
             worker = int(self.signer("worker").loads(request.path_params["token"]))
         except (BadSignature, ValueError, TypeError) as error:
             raise HTTPException(403, "This link is not one of ours: it may have been cut off.") from error
-        request.session["worker"] = worker
+        name = await run_in_threadpool(self.ballots.name, worker)
+        if name is None:
+            raise HTTPException(410, "Whoever had this link has deleted their answers.")
+        if request.method == "POST":
+            self.checked(request, await form(request), f"resume {worker}")
+            request.session["worker"] = worker
+        if request.session.get("worker") == worker:
+            return see("/task")
+        done, _ = await run_in_threadpool(self.ballots.progress, worker)
+        return self.page("resume.html", name=name, done=done, ticket=self.ticket(request, f"resume {worker}"))
+
+    async def forget(self, request: Request) -> Response:
+        """Ask whether to delete all that a person has answered, and do so."""
+        worker = await self.worker(request)
+        if request.method == "POST":
+            self.checked(request, await form(request), f"forget {worker}")
+        if worker is None:
+            return see("/")
+        if request.method == "POST":
+            gone = await run_in_threadpool(self.ballots.forget, worker)
+            request.session.clear()
+            request.session["forgotten"] = gone or 0
+            return see("/")
+        done, _ = await run_in_threadpool(self.ballots.progress, worker)
+        return self.page("forget.html", done=done, ticket=self.ticket(request, f"forget {worker}"))
+
+    async def keys(self, request: Request) -> Response:
+        """Turn the keys off or on again, for this browser."""
+        self.checked(request, await form(request), "keys")
+        request.session["keys"] = not request.session.get("keys", True)
         return see("/task")
 
     async def task(self, request: Request) -> Response:
@@ -201,16 +253,19 @@ class Pages:
             return see("/")
         shown = await run_in_threadpool(self.ballots.current, worker)
         done, most = await run_in_threadpool(self.ballots.progress, worker)
+        resume = self.signer("worker").dumps(worker)
         if shown is None:
-            return self.page("done.html", done=done)
+            return self.page("done.html", done=done, resume=resume)
         return self.page(
             "task.html",
             shown=shown,
             done=done,
             most=most,
-            resume=self.signer("worker").dumps(worker),
+            resume=resume,
             told=request.session.pop("told", None),
             ticket=self.ticket(request, f"vote {shown.id}"),
+            keys=request.session.get("keys", True),
+            keys_ticket=self.ticket(request, "keys"),
         )
 
     async def vote(self, request: Request) -> Response:
@@ -238,14 +293,15 @@ class Pages:
 
     async def admin(self, request: Request) -> Response:
         """Progress, agreement and people who fail the controls, for who has the token."""
-        token = request.query_params.get("token")
-        if token is not None:
-            if not hmac.compare_digest(token.encode(), admin_token(self.secret).encode()):
+        if request.method == "POST":
+            given = await form(request)
+            self.checked(request, given, "admin")
+            if not hmac.compare_digest(given.get("token", "").strip().encode(), admin_token(self.secret).encode()):
                 raise HTTPException(403, "This token is not the one that dvar survey serve printed.")
             request.session["admin"] = True
             return see("/admin")
         if not request.session.get("admin"):
-            raise HTTPException(403, "Open the address that dvar survey serve printed: it has a token.")
+            return self.page("token.html", 403, ticket=self.ticket(request, "admin"))
         return self.page("admin.html", score=await run_in_threadpool(self.scored))
 
     def scored(self) -> Score:
@@ -255,7 +311,9 @@ class Pages:
     async def refused(self, request: Request, error: Exception) -> Response:
         """Say what was wrong, and where to go on."""
         status = getattr(error, "status_code", 500)
-        return self.page("refused.html", status, said=getattr(error, "detail", ""))
+        answer = self.page("refused.html", status, said=getattr(error, "detail", ""))
+        answer.headers.update(getattr(error, "headers", None) or {})
+        return answer
 
     def page(self, name: str, status: int = 200, /, **known: object) -> HTMLResponse:
         return HTMLResponse(self.environment.get_template(name).render(known), status)
@@ -278,7 +336,7 @@ class Pages:
     def checked(self, request: Request, given: Mapping[str, str], purpose: str) -> None:
         """Raises: HTTPException unless the form is of our own page, for this visitor and this purpose."""
         origin = request.headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+        if origin is not None and urlsplit(origin).netloc not in (request.headers.get("host"), self.site or None):
             raise HTTPException(403, "This form was sent from another site.")
         if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
             raise HTTPException(403, "This form was sent from another site.")

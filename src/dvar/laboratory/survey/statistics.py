@@ -30,6 +30,10 @@ class Interval:
     def __contains__(self, value: float) -> bool:
         return self.low <= value <= self.high
 
+    def __or__(self, other: Interval) -> Interval:
+        """The interval from the lower of both ends to the higher."""
+        return Interval(min(self.low, other.low), max(self.high, other.high))
+
 
 def wilson(hits: int, count: int, confidence: float = 0.95) -> Interval:
     """Return Wilson's interval of a share: every p from which ``hits`` of ``count`` is not too far by the normal law.
