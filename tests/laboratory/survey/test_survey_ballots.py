@@ -111,6 +111,14 @@ def test_sides_stay_in_balance_when_someone_is_forgotten_and_no_number_is_given_
     after = Counter(vote.left_side for vote in box.votes() if vote.task.id == task)
     assert after[fewer] >= 2, after
     assert sum(after.values()) == 5
+    assert box.forget(7)
+    assert box.join() == 8, "the last number is not free again, either"
+    shown = box.current(8)
+    assert shown is not None
+    assert box.forget(8) == 0
+    again = box.current(box.join())
+    assert again is not None
+    assert again.id > shown.id
 
 
 def test_who_comes_when_all_is_answered_is_done_at_once() -> None:

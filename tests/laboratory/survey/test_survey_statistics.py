@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import krippendorff as reference
 import numpy as np
 import pytest
@@ -40,6 +42,21 @@ def test_wilsons_ends_are_the_shares_from_which_the_votes_are_just_not_too_far(c
         if 0 < end < 1:
             assert abs(hits / count - end) == pytest.approx(Z95 * np.sqrt(end * (1 - end) / count), rel=1e-9)
     assert interval.low <= hits / count <= interval.high
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 400), st.floats(0.5, 0.999), st.data())
+def test_wilson_is_that_of_scipy(count: int, confidence: float, data: st.DataObject) -> None:
+    stats = pytest.importorskip("scipy.stats", reason="needs the extra: pip install 'dvar[lab]'")
+    hits = data.draw(st.integers(0, count))
+    expected = stats.binomtest(hits, count).proportion_ci(confidence, method="wilson")
+    found = wilson(hits, count, confidence)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_two_intervals_together_reach_from_the_lowest_end_to_the_highest() -> None:
+    assert Interval(0.2, 0.4) | Interval(0.3, 0.7) == Interval(0.2, 0.7)
+    assert Interval(0.3, 0.4) | Interval(0.1, 0.7) == Interval(0.1, 0.7)
 
 
 def test_wilson_of_a_textbook() -> None:
@@ -112,11 +129,39 @@ def test_no_other_strength_is_more_likely(better, equal, worse) -> None:  # type
         chance = np.select([votes == 1, votes == 0], [ours, tie], theirs) / (ours + theirs + tie)
         return float(np.log(chance).sum())
 
+    optimize = pytest.importorskip("scipy.optimize", reason="needs the extra: pip install 'dvar[lab]'")
+    found = optimize.minimize(lambda at: -likelihood(at[0], at[1], np.exp(at[2])), np.zeros(3), tol=1e-10)
+    fitted = (strength.advantage, strength.left, np.log(strength.ties))
+    assert fitted == pytest.approx(tuple(found.x), abs=1e-3)
+    spread = Z95 * np.sqrt(1 / _curvature(lambda change: likelihood(fitted[0] + change, fitted[1], strength.ties)))
+    assert strength.interval.high - strength.advantage >= spread * 0.999, "the others are estimated as well"
     best = likelihood(strength.advantage, strength.left, strength.ties)
     for change in (-0.01, 0.01):
         assert likelihood(strength.advantage + change, strength.left, strength.ties) < best
         assert likelihood(strength.advantage, strength.left + change, strength.ties) < best
         assert likelihood(strength.advantage, strength.left, strength.ties * (1 + change)) < best
+
+
+def _curvature(of: Callable[[float], float], step: float = 1e-3) -> float:
+    """How sharply a function bends down at 0."""
+    return -(of(step) - 2 * of(0) + of(-step)) / step**2
+
+
+def test_davidsons_interval_is_that_of_fishers_information_by_hand() -> None:
+    # With the sides even, the side does not bear on the others; advantage and log nu remain. Their information is n
+    # times the covariance of (p1 - p3) / 2 and of "equal".
+    strength = davidson(*shown((30, 30), (12, 12), (15, 15)))
+    assert strength is not None
+    better, _, worse = strength.chances()
+    count, equal = 114, 24 / 114
+    information = np.array(
+        [
+            [(better + worse - (better - worse) ** 2) / 4, -(better - worse) * equal / 2],
+            [-(better - worse) * equal / 2, equal * (1 - equal)],
+        ]
+    )
+    half = Z95 * np.sqrt(np.linalg.inv(count * information)[0, 0])
+    assert strength.interval.high - strength.advantage == pytest.approx(half, rel=1e-6)
 
 
 def test_a_favourite_side_is_told_apart_from_a_favourite_rival() -> None:

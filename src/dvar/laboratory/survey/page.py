@@ -66,7 +66,7 @@ def _result(score: Score) -> Html:
     return element(
         "section",
         element("h2", "Result"),
-        _table(heads, [_result_row(row) for row in score.after]),
+        _table("Result", heads, [_result_row(row) for row in score.after]),
         *(element("p", said) for said in _few(score)),
         element("figcaption", caption),
     )
@@ -133,7 +133,9 @@ def _exclusion(score: Score) -> Html:
         f"{who or 'nobody'}. Agreement is Krippendorff's alpha, 1 for full agreement and 0 for that of chance; in "
         "brackets, the alpha in which equal lies halfway between better and worse."
     )
-    return element("section", element("h2", "Who was counted"), _table(heads, rows), element("figcaption", says))
+    return element(
+        "section", element("h2", "Who was counted"), _table("Who was counted", heads, rows), element("figcaption", says)
+    )
 
 
 def _plain(row: Row) -> Html:
@@ -189,14 +191,15 @@ def _gallery(title: str, tallies: Sequence[Tally], score: Score, pictures: Path)
     return element("section", element("h2", title), element("div", *shown, class_="judged"))
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[Html]]) -> Html:
+def _table(name: str, heads: Sequence[str], rows: Sequence[Sequence[Html]]) -> Html:
+    """A table that a narrow screen scrolls sideways, with the keyboard too."""
     head = element("tr", *(element("th", name, scope="col") for name in heads))
     body = [
         element("tr", element("th", cells[0], scope="row"), *(element("td", cell) for cell in cells[1:]))
         for cells in rows
     ]
     table = element("table", element("thead", head), element("tbody", *body), class_="votes")
-    return element("div", table, class_="scroll")
+    return element("div", table, class_="scroll", role="region", aria_label=name, tabindex="0")
 
 
 def _percents(interval: Interval) -> str:

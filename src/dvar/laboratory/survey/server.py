@@ -311,7 +311,9 @@ class Pages:
     async def refused(self, request: Request, error: Exception) -> Response:
         """Say what was wrong, and where to go on."""
         status = getattr(error, "status_code", 500)
-        answer = self.page("refused.html", status, said=getattr(error, "detail", ""))
+        said = getattr(error, "detail", "")
+        said = "There is no such page." if said in ("Not Found", "Method Not Allowed") else said
+        answer = self.page("refused.html", status, said=said)
         answer.headers.update(getattr(error, "headers", None) or {})
         return answer
 
