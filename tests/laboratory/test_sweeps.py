@@ -21,7 +21,7 @@ SETTINGS: dict[str, Any] = {
     "resolution": 32,
     "num_inference_steps": 2,
     "num_validation_images": 1,
-    "max_train_steps": 50,
+    "max_train_steps": 67,
     "window": 8,
 }
 
@@ -143,15 +143,16 @@ def test_everything_that_is_wrong_is_told_before_the_first_run(base: Recording, 
 
 def test_an_estimate_counts_all_that_is_measured(base: Recording, tmp_path: Path) -> None:
     units = {"start_up": 0.0, "train": 0.0, "forward": 0.0, "picture": 0.0}
-    plan, run = PLANS["quick"], replace(base, records=str(tmp_path))
+    longer = tuple((SETTINGS | {"max_train_steps": 133}).items())
+    plan, run = PLANS["quick"], replace(base, records=str(tmp_path), settings=longer)
     cap = run.config.max_train_steps
-    assert cap == 10
+    assert cap == 20
     assert expected_seconds(run, {**units, "start_up": 3.0}) == 3
     assert expected_seconds(run, {**units, "train": 2.0}) == 2 * cap
-    # 11 evaluations of 8; at steps 0 and 10 32, and 8 fresh ones by two models; at step 0 8 class pictures.
-    assert expected_seconds(run, {**units, "forward": 1.0}) == 11 * 8 + 2 * (32 + 16) + 8
+    # 21 evaluations of 8; at steps 0 and 20 32, and 8 fresh ones by two models; at step 0 8 class pictures.
+    assert expected_seconds(run, {**units, "forward": 1.0}) == 21 * 8 + 2 * (32 + 16) + 8
     with_unseen = replace(run, model="mini", concepts=None, concept="black_cat")
-    assert expected_seconds(with_unseen, {**units, "forward": 1.0}) == 11 * 8 + 2 * (32 + 16 + 8) + 8
+    assert expected_seconds(with_unseen, {**units, "forward": 1.0}) == 21 * 8 + 2 * (32 + 16 + 8) + 8
     # 2 kinds, and the sample picture of the end, drawn in 2 steps for 10.
     drawn = len(run.scored) * 2 * plan.prompts * plan.seeds
     assert expected_seconds(run, {**units, "picture": 1.0}) == pytest.approx(drawn + 0.2)
@@ -167,9 +168,9 @@ def test_headers_name_pictures_sampling_steps_and_cadence(base: Recording) -> No
         "preset quick",
         "2 prompts x 2 seeds",
         "10 sampling steps",
-        "stratified every 10",
+        "stratified every 20",
         "all pairs",
-        "20 %",
+        "15 %",
     ):
         assert part in said
 

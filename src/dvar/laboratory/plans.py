@@ -31,6 +31,8 @@ STRATIFIED, FRESH, UNSEEN, DRIFT = "stratified", "fresh", "unseen", "drift"
 FORWARDS = {STRATIFIED: 32, FRESH: 16, UNSEEN: 8, DRIFT: 8}
 """Samples that each series sends through the model: fresh draws go through the frozen one too."""
 _ELSEWHERE = ("instance_data_dir", "class_data_dir", "output_dir", "overwrite", "resume_from_checkpoint", "report_to")
+_WATCHED = ("window", "threshold", "validation_steps", "num_validation_images")
+"""When a run is judged and shown: a record is read by any rule, so these may change without making it another."""
 PLACES = {
     "beach": "on the beach",
     "snow": "in the snow",
@@ -150,6 +152,7 @@ class Recording:
             "instance_data_dir": self.pictures,
             "output_dir": self.folder,
             "seed": self.seed,
+            "probe_every": 1,  # a record is thinned when it is read
             **own,
             **dict(self.settings),
         }
@@ -172,7 +175,8 @@ class Recording:
     @property
     def facts(self) -> dict[str, Any]:
         """What must be the same for a record to be this one: all but where it is kept and how it is computed."""
-        config = {name: value for name, value in written(self.config).items() if name not in _ELSEWHERE}
+        unasked = _ELSEWHERE + _WATCHED
+        config = {name: value for name, value in written(self.config).items() if name not in unasked}
         judged = {"clip": self.clip, "dino": self.dino, "pairing": self.pairing, "noun": self.noun}
         weights = {"weights": _bundled_weights()} if BUNDLED_MODEL in (self.model, self.clip or BUNDLED_MODEL) else {}
         plan = {"plan": self.plan, **PLANS[self.plan].facts}
