@@ -81,7 +81,9 @@ class Settings:
     random_flip: bool = setting(True, "Mirror each picture left to right half of the time.")
 
     preset: str | None = setting(
-        None, "Named settings to start from: 'mini' for the bundled model, 'paper' for others.", section="Training"
+        None,
+        "Named settings to start from: 'mini' for the bundled model, 'lean' for others; 'paper' probes at every step.",
+        section="Training",
     )
     train_batch_size: int = setting(2, "Pictures in one forward pass of training.", COUNT)
     gradient_accumulation_steps: int = setting(1, "Forward passes in one step.", COUNT)

@@ -47,7 +47,7 @@ OWN = {
 
 
 @pytest.mark.parametrize("method", CONFIGS)
-@pytest.mark.parametrize("name", ["paper", "mini"])
+@pytest.mark.parametrize("name", ["paper", "lean", "mini"])
 def test_every_preset_gives_settings_that_can_be_run(name: str, method: str) -> None:
     config = configure({"preset": name, "instance_data_dir": "pictures", **OWN[method]}, method)
     assert isinstance(config, CONFIGS[method])
@@ -76,11 +76,20 @@ def test_the_papers_settings_of_the_other_methods(method: str, published: dict[s
     assert settings("paper", method).items() >= {**published, **shared}.items()
 
 
-def test_the_bundled_model_has_its_own_preset_and_any_other_the_papers() -> None:
+def test_the_bundled_model_has_its_own_preset_and_any_other_the_papers_probed_less() -> None:
     assert configure({}).preset == "mini"
-    assert configure({"pretrained_model_name_or_path": "owner/model"}).preset == "paper"
+    assert configure({"pretrained_model_name_or_path": "owner/model"}).preset == "lean"
     assert configure({"pretrained_model_name_or_path": "owner/model", "preset": "mini"}).resolution == 64
     assert configure({"preset": "paper"}).resolution == 512
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_lean_is_the_papers_but_for_a_cadence_that_leaves_a_window_enough(method: str) -> None:
+    paper, lean = settings("paper", method), settings("lean", method)
+    assert {name for name in paper if lean[name] != paper[name]} == {"probe_every"}
+    assert lean.keys() == paper.keys()
+    assert paper["probe_every"] == 1
+    assert lean["window"] // lean["probe_every"] >= 9
 
 
 def test_what_is_given_overrides_the_preset_and_the_rest_keeps_its_default() -> None:
@@ -91,7 +100,7 @@ def test_what_is_given_overrides_the_preset_and_the_rest_keeps_its_default() -> 
 
 
 def test_an_unknown_preset_is_refused_with_the_nearest() -> None:
-    with pytest.raises(RefusedInput, match="preset must be one of mini, paper, got 'papr': try paper"):
+    with pytest.raises(RefusedInput, match="preset must be one of lean, mini, paper, got 'papr': try paper"):
         configure({"preset": "papr"})
 
 

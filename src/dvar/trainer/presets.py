@@ -1,13 +1,14 @@
 """Named settings, as one table: the value of each, where it comes from, and the number it is expected to lead to.
 
-The paper's values are the defaults of the settings classes; the table says where each was published.
+The paper's values are the defaults of the settings classes; the table says where each was published.  Other models than
+the bundled one start from "lean", the paper's settings with a probe that costs little.
 ``configure`` puts a preset under what was given.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def _mini(setting: str, value: Any, source: str, expected: str = "", *, method: 
     return Row("mini", method, setting, value, source, expected)
 
 
-TABLE = (
+_PAPER_AND_MINI = (
     _paper("window", "Section 3.3", "stops at 566.0 ± 141.5 steps, mean over 48 concepts (Table 1)"),
     _paper("threshold", "Section 3.3", "Train CLIP img 0.795 ± 0.067, Val CLIP txt 0.227 ± 0.024 (Table 1)"),
     _paper("eval_batch_size", "Section 3.2; the released code's default is 4"),
@@ -64,6 +65,7 @@ TABLE = (
     _mini("max_train_steps", 1500, "four minutes on two cores; ten at most"),
     _mini("window", 200, "the cap is a quarter of the paper's", "a straight line stops at step 517"),
     _mini("threshold", 0.15, "the paper's"),
+    _mini("probe_every", 10, "under a tenth of the time on two cores (docs/performance.md)"),
     _mini("validation_steps", 100, "fifteen sets of samples up to the cap"),
     _mini("num_validation_images", 4, "half the paper's, for time"),
     _mini("checkpointing_steps", 100, "a checkpoint costs milliseconds at this size"),
@@ -92,6 +94,7 @@ TABLE = (
     _mini("max_train_steps", 600, "minutes on two cores; not tuned yet", method=LORA),
     _mini("window", 240, "the paper's share of the cap, nearly; not tuned yet", "a straight line: 379", method=LORA),
     _mini("threshold", 0.4, "the paper's", method=LORA),
+    _mini("probe_every", 10, "under a tenth of the time on two cores (docs/performance.md)", method=LORA),
     _mini("validation_steps", 100, "the paper's", method=LORA),
     _mini("num_validation_images", 4, "half the paper's, for time", method=LORA),
     _mini("checkpointing_steps", 100, "a checkpoint costs milliseconds at this size", method=LORA),
@@ -126,11 +129,26 @@ TABLE = (
     _mini("threshold", 0.15, "the paper's", method=CUSTOM),
     _mini("random_rescale", False, "the picture book's captions know no zoom", method=CUSTOM),
     _mini("num_class_images", 64, "a third of the paper's, for time", method=CUSTOM),
+    _mini("probe_every", 10, "under a tenth of the time on two cores (docs/performance.md)", method=CUSTOM),
     _mini("validation_steps", 100, "the paper's", method=CUSTOM),
     _mini("num_validation_images", 4, "half the paper's, for time", method=CUSTOM),
     _mini("checkpointing_steps", 100, "a checkpoint costs milliseconds at this size", method=CUSTOM),
     _mini("num_inference_steps", 25, "half the paper's, for time", method=CUSTOM),
     _mini("guidance_scale", 5.0, "as for Textual Inversion", method=CUSTOM),
+)
+
+LEAN = {TI: 30, LORA: 40, CUSTOM: 20}
+"""Steps between two evaluations, such that by counts of forward passes they take about a twentieth of the time, and a
+window holds nine or more."""
+TABLE = (
+    *_PAPER_AND_MINI,
+    *(
+        replace(row, name="lean", value=LEAN[row.method], source="about a twentieth of the time, by forward passes")
+        if row.setting == "probe_every"
+        else replace(row, name="lean")
+        for row in _PAPER_AND_MINI
+        if row.name == "paper"
+    ),
 )
 
 
@@ -148,13 +166,14 @@ def settings(name: str, method: str = TI) -> dict[str, Any]:
 def configure(given: Mapping[str, Any], method: str = TI) -> AnyConfig:
     """All settings of a run of ``method``: what was ``given`` (paths may be `Path`), over preset, over defaults.
 
-    Without a ``preset`` among the given it is 'mini' for the bundled model and 'paper' for any other; the result keeps
-    its name.  Ranges are not checked here (`dvar.config.settings_problems`).
+    Without a ``preset`` among the given it is 'mini' for the bundled model and 'lean' for any other, which is 'paper'
+    with a probe every so many steps; the result keeps its name.  Ranges are not checked here
+    (`dvar.config.settings_problems`).
 
     Raises: `RefusedInput` for unknown settings and unknown presets.
     """
     known = CONFIGS[method]
     named = canonical({key: str(value) if isinstance(value, Path) else value for key, value in given.items()}, known)
     model = named.get("pretrained_model_name_or_path", BUNDLED_MODEL)
-    name = named.get("preset") or ("mini" if model == BUNDLED_MODEL else "paper")
+    name = named.get("preset") or ("mini" if model == BUNDLED_MODEL else "lean")
     return known(**{**settings(name, method), **named, "preset": name})
