@@ -129,7 +129,7 @@ def _with_flags_of(settings: type[AnySettings]) -> Callable[[Callable[..., int]]
 def textual_inversion(*, config: Path | None = None, **given: Any) -> int:
     """Learn a new word for the subject of some pictures; stop by DVAR or at the cap.
 
-    Defaults shown are the paper's; the bundled model has a preset of its own.
+    Defaults shown are the paper's; preset 'mini' (bundled model) or 'lean' (others: a cheaper probe) comes over them.
     A settings file overrides a preset, and a flag overrides both.
 
     Parameters
@@ -146,8 +146,9 @@ def dreambooth_lora(*, config: Path | None = None, **given: Any) -> int:
     """Learn a low-rank change of the U-Net for the subject of some pictures, and a new word where one is given.
 
     Training stops by DVAR or at the cap.  With --placeholder_token a new word is learned too, as in the paper; with
-    --instance_prompt alone it is diffusers' DreamBooth-LoRA.  Defaults shown are the paper's; the bundled model has a
-    preset of its own.  A settings file overrides a preset, and a flag overrides both.
+    --instance_prompt alone it is diffusers' DreamBooth-LoRA.
+    Defaults shown are the paper's; preset 'mini' (bundled model) or 'lean' (others: a cheaper probe) comes over them.
+    A settings file overrides a preset, and a flag overrides both.
 
     Parameters
     ----------
@@ -163,7 +164,7 @@ def custom_diffusion(*, config: Path | None = None, **given: Any) -> int:
     """Learn a new word and new cross-attention for the subject of some pictures; stop by DVAR or at the cap.
 
     Pictures of its class keep the class from drifting; the model draws them before training unless a folder is given.
-    Defaults shown are the paper's; the bundled model has a preset of its own.
+    Defaults shown are the paper's; preset 'mini' (bundled model) or 'lean' (others: a cheaper probe) comes over them.
     A settings file overrides a preset, and a flag overrides both.
 
     Parameters
