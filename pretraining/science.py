@@ -4,8 +4,8 @@
 from stopping, and scores pictures at steps spread over the run, or with ``--shares 1`` at the cap alone.  A run that
 is there is not made again, but gets the pictures it lacks; ``score`` reads kept pictures anew, when the judges have
 changed.  ``compare`` shows what settings are chosen by: the recogniser at the cap, nothing else.  ``freeze`` writes
-what was chosen to ``frozen.json``, as hashes, and ``judge``,
-which comes after, says for which methods rules may be ranked.
+what was chosen to ``frozen.json``, as hashes, and ``judge``, which comes after, says for which methods rules may be
+ranked.
 """
 
 from __future__ import annotations
@@ -239,10 +239,10 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("action", choices=("train", "score", "compare", "freeze", "judge"))
     parser.add_argument("--method", default="textual-inversion")
-    parser.add_argument("--learning_rates", type=float, nargs="+", default=[])
+    parser.add_argument("--learning_rates", type=float, nargs="+", help="the preset's by default")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--concepts", nargs="+", default=mini.TUNING)
-    parser.add_argument("--steps", type=int, default=1500, help="the cap")
+    parser.add_argument("--steps", type=int, help="the cap, the preset's by default")
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of the cap, at which to score")
     parser.add_argument("--threads", type=int, default=1)
     chosen = parser.parse_args()
@@ -251,10 +251,10 @@ def main() -> None:
         FROZEN.write_text(json.dumps(frozen(), indent=1) + "\n")
         print(FROZEN.read_text(), end="")
         return
-    for rate in chosen.learning_rates:
-        trials = [
-            Trial(chosen.method, name, rate, seed, chosen.steps) for seed in chosen.seeds for name in chosen.concepts
-        ]
+    preset = settings("mini", chosen.method)
+    steps = chosen.steps or preset["max_train_steps"]
+    for rate in chosen.learning_rates or [preset["learning_rate"]]:
+        trials = [Trial(chosen.method, name, rate, seed, steps) for seed in chosen.seeds for name in chosen.concepts]
         if chosen.action == "train":
             for trial in trials:
                 train(trial, chosen.shares)
@@ -267,6 +267,7 @@ def main() -> None:
             continue
         runs = [trial.folder for trial in whole]
         if not runs:
+            print(f"{chosen.method}, learning rate {rate:g}, cap {steps}: no run was scored, train first")
             continue
         if chosen.action == "compare":
             shown = {f"{part} {key}": curve(runs, part, key)[-1] for part, key in AT_THE_CAP}

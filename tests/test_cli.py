@@ -194,11 +194,11 @@ def test_a_file_may_name_the_preset_and_a_flag_another(asked: list[TextualInvers
         ([*TRAIN, "--train_data_dir", "a", "--instance_data_dir", "b"], "specified multiple times"),
         ([*TRAIN, "pictures"], "pictures"),
         ([*TRAIN, "--config", "nowhere.toml"], "settings file nowhere.toml"),
-        ([*TRAIN, "--preset", "papr"], "preset must be one of mini, paper, got 'papr': try paper"),
+        ([*TRAIN, "--preset", "papr"], "preset must be one of lean, mini, paper, got 'papr': try paper"),
         (["train", "dreambooth"], "dreambooth-lora"),
         (["train", "textual-inversion", "--rank", "4"], "unknown flag --rank"),
         (["train", "custom-diffusion", "--class_nown", "mug"], "the nearest known one is --class_noun"),
-        (["train", "dreambooth-lora", "--preset", "papr"], "preset must be one of mini, paper, got 'papr': try paper"),
+        (["train", "dreambooth-lora", "--preset", "papr"], "must be one of lean, mini, paper, got 'papr': try paper"),
         (["generat"], 'Did you mean "generate"?'),
         (["generate"], "RUN"),
         (["generate", "run"], "--prompt"),
@@ -325,8 +325,17 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     words = (
         *(*TRAIN, "--pretrained-model-name-or-path", str(tiny_pipeline(place / "model"))),
         *("--train_data_dir", str(pictures), "--initializer_token", "mug", "--output_dir", str(place / "my run")),
-        *("--resolution", "32", "--max_train_steps", "12", "--window", "8", "--checkpointing_steps", "6"),
-        *("--validation_steps", "12", "--num_validation_images", "1", "--num_inference_steps", "2"),
+        *("--resolution", "32", "--max_train_steps", "12", "--window", "8", "--probe_every", "1"),
+        *(
+            "--checkpointing_steps",
+            "6",
+            "--validation_steps",
+            "12",
+            "--num_validation_images",
+            "1",
+            "--num_inference_steps",
+            "2",
+        ),
     )
     return Trained(place / "my run", dvar(*words), words)
 
@@ -349,8 +358,9 @@ def test_a_run_ends_with_its_verdict_and_says_where_to_look(trained: Trained) ->
 
 
 def test_a_run_into_a_log_leaves_plain_lines(trained: Trained) -> None:
-    lines = [line for line in trained.told.err.splitlines() if line.startswith("step")]
-    assert len(lines) == len(trained.told.err.splitlines()) - 1, "and one line before, while it loads"
+    before, lines = trained.told.err.splitlines()[:2], trained.told.err.splitlines()[2:]
+    assert [line[:14] for line in before] == ["dvar: loading ", "dvar: about 2."], "what it loads, and how much memory"
+    assert all(line.startswith("step") for line in lines)
     assert "\x1b" not in trained.told.err
     assert lines[0].startswith("step  0/12  L_det ")
 
