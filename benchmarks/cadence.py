@@ -100,6 +100,7 @@ def table(folder: Path) -> list[dict[str, Any]]:
                 both = [(a, b) for a, b in zip(stops, every, strict=True) if a and b]
                 off = [a / b - 1 for a, b in both]
                 fits = [-0.02 * b <= a - b <= max(0.02 * b, cadence) for a, b in both]
+                fits += [a == b for a, b in zip(stops, every, strict=True) if not (a and b)]  # both ran to the cap
                 probe = eight * count / 8 / cadence
                 rows.append(
                     {

@@ -404,6 +404,16 @@ def test_generate_goes_into_the_run_by_default_with_its_settings(trained: Traine
     assert told.out.splitlines() == [str(trained.folder / "generated" / "00.png")]
 
 
+def test_generate_draws_by_another_scheduler_and_lists_it(trained: Trained, tmp_path: Path) -> None:
+    words = ["generate", trained.folder, "--prompt", "<thing>", "--num_images", "1", "--output", tmp_path]
+    assert dvar(*words).status == 0
+    assert dvar(*words, "--scheduler", "DPMSolverMultistepScheduler").status == 0
+    assert (tmp_path / "00.png").read_bytes() != (tmp_path / "01.png").read_bytes()
+    listed = [json.loads(line) for line in (tmp_path / "drawings.jsonl").read_text().splitlines()]
+    assert [item["scheduler"] for item in listed] == ["model", "DPMSolverMultistepScheduler"]
+    assert "DPMSolverMultistepScheduler" in dvar(*words, "--scheduler", "dpm").err
+
+
 # --- replay ---------------------------------------------------------------------------------------------------------
 
 

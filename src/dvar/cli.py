@@ -22,6 +22,7 @@ from dvar.config import (
     DreamBoothLoraConfig,
     ReplayConfig,
     ReproduceConfig,
+    Sampler,
     SurveyBuildConfig,
     SurveyScoreConfig,
     SurveyServeConfig,
@@ -185,6 +186,7 @@ def generate(
     seed: Annotated[NonNegativeInt, Parameter(converter=_whole)] = 0,
     guidance_scale: NonNegativeFloat | None = None,
     num_inference_steps: Annotated[PositiveInt | None, Parameter(converter=_whole)] = None,
+    scheduler: Sampler | None = None,
     output: Path | None = None,
 ) -> int:
     """Draw pictures of a learned word.
@@ -203,6 +205,8 @@ def generate(
         Classifier-free guidance; the run's own by default.
     num_inference_steps
         Denoising steps; the run's own by default.
+    scheduler
+        Scheduler that draws; the run's own by default.
     output
         Folder for the pictures; "generated" in the run's folder by default.
     """
@@ -216,6 +220,7 @@ def generate(
         folder=output,
         guidance_scale=guidance_scale,
         num_inference_steps=num_inference_steps,
+        scheduler=scheduler,
     )
     for drawing in drawn:
         print(drawing.path)

@@ -21,6 +21,8 @@ from urllib.parse import urlsplit
 from dvar.errors import RefusedInput
 
 BUNDLED_MODEL = "mini"
+Sampler = Literal["model", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DDIMScheduler"]
+"""Schedulers of diffusers that pictures can be drawn by, beside the model's own."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,9 @@ class Settings:
     num_validation_images: int = setting(8, "Pictures in a set of samples.", COUNT)
     num_inference_steps: int = setting(50, "Denoising steps of a sample picture.", COUNT)
     guidance_scale: float = setting(7.5, "Classifier-free guidance of the sample pictures.", NOT_NEGATIVE)
+    validation_scheduler: Sampler = setting(  # noqa: RUF009 (an alias hides that it cannot change)
+        "model", "What draws them: the model's own scheduler, or one that needs fewer steps, say 20."
+    )
 
     checkpointing_steps: int = setting(500, "Steps between two checkpoints.", COUNT, section="The run")
     checkpoints_total_limit: int | None = setting(None, "Newest checkpoints to keep; all of them by default.", COUNT)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
 
 from dvar.diffusion.backbone import Backbone
@@ -23,6 +23,18 @@ def test_pictures_are_those_of_the_stock_pipeline(tiny_model: Path) -> None:
     for ours, theirs in zip(drawn, expected, strict=True):
         assert np.array_equal(ours, theirs)
     assert not np.array_equal(*drawn)
+
+
+def test_another_scheduler_draws_as_a_stock_pipeline_with_it_does(tiny_model: Path) -> None:
+    stock = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
+    stock.set_progress_bar_config(disable=True)
+    stock.scheduler = DPMSolverMultistepScheduler.from_config(stock.scheduler.config)
+    expected = stock("a mug", generator=torch.Generator().manual_seed(1), height=32, width=32, num_inference_steps=3)
+    backbone = Backbone.load(tiny_model, device="cpu")
+    how = {"size": 32, "steps": 3}
+    (drawn,) = sample(backbone, ["a mug"], [1], **how, scheduler="DPMSolverMultistepScheduler")
+    assert np.array_equal(drawn, expected.images[0])
+    assert not np.array_equal(drawn, sample(backbone, ["a mug"], [1], **how)[0])
 
 
 def test_sampling_leaves_no_trace(tiny_model: Path) -> None:

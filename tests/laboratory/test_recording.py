@@ -258,6 +258,17 @@ def test_an_interrupted_recording_that_lost_something_is_made_anew(
     assert scores_to_go_on_from(recording) is None
 
 
+def test_a_recording_from_before_a_setting_existed_was_made_under_its_default(
+    one: Make, copied: Callable[[str], Path]
+) -> None:
+    folder = copied("textual-inversion")
+    facts = json.loads((folder / "recording.json").read_text())
+    del facts["settings"]["validation_scheduler"]
+    (folder / "recording.json").write_text(json.dumps(facts))
+    assert one().foreign() == ""
+    assert "another settings" in one(settings={"validation_scheduler": "DDIMScheduler"}).foreign()
+
+
 def test_what_is_not_this_recording_is_left_alone(one: Make, copied: Callable[[str], Path]) -> None:
     folder = copied("textual-inversion")
     before = contents(folder)

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from dvar.config import Sampler
 from dvar.diffusion.objective import Schedule
 from dvar.diffusion.tokens import check_make
 from dvar.errors import ModelError
@@ -116,14 +117,15 @@ class Backbone:
             self.vae.config.scaling_factor,
         )
 
-    def pipeline(self) -> diffusers.StableDiffusionPipeline:
-        """Return a stock pipeline of these very networks, with a scheduler of its own."""
+    def pipeline(self, scheduler: Sampler = "model") -> diffusers.StableDiffusionPipeline:
+        """Return a stock pipeline of these very networks, with a scheduler of its own kind or of the named one."""
+        sampler = type(self.scheduler) if scheduler == "model" else getattr(diffusers, scheduler)
         pipeline = diffusers.StableDiffusionPipeline(
             vae=self.vae,
             text_encoder=self.text_encoder,
             tokenizer=self.tokenizer,
             unet=self.unet,
-            scheduler=type(self.scheduler).from_config(self.scheduler.config),
+            scheduler=sampler.from_config(self.scheduler.config),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,

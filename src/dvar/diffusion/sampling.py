@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from dvar.config import Sampler
 from dvar.diffusion.backbone import Backbone
 from dvar.stopper.probe import undisturbed
 
@@ -28,12 +29,14 @@ def sample(
     size: int,
     steps: int = 50,
     guidance: float = 7.5,
+    scheduler: Sampler = "model",
     interrupted: Callable[[], bool] = lambda: False,
 ) -> list[Image.Image]:
     """Return one RGB picture of ``size`` pixels a side for each prompt, its noise drawn on the CPU from its own seed.
 
-    ``steps`` of the model's own sampler under classifier-free guidance of weight ``guidance`` (1 or less: none).  Any
-    stock pipeline of the same model draws the same picture from ``generator=torch.Generator().manual_seed(seed)``.
+    ``steps`` of ``scheduler``, by default the model's own, under classifier-free guidance of weight ``guidance`` (1 or
+    less: none).  A stock pipeline of the same model and scheduler draws the same picture from
+    ``generator=torch.Generator().manual_seed(seed)``.
     Neither a train or eval flag nor a global random state is changed.  ``interrupted`` is asked after each step.
 
     Raises: Abandoned when it says so.
@@ -46,7 +49,7 @@ def sample(
             raise Abandoned
         return {}
 
-    pipeline = backbone.pipeline()
+    pipeline = backbone.pipeline(scheduler)
     pictures: list[Image.Image] = []
     with undisturbed(backbone.modules), backbone.autocast():
         for first in range(0, len(prompts), BATCH):

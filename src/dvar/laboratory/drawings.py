@@ -10,6 +10,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dvar.config import Sampler
 from dvar.errors import RefusedInput
 from dvar.laboratory.runs import Run
 
@@ -21,7 +22,7 @@ GENERATED, LIST = "generated", "drawings.jsonl"
 
 @dataclass(frozen=True)
 class Drawing:
-    """One picture: equal prompt, seed, steps and guidance start it from equal noise, whatever the run."""
+    """One picture: equal prompt, seed and manner start it from equal noise, whatever the run."""
 
     path: Path
     prompt: str
@@ -30,6 +31,12 @@ class Drawing:
     guidance_scale: float
     result: str = ""
     """Which result drew it: a run that was trained anew in its folder disowns the pictures of the one before."""
+    scheduler: Sampler = "model"
+
+    @property
+    def manner(self) -> tuple[int, float, Sampler]:
+        """Steps, guidance and scheduler."""
+        return self.num_inference_steps, self.guidance_scale, self.scheduler
 
 
 def drawings(run: Run) -> tuple[Drawing, ...]:
@@ -38,9 +45,10 @@ def drawings(run: Run) -> tuple[Drawing, ...]:
     Raises: RefusedInput when the list of the generated pictures is damaged.
     """
     sampled = run.samples.get(run.exported_step, ()) if run.exported_step is not None else ()
-    way = run.settings.num_inference_steps, float(run.settings.guidance_scale)
+    config = run.settings
+    steps, guidance, scheduler = config.num_inference_steps, float(config.guidance_scale), config.validation_scheduler
     found = [
-        Drawing(path, str(item["prompt"]), int(item["seed"]), *way)
+        Drawing(path, str(item["prompt"]), int(item["seed"]), steps, guidance, scheduler=scheduler)
         for path, item in zip(sampled, run.prompts, strict=False)
     ]
     listed = run.folder / GENERATED / LIST
@@ -62,11 +70,12 @@ def draw(
     folder: Path | None = None,
     guidance_scale: float | None = None,
     num_inference_steps: int | None = None,
+    scheduler: Sampler | None = None,
 ) -> tuple[Drawing, ...]:
     """Return one new picture for each prompt and seed, drawn by a finished run's model and listed beside it.
 
-    They go to "generated" in the run's folder unless another is given; what is there already is kept. Steps and
-    guidance are the run's own unless given.
+    They go to "generated" in the run's folder unless another is given; what is there already is kept. Steps,
+    guidance and scheduler are the run's own unless given.
 
     Raises: RefusedInput when the run has not finished; ModelError when its model cannot be loaded.
     """
@@ -76,14 +85,17 @@ def draw(
     backbone: Backbone = personalised(run.folder)
     steps = num_inference_steps or run.settings.num_inference_steps
     guidance = float(run.settings.guidance_scale if guidance_scale is None else guidance_scale)
-    drawn = sample(backbone, prompts, seeds, size=run.settings.resolution, steps=steps, guidance=guidance)
+    way = scheduler or run.settings.validation_scheduler
+    drawn = sample(
+        backbone, prompts, seeds, size=run.settings.resolution, steps=steps, guidance=guidance, scheduler=way
+    )
     folder = folder or run.folder / GENERATED
     folder.mkdir(parents=True, exist_ok=True)
     found = []
     for picture, prompt, seed in zip(drawn, prompts, seeds, strict=True):
         path = next(path for number in count() if not (path := folder / f"{number:02d}.png").exists())
         picture.save(path)
-        found.append(Drawing(path, prompt, seed, steps, guidance, _result(run)))
+        found.append(Drawing(path, prompt, seed, steps, guidance, _result(run), way))
     _list(folder / LIST, found)
     return tuple(found)
 

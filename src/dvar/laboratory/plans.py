@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from dvar import mini
-from dvar.config import BUNDLED_MODEL, CONFIGS, AnyConfig, CustomDiffusionConfig, nearest, written
+from dvar.config import BUNDLED_MODEL, CONFIGS, AnyConfig, CustomDiffusionConfig, nearest, restored, written
 from dvar.errors import RefusedInput
 from dvar.laboratory.metrics import Pairing
 from dvar.laboratory.records import digest
@@ -175,8 +175,7 @@ class Recording:
     @property
     def facts(self) -> dict[str, Any]:
         """What must be the same for a record to be this one: all but where it is kept and how it is computed."""
-        unasked = _ELSEWHERE + _WATCHED
-        config = {name: value for name, value in written(self.config).items() if name not in unasked}
+        config = _asked(self.config)
         judged = {"clip": self.clip, "dino": self.dino, "pairing": self.pairing, "noun": self.noun}
         weights = {"weights": _bundled_weights()} if BUNDLED_MODEL in (self.model, self.clip or BUNDLED_MODEL) else {}
         plan = {"plan": self.plan, **PLANS[self.plan].facts}
@@ -188,6 +187,7 @@ class Recording:
         if found is None:
             there = (self.folder / "config.json").exists()
             return f"{self.folder} holds a run that was not recorded: name another --records" if there else ""
+        found |= {"settings": _asked(restored(found.get("settings", {})))}  # one that is new here had its default then
         differing = [name for name, value in self.facts.items() if found.get(name) != value]
         said = f"{self.folder} was recorded under another {', '.join(differing)}"
         return f"{said}: name another --records, or remove it" if differing else ""
@@ -211,6 +211,11 @@ class Recording:
             said = f"{self.pictures} holds one picture, and a concept that is scored needs two or more"
             raise RefusedInput([f"{said}: a likeness to one picture rewards its background"])
         return concept
+
+
+def _asked(config: AnyConfig) -> dict[str, Any]:
+    """The settings that make a record another record."""
+    return {name: value for name, value in written(config).items() if name not in _ELSEWHERE + _WATCHED}
 
 
 def concept_folders(folder: str | None = None) -> dict[str, Path]:

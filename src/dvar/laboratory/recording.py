@@ -140,8 +140,16 @@ class Recorder:
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         """Return the pictures of these prompts by the model as it stands."""
-        size, guidance = self.job.config.resolution, self.job.config.guidance_scale
-        return sample(self.job.backbone, prompts, seeds, size=size, steps=self.steps, guidance=guidance)
+        config = self.job.config
+        return sample(
+            self.job.backbone,
+            prompts,
+            seeds,
+            size=config.resolution,
+            steps=self.steps,
+            guidance=config.guidance_scale,
+            scheduler=config.validation_scheduler,
+        )
 
     def _add(self, name: str, series: Callable[[int], dict[str, Any]], timesteps: Tensor | None = None) -> None:
         self._series[name] = series

@@ -167,6 +167,7 @@ class Job:
             size=config.resolution,
             steps=config.num_inference_steps,
             guidance=config.guidance_scale,
+            scheduler=config.validation_scheduler,
             interrupted=interrupted,
         )
 

@@ -38,5 +38,6 @@ def with_pictures(config: AnyConfig, classes: Sequence[Class], backbone: Backbon
             size=config.resolution,
             steps=config.num_inference_steps,
             guidance=config.guidance_scale,
+            scheduler=config.validation_scheduler,
         )
         yield replace(known, pictures=tuple(Image.open(path).convert("RGB") for path in drawn))

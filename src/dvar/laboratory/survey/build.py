@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from dvar.config import SurveyBuildConfig
+from dvar.config import Sampler, SurveyBuildConfig
 from dvar.errors import RefusedInput
 from dvar.laboratory.drawings import Drawing, draw, drawings
 from dvar.laboratory.runs import Run
@@ -273,12 +273,11 @@ def _scenes(config: SurveyBuildConfig) -> Sequence[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-def _alike(run: Run) -> Mapping[tuple[str, int, int, float], Drawing]:
+def _alike(run: Run) -> Mapping[tuple[str, int, tuple[int, float, Sampler]], Drawing]:
     """What a run drew by all that must be equal in a pair; of two alike the first."""
-    found = dict[tuple[str, int, int, float], Drawing]()
+    found = dict[tuple[str, int, tuple[int, float, Sampler]], Drawing]()
     for drawing in drawings(run):
-        same = _pattern(drawing.prompt, run), drawing.seed, drawing.num_inference_steps, drawing.guidance_scale
-        found.setdefault(same, drawing)
+        found.setdefault((_pattern(drawing.prompt, run), drawing.seed, drawing.manner), drawing)
     return found
 
 
