@@ -25,7 +25,7 @@ from reference import Reference
 from dvar import mini
 from dvar.config import BUNDLED_MODEL, CONFIGS, AnyConfig
 from dvar.diffusion.backbone import Backbone
-from dvar.trainer.concept import model_path
+from dvar.trainer.checks import model_path
 from dvar.trainer.presets import configure
 from dvar.trainer.run import prepared
 

@@ -9,7 +9,7 @@ import pytest
 
 from dvar.config import CONFIGS, TextualInversionConfig, settings_problems
 from dvar.errors import RefusedInput
-from dvar.trainer.concept import rule_problems
+from dvar.trainer.checks import rule_problems
 from dvar.trainer.presets import TABLE, configure, settings
 
 

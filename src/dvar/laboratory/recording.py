@@ -51,7 +51,8 @@ from dvar.stopper.trace import Trace
 from dvar.stopper.verdict import Reason
 from dvar.trainer.artifacts import write_json, write_weights
 from dvar.trainer.checkpoint import Checkpoint, latest, saved
-from dvar.trainer.concept import CLASS_PICTURES, Concept, model_path
+from dvar.trainer.checks import CLASS_PICTURES, model_path
+from dvar.trainer.concept import Concept
 from dvar.trainer.examples import encoded
 from dvar.trainer.job import Job, assembled
 from dvar.trainer.loop import Step, Stopwatch

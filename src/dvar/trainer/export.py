@@ -17,7 +17,7 @@ from dvar.config import AnyConfig
 from dvar.diffusion.backbone import Backbone
 from dvar.errors import RefusedInput
 from dvar.trainer.artifacts import public_name, write_weights, write_whole
-from dvar.trainer.concept import model_path
+from dvar.trainer.checks import model_path
 from dvar.trainer.loading import ATTENTION, EMBEDS, LORA, kind
 from dvar.trainer.run import finished
 

@@ -12,7 +12,8 @@ from dvar.config import AnyConfig, TextualInversionConfig
 from dvar.diffusion.backbone import Backbone
 from dvar.diffusion.randomness import seed_for
 from dvar.diffusion.sampling import sample_into
-from dvar.trainer.concept import CLASS_PICTURES, Class
+from dvar.trainer.checks import CLASS_PICTURES
+from dvar.trainer.concept import Class
 
 
 def with_pictures(config: AnyConfig, classes: Sequence[Class], backbone: Backbone) -> Iterator[Class]:

@@ -26,7 +26,8 @@ from dvar.errors import CheckpointError, OutOfResources, RefusedInput
 from dvar.stopper.verdict import Reason
 from dvar.trainer.artifacts import RESULT
 from dvar.trainer.checkpoint import Checkpoint, latest
-from dvar.trainer.concept import WRITTEN, Concept, model_path, read_concept, tokenizer_of
+from dvar.trainer.checks import WRITTEN, model_path
+from dvar.trainer.concept import Concept, read_concept, tokenizer_of
 from dvar.trainer.initialisation import clip_of, first_words
 from dvar.trainer.job import Job, Result, assembled, digest_of
 from dvar.trainer.loop import Step

@@ -17,7 +17,7 @@ from dvar.laboratory.quality import REPORT, Climb, half, score
 from dvar.laboratory.records import Part, Record
 from dvar.laboratory.sweeps import laboratory_concepts
 from dvar.laboratory.trials import Bench
-from dvar.trainer.concept import INITIALIZER
+from dvar.trainer.checks import INITIALIZER
 
 USUAL = "class noun"
 STARTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
