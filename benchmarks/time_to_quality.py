@@ -49,7 +49,7 @@ def trained(method: str, concept: str, flags: list[str], folder: Path) -> dict[s
         personalised(folder), prompts, FRESH, size=config.resolution, steps=config.num_inference_steps,
         guidance=config.guidance_scale,
     )  # fmt: skip
-    clip = Clip.bundled()
+    clip = Clip.scoring()
     references = [Image.open(path) for path in sorted((folder / "references").glob("*.png"))]
     score = float(similarity(clip.pictures(drawn), clip.pictures(references)).mean())
     parts = {name: round(value, 1) for name, value in result["seconds"].items()}

@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import runpy
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -226,6 +227,9 @@ def test_information_by_hand() -> None:
     noisy = information(steps, 1.0 - 0.5 * (steps >= 1000) + 0.1 * random.standard_normal(2000))
     assert noisy.ratio == pytest.approx(5, rel=0.1)
     assert noisy.steps_to_detect == pytest.approx(2, rel=0.2)  # 2 (5 / 5)^2
+    assert noisy.steps_told == "2"
+    assert information(steps, np.linspace(0, 1, 2000)).steps_told == "never"
+    assert replace(noisy, gain=1e-3).steps_told == "over 10000"
     assert information(steps, np.linspace(0, 1, 2000)).ratio == 0
     assert information(steps, np.linspace(0, 1, 2000)).steps_to_detect == np.inf
     assert information(5 * steps, 1.0 - steps / 2000).steps_to_detect == 5  # one record, at its cadence

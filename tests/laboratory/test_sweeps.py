@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from dvar.laboratory import sweeps
 from dvar.laboratory.plans import PLANS, Recording, expected_seconds, facts_of
 from dvar.laboratory.recording import unit_seconds
 from dvar.laboratory.records import Record, Shelf
-from dvar.laboratory.sweeps import Row, check, described, grid, slots, standing, sweep, table
+from dvar.laboratory.sweeps import Row, check, described, grid, recorded, slots, standing, sweep, table
 from dvar.testing import tiny_clip, tiny_concept
 
 SETTINGS: dict[str, Any] = {
@@ -101,6 +102,23 @@ def test_a_run_that_fails_is_a_row_with_its_reason_and_is_tried_again(
     assert "failed  the loss was not finite" in lines[0]
     sweep(runs, workers=2)
     assert (runs[0].folder / "ran").read_text() == "xx"
+
+
+def test_prices_of_work_are_measured_before_a_sweep_and_kept_with_its_records(
+    base: Recording, tmp_path: Path, processes: dict[str, str]
+) -> None:
+    run, told = replace(base, records=str(tmp_path)), list[str]()
+    processes |= {run.name: fake(run, 1)}
+    recorded([run], told.append, only_estimate=True)
+    assert not (tmp_path / "seconds.json").exists()
+    recorded([run], told.append)
+    prices = json.loads((tmp_path / "seconds.json").read_text())
+    assert prices.keys() == {"textual-inversion"}
+    assert prices["textual-inversion"].keys() == {"start_up", "train", "forward", "picture"}
+    (tmp_path / "seconds.json").write_text('{"textual-inversion": {"train": 1.0}, "dreambooth-lora": {"train": 2.0}}')
+    recorded([run], told.append)
+    kept = json.loads((tmp_path / "seconds.json").read_text())
+    assert kept == {"textual-inversion": {"train": 1.0}, "dreambooth-lora": {"train": 2.0}}
 
 
 def test_an_interrupted_sweep_asks_its_runs_to_save_and_starts_no_more(

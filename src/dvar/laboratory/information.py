@@ -10,6 +10,8 @@ from numpy.typing import ArrayLike
 
 CLEAR = 5.0
 """Standard errors from which a fall counts as seen."""
+MANY = 10_000
+"""Steps from which a count says no more than that there are too many."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,12 @@ class Information:
         if not self.ratio:
             return math.inf
         return max(1.0, 2 * (CLEAR / self.ratio) ** 2) * self.cadence
+
+    @property
+    def steps_told(self) -> str:
+        """The same for a table; a number that no run comes near is only said to be large."""
+        steps = self.steps_to_detect
+        return "never" if math.isinf(steps) else f"{steps:.0f}" if steps < MANY else f"over {MANY}"
 
 
 def information(steps: ArrayLike, values: ArrayLike) -> Information:

@@ -10,7 +10,7 @@ what every run leaves it holds ``scores.json`` and, written last, ``done.json`` 
 - ``scores.json``: {"header": what scored how, "rows": [{"step", "train": {metric: [one per picture]}, "validation":
   the same, "seconds"}]}.
 - ``seconds.json``, in RECORDS itself and optional: method -> {unit: median seconds on an idle machine}; units as in
-  `Record.seconds`.
+  `Record.seconds`, and ``start_up``, all before the first step.  A sweep measures them before its first run.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from dvar.stopper.trace import Trace
 Floats = NDArray[np.float64]
 Steps = NDArray[np.int64]
 Part = Literal["train", "validation"]
+SECONDS = "seconds.json"
 HELD = "eval"
 PAIRED = "paired"
 """The series ``fresh`` minus ``frozen``: the same draws seen by both models."""
@@ -210,7 +211,7 @@ class Shelf:
                     "record some, or name another --records"
                 ]
             )
-        seconds = root / "seconds.json"
+        seconds = root / SECONDS
         return cls(tuple(records), lost, tuning, _json(seconds) if seconds.exists() else {})
 
     @property

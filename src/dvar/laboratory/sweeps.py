@@ -26,7 +26,7 @@ from dvar.config import CONFIGS
 from dvar.errors import DvarError, RefusedInput
 from dvar.laboratory.plans import PLANS, Recording, concept_folders, expected_seconds
 from dvar.laboratory.recording import FAILED, scorer_of, unit_seconds
-from dvar.laboratory.records import Record
+from dvar.laboratory.records import SECONDS, Record
 from dvar.mini import TUNING
 from dvar.trainer.artifacts import write_json
 from dvar.trainer.progress import clock
@@ -154,7 +154,19 @@ def recorded(
         tell(line)
     if only_estimate:
         return [standing(recording) for recording in recordings]
+    for root in {Path(recording.records).expanduser() for recording in missing}:
+        _keep(root, {run.method: units[run.method] for run in missing if Path(run.records).expanduser() == root})
     return sweep(recordings, workers=workers, units=units, tell=tell)
+
+
+def _keep(root: Path, units: Mapping[str, Mapping[str, float]]) -> None:
+    """Leave unit seconds, measured before the machine had other work, with the records that they price.
+
+    Those of a method that is there stay, so that all of its records have one price.
+    """
+    path = root / SECONDS
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    write_json(path, {**units, **kept})
 
 
 def sweep(

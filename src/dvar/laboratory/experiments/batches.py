@@ -60,14 +60,13 @@ def _told(trace: Trace) -> tuple[Information, float, float]:
 def _table(told: Mapping[int, tuple[Information, float, float]], steps: int, stated: str) -> Table:
     lines, data = [], []
     for size, (noisy, first, last) in told.items():
-        seen = noisy.steps_to_detect
         lines.append(
             (
                 f"{size}",
                 f"{size * steps}",
                 f"{noisy.jitter:.2g}",
                 number(noisy.ratio, 2),
-                "never" if np.isinf(seen) else f"{seen:.0f}",
+                noisy.steps_told,
                 f"{first:.2g}",
                 f"{last:.2g}",
             )
@@ -78,7 +77,7 @@ def _table(told: Mapping[int, tuple[Information, float, float]], steps: int, sta
                 "samples": size * steps,
                 "jitter": noisy.jitter,
                 "fall over jitter": noisy.ratio,
-                "steps to detect": seen,
+                "steps to detect": noisy.steps_to_detect,
                 "gradient norm, first fifth": first,
                 "gradient norm, last fifth": last,
             }

@@ -32,8 +32,6 @@ FACTORS: Mapping[str, tuple[str, ...]] = {
 """What is drawn anew, by the paper's letters, and the fields of `Draws` that it is."""
 ROWS = (*FACTORS, PAIRED)
 SERIES = "factors"
-MANY = 10_000
-"""Steps from which a count says no more than that there are too many."""
 LETTERS = "x: the pictures; y: their captions; E(x): the autoencoder's sample; ε: the noise; t: the timesteps"
 _PART = 32
 """Samples in one forward pass; larger batches are accumulated."""
@@ -135,7 +133,7 @@ def _table(found: Mapping[tuple[str, int], Information], sizes: tuple[int, ...],
         (
             _name(row),
             *(_short(found[row, size].ratio) for size in sizes),
-            *(_steps(found[row, size].steps_to_detect) for size in sizes),
+            *(found[row, size].steps_told for size in sizes),
         )
         for row in ROWS
     )
@@ -167,10 +165,6 @@ def _short(ratio: float) -> str:
         if ratio < 100
         else f"{ratio:.0f}"
     )
-
-
-def _steps(steps: float) -> str:
-    return "never" if np.isinf(steps) else f"{steps:.0f}" if steps < MANY else f"over {MANY}"
 
 
 def _plot(at: np.ndarray, curves: Curves, sizes: tuple[int, ...], stated: str) -> Plot:
