@@ -43,7 +43,14 @@ def trained(method: str, concept: str, flags: list[str], folder: Path) -> dict[s
     began = time.perf_counter()
     subprocess.run([str(part) for part in command], check=True, capture_output=True)
     seconds = time.perf_counter() - began
-    config, result = finished(folder)
+    _, result = finished(folder)
+    parts = {name: round(value, 1) for name, value in result["seconds"].items()}
+    return {"minutes": seconds / 60, "steps": result["steps"], "clip": score(folder), "seconds": parts}
+
+
+def score(folder: Path) -> float:
+    """How like the concept's pictures a run draws its word on fresh seeds: mean cosine of all pairs."""
+    config, _ = finished(folder)
     prompts = [f"a photo of {config.subject}"] * len(FRESH)
     drawn = sample(
         personalised(folder), prompts, FRESH, size=config.resolution, steps=config.num_inference_steps,
@@ -51,9 +58,7 @@ def trained(method: str, concept: str, flags: list[str], folder: Path) -> dict[s
     )  # fmt: skip
     clip = Clip.scoring()
     references = [Image.open(path) for path in sorted((folder / "references").glob("*.png"))]
-    score = float(similarity(clip.pictures(drawn), clip.pictures(references)).mean())
-    parts = {name: round(value, 1) for name, value in result["seconds"].items()}
-    return {"minutes": seconds / 60, "steps": result["steps"], "clip": score, "seconds": parts}
+    return float(similarity(clip.of_pictures(drawn), clip.of_pictures(references)).mean())
 
 
 def main() -> None:

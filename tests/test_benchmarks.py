@@ -56,3 +56,14 @@ def test_a_stop_read_at_every_step_is_the_rules_own(benchmark) -> None:
     assert cadence.stop(curve, range(400), rule) == step
     assert 0 <= cadence.stop(curve, range(0, 400, 10), rule) - step <= 10
     assert cadence.stop(np.linspace(1, 0, 400), range(90), rule) is None
+
+
+@pytest.mark.slow
+def test_time_to_quality_tells_minutes_steps_and_a_score(benchmark, tmp_path: Path) -> None:
+    quality = benchmark("time_to_quality")
+    short = ("--max_train_steps", "10", "--window", "8", "--probe_every", "1", "--num_inference_steps", "2")
+    row = quality.trained("textual-inversion", "purple_cat", [*short, "--num_validation_images", "1"], tmp_path / "run")
+    assert row["steps"] <= 10
+    assert row["minutes"] > sum(row["seconds"].values()) / 60
+    assert 0 < row["clip"] < 1
+    assert {"train", "probe"} <= row["seconds"].keys()
