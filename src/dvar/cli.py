@@ -604,7 +604,8 @@ def _personalise(given: dict[str, Any], method: str = TextualInversionConfig.met
     from dvar.trainer.presets import configure
 
     config = configure(given, method)
-    from dvar.trainer.concept import read_concept, tokenizer_of
+    from dvar.trainer.concept import read_concept
+    from dvar.trainer.words import tokenizer_of
 
     concept = read_concept(config, tokenizer_of)
     title = f"{config.subject} · {config.pretrained_model_name_or_path} · {config.output_dir}"

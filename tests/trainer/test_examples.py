@@ -16,8 +16,8 @@ from PIL import Image
 from dvar.diffusion.backbone import Backbone
 from dvar.diffusion.objective import draw
 from dvar.diffusion.randomness import seed_for
-from dvar.trainer.concept import FAR, NEAR
 from dvar.trainer.examples import rescale, rescaled
+from dvar.trainer.words import FAR, NEAR
 
 SIZE = 64
 

@@ -18,9 +18,10 @@ from dvar.diffusion.clip import Clip
 from dvar.errors import ModelError, RefusedInput
 from dvar.testing import tiny_tokenizer
 from dvar.trainer.checkpoint import latest
-from dvar.trainer.concept import read_concept, token_id
+from dvar.trainer.concept import read_concept
 from dvar.trainer.initialisation import SENTENCES, TOLD, first_words, scores, told_of, vocabulary
 from dvar.trainer.run import personalise, personalised
+from dvar.trainer.words import token_id
 
 
 @pytest.fixture(scope="module")

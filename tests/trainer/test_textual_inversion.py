@@ -8,8 +8,8 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from dvar.diffusion.backbone import Backbone
-from dvar.trainer.concept import token_id
 from dvar.trainer.methods.textual_inversion import TextualInversion
+from dvar.trainer.words import token_id
 
 
 @pytest.fixture

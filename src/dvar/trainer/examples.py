@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dvar.diffusion.backbone import Backbone
 from dvar.diffusion.objective import Choose, Encoded, Example
-from dvar.trainer.concept import FAR, NEAR
+from dvar.trainer.words import FAR, NEAR
 
 _GREY = (128, 128, 128)  # the middle of the range, which the autoencoder reads as nearly 0
 

@@ -18,7 +18,8 @@ from dvar.diffusion.clip import Clip
 from dvar.diffusion.randomness import generator, seed_for
 from dvar.trainer.artifacts import write_json
 from dvar.trainer.checks import INITIALIZER
-from dvar.trainer.concept import TEMPLATES, Concept, token_id
+from dvar.trainer.concept import TEMPLATES, Concept
+from dvar.trainer.words import token_id
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer

@@ -27,13 +27,14 @@ from dvar.stopper.verdict import Reason
 from dvar.trainer.artifacts import RESULT
 from dvar.trainer.checkpoint import Checkpoint, latest
 from dvar.trainer.checks import WRITTEN, model_path
-from dvar.trainer.concept import Concept, read_concept, tokenizer_of
+from dvar.trainer.concept import Concept, read_concept
 from dvar.trainer.initialisation import clip_of, first_words
 from dvar.trainer.job import Job, Result, assembled, digest_of
 from dvar.trainer.loop import Step
 from dvar.trainer.memory import needed
 from dvar.trainer.prior import with_pictures
 from dvar.trainer.trackers import Tracker
+from dvar.trainer.words import tokenizer_of
 
 # Settings that may differ when a run goes on: they decide where it is kept, not what it computes.
 _FREE = {

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dvar.diffusion.backbone import Backbone
-from dvar.trainer.concept import token_names
 from dvar.trainer.initialisation import initial_rows
 from dvar.trainer.loading import EMBEDS
+from dvar.trainer.words import token_names
 
 
 class TextualInversion:
