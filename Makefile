@@ -49,6 +49,7 @@ check: setup
 docs: setup
 	$(RUN)/python docs/verdicts.py
 	$(RUN)/python docs/reference.py
+	$(RUN)/python docs/performance.py
 
 # The page of results, from the recorded runs in the folder "records" (dvar record makes them).
 results: setup

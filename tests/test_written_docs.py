@@ -41,6 +41,18 @@ def test_the_page_of_verdicts_and_its_pictures_are_current(verdicts: ModuleType)
     assert set((DOCS / "verdicts").iterdir()) == {path for path in pages if path.suffix == ".svg"}
 
 
+def test_the_page_of_performance_and_its_picture_are_current() -> None:
+    performance = script("performance")
+    for path, text in performance.pages().items():
+        assert path.read_text(encoding="utf-8") == text, f"{path.name} is old: make docs"
+
+
+def test_a_step_of_nothing_but_networks_leaves_nothing_to_gain() -> None:
+    parts = {"data": 0.0, "encode": 0.0, "text": 1.0, "U-Net forward": 2.0, "backward": 3.0, "optimizer": 0.0}
+    assert script("performance").ceiling({"parts": {"plain": parts}}) == 1
+    assert script("performance").ceiling({"parts": {"plain": parts | {"encode": 3.0}}}) == 1.5
+
+
 def test_every_reason_has_its_curve(verdicts: ModuleType) -> None:
     assert {case.reason for case in verdicts.CASES} == set(Reason)
     assert len(verdicts.CASES) == len(Reason)

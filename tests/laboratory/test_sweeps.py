@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -157,6 +158,13 @@ def test_everything_that_is_wrong_is_told_before_the_first_run(base: Recording, 
     with pytest.raises(ModelError, match="does not load as a CLIP"):
         check([replace(base, clip=str(tmp_path))])
     check([base])
+
+
+def test_the_judges_are_tried_on_the_pictures_of_the_first(base: Recording, tmp_path: Path) -> None:
+    tiny_concept(tmp_path / "more", pictures=4)
+    (tmp_path / "more" / "concept.json").write_text('{"noun": "mug"}')
+    shutil.copytree(str(base.concepts), tmp_path, dirs_exist_ok=True)
+    check([replace(base, concept=name, concepts=str(tmp_path)) for name in ("ball", "more")])
 
 
 def test_an_estimate_counts_all_that_is_measured(base: Recording, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from dvar.laboratory.recording import FAILED, scorer_of, unit_seconds
 from dvar.laboratory.records import SECONDS, Record
 from dvar.mini import TUNING
 from dvar.trainer.artifacts import write_json
+from dvar.trainer.concept import Concept
 from dvar.trainer.progress import clock
 
 LOG = "record.log"
@@ -70,9 +71,10 @@ def check(recordings: Sequence[Recording]) -> None:
     judge cannot be had or does not fit.
     """
     problems: list[str] = []
+    known: list[Concept] = []
     for recording in recordings:
         try:
-            concept = recording.check()
+            known.append(recording.check())
         except RefusedInput as refused:
             problems += refused.problems
         else:
@@ -80,7 +82,7 @@ def check(recordings: Sequence[Recording]) -> None:
     if problems:
         raise RefusedInput(dict.fromkeys(problems))
     if recordings:
-        scorer_of(recordings[0], concept)
+        scorer_of(recordings[0], known[0])
 
 
 def standing(recording: Recording) -> Row:
