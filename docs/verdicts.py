@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dvar.config import ReplayConfig
+from dvar.laboratory.config import ReplayConfig
 from dvar.laboratory.replay import Outcome, picture, verdicts
 from dvar.stopper.rules import AtMost, Criterion, Dvar
 from dvar.stopper.trace import Trace

@@ -23,11 +23,11 @@ from dvar.config import (
     AnyConfig,
     CustomDiffusionConfig,
     DreamBoothLoraConfig,
-    ReplayConfig,
     TextualInversionConfig,
     settings_problems,
 )
 from dvar.errors import DvarError, ModelError, NonFiniteLoss, RefusedInput
+from dvar.laboratory.config import ReplayConfig
 from dvar.testing import tiny_concept, tiny_pipeline
 
 TRAIN = ("train", "textual-inversion")

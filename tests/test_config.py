@@ -17,21 +17,17 @@ from dvar.config import (
     AnyConfig,
     CustomDiffusionConfig,
     DreamBoothLoraConfig,
-    Range,
     TextualInversionConfig,
-    canonical,
     initializers,
-    nearest,
     prior_weight,
-    read_settings,
     restored,
     sample_prompt,
     settings_problems,
-    sound,
     words,
     written,
 )
 from dvar.errors import RefusedInput
+from dvar.settings import Range, canonical, nearest, read_settings, sound
 
 GOOD = TextualInversionConfig(instance_data_dir="pictures", initializer_token="mug")
 LORA = DreamBoothLoraConfig(instance_data_dir="pictures", placeholder_token="<thing>", initializer_token="mug")
@@ -212,7 +208,7 @@ def test_a_bad_setting_of_another_method_is_the_one_problem_named(config: AnyCon
 def test_the_new_word_of_custom_diffusion_has_its_diffusers_name_too() -> None:
     assert canonical({"modifier-token": "<m>"}, CustomDiffusionConfig) == {"placeholder_token": "<m>"}
     with pytest.raises(RefusedInput, match="unknown setting 'modifier_token'"):
-        canonical({"modifier_token": "<m>"})
+        canonical({"modifier_token": "<m>"}, TextualInversionConfig)
 
 
 @given(st.floats(), st.floats(allow_nan=False), st.floats(allow_nan=False), st.booleans())
@@ -226,12 +222,15 @@ def test_a_range_admits_only_finite_numbers_between_its_ends(
 
 
 def test_settings_may_be_spelled_with_hyphens_and_by_another_name() -> None:
-    assert canonical({"learning-rate": 1, "train-data-dir": "x"}) == {"learning_rate": 1, "instance_data_dir": "x"}
+    assert canonical({"learning-rate": 1, "train-data-dir": "x"}, TextualInversionConfig) == {
+        "learning_rate": 1,
+        "instance_data_dir": "x",
+    }
 
 
 def test_unknown_settings_are_named_with_the_nearest_known_one() -> None:
     with pytest.raises(RefusedInput) as refused:
-        canonical({"learnin_rate": 1, "train_dir": 2, "seed": 3})
+        canonical({"learnin_rate": 1, "train_dir": 2, "seed": 3}, TextualInversionConfig)
     assert refused.value.problems == (
         "unknown setting 'learnin_rate': the nearest known one is learning_rate",
         "unknown setting 'train_dir': the nearest known one is train_data_dir",
@@ -240,7 +239,7 @@ def test_unknown_settings_are_named_with_the_nearest_known_one() -> None:
 
 def test_a_setting_and_its_other_name_together_are_refused() -> None:
     with pytest.raises(RefusedInput, match="instance_data_dir is given twice"):
-        canonical({"instance_data_dir": "x", "train-data-dir": "y"})
+        canonical({"instance_data_dir": "x", "train-data-dir": "y"}, TextualInversionConfig)
 
 
 def test_the_nearest_word_is_found_however_far() -> None:
@@ -251,7 +250,11 @@ def test_the_nearest_word_is_found_however_far() -> None:
 def test_a_settings_file_is_read_under_the_settings_own_names(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text('train-data-dir = "pictures"\nlearning_rate = 5e-3\ncenter_crop = false\n', encoding="utf-8")
-    assert read_settings(path) == {"instance_data_dir": "pictures", "learning_rate": 5e-3, "center_crop": False}
+    assert read_settings(path, TextualInversionConfig) == {
+        "instance_data_dir": "pictures",
+        "learning_rate": 5e-3,
+        "center_crop": False,
+    }
 
 
 @pytest.mark.parametrize(
@@ -266,14 +269,14 @@ def test_a_bad_settings_file_is_refused_by_name(tmp_path: Path, written: str, sa
     path = tmp_path / "run.toml"
     path.write_text(written, encoding="utf-8")
     with pytest.raises(RefusedInput) as refused:
-        read_settings(path)
+        read_settings(path, TextualInversionConfig)
     assert str(path) in str(refused.value)
     assert said in str(refused.value)
 
 
 def test_a_missing_settings_file_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(RefusedInput, match=r"nowhere\.toml"):
-        read_settings(tmp_path / "nowhere.toml")
+        read_settings(tmp_path / "nowhere.toml", TextualInversionConfig)
 
 
 def test_words_are_joined_by_plus_in_custom_diffusion_alone() -> None:

@@ -19,6 +19,7 @@ HOUSE = Path(dvar.__file__).parent
 FLOORS = {
     "errors": 0,
     "mini": 1,
+    "settings": 1,
     "config": 2,
     "stopper": 3,
     "diffusion": 4,
@@ -31,7 +32,9 @@ FLOORS = {
 }
 PURE = (
     "errors",
+    "settings",
     "config",
+    "laboratory.config",
     "stopper.rules",
     "stopper.compositions",
     "stopper.judging",

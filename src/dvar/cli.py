@@ -17,28 +17,29 @@ from cyclopts.types import NonNegativeFloat, NonNegativeInt, PositiveInt
 from dvar.config import (
     BUNDLED_MODEL,
     CONFIGS,
-    EXPERIMENTS,
     CustomDiffusionConfig,
     DreamBoothLoraConfig,
+    Sampler,
+    TextualInversionConfig,
+)
+from dvar.errors import CheckpointError, DvarError, ModelError, RefusedInput, TraceError
+from dvar.laboratory.config import (
+    EXPERIMENTS,
     ReplayConfig,
     ReproduceConfig,
-    Sampler,
     SurveyBuildConfig,
     SurveyScoreConfig,
     SurveyServeConfig,
-    TextualInversionConfig,
-    aliases,
-    nearest,
-    read_settings,
     replay_problems,
     reproduce_problems,
     survey_problems,
 )
-from dvar.errors import CheckpointError, DvarError, ModelError, RefusedInput, TraceError
+from dvar.settings import aliases, nearest, read_settings
 
 if TYPE_CHECKING:
-    from dvar.config import AnyConfig, AnySettings
+    from dvar.config import AnyConfig
     from dvar.laboratory.replay import Outcome
+    from dvar.settings import Config
     from dvar.trainer.job import Result
 
 REFUSED, FAILED, INTERRUPTED = 2, 1, 130
@@ -92,7 +93,7 @@ def _whole(kind: Any, tokens: Sequence[Token]) -> Any:
     return convert(kind, tokens)
 
 
-def _with_flags_of(settings: type[AnySettings]) -> Callable[[Callable[..., int]], Callable[..., int]]:
+def _with_flags_of(settings: type[Config]) -> Callable[[Callable[..., int]], Callable[..., int]]:
     """Give a command a flag for each field of a settings class; its keyword arguments are then the flags given.
 
     A field that the command takes itself, under the same name, gets none.

@@ -1,4 +1,4 @@
-"""Frozen settings of every command, with their help, ranges and checks.  Pure: no picture and no model is opened here.
+"""Frozen settings of each method, with their help, ranges and checks.  Pure: no picture and no model is opened here.
 
 A settings class states every default once: the command line shows it, a preset overrides it, a TOML file overrides the
 preset and a flag overrides the file (`dvar.trainer.presets.configure`).  The defaults are the paper's.
@@ -7,57 +7,21 @@ A method's class has the fields that all share and its own; what is done with se
 
 from __future__ import annotations
 
-import difflib
-import math
-import tomllib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
 from itertools import permutations
-from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
-from urllib.parse import urlsplit
+from typing import Any, Literal
 
 from dvar.errors import RefusedInput
+from dvar.settings import COUNT, NOT_NEGATIVE, POSITIVE, Config, Range, faults, setting, sound
 
 BUNDLED_MODEL = "mini"
 Sampler = Literal["model", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DDIMScheduler"]
 """Schedulers of diffusers that pictures can be drawn by, beside the model's own."""
 
 
-@dataclass(frozen=True)
-class Range:
-    """The numbers from ``low`` (itself out when ``above``) up to but not including ``high``; never infinity or NaN."""
-
-    low: float
-    high: float = math.inf
-    above: bool = False
-
-    def __contains__(self, value: float) -> bool:
-        return self.low <= value < self.high and not (self.above and value == self.low)
-
-    def __str__(self) -> str:
-        start = f"{'above' if self.above else 'at least'} {self.low:g}"
-        return start if math.isinf(self.high) else f"{start} and below {self.high:g}"
-
-
-COUNT = Range(1)
-NOT_NEGATIVE = Range(0)
-POSITIVE = Range(0, above=True)
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-"""The addresses under which a machine reaches itself alone."""
-
-
-def setting(default: Any, help: str, allowed: Range | None = None, *, section: str = "", alias: str = "") -> Any:
-    """A dataclass field that carries its help, the numbers it admits and another name for it.
-
-    ``section`` opens a part of the help page, or goes on with one that a field before it opened.
-    """
-    return field(default=default, metadata={"help": help, "allowed": allowed, "section": section, "alias": alias})
-
-
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(Config):
     """What every method is set by; a step is one update of the optimizer.  Fields alone: a method's class adds its own.
 
     Source: the defaults are the paper's, with its released command lines; `dvar.trainer.presets` names each source.
@@ -144,90 +108,6 @@ class Settings:
     )
     output_dir: str = setting("runs/run", "Folder of the run.")
     overwrite: bool = setting(False, "Replace another run found in the output folder.")
-
-
-Rule = Literal["dvar", "paper", "ema", "hall", "trend", "plateau", "all"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReplayConfig:
-    """Every setting of ``dvar replay``.
-
-    Source: window and threshold are Textual Inversion's; Appendix E gives no threshold for its rules, and none for a
-    plateau of the loss: those defaults are ours, for a loss that falls by a few per cent in all.
-    """
-
-    rule: tuple[Rule, ...] = setting(
-        ("dvar",), "A rule to replay; give it again for another. 'paper' is DVAR as published.", section="Rules"
-    )
-    window: int = setting(Settings.window, "Steps over which a rule looks back.")
-    threshold: float = setting(Settings.threshold, "DVAR's alpha: stop when recent / whole variance is below it.")
-    ema_threshold: float = setting(1e-3, "Share by which the moving average changes over the window.", POSITIVE)
-    hall_threshold: float = setting(1e-2, "Share of its maximum over which the loss ranges in the window.", POSITIVE)
-    trend_threshold: float = setting(1e-6, "Slope a step, as a share of the first loss.", POSITIVE)
-    patience: int = setting(Settings.window, "Steps that a plateau may last.", COUNT)
-    min_delta: float = setting(0.0, "Fall of the loss that ends a plateau.", NOT_NEGATIVE)
-
-    metric: str | None = setting(
-        None, "Curve in the log; by default the one loss on fixed inputs, if there is just one.", section="The log"
-    )
-    step_column: str | None = setting(None, "Column of steps in a table; found by its name by default.")
-    output: str | None = setting(None, "Picture of the replay to write: a file that ends in .svg or .html.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SurveyBuildConfig:
-    """Every setting of ``dvar survey build``.
-
-    Source: Section 4.4 asks for 10 answers to each pair; the other numbers are ours.
-    """
-
-    output_dir: str = setting("survey", "Folder of the survey.", section="The survey")
-    candidate: str = setting("DVAR", "What to call the run that is named first of two.")
-    baseline: str = setting("baseline", "What to call the run that is named second.")
-    overlap: int = setting(10, "People who are asked about each pair.", COUNT)
-    per_person: int = setting(40, "Pairs that one person is asked about in each of the two surveys, at most.", COUNT)
-    control_every: int = setting(6, "One task in this many is a control with an obvious answer.", Range(2))
-    seed: int = setting(0, "Seed of orders and sides.", NOT_NEGATIVE)
-
-    draw: bool = setting(
-        True, "Draw what the runs have not drawn yet; otherwise pair what is there.", section="Pictures"
-    )
-    scenes: str | None = setting(
-        None, "Text file of scenes, such as 'on the beach', one a line; eight of our own by default."
-    )
-    pictures_per_prompt: int = setting(2, "Pictures that each run draws of each prompt.", COUNT)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SurveyServeConfig:
-    """Every setting of ``dvar survey serve``: by default this machine alone can reach it."""
-
-    host: str = setting("127.0.0.1", "Address to listen on; another than this machine's own needs the two below.")
-    port: int = setting(8000, "Port to listen on; 0 takes a free one.", Range(0, 65536))
-    public_url: str | None = setting(None, "Address that people open, such as https://survey.example.org.")
-    secret_file: str | None = setting(
-        None,
-        "File with a secret of at least 32 characters that signs everything; by default one in the survey's folder.",
-    )
-    joins_per_hour: int = setting(
-        30,
-        "People whom one address may send within an hour, where there is a public_url; 0 lets nobody new in.",
-        NOT_NEGATIVE,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SurveyScoreConfig:
-    """Every setting of ``dvar survey score``."""
-
-    min_accuracy: float = setting(
-        0.8, "Share of the controls that must be right for a person's votes to count.", NOT_NEGATIVE
-    )
-    confidence: float = setting(0.95, "Share of samples in which an interval holds the truth.", Range(0.5, 1))
-    resamples: int = setting(2000, "Samples of people and concepts behind the clustered intervals.", Range(100))
-    seed: int = setting(0, "Seed of those samples.", NOT_NEGATIVE)
-    output: str | None = setting(None, "Page to write; score.html in the survey's folder by default.")
 
 
 Conflicts = Iterator[tuple[set[str], str]]
@@ -461,59 +341,10 @@ class CustomDiffusionConfig(Settings):
 
 
 AnyConfig = TextualInversionConfig | DreamBoothLoraConfig | CustomDiffusionConfig
-C = TypeVar("C", bound=Settings)
 CONFIGS: dict[str, type[AnyConfig]] = {
     known.method: known for known in (TextualInversionConfig, DreamBoothLoraConfig, CustomDiffusionConfig)
 }
 """The settings class of each method, by the method's name."""
-
-
-EXPERIMENTS: dict[str, str] = {
-    "table1": "Table 1: ways to end a run, their scores, steps and minutes",
-    "agreement": "True runs beside what was read off for them; runs them again",
-    "rules": "Every stopping rule, ranked on recorded runs",
-    "figure1": "Figure 1: the same loss, noisy and fixed",
-    "figure2": "Figure 2: convergence of Textual Inversion",
-    "figure4": "Figure 4: scores along training, and where each way stops",
-    "figure5": "Figure 5: which randomness hides convergence; trains a run of its own",
-    "figure6": "Figure 6: convergence of Custom Diffusion",
-    "figure7": "Figure 7: convergence of DreamBooth-LoRA",
-    "figure8": "Figure 8: smaller held batches",
-    "figure9": "Figure 9: larger training batches; trains runs of its own",
-    "figure11": "Figure 11: other criteria",
-    "figure12": "Figure 12: pictures where DVAR and Baseline end, side by side",
-    "figure14": "Figure 14: convergence on more concepts",
-    "table2": "Table 2: which way people prefer, of simulated people",
-    "table3": "Table 3: timesteps and scores",
-    "initial": "First version of the paper: the initial word; records runs of its own",
-    "sam": "First version of the paper: SAM in place of AdamW; records runs of its own",
-    "traces": "All recorded runs as one file, to try rules on",
-}
-"""What `dvar reproduce` can make, each by its name, in the order of the report."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReproduceConfig:
-    """Every setting of ``dvar reproduce``."""
-
-    name: str = setting("all", "Which experiment, or all.")
-    records: str = setting("records", "Folder of recorded runs, or a file of traces.", section="Records and report")
-    output_dir: str = setting("runs/laboratory", "Folder for data, figures and report.html.")
-    quick: bool = setting(False, "Small and soon: records the little it needs, where there are none, and trains less.")
-    model: str = setting(BUNDLED_MODEL, "Base model of runs that an experiment trains itself.")
-    concepts_dir: str | None = setting(None, "Folder of concepts for those runs; the bundled ones without.")
-
-
-AnySettings = Settings | ReplayConfig | ReproduceConfig | SurveyBuildConfig | SurveyServeConfig | SurveyScoreConfig
-"""What a command is set by: frozen dataclasses whose fields `setting` made."""
-
-
-def reproduce_problems(config: ReproduceConfig) -> list[str]:
-    """Everything wrong with these settings by themselves, a line each; empty when in order."""
-    if config.name in ("all", *EXPERIMENTS):
-        return []
-    near = nearest(config.name, ["all", *EXPERIMENTS])
-    return [f"there is no experiment {config.name!r}: the nearest is {near}, and 'all' makes every one"]
 
 
 def written(config: AnyConfig) -> dict[str, Any]:
@@ -564,61 +395,9 @@ def settings_problems(config: AnyConfig) -> list[str]:
 
     The rule's own settings are the rule's to judge: `dvar.trainer.concept.rule_problems`.
     """
-    faults = dict(_faults(config))
-    conflicts = [said for names, said in _conflicts(sound(config)) if faults.keys().isdisjoint(names)]
-    return [*faults.values(), *conflicts]
-
-
-def sound(config: C) -> C:
-    """The same settings with each ill-formed one at its default, for checks that go on after a fault was found."""
-    faults = dict(_faults(config))
-    defaults: dict[str, Any] = {item.name: item.default for item in fields(config) if item.name in faults}
-    return replace(config, **defaults)
-
-
-def replay_problems(config: ReplayConfig) -> list[str]:
-    """Everything wrong with these settings by themselves; the rules' own are the rules' to judge."""
-    problems = [said for _, said in _faults(config)]
-    if config.output and Path(config.output).suffix not in (".svg", ".html"):
-        problems.append(f"output must end in .svg or .html, got {config.output!r}: name a picture or a page")
-    return problems
-
-
-def survey_problems(config: SurveyBuildConfig | SurveyServeConfig | SurveyScoreConfig) -> list[str]:
-    """Everything wrong with these settings by themselves, a line each; empty when in order."""
-    problems = [said for _, said in _faults(config)]
-    match config:
-        case SurveyBuildConfig():
-            if config.candidate == config.baseline:
-                said = f"candidate and baseline must have different names, got {config.candidate!r} twice"
-                problems.append(f"{said}: rename one")
-        case SurveyServeConfig():
-            problems += _public_problems(config)
-        case SurveyScoreConfig():
-            if not problems and config.min_accuracy > 1:
-                problems.append(f"min_accuracy must be at most 1, got {config.min_accuracy}: give a share")
-    return problems
-
-
-def _public_problems(config: SurveyServeConfig) -> Iterator[str]:
-    if config.host not in LOOPBACK:
-        for name, value in (("public_url", config.public_url), ("secret_file", config.secret_file)):
-            if not value:
-                yield f"{name} is missing: it is needed to listen on {config.host}, where others can reach it"
-    url = urlsplit(config.public_url or "https://host")
-    if url.scheme not in ("http", "https") or not url.hostname or url.path.strip("/") or url.query or url.fragment:
-        yield f"public_url must be like https://survey.example.org, got {config.public_url!r}: drop the rest"
-
-
-def _faults(config: AnySettings) -> Iterator[tuple[str, str]]:
-    """(setting, what is wrong) for each value of a wrong type or out of its range."""
-    annotations = get_type_hints(type(config))
-    for item in fields(config):
-        value, annotation, allowed = getattr(config, item.name), annotations[item.name], item.metadata["allowed"]
-        if not _admits(annotation, value):
-            yield item.name, f"{item.name} must be {_wording(annotation)}, got {value!r}"
-        elif value is not None and allowed and value not in allowed:
-            yield item.name, f"{item.name} must be {allowed}, got {value!r}"
+    wrong = dict(faults(config))
+    conflicts = [said for names, said in _conflicts(sound(config)) if wrong.keys().isdisjoint(names)]
+    return [*wrong.values(), *conflicts]
 
 
 def _parts(config: AnyConfig, joined: str) -> tuple[str, ...]:
@@ -687,74 +466,3 @@ def _clip_conflicts(config: AnyConfig) -> Conflicts:
     if config.best_by == "clip" and config.validation_steps > config.window:
         said = f"validation_steps must be at most the window ({config.window}) where best_by is clip, since samples are"
         yield {"best_by", "validation_steps", "window"}, f"{said} scored, got {config.validation_steps}: lower it"
-
-
-def aliases(known: type[AnySettings]) -> dict[str, str]:
-    """Other name to the name of the setting it stands for."""
-    return {item.metadata["alias"]: item.name for item in fields(known) if item.metadata["alias"]}
-
-
-def canonical(settings: Mapping[str, Any], known: type[Settings] = TextualInversionConfig) -> dict[str, Any]:
-    """The same settings under their own names: hyphens become underscores, and an alias the name it stands for.
-
-    Raises: `RefusedInput` naming each unknown setting with the nearest known one, and each setting given twice.
-    """
-    names, others = [item.name for item in fields(known)], aliases(known)
-    found: dict[str, Any] = {}
-    problems = []
-    for given, value in settings.items():
-        plain = given.replace("-", "_")
-        name = others.get(plain, plain)
-        if name not in names:
-            problems.append(f"unknown setting {given!r}: the nearest known one is {nearest(plain, [*names, *others])}")
-        elif name in found:
-            problems.append(f"{name} is given twice, the second time as {given!r}: keep one of them")
-        found[name] = value
-    if problems:
-        raise RefusedInput(problems)
-    return found
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """The known word most like ``word``, however unlike."""
-    return difflib.get_close_matches(word, known, n=1, cutoff=0.0)[0]
-
-
-def read_settings(path: str | Path, known: type[Settings] = TextualInversionConfig) -> dict[str, Any]:
-    """The settings written in a TOML file, one ``name = value`` a line, under their own names.
-
-    Raises: `RefusedInput` when the file is missing, is no TOML, or holds unknown settings (all are named).
-    """
-    try:
-        read = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RefusedInput([f"settings file {path}: {error.strerror or error}; check --config"]) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RefusedInput([f"settings file {path} is not valid TOML: {error}"]) from error
-    try:
-        return canonical(read, known)
-    except RefusedInput as error:
-        raise RefusedInput([f"settings file {path}: {problem}" for problem in error.problems]) from error
-
-
-def _admits(annotation: Any, value: object) -> bool:
-    if get_origin(annotation) is Literal:
-        return value in get_args(annotation)
-    if get_origin(annotation) is tuple:
-        part, _ = get_args(annotation)
-        return isinstance(value, tuple) and bool(value) and all(_admits(part, each) for each in value)
-    if isinstance(annotation, UnionType):
-        return any(_admits(part, value) for part in get_args(annotation))
-    if annotation in (int, float) and isinstance(value, bool):
-        return False
-    return isinstance(value, (int, float) if annotation is float else annotation)
-
-
-def _wording(annotation: Any) -> str:
-    if get_origin(annotation) is Literal:
-        return "one of " + ", ".join(get_args(annotation))
-    if get_origin(annotation) is tuple:
-        return _wording(get_args(annotation)[0])
-    if isinstance(annotation, UnionType):
-        return " or ".join(_wording(part) for part in get_args(annotation) if part is not NoneType)
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[annotation]

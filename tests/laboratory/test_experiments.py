@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from fake_record import fake_record, fake_sheets, oracle_step
 
-from dvar.config import EXPERIMENTS, ReproduceConfig
 from dvar.errors import RefusedInput
 from dvar.laboratory import reproduce as made
 from dvar.laboratory import ways
+from dvar.laboratory.config import EXPERIMENTS, ReproduceConfig
 from dvar.laboratory.exhibit import Exhibit, Provenance, compared, page, section
 from dvar.laboratory.experiments import convergence, held_batch, measures, pictures, rules, speed, timesteps
 from dvar.laboratory.information import information

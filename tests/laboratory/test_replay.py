@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dvar import Dvar, RefusedInput, Trace
-from dvar.config import ReplayConfig, Rule, replay_problems
+from dvar.laboratory.config import ReplayConfig, Rule, replay_problems
 from dvar.laboratory.replay import RULES, Outcome, picture, ratios, replayed, verdicts, write_picture
 from dvar.stopper.verdict import Reason
 

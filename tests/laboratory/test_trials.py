@@ -11,8 +11,9 @@ import pytest
 import torch
 from fake_record import fake_record
 
-from dvar.config import AnyConfig, ReproduceConfig
+from dvar.config import AnyConfig
 from dvar.errors import CheckpointError
+from dvar.laboratory.config import ReproduceConfig
 from dvar.laboratory.experiments import batches, factors, variants
 from dvar.laboratory.records import Record
 from dvar.laboratory.reproduce import reproduce

@@ -16,12 +16,7 @@ from torch import nn
 import dvar.trainer.memory
 import dvar.trainer.run
 from dvar import mini
-from dvar.config import (
-    AnyConfig,
-    CustomDiffusionConfig,
-    DreamBoothLoraConfig,
-    TextualInversionConfig,
-)
+from dvar.config import AnyConfig, CustomDiffusionConfig, DreamBoothLoraConfig, TextualInversionConfig
 from dvar.trainer.job import Job
 from dvar.trainer.memory import KEPT, Memory, most_alive, needed, peak
 from dvar.trainer.optimizers import kept, optimizer_of

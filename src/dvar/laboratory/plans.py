@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from dvar import mini
-from dvar.config import BUNDLED_MODEL, CONFIGS, AnyConfig, CustomDiffusionConfig, nearest, restored, written
+from dvar.config import BUNDLED_MODEL, CONFIGS, AnyConfig, CustomDiffusionConfig, restored, written
 from dvar.errors import RefusedInput
 from dvar.laboratory.metrics import Pairing
 from dvar.laboratory.records import digest
+from dvar.settings import nearest
 from dvar.trainer.concept import Concept, read_concept
 from dvar.trainer.presets import configure
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dvar.config import ReplayConfig
 from dvar.errors import RefusedInput
 from dvar.laboratory import charts
 from dvar.laboratory.charts import Scale
+from dvar.laboratory.config import ReplayConfig
 from dvar.laboratory.markup import Html, element, join, page_head
 from dvar.stopper.rules import Criterion, Dvar, EmaPercentile, Hall, Plateau, Trend
 from dvar.stopper.trace import LOSS, RELATIVE_LOSS, Trace

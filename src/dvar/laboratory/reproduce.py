@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib
 
-from dvar.config import EXPERIMENTS, ReproduceConfig
 from dvar.errors import DvarError, RefusedInput
+from dvar.laboratory.config import EXPERIMENTS, ReproduceConfig
 from dvar.laboratory.exhibit import STYLE, Exhibit, Provenance, page, save
 from dvar.laboratory.records import Shelf
 from dvar.laboratory.traces import read_traces, write_traces

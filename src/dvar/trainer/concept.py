@@ -20,13 +20,12 @@ from dvar.config import (
     CustomDiffusionConfig,
     DreamBoothLoraConfig,
     TextualInversionConfig,
-    nearest,
     prior_weight,
     settings_problems,
-    sound,
     words,
 )
 from dvar.errors import ModelError, RefusedInput
+from dvar.settings import nearest, sound
 from dvar.trainer.checks import (
     clip_problems,
     model_problems,

@@ -12,8 +12,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from dvar.config import BUNDLED_MODEL, CONFIGS, AnyConfig, canonical, nearest
+from dvar.config import BUNDLED_MODEL, CONFIGS, AnyConfig
 from dvar.errors import RefusedInput
+from dvar.settings import canonical, nearest
 
 _DEFAULTS = {method: {item.name: item.default for item in fields(known)} for method, known in CONFIGS.items()}
 TI, LORA, CUSTOM = CONFIGS

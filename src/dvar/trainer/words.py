@@ -10,10 +10,10 @@ from dvar.config import (
     CustomDiffusionConfig,
     TextualInversionConfig,
     initializers,
-    nearest,
     sample_prompt,
     words,
 )
+from dvar.settings import nearest
 from dvar.trainer.checks import model_path
 
 FAR, NEAR = ("a far away ", "very small "), ("zoomed in ", "close up ")

@@ -10,7 +10,7 @@ import numpy as np
 from fake_run import fake_trace, write_run
 from PIL import Image
 
-from dvar.config import SurveyBuildConfig
+from dvar.laboratory.config import SurveyBuildConfig
 from dvar.laboratory.drawings import GENERATED, LIST, _result
 from dvar.laboratory.runs import Run
 from dvar.laboratory.survey.build import build

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from dvar.config import SurveyBuildConfig
+from dvar.laboratory.config import SurveyBuildConfig
 from dvar.laboratory.survey.ballots import IDLE, Assignment, Ballots
 from dvar.laboratory.survey.plan import QUESTIONS, Survey
 from dvar.laboratory.survey.simulation import imagined

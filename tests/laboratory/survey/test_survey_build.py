@@ -14,8 +14,8 @@ from fake_survey import drawn_run, rival_runs, small_survey
 from PIL import Image
 
 from dvar.cli import main
-from dvar.config import SurveyBuildConfig, survey_problems
 from dvar.errors import RefusedInput
+from dvar.laboratory.config import SurveyBuildConfig, survey_problems
 from dvar.laboratory.drawings import GENERATED, LIST, drawings
 from dvar.laboratory.runs import Run
 from dvar.laboratory.survey.build import build

@@ -12,8 +12,8 @@ from fake_survey import small_survey
 pytest.importorskip("itsdangerous", reason="needs the extra: pip install 'dvar[survey]'")
 
 from dvar.cli import main
-from dvar.config import SurveyBuildConfig, SurveyScoreConfig, survey_problems
 from dvar.errors import RefusedInput
+from dvar.laboratory.config import SurveyBuildConfig, SurveyScoreConfig, survey_problems
 from dvar.laboratory.paper import TABLE_2
 from dvar.laboratory.survey.ballots import Ballots, Vote
 from dvar.laboratory.survey.exchange import read_answers, write_tasks

@@ -15,8 +15,8 @@ from fake_survey import small_survey
 pytest.importorskip("starlette", reason="needs the extra: pip install 'dvar[survey]'")
 from starlette.testclient import TestClient
 
-from dvar.config import SurveyServeConfig, survey_problems
 from dvar.errors import RefusedInput
+from dvar.laboratory.config import SurveyServeConfig, survey_problems
 from dvar.laboratory.survey import server
 from dvar.laboratory.survey.ballots import Ballots
 from dvar.laboratory.survey.door import Door

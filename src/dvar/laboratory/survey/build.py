@@ -11,8 +11,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from dvar.config import Sampler, SurveyBuildConfig
+from dvar.config import Sampler
 from dvar.errors import RefusedInput
+from dvar.laboratory.config import SurveyBuildConfig
 from dvar.laboratory.drawings import Drawing, draw, drawings
 from dvar.laboratory.runs import Run
 from dvar.laboratory.survey.plan import PICTURES, QUESTIONS, Survey, Task, controls, key

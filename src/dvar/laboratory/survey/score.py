@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from dvar.config import SurveyScoreConfig
+from dvar.laboratory.config import SurveyScoreConfig
 from dvar.laboratory.survey.ballots import Vote
 from dvar.laboratory.survey.plan import QUESTIONS, Question, Survey, Task
 from dvar.laboratory.survey.statistics import (

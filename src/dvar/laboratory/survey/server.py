@@ -31,8 +31,8 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dvar.config import LOOPBACK, SurveyScoreConfig, SurveyServeConfig
 from dvar.errors import RefusedInput
+from dvar.laboratory.config import LOOPBACK, SurveyScoreConfig, SurveyServeConfig
 from dvar.laboratory.survey.ballots import Ballots
 from dvar.laboratory.survey.door import Door
 from dvar.laboratory.survey.page import named

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dvar.config import SurveyBuildConfig, SurveyScoreConfig
+from dvar.laboratory.config import SurveyBuildConfig, SurveyScoreConfig
 from dvar.laboratory.paper import TABLE_2
 from dvar.laboratory.survey.ballots import Assignment, Ballots
 from dvar.laboratory.survey.plan import ANSWERS, QUESTIONS, Answer, Question, Survey, Task, controls, key
