@@ -20,15 +20,9 @@ from dvar.errors import CheckpointError, ModelError, RefusedInput
 from dvar.laboratory import plans
 from dvar.laboratory.experiments.agreement import agreement
 from dvar.laboratory.plans import PLACES, PLANS, Plan, Recording, Shots, log_spaced
-from dvar.laboratory.recording import (
-    learned_at,
-    read_sheet,
-    record,
-    scores_to_go_on_from,
-    weights_at,
-    write_sheet,
-)
+from dvar.laboratory.recording import record, scores_to_go_on_from
 from dvar.laboratory.records import Record
+from dvar.laboratory.revisits import learned_at, read_sheet, weights_at, write_sheet
 from dvar.laboratory.ways import Way
 from dvar.stopper.rules import Dvar, FixedSteps, Plateau
 from dvar.stopper.trace import Trace

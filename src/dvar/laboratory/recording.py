@@ -22,11 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor
 
-from dvar.config import CustomDiffusionConfig, TextualInversionConfig, restored
-from dvar.diffusion.backbone import Backbone
+from dvar.config import CustomDiffusionConfig
 from dvar.diffusion.clip import Clip
 from dvar.diffusion.objective import Draws, denoising_loss
 from dvar.diffusion.randomness import generator
@@ -45,16 +43,16 @@ from dvar.laboratory.plans import (
     shots,
 )
 from dvar.laboratory.records import digest
+from dvar.laboratory.revisits import SHEETS, WEIGHTS, weights_at, write_sheet
 from dvar.stopper.probe import PairedProbe, Probe, stratified_timesteps
 from dvar.stopper.rules import Criterion, Dvar, FixedSteps
 from dvar.stopper.trace import Trace
 from dvar.stopper.verdict import Reason
 from dvar.trainer.artifacts import write_json, write_weights
-from dvar.trainer.checkpoint import Checkpoint, latest, saved
-from dvar.trainer.checks import CLASS_PICTURES, model_path
+from dvar.trainer.checkpoint import latest
 from dvar.trainer.concept import Concept
 from dvar.trainer.examples import encoded
-from dvar.trainer.job import Job, assembled
+from dvar.trainer.job import Job
 from dvar.trainer.loop import Step, Stopwatch
 from dvar.trainer.run import interruption, prepared
 
@@ -63,7 +61,7 @@ try:
 except ModuleNotFoundError:
     fcntl = None  # type: ignore[assignment]
 
-SCORES, DONE, FAILED, WEIGHTS, SHEETS = "scores.json", "done.json", "failed.json", "weights", "pictures"
+SCORES, DONE, FAILED = "scores.json", "done.json", "failed.json"
 SAMPLES = {STRATIFIED: 32, FRESH: 8, UNSEEN: 8, DRIFT: 8}
 UNSEEN_PICTURES = 4
 
@@ -340,77 +338,6 @@ def forget(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
     for name in (WEIGHTS, SHEETS):
         shutil.rmtree(folder / name, ignore_errors=True)
-
-
-def weights_at(folder: Path, step: int) -> Path:
-    """Return the file of what was learned at a step, where it was kept."""
-    return folder / WEIGHTS / f"step-{step:06d}.safetensors"
-
-
-def write_sheet(path: Path, rows: Sequence[Sequence[Image.Image]]) -> None:
-    """Write pictures of one size as one PNG, a row each; `read_sheet` gives them back bit for bit."""
-    side = rows[0][0].width
-    sheet = Image.new("RGB", (side * max(map(len, rows)), side * len(rows)))
-    for y, row in enumerate(rows):
-        for x, picture in enumerate(row):
-            sheet.paste(picture, (side * x, side * y))
-    part = path.with_suffix(".part")
-    sheet.save(part, format="PNG")
-    part.replace(path)
-
-
-def read_sheet(path: Path, rows: int = 2) -> list[list[Image.Image]]:
-    """Return the pictures of a scored step: those of training prompts, then those of validation prompts."""
-    with Image.open(path) as opened:
-        sheet = opened.convert("RGB")
-    side = sheet.height // rows
-    boxes = [[(x, y, x + side, y + side) for x in range(0, sheet.width, side)] for y in range(0, sheet.height, side)]
-    return [[sheet.crop(box) for box in row] for row in boxes]
-
-
-def learned_at(folder: str | Path, step: int) -> Backbone:
-    """Return the model of a recorded run as it was after ``step`` updates: from weights that were kept, or trained
-    again from the nearest checkpoint before, which gives the very same weights (on a CPU at equal thread count).
-
-    The folder is only read.
-    Raises: RefusedInput when it holds no recorded run, or the step is beyond its cap; CheckpointError when a replayed
-    loss differs from the recorded one.
-    """
-    folder = Path(folder)
-    try:
-        config = restored(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-        trace = Trace.read(folder / "trace.jsonl")
-    except (OSError, ValueError) as error:
-        raise RefusedInput([f"{folder} is no recorded run ({error}): record it first"]) from error
-    if not 0 <= step <= trace.last_step:
-        raise RefusedInput([f"step must lie between 0 and {trace.last_step}, where {folder} ends, got {step}"])
-    kept = weights_at(folder, step)
-    if kept.exists():
-        backbone = Backbone.load(
-            model_path(config.pretrained_model_name_or_path), mixed_precision=config.mixed_precision
-        )
-        assembled(config, backbone).load(load_file(kept))
-        return backbone
-    checkpoint = Checkpoint.read(next(path for path in saved(folder) if int(path.name.split("-")[1]) <= step))
-    recorded = {row["step"]: row.get("train_loss") for row in trace.records}
-    with tempfile.TemporaryDirectory() as elsewhere:
-        job = rerun(folder, elsewhere)
-    job.learner.restore(checkpoint)
-    for number in range(checkpoint.step + 1, step + 1):
-        update = job.learner.update(job.training_losses, number)
-        if job.backbone.device.type == "cpu" and update.train_loss != recorded[number]:
-            said = f"step {number} gave the loss {update.train_loss!r}, and {recorded[number]!r} was recorded"
-            raise CheckpointError(f"{folder} cannot be replayed here: {said}; use its versions and thread count")
-    return job.backbone
-
-
-def rerun(folder: Path, elsewhere: str | Path) -> Job:
-    """Return the recorded run of ``folder`` as it began, ready to be opened in another folder."""
-    config = restored(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    apart: dict[str, Any] = {"output_dir": str(elsewhere), "overwrite": False, "resume_from_checkpoint": None}
-    if not isinstance(config, TextualInversionConfig) and (folder / CLASS_PICTURES).exists():
-        apart["class_data_dir"] = str(folder / CLASS_PICTURES)
-    return prepared(replace(config, **apart))[0]
 
 
 def unit_seconds(recording: Recording) -> dict[str, float]:

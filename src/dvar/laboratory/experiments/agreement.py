@@ -14,8 +14,8 @@ import torch
 from dvar.errors import RefusedInput
 from dvar.laboratory import ways
 from dvar.laboratory.exhibit import Exhibit, Provenance, Table, number, title
-from dvar.laboratory.recording import rerun
 from dvar.laboratory.records import Record, Shelf
+from dvar.laboratory.revisits import rerun
 from dvar.laboratory.ways import Reading, Way
 from dvar.stopper.trace import Trace
 from dvar.trainer.run import interruption

@@ -11,8 +11,8 @@ from PIL import Image
 from dvar.errors import RefusedInput
 from dvar.laboratory.exhibit import INK, SOFT, Exhibit, Plot, Provenance, axes, title
 from dvar.laboratory.experiments.speed import Row, rows
-from dvar.laboratory.recording import SHEETS, read_sheet
 from dvar.laboratory.records import Record, Shelf
+from dvar.laboratory.revisits import SHEETS, read_sheet
 
 SHOWN = 4
 """Concepts of each method."""

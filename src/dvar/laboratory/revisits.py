@@ -1,0 +1,95 @@
+"""A recorded run taken up again: the pictures and weights that it kept, and any step of it trained once more."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from safetensors.torch import load_file
+
+from dvar.config import TextualInversionConfig, restored
+from dvar.diffusion.backbone import Backbone
+from dvar.errors import CheckpointError, RefusedInput
+from dvar.stopper.trace import Trace
+from dvar.trainer.checkpoint import Checkpoint, saved
+from dvar.trainer.checks import CLASS_PICTURES, model_path
+from dvar.trainer.job import Job, assembled
+from dvar.trainer.run import prepared
+
+WEIGHTS, SHEETS = "weights", "pictures"
+
+
+def weights_at(folder: Path, step: int) -> Path:
+    """Return the file of what was learned at a step, where it was kept."""
+    return folder / WEIGHTS / f"step-{step:06d}.safetensors"
+
+
+def write_sheet(path: Path, rows: Sequence[Sequence[Image.Image]]) -> None:
+    """Write pictures of one size as one PNG, a row each; `read_sheet` gives them back bit for bit."""
+    side = rows[0][0].width
+    sheet = Image.new("RGB", (side * max(map(len, rows)), side * len(rows)))
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            sheet.paste(picture, (side * x, side * y))
+    part = path.with_suffix(".part")
+    sheet.save(part, format="PNG")
+    part.replace(path)
+
+
+def read_sheet(path: Path, rows: int = 2) -> list[list[Image.Image]]:
+    """Return the pictures of a scored step: those of training prompts, then those of validation prompts."""
+    with Image.open(path) as opened:
+        sheet = opened.convert("RGB")
+    side = sheet.height // rows
+    boxes = [[(x, y, x + side, y + side) for x in range(0, sheet.width, side)] for y in range(0, sheet.height, side)]
+    return [[sheet.crop(box) for box in row] for row in boxes]
+
+
+def learned_at(folder: str | Path, step: int) -> Backbone:
+    """Return the model of a recorded run as it was after ``step`` updates: from weights that were kept, or trained
+    again from the nearest checkpoint before, which gives the very same weights (on a CPU at equal thread count).
+
+    The folder is only read.
+    Raises: RefusedInput when it holds no recorded run, or the step is beyond its cap; CheckpointError when a replayed
+    loss differs from the recorded one.
+    """
+    folder = Path(folder)
+    try:
+        config = restored(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        trace = Trace.read(folder / "trace.jsonl")
+    except (OSError, ValueError) as error:
+        raise RefusedInput([f"{folder} is no recorded run ({error}): record it first"]) from error
+    if not 0 <= step <= trace.last_step:
+        raise RefusedInput([f"step must lie between 0 and {trace.last_step}, where {folder} ends, got {step}"])
+    kept = weights_at(folder, step)
+    if kept.exists():
+        backbone = Backbone.load(
+            model_path(config.pretrained_model_name_or_path), mixed_precision=config.mixed_precision
+        )
+        assembled(config, backbone).load(load_file(kept))
+        return backbone
+    checkpoint = Checkpoint.read(next(path for path in saved(folder) if int(path.name.split("-")[1]) <= step))
+    recorded = {row["step"]: row.get("train_loss") for row in trace.records}
+    with tempfile.TemporaryDirectory() as elsewhere:
+        job = rerun(folder, elsewhere)
+    job.learner.restore(checkpoint)
+    for number in range(checkpoint.step + 1, step + 1):
+        update = job.learner.update(job.training_losses, number)
+        if job.backbone.device.type == "cpu" and update.train_loss != recorded[number]:
+            said = f"step {number} gave the loss {update.train_loss!r}, and {recorded[number]!r} was recorded"
+            raise CheckpointError(f"{folder} cannot be replayed here: {said}; use its versions and thread count")
+    return job.backbone
+
+
+def rerun(folder: Path, elsewhere: str | Path) -> Job:
+    """Return the recorded run of ``folder`` as it began, ready to be opened in another folder."""
+    config = restored(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    apart: dict[str, Any] = {"output_dir": str(elsewhere), "overwrite": False, "resume_from_checkpoint": None}
+    if not isinstance(config, TextualInversionConfig) and (folder / CLASS_PICTURES).exists():
+        apart["class_data_dir"] = str(folder / CLASS_PICTURES)
+    return prepared(replace(config, **apart))[0]
