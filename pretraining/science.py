@@ -5,7 +5,7 @@ from stopping, and scores pictures at steps spread over the run, or with ``--sha
 is there is not made again, but gets the pictures it lacks; ``score`` reads kept pictures anew, when the judges have
 changed.  ``compare`` shows what settings are chosen by: the recogniser at the cap, nothing else.  ``freeze`` writes
 what was chosen to ``frozen.json``, as hashes, and ``judge``, which comes after, says for which methods rules may be
-ranked.
+ranked, and with three seeds keeps it in ``src/dvar/mini/gate.json``.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from transformers import CLIPModel, CLIPTokenizer
 from dvar import mini
 from dvar.config import CONFIGS
 from dvar.diffusion.sampling import sample
+from dvar.laboratory.gate import ENOUGH, Gate
 from dvar.mini import recogniser
 from dvar.mini.world.classes import CLASSES
 from dvar.mini.world.concepts import held_out, reference_scenes
@@ -40,6 +40,7 @@ from pretraining.training import WORK
 
 RUNS = WORK / "science"
 FROZEN = Path(__file__).with_name("frozen.json")
+GATES = ROOT / "gate.json"
 CADENCE, PROBE_EVERY = 25, 5
 SHARES = (0.0, 0.02, 0.05, 0.1, 0.17, 0.25, 0.35, 0.5, 0.75, 1.0)
 """Parts of the cap at which pictures are drawn and scored, rounded to checkpoints."""
@@ -173,44 +174,26 @@ def rescore(trial: Trial) -> None:
     (trial.folder / "scores.json").write_text(json.dumps({"cap": trial.cap, "scores": rows}, indent=1) + "\n")
 
 
-def gate(runs: Sequence[Path]) -> dict[str, Any]:
-    """Whether rules may be ranked on a method: figures over runs of several concepts and seeds.
-
-    ``gain`` of identity from the untrained model to the cap, its standard error over the runs, and its share of the way
-    to the ceiling; ``half``: the part of the gain reached before half of the cap; ``drop``: the median over the runs of
-    the fall of L_det (step 0 against the mean of the last tenth) over its jitter there (the standard deviation of
-    first differences over the square root of 2: the noise of a curve that moves slowly).
-    """
-    curves, tops, drops = [], [], []
-    for run in runs:
-        record = json.loads((run / "scores.json").read_text())
-        curves.append([(row["step"] / record["cap"], row["plain"]["identity"]) for row in record["scores"]])
-        tops.append(ceiling(_concept(run))["identity"])
-        values = Trace.read(run / "trace.jsonl").values
-        last = values[-max(8, len(values) // 10) :]
-        drops.append((values[0] - last.mean()) / (np.diff(last).std() / np.sqrt(2)))
-    shares, identity = np.array(curves[0])[:, 0], np.array(curves)[:, :, 1]
-    gains = identity[:, -1] - identity[:, 0]
-    error = float(gains.std(ddof=1) / np.sqrt(len(gains))) if len(gains) > 1 else float("nan")
-    mean = identity.mean(axis=0)
-    before_half = float(mean[shares <= 0.5].max())
-    figures = {
-        "runs": len(runs),
-        "start": float(mean[0]),
-        "end": float(mean[-1]),
-        "ceiling": float(np.mean(tops)),
-        "standard errors": float(gains.mean() / error),
-        "way to the ceiling, %": 100 * float(gains.mean() / (np.mean(tops) - mean[0])),
-        "gain before half the cap, %": 100 * (before_half - float(mean[0])) / float(gains.mean()),
-        "drop of L_det over its jitter": float(np.median(drops)),
-    }
-    passed = (
-        figures["standard errors"] >= 5
-        and figures["way to the ceiling, %"] >= 25
-        and figures["gain before half the cap, %"] >= 90
-        and figures["drop of L_det over its jitter"] >= 5
+def gate(runs: Sequence[Path]) -> Gate:
+    """Whether rules may be ranked on a method: the gain in identity over runs of several concepts and seeds."""
+    records = [json.loads((run / "scores.json").read_text()) for run in runs]
+    return Gate.of(
+        records[0]["cap"],
+        [row["step"] for row in records[0]["scores"]],
+        [[row["plain"]["identity"] for row in record["scores"]] for record in records],
+        [Trace.read(run / "trace.jsonl").values for run in runs],
+        float(np.mean([ceiling(_concept(run))["identity"] for run in runs])),
     )
-    return figures | {"rankable": passed}
+
+
+def keep(method: str, found: Gate) -> None:
+    """Write the gate of a method beside the model, for the laboratory."""
+    whole = json.loads(GATES.read_text()) if GATES.exists() else {}
+    if whole.get("sha256") != folder_hash():
+        whole = {"sha256": folder_hash(), "gates": {}}
+    gates = whole["gates"] | {method: asdict(found)}
+    whole["gates"] = {known: gates[known] for known in CONFIGS if known in gates}
+    GATES.write_text(json.dumps(whole, indent=1) + "\n")
 
 
 def _concept(run: Path) -> str:
@@ -274,7 +257,12 @@ def main() -> None:
             print(f"{rate:g}: {len(runs)} runs;", ", ".join(f"{name} {value:.3f}" for name, value in shown.items()))
             continue
         print(f"== {chosen.method}, learning rate {rate:g}: {len(runs)} runs")
-        print({name: round(value, 3) for name, value in gate(runs).items()})
+        found = gate(runs)
+        print(
+            {name: round(value, 3) for name, value in asdict(found).items()}, *found.failed or ("rankable",), sep="; "
+        )
+        if rate == preset["learning_rate"] and steps == preset["max_train_steps"] and found.runs >= ENOUGH:
+            keep(chosen.method, found)
         for part, keys in (("plain", ("identity", "first", "class", "clip image")), ("placed", ("place", "clip text"))):
             for key in keys:
                 print(f"{part:7s}{key:12s}", *(f"{value:8.3f}" for value in curve(runs, part, key)))

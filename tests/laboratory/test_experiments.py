@@ -189,6 +189,22 @@ def test_without_tuning_concepts_the_rest_is_ranked(root: Path) -> None:
     }
 
 
+def test_rules_are_not_ranked_on_a_method_that_fails_the_gate(tmp_path: Path) -> None:
+    """Without records enough to judge by, the bundled model's own gates hold: Custom Diffusion's is shut."""
+    for method in ("textual-inversion", "custom-diffusion"):
+        fake_record(tmp_path, method, "vase")
+    shelf = Shelf.open(tmp_path)
+    exhibit = rules.make(shelf)
+    assert any("Custom Diffusion does not pass the gate" in line and "61 %" in line for line in exhibit.says)
+    assert {one["rule"] for table in exhibit.tables[:-1] for one in table.data} >= {"Baseline", "Random step"}
+    assert all("1 runs, ranked" in table.caption for table in exhibit.tables[:-1])
+    judged = [(row[0], row[-1]) for row in exhibit.tables[-1].rows]
+    assert judged == [("Textual Inversion", "yes"), ("Custom Diffusion", "no")]
+    alone = replace(shelf, records=shelf.of("custom-diffusion"))
+    with pytest.raises(RefusedInput, match="rules are ranked on no method here: Custom Diffusion does not pass"):
+        rules.make(alone)
+
+
 # Figures
 
 

@@ -1,13 +1,13 @@
-"""The gate before rules are ranked, on runs made up so that each figure is known."""
+"""What the study of the bundled model keeps: the gate of its runs, and what is frozen."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
+from dvar import mini
 from dvar.stopper.trace import Trace
 from pretraining import science
 
@@ -32,36 +32,33 @@ def run(folder: Path, seed: int, identity: list[float], drop: float) -> Path:
     return made
 
 
-def test_a_method_that_learns_early_passes_with_the_figures_it_has(tmp_path: Path) -> None:
+def test_the_gate_of_kept_runs_has_the_figures_they_have(tmp_path: Path) -> None:
     ends = (0.68, 0.70, 0.72)
-    runs = [run(tmp_path, seed, [0.1, 0.5, end, end], 0.1) for seed, end in enumerate(ends)]
-    found = science.gate(runs)
-    assert found["rankable"] is True
-    assert found["start"] == pytest.approx(0.1)
-    assert found["end"] == pytest.approx(0.7)
-    assert found["standard errors"] == pytest.approx(0.6 / (0.02 / np.sqrt(3)))
-    assert found["way to the ceiling, %"] == pytest.approx(75.0)
-    assert found["gain before half the cap, %"] == pytest.approx(100.0)
-    # Differences of the last tenth are +-0.001, five each way: a standard deviation of 0.001 or little less.
-    assert found["drop of L_det over its jitter"] == pytest.approx(0.1 / (0.001 / np.sqrt(2)), rel=0.02)
+    found = science.gate([run(tmp_path, seed, [0.1, 0.5, end, end], 0.1) for seed, end in enumerate(ends)])
+    assert (found.runs, found.cap, found.ceiling, found.early) == (3, 100, pytest.approx(0.9), pytest.approx(1.0))
+    assert (found.start, found.end) == (pytest.approx(0.1), pytest.approx(0.7))
+    assert not found.failed
 
 
-@pytest.mark.parametrize(
-    ("identity", "drop"),
-    [
-        ([[0.1, 0.1, 0.15, 0.2]] * 3, 0.1),  # an eighth of the way
-        ([[0.1, 0.1, 0.3, 0.7]] * 3, 0.1),  # a third of the gain by half of the cap
-        ([[0.1, 0.5, 0.7, 0.7]] * 3, 0.001),  # L_det falls by no more than its jitter
-        ([[0.1, 0.5, 0.7, 0.7], [0.1, 0.1, 0.1, 0.1], [0.1, 0.4, 0.5, 0.5]], 0.1),  # two standard errors
-    ],
-)
-def test_each_condition_can_fail_by_itself(tmp_path: Path, identity: list[list[float]], drop: float) -> None:
-    shaken = [[value + 0.001 * seed for value in row] for seed, row in enumerate(identity)]
-    runs = [
-        run(tmp_path, seed, row[:1] + moved[1:], drop)
-        for seed, (row, moved) in enumerate(zip(identity, shaken, strict=True))
-    ]
-    assert science.gate(runs)["rankable"] is False
+def test_a_kept_gate_stands_beside_the_weights_it_was_measured_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(science, "GATES", tmp_path / "gate.json")
+    found = science.gate([run(tmp_path, 0, [0.1, 0.5, 0.7, 0.7], 0.1)])
+    science.keep("custom-diffusion", found)
+    science.keep("textual-inversion", found)
+    kept = json.loads(science.GATES.read_text())
+    assert [*kept["gates"]] == ["textual-inversion", "custom-diffusion"]
+    assert kept["sha256"] == json.loads(science.FROZEN.read_text())["weights"]
+    science.GATES.write_text(json.dumps({**kept, "sha256": "other weights"}))
+    science.keep("textual-inversion", found)
+    assert [*json.loads(science.GATES.read_text())["gates"]] == ["textual-inversion"]
+
+
+def test_the_gates_that_ship_are_of_the_weights_that_ship() -> None:
+    ships = Path(mini.__file__).with_name("gate.json")
+    assert json.loads(ships.read_text())["sha256"] == json.loads(science.FROZEN.read_text())["weights"]
+    assert [*mini.gates()] == ["textual-inversion", "dreambooth-lora", "custom-diffusion"]
 
 
 def test_what_was_frozen_is_what_ships() -> None:

@@ -20,7 +20,7 @@ from dvar.laboratory.traces import read_traces, write_traces
 if TYPE_CHECKING:
     from dvar.laboratory.trials import Bench
 
-QUICK = 3
+QUICK = 6
 """Concepts of each method, and as many for tuning, that ``quick`` reads of whole records."""
 QUICK_CONCEPTS, QUICK_TUNING = 2, 1
 """Concepts of each method, and for tuning, that ``quick`` records where there are no records."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from dvar.errors import RefusedInput
 
@@ -41,6 +42,12 @@ def concepts() -> dict[str, Path]:
     path()
     folders = {folder.parent.name: folder.parent for folder in sorted((_HERE / "concepts").glob("*/concept.json"))}
     return {name: folders[name] for name in sorted(folders, key=lambda name: (name in TUNING, name))}
+
+
+def gates() -> dict[str, dict[str, Any]]:
+    """By method, the figures of `dvar.laboratory.gate.Gate` for this model, measured when its settings were frozen."""
+    gates: dict[str, dict[str, Any]] = json.loads((_HERE / "gate.json").read_text(encoding="utf-8"))["gates"]
+    return gates
 
 
 def noun(name: str) -> str:

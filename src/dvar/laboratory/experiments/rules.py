@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from dvar.errors import RefusedInput
 from dvar.laboratory import ways
 from dvar.laboratory.exhibit import INK, NOISE, SIGNAL, SOFT, Exhibit, Plot, Provenance, Table, axes, number, title
+from dvar.laboratory.gate import EARLY, ENOUGH, ERRORS, JITTERS, WAY, Gate, gate_of
 from dvar.laboratory.quality import (
     CHOOSE,
     ORACLE,
@@ -55,24 +56,31 @@ class Judged:
 
 
 def make(shelf: Shelf) -> Exhibit:
-    """The ranking, with one setting per method and with one for all, and for each method alone."""
-    records = tuple(r for method in shelf.methods for r in shelf.of(method) if Climb.of(r).learned)
+    """The ranking, with one setting per method and with one for all, and for each method alone, of the methods that
+    pass the gate or could not be put to it.
+    """
+    gates = {method: gate_of(shelf, method) for method in shelf.methods}
+    methods = [method for method, gate in gates.items() if not (gate and gate.failed)]
+    if not methods:
+        raise RefusedInput(["rules are ranked on no method here: " + " ".join(_kept_out(gates))])
+    records = tuple(r for method in methods for r in shelf.of(method) if Climb.of(r).learned)
     if not records:
         raise RefusedInput(["no recorded run has learned anything that its scores show: record longer runs"])
-    own = {method: tuned(shelf.for_tuning(method)) for method in shelf.methods}
-    common = dict.fromkeys(own, tuned(tuple(r for method in shelf.methods for r in shelf.for_tuning(method))))
+    own = {method: tuned(shelf.for_tuning(method)) for method in methods}
+    common = dict.fromkeys(own, tuned(tuple(r for method in methods for r in shelf.for_tuning(method))))
     found = {
         "one setting per method": ranking(records, own),
         "one setting, in shares of Baseline's cap, for all methods": ranking(records, common),
     }
-    for method in shelf.methods if len(shelf.methods) > 1 else ():
+    for method in methods if len(methods) > 1 else ():
         alone = tuple(record for record in records if record.method == method)
         found |= {f"{title(method)} alone, its own setting": ranking(alone, own)} if alone else {}
     tables = tuple(_table(f"scope-{number}", how, ranked) for number, (how, ranked) in enumerate(found.items()))
     plots = tuple(_plot(f"scope-{number}", how, ranked) for number, (how, ranked) in enumerate(found.items()))
     ranked = next(iter(found.values()))
-    said = (_ceiling(records), *_skipped(shelf, len(records)), *_told(ranked))
-    return Exhibit("rules", "Which rule stops best?", said, tables, plots[:2])
+    unlearned = sum(len(shelf.of(method)) for method in methods) - len(records)
+    said = (_ceiling(records), *_kept_out(gates), *_skipped(shelf, methods, unlearned), *_told(ranked))
+    return Exhibit("rules", "Which rule stops best?", said, (*tables, _gates(gates, records)), plots[:2])
 
 
 def tuned(records: Sequence[Record]) -> dict[str, tuple[float, float, float] | None]:
@@ -272,12 +280,59 @@ def _ceiling(records: Sequence[Record]) -> str:
     )
 
 
-def _skipped(shelf: Shelf, learned: int) -> tuple[str, ...]:
-    unlearned = sum(len(shelf.of(method)) for method in shelf.methods) - learned
+def _kept_out(gates: Mapping[str, Gate | None]) -> list[str]:
+    """A sentence for each method that rules are not ranked on, and one for those that nobody could judge."""
+    said = [
+        f"{title(method)} does not pass the gate, so that rules are not ranked on it: {'; '.join(gate.failed)}."
+        for method, gate in gates.items()
+        if gate and gate.failed
+    ]
+    unknown = [title(method) for method, gate in gates.items() if not gate]
+    if unknown:
+        said.append(f"Fewer than {ENOUGH} tuning runs: {', '.join(unknown)} could not be put to the gate.")
+    return said
+
+
+def _gates(gates: Mapping[str, Gate | None], ranked: Sequence[Record]) -> Table:
+    lines = []
+    for method, gate in gates.items():
+        figures = ["–"] * 7
+        if gate:
+            ceiling = f" of {number(gate.ceiling, 2)}" if np.isfinite(gate.ceiling) else ""
+            figures = [
+                f"{gate.runs}",
+                f"{gate.cap}",
+                f"{number(gate.start, 2)} → {number(gate.end, 2)}{ceiling}",
+                number(gate.errors, 1),
+                f"{100 * gate.way:.0f} %" if np.isfinite(gate.way) else "–",
+                f"{100 * gate.early:.0f} %",
+                number(gate.jitters, 0),
+            ]
+        lines.append((title(method), *figures, "not judged" if not gate else "no" if gate.failed else "yes"))
+    columns = (
+        *("Method", "Runs", "Cap", "Score, start → end", "Gain, standard errors", "Way to the ceiling"),
+        *("Of the gain by half the cap", "Fall of L_det over its jitter", "Rules are ranked"),
+    )
+    caption = (
+        "The gate: rules can be told apart only where a method learns, early, and L_det sees it. Runs of the tuning "
+        f"concepts up to Baseline's cap; the score is the judge's identity, or else Train CLIP image. Bars: {ERRORS:g} "
+        f"standard errors, {100 * WAY:.0f} % of the way where the ceiling is known, {100 * EARLY:.0f} % of the gain by "
+        f"half of the cap, {JITTERS:g} jitters. What was ranked: {Provenance.of(ranked)}"
+    )
+    return Table(
+        "gate",
+        caption,
+        columns,
+        tuple(lines),
+        tuple({"method": m, **(asdict(g) if g else {})} for m, g in gates.items()),
+    )
+
+
+def _skipped(shelf: Shelf, methods: Sequence[str], unlearned: int) -> tuple[str, ...]:
     said = []
     if unlearned:
         said.append(f"{unlearned} runs gained less than three standard deviations of their scores, and are left out.")
-    bare = [title(method) for method in shelf.methods if not shelf.for_tuning(method)]
+    bare = [title(method) for method in methods if not shelf.for_tuning(method)]
     if bare:
         said.append(f"No tuning concept was recorded for {', '.join(bare)}: tuned rules are left out there.")
     return tuple(said)
