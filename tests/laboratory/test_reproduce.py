@@ -80,12 +80,12 @@ def test_a_quick_report_records_what_it_needs_where_there_are_no_records(
 def test_a_quick_report_of_whole_records_reads_a_few_and_records_none(
     tmp_path: Path, recorded: list[Recording], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for concept in ("cup", "jug", "mug", "owl", TUNING[0]):
+    for concept in ("cup", "jar", "jug", "mug", "owl", "pot", "vase", TUNING[0]):
         fake_record(tmp_path / "records", concept=concept, cap=60, learned=8.0)
     words = ["reproduce", "figure1", "--quick", "--records", str(tmp_path / "records")]
     assert main([*words, "--output_dir", str(tmp_path / "out")]) == 0
     assert not recorded
-    assert "Concepts: 3" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "Concepts: 6" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
 def test_what_reads_no_record_records_none(tmp_path: Path, recorded: list[Recording]) -> None:
