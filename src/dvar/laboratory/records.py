@@ -203,7 +203,7 @@ class Shelf:
             try:
                 records.append(Record.open(folder))
             except (RefusedInput, TraceError) as error:
-                lost[name] = _reason(folder) or str(error).splitlines()[0]
+                lost[name] = _reason(folder) or str(error).splitlines()[0].removeprefix(f"{folder}/")
         if not records:
             raise RefusedInput(
                 [
