@@ -98,7 +98,7 @@ def test_a_shelf_keeps_what_it_can_read_and_says_why_the_rest_is_lost(tmp_path: 
     assert [record.name for record in shelf.of("textual-inversion")] == ["textual-inversion/red_mug/0"]
     assert [record.concept for record in shelf.for_tuning("textual-inversion")] == ["purple_cat"]
     assert shelf.lost["textual-inversion/red_mug/2"] == "the loss was not finite at step 3"
-    assert shelf.lost["textual-inversion/red_mug/1"].startswith("done.json must be JSON")  # without a folder of one machine
+    assert shelf.lost["textual-inversion/red_mug/1"].startswith("done.json must be JSON")
     assert len(shelf) == 3
 
 
