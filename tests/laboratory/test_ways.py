@@ -14,8 +14,19 @@ from dvar.laboratory.records import Record
 from dvar.laboratory.ways import CLIP, CONSTANT, DVAR, KINDS, Kind, Reading, Way, read, read_all, tune
 from dvar.stopper.rules import AllOf, AnyOf, AtMost, Criterion, Dvar, FixedSteps, Hall, NotBefore, Plateau, Trend
 from dvar.stopper.trace import Trace
+from dvar.stopper.verdict import Reason, Verdict
+
+
+def another_s(trace: Trace) -> Verdict:
+    """A rule that the library knows nothing of, on two series at once."""
+    step, stratified = trace.last_step, trace.metric("stratified")[1]
+    stop = len(trace.values) > 50 and trace.values[-1] < trace.values[:50].min() and stratified[-1] < stratified[0]
+    return Verdict(bool(stop), Reason.RUNNING, step, "another's", {})
+
 
 RULES: tuple[Criterion, ...] = (
+    another_s,
+    AnyOf((Dvar(60, 1e-9), another_s)),
     Dvar(60, 0.15),
     Dvar(60, 0.15, strict_paper=True),
     Dvar(60, 0.15, metric="eval/first"),

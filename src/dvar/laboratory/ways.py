@@ -243,6 +243,8 @@ def _preset(record: Record) -> Mapping[str, Any]:
 def _stops(rules: Sequence[Criterion], record: Record, every: int | None) -> dict[Criterion, int | None]:
     """The first step at which each rule stops, None where it never does."""
     wanted = set().union(*(_metrics(rule) for rule in rules)) if rules else set()
+    if not all(map(_ours, rules)):  # what another's rule reads is not known, so it is shown all there is
+        wanted |= {LOSS, *(name for name in EXTRA if record.has(name))}
     *_, whole = _replayed(record, wanted, every)
     screen = Screen(whole)
     due = {rule: np.flatnonzero(screen(rule)).tolist()[::-1] for rule in rules}
@@ -314,12 +316,18 @@ def _forwards(record: Record, name: str, end: int) -> int:
 
 
 def _metrics(rule: Any) -> set[str]:
-    """The metrics that a rule reads, those of the rules inside it included."""
+    """The metrics that a rule says it reads, those of the rules inside it included."""
     found = {rule.metric} if hasattr(rule, "metric") else set()
-    if is_dataclass(rule):
-        for item in fields(rule):
-            inner = getattr(rule, item.name)
-            for part in inner if isinstance(inner, tuple) else (inner,):
-                if callable(part) and is_dataclass(part):
-                    found |= _metrics(part)
-    return found
+    return found.union(*map(_metrics, _inside(rule)))
+
+
+def _ours(rule: Any) -> bool:
+    """Whether a rule and those inside it are of this library."""
+    return type(rule).__module__.startswith("dvar.") and all(map(_ours, _inside(rule)))
+
+
+def _inside(rule: Any) -> Iterator[Any]:
+    """The rules that a composition is made of."""
+    for item in fields(rule) if is_dataclass(rule) else ():
+        inner = getattr(rule, item.name)
+        yield from (part for part in (inner if isinstance(inner, tuple) else (inner,)) if callable(part))
