@@ -268,6 +268,7 @@ def test_the_training_loss_of_an_own_trace_is_warned_of(tmp_path: Path) -> None:
 )
 def test_a_loss_on_fixed_inputs_is_known_by_its_name(tmp_path: Path, name: str) -> None:
     others = {"loss": 0.5, "eval_runtime": 3.0, "loss/validation/step_divergence": 0.1, "val_accuracy": 0.9}
+    others |= {"val_loss_std": 0.1, "eval_loss_note": "good"}  # no loss, and no number anywhere
     trace = read_log(table(tmp_path, ({"step": step, name: loss(step), **others} for step in STEPS)))
     assert trace.header["log"]["metric"] == name
 
@@ -299,6 +300,19 @@ def test_kohyas_faulty_average_is_warned_of(tmp_path: Path) -> None:
     log = tensorboard(tmp_path, CURVE, "loss/validation/step_average")
     with pytest.warns(UserWarning, match="overwrite only a part of this average"):
         read_log(log)
+
+
+def test_kohyas_average_by_epochs_is_warned_of(tmp_path: Path) -> None:
+    log = tensorboard(tmp_path, CURVE, "loss/validation/epoch_average")
+    with pytest.warns(UserWarning, match="count its steps in epochs in TensorBoard: give windows in epochs"):
+        read_log(log)
+
+
+def test_a_fault_is_told_where_several_curves_are_to_be_chosen_from(tmp_path: Path) -> None:
+    names = ("loss/validation/step_average", "loss/validation/step_current")
+    path = table(tmp_path, ({"step": step, **dict.fromkeys(names, loss(step))} for step in STEPS))
+    with pytest.raises(RefusedInput, match=r"step_average \(kohya's scripts overwrite .*\), loss/validation/step_curr"):
+        read_log(path)
 
 
 def test_a_rounded_curve_is_warned_of(tmp_path: Path) -> None:
@@ -341,6 +355,11 @@ def test_one_step_with_two_values_is_refused_and_with_one_value_twice_is_not(tmp
         read_log(table(tmp_path, [*rows, {"step": 1, "val_loss": 0.3}]))
 
 
+def test_a_step_told_twice_as_nan_is_no_contradiction(tmp_path: Path) -> None:
+    rows = [{"step": 0, "val_loss": 0.5}, {"step": 1, "val_loss": math.nan}, {"step": 1, "val_loss": math.nan}]
+    assert read_log(table(tmp_path, rows)).steps.tolist() == [0, 1]
+
+
 def test_the_column_of_steps_can_be_named(tmp_path: Path) -> None:
     path = table(tmp_path, ({"updates": step, "val_loss": loss(step)} for step in STEPS))
     with pytest.raises(RefusedInput, match=r"none of the columns global_step, .* of updates, val_loss"):
@@ -365,6 +384,15 @@ def test_the_column_of_steps_can_be_named(tmp_path: Path) -> None:
 def test_a_bad_cell_is_refused_by_name(tmp_path: Path, row: Mapping[str, object], said: str) -> None:
     with pytest.raises(RefusedInput, match=said):
         read_log(table(tmp_path, [{"step": 0, "val_loss": 0.5}, row]))
+
+
+def test_a_table_of_tabs_and_json_of_columns_or_of_one_record_are_read(tmp_path: Path) -> None:
+    assert len(read_log(table(tmp_path, ({"step": step, "eval": loss(step)} for step in STEPS), "\t"))) == len(CURVE)
+    columns = {"step": list(CURVE), "val_loss": list(CURVE.values()), "val_loss_done": [True] * len(CURVE)}
+    (tmp_path / "columns.json").write_text(json.dumps(columns))
+    assert read_log(tmp_path / "columns.json").values.tolist() == list(CURVE.values())
+    (tmp_path / "one.json").write_text('{"step": 3, "val_loss": 0.5}')
+    assert read_log(tmp_path / "one.json").steps.tolist() == [3]
 
 
 # --- what cannot be read --------------------------------------------------------------------------------------------
