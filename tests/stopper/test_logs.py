@@ -429,6 +429,23 @@ def test_a_torn_last_line_is_dropped_with_a_warning_and_damage_elsewhere_is_refu
         read_log(path)
 
 
+@pytest.mark.parametrize("line", ["1,0,4", "1,0.4,0.5,0.6", "1"])
+def test_a_table_whose_lines_are_not_as_long_as_its_names_is_refused(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text(f"step,val_loss\n0,0.5\n{line}\n2,0.3\n")
+    with pytest.raises(
+        RefusedInput, match=r"log\.csv, line 3 has another number of cells than the line of names: mend"
+    ):
+        read_log(path)
+
+
+def test_a_table_torn_at_its_last_line_is_read_up_to_it_with_a_warning(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text("step,val_loss,lr\n0,0.5,1\n1,0.4,1,\n2,0.3")
+    with pytest.warns(UserWarning, match="the last line was torn while it was written and is dropped"):
+        assert read_log(path).steps.tolist() == [0, 1]
+
+
 def test_json_that_holds_no_records_is_refused(tmp_path: Path) -> None:
     (tmp_path / "log.json").write_text("[1, 2, 3]")
     with pytest.raises(RefusedInput, match=r"must hold records, got '\[1, 2, 3\]'"):

@@ -630,6 +630,18 @@ def test_hall_and_trend_are_their_formulas(values: list[float]) -> None:
     assert Trend(20, 0.1)(trace).metrics["slope"] == pytest.approx(np.polyfit(range(20), recent, 1)[0], abs=1e-12)
 
 
+@given(st.lists(st.integers(1, 12), min_size=20, max_size=40), st.sampled_from([-1.0, 0.25]))
+def test_at_an_uneven_cadence_a_line_has_its_own_slope_and_range(gaps: list[int], slope: float) -> None:
+    trace = Trace()
+    for step in np.cumsum(gaps).tolist():
+        trace.record(step, 1000 + slope * step)
+    assume(trace.last_step - trace.first_step >= 96)  # eight records, whatever the gaps
+    last = 1000 + slope * trace.last_step
+    assert Trend(96, 1e-9)(trace).metrics["slope"] == pytest.approx(slope, rel=1e-9)
+    highest = max(last, last - 95 * slope)  # 96 steps of the line, though no record be made at the first of them
+    assert Hall(96, 1e-9)(trace).metrics["range"] == pytest.approx(95 * abs(slope) / highest, rel=1e-9)
+
+
 def test_the_record_just_before_the_window_is_no_part_of_it() -> None:
     # At step 30 a window of 20 holds the steps 11 to 30.  A variance gives step 10 no weight; a range would show it.
     values = [1.0] * 10 + [5.0] + [1.0, 1.1] * 10
