@@ -271,6 +271,17 @@ def test_the_numbers_of_a_loss_that_rises() -> None:
     }
 
 
+def test_the_gravest_doubt_comes_first() -> None:
+    spiked = traced(lambda step: 0.1 + 1e-2 * step + (3.0 if step == 3 else 0.0), 61)
+    assert names(Dvar(40, 0.15)(spiked)) == ["outlier-dominated", "rising", "not learning"]
+
+
+def test_a_loss_that_falls_from_above_its_first_value_has_not_fallen_yet() -> None:
+    assert names(RULE(traced(lambda step: step / 200 if step < 200 else 1 - (step - 200) / 800, 601))) == [
+        "not learning"
+    ]
+
+
 def test_a_turn_within_the_latter_half_of_the_window_is_a_rise() -> None:
     # Over the whole window, steps 291 to 600, the line through it falls.
     verdict = RULE(traced(lambda step: 1.0 - 2e-3 * min(step, 440) + 1e-3 * max(0, step - 440), 601))
