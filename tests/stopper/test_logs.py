@@ -343,6 +343,17 @@ def test_a_resumed_tensorboard_run_is_the_same(tmp_path: Path) -> None:
     assert trace.steps.tolist() == list(range(50))
 
 
+def test_what_a_tensorboard_writer_purges_is_told_as_for_every_other_format(tmp_path: Path) -> None:
+    with SummaryWriter(str(tmp_path), filename_suffix=".0") as writer:
+        for step in range(60):
+            writer.add_scalar("L_det", 9.0, step)
+    with SummaryWriter(str(tmp_path), purge_step=40, filename_suffix=".1") as writer:
+        for step in range(40, 50):
+            writer.add_scalar("L_det", loss(step), step)
+    with pytest.warns(UserWarning, match="resumed from step 40; what was recorded before from there on is left out"):
+        assert read_log(tmp_path).steps.tolist() == list(range(50))
+
+
 def test_steps_in_no_order_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RefusedInput, match=r"go back 199 times: sort the log by its steps"):
         read_log(plain_csv(tmp_path, dict(reversed(CURVE.items()))))
