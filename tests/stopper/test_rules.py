@@ -821,6 +821,9 @@ def test_the_numbers_of_one_rule_are_never_those_of_another() -> None:
     assert hall(trace).stop is False is dvar(trace).stop
     assert both.metrics == dvar(trace).metrics  # both have a threshold, so none of Hall's numbers is taken
     assert AllOf((dvar, FixedSteps(99)))(trace).metrics == {**dvar(trace).metrics, "max_steps": 99}
+    alike = AllOf((Hall(40, 0.15), dvar))(trace)  # nothing contradicts, so the numbers of both are there
+    assert {"range", "ratio"} <= alike.metrics.keys()
+    assert "the last 40 steps range over" in str(alike)
 
 
 def test_what_two_rules_say_alike_is_told_once() -> None:

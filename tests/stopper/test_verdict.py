@@ -271,6 +271,20 @@ def test_the_numbers_of_a_loss_that_rises() -> None:
     }
 
 
+def test_what_is_left_without_an_outlier_is_weighted_by_steps_too() -> None:
+    gaps = np.tile([1, 3], 200)
+    steps, values = np.cumsum(gaps), 0.1 - 1e-5 * np.cumsum(gaps) + 1e-3 * NOISE[:400]
+    values[5] = 5.0
+    trace = Trace()
+    for step, value in zip(steps.tolist(), values.tolist(), strict=True):
+        trace.record(step, value)
+    found = RULE(trace).diagnoses[0]
+    assert found.metrics["outlier_first"] == found.metrics["outlier_last"] == steps[5]
+    # A record stands for as many equal values as steps have passed since the one before.
+    rest = np.repeat(np.delete(values, 5), np.delete(gaps, 5))
+    assert found.metrics["ratio_without"] == pytest.approx(rest[-310:].var() / rest.var(), rel=1e-9)
+
+
 def test_the_gravest_doubt_comes_first() -> None:
     spiked = traced(lambda step: 0.1 + 1e-2 * step + (3.0 if step == 3 else 0.0), 61)
     assert names(Dvar(40, 0.15)(spiked)) == ["outlier-dominated", "rising", "not learning"]
