@@ -268,6 +268,7 @@ def test_the_training_loss_of_an_own_trace_is_warned_of(tmp_path: Path) -> None:
 )
 def test_a_loss_on_fixed_inputs_is_known_by_its_name(tmp_path: Path, name: str) -> None:
     others = {"loss": 0.5, "eval_runtime": 3.0, "loss/validation/step_divergence": 0.1, "val_accuracy": 0.9}
+    others |= {"val_loss_std": 0.1, "eval_loss_note": "good"}  # no loss, and no number anywhere
     trace = read_log(table(tmp_path, ({"step": step, name: loss(step), **others} for step in STEPS)))
     assert trace.header["log"]["metric"] == name
 
@@ -301,6 +302,19 @@ def test_kohyas_faulty_average_is_warned_of(tmp_path: Path) -> None:
         read_log(log)
 
 
+def test_kohyas_average_by_epochs_is_warned_of(tmp_path: Path) -> None:
+    log = tensorboard(tmp_path, CURVE, "loss/validation/epoch_average")
+    with pytest.warns(UserWarning, match="count its steps in epochs in TensorBoard: give windows in epochs"):
+        read_log(log)
+
+
+def test_a_fault_is_told_where_several_curves_are_to_be_chosen_from(tmp_path: Path) -> None:
+    names = ("loss/validation/step_average", "loss/validation/step_current")
+    path = table(tmp_path, ({"step": step, **dict.fromkeys(names, loss(step))} for step in STEPS))
+    with pytest.raises(RefusedInput, match=r"step_average \(kohya's scripts overwrite .*\), loss/validation/step_curr"):
+        read_log(path)
+
+
 def test_a_rounded_curve_is_warned_of(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"takes only \d+ values in 200 records: it was rounded"):
         read_log(plain_csv(tmp_path, {step: round(value, 3) for step, value in CURVE.items()}))
@@ -329,6 +343,17 @@ def test_a_resumed_tensorboard_run_is_the_same(tmp_path: Path) -> None:
     assert trace.steps.tolist() == list(range(50))
 
 
+def test_what_a_tensorboard_writer_purges_is_told_as_for_every_other_format(tmp_path: Path) -> None:
+    with SummaryWriter(str(tmp_path), filename_suffix=".0") as writer:
+        for step in range(60):
+            writer.add_scalar("L_det", 9.0, step)
+    with SummaryWriter(str(tmp_path), purge_step=40, filename_suffix=".1") as writer:
+        for step in range(40, 50):
+            writer.add_scalar("L_det", loss(step), step)
+    with pytest.warns(UserWarning, match="resumed from step 40; what was recorded before from there on is left out"):
+        assert read_log(tmp_path).steps.tolist() == list(range(50))
+
+
 def test_steps_in_no_order_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RefusedInput, match=r"go back 199 times: sort the log by its steps"):
         read_log(plain_csv(tmp_path, dict(reversed(CURVE.items()))))
@@ -339,6 +364,11 @@ def test_one_step_with_two_values_is_refused_and_with_one_value_twice_is_not(tmp
     assert read_log(table(tmp_path, rows)).steps.tolist() == [0, 1]
     with pytest.raises(RefusedInput, match=r"val_loss at step 1 has two values, 0.4 and 0.3: average them"):
         read_log(table(tmp_path, [*rows, {"step": 1, "val_loss": 0.3}]))
+
+
+def test_a_step_told_twice_as_nan_is_no_contradiction(tmp_path: Path) -> None:
+    rows = [{"step": 0, "val_loss": 0.5}, {"step": 1, "val_loss": math.nan}, {"step": 1, "val_loss": math.nan}]
+    assert read_log(table(tmp_path, rows)).steps.tolist() == [0, 1]
 
 
 def test_the_column_of_steps_can_be_named(tmp_path: Path) -> None:
@@ -365,6 +395,15 @@ def test_the_column_of_steps_can_be_named(tmp_path: Path) -> None:
 def test_a_bad_cell_is_refused_by_name(tmp_path: Path, row: Mapping[str, object], said: str) -> None:
     with pytest.raises(RefusedInput, match=said):
         read_log(table(tmp_path, [{"step": 0, "val_loss": 0.5}, row]))
+
+
+def test_a_table_of_tabs_and_json_of_columns_or_of_one_record_are_read(tmp_path: Path) -> None:
+    assert len(read_log(table(tmp_path, ({"step": step, "eval": loss(step)} for step in STEPS), "\t"))) == len(CURVE)
+    columns = {"step": list(CURVE), "val_loss": list(CURVE.values()), "val_loss_done": [True] * len(CURVE)}
+    (tmp_path / "columns.json").write_text(json.dumps(columns))
+    assert read_log(tmp_path / "columns.json").values.tolist() == list(CURVE.values())
+    (tmp_path / "one.json").write_text('{"step": 3, "val_loss": 0.5}')
+    assert read_log(tmp_path / "one.json").steps.tolist() == [3]
 
 
 # --- what cannot be read --------------------------------------------------------------------------------------------
@@ -399,6 +438,23 @@ def test_a_torn_last_line_is_dropped_with_a_warning_and_damage_elsewhere_is_refu
     path.write_text('{"step": 1}\n[1]\n')
     with pytest.raises(RefusedInput, match=r"line 2 must be a JSON object, got '\[1\]'"):
         read_log(path)
+
+
+@pytest.mark.parametrize("line", ["1,0,4", "1,0.4,0.5,0.6", "1"])
+def test_a_table_whose_lines_are_not_as_long_as_its_names_is_refused(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text(f"step,val_loss\n0,0.5\n{line}\n2,0.3\n")
+    with pytest.raises(
+        RefusedInput, match=r"log\.csv, line 3 has another number of cells than the line of names: mend"
+    ):
+        read_log(path)
+
+
+def test_a_table_torn_at_its_last_line_is_read_up_to_it_with_a_warning(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text("step,val_loss,lr\n0,0.5,1\n1,0.4,1,\n2,0.3")
+    with pytest.warns(UserWarning, match="the last line was torn while it was written and is dropped"):
+        assert read_log(path).steps.tolist() == [0, 1]
 
 
 def test_json_that_holds_no_records_is_refused(tmp_path: Path) -> None:

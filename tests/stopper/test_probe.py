@@ -6,7 +6,7 @@ import copy
 import random
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -210,6 +210,10 @@ def with_argument(held: Tensor, net: nn.Module) -> Tensor:
     return (net(held) - held).square().mean(dim=1)
 
 
+def with_leading_argument(net: nn.Module, held: Tensor) -> Tensor:
+    return with_argument(held, net)
+
+
 GLOBAL = Net()
 
 
@@ -219,8 +223,11 @@ def reads_a_global(held: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     "loss",
-    [losses(Net()), Owner().loss, Owner(), partial(with_argument, net=Net()), reads_a_global],
-    ids=["closure", "method", "object", "partial", "global"],
+    [
+        *(losses(Net()), Owner().loss, Owner(), reads_a_global),
+        *(partial(with_argument, net=Net()), partial(with_leading_argument, Net())),
+    ],
+    ids=["closure", "method", "object", "global", "partial by name", "partial by place"],
 )
 def test_the_modules_that_a_callable_holds_are_found(loss: Callable[[Tensor], Tensor]) -> None:
     # Dropout is off, so the same held batch gives the same losses under two seeds: the modules were put in evaluation.
@@ -270,6 +277,34 @@ def test_a_captured_batch_is_drawn_once_and_is_beyond_reach() -> None:
     assert Probe(losses(net), HELD).header == {}
 
 
+class Batch(NamedTuple):
+    x: Tensor
+    timesteps: Tensor
+
+
+def test_a_captured_tuple_with_names_keeps_them_and_is_beyond_reach_too() -> None:
+    net, source = Net(), torch.zeros(8, 4)
+    probe = Probe.capture(lambda held: losses(net)(held.x), lambda: Batch(source, torch.arange(8)), [net])
+    first = probe()
+    source.fill_(9.0)
+    assert torch.equal(first, probe())
+    assert probe.header == {"timesteps": list(range(8))}
+
+
+def test_what_a_capture_draws_is_keyed_by_its_seed() -> None:
+    net = Net()
+    one, same, other = (Probe.capture(losses(net), lambda: torch.randn(8, 4), seed=seed)() for seed in (7, 7, 8))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+def test_a_seed_may_be_of_any_size_and_does_not_start_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = Net()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("CUDA is told how to start"))
+    assert torch.equal(Probe(losses(net), HELD, seed=2**40)(), Probe(losses(net), HELD)())
+
+
 def paired(net: Net) -> PairedProbe[dict[str, Tensor]]:
     frozen = copy.deepcopy(net)
 
@@ -301,6 +336,43 @@ def test_a_paired_reading_is_zero_before_the_first_step_and_the_gain_afterwards(
     assert random_states() == states
 
 
+def test_a_paired_reading_is_the_loss_less_the_frozen_models_before_it_is_rounded() -> None:
+    # In float32 both would be 1.
+    now, before = torch.full((8,), 1.0, dtype=torch.float64), torch.full((8,), 1.0 + 1e-9, dtype=torch.float64)
+    gain = PairedProbe(lambda draws: now, lambda draws: before, lambda step: HELD, [nn.Identity()])(3)
+    torch.testing.assert_close(gain, torch.full((8,), -1e-9), rtol=1e-6, atol=0)
+
+
+def test_the_draws_of_a_paired_reading_are_keyed_by_its_seed_and_step() -> None:
+    drawn: list[Tensor] = []
+
+    def draw(step: int) -> Tensor:
+        drawn.append(torch.rand(8))
+        return drawn[-1]
+
+    for seed, step in ((0, 1), (0, 1), (0, 2), (1, 1)):
+        PairedProbe(lambda draws: draws, lambda draws: draws, draw, [nn.Identity()], seed=seed)(step)
+    assert torch.equal(drawn[0], drawn[1])
+    assert len({tuple(each.tolist()) for each in drawn}) == 3
+
+
+def test_both_models_of_a_paired_probe_are_found_and_measured_in_evaluation_mode() -> None:
+    net, frozen, seen = Net(), Net(), {}
+
+    def of(model: Net, name: str) -> Callable[[Tensor], Tensor]:
+        def loss(draws: Tensor) -> Tensor:
+            seen[name] = any(flags(model).values())
+            return losses(model)(draws)
+
+        return loss
+
+    net.train(), frozen.train()
+    PairedProbe(of(net, "in training"), of(frozen, "frozen"), lambda step: HELD)(0)
+    assert seen == {"in training": False, "frozen": False}
+    assert net.training
+    assert frozen.training
+
+
 def test_a_paired_probe_refuses_models_that_give_another_number_of_losses() -> None:
     net = Net()
     probe = PairedProbe(losses(net), lambda draws: losses(net)(draws)[:1], lambda step: HELD, [net])
@@ -328,5 +400,17 @@ def test_stratified_timesteps_hold_one_of_each_part(count: int, timesteps: int) 
     # The standard error of the mean of 300 * count draws, of which each part's variance is (T / count)^2 / 12.
     error = timesteps / count / (12 * 300 * count) ** 0.5
     assert abs(float(drawn.double().mean()) - (timesteps - 1) / 2) <= 4 * error + 0.5
-    with pytest.raises(RefusedInput, match="must be 1 or more"):
-        stratified_timesteps(0, 1000)
+
+
+def test_stratified_timesteps_come_from_the_generator_given() -> None:
+    states = random_states()
+    one, same, other = (stratified_timesteps(8, 1000, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    assert random_states() == states
+
+
+@pytest.mark.parametrize(("count", "timesteps"), [(0, 1000), (8, 0)])
+def test_no_timesteps_can_be_drawn_of_none(count: int, timesteps: int) -> None:
+    with pytest.raises(RefusedInput, match=f"must be 1 or more, got {count} and {timesteps}"):
+        stratified_timesteps(count, timesteps)

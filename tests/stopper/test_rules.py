@@ -309,9 +309,28 @@ def test_a_loss_that_is_not_finite_anywhere_never_counts_as_stabilised(bad: floa
 
 
 def test_finite_losses_too_far_apart_for_float64_are_not_stabilised_either() -> None:
-    verdict = Dvar(8, 0.9)(traced([-1.7e308, 1.7e308] + [0.0] * 20))
+    verdict = Dvar(8, 0.9)(traced([0.0, -1.7e308, 0.0, 1.7e308] + [0.0] * 20))
     assert not verdict.stop
     assert verdict.reason is Reason.NON_FINITE
+    assert "is not finite from step 1 to step 3 (2 records)" in str(verdict)  # the two furthest out
+
+
+@pytest.mark.parametrize(
+    ("rule", "what"),
+    [
+        (Dvar(8, 0.15), "the loss"),
+        (Trend(8, 0.1), "the loss"),
+        (Hall(8, 0.1, metric="eval/first"), "the metric"),
+        (Plateau("eval", 5), "the metric"),
+    ],
+)
+def test_the_steps_between_which_a_loss_was_not_finite_are_told(rule: Criterion, what: str) -> None:
+    values = [1.0] * 30
+    values[12], values[14], values[17] = math.nan, math.inf, -math.inf
+    verdict = rule(traced(values))
+    found = {name: verdict.metrics[name] for name in verdict.metrics if name.startswith("non_finite")}
+    assert found == {"non_finite_step": 12, "non_finite_last": 17, "non_finite_records": 3}
+    assert f"{what} is not finite from step 12 to step 17 (3 records)" in str(verdict)
 
 
 # --- settings -------------------------------------------------------------------------------------------------------
@@ -327,6 +346,35 @@ def test_a_window_that_is_no_whole_number_of_at_least_eight_is_refused(window: o
 def test_a_threshold_outside_zero_and_one_is_refused(threshold: object) -> None:
     with pytest.raises(RefusedInput, match=r"threshold must lie between 0 and 1, .* got"):
         Dvar(310, threshold)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("made", "told"),
+    [
+        (lambda: Dvar(310, 0.15, ddof=2), "ddof must be 0 (NumPy's variance) or 1 (PyTorch's), got 2"),
+        (lambda: EmaPercentile(310, 0.0), "threshold must be a finite number above 0, got 0.0"),
+        (lambda: Hall(310, -0.1), "threshold must be a finite number above 0, got -0.1"),
+        (lambda: Trend(310, math.inf), "threshold must be a finite number above 0, got inf"),
+        (lambda: EmaPercentile(310, 0.1, alpha=0.0), "alpha must lie between 0 (excluded) and 1, got 0.0: the paper's"),
+        (lambda: EmaPercentile(310, 0.1, alpha=1.5), "alpha must lie between 0 (excluded) and 1, got 1.5: the paper's"),
+        (
+            lambda: Hall(310, 0.1, level="median"),
+            "level must be 'max' (the formula) or 'mean' (the text), got 'median'",
+        ),
+        (lambda: Plateau("eval", 0), "patience must be a whole number of steps, 1 or more, got 0"),
+        (lambda: Plateau("eval", 2.5), "patience must be a whole number of steps, 1 or more, got 2.5"),
+        (lambda: Plateau("eval", 5, min_delta=-0.01), "min_delta must be a finite number, 0 or more, got -0.01"),
+        (lambda: Plateau("eval", 5, min_delta=math.nan), "min_delta must be a finite number, 0 or more, got nan"),
+        (lambda: Plateau("eval", 5, mode="up"), "mode must be 'min' or 'max', what is better, got 'up'"),
+        (lambda: Plateau("eval", 5, stop_on=(Reason.RISING,)), "stop_on must be a tuple of one or more of Reason.STAB"),
+        (lambda: NotBefore(FixedSteps(9), 0), "step must be a whole number of updates, 1 or more, got 0"),
+    ],
+)
+def test_every_other_wrong_setting_is_refused_by_its_name(made: Callable[[], Criterion], told: str) -> None:
+    with pytest.raises(RefusedInput) as refused:
+        made()
+    (problem,) = refused.value.problems
+    assert problem.startswith(told)
 
 
 def test_all_problems_are_told_at_once() -> None:
@@ -550,6 +598,12 @@ def test_the_moving_average_is_its_recursion(values: list[float]) -> None:
         assert metrics["change"] == pytest.approx(average[-1] / average[-21] - 1, rel=1e-9, abs=1e-12)
 
 
+def test_with_an_alpha_of_one_the_moving_average_is_the_loss_itself() -> None:
+    values = [1.0 + math.sin(step) / 2 for step in range(40)]
+    metrics = EmaPercentile(20, 0.01, alpha=1)(traced(values)).metrics
+    assert (metrics["ema"], metrics["ema_before"]) == (values[39], values[19])
+
+
 def test_the_moving_average_at_an_uneven_cadence_lies_between_its_records() -> None:
     # The weight of a record after g steps is 1 - 0.9^g, and the average n steps ago is on the line between neighbours.
     random = np.random.default_rng(0)
@@ -576,6 +630,18 @@ def test_hall_and_trend_are_their_formulas(values: list[float]) -> None:
     assert Trend(20, 0.1)(trace).metrics["slope"] == pytest.approx(np.polyfit(range(20), recent, 1)[0], abs=1e-12)
 
 
+@given(st.lists(st.integers(1, 12), min_size=20, max_size=40), st.sampled_from([-1.0, 0.25]))
+def test_at_an_uneven_cadence_a_line_has_its_own_slope_and_range(gaps: list[int], slope: float) -> None:
+    trace = Trace()
+    for step in np.cumsum(gaps).tolist():
+        trace.record(step, 1000 + slope * step)
+    assume(trace.last_step - trace.first_step >= 96)  # eight records, whatever the gaps
+    last = 1000 + slope * trace.last_step
+    assert Trend(96, 1e-9)(trace).metrics["slope"] == pytest.approx(slope, rel=1e-9)
+    highest = max(last, last - 95 * slope)  # 96 steps of the line, though no record be made at the first of them
+    assert Hall(96, 1e-9)(trace).metrics["range"] == pytest.approx(95 * abs(slope) / highest, rel=1e-9)
+
+
 def test_the_record_just_before_the_window_is_no_part_of_it() -> None:
     # At step 30 a window of 20 holds the steps 11 to 30.  A variance gives step 10 no weight; a range would show it.
     values = [1.0] * 10 + [5.0] + [1.0, 1.1] * 10
@@ -599,6 +665,8 @@ def test_a_rule_that_divides_by_the_level_refuses_what_is_not_positive() -> None
     for rule in (EmaPercentile(10, 0.1), Hall(10, 0.1)):
         with pytest.raises(RefusedInput, match=r"divides by the level of the loss, which is .* use Dvar or Trend"):
             rule(traced(-0.1 - step / 100 for step in range(30)))
+    with pytest.raises(RefusedInput, match=r"EmaPercentile divides by the level of the loss, which is 0 at step 9"):
+        EmaPercentile(10, 0.1, alpha=1)(traced([0.0] * 15 + [1.0] * 5))
 
 
 # --- patience -------------------------------------------------------------------------------------------------------
@@ -609,6 +677,15 @@ def clip(values: Iterable[float], every: int = 50) -> Trace:
     for index, value in enumerate(values, start=1):
         trace.record(index * every, clip_image=value)
     return trace
+
+
+def test_clip_s_is_the_table_of_the_released_commands() -> None:
+    assert {method: (rule.patience, rule.min_delta) for method, rule in CLIP_S.items()} == {
+        "textual-inversion": (350, 0.02),
+        "dreambooth-lora": (200, 0.04),
+        "custom-diffusion": (350, 0.02),
+    }
+    assert {(rule.metric, rule.mode) for rule in CLIP_S.values()} == {("clip_image", "max")}
 
 
 def test_clip_s_stops_a_flat_metric_where_the_released_code_does() -> None:
@@ -647,6 +724,23 @@ def test_a_metric_that_never_comes_is_an_error_that_names_the_ones_there() -> No
     assert Plateau("clip_imgae", 30)(trace).reason is Reason.WARMING_UP
     with pytest.raises(RefusedInput, match=r"Plateau reads 'clip_imgae', which no record .* \(eval, eval/first\)"):
         Plateau("clip_imgae", 10)(trace)
+
+
+def test_a_metric_may_come_as_late_as_the_rule_would_have_been_ready() -> None:
+    late = Trace()
+    late.record(500, loss=0.1)  # of a run whose first steps were not recorded
+    late.record(519, loss=0.1)
+    assert Dvar(20, 0.15)(late).reason is Reason.WARMING_UP
+    late.record(520, loss=0.1)
+    with pytest.raises(RefusedInput, match="Dvar reads 'eval', which no record up to step 520 holds"):
+        Dvar(20, 0.15)(late)
+    begun = Trace()
+    for step in range(21):
+        begun.record(step, loss=0.1)
+    # The untouched model is none of the paper's values: its rule is ready one step later.
+    assert Dvar(20, 0.15, strict_paper=True)(begun).reason is Reason.WARMING_UP
+    with pytest.raises(RefusedInput):
+        Dvar(20, 0.15)(begun)
 
 
 @pytest.mark.parametrize(
@@ -712,3 +806,29 @@ def test_not_before_and_at_most() -> None:
         AtMost(Dvar, 0)  # type: ignore[arg-type]
     with pytest.raises(RefusedInput, match="NotBefore takes rules"):
         NotBefore(3, 4)  # type: ignore[arg-type]
+
+
+def test_not_before_does_not_hide_a_loss_that_is_not_finite() -> None:
+    rule = NotBefore(Dvar(40, 0.15, stop_on=(Reason.NON_FINITE,)), 120)
+    verdict = rule(traced([1.0] * 9 + [math.nan]))
+    assert (verdict.stop, verdict.reason, verdict.step) == (True, Reason.NON_FINITE, 9)
+
+
+def test_the_numbers_of_one_rule_are_never_those_of_another() -> None:
+    dvar, hall = Dvar(40, 0.15), Hall(40, 0.05)
+    trace = traced(line(step) for step in range(60))
+    both = AllOf((dvar, hall))(trace)
+    assert hall(trace).stop is False is dvar(trace).stop
+    assert both.metrics == dvar(trace).metrics  # both have a threshold, so none of Hall's numbers is taken
+    assert AllOf((dvar, FixedSteps(99)))(trace).metrics == {**dvar(trace).metrics, "max_steps": 99}
+    alike = AllOf((Hall(40, 0.15), dvar))(trace)  # nothing contradicts, so the numbers of both are there
+    assert {"range", "ratio"} <= alike.metrics.keys()
+    assert "the last 40 steps range over" in str(alike)
+
+
+def test_what_two_rules_say_alike_is_told_once() -> None:
+    trace = traced(1 + step / 100 for step in range(60))
+    rules = (Hall(40, 0.05), Trend(40, 0.05))
+    (said,) = {tuple(found.reason for found in rule(trace).diagnoses) for rule in rules}
+    assert said == (Reason.RISING, Reason.NOT_LEARNING)
+    assert tuple(found.reason for found in AnyOf(rules)(trace).diagnoses) == said

@@ -369,3 +369,20 @@ def test_a_relative_loss_is_the_same_read_at_every_record_and_once_at_the_end() 
         live.metric("eval/first")
     assert live.metric("eval/first")[1].tolist() == late.metric("eval/first")[1].tolist()
     np.testing.assert_allclose(late.metric("eval/first")[1], (losses / losses[0]).mean(axis=1), rtol=1e-15)
+
+
+def test_a_metric_read_at_every_record_is_read_once() -> None:
+    trace = Trace()
+    for step in range(5):
+        trace.record(step, lr=float(step))
+        for _ in range(2):
+            assert [column.tolist() for column in trace.metric("lr")] == [[*range(step + 1)]] * 2
+
+
+def test_residuals_that_alternate_make_no_error_smaller() -> None:
+    # Their correlation is -1; uncorrected, the error is that of ordinary least squares with its n - 2.
+    ages, noise = np.arange(10) - 4.5, np.tile([1.0, -1.0], 5)
+    residuals = noise - ages * (noise @ ages) / (ages @ ages)
+    plain = np.sqrt(residuals @ residuals / 8 / (ages @ ages))
+    error = Curve(np.arange(10), 0.5 * np.arange(10) + noise, np.ones(10)).slope_error(unit=2.0)
+    assert error == pytest.approx(plain, rel=1e-12)

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dvar import AnyOf, Dvar, FixedSteps, Reason, Trace, Verdict
-from dvar.stopper.rules import SETTLED
+from dvar import AnyOf, Criterion, Dvar, FixedSteps, Reason, RefusedInput, Trace, Verdict
+from dvar.stopper.rules import SETTLED, EmaPercentile, Hall, Plateau, Trend
+from dvar.stopper.trace import Curve
 
 RULE = Dvar(window=310, threshold=0.15, stop_on=SETTLED)
 NOISE = np.random.default_rng(7).normal(size=2000)
@@ -56,6 +57,58 @@ def test_the_sentence_on_the_way() -> None:
     )
     assert str(stopped(lambda step: 0.1, cap=401)) == (
         "go on at step 400: no change, the loss is the same number at every record"
+    )
+
+
+def traced(curve: Callable[[int], float], count: int) -> Trace:
+    trace = Trace()
+    for step in range(count):
+        trace.record(step, curve(step))
+    return trace
+
+
+@pytest.mark.parametrize(
+    ("rule", "curve", "told"),
+    [
+        (
+            EmaPercentile(40, 1e-3),
+            lambda step: 2.0 - step / 100,
+            "moving average changed by -20.7 % over 40 steps (thr",
+        ),
+        (
+            EmaPercentile(40, 1e-3),
+            lambda step: 1.0 + step / 100,
+            "moving average changed by +34.7 % over 40 steps (thr",
+        ),
+        (Hall(40, 0.1), lambda step: 100.0 - (step % 2) * 20, "steps range over 20 % of their level (threshold 10 %)"),
+        (
+            Hall(40, 0.1),
+            lambda step: 100.0 - (step % 2) * 9.9996,
+            "range over 9.9996 % of their level (threshold 10 %)",
+        ),
+        (Trend(40, 1e-3), lambda step: 1.0 + 1.0004e-3 * step, "the last 40 steps is 0.001 a step (threshold 0.001)"),
+        (Trend(40, 1e-3), lambda step: 1.0 - 0.9996e-3 * step, "is -0.0009996 a step (threshold 0.001), but still fal"),
+        (Trend(40, 1e-3), lambda step: 1.0 - 2e-3 * step, "the last 40 steps is -0.002 a step (threshold 0.001)"),
+        (Plateau("eval", 90), lambda step: float(step), "no value has beaten 0 of step 0 in 60 steps (patience 90)"),
+        (
+            Plateau("eval", 90, min_delta=0.5),
+            lambda step: float(step),
+            "no value has beaten 0 of step 0 by more than 0.5 in 60 steps (patience 90)",
+        ),
+    ],
+)
+def test_every_rule_tells_its_own_number_beside_its_threshold(
+    rule: Criterion, curve: Callable[[int], float], told: str
+) -> None:
+    assert told in str(rule(traced(curve, 61)))
+
+
+def test_a_full_window_that_holds_too_few_records_says_which_of_both_it_waits_for() -> None:
+    trace = Trace()
+    for step in range(0, 200, 20):
+        trace.record(step, 1 / (1 + step))
+    assert str(Dvar(100, 0.15)(trace)) == (
+        "go on at step 180: warming up, 100 of 100 steps and 5 records in the window"
     )
 
 
@@ -164,7 +217,106 @@ def test_a_fall_within_two_jitters_is_no_learning(jitters: float, found: list[st
 
 
 def test_a_constant_is_not_learning() -> None:
-    assert names(stopped(lambda step: 0.18, cap=400)) == ["not learning"]
+    verdict = stopped(lambda step: 0.18, cap=400)
+    assert names(verdict) == ["not learning"]
+    assert verdict.diagnoses[0].metrics == {"start": 0.18, "level": 0.18, "jitter": 0.0, "window": 310}
+    assert "the loss never changed; the probe may not be reading the model that is being trained" in str(
+        verdict.diagnoses[0]
+    )
+
+
+# --- the numbers behind them ----------------------------------------------------------------------------------------
+
+
+def test_the_numbers_of_a_loss_that_does_not_learn() -> None:
+    values = 0.18 + 0.01 * NOISE[:500]
+    (found,) = RULE(traced(values.__getitem__, 500)).diagnoses
+    recent = values[-310:]
+    assert found.metrics == {
+        "start": values[0],
+        "level": pytest.approx(recent.mean(), rel=1e-12),
+        "jitter": pytest.approx(np.diff(recent).std() / math.sqrt(2), rel=1e-12),
+        "window": 310,
+    }
+
+
+def test_the_numbers_of_a_loss_that_still_falls() -> None:
+    values = np.exp(-np.arange(700) / 1000) + 1e-3 * NOISE[:700]
+    trace = traced(values.__getitem__, 700)
+    found = RULE(trace).diagnoses[0]
+    # The fall over the last quarter by its least-squares line, and all of it from the first value to that line's end.
+    (pace, _), late = np.polyfit(np.arange(175), values[-175:], 1), values[-175:].mean()
+    gained = -pace * 699 / 4
+    assert found.reason is Reason.STILL_FALLING
+    assert found.metrics == {
+        "late_share": pytest.approx(gained / (values[0] - (late - gained / 2)), rel=1e-9),
+        "slope": pytest.approx(np.polyfit(np.arange(310), values[-310:], 1)[0], rel=1e-9),
+        "slope_error": pytest.approx(Curve.of(trace).last(310).slope_error(1.0), rel=1e-9),
+        "window": 310,
+        "straight_line_step": 310 / math.sqrt(0.15),
+    }
+    # A rule without a total variance has no such bound.
+    assert "straight_line_step" not in Trend(310, 1.0, stop_on=SETTLED)(trace).diagnoses[0].metrics
+    assert "straight line" not in str(Trend(310, 1.0, stop_on=SETTLED)(trace))
+
+
+def test_the_numbers_of_a_loss_that_rises() -> None:
+    verdict = RULE(traced(lambda step: 0.1 + 1e-4 * step + (0.5 if step == 3 else 0.0), 801))
+    found = next(found for found in verdict.diagnoses if found.reason is Reason.RISING)
+    # The latter half of the window: steps 646 to 800.
+    assert found.metrics == {
+        "rise": pytest.approx(154e-4, rel=1e-9),
+        "rise_share": pytest.approx(154e-4 / (0.5 + 3e-4), rel=1e-9),
+        "rise_steps": 154,
+    }
+
+
+def test_what_is_left_without_an_outlier_is_weighted_by_steps_too() -> None:
+    gaps = np.tile([1, 3], 200)
+    steps, values = np.cumsum(gaps), 0.1 - 1e-5 * np.cumsum(gaps) + 1e-3 * NOISE[:400]
+    values[5] = 5.0
+    trace = Trace()
+    for step, value in zip(steps.tolist(), values.tolist(), strict=True):
+        trace.record(step, value)
+    found = RULE(trace).diagnoses[0]
+    assert found.metrics["outlier_first"] == found.metrics["outlier_last"] == steps[5]
+    # A record stands for as many equal values as steps have passed since the one before.
+    rest = np.repeat(np.delete(values, 5), np.delete(gaps, 5))
+    assert found.metrics["ratio_without"] == pytest.approx(rest[-310:].var() / rest.var(), rel=1e-9)
+
+
+def test_the_gravest_doubt_comes_first() -> None:
+    spiked = traced(lambda step: 0.1 + 1e-2 * step + (3.0 if step == 3 else 0.0), 61)
+    assert names(Dvar(40, 0.15)(spiked)) == ["outlier-dominated", "rising", "not learning"]
+
+
+def test_a_loss_that_falls_from_above_its_first_value_has_not_fallen_yet() -> None:
+    assert names(RULE(traced(lambda step: step / 200 if step < 200 else 1 - (step - 200) / 800, 601))) == [
+        "not learning"
+    ]
+
+
+def test_a_turn_within_the_latter_half_of_the_window_is_a_rise() -> None:
+    # Over the whole window, steps 291 to 600, the line through it falls.
+    verdict = RULE(traced(lambda step: 1.0 - 2e-3 * min(step, 440) + 1e-3 * max(0, step - 440), 601))
+    assert "rising" in [found.reason.value for found in verdict.diagnoses]
+
+
+def test_the_numbers_of_an_outlier() -> None:
+    values = 0.1 - 1e-5 * np.arange(400) + 1e-3 * NOISE[:400]
+    values[2:8] += 2.0
+    found = RULE(traced(values.__getitem__, 400)).diagnoses[0]
+    parts = np.square(values - values.mean())
+    assert found.reason is Reason.OUTLIER_DOMINATED
+    assert found.metrics == {
+        "outlier_first": 0,
+        "outlier_last": 19,
+        "outlier_share": pytest.approx(parts[:20].sum() / parts.sum(), rel=1e-9),
+        "ratio_without": pytest.approx(values[-310:].var() / values[20:].var(), rel=1e-9),
+    }
+    # Only DVAR divides by a variance that an outlier can hold.
+    (hall,) = {tuple(each.reason for each in Hall(310, 9.0)(traced(values.__getitem__, 400)).diagnoses)}
+    assert Reason.OUTLIER_DOMINATED not in hall
 
 
 def test_a_spike_that_outweighs_all_other_records_is_named() -> None:
@@ -255,3 +407,14 @@ def test_the_json_can_be_read_by_a_person() -> None:
     assert saved["diagnoses"][0]["sentence"] in saved["sentence"]
     assert saved["diagnoses"][0]["metrics"].items() <= saved["metrics"].items()
     assert saved["rule"].startswith("Dvar(window=310, threshold=0.15, stop_on=(Reason.STABILISED, ")
+
+
+@pytest.mark.parametrize("change", [{"reason": "bored"}, {"diagnoses": [{"reason": "rising"}]}, {}])
+def test_a_verdict_of_another_version_is_refused(change: dict[str, object]) -> None:
+    saved = {**stopped(lambda step: -step).to_json(), **change}
+    if not change:
+        del saved["rule"]
+    with pytest.raises(
+        RefusedInput, match=r"a saved verdict must be of this version of dvar, and is not .*: judge its"
+    ):
+        str(Verdict.from_json(saved))

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from dvar import AnyOf, Dvar, DvarError, FixedSteps, Reason, RefusedInput, Trace, Verdict, Watch
 from dvar.errors import TraceError
+from dvar.stopper.rules import AtMost
 from dvar.stopper.watch import from_first_rank
 
 STOP = Dvar(window=20, threshold=0.2)
@@ -75,6 +76,17 @@ def test_a_run_killed_anywhere_and_resumed_anywhere_before_stops_as_if_nothing_h
     trace, expected = by_hand(every)
     assert verdict == expected
     assert resumed.trace.records == trace.records == Trace.read(path).records
+
+
+def test_a_record_is_in_the_file_before_it_is_judged(tmp_path: Path) -> None:
+    there = []
+
+    def rule(trace: Trace) -> Verdict:
+        there.append(len(Trace.read(tmp_path / "trace.jsonl")) if len(trace) else 0)
+        return FixedSteps(9)(trace)
+
+    driven(Watch(rule, Decay(), tmp_path / "trace.jsonl"), Decay(), 0, 3)
+    assert there[-4:] == [1, 2, 3, 4]
 
 
 def test_what_is_cut_or_replaced_is_kept_beside_it(tmp_path: Path) -> None:
@@ -216,6 +228,7 @@ def test_a_failing_probe_leaves_the_trace_as_it_was(tmp_path: Path) -> None:
         ({"every": True}, "every must be a whole number of steps, 1 or more, got True"),
         ({"every": 3}, "a window of 20 steps holds fewer than 8 evaluations when one is made every 3 steps"),
         ({"every": 3, "rule": AnyOf((FixedSteps(9), STOP))}, "a window of 20 steps holds fewer than 8 evaluations"),
+        ({"every": 3, "rule": AtMost(STOP, 9)}, "a window of 20 steps holds fewer than 8 evaluations"),
     ],
 )
 def test_what_cannot_work_is_refused_before_any_step(tmp_path: Path, change: dict[str, Any], told: str) -> None:

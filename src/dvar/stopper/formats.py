@@ -116,9 +116,17 @@ def _whole(value: Any, path: Path, name: str) -> int | None:
 def _csv(path: Path, step: str | None) -> Iterator[Point]:
     text = _text(path)
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=_delimiter(text))
+    numbered = [(reader.line_num, row) for row in reader]
+    if numbered and None in numbered[-1][1].values():
+        warnings.warn(f"{path}: the last line was torn while it was written and is dropped", stacklevel=2)
+        numbered.pop()
+    for number, row in numbered:
+        if None in row.values() or any(row.get(None, ())):  # DictReader's words for too few cells and for too many
+            raise RefusedInput([f"{path}, line {number} has another number of cells than the line of names: mend it"])
     # W&B's charts come with the bounds of each curve, which are the curve again.
     rows = (
-        {name: value for name, value in row.items() if name and not name.endswith(("__MIN", "__MAX"))} for row in reader
+        {name: value for name, value in row.items() if name and not name.endswith(("__MIN", "__MAX"))}
+        for _, row in numbered
     )
     return _in_rows(rows, path, step)
 

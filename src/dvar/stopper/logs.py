@@ -44,10 +44,12 @@ def read_log(path: str | os.PathLike[str], metric: str | None = None, step: str 
     unless `metric` names another of its metrics.
 
     Where steps go back, the run was resumed: what was recorded before from that step on is left out, with a warning.
-    So warned too: a training loss, a curve with a known fault, and one that was rounded when it was written.
+    So warned too: a training loss, a curve with a known fault, one that was rounded when it was written, and a last
+    line that was torn, which is dropped.
 
     Raises: RefusedInput when the format is not known (the known ones are named), the curve cannot be told (the
-    candidates are named), a value is no number, or a step has two values; TraceError when a trace is damaged.
+    candidates are named), a line is damaged, a value is no number, or a step has two values; TraceError when a trace is
+    damaged.
     """
     path = Path(path)
     if not path.exists():

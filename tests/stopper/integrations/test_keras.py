@@ -69,3 +69,13 @@ def test_without_a_probe_it_records_what_an_epoch_ends_with(tmp_path: Path) -> N
     known = steps < len(expected())
     assert values[known] == pytest.approx(expected().values[steps[known]], rel=1e-5)
     assert set(trace.metric_names) == {"loss", "val_loss"}
+
+
+def test_a_second_fit_begins_where_its_model_is_and_keeps_the_wish_of_another_callback_to_stop(tmp_path: Path) -> None:
+    net = model()
+    callback = fitted(net, watch_of(net, tmp_path / "trace.jsonl"), 1)
+    net.optimizer.iterations.assign(4)  # set back to a checkpoint
+    net.stop_training = True
+    callback.on_train_begin()
+    assert Trace.read(tmp_path / "trace.jsonl").steps.tolist() == [0, 1, 2, 3, 4]
+    assert net.stop_training

@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from task import CAP, RATE, STOP, X, assert_as_expected, expected, losses_of, network, watch_of
 from torch import Tensor
 
@@ -77,8 +77,27 @@ def test_a_stopped_run_that_is_resumed_makes_no_further_update(tmp_path: Path) -
     assert all(torch.equal(value, before[name]) for name, value in resumed.lightning_module.state_dict().items())
 
 
-def test_a_model_in_parts_is_refused(tmp_path: Path) -> None:
+class Third:
+    """Stands for DeepSpeed's strategy, which cannot be made without DeepSpeed."""
+
+    zero_stage_3 = True
+
+
+@pytest.mark.parametrize(
+    "strategy", [FSDPStrategy(), ModelParallelStrategy(), Third()], ids=lambda it: type(it).__name__
+)
+def test_a_model_in_parts_is_refused(tmp_path: Path, strategy: Any) -> None:
     callback = DvarCallback(watch_of(network(), tmp_path / "trace.jsonl"))
-    with pytest.raises(RefusedInput, match="needs the whole model there, got FSDPStrategy: train with strategy 'ddp'"):
-        callback.on_train_start(SimpleNamespace(strategy=FSDPStrategy()), Model())
+    told = f"needs the whole model there, got {type(strategy).__name__}: train with strategy 'ddp'"
+    with pytest.raises(RefusedInput, match=told):
+        callback.on_train_start(SimpleNamespace(strategy=strategy), Model())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_fit_begins_where_its_model_is_and_keeps_the_wish_of_another_callback_to_stop(tmp_path: Path) -> None:
+    _, callback = fitted(tmp_path, last=7)
+    alone = SimpleNamespace(broadcast=lambda value: value)
+    back = SimpleNamespace(strategy=alone, global_step=4, is_global_zero=True, should_stop=True)
+    callback.on_train_start(back, Model())
+    assert Trace.read(tmp_path / "trace.jsonl").steps.tolist() == [0, 1, 2, 3, 4]
+    assert back.should_stop

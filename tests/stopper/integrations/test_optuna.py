@@ -39,6 +39,14 @@ def test_each_trial_stops_by_its_own_reports_and_is_complete() -> None:
         assert not STOP(trace_of(trial).cut(trial.last_step - 1)).stop
 
 
+def test_reports_in_any_order_are_a_trace() -> None:
+    study = optuna.create_study(pruner=DvarPruner(STOP))
+    trial = study.ask()
+    for step in (3, 1, 2):
+        trial.report(1.0 / step, step)
+    assert trace_of(study.trials[0]).values.tolist() == [1.0, 1 / 2, 1 / 3]
+
+
 def test_a_value_that_is_not_finite_is_no_convergence() -> None:
     study = optuna.create_study(pruner=DvarPruner(STOP))
     trial = study.ask()

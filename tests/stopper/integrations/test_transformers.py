@@ -92,9 +92,23 @@ def test_a_stopped_run_that_is_resumed_does_not_train_on(done: Any) -> None:
     assert_as_expected(Trace.read(folder / "trace.jsonl"))
 
 
-def test_a_model_in_parts_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_training_begins_where_its_model_is_and_keeps_the_wish_of_another_callback_to_stop(
+    tmp_path: Path,
+) -> None:
+    _, callback = trained(tmp_path, last=7)
+    control, state = TrainerControl(should_training_stop=True), TrainerState(global_step=4)
+    callback.on_train_begin(TrainingArguments(output_dir=str(tmp_path), use_cpu=True), state, control)
+    assert Trace.read(tmp_path / "trace.jsonl").steps.tolist() == [0, 1, 2, 3, 4]
+    assert control.should_training_stop
+
+
+@pytest.mark.parametrize("parts", ["FSDP", "DeepSpeed"])
+def test_a_model_in_parts_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: str) -> None:
     callback = DvarCallback(watch_of(network(), tmp_path / "trace.jsonl"))
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    if parts == "FSDP":
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    else:
+        monkeypatch.setattr("dvar.stopper.integrations.transformers.is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(RefusedInput, match="needs the whole model there, got FSDP or DeepSpeed's third stage"):
         callback.on_train_begin(TrainingArguments(output_dir=str(tmp_path)), TrainerState(), TrainerControl())
     assert list(tmp_path.iterdir()) == []
