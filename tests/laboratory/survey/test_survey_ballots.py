@@ -73,6 +73,18 @@ def test_questions_and_orders_differ_between_people() -> None:
     assert pairs[0] != pairs[1]
 
 
+def test_orders_follow_from_the_seed_and_the_secret_together() -> None:
+    survey = imagined(["way"], concepts=4, prompts=5, config=SurveyBuildConfig(overlap=9, control_every=6))
+
+    def roles(secret: str, **change: int) -> list[list[str]]:
+        box = Ballots(":memory:", replace(survey, **change), Clock(), secret)
+        return [[shown.task.role for shown in through(box, box.join())] for _ in range(3)]
+
+    assert roles("a") == roles("a")
+    assert roles("a") != roles("b"), "who knows the seed does not know where the controls are"
+    assert roles("a") != roles("a", seed=1)
+
+
 def test_a_task_stays_until_it_is_answered() -> None:
     box = ballots()
     worker = box.join()

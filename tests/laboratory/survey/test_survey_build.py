@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,16 +86,38 @@ def test_controls_and_training_have_answers_that_anyone_sees(tmp_path: Path) -> 
         checks = survey.of(question, "control")  # type: ignore[arg-type]
         assert len(checks) == wanted
         assert all(task.expected == "first" for task in checks)
-        whole, broken = (_pixels(folder, name) for name in (checks[0].first, checks[0].second))
-        assert np.array_equal(np.sort(whole, axis=None), np.sort(broken, axis=None)), "the same pixels, elsewhere"
-        tiles = [(row, column) for row in range(4) for column in range(4)]
-        for row, column in tiles:
-            at = (slice(64 * row, 64 * row + 64), slice(64 * column, 64 * column + 64))
-            assert not np.array_equal(whole[at], broken[at])
+        for task in checks:
+            assert _seams(_pixels(folder, task.first)) < 2 < _seams(_pixels(folder, task.second)), "whole, in pieces"
         lessons = survey.of(question, "training")  # type: ignore[arg-type]
         assert [task.expected for task in lessons] == ["first", "equal"]
         assert lessons[1].first == lessons[1].second
         assert all(task.lesson for task in lessons)
+
+
+def test_a_control_is_told_apart_by_no_name_and_no_count_of_pixels(tmp_path: Path) -> None:
+    folder, survey = small_survey(tmp_path)
+    checks = [task for question in QUESTIONS for task in survey.of(question, "control")]
+    shown = Counter(name for task in survey.tasks for name in {task.first, task.second, *task.references})
+    for task in checks:
+        assert shown[task.first] == shown[task.second] == 1, "in no other task, and none of its own references"
+        whole, broken = (_pixels(folder, name) for name in (task.first, task.second))
+        assert whole.shape == broken.shape
+        assert not np.array_equal(np.sort(whole, axis=None), np.sort(broken, axis=None)), "not the same pixels, moved"
+        for pixels in (whole, broken):
+            assert np.array_equal(pixels, pixels[::4, ::4].repeat(4, axis=0).repeat(4, axis=1)), "enlarged as all are"
+
+
+def test_a_control_of_large_pictures_is_as_large(tmp_path: Path) -> None:
+    runs = [drawn_run(tmp_path / name, seed, side=160) for seed, name in enumerate(("stopped", "full"))]
+    (task, *_) = build(runs, settings(tmp_path)).of("customization", "control")
+    for name in (task.first, task.second):
+        assert _pixels(tmp_path / "survey", name).shape == (160, 160, 3)
+
+
+def _seams(pixels: np.ndarray, tile: int = 64) -> float:
+    """How much larger the steps between neighbours are where four tiles a side meet than on the whole."""
+    steps = np.abs(np.diff(pixels.astype(float), axis=1)).mean(axis=(0, 2))
+    return float(steps[tile - 1 :: tile].mean() / steps[3::4].mean())
 
 
 def _pixels(folder: Path, name: str) -> np.ndarray:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -168,12 +170,17 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def once(table: list[dict[str, str]]) -> list[dict[str, str]]:
+    """One row of each task."""
+    return list({frozenset((row["left"], row["right"])): row for row in table}.values())
+
+
 def answered(path: Path, table: list[dict[str, str]], names: tuple[str, str, str], delimiter: str = ",") -> Path:
     with path.open("w", newline="") as file:
         writer = csv.writer(file, delimiter=delimiter)
         writer.writerow(names)
         for worker in ("W1", "W2"):
-            writer.writerows([worker, row["ticket"], row["expected"] or "left"] for row in table[::2])
+            writer.writerows([worker, row["ticket"], row["expected"] or "left"] for row in once(table))
     return path
 
 
@@ -193,12 +200,13 @@ def test_answers_of_a_platform_come_back_as_votes(tmp_path: Path, names: tuple[s
     assert written == len(listed)
     pairs = [row for row in listed if row["role"] == "pair"]
     assert len(pairs) == 2 * len(survey.of("customization", "pair"))
-    assert [int(row["people"]) for row in pairs[:2]] == [5, 5]
-    assert {row["left"] for row in pairs[:2]} == {row["right"] for row in pairs[:2]}, "both sides are asked"
+    assert {int(row["people"]) for row in pairs} == {5}
+    sides = Counter((row["left"], row["right"]) for row in pairs)
+    assert all(sides[right, left] == count for (left, right), count in sides.items()), "both sides are asked"
     assert all(row["left"].startswith("https://a.example/pictures/") for row in listed)
     assert all(row["description"].startswith("a photo of the object ") for row in listed)
     path = answered(tmp_path / "answers", listed, names, delimiter)
-    given = 2 * len(listed[::2])
+    given = 2 * len(once(listed))
     assert read_answers(folder, path, KEY) == (given, 0)
     assert read_answers(folder, path, KEY) == (0, given), "read again, nothing is counted twice"
     counted = Ballots(folder / VOTES, survey).votes()
@@ -212,11 +220,31 @@ def test_answers_of_a_platform_come_back_as_votes(tmp_path: Path, names: tuple[s
             assert vote.answer == "first"
 
 
+def test_neither_a_ticket_nor_its_row_tells_what_a_task_is(tmp_path: Path) -> None:
+    folder, survey = small_survey(tmp_path)
+    tickets = dict[str, list[str]]()
+    for secret in (KEY, "o" * 40):
+        write_tasks(folder, tmp_path / f"{secret}.csv", "customization", secret, "https://a.example")
+        tickets[secret] = [row["ticket"] for row in rows(tmp_path / f"{secret}.csv")]
+        assert tickets[secret] == sorted(set(tickets[secret])), "in no order of roles"
+        assert all(re.fullmatch("[0-9a-f]{32}", ticket) for ticket in tickets[secret])
+    assert not set(tickets[KEY]) & set(tickets["o" * 40])
+    assert not [task for task in survey.tasks if any(task.id in ticket for ticket in tickets[KEY])]
+
+
+def test_an_odd_overlap_is_split_as_well_as_it_can_be(tmp_path: Path) -> None:
+    folder, survey = small_survey(tmp_path, overlap=3)
+    write_tasks(folder, tmp_path / "tasks.csv", "reconstruction", KEY, "https://a.example")
+    wanted = [int(row["people"]) for row in rows(tmp_path / "tasks.csv") if row["role"] == "pair"]
+    assert sorted(wanted) == [1, 1, 2, 2] == sorted([1, 2] * len(survey.of("reconstruction", "pair")))
+
+
 def test_a_wrong_table_is_refused_whole(tmp_path: Path) -> None:
     folder, survey = small_survey(tmp_path)
     table = tmp_path / "tasks.csv"
     write_tasks(folder, table, "customization", KEY, "https://a.example")
-    good = [row for row in rows(table) if row["role"] == "pair"]
+    pairs = [row for row in rows(table) if row["role"] == "pair"]
+    good = [row for row in pairs if {row["left"], row["right"]} == {pairs[0]["left"], pairs[0]["right"]}]
     wrong = tmp_path / "wrong.csv"
     lines = [
         f"W1,{good[0]['ticket']},left",

@@ -222,6 +222,25 @@ def test_who_wants_is_forgotten_and_nobody_else(place: Place) -> None:
     assert Someone(place.app).http.get("/forget").url.path == "/", "who is nobody has nothing to delete"
 
 
+def test_the_secret_decides_who_is_shown_what(place: Place) -> None:
+    def roles(secret: str, folder: Path) -> list[list[str]]:
+        box = server.Pages(folder, place.survey, secret).ballots
+        found = []
+        for worker in [box.join() for _ in range(6)]:
+            found.append([])
+            while shown := box.current(worker):
+                found[-1].append(shown.task.role)
+                for word in ("left", "right", "equal"):
+                    box.vote(worker, shown.id, word)
+        return found
+
+    folders = [place.folder.parent / name for name in "abc"]
+    for folder in folders:
+        folder.mkdir()
+    one, same, other = (roles(secret, folder) for secret, folder in zip((KEY, KEY, "o" * 40), folders, strict=True))
+    assert one == same != other
+
+
 def test_keys_can_be_turned_off_and_on(place: Place) -> None:
     someone = Someone(place.app)
     page = someone.begin()
