@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 from collections import Counter
 from dataclasses import replace
@@ -216,6 +217,25 @@ def test_people_of_one_name_are_two_people_and_a_name_is_only_a_text() -> None:
     for name in ("Ada", "Ada", "Robert'); drop table worker; --"):
         through(box, box.join(name), "equal")
     assert len({vote.worker for vote in box.votes()}) == 3
+
+
+def test_the_file_itself_has_one_place_for_a_person_and_a_task_and_writes_through(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    box = Ballots(tmp_path / "votes.sqlite", SURVEY)
+    box.current(box.join())
+    names = "worker, task, question, role, left_side, given"
+    with pytest.raises(sqlite3.IntegrityError, match="UNIQUE"):
+        box._db.execute(f"insert into assignment ({names}) select {names} from assignment")
+    settings = {name: box._db.execute(f"pragma {name}").fetchone()[0] for name in ("journal_mode", "synchronous")}
+    assert settings == {"journal_mode": "wal", "synchronous": 2}, "2: a commit waits until it is on the disk"
+
+
+def test_who_reads_waits_for_no_writer(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    box = Ballots(tmp_path / "votes.sqlite", SURVEY)
+    through(box, box.join())
+    before = box.votes()
+    with box._change() as db:
+        db.execute("delete from worker")
+        assert Ballots(box.path, SURVEY).votes() == before
 
 
 def test_many_threads_lose_and_double_nothing(tmp_path) -> None:  # type: ignore[no-untyped-def]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -21,6 +24,8 @@ from dvar.laboratory.drawings import GENERATED, LIST, drawings
 from dvar.laboratory.runs import Run
 from dvar.laboratory.survey.build import build
 from dvar.laboratory.survey.plan import PICTURES, QUESTIONS, Survey, controls, key
+
+ROOT = Path(__file__).parents[3]
 
 
 def settings(place: Path, **given: object) -> SurveyBuildConfig:
@@ -215,6 +220,24 @@ def test_missing_pictures_are_drawn_by_both_runs(tmp_path: Path, monkeypatch: py
     asked.clear()
     build(runs, replace(config, output_dir=str(tmp_path / "second")))
     assert not asked, "what was drawn is there"
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make is installed")
+def test_make_survey_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+
+    def trains() -> list[str]:
+        told = subprocess.run(["make", "-n", "survey"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+        return re.findall(r"dvar train .* (--\w+)(?: latest)?$", told.replace("\\\n", " "), re.MULTILINE)
+
+    assert trains() == ["--overwrite", "--overwrite"]
+    (tmp_path / "runs/survey-full/checkpoint-50").mkdir(parents=True)
+    assert sorted(trains()) == ["--overwrite", "--resume_from_checkpoint"]
+    for name in ("stopped", "full"):
+        (tmp_path / f"runs/survey-{name}").mkdir(exist_ok=True)
+        (tmp_path / f"runs/survey-{name}/result.json").touch()
+    assert trains() == []
 
 
 def test_keys_are_the_same_on_every_machine() -> None:

@@ -113,6 +113,15 @@ def test_nobody_and_nobody_left_are_told(tmp_path: Path) -> None:
     assert "nobody left" in write_page(tmp_path, gone, tmp_path / "score.html").read_text()
 
 
+def test_where_all_is_equal_no_side_and_no_winner_is_told(tmp_path: Path) -> None:
+    found = score(SURVEY, votes("1", "===="))
+    page = write_page(tmp_path, found, tmp_path / "score.html").read_text()
+    assert "4 answers to pairs of pictures by 1 person." in page
+    assert "No counted vote prefers a picture" in page
+    assert "50.0 %" not in page
+    assert "went to the left" in write_page(tmp_path, score(SURVEY, votes("1", "+===")), tmp_path / "b").read_text()
+
+
 def test_settings_are_checked() -> None:
     assert survey_problems(SurveyScoreConfig()) == []
     assert len(survey_problems(SurveyScoreConfig(min_accuracy=1.5))) == 1

@@ -164,6 +164,18 @@ def test_davidsons_interval_is_that_of_fishers_information_by_hand() -> None:
     assert strength.interval.high - strength.advantage == pytest.approx(half, rel=1e-6)
 
 
+def test_other_confidences_and_seeds_give_other_intervals() -> None:
+    votes = shown((20, 12), (6, 8), (10, 15))
+    some, most = davidson(*votes), davidson(*votes, 0.99)
+    assert some is not None
+    assert most is not None
+    for narrow, wide in ((some.interval, most.interval), (some.left_interval, most.left_interval)):
+        assert wide.high - wide.low == pytest.approx((narrow.high - narrow.low) * 2.5758293 / Z95, rel=1e-6)
+    hits, people = np.arange(60) % 3 == 0, np.arange(60) % 7
+    one, same, other = (clustered(hits, people, people, seed=seed) for seed in (1, 1, 2))
+    assert one == same != other
+
+
 def test_a_favourite_side_is_told_apart_from_a_favourite_rival() -> None:
     # Everyone presses left: no rival is better.
     strength = davidson(*shown((40, 5), (6, 6), (5, 40)))
