@@ -148,6 +148,43 @@ def test_nobody_is_asked_more_pairs_than_agreed() -> None:
     assert Counter(shown.task.role for shown in seen) == {"training": 1, "pair": 2, "control": 1}
 
 
+def test_the_pairs_that_were_answered_least_come_first() -> None:
+    survey = replace(SURVEY, per_person=2)
+    box = ballots(survey)
+    for _ in range(3):
+        through(box, box.join())
+    asked = Counter(vote.task.id for vote in box.votes() if vote.task.role == "pair")
+    assert set(asked.values()) == {1}, "three people with two pairs of each question see all six of each"
+    assert len(asked) == 12
+
+
+def test_an_answer_takes_as_long_as_its_last_showing() -> None:
+    clock = Clock()
+    box = ballots(clock=clock)
+    worker = box.join()
+    for wait in (3000, 2):
+        shown = box.current(worker)
+        assert shown is not None
+        clock.now += wait
+    box.vote(worker, shown.id, press(shown, str(shown.task.expected)))
+    assert [vote.seconds for vote in box.votes()] == [2]
+
+
+def test_what_fails_on_the_way_changes_nothing() -> None:
+    box = ballots()
+    worker = box.join("Ada")
+
+    def fail() -> None:
+        with box._change() as db:
+            db.execute("delete from worker")
+            raise RuntimeError("on the way")
+
+    with pytest.raises(RuntimeError, match="on the way"):
+        fail()
+    assert box.name(worker) == "Ada"
+    assert box.current(worker), "and the next may write"
+
+
 def test_a_task_left_open_is_offered_to_others_after_a_while_and_a_late_answer_still_counts() -> None:
     clock = Clock()
     survey = replace(SURVEY, overlap=1, per_person=1, tasks=tuple(t for t in SURVEY.tasks if t.role == "pair")[:1])

@@ -204,7 +204,7 @@ def test_who_wants_is_forgotten_and_nobody_else(place: Place) -> None:
     other_page = other.begin("Other")
     for visitor, shown in ((someone, page), (other, other_page)):
         assert visitor.press(shown, expected(place, shown) or "left").status_code == 303
-    old_page, link = someone.page(), own_link(page)
+    old_page, old_form, link = someone.page(), someone.page("/").hidden, own_link(page)
     old_cookies = dict(someone.http.cookies)
     asked = someone.page("/forget")
     assert "your 1 answer will be deleted" in asked.text
@@ -217,6 +217,7 @@ def test_who_wants_is_forgotten_and_nobody_else(place: Place) -> None:
     assert b"Zerubbabel" not in kept(place)
     # Neither the link nor an old cookie with an old form is anyone's now, and nobody gets the number.
     assert someone.http.get(link).status_code == 410
+    assert someone.http.post("/join", data=old_form).status_code == 403, "nothing of the old cookie is left"
     new = someone.begin("New")
     ghost = Someone(place.app)
     ghost.http.cookies.update(old_cookies)
@@ -244,6 +245,12 @@ def test_the_secret_decides_who_is_shown_what(place: Place) -> None:
         folder.mkdir()
     one, same, other = (roles(secret, folder) for secret, folder in zip((KEY, KEY, "o" * 40), folders, strict=True))
     assert one == same != other
+
+
+def test_what_is_signed_for_one_purpose_is_signed_for_no_other(place: Place) -> None:
+    pages = server.Pages(place.folder, place.survey, KEY)
+    signed = {pages.signer(purpose).dumps(1) for purpose in ("worker", "ticket")}
+    assert len(signed) == 2
 
 
 def test_keys_can_be_turned_off_and_on(place: Place) -> None:
