@@ -24,7 +24,7 @@ from dvar.laboratory.survey.plan import PICTURES, VOTES
 from dvar.laboratory.survey.score import score
 from dvar.laboratory.survey.server import read_secret
 from dvar.laboratory.survey.simulation import Chances, Rater, imagined, rate, split, table2
-from dvar.laboratory.survey.statistics import wilson
+from dvar.laboratory.survey.statistics import clustered, davidson, krippendorff, ordered, wilson
 
 KEY = "k" * 40
 SURVEY = imagined(["a", "b"], concepts=2, prompts=2, config=SurveyBuildConfig())
@@ -61,6 +61,36 @@ def test_votes_are_counted_as_table_2_has_them_and_as_it_hides_them() -> None:
     assert [tally.agreement for tally in found.tallies] == [1, 0, 1, 1]
 
 
+def test_a_row_is_what_the_statistics_say_of_its_votes_as_the_settings_ask() -> None:
+    said = {"1": "+++=", "2": "-+-=", "3": "+=--"}
+    left = {"1": "first", "2": "second", "3": "first"}
+    cast = [vote for who, marks in said.items() for vote in votes(who, marks, left=left[who])]
+    found = score(SURVEY, cast, SurveyScoreConfig(confidence=0.8, resamples=300, seed=5))
+    (row,) = found.after
+    values = np.array([{"+": 1, "=": 0, "-": -1}[mark] for marks in said.values() for mark in marks])
+    people, concepts = np.repeat(np.arange(3), 4), np.tile([PAIRS[at].concept for at in range(4)], 3)
+    things = np.unique(concepts, return_inverse=True)[1]
+    drawn = {"confidence": 0.8, "resamples": 300, "seed": 5}
+    assert row.interval == wilson(8, 12, 0.8)
+    assert row.wide == wilson(8, 12, 0.8) | clustered(values >= 0, people, things, **drawn)
+    kept = values != 0
+    won = clustered(values[kept] == 1, people[kept], things[kept], **drawn)
+    assert row.win_wide == wilson(5, 9, 0.8) | won
+    assert row.strength == davidson(values, people != 1, 0.8)
+    assert row.strength is not None
+    assert (row.alpha, row.ordered_alpha) == (
+        krippendorff(values.reshape(3, 4)),
+        krippendorff(values.reshape(3, 4), ordered),
+    )
+    assert found.left_interval == wilson(6, 9, 0.8)
+
+
+def test_a_persons_seconds_are_those_of_the_middle_answer() -> None:
+    cast = [Vote("1", task, "first", "first", seconds) for task, seconds in zip(PAIRS, (1.0, 2.0, 600.0), strict=False)]
+    (person,) = score(SURVEY, cast).people
+    assert person.seconds == 2
+
+
 def test_who_fails_the_controls_is_left_out_and_the_score_before_it_is_kept() -> None:
     cast = [*votes("good", "++++", right=2), *votes("bad", "----", wrong=1), *votes("new", "====", right=0)]
     found = score(SURVEY, cast)
@@ -71,6 +101,16 @@ def test_who_fails_the_controls_is_left_out_and_the_score_before_it_is_kept() ->
     ]
     assert [(row.better, row.equal, row.worse) for row in (*found.before, *found.after)] == [(4, 4, 4), (4, 4, 0)]
     assert score(SURVEY, cast, SurveyScoreConfig(min_accuracy=0.5)).after == found.before
+    assert (found.left, found.left_interval) == (1, wilson(4, 4)), "nor do their sides count"
+    assert [(tally.better, tally.equal, tally.worse) for tally in found.tallies] == [(1, 1, 0)] * 4
+
+
+def test_training_is_no_control() -> None:
+    lessons = [
+        Vote("1", task, "first", task.expected, 1.0, misses=2) for task in SURVEY.of("reconstruction", "training")
+    ]  # type: ignore[arg-type]
+    (person,) = score(SURVEY, [*lessons, *votes("1", "++", right=0, wrong=1)]).people
+    assert (person.votes, person.right, person.controls, person.misses, person.excluded) == (2, 0, 1, 2, True)
 
 
 def test_exactly_the_asked_share_of_controls_is_enough() -> None:
@@ -90,6 +130,8 @@ def test_two_people_who_agree_do_not_make_a_result_certain(tmp_path: Path) -> No
     assert (row.wide.low, row.wide.high) == pytest.approx((row.interval.low, 1.0))
     assert row.win == 1 / 2
     assert row.win_wide.low <= wilson(2, 4).low < wilson(2, 4).high <= row.win_wide.high
+    (all_won,) = score(SURVEY, votes("1", "+++")).after
+    assert (all_won.win_wide.low, all_won.win_wide.high) == pytest.approx((wilson(3, 3).low, 1.0))
     assert "as few as 2 people and 2 concepts" in write_page(tmp_path, found, tmp_path / "score.html").read_text()
     many = [vote for number in range(10) for vote in votes(str(number), "+==-")]
     assert "as few as 2 concepts:" in write_page(tmp_path, score(SURVEY, many), tmp_path / "score.html").read_text()
