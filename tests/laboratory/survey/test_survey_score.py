@@ -318,6 +318,29 @@ def test_a_wrong_table_is_refused_whole(tmp_path: Path) -> None:
         write_tasks(folder, table, "customization", KEY, "https://a.example")
 
 
+def test_a_table_that_contradicts_what_stands_is_refused_whole(tmp_path: Path) -> None:
+    folder, survey = small_survey(tmp_path)
+    write_tasks(folder, tmp_path / "tasks.csv", "customization", KEY, "https://a.example")
+    one, two = [row["ticket"] for row in once(rows(tmp_path / "tasks.csv")) if row["role"] == "pair"][:2]
+    path = tmp_path / "answers.csv"
+    path.write_text(f"worker,ticket,answer\nW1,{one},left\n")
+    assert read_answers(folder, path, KEY) == (1, 0)
+    path.write_text(f"worker,ticket,answer\nW1,{two},left\nW1,{one},equal\n")
+    with pytest.raises(RefusedInput, match="W1 answers a task twice"):
+        read_answers(folder, path, KEY)
+    assert len(Ballots(folder / VOTES, survey).votes()) == 1
+
+
+def test_a_table_that_a_spreadsheet_wrote_is_read(tmp_path: Path) -> None:
+    folder, survey = small_survey(tmp_path)
+    write_tasks(folder, tmp_path / "tasks.csv", "customization", KEY, "https://a.example")
+    ticket = next(row["ticket"] for row in rows(tmp_path / "tasks.csv") if row["role"] == "pair")
+    (tmp_path / "answers.csv").write_text(f"worker,ticket,answer\r\nW1, {ticket} ,Left \r\n", encoding="utf-8-sig")
+    assert read_answers(folder, tmp_path / "answers.csv", KEY) == (1, 0)
+    (vote,) = Ballots(folder / VOTES, survey).votes()
+    assert vote.answer == vote.left_side
+
+
 def test_the_commands_sign_with_the_surveys_own_secret(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
     folder, _ = small_survey(tmp_path)
     table = tmp_path / "tasks.csv"
