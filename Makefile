@@ -24,9 +24,11 @@ demo: setup
 	env -u OMP_NUM_THREADS $(RUN)/dvar demo
 
 # The same mug learned by DVAR and up to the cap, and the two compared in a browser; the first time it trains for some 15 minutes.
+# Interrupted, it goes on from the last checkpoint.
 MUG = --instance_data_dir src/dvar/mini/concepts/red_striped_mug --initializer_token mug
 runs/survey-%/result.json: | setup
-	env -u OMP_NUM_THREADS $(RUN)/dvar train textual-inversion $(MUG) --output_dir $(@D) $(FLAGS)
+	env -u OMP_NUM_THREADS $(RUN)/dvar train textual-inversion $(MUG) --output_dir $(@D) $(FLAGS) \
+	  $(if $(wildcard $(@D)/checkpoint-*),--resume_from_checkpoint latest,--overwrite)
 runs/survey-full/result.json: FLAGS = --threshold 1e-9 --probe_every 25
 runs/survey/survey.json: runs/survey-stopped/result.json runs/survey-full/result.json
 	env -u OMP_NUM_THREADS $(RUN)/dvar survey build $(^D) --output_dir $(@D) --baseline "full training"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 from collections import Counter
 from dataclasses import replace
@@ -73,6 +74,18 @@ def test_questions_and_orders_differ_between_people() -> None:
     assert pairs[0] != pairs[1]
 
 
+def test_orders_follow_from_the_seed_and_the_secret_together() -> None:
+    survey = imagined(["way"], concepts=4, prompts=5, config=SurveyBuildConfig(overlap=9, control_every=6))
+
+    def roles(secret: str, **change: int) -> list[list[str]]:
+        box = Ballots(":memory:", replace(survey, **change), Clock(), secret)
+        return [[shown.task.role for shown in through(box, box.join())] for _ in range(3)]
+
+    assert roles("a") == roles("a")
+    assert roles("a") != roles("b"), "who knows the seed does not know where the controls are"
+    assert roles("a") != roles("a", seed=1)
+
+
 def test_a_task_stays_until_it_is_answered() -> None:
     box = ballots()
     worker = box.join()
@@ -133,6 +146,43 @@ def test_nobody_is_asked_more_pairs_than_agreed() -> None:
     box = ballots(survey)
     seen = [shown for shown in through(box, box.join()) if shown.task.question == "customization"]
     assert Counter(shown.task.role for shown in seen) == {"training": 1, "pair": 2, "control": 1}
+
+
+def test_the_pairs_that_were_answered_least_come_first() -> None:
+    survey = replace(SURVEY, per_person=2)
+    box = ballots(survey)
+    for _ in range(3):
+        through(box, box.join())
+    asked = Counter(vote.task.id for vote in box.votes() if vote.task.role == "pair")
+    assert set(asked.values()) == {1}, "three people with two pairs of each question see all six of each"
+    assert len(asked) == 12
+
+
+def test_an_answer_takes_as_long_as_its_last_showing() -> None:
+    clock = Clock()
+    box = ballots(clock=clock)
+    worker = box.join()
+    for wait in (3000, 2):
+        shown = box.current(worker)
+        assert shown is not None
+        clock.now += wait
+    box.vote(worker, shown.id, press(shown, str(shown.task.expected)))
+    assert [vote.seconds for vote in box.votes()] == [2]
+
+
+def test_what_fails_on_the_way_changes_nothing() -> None:
+    box = ballots()
+    worker = box.join("Ada")
+
+    def fail() -> None:
+        with box._change() as db:
+            db.execute("delete from worker")
+            raise RuntimeError("on the way")
+
+    with pytest.raises(RuntimeError, match="on the way"):
+        fail()
+    assert box.name(worker) == "Ada"
+    assert box.current(worker), "and the next may write"
 
 
 def test_a_task_left_open_is_offered_to_others_after_a_while_and_a_late_answer_still_counts() -> None:
@@ -204,6 +254,25 @@ def test_people_of_one_name_are_two_people_and_a_name_is_only_a_text() -> None:
     for name in ("Ada", "Ada", "Robert'); drop table worker; --"):
         through(box, box.join(name), "equal")
     assert len({vote.worker for vote in box.votes()}) == 3
+
+
+def test_the_file_itself_has_one_place_for_a_person_and_a_task_and_writes_through(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    box = Ballots(tmp_path / "votes.sqlite", SURVEY)
+    box.current(box.join())
+    names = "worker, task, question, role, left_side, given"
+    with pytest.raises(sqlite3.IntegrityError, match="UNIQUE"):
+        box._db.execute(f"insert into assignment ({names}) select {names} from assignment")
+    settings = {name: box._db.execute(f"pragma {name}").fetchone()[0] for name in ("journal_mode", "synchronous")}
+    assert settings == {"journal_mode": "wal", "synchronous": 2}, "2: a commit waits until it is on the disk"
+
+
+def test_who_reads_waits_for_no_writer(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    box = Ballots(tmp_path / "votes.sqlite", SURVEY)
+    through(box, box.join())
+    before = box.votes()
+    with box._change() as db:
+        db.execute("delete from worker")
+        assert Ballots(box.path, SURVEY).votes() == before
 
 
 def test_many_threads_lose_and_double_nothing(tmp_path) -> None:  # type: ignore[no-untyped-def]

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +24,8 @@ from dvar.laboratory.drawings import GENERATED, LIST, drawings
 from dvar.laboratory.runs import Run
 from dvar.laboratory.survey.build import build
 from dvar.laboratory.survey.plan import PICTURES, QUESTIONS, Survey, controls, key
+
+ROOT = Path(__file__).parents[3]
 
 
 def settings(place: Path, **given: object) -> SurveyBuildConfig:
@@ -85,16 +91,38 @@ def test_controls_and_training_have_answers_that_anyone_sees(tmp_path: Path) -> 
         checks = survey.of(question, "control")  # type: ignore[arg-type]
         assert len(checks) == wanted
         assert all(task.expected == "first" for task in checks)
-        whole, broken = (_pixels(folder, name) for name in (checks[0].first, checks[0].second))
-        assert np.array_equal(np.sort(whole, axis=None), np.sort(broken, axis=None)), "the same pixels, elsewhere"
-        tiles = [(row, column) for row in range(4) for column in range(4)]
-        for row, column in tiles:
-            at = (slice(64 * row, 64 * row + 64), slice(64 * column, 64 * column + 64))
-            assert not np.array_equal(whole[at], broken[at])
+        for task in checks:
+            assert _seams(_pixels(folder, task.first)) < 2 < _seams(_pixels(folder, task.second)), "whole, in pieces"
         lessons = survey.of(question, "training")  # type: ignore[arg-type]
         assert [task.expected for task in lessons] == ["first", "equal"]
         assert lessons[1].first == lessons[1].second
         assert all(task.lesson for task in lessons)
+
+
+def test_a_control_is_told_apart_by_no_name_and_no_count_of_pixels(tmp_path: Path) -> None:
+    folder, survey = small_survey(tmp_path)
+    checks = [task for question in QUESTIONS for task in survey.of(question, "control")]
+    shown = Counter(name for task in survey.tasks for name in {task.first, task.second, *task.references})
+    for task in checks:
+        assert shown[task.first] == shown[task.second] == 1, "in no other task, and none of its own references"
+        whole, broken = (_pixels(folder, name) for name in (task.first, task.second))
+        assert whole.shape == broken.shape
+        assert not np.array_equal(np.sort(whole, axis=None), np.sort(broken, axis=None)), "not the same pixels, moved"
+        for pixels in (whole, broken):
+            assert np.array_equal(pixels, pixels[::4, ::4].repeat(4, axis=0).repeat(4, axis=1)), "enlarged as all are"
+
+
+def test_a_control_of_large_pictures_is_as_large(tmp_path: Path) -> None:
+    runs = [drawn_run(tmp_path / name, seed, side=160) for seed, name in enumerate(("stopped", "full"))]
+    (task, *_) = build(runs, settings(tmp_path)).of("customization", "control")
+    for name in (task.first, task.second):
+        assert _pixels(tmp_path / "survey", name).shape == (160, 160, 3)
+
+
+def _seams(pixels: np.ndarray, tile: int = 64) -> float:
+    """How much larger the steps between neighbours are where four tiles a side meet than on the whole."""
+    steps = np.abs(np.diff(pixels.astype(float), axis=1)).mean(axis=(0, 2))
+    return float(steps[tile - 1 :: tile].mean() / steps[3::4].mean())
 
 
 def _pixels(folder: Path, name: str) -> np.ndarray:
@@ -192,6 +220,24 @@ def test_missing_pictures_are_drawn_by_both_runs(tmp_path: Path, monkeypatch: py
     asked.clear()
     build(runs, replace(config, output_dir=str(tmp_path / "second")))
     assert not asked, "what was drawn is there"
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make is installed")
+def test_make_survey_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+
+    def trains() -> list[str]:
+        told = subprocess.run(["make", "-n", "survey"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+        return re.findall(r"dvar train .* (--\w+)(?: latest)?$", told.replace("\\\n", " "), re.MULTILINE)
+
+    assert trains() == ["--overwrite", "--overwrite"]
+    (tmp_path / "runs/survey-full/checkpoint-50").mkdir(parents=True)
+    assert sorted(trains()) == ["--overwrite", "--resume_from_checkpoint"]
+    for name in ("stopped", "full"):
+        (tmp_path / f"runs/survey-{name}").mkdir(exist_ok=True)
+        (tmp_path / f"runs/survey-{name}/result.json").touch()
+    assert trains() == []
 
 
 def test_keys_are_the_same_on_every_machine() -> None:

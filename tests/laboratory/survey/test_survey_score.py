@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ from dvar.laboratory.survey.plan import PICTURES, VOTES
 from dvar.laboratory.survey.score import score
 from dvar.laboratory.survey.server import read_secret
 from dvar.laboratory.survey.simulation import Chances, Rater, imagined, rate, split, table2
-from dvar.laboratory.survey.statistics import wilson
+from dvar.laboratory.survey.statistics import clustered, davidson, krippendorff, ordered, wilson
 
 KEY = "k" * 40
 SURVEY = imagined(["a", "b"], concepts=2, prompts=2, config=SurveyBuildConfig())
@@ -59,6 +61,36 @@ def test_votes_are_counted_as_table_2_has_them_and_as_it_hides_them() -> None:
     assert [tally.agreement for tally in found.tallies] == [1, 0, 1, 1]
 
 
+def test_a_row_is_what_the_statistics_say_of_its_votes_as_the_settings_ask() -> None:
+    said = {"1": "+++=", "2": "-+-=", "3": "+=--"}
+    left = {"1": "first", "2": "second", "3": "first"}
+    cast = [vote for who, marks in said.items() for vote in votes(who, marks, left=left[who])]
+    found = score(SURVEY, cast, SurveyScoreConfig(confidence=0.8, resamples=300, seed=5))
+    (row,) = found.after
+    values = np.array([{"+": 1, "=": 0, "-": -1}[mark] for marks in said.values() for mark in marks])
+    people, concepts = np.repeat(np.arange(3), 4), np.tile([PAIRS[at].concept for at in range(4)], 3)
+    things = np.unique(concepts, return_inverse=True)[1]
+    drawn = {"confidence": 0.8, "resamples": 300, "seed": 5}
+    assert row.interval == wilson(8, 12, 0.8)
+    assert row.wide == wilson(8, 12, 0.8) | clustered(values >= 0, people, things, **drawn)
+    kept = values != 0
+    won = clustered(values[kept] == 1, people[kept], things[kept], **drawn)
+    assert row.win_wide == wilson(5, 9, 0.8) | won
+    assert row.strength == davidson(values, people != 1, 0.8)
+    assert row.strength is not None
+    assert (row.alpha, row.ordered_alpha) == (
+        krippendorff(values.reshape(3, 4)),
+        krippendorff(values.reshape(3, 4), ordered),
+    )
+    assert found.left_interval == wilson(6, 9, 0.8)
+
+
+def test_a_persons_seconds_are_those_of_the_middle_answer() -> None:
+    cast = [Vote("1", task, "first", "first", seconds) for task, seconds in zip(PAIRS, (1.0, 2.0, 600.0), strict=False)]
+    (person,) = score(SURVEY, cast).people
+    assert person.seconds == 2
+
+
 def test_who_fails_the_controls_is_left_out_and_the_score_before_it_is_kept() -> None:
     cast = [*votes("good", "++++", right=2), *votes("bad", "----", wrong=1), *votes("new", "====", right=0)]
     found = score(SURVEY, cast)
@@ -69,6 +101,16 @@ def test_who_fails_the_controls_is_left_out_and_the_score_before_it_is_kept() ->
     ]
     assert [(row.better, row.equal, row.worse) for row in (*found.before, *found.after)] == [(4, 4, 4), (4, 4, 0)]
     assert score(SURVEY, cast, SurveyScoreConfig(min_accuracy=0.5)).after == found.before
+    assert (found.left, found.left_interval) == (1, wilson(4, 4)), "nor do their sides count"
+    assert [(tally.better, tally.equal, tally.worse) for tally in found.tallies] == [(1, 1, 0)] * 4
+
+
+def test_training_is_no_control() -> None:
+    lessons = [
+        Vote("1", task, "first", task.expected, 1.0, misses=2) for task in SURVEY.of("reconstruction", "training")
+    ]  # type: ignore[arg-type]
+    (person,) = score(SURVEY, [*lessons, *votes("1", "++", right=0, wrong=1)]).people
+    assert (person.votes, person.right, person.controls, person.misses, person.excluded) == (2, 0, 1, 2, True)
 
 
 def test_exactly_the_asked_share_of_controls_is_enough() -> None:
@@ -88,6 +130,8 @@ def test_two_people_who_agree_do_not_make_a_result_certain(tmp_path: Path) -> No
     assert (row.wide.low, row.wide.high) == pytest.approx((row.interval.low, 1.0))
     assert row.win == 1 / 2
     assert row.win_wide.low <= wilson(2, 4).low < wilson(2, 4).high <= row.win_wide.high
+    (all_won,) = score(SURVEY, votes("1", "+++")).after
+    assert (all_won.win_wide.low, all_won.win_wide.high) == pytest.approx((wilson(3, 3).low, 1.0))
     assert "as few as 2 people and 2 concepts" in write_page(tmp_path, found, tmp_path / "score.html").read_text()
     many = [vote for number in range(10) for vote in votes(str(number), "+==-")]
     assert "as few as 2 concepts:" in write_page(tmp_path, score(SURVEY, many), tmp_path / "score.html").read_text()
@@ -109,6 +153,15 @@ def test_nobody_and_nobody_left_are_told(tmp_path: Path) -> None:
     gone = score(SURVEY, votes("bad", "++--", right=0, wrong=2))
     assert gone.after == ()
     assert "nobody left" in write_page(tmp_path, gone, tmp_path / "score.html").read_text()
+
+
+def test_where_all_is_equal_no_side_and_no_winner_is_told(tmp_path: Path) -> None:
+    found = score(SURVEY, votes("1", "===="))
+    page = write_page(tmp_path, found, tmp_path / "score.html").read_text()
+    assert "4 answers to pairs of pictures by 1 person." in page
+    assert "No counted vote prefers a picture" in page
+    assert "50.0 %" not in page
+    assert "went to the left" in write_page(tmp_path, score(SURVEY, votes("1", "+===")), tmp_path / "b").read_text()
 
 
 def test_settings_are_checked() -> None:
@@ -168,12 +221,17 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def once(table: list[dict[str, str]]) -> list[dict[str, str]]:
+    """One row of each task."""
+    return list({frozenset((row["left"], row["right"])): row for row in table}.values())
+
+
 def answered(path: Path, table: list[dict[str, str]], names: tuple[str, str, str], delimiter: str = ",") -> Path:
     with path.open("w", newline="") as file:
         writer = csv.writer(file, delimiter=delimiter)
         writer.writerow(names)
         for worker in ("W1", "W2"):
-            writer.writerows([worker, row["ticket"], row["expected"] or "left"] for row in table[::2])
+            writer.writerows([worker, row["ticket"], row["expected"] or "left"] for row in once(table))
     return path
 
 
@@ -193,12 +251,13 @@ def test_answers_of_a_platform_come_back_as_votes(tmp_path: Path, names: tuple[s
     assert written == len(listed)
     pairs = [row for row in listed if row["role"] == "pair"]
     assert len(pairs) == 2 * len(survey.of("customization", "pair"))
-    assert [int(row["people"]) for row in pairs[:2]] == [5, 5]
-    assert {row["left"] for row in pairs[:2]} == {row["right"] for row in pairs[:2]}, "both sides are asked"
+    assert {int(row["people"]) for row in pairs} == {5}
+    sides = Counter((row["left"], row["right"]) for row in pairs)
+    assert all(sides[right, left] == count for (left, right), count in sides.items()), "both sides are asked"
     assert all(row["left"].startswith("https://a.example/pictures/") for row in listed)
     assert all(row["description"].startswith("a photo of the object ") for row in listed)
     path = answered(tmp_path / "answers", listed, names, delimiter)
-    given = 2 * len(listed[::2])
+    given = 2 * len(once(listed))
     assert read_answers(folder, path, KEY) == (given, 0)
     assert read_answers(folder, path, KEY) == (0, given), "read again, nothing is counted twice"
     counted = Ballots(folder / VOTES, survey).votes()
@@ -212,11 +271,31 @@ def test_answers_of_a_platform_come_back_as_votes(tmp_path: Path, names: tuple[s
             assert vote.answer == "first"
 
 
+def test_neither_a_ticket_nor_its_row_tells_what_a_task_is(tmp_path: Path) -> None:
+    folder, survey = small_survey(tmp_path)
+    tickets = dict[str, list[str]]()
+    for secret in (KEY, "o" * 40):
+        write_tasks(folder, tmp_path / f"{secret}.csv", "customization", secret, "https://a.example")
+        tickets[secret] = [row["ticket"] for row in rows(tmp_path / f"{secret}.csv")]
+        assert tickets[secret] == sorted(set(tickets[secret])), "in no order of roles"
+        assert all(re.fullmatch("[0-9a-f]{32}", ticket) for ticket in tickets[secret])
+    assert not set(tickets[KEY]) & set(tickets["o" * 40])
+    assert not [task for task in survey.tasks if any(task.id in ticket for ticket in tickets[KEY])]
+
+
+def test_an_odd_overlap_is_split_as_well_as_it_can_be(tmp_path: Path) -> None:
+    folder, survey = small_survey(tmp_path, overlap=3)
+    write_tasks(folder, tmp_path / "tasks.csv", "reconstruction", KEY, "https://a.example")
+    wanted = [int(row["people"]) for row in rows(tmp_path / "tasks.csv") if row["role"] == "pair"]
+    assert sorted(wanted) == [1, 1, 2, 2] == sorted([1, 2] * len(survey.of("reconstruction", "pair")))
+
+
 def test_a_wrong_table_is_refused_whole(tmp_path: Path) -> None:
     folder, survey = small_survey(tmp_path)
     table = tmp_path / "tasks.csv"
     write_tasks(folder, table, "customization", KEY, "https://a.example")
-    good = [row for row in rows(table) if row["role"] == "pair"]
+    pairs = [row for row in rows(table) if row["role"] == "pair"]
+    good = [row for row in pairs if {row["left"], row["right"]} == {pairs[0]["left"], pairs[0]["right"]}]
     wrong = tmp_path / "wrong.csv"
     lines = [
         f"W1,{good[0]['ticket']},left",
@@ -237,6 +316,29 @@ def test_a_wrong_table_is_refused_whole(tmp_path: Path) -> None:
             read_answers(folder, tmp_path / name, KEY)
     with pytest.raises(RefusedInput, match="there already"):
         write_tasks(folder, table, "customization", KEY, "https://a.example")
+
+
+def test_a_table_that_contradicts_what_stands_is_refused_whole(tmp_path: Path) -> None:
+    folder, survey = small_survey(tmp_path)
+    write_tasks(folder, tmp_path / "tasks.csv", "customization", KEY, "https://a.example")
+    one, two = [row["ticket"] for row in once(rows(tmp_path / "tasks.csv")) if row["role"] == "pair"][:2]
+    path = tmp_path / "answers.csv"
+    path.write_text(f"worker,ticket,answer\nW1,{one},left\n")
+    assert read_answers(folder, path, KEY) == (1, 0)
+    path.write_text(f"worker,ticket,answer\nW1,{two},left\nW1,{one},equal\n")
+    with pytest.raises(RefusedInput, match="W1 answers a task twice"):
+        read_answers(folder, path, KEY)
+    assert len(Ballots(folder / VOTES, survey).votes()) == 1
+
+
+def test_a_table_that_a_spreadsheet_wrote_is_read(tmp_path: Path) -> None:
+    folder, survey = small_survey(tmp_path)
+    write_tasks(folder, tmp_path / "tasks.csv", "customization", KEY, "https://a.example")
+    ticket = next(row["ticket"] for row in rows(tmp_path / "tasks.csv") if row["role"] == "pair")
+    (tmp_path / "answers.csv").write_text(f"worker,ticket,answer\r\nW1, {ticket} ,Left \r\n", encoding="utf-8-sig")
+    assert read_answers(folder, tmp_path / "answers.csv", KEY) == (1, 0)
+    (vote,) = Ballots(folder / VOTES, survey).votes()
+    assert vote.answer == vote.left_side
 
 
 def test_the_commands_sign_with_the_surveys_own_secret(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]

@@ -21,6 +21,7 @@ from dvar.laboratory.survey import server
 from dvar.laboratory.survey.ballots import Ballots
 from dvar.laboratory.survey.door import Door
 from dvar.laboratory.survey.plan import PICTURES, SECRET, VOTES, Survey
+from dvar.laboratory.survey.score import Score, score
 from dvar.laboratory.survey.server import BODY, admin_token, application, read_secret, serve
 
 KEY = "k" * 40
@@ -104,6 +105,10 @@ class Place:
     @property
     def votes(self) -> tuple[Any, ...]:
         return self.ballots.votes()
+
+    @property
+    def scored(self) -> Score:
+        return score(self.survey, self.votes)
 
 
 @pytest.fixture
@@ -199,7 +204,7 @@ def test_who_wants_is_forgotten_and_nobody_else(place: Place) -> None:
     other_page = other.begin("Other")
     for visitor, shown in ((someone, page), (other, other_page)):
         assert visitor.press(shown, expected(place, shown) or "left").status_code == 303
-    old_page, link = someone.page(), own_link(page)
+    old_page, old_form, link = someone.page(), someone.page("/").hidden, own_link(page)
     old_cookies = dict(someone.http.cookies)
     asked = someone.page("/forget")
     assert "your 1 answer will be deleted" in asked.text
@@ -212,6 +217,7 @@ def test_who_wants_is_forgotten_and_nobody_else(place: Place) -> None:
     assert b"Zerubbabel" not in kept(place)
     # Neither the link nor an old cookie with an old form is anyone's now, and nobody gets the number.
     assert someone.http.get(link).status_code == 410
+    assert someone.http.post("/join", data=old_form).status_code == 403, "nothing of the old cookie is left"
     new = someone.begin("New")
     ghost = Someone(place.app)
     ghost.http.cookies.update(old_cookies)
@@ -220,6 +226,31 @@ def test_who_wants_is_forgotten_and_nobody_else(place: Place) -> None:
     assert someone.http.get(link).status_code == 410
     assert int(new.hidden["task"]) > int(old_page.hidden["task"])
     assert Someone(place.app).http.get("/forget").url.path == "/", "who is nobody has nothing to delete"
+
+
+def test_the_secret_decides_who_is_shown_what(place: Place) -> None:
+    def roles(secret: str, folder: Path) -> list[list[str]]:
+        box = server.Pages(folder, place.survey, secret).ballots
+        found = []
+        for worker in [box.join() for _ in range(6)]:
+            found.append([])
+            while shown := box.current(worker):
+                found[-1].append(shown.task.role)
+                for word in ("left", "right", "equal"):
+                    box.vote(worker, shown.id, word)
+        return found
+
+    folders = [place.folder.parent / name for name in "abc"]
+    for folder in folders:
+        folder.mkdir()
+    one, same, other = (roles(secret, folder) for secret, folder in zip((KEY, KEY, "o" * 40), folders, strict=True))
+    assert one == same != other
+
+
+def test_what_is_signed_for_one_purpose_is_signed_for_no_other(place: Place) -> None:
+    pages = server.Pages(place.folder, place.survey, KEY)
+    signed = {pages.signer(purpose).dumps(1) for purpose in ("worker", "ticket")}
+    assert len(signed) == 2
 
 
 def test_keys_can_be_turned_off_and_on(place: Place) -> None:
@@ -294,6 +325,22 @@ def test_pages_have_what_a_screen_reader_and_a_keyboard_need(place: Place) -> No
     assert [(found["value"], found["data-key"]) for found in buttons] == [("left", "1"), ("right", "2"), ("equal", "0")]
 
 
+def test_the_instructions_decide_in_the_order_of_appendix_g(place: Place) -> None:
+    someone, told = Someone(place.app), dict[str, str]()
+    page = someone.begin()
+    while "Thank you" not in page.text:
+        told[re.findall("<h1[^>]*>(.*)</h1>", page.source)[0]] = page.text.partition("How to decide")[2]
+        someone.press(page, expected(place, page) or "left")
+        page = someone.page()
+    orders = {
+        "Which picture looks more like the reference object?": ["kind of thing", "shape", "colours", "patterns, parts"],
+        "Which picture fits the description better?": ["“something”", "Forget the references", "this object", "equal"],
+    }
+    for asks, words in orders.items():
+        places = [told[asks].index(word) for word in words]
+        assert places == sorted(places)
+
+
 def test_pages_name_no_method_no_rival_and_no_path(place: Place) -> None:
     someone = Someone(place.app)
     page = someone.begin()
@@ -332,9 +379,18 @@ def test_the_page_of_progress_needs_its_token_and_tells_who_fails(place: Place) 
             someone.press(page, str(right))  # of training; a control's second answer is refused
         page = someone.page()
     assert someone.http.get("/admin").status_code == 403
+    other = Someone(place.app)
+    page = other.begin("Careful")
+    while "Thank you" not in page.text:
+        other.press(page, expected(place, page) or "left")
+        page = other.page()
     admin = someone.progress()
     assert "Careless (left out)" in admin.text
-    assert re.search(r"1 people, 8 answers to pairs of 80 wanted", admin.text)
+    assert "Careful (left out)" not in admin.text
+    assert "2 people, 16 answers to pairs of 80 wanted" in admin.text
+    for row in place.scored.before:
+        assert row.alpha is not None
+        assert f"<td>{row.alpha:.2f}</td></tr>".replace("-", "−") in admin.source, "the agreement of each question"
     assert admin_token(KEY) not in admin.source
 
 
@@ -476,11 +532,24 @@ def test_an_attack_is_refused_and_changes_nothing(place: Place, name: str) -> No
 
 def test_every_page_has_the_headers_and_the_cookie_is_out_of_reach(place: Place) -> None:
     someone = Someone(place.app)
-    for path in ("/", "/static/survey.css", "/static/keys.js", f"/pictures/{place.survey.pictures[0]}.png"):
+    policy = {
+        "default-src": "'none'",
+        **dict.fromkeys(("img-src", "style-src", "script-src", "form-action"), "'self'"),
+        **dict.fromkeys(("base-uri", "frame-ancestors"), "'none'"),
+    }
+    picture = f"/pictures/{place.survey.pictures[0]}.png"
+    for path in ("/", "/static/survey.css", "/static/keys.js", picture, "/nothing"):
         answer = someone.http.get(path)
-        assert answer.status_code == 200
-        assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
-        assert answer.headers["referrer-policy"] == "same-origin"
+        assert answer.status_code == (404 if path == "/nothing" else 200)
+        given = (part.strip().partition(" ") for part in answer.headers["content-security-policy"].split(";"))
+        assert {name: value for name, _, value in given} == policy
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers["x-robots-tag"] == "noindex"
+        assert answer.headers["cache-control"] == (
+            "private, max-age=86400, immutable" if path == picture else "no-store"
+        )
+        for name in ("referrer-policy", "cross-origin-opener-policy", "cross-origin-resource-policy"):
+            assert answer.headers[name] == "same-origin"
     cookie = Someone(place.app).http.get("/").headers["set-cookie"].lower()
     assert "httponly" in cookie
     assert "samesite=lax" in cookie

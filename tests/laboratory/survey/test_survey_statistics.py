@@ -91,7 +91,7 @@ def test_the_clustered_interval_is_that_of_drawing_people_and_concepts_by_hand()
     found = clustered(hits, people, concepts, resamples=4000)
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(shares, [0.025, 0.975])), abs=0.025)
     wide = clustered(hits, people, concepts, resamples=4000, confidence=0.99)
-    assert wide.low <= found.low <= found.high <= wide.high
+    assert wide.low < found.low < found.high < wide.high
     assert clustered(hits[:0], people[:0], concepts[:0]) == Interval(0.0, 1.0)
 
 
@@ -162,6 +162,18 @@ def test_davidsons_interval_is_that_of_fishers_information_by_hand() -> None:
     )
     half = Z95 * np.sqrt(np.linalg.inv(count * information)[0, 0])
     assert strength.interval.high - strength.advantage == pytest.approx(half, rel=1e-6)
+
+
+def test_other_confidences_and_seeds_give_other_intervals() -> None:
+    votes = shown((20, 12), (6, 8), (10, 15))
+    some, most = davidson(*votes), davidson(*votes, 0.99)
+    assert some is not None
+    assert most is not None
+    for narrow, wide in ((some.interval, most.interval), (some.left_interval, most.left_interval)):
+        assert wide.high - wide.low == pytest.approx((narrow.high - narrow.low) * 2.5758293 / Z95, rel=1e-6)
+    hits, people = np.arange(60) % 3 == 0, np.arange(60) % 7
+    one, same, other = (clustered(hits, people, people, seed=seed) for seed in (1, 1, 2))
+    assert one == same != other
 
 
 def test_a_favourite_side_is_told_apart_from_a_favourite_rival() -> None:

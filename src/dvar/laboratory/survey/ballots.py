@@ -88,11 +88,14 @@ class Vote:
 class Ballots:
     """The votes on a survey, in a file that one server writes and anyone may read at the same time.
 
-    Each thread keeps one connection. The path ":memory:" keeps the votes of one thread until it ends.
+    Each thread keeps one connection. The path ":memory:" keeps the votes of one thread until it ends. Orders and sides
+    are drawn from the survey's seed and a ``secret``: without one, who knows this code can tell where controls come.
     """
 
-    def __init__(self, path: Path | str, survey: Survey, clock: Callable[[], float] = time.time) -> None:
-        self.path, self.survey, self.clock = path, survey, clock
+    def __init__(
+        self, path: Path | str, survey: Survey, clock: Callable[[], float] = time.time, secret: str = ""
+    ) -> None:
+        self.path, self.survey, self.clock, self.secret = path, survey, clock, secret
         self.connections = threading.local()
         self._db.executescript(TABLES)
 
@@ -126,7 +129,7 @@ class Ballots:
             place = task.question, task.role, task.id
             of = "select left_side, count(*) from assignment where question = ? and role = ? and task = ? group by 1"
             shown = {"first": 0, "second": 0, **dict(db.execute(of, place).fetchall())}
-            drawn = ("first", "second")[key(self.survey.seed, "side", task.id) % 2]
+            drawn = ("first", "second")[self._drawn("side", task.id) % 2]
             side = min(shown, key=lambda side: (shown[side], side != drawn))
             return self._assignment(_assign(db, worker, task, side, self.clock()))
 
@@ -219,7 +222,6 @@ class Ballots:
         )
 
     def _next(self, db: sqlite3.Connection, worker: int) -> Task | None:
-        seed = self.survey.seed
         met = {row["task"] for row in db.execute("select task from assignment where worker = ?", (worker,))}
         for question in sorted(QUESTIONS, key=lambda q: (QUESTIONS.index(q) + worker) % len(QUESTIONS)):
             had, every = sum(task.id in met for task in self.survey.of(question, "pair")), self.survey.control_every
@@ -235,7 +237,7 @@ class Ballots:
             due = (
                 met_controls < self.survey.controls(question)
                 and met_controls <= stretch
-                and place >= key(seed, worker, question, stretch) % every
+                and place >= self._drawn("control", worker, question, stretch) % every
             )
             if left and (pair or had) and (due or not (pair or met_controls)):
                 return left[0]
@@ -258,8 +260,11 @@ class Ballots:
             for task in self.survey.of(question, "pair")
             if task.id not in met and asked.get(task.id, 0) < self.survey.overlap
         ]
-        own = key(self.survey.seed, "order", worker)  # another order for each person
+        own = self._drawn("order", worker)  # another order for each person
         return min(open_ones, key=lambda task: (asked.get(task.id, 0), int(task.id, 16) ^ own), default=None)
+
+    def _drawn(self, *parts: object) -> int:
+        return key(self.survey.seed, self.secret, *parts)
 
     def _assignment(self, row: sqlite3.Row) -> Assignment:
         return Assignment(row["id"], row["worker"], self.survey.by_id[row["task"]], row["left_side"], row["misses"])

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
+from itertools import product
 from pathlib import Path
 
 from PIL import Image
@@ -24,6 +25,7 @@ SHOWN = 4  # reference pictures beside a question
 SMALL = 128  # pictures up to this side are enlarged, pixel by pixel, so that every screen shows them alike
 ENLARGED = 4
 TILES = 4  # the broken picture of a control is cut into this many rows and columns
+KEPT = 7 / 8  # of a picture's width and height stay in a control, so that its pictures are in no other task
 # Places that a first-time reader sees before them, and that the bundled model knows as well.
 SCENES = (
     "on the beach",
@@ -122,18 +124,26 @@ class Album:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.enlarged = set[str]()
 
     def keep(self, picture: Image.Image) -> str:
         """Return the id of a picture, written as a plain RGB PNG without any note of its origin."""
         plain = picture.convert("RGB")
-        if max(plain.size) <= SMALL:
+        if small := max(plain.size) <= SMALL:
             plain = plain.resize((plain.width * ENLARGED, plain.height * ENLARGED), Image.Resampling.NEAREST)
         digest = blake2b(repr(plain.size).encode() + plain.tobytes(), digest_size=12)
         plain = Image.frombytes("RGB", plain.size, plain.tobytes())
         path = self.folder / f"{digest.hexdigest()}.png"
         if not path.exists():
             plain.save(path, "PNG")
+        if small:
+            self.enlarged.add(path.stem)
         return path.stem
+
+    def picture(self, name: str) -> Image.Image:
+        """Return the picture of an id, in the size it was given in."""
+        kept = _opened(self.folder / f"{name}.png")
+        return kept.reduce(ENLARGED) if name in self.enlarged else kept
 
 
 def _planned(found: Sequence[Rivals], album: Album, config: SurveyBuildConfig) -> Survey:
@@ -216,17 +226,36 @@ def _controls(asked: Sequence[Task], album: Album, config: SurveyBuildConfig) ->
 
 
 def _broken(task: Task, number: int, album: Album) -> Task:
-    """A control: a picture of the pair, or of the object where likeness is asked, against that picture in pieces."""
-    whole = task.references[number % len(task.references)] if task.question == "reconstruction" else task.first
-    pieces = album.keep(_in_pieces(_opened(album.folder / f"{whole}.png"), number))
+    """A control: a picture of the pair, or of the object where likeness is asked, against that picture in pieces.
+
+    Either is a cutting of its own, so that no picture of a control is in another task, and none has the other's pixels.
+    """
+    source = task.references[number % len(task.references)] if task.question == "reconstruction" else task.first
+    whole, other = _cuttings(album.picture(source), number, key(0, source))
     return replace(
-        task, id=_name("control", task.id, number), role="control", first=whole, second=pieces, expected="first"
+        task,
+        id=_name("control", task.id, number),
+        role="control",
+        first=album.keep(whole),
+        second=album.keep(_in_pieces(other, number)),
+        expected="first",
     )
 
 
 def _name(*parts: object) -> str:
     """The id of a task, of which nothing can be read."""
     return f"{key(0, *parts):016x}"
+
+
+def _cuttings(picture: Image.Image, number: int, seed: int) -> Iterator[Image.Image]:
+    """Two parts of the picture, in its size; another ``number`` gives others."""
+    wide, high = round(picture.width * KEPT), round(picture.height * KEPT)
+    corners = list(product(range(picture.width - wide + 1), range(picture.height - high + 1)))
+    random.Random(seed).shuffle(corners)
+    for at in (2 * number, 2 * number + 1):
+        left, top = corners[at % len(corners)]
+        part = picture.crop((left, top, left + wide, top + high))
+        yield part.resize(picture.size, Image.Resampling.BICUBIC)
 
 
 def _in_pieces(picture: Image.Image, number: int) -> Image.Image:

@@ -50,7 +50,11 @@ def _counted(score: Score) -> str:
     kept = [person for person in score.people if not person.excluded]
     votes = sum(person.votes for person in kept)
     left_out = f"; {len(score.excluded)} left out for failing the controls" if score.excluded else ""
-    return f"{votes} answers to pairs of pictures by {len(kept)} people{left_out}."
+    return f"{votes} answers to pairs of pictures by {_people(len(kept))}{left_out}."
+
+
+def _people(count: int) -> str:
+    return "1 person" if count == 1 else f"{count} people"
 
 
 def _result(score: Score) -> Html:
@@ -89,12 +93,13 @@ def _result_row(row: Row) -> list[Html]:
     strength = row.strength
     fitted = f"{_signed(strength.advantage)} {_bracket(strength.interval)}" if strength else "none"
     wilson = element("small", f"Wilson {_percents(row.interval)}", class_="soft")
+    win = f"{100 * row.win:.1f} % {_percents(row.win_wide)}" if row.better + row.worse else "none"
     return [
         join([named(row.method)]),
         join([WORDING[row.question].name]),
         element("span", element("b", f"{100 * row.share:.1f} %"), f" {_percents(row.wide)} ", wilson),
         join([split, _bar(row)]),
-        join([f"{100 * row.win:.1f} % {_percents(row.win_wide)}"]),
+        join([win]),
         join([fitted]),
     ]
 
@@ -131,7 +136,7 @@ def _exclusion(score: Score) -> Html:
     says = (
         f"Left out are people with fewer than {100 * score.min_accuracy:g} % of their controls right: "
         f"{who or 'nobody'}. Agreement is Krippendorff's alpha, 1 for full agreement and 0 for that of chance; in "
-        "brackets, the alpha in which equal lies halfway between better and worse."
+        "brackets, the alpha in which equal lies halfway between better and worse; –: too few answers, or all alike."
     )
     return element(
         "section", element("h2", "Who was counted"), _table("Who was counted", heads, rows), element("figcaption", says)
@@ -139,7 +144,7 @@ def _exclusion(score: Score) -> Html:
 
 
 def _plain(row: Row) -> Html:
-    return join([f"{100 * row.share:.1f} % of {row.votes} votes, {row.people} people"])
+    return join([f"{100 * row.share:.1f} % of {row.votes} votes, {_people(row.people)}"])
 
 
 def _alpha(row: Row) -> Html:
@@ -148,6 +153,9 @@ def _alpha(row: Row) -> Html:
 
 
 def _sides(score: Score) -> Html:
+    if not any(row.better + row.worse for row in score.after):
+        says = "No counted vote prefers a picture, so none tells whether people favour a side."
+        return element("section", element("h2", "Left and right"), element("p", says))
     drawn = "is" if 0.5 in score.left_interval else "is not"
     says = (
         f"Of the votes that are no ties, {100 * score.left:.1f} % {_percents(score.left_interval)} went to the left "

@@ -174,7 +174,7 @@ class Pages:
 
     def __init__(self, folder: Path, survey: Survey, secret: str, site: str = "", door: Door | None = None) -> None:
         self.survey, self.secret, self.site, self.door = survey, secret, site, door
-        self.ballots = Ballots(folder / VOTES, survey)
+        self.ballots = Ballots(folder / VOTES, survey, secret=secret)
         self.pictures = {name: folder / PICTURES / f"{name}.png" for name in survey.pictures}
         self.environment = Environment(
             loader=PackageLoader("dvar.laboratory.survey"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
