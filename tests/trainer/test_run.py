@@ -382,6 +382,32 @@ def test_a_signal_ends_the_run_after_its_step_and_it_goes_on_bit_for_bit(
     assert rows(result.folder) == rows(straight)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sam"])
+def test_a_signal_within_an_update_gives_it_up_and_the_run_goes_on_bit_for_bit(
+    config: TextualInversionConfig, tmp_path: Path, optimizer: Any
+) -> None:
+    long = replace(config, gradient_accumulation_steps=4, optimizer=optimizer)
+    whole = personalise(replace(long, output_dir=str(tmp_path / "whole"))).folder
+    true, passes = dvar.trainer.job.denoising_loss, iter(range(10**6))
+    # An evaluation and an update take turns; this is the second to last pass of update 6, of SAM's second look.
+    asked = 1 + 5 * 5 + 2 if optimizer == "adamw" else 1 + 5 * 9 + 6
+
+    def loss(*given: Any) -> torch.Tensor:
+        if next(passes) == asked:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return true(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dvar.trainer.job, "denoising_loss", loss)
+        result = personalise(long)
+    assert next(passes) == asked + 1, "no pass came after it"
+    assert result.verdict.reason is Reason.INTERRUPTED
+    assert result.steps == result.verdict.step == latest(result.folder).step == rows(result.folder)[-1]["step"] == 5
+    personalise(replace(long, resume_from_checkpoint="latest"))
+    assert torch.equal(embeds(result.folder), embeds(whole))
+    assert rows(result.folder) == rows(whole)
+
+
 def asked_in_drawing(monkeypatch: pytest.MonkeyPatch, number: int) -> list[int]:
     """Send SIGTERM within the drawing of this number, the untouched model's being 0; returns a list of all drawings."""
     true, drawings = dvar.trainer.job.sample_into, []

@@ -65,9 +65,9 @@ def personalise(
     Training goes on until DVAR or the cap stops it.
     ``consumers`` are called with each `Step`; ``concept`` is what `read_concept` returned, where that was called
     before.  ``tell`` is given a line on the memory that the run will take, before its first step; without it none is
-    estimated.  SIGTERM or SIGINT ends the run after the step under way, or between two denoising steps of its samples,
-    with a checkpoint to go on from and the verdict "interrupted"; nothing is exported then.  A loss that is not finite
-    ends it too, and the best step before it is what is exported.
+    estimated.  SIGTERM or SIGINT ends the run after the step under way, between two forward passes of its update, or
+    between two denoising steps of its samples, with a checkpoint to go on from and the verdict "interrupted"; nothing
+    is exported then.  A loss that is not finite ends it too, and the best step before it is what is exported.
 
     Raises: RefusedInput with every problem at once, before a model loads; ModelError; CheckpointError when there is
     nothing to resume from, or only a run under other settings, pictures or weights; OutOfResources when memory or disk
@@ -103,6 +103,8 @@ def _carried_out(
                     verdict = replace(verdict, stop=True, reason=Reason.INTERRUPTED, step=step.step)
                     job.save(config.checkpoints_total_limit)
                     break
+        if interrupted() and not verdict.stop:  # within an update, which was given up
+            verdict = replace(verdict, stop=True, reason=Reason.INTERRUPTED)
     return job.result(verdict) if verdict.reason is Reason.INTERRUPTED else job.finish(verdict)
 
 
