@@ -188,6 +188,9 @@ class DreamBoothLoraConfig(Settings):
     num_class_images: int = setting(100, "Class pictures that the model draws when it has no folder of them.", COUNT)
     rank: int = setting(4, "Rank of the low-rank change of each attention matrix.", COUNT, section="Training")
     lora_alpha: int | None = setting(None, "The low-rank change is scaled by this over the rank; 1 by default.", COUNT)
+    lora_targets: Literal["attention", "cross-attention", "attention+gates"] = setting(
+        "attention", "Which matrices of the U-Net change; the released code takes the feed-forward gates too."
+    )
     train_text_encoder: bool = setting(False, "Learn a low-rank change of the text encoder's attention too.")
     with_prior_preservation: bool = setting(False, "Train on pictures of the class too, so that it does not drift.")
     prior_loss_weight: float = setting(1.0, "Weight of the loss on class pictures.", POSITIVE)

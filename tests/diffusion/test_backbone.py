@@ -84,6 +84,18 @@ def test_gradient_checkpointing_gives_the_same_gradient(tiny_model: Path) -> Non
     assert torch.equal(*gradients)
 
 
+def test_attention_is_sliced_only_where_asked_and_predicts_the_same(tiny_model: Path) -> None:
+    given = torch.randn(2, 4, 8, 8), torch.tensor([500, 20])
+    predicted, kinds = [], []
+    for sliced in (False, True):
+        backbone = Backbone.load(tiny_model, device="cpu", **({"attention_slicing": True} if sliced else {}))
+        kinds.append({type(processor).__name__ for processor in backbone.unet.attn_processors.values()})
+        with torch.no_grad():
+            predicted.append(backbone.predict(*given, backbone.tokenize(["a mug", "a dark cat"])))
+    assert kinds == [{"AttnProcessor2_0"}, {"SlicedAttnProcessor"}]
+    torch.testing.assert_close(*predicted)
+
+
 def test_a_folder_that_is_no_model_is_named_in_one_line(tmp_path: Path, tiny_model: Path) -> None:
     for load in (Backbone.load, load_tokenizer):
         with pytest.raises(ModelError, match=f"{tmp_path} does not load") as told:

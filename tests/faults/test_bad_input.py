@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -312,6 +313,12 @@ def words_of(case: Case, place: Path) -> list[str]:
     return [*case.method, *rest, *given]
 
 
+def processor_seconds() -> float:
+    """What processes that were waited for have taken: unlike the time on the wall, no other program's doing."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 RUNNER = """
 import contextlib, io, json, os, sys
 from dvar.cli import main
@@ -392,9 +399,38 @@ def test_a_real_process_says_the_same(case: Case, place: Path) -> None:
     before = left(place)
     program = [sys.executable, "-c", "import sys; from dvar.cli import main; sys.exit(main())"]
     environment = {**os.environ, **dict(case.environment)}
+    before_it = processor_seconds()
     done = subprocess.run([*program, *words_of(case, place)], capture_output=True, text=True, env=environment)
+    assert processor_seconds() - before_it <= 3
     check(case, place, done.returncode, done.stdout, done.stderr)
     assert "Traceback" not in done.stderr
+    assert left(place) == before
+
+
+def predicts_samples(place: Path) -> None:
+    path = place / "model" / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "sample"}))
+
+
+def without_its_weights(place: Path) -> None:
+    (place / "model" / "vae" / TENSORS).write_bytes((2).to_bytes(8, "little") + b"{}")
+
+
+LATE = [
+    Case("the model must predict epsilon or v_prediction, {place}/model predicts sample", (), predicts_samples),
+    Case("{place}/model does not load as a Stable Diffusion model", (), without_its_weights),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", LATE, ids=lambda case: case.said[:50])
+def test_what_takes_the_model_itself_to_see_is_told_as_briefly(case: Case, place: Path) -> None:
+    case.spoil(place)
+    before, before_it = left(place), processor_seconds()
+    program = [sys.executable, "-c", "import sys; from dvar.cli import main; sys.exit(main())"]
+    done = subprocess.run([*program, *words_of(case, place)], capture_output=True, text=True)
+    assert processor_seconds() - before_it <= 12
+    check(case, place, done.returncode, "", done.stderr)
     assert left(place) == before
 
 

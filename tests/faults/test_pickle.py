@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from short_run import short_run
 
-from dvar.config import TextualInversionConfig
+from dvar.config import DreamBoothLoraConfig, TextualInversionConfig
 from dvar.diffusion.backbone import Backbone
+from dvar.diffusion.clip import Clip
 from dvar.errors import CheckpointError, ModelError, RefusedInput
+from dvar.testing import tiny_clip
 from dvar.trainer.checkpoint import MANIFEST, TENSORS, Checkpoint
+from dvar.trainer.export import write_kohya, write_merged
+from dvar.trainer.loading import LORA
 from dvar.trainer.run import personalise, personalised
 
 
@@ -71,12 +76,42 @@ def test_a_model_with_code_of_its_own(tmp_path: Path, tiny_model: Path, run: Pat
     assert not run.exists()
 
 
+@pytest.mark.parametrize("how", [pickle.dump, torch.save])
+def test_a_lora_to_export(tmp_path: Path, tiny_model: Path, tiny_pictures: Path, run: Path, how: Any) -> None:
+    short = short_run(tiny_model, tiny_pictures, tmp_path / "run")
+    shared = {name: value for name, value in asdict(short).items() if name not in ("initializer_token", "output_dir")}
+    config = DreamBoothLoraConfig(
+        **shared | {"placeholder_token": None}, instance_prompt="a dog", output_dir=short.output_dir
+    )
+    folder = personalise(config).folder
+    with (folder / LORA).open("wb") as file:
+        how(Malice(run), file)
+    for export in (write_merged, write_kohya):
+        with pytest.raises(RefusedInput, match="damaged"):
+            export(folder, tmp_path / "export.safetensors")
+    assert not run.exists()
+
+
+@pytest.mark.parametrize("how", [pickle.dump, torch.save])
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+def test_a_clip(tmp_path: Path, run: Path, name: str, how: Any) -> None:
+    folder = tiny_clip(tmp_path / "clip")
+    (folder / "model.safetensors").unlink()
+    with (folder / name).open("wb") as file:
+        how(Malice(run), file)
+    with pytest.raises(ModelError):
+        Clip.load(folder)
+    assert not run.exists()
+
+
 def test_learned_weights_and_a_checkpoint(config: TextualInversionConfig, tmp_path: Path, run: Path) -> None:
     folder = personalise(replace(config, num_validation_images=1)).folder
     content, checkpoint = pickle.dumps(Malice(run)), folder / "checkpoint-9"
     (folder / "learned_embeds.safetensors").write_bytes(content)
     with pytest.raises(RefusedInput, match="damaged"):
         personalised(folder, device="cpu")
+    with pytest.raises(RefusedInput, match="damaged"):
+        write_merged(folder, tmp_path / "merged")
     (checkpoint / TENSORS).write_bytes(content)
     digests = json.loads((checkpoint / MANIFEST).read_text())
     (checkpoint / MANIFEST).write_text(json.dumps({**digests, TENSORS: sha256(content).hexdigest()}))

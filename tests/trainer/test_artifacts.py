@@ -36,6 +36,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(OSError, match="disk full"):
         write_whole(tmp_path / "result.json", b"new")
     assert (tmp_path / "result.json").read_bytes() == b"old"
+    assert (tmp_path / "result.json.part").read_bytes() == b"new", "it was whole before it was synced"
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,31 @@ def test_killed_at_any_write_a_whole_checkpoint_remains(
     assert {"fsync", "replace", "mkdir", "open", "rmtree"} == set(touched)
 
 
+def test_each_part_is_on_the_disk_before_what_vouches_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut may lose whatever was not synced, and none of the renames that were."""
+    done: list[str | int] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def synced(handle: int) -> None:
+        done.append(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    def renamed(path: Path, target: Path) -> Path:
+        done.append(f"renamed {target.name}")
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", renamed)
+    final = checkpoint(6).write(tmp_path)
+    names: dict[str | int, str] = {path.stat().st_ino: path.name for path in (tmp_path, final, *final.iterdir())}
+    assert [names.get(each, each) for each in done] == [
+        *("tensors.safetensors", "facts.json"),
+        *("trace.jsonl", "renamed trace.jsonl"),
+        *("manifest.json", "checkpoint-6"),
+        *("renamed checkpoint-6", tmp_path.name),
+    ]
+
+
 def test_nothing_is_pickled(tmp_path: Path) -> None:
     folder = checkpoint(5).write(tmp_path)
     assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".json", ".jsonl", ".safetensors"]

@@ -188,6 +188,8 @@ def test_training_sees_the_mask_and_the_held_batch_its_augmentations_alone(
     trained = [draws.mask for draws in seen if draws.mask is not None]
     assert len(held) == 10
     assert len(trained) == 9
+    for part in (slice(3), slice(3, 6)):  # of the subject, of its class
+        assert len({tuple(draws.timesteps[part].tolist()) for draws in seen if draws.mask is not None}) == 9
     assert len({draws.input_ids.shape[0] for draws in held}) == 1
     assert len({tuple(ids.tolist()) for ids in held[0].input_ids}) > 1, "captions say how a picture is shown"
     assert all(mask[3:].all() for mask in trained), "class pictures are shown as they are"

@@ -8,7 +8,7 @@ import torch
 
 from dvar.diffusion.backbone import Backbone
 from dvar.trainer.loading import EMBEDS, LORA
-from dvar.trainer.methods.dreambooth_lora import TARGETS, DreamBoothLora
+from dvar.trainer.methods.dreambooth_lora import TARGETS, TEXT_TARGETS, DreamBoothLora
 
 
 @pytest.fixture
@@ -20,13 +20,37 @@ def test_every_attention_matrix_has_two_thin_ones_beside_it_and_nothing_else(bac
     attentions = [name for name, part in backbone.unet.named_modules() if name.endswith((".attn1", ".attn2"))]
     method = DreamBoothLora(backbone, rank=2)
     expected = {
-        f"unet.{name}.{target}.lora_{side}.weight" for name in attentions for target in TARGETS["unet"] for side in "AB"
+        f"unet.{name}.{target}.lora_{side}.weight"
+        for name in attentions
+        for target in TARGETS["attention"]
+        for side in "AB"
     }
     assert set(method.matrices) == expected
     assert {min(matrix.shape) for matrix in method.matrices.values()} == {2}
     assert {matrix.dtype for matrix in method.matrices.values()} == {torch.float32}
     assert method.word is None
     assert len(method.parameters) == len(expected)
+
+
+def test_the_choice_of_targets_leaves_out_self_attention_or_takes_the_gates_too(tiny_model: Path) -> None:
+    found = {}
+    for choice in TARGETS:
+        backbone = Backbone.load(tiny_model, device="cpu")
+        method = DreamBoothLora(backbone, targets=choice)
+        found[choice] = {name.removeprefix("unet.").rpartition(".lora_")[0] for name in method.matrices}
+        adapter = json.loads(method.metadata["lora_adapter_metadata"])
+        assert adapter["unet.target_modules"] == sorted(TARGETS[choice])
+        layers = dict(backbone.unet.named_modules())
+        assert found[choice] == {
+            name.removesuffix(".lora_A.default") for name in layers if name.endswith(".lora_A.default")
+        }
+    assert found["cross-attention"] == {name for name in found["attention"] if ".attn2." in name} != set()
+    gates = found["attention+gates"] - found["attention"]
+    assert found["attention"] < found["attention+gates"]
+    # One beside each block, as the released code takes the linear layer of each GEGLU.
+    assert {name.removesuffix(".ff.net.0.proj") for name in gates} == {
+        name.partition(".attn")[0] for name in found["attention"]
+    }
 
 
 def test_the_first_factor_is_gaussian_of_spread_one_over_rank_and_the_second_zero(backbone: Backbone) -> None:
@@ -91,7 +115,7 @@ def test_the_metadata_tells_rank_alpha_and_targets(backbone: Backbone) -> None:
     (said,) = DreamBoothLora(backbone, rank=2, alpha=6).metadata.values()
     adapter = json.loads(said)
     assert (adapter["unet.r"], adapter["unet.lora_alpha"]) == (2, 6)
-    assert adapter["unet.target_modules"] == sorted(TARGETS["unet"])
+    assert adapter["unet.target_modules"] == sorted(TARGETS["attention"])
 
 
 def test_in_half_precision_only_the_base_is_half(tiny_model: Path) -> None:
@@ -111,7 +135,7 @@ def test_the_text_encoder_is_adapted_too_where_asked(backbone: Backbone, tiny_mo
     assert own == {
         f"text_encoder.text_model.encoder.layers.{layer}.self_attn.{target}.lora_{side}.weight"
         for layer in range(2)
-        for target in TARGETS["text_encoder"]
+        for target in TEXT_TARGETS
         for side in "AB"
     }
     plain = DreamBoothLora(Backbone.load(tiny_model, device="cpu"), rank=2)
@@ -122,7 +146,7 @@ def test_the_text_encoder_is_adapted_too_where_asked(backbone: Backbone, tiny_mo
     assert learned == {id(weight) for _, weight in named if weight.requires_grad}
     adapter = json.loads(*method.metadata.values())
     assert (adapter["text_encoder.r"], adapter["text_encoder.lora_alpha"]) == (2, 4)
-    assert adapter["text_encoder.target_modules"] == sorted(TARGETS["text_encoder"])
+    assert adapter["text_encoder.target_modules"] == sorted(TEXT_TARGETS)
     assert (adapter["unet.r"], adapter["unet.lora_alpha"]) == (2, 4)
     with torch.no_grad():
         for name in own:

@@ -76,7 +76,8 @@ def backbone(tiny_model: Path) -> Backbone:
 
 
 def test_an_example_is_the_encoded_picture_its_caption_and_the_cells_away_from_grey(backbone: Backbone) -> None:
-    pictures, texts = [flat((200, 30, 30), 32), flat((30, 30, 200), 32)], ["a photo of mug", "a red mug"]
+    pictures, texts = [flat((200, 30, 30), 96), flat((30, 30, 200), 96)], ["a photo of mug", "a red mug"]
+    small = 0
     examples = rescaled(pictures, [[text] for text in texts], backbone, mirrored=False)
     for key in range(60):
         choose = chooser(key)
@@ -86,18 +87,20 @@ def test_an_example_is_the_encoded_picture_its_caption_and_the_cells_away_from_g
         assert torch.equal(example.moments, backbone.encode([shown])[0])
         assert torch.equal(example.input_ids, backbone.tokenize([words + texts[index]])[0])
         assert example.mask is not None
-        assert example.mask.shape == (1, 8, 8)
+        assert example.mask.shape == (1, 24, 24)
         filled = example.mask[0].repeat_interleave(4, 0).repeat_interleave(4, 1).bool().numpy()
         grey = np.asarray(shown)[..., 0] == 128
         assert filled.any()
-        if side == 32:
+        if side == 96:
             assert filled.all()
-        if side >= 20:  # room for a cell that meets no grey on either side
-            assert not (filled & grey).any()
-            rows, columns = np.flatnonzero(filled.any(1)), np.flatnonzero(filled.any(0))
-            for start, found in ((top, rows), (left, columns)):
-                assert found[0] - start <= 4
-                assert start + side - 1 - found[-1] <= 8
+            continue
+        small += 1
+        rows, columns = np.flatnonzero(filled.any(1)), np.flatnonzero(filled.any(0))
+        for start, found in ((top, rows), (left, columns)):  # the cell at an edge of the picture is left out
+            assert (found[0] - start in range(1, 5)) if start else found[0] == 0
+            assert (start + side - 1 - found[-1] in range(1, 5)) if start + side < 96 else found[-1] == 95
+        assert not (filled & grey).any()
+    assert small > 10
 
 
 def test_without_mirroring_no_picture_is_mirrored_and_with_it_half_are(backbone: Backbone) -> None:

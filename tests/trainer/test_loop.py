@@ -154,6 +154,17 @@ def test_a_step_that_failed_has_no_more_series() -> None:
     assert asked == [0, 1, 2, 3]
 
 
+def test_dropout_is_fresh_at_every_step_and_in_every_part_of_it() -> None:
+    bench, seen = Bench(gradient_accumulation_steps=2), set()
+
+    def losses(step: int, first: int, count: int) -> Tensor:
+        seen.add(tuple(torch.rand(4).tolist()))
+        return bench.losses(step, first, count)
+
+    bench.run(losses=losses)
+    assert len(seen) == 2 * 12
+
+
 def test_training_leaves_the_global_random_state() -> None:
     state = torch.get_rng_state()
     Bench(seed=1).run()
@@ -240,6 +251,18 @@ def test_breaking_out_and_going_on_is_an_uninterrupted_run(optimizer: str) -> No
         assert torch.equal(other.method.rows, straight.method.rows)
         assert other.learner.best_step == straight.learner.best_step
         assert torch.equal(other.learner.best["rows"], straight.learner.best["rows"])
+
+
+def test_the_scale_of_fp16_goes_on_where_it_was() -> None:
+    bench, other = Bench(mixed_precision="fp16"), Bench(mixed_precision="fp16")
+    bench.learner.trace.record(0, [1.0])
+    bench.learner.scaler.scale(torch.ones(()))  # which makes its tensors
+    bench.method.rows.grad = torch.full((2,), math.inf)
+    bench.learner.scaler.step(bench.learner.optimizer)
+    bench.learner.scaler.update()
+    other.learner.restore(bench.learner.checkpoint())
+    assert other.learner.scaler.state_dict() == bench.learner.scaler.state_dict()
+    assert other.learner.scaler.get_scale() == 2**15
 
 
 def strip(step: Step) -> tuple[Any, ...]:

@@ -62,16 +62,15 @@ def update_of(job: Job) -> Any:
     return torch.autograd.grad(job.weighed(draws).mean(), job.method.parameters)
 
 
-# Where the backward pass keeps most, all that lives is a tensor that an operation returned, and the two agree to a
-# hundredth; an evaluation and recomputing have work space inside kernels beside it.
+# All that lives is a tensor that an operation returned, or a copy that a convolution makes for itself.
 @pytest.mark.parametrize(
     ("known", "given", "within"),
     [
         (TextualInversionConfig, {}, 0.01),
         (DreamBoothLoraConfig, {}, 0.01),
         (CustomDiffusionConfig, {"class_noun": "mug", "num_class_images": 1, "random_rescale": False}, 0.01),
-        (TextualInversionConfig, {"gradient_checkpointing": True}, 0.12),
-        (TextualInversionConfig, {"mixed_precision": "bf16"}, 0.03),
+        (TextualInversionConfig, {"gradient_checkpointing": True}, 0.02),
+        (TextualInversionConfig, {"mixed_precision": "bf16"}, 0.02),
     ],
     ids=["textual-inversion", "dreambooth-lora", "custom-diffusion", "checkpointing", "bf16"],
 )
@@ -82,7 +81,7 @@ def test_it_is_what_a_real_update_and_a_real_evaluation_allocate(
     told = needed(job)
     assert told.update == pytest.approx(measured(lambda: update_of(job)), rel=within)
     gradients = sum(part.nbytes for part in job.method.parameters)
-    assert told.evaluation - gradients == pytest.approx(measured(job.probe), rel=0.3)
+    assert told.evaluation - gradients == pytest.approx(measured(job.probe), rel=0.01)
 
 
 def test_recomputing_and_a_lower_precision_take_less_and_a_prior_more(tmp_path: Path, of_tiny: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ METHODS: dict[str, AnyConfig] = {
         class_prompt="a photo of dog",
         num_class_images=2,
         train_text_encoder=True,
+        lora_targets="attention+gates",
         learning_rate=0.05,
         gradient_accumulation_steps=2,
     ),
@@ -125,11 +127,17 @@ def both(pictures: Path, path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def straight(tiny_model: Path, tiny_pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """An uninterrupted run of each method."""
+    """An uninterrupted run of each method, made when it is first asked for."""
     place = tmp_path_factory.mktemp("straight")
-    made = {name: personalise(settings(name, tiny_model, tiny_pictures, place / name)) for name in METHODS}
-    assert all(result.verdict.reason is Reason.CAP for result in made.values())
-    return {name: result.folder for name, result in made.items()}
+
+    class Made(dict[str, Path]):
+        def __missing__(self, name: str) -> Path:
+            result = personalise(settings(name, tiny_model, tiny_pictures, place / name))
+            assert result.verdict.reason is Reason.CAP
+            self[name] = result.folder
+            return result.folder
+
+    return Made()
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -148,18 +156,28 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert rows(one) == rows(other)
-    pictures = sorted((one / "samples").rglob("*.png"))
+    pictures = sorted(path for name in ("samples", "class_pictures*") for path in one.glob(f"{name}/**/*.png"))
     assert pictures
     assert all(path.read_bytes() == (other / path.relative_to(one)).read_bytes() for path in pictures)
+    ends = [json.loads((folder / "result.json").read_text()) for folder in (one, other)]
+    assert {**ends[0], "seconds": 0, "memory": 0} == {**ends[1], "seconds": 0, "memory": 0}
+    for name in ends[0]["best_weights"]:
+        assert (one / name).read_bytes() == (other / name).read_bytes()
 
 
 class Killed(BaseException):
     """The process dies here: nothing after it is carried out."""
 
 
-def kill(step: Step) -> None:
-    if step.step == 6:
-        raise Killed
+def killed_at(number: int) -> Callable[[Step], None]:
+    def kill(step: Step) -> None:
+        if step.step == number:
+            raise Killed
+
+    return kill
+
+
+kill = killed_at(6)
 
 
 def test_a_run_leaves_its_weights_its_card_and_a_report(name: str, straight: dict[str, Path]) -> None:
@@ -212,9 +230,9 @@ def test_what_is_trained_moves_and_nothing_else_does(name: str, config: AnyConfi
 
 def test_the_untouched_model_is_the_base_whatever_is_to_be_learned(straight: dict[str, Path]) -> None:
     """Training starts at the base model: the first L_det of runs with one caption in common is the same."""
-    first = {name: Checkpoint.read(folder / "checkpoint-0").state for name, folder in straight.items()}
-    assert torch.equal(first["textual-inversion"]["<thing>"], first["dreambooth-lora"]["<thing>"])
-    assert rows(straight["textual-inversion"])[0]["eval"] == rows(straight["dreambooth-lora"])[0]["eval"]
+    folders = [straight[name] for name in ("textual-inversion", "dreambooth-lora")]
+    assert torch.equal(*(Checkpoint.read(folder / "checkpoint-0").state["<thing>"] for folder in folders))
+    assert rows(folders[0])[0]["eval"] == rows(folders[1])[0]["eval"]
 
 
 def test_one_seed_gives_one_run_and_another_seed_another(
@@ -226,17 +244,20 @@ def test_one_seed_gives_one_run_and_another_seed_another(
     assert any(not torch.equal(part, weights(straight[name])[key]) for key, part in weights(other).items())
 
 
-def test_a_run_killed_goes_on_bit_for_bit(name: str, config: AnyConfig, straight: dict[str, Path]) -> None:
+@pytest.mark.parametrize(
+    "step", [pytest.param(step, marks=() if step == 6 else pytest.mark.slow) for step in range(CAP + 1)]
+)
+def test_a_run_killed_at_any_step_goes_on_bit_for_bit(
+    name: str, config: AnyConfig, straight: dict[str, Path], step: int
+) -> None:
     with pytest.raises(Killed):
-        personalise(config, [kill])
+        personalise(config, [killed_at(step)])
     folder = Path(config.output_dir)
-    assert latest(folder).step == 4
+    assert latest(folder).step == (CAP if step == CAP else step // 4 * 4)
     assert not (folder / "result.json").exists()
     result = personalise(replace(config, resume_from_checkpoint="latest"))
     assert_same_run(straight[name], folder)
     assert {path.name for path in result.weights} == FILES[name]
-    facts = [json.loads((at / "result.json").read_text()) for at in (folder, straight[name])]
-    assert facts[0]["best_step"] == facts[1]["best_step"] == result.best_step
 
 
 def test_a_checkpoint_of_another_method_is_refused_with_the_difference(
@@ -300,13 +321,13 @@ def test_a_merged_pipeline_draws_our_picture_by_itself(
         write_merged(straight[name], tmp_path / "merged")
 
 
-@pytest.mark.parametrize("alpha", [None, 3])
+@pytest.mark.parametrize(("name", "alpha"), [("lora-alone", None), ("lora-alone", 3), ("lora-with-prior", None)])
 def test_a_kohya_file_read_by_stock_diffusers_draws_our_picture(
-    tiny_model: Path, tiny_pictures: Path, straight: dict[str, Path], tmp_path: Path, alpha: int | None
+    tiny_model: Path, tiny_pictures: Path, straight: dict[str, Path], tmp_path: Path, name: str, alpha: int | None
 ) -> None:
-    folder, prompt = straight["lora-alone"], "a photo of white dog"
+    folder, prompt = straight[name], "a photo of white dog"
     if alpha:
-        scaled = replace(settings("lora-alone", tiny_model, tiny_pictures, tmp_path / "run"), lora_alpha=alpha)
+        scaled = replace(settings(name, tiny_model, tiny_pictures, tmp_path / "run"), lora_alpha=alpha)
         folder = personalise(replace(scaled, max_train_steps=9, validation_steps=100)).folder
     path = write_kohya(folder, tmp_path / "kohya.safetensors")
     kept, matrices = load_file(path), load_file(folder / LORA)
@@ -318,6 +339,12 @@ def test_a_kohya_file_read_by_stock_diffusers_draws_our_picture(
     assert torch.equal(kept[f"{layer}.lora_up.weight"], matrices[f"{own}.lora_B.weight"])
     assert kept[f"{layer}.alpha"].shape == ()
     assert float(kept[f"{layer}.alpha"]) == (alpha or 4)
+    if name == "lora-with-prior":  # which adapts the feed-forward gates and the text encoder too
+        for key in (
+            layer.replace("attn1_to_out_0", "ff_net_0_proj"),
+            "lora_te_text_model_encoder_layers_0_self_attn_q_proj",
+        ):
+            assert {f"{key}.{part}" for part in ("lora_down.weight", "lora_up.weight", "alpha")} <= kept.keys()
     other = stock(tiny_model)
     before = picture(other, prompt)
     other.load_lora_weights(str(tmp_path), weight_name=path.name)

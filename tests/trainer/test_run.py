@@ -270,6 +270,20 @@ def test_a_checkpoint_of_other_settings_is_refused_with_the_difference(
     assert {path: path.read_bytes() for path in Path(config.output_dir).rglob("*") if path.is_file()} == before
 
 
+def test_a_checkpoint_from_before_a_setting_existed_was_made_under_its_default(
+    config: TextualInversionConfig, straight: Path
+) -> None:
+    with pytest.raises(Killed):
+        personalise(config, [killed_at(5)])
+    kept = latest(Path(config.output_dir))
+    older = {name: value for name, value in kept.facts["config"].items() if name != "attention_slicing"}
+    replace(kept, facts={**kept.facts, "config": older}).write(Path(config.output_dir))
+    with pytest.raises(CheckpointError, match="attention_slicing was False and is True"):
+        personalise(replace(config, resume_from_checkpoint="latest", attention_slicing=True))
+    personalise(replace(config, resume_from_checkpoint="latest"))
+    assert torch.equal(embeds(Path(config.output_dir)), embeds(straight))
+
+
 def test_a_checkpoint_of_other_pictures_is_refused(config: TextualInversionConfig, tmp_path: Path) -> None:
     from dvar.testing import tiny_concept
 
@@ -366,6 +380,32 @@ def test_a_signal_ends_the_run_after_its_step_and_it_goes_on_bit_for_bit(
     personalise(replace(config, resume_from_checkpoint="latest"))
     assert torch.equal(embeds(result.folder), embeds(straight))
     assert rows(result.folder) == rows(straight)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sam"])
+def test_a_signal_within_an_update_gives_it_up_and_the_run_goes_on_bit_for_bit(
+    config: TextualInversionConfig, tmp_path: Path, optimizer: Any
+) -> None:
+    long = replace(config, gradient_accumulation_steps=4, optimizer=optimizer)
+    whole = personalise(replace(long, output_dir=str(tmp_path / "whole"))).folder
+    true, passes = dvar.trainer.job.denoising_loss, iter(range(10**6))
+    # An evaluation and an update take turns; this is the second to last pass of update 6, of SAM's second look.
+    asked = 1 + 5 * 5 + 2 if optimizer == "adamw" else 1 + 5 * 9 + 6
+
+    def loss(*given: Any) -> torch.Tensor:
+        if next(passes) == asked:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return true(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dvar.trainer.job, "denoising_loss", loss)
+        result = personalise(long)
+    assert next(passes) == asked + 1, "no pass came after it"
+    assert result.verdict.reason is Reason.INTERRUPTED
+    assert result.steps == result.verdict.step == latest(result.folder).step == rows(result.folder)[-1]["step"] == 5
+    personalise(replace(long, resume_from_checkpoint="latest"))
+    assert torch.equal(embeds(result.folder), embeds(whole))
+    assert rows(result.folder) == rows(whole)
 
 
 def asked_in_drawing(monkeypatch: pytest.MonkeyPatch, number: int) -> list[int]:
@@ -589,6 +629,15 @@ def test_half_precision_trains_float32_vectors(config: TextualInversionConfig, p
         personalise(replace(settings, overwrite=True), [killed_at(6)])
     personalise(replace(settings, resume_from_checkpoint="latest"))
     assert np.array_equal(Trace.read(result.folder / "trace.jsonl").values, values)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_the_run_that_is_not(config: TextualInversionConfig, straight: Path) -> None:
+    compile = torch.compile
+    with pytest.MonkeyPatch.context() as patch:  # "eager": all of it but the machine's own compiler
+        patch.setattr(torch, "compile", lambda call, **options: compile(call, **{**options, "backend": "eager"}))
+        folder = personalise(replace(config, compile=True)).folder
+    torch.testing.assert_close(embeds(folder), embeds(straight), rtol=1e-4, atol=1e-5)
 
 
 def test_the_model_card_tells_no_paths_and_loads(config: TextualInversionConfig, tiny_model: Path) -> None:

@@ -20,7 +20,7 @@ from dvar.stopper.verdict import Verdict
 from dvar.trainer.loading import EMBEDS, imports, loads, of_word
 
 RESULT = "result.json"
-_OWN = ("rank", "lora_alpha", "class_noun", "instance_prompt", "freeze_model")
+_OWN = ("rank", "lora_alpha", "lora_targets", "class_noun", "instance_prompt", "freeze_model")
 
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

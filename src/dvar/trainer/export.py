@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from dvar.config import AnyConfig
@@ -18,8 +17,8 @@ from dvar.diffusion.backbone import Backbone
 from dvar.errors import RefusedInput
 from dvar.trainer.artifacts import public_name, write_weights, write_whole
 from dvar.trainer.checks import model_path
-from dvar.trainer.loading import ATTENTION, EMBEDS, LORA, kind
-from dvar.trainer.run import finished
+from dvar.trainer.loading import EMBEDS, LORA, kind
+from dvar.trainer.run import finished, read_weights
 
 _PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te"}
 
@@ -27,7 +26,7 @@ _PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te"}
 def write_kohya(run: str | Path, path: Path) -> Path:
     """Return ``path``, into which the LoRA of a finished run was written as kohya's scripts write one.
 
-    Raises: RefusedInput when the run has no LoRA, or when ``path`` is no new .safetensors file.
+    Raises: RefusedInput when the run has no LoRA or a damaged one, or when ``path`` is no new .safetensors file.
     Source: the names and the `alpha` of each layer are those of kohya-ss/sd-scripts for Stable Diffusion 1.x and 2.x.
     Deviates: diffusers' own converter writes the rank as alpha, whatever the alpha was.
     """
@@ -42,12 +41,13 @@ def write_kohya(run: str | Path, path: Path) -> Path:
         problems.append(f"--kohya {path} exists already: name a new file")
     if problems:
         raise RefusedInput(problems)
+    (matrices,) = read_weights(Path(run), [LORA])
     with safe_open(Path(run) / LORA, "pt") as file:
         told = dict(file.metadata())
     adapters = json.loads(told.pop(LORA_ADAPTER_METADATA_KEY))
     alphas = {part: float(adapters[f"{part}.lora_alpha"]) for part in _PREFIXES if f"{part}.lora_alpha" in adapters}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_weights(path, _under_kohyas_names(load_file(Path(run) / LORA), alphas), told)
+    write_weights(path, _under_kohyas_names(matrices, alphas), told)
     return path
 
 
@@ -56,13 +56,14 @@ def write_merged(run: str | Path, folder: Path) -> Path:
 
     It is in float32, and a new word is part of its vocabulary: a prompt needs nothing but the word.
 
-    Raises: RefusedInput when ``folder`` is there already; ModelError.
+    Raises: RefusedInput when ``folder`` is there already, or the run's weights are damaged; ModelError.
     """
     config, result = finished(run)
     if folder.exists():
         raise RefusedInput([f"--merged {folder} exists already: name a new folder"])
+    weights = read_weights(Path(run), result["weights"])  # and so none of them is a pickle, which diffusers might read
     pipeline = Backbone.load(model_path(config.pretrained_model_name_or_path), device="cpu").pipeline()
-    for name in result["weights"]:
+    for name, tensors in zip(result["weights"], weights, strict=True):
         match kind(name):
             case word if word == EMBEDS:
                 pipeline.load_textual_inversion(str(run), weight_name=name)
@@ -71,7 +72,7 @@ def write_merged(run: str | Path, folder: Path) -> Path:
                 pipeline.fuse_lora()
                 pipeline.unload_lora_weights()
             case _:
-                pipeline.unet.load_state_dict(load_file(Path(run) / ATTENTION), strict=False)
+                pipeline.unet.load_state_dict(tensors, strict=False)
     staged = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(staged, ignore_errors=True)
     pipeline.save_pretrained(staged)

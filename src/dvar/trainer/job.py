@@ -299,9 +299,17 @@ def assembled(config: AnyConfig, backbone: Backbone) -> Personalisation:
         case TextualInversionConfig():
             return TextualInversion(backbone, config.placeholder_token, initializer, vectors)
         case DreamBoothLoraConfig():
-            shape = {"rank": config.rank, "alpha": config.lora_alpha or config.rank, "seed": config.seed}
-            both = config.train_text_encoder
-            return DreamBoothLora(backbone, config.placeholder_token, initializer, vectors, **shape, text_encoder=both)
+            return DreamBoothLora(
+                backbone,
+                config.placeholder_token,
+                initializer,
+                vectors,
+                rank=config.rank,
+                alpha=config.lora_alpha,
+                targets=config.lora_targets,
+                text_encoder=config.train_text_encoder,
+                seed=config.seed,
+            )
         case CustomDiffusionConfig():
             pairs = dict(zip(words(config), initializers(config), strict=True))
             return CustomDiffusion(backbone, pairs, vectors, part=config.freeze_model)

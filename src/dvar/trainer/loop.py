@@ -81,10 +81,11 @@ def train(
     An evaluation is made at every ``probe_every``-th step and at the cap, so that N updates give N + 1 of them at
     cadence 1.  Before a step is yielded its record is with ``log``, and every ``checkpointing_steps`` and at the last
     one ``save`` is called: whoever breaks out leaves a run that can go on.  A learner whose trace already holds records
-    goes on after the last one.  A loss that is not finite stops, and neither moves the model nor is saved;
-    ``interrupted`` stops after the step it finds under way, and that step is saved.  What ``series`` returns goes into
-    the record of its step, and what it times there into its seconds; it must leave the model as it finds it, and raises
-    Abandoned where it was interrupted itself: the record then stands without it.
+    goes on after the last one.  A loss that is not finite stops, and neither moves the model nor is saved.
+    ``interrupted`` stops after the step it finds under way, and that step is saved; between two forward passes of an
+    update it gives the update up, and saves the step before, which was the last to be yielded.  What ``series`` returns
+    goes into the record of its step, and what it times there into its seconds; it must leave the model as it finds it,
+    and raises Abandoned where it was interrupted itself: the record then stands without it.
 
     Source: Section 3.2 and Figure 10.
     Deviates: the untouched model is evaluated too; the released code evaluates before each update and so never after
@@ -95,7 +96,11 @@ def train(
         return
     for step in range(learner.next_step, config.max_train_steps + 1):
         with watch("train"):
-            update = learner.update(losses, step) if step else Update()
+            try:
+                update = learner.update(losses, step, interrupted) if step else Update()
+            except Abandoned:
+                save()
+                return
         due = step % config.probe_every == 0 or step == config.max_train_steps
         with watch("probe"):
             held = probe() if due and update.taken else None
@@ -136,16 +141,18 @@ class Learner:
         """The step whose record comes next."""
         return self.trace.last_step + 1 if len(self.trace) else 0
 
-    def update(self, losses: Losses, step: int) -> Update:
+    def update(self, losses: Losses, step: int, interrupted: Callable[[], bool] = lambda: False) -> Update:
         """Make update number ``step``; return its loss, the mean over its samples, its gradient's norm and its rate.
 
         Under SAM the norm is that of the gradient it steps by, at the steeper point, and the loss is the one before.
+
+        Raises: Abandoned when ``interrupted`` says so between two of its forward passes; then nothing moved.
         """
         config = self.config
-        mean = self._gradient(losses, step)
+        mean = self._gradient(losses, step, interrupted)
         if config.optimizer == "sam":
             with sharpened(self.method.parameters, config.sam_rho):
-                self._gradient(losses, step)
+                self._gradient(losses, step, interrupted)
         self.scaler.unscale_(self.optimizer)
         gradients = [grad for part in self.method.parameters if (grad := part.grad) is not None]
         # Both leave the device at once: each wait for it would let it run dry.
@@ -162,7 +169,7 @@ class Learner:
             self.scaler.update()
         return Update(loss, norm, rate, taken=sound)
 
-    def _gradient(self, losses: Losses, step: int) -> Tensor:
+    def _gradient(self, losses: Losses, step: int, interrupted: Callable[[], bool]) -> Tensor:
         """The mean loss of the samples of a step, float64 on their device; the parameters then hold its gradient.
 
         The samples of a step are numbered through its accumulation, so splitting it differently draws the same ones.
@@ -171,6 +178,8 @@ class Learner:
         seen = []
         self.optimizer.zero_grad()
         for first in range(0, parts * config.train_batch_size, config.train_batch_size):
+            if first and interrupted():
+                raise Abandoned
             with seeded_globals(config.seed, "dropout", step, first):
                 found = losses(step, first, config.train_batch_size)
                 self.scaler.scale(found.mean() / parts).backward()

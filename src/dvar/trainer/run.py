@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dvar.config import AnyConfig, TextualInversionConfig, restored, written
+from dvar.config import AnyConfig, restored, written
 from dvar.diffusion.backbone import Backbone
 from dvar.diffusion.sampling import Abandoned
 from dvar.errors import CheckpointError, OutOfResources, RefusedInput
@@ -65,9 +65,9 @@ def personalise(
     Training goes on until DVAR or the cap stops it.
     ``consumers`` are called with each `Step`; ``concept`` is what `read_concept` returned, where that was called
     before.  ``tell`` is given a line on the memory that the run will take, before its first step; without it none is
-    estimated.  SIGTERM or SIGINT ends the run after the step under way, or between two denoising steps of its samples,
-    with a checkpoint to go on from and the verdict "interrupted"; nothing is exported then.  A loss that is not finite
-    ends it too, and the best step before it is what is exported.
+    estimated.  SIGTERM or SIGINT ends the run after the step under way, between two forward passes of its update, or
+    between two denoising steps of its samples, with a checkpoint to go on from and the verdict "interrupted"; nothing
+    is exported then.  A loss that is not finite ends it too, and the best step before it is what is exported.
 
     Raises: RefusedInput with every problem at once, before a model loads; ModelError; CheckpointError when there is
     nothing to resume from, or only a run under other settings, pictures or weights; OutOfResources when memory or disk
@@ -103,6 +103,8 @@ def _carried_out(
                     verdict = replace(verdict, stop=True, reason=Reason.INTERRUPTED, step=step.step)
                     job.save(config.checkpoints_total_limit)
                     break
+        if interrupted() and not verdict.stop:  # within an update, which was given up
+            verdict = replace(verdict, stop=True, reason=Reason.INTERRUPTED)
     return job.result(verdict) if verdict.reason is Reason.INTERRUPTED else job.finish(verdict)
 
 
@@ -166,7 +168,7 @@ def personalised(folder: str | Path, *, step: int | None = None, **loading: Any)
     folder = Path(folder)
     if step is None:
         config, result = finished(folder)
-        base, files = result["base_sha256"], _weights(folder, result["weights"])
+        base, files = result["base_sha256"], read_weights(folder, result["weights"])
         learned = {name: tensor for file in files for name, tensor in file.items()}
     else:
         checkpoint = Checkpoint.read(folder / f"checkpoint-{step}")
@@ -183,7 +185,11 @@ def personalised(folder: str | Path, *, step: int | None = None, **loading: Any)
     return backbone
 
 
-def _weights(folder: Path, names: Sequence[str]) -> list[dict[str, Tensor]]:
+def read_weights(folder: Path, names: Sequence[str]) -> list[dict[str, Tensor]]:
+    """Return what is in each of these weight files of a finished run.
+
+    Raises: RefusedInput when one is missing, or is no whole safetensors file; a pickle is never read.
+    """
     try:
         return [load_file(folder / name) for name in names]
     except (OSError, SafetensorError) as error:
@@ -208,7 +214,7 @@ def _to_resume(folder: Path, config: AnyConfig, concept: Concept) -> Checkpoint:
     """The checkpoint that the settings name, if it was made under these settings and pictures."""
     name = str(config.resume_from_checkpoint)
     checkpoint = latest(folder) if name == "latest" else Checkpoint.read(folder / Path(name).name)
-    now, then = written(config), {"method": TextualInversionConfig.method, **checkpoint.facts["config"]}
+    now, then = written(config), written(restored(checkpoint.facts["config"]))
     # A schedule that bends towards the cap makes other steps under another cap; a constant one does not.
     bends = not config.lr_scheduler.startswith("constant")
     higher = config.max_train_steps > then["max_train_steps"]

@@ -16,25 +16,30 @@ from dvar.diffusion.randomness import seeded_globals
 from dvar.trainer.loading import LORA
 from dvar.trainer.methods.textual_inversion import TextualInversion
 
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 TARGETS = {
-    "unet": ("to_q", "to_k", "to_v", "to_out.0"),
-    "text_encoder": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "attention": _ATTENTION,
+    "cross-attention": tuple(f"attn2.{name}" for name in _ATTENTION),
+    "attention+gates": (*_ATTENTION, "ff.net.0.proj"),
 }
-"""By network, the attention matrices that are adapted, under the names of diffusers and transformers."""
+"""By choice, the matrices of the U-Net that are adapted, under diffusers' names."""
+TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
+"""Those of the text encoder, under the names of transformers."""
 
 
 class DreamBoothLora:
     """A product of two thin matrices beside each attention matrix of the U-Net, whose own weights stay frozen.
 
-    From construction on, the U-Net adds alpha / ``rank`` times the product to what each matrix in `TARGETS` gives, for
-    self- and cross-attention alike (``alpha`` is ``rank`` unless given); with ``text_encoder`` the text encoder does
-    so too.  Both matrices are float32 whatever the U-Net's precision; the first is drawn by ``seed``, Gaussian with
-    the spread 1 / rank, and the second is zero, so that the untouched model is the base.  With a ``placeholder`` its
-    vectors are learned too, as by `TextualInversion`.
+    From construction on, the U-Net adds alpha / ``rank`` times the product to what each matrix gives that ``targets``
+    names in `TARGETS` (``alpha`` is ``rank`` unless given); with ``text_encoder`` the text encoder does so too, to all
+    of its attention.  Both matrices are float32 whatever the U-Net's precision; the first is drawn by ``seed``,
+    Gaussian with the spread 1 / rank, and the second is zero, so that the untouched model is the base.  With a
+    ``placeholder`` its vectors are learned too, as by `TextualInversion`.
 
     Source: Sections 2.3 and 4.1, and the released code: a new token's embedding and LoRA of rank 4, one learning rate.
-    Deviates: attention alone is adapted, as in diffusers' script that the paper cites; the released code also adapts
-    the feed-forward gates.  Without a placeholder it is that script: LoRA alone, on the U-Net or on both networks.
+    Deviates: attention alone is adapted unless asked, as in diffusers' script that the paper cites; the released code
+    also adapts the feed-forward gates.  Without a placeholder it is that script: LoRA alone, on the U-Net or on both
+    networks.
     """
 
     def __init__(
@@ -46,16 +51,17 @@ class DreamBoothLora:
         *,
         rank: int = 4,
         alpha: int | None = None,
+        targets: str = "attention",
         seed: int = 0,
         text_encoder: bool = False,
     ) -> None:
         self.adapters: dict[str, LoraConfig] = {}
         self.matrices: dict[str, nn.Parameter] = {}
-        for prefix in [*TARGETS][: 1 + text_encoder]:
+        for prefix, names in [("unet", TARGETS[targets]), ("text_encoder", TEXT_TARGETS)][: 1 + text_encoder]:
             network = getattr(backbone, prefix)
             known = {id(weight) for weight in network.parameters()}
             self.adapters[prefix] = LoraConfig(
-                r=rank, lora_alpha=alpha or rank, init_lora_weights="gaussian", target_modules=list(TARGETS[prefix])
+                r=rank, lora_alpha=alpha or rank, init_lora_weights="gaussian", target_modules=list(names)
             )
             with seeded_globals(seed, "lora" if prefix == "unet" else f"lora/{prefix}"):
                 network.add_adapter(self.adapters[prefix])
