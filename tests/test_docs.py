@@ -35,12 +35,14 @@ HOSTS = [name for name in SECTIONS if name != SHARED]
 
 
 @pytest.fixture
-def ray_on_one_core(request: pytest.FixtureRequest) -> Any:
+def ray_on_one_core(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     if request.getfixturevalue("section") != "Ray Tune":
         yield
         return
     import ray
 
+    # Ray starts its workers with a niceness of 15: on a busy machine the trial would never begin.
+    monkeypatch.setenv("RAY_worker_niceness", "0")
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, configure_logging=False)
     yield
     ray.shutdown()
