@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 from typing import Any
 
@@ -106,7 +106,11 @@ class AtMost:
         refuse(_rules_problems("AtMost", (self.rule,)) + _count_problems("max_steps", self.max_steps))
 
     def __call__(self, trace: Trace) -> Verdict:
-        return _joined([self.rule(trace), FixedSteps(self.max_steps)(trace)], any)
+        return _joined([self.rule(trace), self._cap(trace)], any)
+
+    @cached_property
+    def _cap(self) -> FixedSteps:
+        return FixedSteps(self.max_steps)
 
 
 def _joined(verdicts: list[Verdict], together: Callable[[Iterable[bool]], bool]) -> Verdict:
@@ -116,7 +120,7 @@ def _joined(verdicts: list[Verdict], together: Callable[[Iterable[bool]], bool])
     metrics = dict(chosen.metrics)
     for verdict in verdicts:
         # All or nothing: the ratio of one rule beside the threshold of another would be a lie.
-        if {**metrics, **verdict.metrics} == {**verdict.metrics, **metrics}:
+        if all(name not in metrics or metrics[name] == value for name, value in verdict.metrics.items()):
             metrics |= verdict.metrics
     return replace(chosen, stop=stop, metrics=metrics, diagnose=partial(_all_diagnoses, verdicts))
 
