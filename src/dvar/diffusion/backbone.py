@@ -74,6 +74,8 @@ class Backbone:
             networks = (pipeline.text_encoder, pipeline.vae, pipeline.unet)
             for network in networks:
                 network.to(torch.float32).requires_grad_(False).eval()
+            for key in (key for network in networks for key, part in network.state_dict().items() if part.is_meta):
+                raise ModelError(f"{name} lacks weights, {key} among them: copy the model again")
             digest = _digest(networks, pipeline.scheduler.alphas_cumprod)
             for network in networks:  # each weight in its precision at once: a GPU need not hold them all in float32
                 precision = PRECISIONS[mixed_precision] if network is pipeline.unet else torch.float32
