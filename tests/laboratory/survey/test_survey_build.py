@@ -91,6 +91,7 @@ def test_controls_and_training_have_answers_that_anyone_sees(tmp_path: Path) -> 
         checks = survey.of(question, "control")  # type: ignore[arg-type]
         assert len(checks) == wanted
         assert all(task.expected == "first" for task in checks)
+        assert len({task.prompt for task in checks}) == wanted, "spread over the pairs"
         for task in checks:
             assert _seams(_pixels(folder, task.first)) < 2 < _seams(_pixels(folder, task.second)), "whole, in pieces"
         lessons = survey.of(question, "training")  # type: ignore[arg-type]
