@@ -113,6 +113,16 @@ def test_a_control_is_told_apart_by_no_name_and_no_count_of_pixels(tmp_path: Pat
             assert np.array_equal(pixels, pixels[::4, ::4].repeat(4, axis=0).repeat(4, axis=1)), "enlarged as all are"
 
 
+def test_every_picture_is_as_long_as_any_other_and_a_whole_png(tmp_path: Path) -> None:
+    runs = [drawn_run(tmp_path / name, seed, side=side) for seed, (name, side) in enumerate((("a", 64), ("b", 200)))]
+    build(runs, settings(tmp_path))
+    paths = list((tmp_path / "survey" / PICTURES).iterdir())
+    assert len({path.stat().st_size for path in paths}) == 1
+    for path in paths:
+        with Image.open(path) as picture:
+            picture.verify()  # reads every chunk and its sum
+
+
 def test_a_control_of_large_pictures_is_as_large(tmp_path: Path) -> None:
     runs = [drawn_run(tmp_path / name, seed, side=160) for seed, name in enumerate(("stopped", "full"))]
     (task, *_) = build(runs, settings(tmp_path)).of("customization", "control")
