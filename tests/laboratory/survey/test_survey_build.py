@@ -168,6 +168,21 @@ def test_pictures_drawn_another_way_or_by_an_earlier_training_are_no_pair(tmp_pa
     assert len(build((ours, theirs), settings(tmp_path)).of("customization", "pair")) == 3
 
 
+@pytest.mark.parametrize("candidate", [0, 1])
+def test_a_prompt_that_one_rival_trained_on_asks_about_likeness(tmp_path: Path, candidate: int) -> None:
+    said = "a painting in the style of {}"
+    runs = [
+        drawn_run(tmp_path / kind, seed, learnable_property=kind, scenes=("by night",))
+        for seed, kind in enumerate(("object", "style"))
+    ]
+    for run in runs:
+        listed = run / GENERATED / LIST
+        listed.write_text(listed.read_text().replace("a photo of <thing> by night", said.format("<thing>")))
+    survey = build([runs[candidate], runs[1 - candidate]], settings(tmp_path))
+    assert {task.prompt for task in survey.of("reconstruction", "pair")} >= {said}
+    assert not survey.of("customization", "pair")
+
+
 def test_what_cannot_be_compared_is_refused_all_at_once(tmp_path: Path) -> None:
     ours, theirs = rival_runs(tmp_path)
     (theirs / "result.json").unlink()
