@@ -91,6 +91,7 @@ def test_controls_and_training_have_answers_that_anyone_sees(tmp_path: Path) -> 
         checks = survey.of(question, "control")  # type: ignore[arg-type]
         assert len(checks) == wanted
         assert all(task.expected == "first" for task in checks)
+        assert len({task.prompt for task in checks}) == wanted, "spread over the pairs"
         for task in checks:
             assert _seams(_pixels(folder, task.first)) < 2 < _seams(_pixels(folder, task.second)), "whole, in pieces"
         lessons = survey.of(question, "training")  # type: ignore[arg-type]
@@ -110,6 +111,16 @@ def test_a_control_is_told_apart_by_no_name_and_no_count_of_pixels(tmp_path: Pat
         assert not np.array_equal(np.sort(whole, axis=None), np.sort(broken, axis=None)), "not the same pixels, moved"
         for pixels in (whole, broken):
             assert np.array_equal(pixels, pixels[::4, ::4].repeat(4, axis=0).repeat(4, axis=1)), "enlarged as all are"
+
+
+def test_every_picture_is_as_long_as_any_other_and_a_whole_png(tmp_path: Path) -> None:
+    runs = [drawn_run(tmp_path / name, seed, side=side) for seed, (name, side) in enumerate((("a", 64), ("b", 200)))]
+    build(runs, settings(tmp_path))
+    paths = list((tmp_path / "survey" / PICTURES).iterdir())
+    assert len({path.stat().st_size for path in paths}) == 1
+    for path in paths:
+        with Image.open(path) as picture:
+            picture.verify()  # reads every chunk and its sum
 
 
 def test_a_control_of_large_pictures_is_as_large(tmp_path: Path) -> None:
@@ -155,6 +166,21 @@ def test_pictures_drawn_another_way_or_by_an_earlier_training_are_no_pair(tmp_pa
     rows[2]["result"] = "another training"
     listed.write_text("\n".join(json.dumps(row) for row in rows))
     assert len(build((ours, theirs), settings(tmp_path)).of("customization", "pair")) == 3
+
+
+@pytest.mark.parametrize("candidate", [0, 1])
+def test_a_prompt_that_one_rival_trained_on_asks_about_likeness(tmp_path: Path, candidate: int) -> None:
+    said = "a painting in the style of {}"
+    runs = [
+        drawn_run(tmp_path / kind, seed, learnable_property=kind, scenes=("by night",))
+        for seed, kind in enumerate(("object", "style"))
+    ]
+    for run in runs:
+        listed = run / GENERATED / LIST
+        listed.write_text(listed.read_text().replace("a photo of <thing> by night", said.format("<thing>")))
+    survey = build([runs[candidate], runs[1 - candidate]], settings(tmp_path))
+    assert {task.prompt for task in survey.of("reconstruction", "pair")} >= {said}
+    assert not survey.of("customization", "pair")
 
 
 def test_what_cannot_be_compared_is_refused_all_at_once(tmp_path: Path) -> None:

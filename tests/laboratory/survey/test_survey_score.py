@@ -20,7 +20,7 @@ from dvar.laboratory.paper import TABLE_2
 from dvar.laboratory.survey.ballots import Ballots, Vote
 from dvar.laboratory.survey.exchange import read_answers, write_tasks
 from dvar.laboratory.survey.page import write_page
-from dvar.laboratory.survey.plan import PICTURES, VOTES
+from dvar.laboratory.survey.plan import PICTURES, VOTES, Task
 from dvar.laboratory.survey.score import score
 from dvar.laboratory.survey.server import read_secret
 from dvar.laboratory.survey.simulation import Chances, Rater, imagined, rate, split, table2
@@ -196,6 +196,24 @@ def test_the_page_shows_the_table_and_the_pictures_and_loads_nothing(tmp_path: P
     assert "<script" not in page
     assert 'src="http' not in page
     assert (folder / "score.html").read_bytes() == write_page(folder, found, tmp_path / "again.html").read_bytes()
+
+
+def test_the_galleries_show_where_people_agreed_and_only_where_enough_answered(tmp_path: Path) -> None:
+    folder, survey = small_survey(tmp_path)
+    alike, apart, lone = survey.of("customization", "pair")[:3]
+
+    def cast(task: Task, *answers: str) -> list[Vote]:
+        return [Vote(str(number), task, "first", answer, 1.0) for number, answer in enumerate(answers)]  # type: ignore[arg-type]
+
+    some = [*cast(alike, "first", "first", "first"), *cast(lone, "second", "second")]
+    few = write_page(folder, score(survey, some), tmp_path / "few.html").read_text()
+    assert "Fewer than two pairs have 3 counted answers" in few
+    assert "data:image/" not in few
+    all_votes = [*some, *cast(apart, "first", "equal", "second")]
+    page = write_page(folder, score(survey, all_votes), tmp_path / "page.html").read_text()
+    most, _, least = page.partition("Where people agreed most")[2].partition("Where they agreed least")
+    assert re.findall(r"<b>(.*?)</b>", most) == ["DVAR 3 · equal 0 · baseline 0"]
+    assert re.findall(r"<b>(.*?)</b>", least) == ["DVAR 1 · equal 1 · baseline 1"]
 
 
 def test_people_are_forgotten_by_their_numbers(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import product
 from pathlib import Path
+from zlib import crc32
 
 from PIL import Image
 
@@ -25,6 +26,8 @@ SHOWN = 4  # reference pictures beside a question
 SMALL = 128  # pictures up to this side are enlarged, pixel by pixel, so that every screen shows them alike
 ENLARGED = 4
 TILES = 4  # the broken picture of a control is cut into this many rows and columns
+PADDING = b"paDd"  # a chunk of our own; its small letters tell readers that they may skip it
+PNG_END = 12  # bytes of a PNG's last chunk
 KEPT = 7 / 8  # of a picture's width and height stay in a control, so that its pictures are in no other task
 # Places that a first-time reader sees before them, and that the bundled model knows as well.
 SCENES = (
@@ -76,6 +79,7 @@ def build(runs: Sequence[str | Path], config: SurveyBuildConfig) -> Survey:
     shutil.rmtree(staged, ignore_errors=True)
     (staged / PICTURES).mkdir(parents=True)
     survey = _planned(found, Album(staged / PICTURES), config)
+    _equally_long(staged / PICTURES)
     survey.write(staged)
     if output.exists():
         output.rmdir()
@@ -268,6 +272,17 @@ def _in_pieces(picture: Image.Image, number: int) -> Image.Image:
     for at, source in zip(order, order[1:] + order[:1], strict=True):
         moved.paste(picture.crop((*source, source[0] + wide, source[1] + high)), at)
     return moved
+
+
+def _equally_long(folder: Path) -> None:
+    """Pad every PNG of a folder to one length, in a chunk that readers skip, so that no length tells what is shown."""
+    paths = sorted(folder.iterdir())
+    longest = max(path.stat().st_size for path in paths)
+    for path in paths:
+        content = path.read_bytes()
+        chunk = PADDING + random.Random(key(0, path.stem)).randbytes(longest - len(content))
+        framed = (len(chunk) - len(PADDING)).to_bytes(4, "big") + chunk + crc32(chunk).to_bytes(4, "big")
+        path.write_bytes(content[:-PNG_END] + framed + content[-PNG_END:])
 
 
 def _level(first: Image.Image, second: Image.Image) -> tuple[Image.Image, Image.Image]:

@@ -169,9 +169,12 @@ def _agreement(score: Score, pictures: Path) -> Iterator[Html]:
     judged = [tally for tally in score.tallies if tally.better + tally.equal + tally.worse >= LEAST_VOTES]
     ranked = sorted(judged, key=lambda tally: (-tally.agreement, tally.task.id))
     many = min(SHOWN, len(ranked) // 2)
-    if many:
-        yield _gallery("Where people agreed most", ranked[:many], score, pictures)
-        yield _gallery("Where they agreed least", ranked[::-1][:many], score, pictures)
+    if not many:
+        says = f"Fewer than two pairs have {LEAST_VOTES} counted answers, too few to tell where people agree."
+        yield element("section", element("h2", "Where people agreed"), element("p", says))
+        return
+    yield _gallery("Where people agreed most", ranked[:many], score, pictures)
+    yield _gallery("Where they agreed least", ranked[::-1][:many], score, pictures)
 
 
 def _gallery(title: str, tallies: Sequence[Tally], score: Score, pictures: Path) -> Html:
