@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +18,19 @@ from dvar.stopper.trace import Trace
 from dvar.stopper.verdict import Reason, Verdict
 
 
-def another_s(trace: Trace) -> Verdict:
+@dataclass(frozen=True)
+class Another:
     """A rule that the library knows nothing of, on two series at once."""
-    step, stratified = trace.last_step, trace.metric("stratified")[1]
-    stop = len(trace.values) > 50 and trace.values[-1] < trace.values[:50].min() and stratified[-1] < stratified[0]
-    return Verdict(bool(stop), Reason.RUNNING, step, "another's", {})
+
+    def __call__(self, trace: Trace) -> Verdict:
+        stratified = trace.metric("stratified")[1]
+        stop = len(trace.values) > 50 and trace.values[-1] < trace.values[:50].min() and stratified[-1] < stratified[0]
+        return Verdict(bool(stop), Reason.RUNNING, trace.last_step, "another's", {})
 
 
 RULES: tuple[Criterion, ...] = (
-    another_s,
-    AnyOf((Dvar(60, 1e-9), another_s)),
+    Another(),
+    AnyOf((Dvar(60, 1e-9), Another())),
     Dvar(60, 0.15),
     Dvar(60, 0.15, strict_paper=True),
     Dvar(60, 0.15, metric="eval/first"),
