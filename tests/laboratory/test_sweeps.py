@@ -108,17 +108,18 @@ def test_a_run_that_fails_is_a_row_with_its_reason_and_is_tried_again(
 def test_prices_of_work_are_measured_before_a_sweep_and_kept_with_its_records(
     base: Recording, tmp_path: Path, processes: dict[str, str]
 ) -> None:
-    run, told = replace(base, records=str(tmp_path)), list[str]()
+    root = tmp_path / "not" / "there yet"
+    run, told = replace(base, records=str(root)), list[str]()
     processes |= {run.name: fake(run, 1)}
     recorded([run], told.append, only_estimate=True)
-    assert not (tmp_path / "seconds.json").exists()
+    assert not (root / "seconds.json").exists()
     recorded([run], told.append)
-    prices = json.loads((tmp_path / "seconds.json").read_text())
+    prices = json.loads((root / "seconds.json").read_text())
     assert prices.keys() == {"textual-inversion"}
     assert prices["textual-inversion"].keys() == {"start_up", "train", "forward", "picture"}
-    (tmp_path / "seconds.json").write_text('{"textual-inversion": {"train": 1.0}, "dreambooth-lora": {"train": 2.0}}')
+    (root / "seconds.json").write_text('{"textual-inversion": {"train": 1.0}, "dreambooth-lora": {"train": 2.0}}')
     recorded([run], told.append)
-    kept = json.loads((tmp_path / "seconds.json").read_text())
+    kept = json.loads((root / "seconds.json").read_text())
     assert kept == {"textual-inversion": {"train": 1.0}, "dreambooth-lora": {"train": 2.0}}
 
 

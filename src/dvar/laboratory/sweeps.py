@@ -168,6 +168,7 @@ def _keep(root: Path, units: Mapping[str, Mapping[str, float]]) -> None:
     """
     path = root / SECONDS
     kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    root.mkdir(parents=True, exist_ok=True)
     write_json(path, {**units, **kept})
 
 
