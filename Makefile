@@ -55,7 +55,7 @@ docs: setup
 
 # The page of results, from the recorded runs in the folder "records" (dvar record makes them).
 results: setup
-	$(RUN)/dvar reproduce all
+	$(RUN)/dvar reproduce all --quick
 	$(RUN)/python docs/results.py
 
 clean:

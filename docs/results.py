@@ -23,8 +23,9 @@ OPENING = """# Results
 
 <!-- written by docs/results.py -->
 
-Every table and figure of the paper, re-run by `dvar reproduce all` and set beside the paper's numbers where it prints
-them. All of it is read off recorded runs of the laboratory, by the rules that `docs/fidelity.md` gives.
+Every table and figure of the paper, re-run by `dvar reproduce all --quick` and set beside the paper's numbers where it
+prints them. All but what trains runs of its own is read off recorded runs, by the rules that [fidelity](fidelity.md)
+gives; [their traces](traces.md) come with this repository, so that anyone can read them again.
 
 """
 DEVIATIONS = """
@@ -36,6 +37,7 @@ What differs from the paper throughout:
 - Trainings are shorter: the paper's windows and patiences are scaled by the ratio of the caps where a caption says so.
 - All ways of ending a run are read off one run that goes past them all; true runs beside them show
   that reading is running.
+- The experiments that train runs of their own (initial words, SAM, Figures 5 and 9) train the short ones of `--quick`.
 - CLIP scores are of a CLIP that conditions nothing; pictures that choose a step never report on it.
 - Minutes are counts of work times seconds measured on the machine of the record, and not those of an A100.
 - People are simulated in Table 2.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
+import runpy
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 
 import dvar
 from dvar import Dvar, Reason, Trace
+from dvar.laboratory.traces import read_traces
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -82,6 +84,19 @@ def test_the_example_of_stop_on_runs_and_means_what_the_page_says() -> None:
     assert stops == {"patient": False, "eager": True, "guarded": False, "published": True}
     assert names["guarded"](flat).stop
     assert not Dvar(310, 0.15)(flat).stop
+
+
+def test_the_example_of_a_rule_of_one_s_own_judges_every_public_trace(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    traces = str(DOCS / "traces.npz")
+    (example,) = re.findall(r"```python\n(.*?)```", (DOCS / "traces.md").read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "own.py").write_text(example.replace("docs/traces.npz", traces), encoding="utf-8")
+    runpy.run_path(str(tmp_path / "own.py"))
+    shown, shelf = capsys.readouterr().out.splitlines(), read_traces(traces)
+    counted = [record.name for record in shelf if record.concept not in shelf.tuning]
+    assert [line.split()[0] for line in shown] == counted
+    assert all(re.search(r" stops at +\d+, keeps -?\d", line) for line in shown)
 
 
 def test_the_reference_is_current_and_holds_every_public_name() -> None:
