@@ -68,7 +68,7 @@ class Reference:
             trained.append(table)
         if isinstance(config, DreamBoothLoraConfig):
             shape = {"r": config.rank, "lora_alpha": config.rank, "init_lora_weights": "gaussian"}
-            unet.add_adapter(LoraConfig(target_modules=list(TARGETS["unet"]), **shape))
+            unet.add_adapter(LoraConfig(target_modules=list(TARGETS["attention"]), **shape))
             trained += [weight for weight in unet.parameters() if weight.requires_grad]
         if isinstance(config, CustomDiffusionConfig):
             for name, weight in unet.named_parameters():
