@@ -77,3 +77,14 @@ def test_with_fewer_the_bundled_model_has_its_own_and_another_model_has_none(tmp
     for record in few:
         record.config["pretrained_model_name_or_path"] = "another"  # type: ignore[index]
     assert gate_of(few, "custom-diffusion") is None
+
+
+def test_where_a_judge_knows_the_subjects_its_identity_is_what_counts(tmp_path: Path) -> None:
+    known = shelf(tmp_path, ENOUGH)
+    for record in known:
+        rise = 0.2 + 0.6 * (1 - np.exp(-record.scored_steps / 40))
+        record.pictures["train", "identity"] = np.tile(rise[:, None], 8)  # type: ignore[index]
+    found = gate_of(known, "custom-diffusion")
+    assert found is not None
+    assert (found.start, found.end, found.ceiling) == (pytest.approx(0.2), pytest.approx(0.8, abs=1e-3), 1.0)
+    assert found.way == pytest.approx(0.75, abs=1e-3)

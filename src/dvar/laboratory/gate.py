@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,9 +75,8 @@ class Gate:
         """The figures of a method's recorded runs up to Baseline's cap: of the identity where it was judged, else of
         Train CLIP image, whose ceiling is not known.
         """
-        metric, ceiling = (IDENTITY, CEILING)
-        if not all(("train", IDENTITY) in record.pictures for record in records):
-            metric, ceiling = SCORE, np.nan
+        judged = all(("train", IDENTITY) in record.pictures for record in records)
+        metric, ceiling = (IDENTITY, CEILING) if judged else (SCORE, np.nan)
         cap = min(min(ways.cap(record), record.cap) for record in records)
         steps = records[0].scored_steps
         steps = np.append(steps[steps < cap], cap)
@@ -91,17 +90,16 @@ class Gate:
     @property
     def failed(self) -> tuple[str, ...]:
         """What keeps rules from being ranked, in words; a figure that is not known fails nothing."""
-        return tuple(self._failed())
-
-    def _failed(self) -> Iterator[str]:
-        if self.errors < ERRORS:
-            yield f"its gain is {self.errors:.1f} standard errors (bar {ERRORS:g})"
-        if self.way < WAY:
-            yield f"it goes {100 * self.way:.0f} % of the way to the ceiling (bar {100 * WAY:.0f})"
-        if self.early < EARLY:
-            yield f"it has {100 * self.early:.0f} % of its gain by half of the cap (bar {100 * EARLY:.0f})"
-        if self.jitters < JITTERS:
-            yield f"L_det falls by {self.jitters:.1f} times its jitter (bar {JITTERS:g})"
+        bars = (
+            (self.errors < ERRORS, f"its gain is {self.errors:.1f} standard errors (bar {ERRORS:g})"),
+            (self.way < WAY, f"it goes {100 * self.way:.0f} % of the way to the ceiling (bar {100 * WAY:.0f})"),
+            (
+                self.early < EARLY,
+                f"it has {100 * self.early:.0f} % of its gain by half of the cap (bar {100 * EARLY:.0f})",
+            ),
+            (self.jitters < JITTERS, f"L_det falls by {self.jitters:.1f} times its jitter (bar {JITTERS:g})"),
+        )
+        return tuple(said for missed, said in bars if missed)
 
 
 def gate_of(shelf: Shelf, method: str) -> Gate | None:
