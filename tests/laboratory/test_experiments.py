@@ -21,7 +21,7 @@ from dvar.laboratory.config import EXPERIMENTS, ReproduceConfig
 from dvar.laboratory.exhibit import Exhibit, Provenance, compared, page, section
 from dvar.laboratory.experiments import convergence, held_batch, measures, pictures, rules, speed, timesteps
 from dvar.laboratory.information import information
-from dvar.laboratory.records import Shelf
+from dvar.laboratory.records import Rescored, Shelf
 from dvar.laboratory.reproduce import MAKERS, SIMULATED, TRAINED, reproduce
 from dvar.laboratory.traces import read_traces
 from dvar.laboratory.ways import Kind
@@ -132,6 +132,34 @@ def test_a_row_of_table_1_is_its_readings(shelf: Shelf) -> None:
     assert {reading.stop for reading in found["Few iters (max)"].readings} == {max(clip)}
     assert {reading.stop for reading in found["Few iters (mean)"].readings} == {round(np.mean(clip))}
     assert all(reading.kept <= reading.stop for row in found.values() for reading in row.readings)
+
+
+def test_scores_of_table_1_are_of_the_very_checkpoints_where_all_were_scored_anew(shelf: Shelf) -> None:
+    method = "textual-inversion"
+    kept = {record: sorted(steps) for record, steps in speed.selected(shelf).items()}
+    anew = {
+        record.name: Rescored(
+            np.array(steps), {of: np.repeat(np.array(steps)[:, None], 8, 1) * 1e-3 for of in record.pictures}
+        )
+        for record, steps in kept.items()
+        if record.method == method
+    }
+    found = speed.rows(replace(shelf, rescored=anew), method)
+    for row in found:
+        assert row.scores("validation", "clip_text") == [pytest.approx(of.kept * 1e-3) for of in row.readings]
+        assert row.scores("train", "dino") == []
+    table = speed.make(replace(shelf, rescored=anew)).tables[0]
+    assert (
+        "drawn anew on as many seeds that chose nothing, for all ways alike (Textual Inversion), else" in table.caption
+    )
+    # One step of one record less, and all ways are read off the line again, so that they stay comparable.
+    first = next(iter(anew))
+    less = {**anew, first: Rescored(anew[first].steps[1:], anew[first].pictures)}
+    fallen_back = speed.rows(replace(shelf, rescored=less), method)
+    assert [row.scores("train", "clip_image") for row in fallen_back] == [
+        row.scores("train", "clip_image") for row in speed.rows(shelf, method)
+    ]
+    assert "drawn anew" not in speed.make(shelf).tables[0].caption
 
 
 def test_minutes_of_table_1_by_hand(shelf: Shelf) -> None:

@@ -20,13 +20,15 @@ from dvar.errors import CheckpointError, ModelError, RefusedInput
 from dvar.laboratory import plans
 from dvar.laboratory.experiments.agreement import agreement
 from dvar.laboratory.plans import PLACES, PLANS, Plan, Recording, Shots, log_spaced
-from dvar.laboratory.recording import record, scores_to_go_on_from
-from dvar.laboratory.records import Record
-from dvar.laboratory.revisits import learned_at, read_sheet, weights_at, write_sheet
+from dvar.laboratory.recording import drawn, record, scorer_of, scores_to_go_on_from
+from dvar.laboratory.records import Record, Rescored, Shelf
+from dvar.laboratory.rescoring import rescore, with_rescored
+from dvar.laboratory.revisits import learned_along, learned_at, read_sheet, weights_at, write_sheet
 from dvar.laboratory.ways import Way
 from dvar.stopper.rules import Dvar, FixedSteps, Plateau
 from dvar.stopper.trace import Trace
 from dvar.testing import tiny_clip, tiny_concept
+from dvar.trainer.artifacts import write_json
 from dvar.trainer.loop import Step
 from dvar.trainer.run import personalise
 
@@ -291,6 +293,19 @@ def test_any_step_can_be_replayed_bit_for_bit(copied: Callable[[str], Path], met
     assert contents(folder) == before
 
 
+def test_steps_are_had_back_in_order_whether_kept_or_not(copied: Callable[[str], Path]) -> None:
+    folder = copied("textual-inversion")
+    steps = (0, 2, 3, 5, 7, 8, 12)
+    apart = {step: learned_at(folder, step).text_encoder.get_input_embeddings().rows.detach().clone() for step in steps}
+    kept = {step for step in steps if weights_at(folder, step).exists()}
+    assert kept
+    assert kept != set(steps)
+    along = learned_along(folder, steps[::-1])
+    for step, job in zip(steps, along, strict=True):
+        assert torch.equal(job.backbone.text_encoder.get_input_embeddings().rows, apart[step]), step
+    assert len({rows.numpy().tobytes() for rows in apart.values()}) == len(steps)
+
+
 def trained(backbone: Any, kept: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The weights of a model under the names of ``kept``."""
     found = {f"unet.{name.replace('.default', '')}": weight for name, weight in backbone.unet.named_parameters()}
@@ -311,6 +326,63 @@ def test_a_replay_that_differs_is_told(copied: Callable[[str], Path]) -> None:
         learned_at(folder, 6)
     with pytest.raises(RefusedInput, match="between 0 and 12"):
         learned_at(folder, 13)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_checkpoint_is_scored_anew_on_fresh_seeds(copied: Callable[[str], Path], one: Make, method: str) -> None:
+    folder = copied(method)
+    header = json.loads((folder / "scores.json").read_text())["header"]
+    rescore(folder, [7])
+    content = json.loads((folder / "rescored.json").read_text())
+    assert len(content["header"]["seeds"]) == len(header["seeds"])
+    assert not set(content["header"]["seeds"]) & set(header["seeds"])
+    job = next(learned_along(folder, [7]))
+    pictures = drawn(job, header["validation_prompts"], content["header"]["seeds"], header["sampling_steps"])
+    by_hand = scorer_of(one(method), job.concept)(pictures, header["validation_texts"])
+    anew = Rescored.open(folder)
+    assert anew is not None
+    assert anew.steps.tolist() == [7]
+    assert anew.pictures["validation", "clip_text"].tolist() == [by_hand["clip_text"]]
+    assert anew.mean(7, "validation", "clip_image") == pytest.approx(np.mean(by_hand["clip_image"]))
+    assert np.isnan(anew.mean(7, "train", "dino"))
+
+
+def test_what_was_scored_anew_is_kept_and_belongs_to_its_run(copied: Callable[[str], Path], one: Make) -> None:
+    folder = copied("textual-inversion")
+    rescore(folder, [7])
+    first = json.loads((folder / "rescored.json").read_text())["rows"]
+    rescore(folder, [3, 7])
+    anew = Rescored.open(folder)
+    assert anew is not None
+    assert anew.steps.tolist() == [3, 7]
+    assert json.loads((folder / "rescored.json").read_text())["rows"][:1] == first
+    (folder / "scores.json").write_text("{}")  # a damaged record is made anew, and with it goes what was scored
+    record(one())
+    assert not (folder / "rescored.json").exists()
+    write_json(folder / "rescored.json", {"header": {"hashes": {}, "seeds": []}, "rows": first})
+    assert Rescored.open(folder) is None
+    (folder / "rescored.json").write_text('{"header": ')
+    assert Rescored.open(folder) is None
+
+
+@pytest.mark.slow
+def test_checkpoints_of_several_runs_are_scored_anew_side_by_side(copied: Callable[[str], Path]) -> None:
+    folders = [copied(method) for method in METHODS[:2]]
+    shelf, told = Shelf.open(folders[0].parents[2]), list[str]()
+    broken = next(record for record in shelf if record.method == METHODS[1])
+    for path in folders[1].glob("checkpoint-*"):
+        shutil.rmtree(path)
+    wanted = {record: {0, 5} for record in shelf}
+    found = with_rescored(shelf, wanted, told.append)
+    assert told[0].startswith("4 checkpoints of 2 runs to draw anew, about ")
+    assert any(line.startswith(f"{broken.name}: ") and "no checkpoint before step 5" in line for line in told)
+    assert {name: anew.steps.tolist() for name, anew in found.rescored.items()} == {
+        "textual-inversion/ball/0": [0, 5],
+        broken.name: [0],
+    }
+    whole = {record: steps for record, steps in wanted.items() if record is not broken}
+    assert with_rescored(found, whole, told.append) is found  # nothing is missing
+    assert Shelf.open(folders[0].parents[2]).rescored.keys() == found.rescored.keys()
 
 
 def test_input_that_cannot_be_recorded_is_refused_before_training(

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fake_record import fake_record
 
 from dvar.cli import main
-from dvar.laboratory import sweeps
+from dvar.laboratory import rescoring, sweeps
 from dvar.laboratory.plans import Recording
+from dvar.laboratory.records import Record, Rescored, Shelf
 from dvar.laboratory.sweeps import Row
 from dvar.mini import TUNING
 
@@ -45,6 +49,24 @@ def test_one_figure_is_made_from_records(tmp_path: Path, capsys: pytest.CaptureF
         "figure1.json",
         *(f"figure1-convergence-textual-inversion.{kind}" for kind in ("svg", "png")),
     }
+
+
+def test_table_1_has_its_checkpoints_scored_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for concept in ("cup", "mug"):
+        fake_record(tmp_path / "records", concept=concept, cap=60, learned=8.0)
+
+    def anew(shelf: Shelf, wanted: Mapping[Record, set[int]], tell: object) -> Shelf:
+        def scored(record: Record, steps: list[int]) -> Rescored:
+            return Rescored(np.array(steps), {of: np.ones((len(steps), 8)) for of in record.pictures})
+
+        return replace(shelf, rescored={one.name: scored(one, sorted(steps)) for one, steps in wanted.items()})
+
+    monkeypatch.setattr(rescoring, "with_rescored", anew)
+    words = ["reproduce", "table1", "--records", str(tmp_path / "records"), "--output_dir", str(tmp_path / "out")]
+    assert main(words) == 0
+    table = json.loads((tmp_path / "out" / "table1.json").read_text(encoding="utf-8"))["tables"][0]
+    assert "drawn anew on as many seeds that chose nothing, for all ways alike." in table["caption"]
+    assert {row["Train CLIP img mean"] for row in table["rows"]} == {1.0}
 
 
 def test_an_unknown_experiment_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from dvar.errors import ModelError, RefusedInput
-from dvar.laboratory import sweeps
+from dvar.laboratory import processes, sweeps
 from dvar.laboratory.plans import PLANS, Recording, expected_seconds, facts_of
+from dvar.laboratory.processes import slots
 from dvar.laboratory.recording import unit_seconds
 from dvar.laboratory.records import Record, Shelf
-from dvar.laboratory.sweeps import Row, check, described, grid, recorded, slots, standing, sweep, table
+from dvar.laboratory.sweeps import Row, check, described, grid, recorded, standing, sweep, table
 from dvar.testing import tiny_clip, tiny_concept
 
 SETTINGS: dict[str, Any] = {
@@ -44,17 +45,17 @@ def fake(recording: Recording, status: int = 0, said: str = "") -> str:
 
 
 @pytest.fixture
-def processes(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+def programs(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """Programs by the name of the run they stand in for."""
-    programs: dict[str, str] = {}
+    found: dict[str, str] = {}
     start = subprocess.Popen
 
     def popen(command: list[str], **how: Any) -> subprocess.Popen[bytes]:
         recording = Recording.told(command[-1])
-        return start([command[0], "-c", programs[recording.name]], **how)
+        return start([command[0], "-c", found[recording.name]], **how)
 
-    monkeypatch.setattr(sweeps.subprocess, "Popen", popen)
-    return programs
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    return found
 
 
 @pytest.mark.slow
@@ -67,7 +68,7 @@ def test_a_sweep_makes_what_is_missing_and_what_is_damaged_and_nothing_else(
     assert told[-1].startswith("1 of 1 runs, 100 %")
     assert len(Shelf.open(tmp_path)) == 1
     with monkeypatch.context() as patch:
-        patch.setattr(sweeps, "_make", None)  # nothing may be made
+        patch.setattr(sweeps, "side_by_side", None)  # nothing may be made
         assert [row.state for row in sweep([run])] == ["done"]
     made = (run.folder / "done.json").stat().st_mtime_ns
     (run.folder / "scores.json").write_text("{}")
@@ -80,16 +81,16 @@ def test_a_sweep_makes_what_is_missing_and_what_is_damaged_and_nothing_else(
 
 
 def test_a_run_that_fails_is_a_row_with_its_reason_and_is_tried_again(
-    base: Recording, tmp_path: Path, processes: dict[str, str]
+    base: Recording, tmp_path: Path, programs: dict[str, str]
 ) -> None:
     runs = grid(replace(base, records=str(tmp_path)), ["textual-inversion"], ["ball", "other"], [0, 1])
-    programs = [
+    said = [
         fake(runs[0], 1, "a note\ndvar: the loss was not finite"),
         "import os; os.kill(os.getpid(), 9)",
         fake(runs[2], 130),
         fake(runs[3], 3),
     ]
-    processes |= {run.name: program for run, program in zip(runs, programs, strict=True)}
+    programs |= {run.name: program for run, program in zip(runs, said, strict=True)}
     rows = sweep(runs, workers=2)
     assert [(row.state, row.reason) for row in rows[:2]] == [
         ("failed", "the loss was not finite"),
@@ -106,11 +107,11 @@ def test_a_run_that_fails_is_a_row_with_its_reason_and_is_tried_again(
 
 
 def test_prices_of_work_are_measured_before_a_sweep_and_kept_with_its_records(
-    base: Recording, tmp_path: Path, processes: dict[str, str]
+    base: Recording, tmp_path: Path, programs: dict[str, str]
 ) -> None:
     root = tmp_path / "not" / "there yet"
     run, told = replace(base, records=str(root)), list[str]()
-    processes |= {run.name: fake(run, 1)}
+    programs |= {run.name: fake(run, 1)}
     recorded([run], told.append, only_estimate=True)
     assert not (root / "seconds.json").exists()
     recorded([run], told.append)
@@ -124,13 +125,13 @@ def test_prices_of_work_are_measured_before_a_sweep_and_kept_with_its_records(
 
 
 def test_an_interrupted_sweep_asks_its_runs_to_save_and_starts_no_more(
-    base: Recording, tmp_path: Path, processes: dict[str, str]
+    base: Recording, tmp_path: Path, programs: dict[str, str]
 ) -> None:
     runs = grid(replace(base, records=str(tmp_path)), ["textual-inversion"], ["ball", "other"], [0, 1])
     asked = (
         "import signal, sys; signal.signal(15, lambda *_: (open({0!r}, 'w'), sys.exit(130))); print(1); signal.pause()"
     )
-    processes |= {run.name: asked.format(str(run.folder / "asked")) for run in runs}
+    programs |= {run.name: asked.format(str(run.folder / "asked")) for run in runs}
 
     def interrupt(line: str) -> None:
         # Told after a second without an end: the first run has had the time to say that it listens.
@@ -144,10 +145,10 @@ def test_an_interrupted_sweep_asks_its_runs_to_save_and_starts_no_more(
 
 
 def test_two_processes_do_not_record_one_run_at_once(base: Recording, tmp_path: Path) -> None:
-    from dvar.laboratory.recording import _alone, record
+    from dvar.laboratory.recording import alone, record
 
     run = replace(base, records=str(tmp_path))
-    with _alone(run.folder), pytest.raises(RefusedInput, match="is being recorded by another process"):
+    with alone(run.folder), pytest.raises(RefusedInput, match="is being written by another process"):
         record(run)
 
 
@@ -203,10 +204,10 @@ def test_headers_name_pictures_sampling_steps_and_cadence(base: Recording) -> No
 
 
 def test_places_are_cores_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweeps.os, "sched_getaffinity", lambda _: set(range(6)))
+    monkeypatch.setattr(processes.os, "sched_getaffinity", lambda _: set(range(6)))
     assert slots(None, 2) == [""] * 3
     assert slots(None, 8) == [""]
-    monkeypatch.setattr(sweeps.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(processes.torch.cuda, "device_count", lambda: 2)
     assert slots(None, 1) == ["0", "1"]
     assert slots(3, 1) == ["0", "1", "0"]
 

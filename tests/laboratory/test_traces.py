@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from fake_record import fake_record
 
 from dvar.errors import RefusedInput
 from dvar.laboratory import traces
-from dvar.laboratory.records import Shelf
+from dvar.laboratory.records import Rescored, Shelf
 from dvar.laboratory.traces import read_traces, write_traces
 
 
@@ -35,6 +36,20 @@ def test_what_is_written_is_read(shelf: Shelf, tmp_path: Path) -> None:
         )
     assert back.units("textual-inversion") == pytest.approx(shelf.units("textual-inversion"))
     assert back.tuning == shelf.tuning
+
+
+def test_what_was_scored_anew_goes_along(shelf: Shelf, tmp_path: Path) -> None:
+    name = shelf.records[1].name
+    values = np.random.default_rng(0).random((2, 8))
+    anew = Rescored(np.array([3, 70]), {("train", "clip_image"): values, ("validation", "clip_text"): values / 2})
+    back = read_traces(write_traces(replace(shelf, rescored={name: anew}), tmp_path / "traces.npz"))
+    assert back.rescored.keys() == {name}
+    found = back.rescored[name]
+    assert found.steps.tolist() == [3, 70]
+    assert found.pictures.keys() == anew.pictures.keys()
+    np.testing.assert_allclose(found.pictures["validation", "clip_text"], values / 2, rtol=1e-6)
+    assert found.mean(70, "train", "clip_image") == pytest.approx(values[1].mean())
+    assert back.records[1].pictures.keys() == shelf.records[1].pictures.keys()
 
 
 def test_losses_that_were_float32_come_back_bit_for_bit(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ from dvar.laboratory.plans import (
     facts_of,
     shots,
 )
-from dvar.laboratory.records import digest
+from dvar.laboratory.records import RESCORED, digest
 from dvar.laboratory.revisits import SHEETS, WEIGHTS, weights_at, write_sheet
 from dvar.stopper.probe import PairedProbe, Probe, stratified_timesteps
 from dvar.stopper.rules import Criterion, Dvar, FixedSteps
@@ -121,13 +121,13 @@ class Recorder:
     def score(self, step: int) -> None:
         """Draw and score the pictures of a step, leaving them in a sheet and their scores in a row."""
         row: dict[str, Any] = {"step": step}
-        started, drawn = time.perf_counter(), {}
+        started, pictures = time.perf_counter(), {}
         for part, wanted in self.shots.items():
-            drawn[part] = self.draw(wanted.prompts, wanted.seeds)
+            pictures[part] = self.draw(wanted.prompts, wanted.seeds)
         row["seconds"] = time.perf_counter() - started
         for part, wanted in self.shots.items():
-            row[part] = self.scorer(drawn[part], wanted.texts, wanted.places)
-        write_sheet(self.folder / SHEETS / f"step-{step:06d}.png", list(drawn.values()))
+            row[part] = self.scorer(pictures[part], wanted.texts, wanted.places)
+        write_sheet(self.folder / SHEETS / f"step-{step:06d}.png", list(pictures.values()))
         self.rows = [*(kept for kept in self.rows if kept["step"] != step), row]
         write_json(self.folder / SCORES, {"header": self._scores_header(), "rows": self.rows})
 
@@ -139,16 +139,7 @@ class Recorder:
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         """Return the pictures of these prompts by the model as it stands."""
-        config = self.job.config
-        return sample(
-            self.job.backbone,
-            prompts,
-            seeds,
-            size=config.resolution,
-            steps=self.steps,
-            guidance=config.guidance_scale,
-            scheduler=config.validation_scheduler,
-        )
+        return drawn(self.job, prompts, seeds, self.steps)
 
     def _add(self, name: str, series: Callable[[int], dict[str, Any]], timesteps: Tensor | None = None) -> None:
         self._series[name] = series
@@ -226,7 +217,7 @@ def record(recording: Recording, consumers: Sequence[Callable[[Step], None]] = (
     Raises: RefusedInput and ModelError before training; NonFiniteLoss when training broke; KeyboardInterrupt when it
     was asked to stop, and then it can go on.
     """
-    with _alone(recording.folder):
+    with alone(recording.folder):
         return _record(recording, consumers)
 
 
@@ -279,6 +270,20 @@ class Live:
     def __call__(self, trace: Trace) -> bool:
         before, self.stopping = self.stopping, [rule(trace).stop for rule in self.rules]
         return any(now and not then for then, now in zip(before, self.stopping, strict=True))
+
+
+def drawn(job: Job, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> list[Image.Image]:
+    """Return the pictures of these prompts by a job's model as it stands, in so many sampling steps."""
+    config = job.config
+    return sample(
+        job.backbone,
+        prompts,
+        seeds,
+        size=config.resolution,
+        steps=steps,
+        guidance=config.guidance_scale,
+        scheduler=config.validation_scheduler,
+    )
 
 
 def scorer_of(recording: Recording, concept: Concept) -> Scorer:
@@ -334,10 +339,26 @@ def scores_to_go_on_from(recording: Recording) -> list[dict[str, Any]] | None:
 
 def forget(folder: Path) -> None:
     """Remove what only a recording leaves in a run's folder, but for what it is of; the rest is the trainer's."""
-    for name in (DONE, SCORES, FAILED):
+    for name in (DONE, SCORES, FAILED, RESCORED):
         (folder / name).unlink(missing_ok=True)
     for name in (WEIGHTS, SHEETS):
         shutil.rmtree(folder / name, ignore_errors=True)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a run's folder while it is written; whoever dies lets go of it.  Windows has no such lock.
+
+    Raises: RefusedInput when another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("wb") as lock:
+        try:
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RefusedInput([f"{folder} is being written by another process: wait for it, or end it"]) from error
+        yield
 
 
 def unit_seconds(recording: Recording) -> dict[str, float]:
@@ -359,8 +380,8 @@ def unit_seconds(recording: Recording) -> dict[str, float]:
         train = _median(lambda number: job.learner.update(job.training_losses, number + 1), 5)
         forward = _median(lambda _: job.probe(), 3) / job.config.eval_batch_size
         count = min(BATCH, len(wanted.prompts))
-        drawn = _median(lambda _: recorder.draw(wanted.prompts[:count], wanted.seeds[:count]), 1)
-    return {"start_up": start_up, "train": train, "forward": forward, "picture": drawn / count}
+        pictures = _median(lambda _: recorder.draw(wanted.prompts[:count], wanted.seeds[:count]), 1)
+    return {"start_up": start_up, "train": train, "forward": forward, "picture": pictures / count}
 
 
 def main() -> int:
@@ -373,19 +394,6 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     return 0
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold a run's folder while it is recorded; whoever dies lets go of it.  Windows has no such lock."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("wb") as lock:
-        try:
-            if fcntl:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RefusedInput([f"{folder} is being recorded by another process: wait for it, or end it"]) from error
-        yield
 
 
 def _pair(paired: PairedProbe[Draws], step: int) -> dict[str, Any]:

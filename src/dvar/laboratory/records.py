@@ -9,6 +9,8 @@ what every run leaves it holds ``scores.json`` and, written last, ``done.json`` 
   the timesteps of fresh draws stand beside them in a record, as ``fresh_timesteps``.
 - ``scores.json``: {"header": what scored how, "rows": [{"step", "train": {metric: [one per picture]}, "validation":
   the same, "seconds"}]}.
+- ``rescored.json``, optional: {"header": {"hashes": those of done.json, "seeds"}, "rows": as in scores.json, of the
+  steps that some way kept, on seeds that chose nothing} (`dvar.laboratory.rescoring`).
 - ``seconds.json``, in RECORDS itself and optional: method -> {unit: median seconds on an idle machine}; units as in
   `Record.seconds`, and ``start_up``, all before the first step.  A sweep measures them before its first run.
 """
@@ -17,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -33,7 +35,7 @@ from dvar.stopper.trace import Trace
 Floats = NDArray[np.float64]
 Steps = NDArray[np.int64]
 Part = Literal["train", "validation"]
-SECONDS = "seconds.json"
+SECONDS, RESCORED = "seconds.json", "rescored.json"
 HELD = "eval"
 PAIRED = "paired"
 """The series ``fresh`` minus ``frozen``: the same draws seen by both models."""
@@ -178,17 +180,43 @@ class Record:
 
 
 @dataclass(frozen=True, eq=False)
+class Rescored:
+    """Some steps of a record drawn and scored anew, on seeds that chose nothing: as `Record.pictures`."""
+
+    steps: Steps
+    pictures: Mapping[tuple[str, str], Floats]
+
+    @classmethod
+    def open(cls, folder: Path) -> Rescored | None:
+        """Return what a recorded run's folder holds of it; None where that is nothing, damaged, or of another run."""
+        try:
+            found = _json(folder / RESCORED)
+            if found["header"]["hashes"] != _json(folder / "done.json")["hashes"]:
+                return None
+            rows = sorted(found["rows"], key=lambda row: row["step"])
+            return cls(np.array([row["step"] for row in rows], np.int64), _pictures(rows))
+        except (RefusedInput, KeyError, TypeError, ValueError):
+            return None
+
+    def mean(self, step: int, part: str, metric: str) -> float:
+        """The mean over the pictures of a step that is there; nan where that score is not."""
+        values = self.pictures.get((part, metric))
+        return float("nan") if values is None else float(values[self.steps == step].mean())
+
+
+@dataclass(frozen=True, eq=False)
 class Shelf:
     """All recorded runs of a folder: those that can be read, and for each other one the reason why not.
 
     ``tuning`` names the concepts that settings are chosen on, and that no table counts.  ``seconds`` are unit seconds
-    by method, measured apart.
+    by method, measured apart; ``rescored`` what was scored anew, by `Record.name`.
     """
 
     records: tuple[Record, ...]
     lost: Mapping[str, str] = field(default_factory=dict)
     tuning: tuple[str, ...] = TUNING
     seconds: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    rescored: Mapping[str, Rescored] = field(default_factory=dict)
 
     @classmethod
     def open(cls, root: str | Path, tuning: tuple[str, ...] = TUNING) -> Shelf:
@@ -212,7 +240,8 @@ class Shelf:
                 ]
             )
         seconds = root / SECONDS
-        return cls(tuple(records), lost, tuning, _json(seconds) if seconds.exists() else {})
+        units = _json(seconds) if seconds.exists() else {}
+        return cls(tuple(records), lost, tuning, units, rescored(records))
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -251,6 +280,12 @@ class Shelf:
 
     def __len__(self) -> int:
         return len(self.records)
+
+
+def rescored(records: Iterable[Record]) -> dict[str, Rescored]:
+    """Return by name what the folders of these records hold that was scored anew."""
+    found = {record.name: Rescored.open(record.folder) for record in records if record.folder}
+    return {name: one for name, one in found.items() if one}
 
 
 def digest(path: Path) -> str:

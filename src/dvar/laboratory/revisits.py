@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,14 @@ from typing import Any
 from PIL import Image
 from safetensors.torch import load_file
 
+from dvar import mini
 from dvar.config import TextualInversionConfig, restored
 from dvar.diffusion.backbone import Backbone
 from dvar.errors import CheckpointError, RefusedInput
 from dvar.stopper.trace import Trace
 from dvar.trainer.checkpoint import Checkpoint, saved
-from dvar.trainer.checks import CLASS_PICTURES, model_path
-from dvar.trainer.job import Job, assembled
+from dvar.trainer.checks import CLASS_PICTURES
+from dvar.trainer.job import Job
 from dvar.trainer.run import prepared
 
 WEIGHTS, SHEETS = "weights", "pictures"
@@ -51,45 +52,66 @@ def read_sheet(path: Path, rows: int = 2) -> list[list[Image.Image]]:
 
 
 def learned_at(folder: str | Path, step: int) -> Backbone:
-    """Return the model of a recorded run as it was after ``step`` updates: from weights that were kept, or trained
-    again from the nearest checkpoint before, which gives the very same weights (on a CPU at equal thread count).
+    """Return the model of a recorded run as it was after ``step`` updates.
 
-    The folder is only read.
-    Raises: RefusedInput when it holds no recorded run, or the step is beyond its cap; CheckpointError when a replayed
+    Raises: as `learned_along`.
+    """
+    return next(learned_along(folder, [step])).backbone
+
+
+def learned_along(folder: str | Path, steps: Sequence[int]) -> Iterator[Job]:
+    """Yield the run's job with its model as it was after each of ``steps``, from the first to the last: from weights
+    that were kept, or trained again from the nearest checkpoint or step before, which gives the very same weights (on
+    a CPU at equal thread count).
+
+    It is the same job each time, and the folder is only read.
+    Raises: RefusedInput when it holds no recorded run, or a step is beyond its cap; CheckpointError when a replayed
     loss differs from the recorded one.
     """
     folder = Path(folder)
     try:
-        config = restored(json.loads((folder / "config.json").read_text(encoding="utf-8")))
         trace = Trace.read(folder / "trace.jsonl")
+        with tempfile.TemporaryDirectory() as elsewhere:
+            job = rerun(folder, elsewhere)
     except (OSError, ValueError) as error:
         raise RefusedInput([f"{folder} is no recorded run ({error}): record it first"]) from error
-    if not 0 <= step <= trace.last_step:
-        raise RefusedInput([f"step must lie between 0 and {trace.last_step}, where {folder} ends, got {step}"])
-    kept = weights_at(folder, step)
-    if kept.exists():
-        backbone = Backbone.load(
-            model_path(config.pretrained_model_name_or_path), mixed_precision=config.mixed_precision
-        )
-        assembled(config, backbone).load(load_file(kept))
-        return backbone
-    checkpoint = Checkpoint.read(next(path for path in saved(folder) if int(path.name.split("-")[1]) <= step))
+    if wrong := [step for step in steps if not 0 <= step <= trace.last_step]:
+        raise RefusedInput([f"step must lie between 0 and {trace.last_step}, where {folder} ends, got {wrong[0]}"])
     recorded = {row["step"]: row.get("train_loss") for row in trace.records}
-    with tempfile.TemporaryDirectory() as elsewhere:
-        job = rerun(folder, elsewhere)
-    job.learner.restore(checkpoint)
-    for number in range(checkpoint.step + 1, step + 1):
-        update = job.learner.update(job.training_losses, number)
-        if job.backbone.device.type == "cpu" and update.train_loss != recorded[number]:
-            said = f"step {number} gave the loss {update.train_loss!r}, and {recorded[number]!r} was recorded"
-            raise CheckpointError(f"{folder} cannot be replayed here: {said}; use its versions and thread count")
-    return job.backbone
+    at = -1  # what the optimizer has seen too
+    for step in sorted(set(steps)):
+        kept = weights_at(folder, step)
+        if kept.exists():
+            job.method.load(load_file(kept))
+            at = -1
+            yield job
+            continue
+        checkpoints = {int(path.name.split("-")[1]): path for path in saved(folder)}
+        before = max((there for there in checkpoints if there <= step), default=None)
+        if before is None:
+            raise CheckpointError(f"{folder} holds no checkpoint before step {step}: record it again")
+        if at < before:
+            job.learner.restore(Checkpoint.read(checkpoints[before]))
+            at = before
+        for number in range(at + 1, step + 1):
+            update = job.learner.update(job.training_losses, number)
+            if job.backbone.device.type == "cpu" and update.train_loss != recorded[number]:
+                said = f"step {number} gave the loss {update.train_loss!r}, and {recorded[number]!r} was recorded"
+                raise CheckpointError(f"{folder} cannot be replayed here: {said}; use its versions and thread count")
+        at = step
+        yield job
 
 
 def rerun(folder: Path, elsewhere: str | Path) -> Job:
-    """Return the recorded run of ``folder`` as it began, ready to be opened in another folder."""
+    """Return the recorded run of ``folder`` as it began, ready to be opened in another folder.
+
+    The pictures of a bundled concept are found where they lie now: another installation may have recorded it.
+    """
     config = restored(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     apart: dict[str, Any] = {"output_dir": str(elsewhere), "overwrite": False, "resume_from_checkpoint": None}
+    pictures, bundled = Path(config.instance_data_dir or ""), mini.concepts().get(folder.parent.name)
+    if bundled and pictures.parts[-3:] == bundled.parts[-3:]:
+        apart["instance_data_dir"] = str(bundled)
     if not isinstance(config, TextualInversionConfig) and (folder / CLASS_PICTURES).exists():
         apart["class_data_dir"] = str(folder / CLASS_PICTURES)
     return prepared(replace(config, **apart))[0]

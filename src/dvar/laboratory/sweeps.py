@@ -8,23 +8,18 @@ from __future__ import annotations
 
 import json
 import os
-import queue
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from dvar.config import CONFIGS
 from dvar.errors import DvarError, RefusedInput
 from dvar.laboratory.plans import PLANS, Recording, concept_folders, expected_seconds
+from dvar.laboratory.processes import Work, side_by_side, slots
 from dvar.laboratory.recording import FAILED, scorer_of, unit_seconds
 from dvar.laboratory.records import SECONDS, Record
 from dvar.mini import TUNING
@@ -131,16 +126,6 @@ def expected(
     yield f"about {whole} with {places} at once, if that does not slow each of them down"
 
 
-def slots(workers: int | None, threads: int) -> list[str]:
-    """Return a place for each run under way: the GPU that it may see, or "" for the CPU.
-
-    Without ``workers``: one a GPU, else as many as there are cores for.
-    """
-    gpus = [str(number) for number in range(torch.cuda.device_count())]
-    count = workers or len(gpus) or max(1, len(os.sched_getaffinity(0)) // threads)
-    return [gpus[number % len(gpus)] if gpus else "" for number in range(count)]
-
-
 def recorded(
     recordings: Sequence[Recording], tell: Tell, *, workers: int | None = None, only_estimate: bool = False
 ) -> list[Row]:
@@ -188,38 +173,16 @@ def sweep(
     missing = [recording for recording in recordings if standing(recording).state != "done"]
     if not missing:
         return [standing(recording) for recording in recordings]
-    free: queue.SimpleQueue[str] = queue.SimpleQueue()
     places = slots(workers, missing[0].threads)
-    for place in places:
-        free.put(place)
     progress = _Progress(missing, units or {}, len(places))
-    running: dict[Recording, subprocess.Popen[bytes]] = {}
-
-    def make(recording: Recording) -> None:
-        place = free.get()
-        try:
-            _make(recording, place, running)
-        finally:
-            running.pop(recording, None)
-            free.put(place)
-
-    with ThreadPoolExecutor(len(places)) as pool:
-        futures = {pool.submit(make, recording): recording for recording in missing}
-        left: set[Future[None]] = set(futures)
-        try:
-            while left:
-                ended, left = wait(left, timeout=every, return_when=FIRST_COMPLETED)
-                for future in ended:
-                    future.result()
-                    progress.ended(futures[future])
-                    tell(f"{standing(futures[future])}")
-                tell(progress.line(list(running)))
-        except BaseException:
-            for future in left:
-                future.cancel()
-            for process in list(running.values()):
-                process.send_signal(signal.SIGTERM)
-            raise
+    with closing(side_by_side({recording: _work(recording) for recording in missing}, places, every)) as working:
+        for ended, running in working:
+            for recording, reason in ended.items():
+                if reason:
+                    write_json(recording.folder / FAILED, {"reason": reason})
+                progress.ended(recording)
+                tell(f"{standing(recording)}")
+            tell(progress.line(running))
     return [standing(recording) for recording in recordings]
 
 
@@ -254,36 +217,9 @@ class _Progress:
         return f"{len(self.over)} of {len(self.work)} runs, {100 * done / whole:.0f} % in {clock(spent)}{left}"
 
 
-def _make(recording: Recording, place: str, running: dict[Recording, subprocess.Popen[bytes]]) -> None:
-    """Make one recording in a process of its own; leave the reason in its folder if it fails."""
-    folder = recording.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(recording.threads), "TOKENIZERS_PARALLELISM": "false"}
-    if place:
-        environment["CUDA_VISIBLE_DEVICES"] = place
-    command = [sys.executable, "-m", "dvar.laboratory.recording", json.dumps(asdict(recording))]
-    with (folder / LOG).open("wb") as log:
-        running[recording] = subprocess.Popen(
-            command,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env=environment,
-            start_new_session=True,  # the terminal's own interrupt must not reach it beside ours
-        )
-        status = running[recording].wait()
-    if status in (130, -signal.SIGTERM):  # it was asked to stop and can go on
-        return
-    if status:
-        write_json(folder / FAILED, {"reason": _reason(folder / LOG, status)})
-
-
-def _reason(log: Path, status: int) -> str:
-    """Why a process ended: what it said last, or what killed it."""
-    if status < 0:
-        return f"killed by {signal.Signals(-status).name}"
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return lines[-1].removeprefix("dvar: ") if lines else f"ended with status {status} and said nothing"
+def _work(recording: Recording) -> Work:
+    told = json.dumps(asdict(recording))
+    return Work("dvar.laboratory.recording", told, recording.folder / LOG, recording.threads)
 
 
 def _share(recording: Recording) -> float:

@@ -8,8 +8,8 @@
         print(record.name, ways.read(way, record).stop)
 
 The file is NumPy's own format without pickles: for each run its series, their steps and the scores of every picture,
-and one JSON text with what describes them.  Losses on held draws were computed in float32 and are kept so, bit for bit;
-all else is rounded to float32.
+those of rescored checkpoints too, and one JSON text with what describes them.  Losses on held draws were computed in
+float32 and are kept so, bit for bit; all else is rounded to float32.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from dvar.errors import RefusedInput
-from dvar.laboratory.records import Record, Shelf
+from dvar.laboratory.records import Record, Rescored, Shelf
 from dvar.stopper.trace import Trace
 
 FORMAT = 1
@@ -46,7 +46,7 @@ def write_traces(shelf: Shelf, path: str | Path) -> Path:
         "records": [],
     }
     for number, record in enumerate(shelf):
-        described, held = _packed(record)
+        described, held = _packed(record, shelf.rescored.get(record.name))
         index["records"].append(described)
         arrays |= {f"{number}/{name}": values for name, values in held.items()}
     arrays[_INDEX] = np.frombuffer(json.dumps(index).encode(), np.uint8)
@@ -70,15 +70,20 @@ def read_traces(path: str | Path) -> Shelf:
     try:
         with np.load(path, allow_pickle=False) as held:
             index = json.loads(held[_INDEX].tobytes())
-            records = tuple(_unpacked(number, one, held) for number, one in enumerate(index["records"]))
+            read = [_unpacked(number, one, held) for number, one in enumerate(index["records"])]
     except (OSError, ValueError, KeyError) as error:
         raise RefusedInput(
             [f"{path} is no file of traces ({error}): name one that dvar reproduce traces made"]
         ) from error
-    return Shelf(records, tuning=tuple(index["tuning"]), seconds=index["seconds"])
+    return Shelf(
+        tuple(record for record, _ in read),
+        tuning=tuple(index["tuning"]),
+        seconds=index["seconds"],
+        rescored={record.name: anew for record, anew in read if anew},
+    )
 
 
-def _packed(record: Record) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _packed(record: Record, anew: Rescored | None) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     held: dict[str, np.ndarray] = {}
     for name in _KEPT:
         if record.has(name):
@@ -88,6 +93,9 @@ def _packed(record: Record) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     held["scoring"] = record.scoring_seconds.astype(np.float32)
     for (part, metric), values in record.pictures.items():
         held[f"scores/{part}/{metric}"] = values.astype(np.float32)
+    if anew:
+        held["rescored"] = anew.steps.astype(np.int32)
+        held |= {f"rescored/{'/'.join(which)}": values.astype(np.float32) for which, values in anew.pictures.items()}
     described = {
         "method": record.method,
         "concept": record.concept,
@@ -103,13 +111,14 @@ def _packed(record: Record) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     return described, held
 
 
-def _unpacked(number: int, described: Mapping[str, Any], held: Mapping[str, np.ndarray]) -> Record:
+def _unpacked(
+    number: int, described: Mapping[str, Any], held: Mapping[str, np.ndarray]
+) -> tuple[Record, Rescored | None]:
     arrays = {name: held[f"{number}/{name}"] for name in described["names"]}
     trace = Trace(described["trace"])
     for step, row in _rows(arrays, described["cap"]):
         trace.record(step, row.pop("eval", None), **row)
-    scores = {name: values.astype(np.float64) for name, values in arrays.items() if name.startswith("scores/")}
-    return Record(
+    record = Record(
         method=described["method"],
         concept=described["concept"],
         seed=described["seed"],
@@ -117,9 +126,18 @@ def _unpacked(number: int, described: Mapping[str, Any], held: Mapping[str, np.n
         trace=trace,
         header=described["header"],
         scored_steps=arrays["scored"].astype(np.int64),
-        pictures={(name.split("/")[1], name.split("/")[2]): values for name, values in scores.items()},
+        pictures=_pictures(arrays, "scores"),
         scoring_seconds=arrays["scoring"].astype(np.float64),
     )
+    if "rescored" not in arrays:
+        return record, None
+    return record, Rescored(arrays["rescored"].astype(np.int64), _pictures(arrays, "rescored"))
+
+
+def _pictures(arrays: Mapping[str, np.ndarray], kind: str) -> dict[tuple[str, str], np.ndarray]:
+    """The scores of pictures by (part, metric)."""
+    found = {tuple(name.split("/")): values for name, values in arrays.items()}
+    return {(of[1], of[2]): values.astype(np.float64) for of, values in found.items() if of[0] == kind and of[1:]}
 
 
 def _rows(arrays: Mapping[str, np.ndarray], cap: int) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -25,7 +25,7 @@ from dvar.laboratory.exhibit import (
 )
 from dvar.laboratory.paper import TABLE_1
 from dvar.laboratory.quality import score
-from dvar.laboratory.records import Part, Record, Shelf
+from dvar.laboratory.records import Part, Record, Rescored, Shelf
 from dvar.laboratory.ways import Reading, Way
 from dvar.stopper.rules import FixedSteps
 
@@ -36,16 +36,21 @@ SCORES: tuple[tuple[str, Part, str], ...] = (
     ("Identity", "train", "identity"),
 )
 _LEAST = ("Iterations", "Minutes")
+_NOTHING = Rescored(np.array([], np.int64), {})
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way on one method: a reading a record, in the order of the records."""
+    """One way on one method: a reading a record, in the order of the records.
+
+    ``rescored`` holds for each what was scored anew, where the steps that all ways keep were; else it is empty.
+    """
 
     method: str
     way: str
     records: tuple[Record, ...]
     readings: tuple[Reading, ...]
+    rescored: tuple[Rescored, ...] = ()
 
     def per_concept(self, values: Sequence[float]) -> list[float]:
         """The mean over seeds of each concept."""
@@ -55,10 +60,14 @@ class Row:
         return [float(np.mean(of)) for of in found.values()]
 
     def scores(self, part: Part, metric: str) -> list[float]:
-        if any((part, metric) not in record.pictures for record in self.records):
+        """Of the checkpoint kept: on fresh seeds, or where there are none on the half that reports, on the line."""
+        if any((part, metric) not in of.pictures for of in self.rescored or self.records):
             return []
-        pairs = zip(self.records, self.readings, strict=True)
-        return self.per_concept([score(record, reading.kept, part, metric) for record, reading in pairs])
+        if self.rescored:
+            pairs = zip(self.rescored, self.readings, strict=True)
+            return self.per_concept([anew.mean(reading.kept, part, metric) for anew, reading in pairs])
+        read = zip(self.records, self.readings, strict=True)
+        return self.per_concept([score(record, reading.kept, part, metric) for record, reading in read])
 
 
 @cache
@@ -85,7 +94,20 @@ def rows(shelf: Shelf, method: str) -> list[Row]:
         by_way[few.name] = tuple(ways.read(few, record) for record in records)
     order = ["Baseline", "CLIP-s", "Few iters (mean)", "Few iters (max)"]
     order += [name for name in by_way if name.startswith("DVAR")]
-    return [Row(method, name, records, by_way[name]) for name in order]
+    anew = tuple(shelf.rescored.get(record.name, _NOTHING) for record in records)
+    kept = [{of[place].kept for of in by_way.values()} for place in range(len(records))]
+    whole = all(steps <= set(of.steps.tolist()) for steps, of in zip(kept, anew, strict=True))
+    return [Row(method, name, records, by_way[name], anew if whole else ()) for name in order]
+
+
+def selected(shelf: Shelf) -> dict[Record, set[int]]:
+    """The steps of each record that some way of Table 1 keeps."""
+    found: dict[Record, set[int]] = {}
+    for method in shelf.methods:
+        for row in rows(shelf, method):
+            for record, reading in zip(row.records, row.readings, strict=True):
+                found.setdefault(record, set()).add(reading.kept)
+    return found
 
 
 def make(shelf: Shelf) -> Exhibit:
@@ -154,15 +176,24 @@ def _table(shelf: Shelf, found: dict[str, list[Row]], provenance: Provenance) ->
                 bold.add((first + int(best), columns.index(name)))
     caption = (
         "Mean ± standard deviation over concepts (seeds averaged first); the best mean of a method is bold. Iterations "
-        "are those trained; the scores are of the checkpoint kept, on pictures that chose nothing, between scored "
-        "steps on the line. Identity, where it stands: the bundled recogniser's probability that the subject is this "
-        "one and not another of its class. Minutes are counts times median unit seconds, each way paying for its own "
-        "probe and pictures, without start-up and final pictures, which stand beside. A forward is one sample through "
-        f"the U-Net. Censored runs had not stopped where the record ends, and count with that step. {provenance} "
-        "Deviates from the paper: all ways are read off one run, CLIP-s is measured where the record was scored, and "
-        "DVAR's first evaluation is dropped as in the paper."
+        f"are those trained; the scores are of the checkpoint kept, {_drawn(found)}. Identity, where it stands: the "
+        "bundled recogniser's probability that the subject is this one and not another of its class. Minutes are "
+        "counts times median unit seconds, each way paying for its own probe and pictures, without start-up and final "
+        "pictures, which stand beside. A forward is one sample through the U-Net. Censored runs had not stopped where "
+        f"the record ends, and count with that step. {provenance} Deviates from the paper: all ways are read off one "
+        "run, CLIP-s is measured where the record was scored, and DVAR's first evaluation is dropped as in the paper."
     )
     return Table("ways", caption, columns, tuple(lines), tuple(data), frozenset(bold))
+
+
+def _drawn(found: dict[str, list[Row]]) -> str:
+    """On which pictures the checkpoints were scored."""
+    anew = [title(method) for method, group in found.items() if group[0].rescored]
+    read = "on the half of its pictures that chose nothing, between scored steps on the line"
+    if not anew:
+        return read
+    drawn = "drawn anew on as many seeds that chose nothing, for all ways alike"
+    return drawn if len(anew) == len(found) else f"{drawn} ({', '.join(anew)}), else {read}"
 
 
 def _moments(values: Sequence[float]) -> list[tuple[str, float]]:
