@@ -99,6 +99,7 @@ class Provenance:
     scored: int
     sampling_steps: int
     share: float = 1.0
+    halves: str = "the even half chooses, the odd half is reported"
 
     @classmethod
     def of(cls, records: Sequence[Record]) -> Provenance:
@@ -121,7 +122,7 @@ class Provenance:
         return (
             f"Base model: {model}. Concepts: {len(self.concepts)}; seeds: {len(self.seeds)}. {small}"
             f"CLIP similarity paired {self.pairing}; {self.pictures} pictures of each kind at {self.scored} steps, "
-            f"{self.sampling_steps} sampling steps; the even half chooses, the odd half is reported."
+            f"{self.sampling_steps} sampling steps; {self.halves}."
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -174,6 +174,8 @@ def _table(shelf: Shelf, found: dict[str, list[Row]], provenance: Provenance) ->
             if np.isfinite(means).any():
                 best = np.nanargmin(means) if name in (*_LEAST, "Forwards, thousands") else np.nanargmax(means)
                 bold.add((first + int(best), columns.index(name)))
+    if all(group[0].rescored for group in found.values()):
+        provenance = replace(provenance, halves="the even half chooses")
     caption = (
         "Mean ± standard deviation over concepts (seeds averaged first); the best mean of a method is bold. Iterations "
         f"are those trained; the scores are of the checkpoint kept, {_drawn(found)}. Identity, where it stands: the "
