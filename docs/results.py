@@ -1,6 +1,7 @@
-"""The page docs/results.md and its pictures: ``python docs/results.py FOLDER`` writes them anew.
+"""The page docs/results.md and its pictures: ``python docs/results.py FOLDER...`` writes them anew.
 
-FOLDER is what ``dvar reproduce all --output_dir FOLDER`` has made; runs/laboratory, unless another is named.
+The first FOLDER is what ``dvar reproduce all --output_dir FOLDER`` has made; an experiment that stands in a later one
+too is taken from there.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from typing import Any
 from PIL import Image
 
 HERE = Path(__file__).parent
-FOLDER = Path("runs/laboratory")
 LIMIT = 120_000
 """Bytes of an SVG; a larger one is shown as a picture of points."""
 WIDTH = 1400
@@ -23,9 +23,9 @@ OPENING = """# Results
 
 <!-- written by docs/results.py -->
 
-Every table and figure of the paper, re-run by `dvar reproduce all --quick` and set beside the paper's numbers where it
-prints them. All but what trains runs of its own is read off recorded runs, by the rules that [fidelity](fidelity.md)
-gives; [their traces](traces.md) come with this repository, so that anyone can read them again.
+Every table and figure of the paper, re-run by `make results` and set beside the paper's numbers where it prints them.
+All but what trains runs of its own is read off recorded runs, by the rules that [fidelity](fidelity.md) gives;
+[their traces](traces.md) come with this repository, so that anyone can read them again.
 
 """
 DEVIATIONS = """
@@ -37,18 +37,20 @@ What differs from the paper throughout:
 - Trainings are shorter: the paper's windows and patiences are scaled by the ratio of the caps where a caption says so.
 - All ways of ending a run are read off one run that goes past them all; true runs beside them show
   that reading is running.
-- The experiments that train runs of their own (initial words, SAM, Figures 5 and 9) train the short ones of `--quick`.
+- What trains runs of its own trains the whole ones for Figures 5 and 9, and the short ones of `--quick` for initial
+  words and SAM.
 - CLIP scores are of a CLIP that conditions nothing; pictures that choose a step never report on it.
 - Minutes are counts of work times seconds measured on the machine of the record, and not those of an A100.
 - People are simulated in Table 2.
 """
 
 
-def page(folder: Path) -> tuple[str, dict[str, bytes]]:
+def page(first: Path, *others: Path) -> tuple[str, dict[str, bytes]]:
     """The page, and its pictures by the names they have in it."""
-    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    report = json.loads((first / "report.json").read_text(encoding="utf-8"))
     parts, pictures = [OPENING, *(f"{fact}\n" for fact in report["facts"]), DEVIATIONS], dict[str, bytes]()
     for name in report["experiments"]:
+        folder = next((other for other in reversed(others) if (other / f"{name}.json").exists()), first)
         content = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
         parts += ["", f"## {content['title']}", ""]
         if content["missing"]:
@@ -97,9 +99,9 @@ def _picture(svg: Path) -> tuple[str, bytes]:
     return svg.with_suffix(".webp").name, written.getvalue()
 
 
-def main(folder: Path = FOLDER, to: Path = HERE) -> None:
+def main(*folders: Path, to: Path = HERE) -> None:
     """Write the page, and its pictures in place of those that were there."""
-    text, pictures = page(folder)
+    text, pictures = page(*folders)
     (to / "results").mkdir(exist_ok=True)
     for stale in (to / "results").iterdir():
         stale.unlink()
@@ -109,4 +111,4 @@ def main(folder: Path = FOLDER, to: Path = HERE) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:2]))
+    main(*map(Path, sys.argv[1:]))

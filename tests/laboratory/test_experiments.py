@@ -300,7 +300,7 @@ def test_a_file_of_traces_has_no_pictures(report: Path) -> None:
 
 def test_the_page_of_results_holds_every_section_and_its_pictures(report: Path, tmp_path: Path) -> None:
     results = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "results.py"))
-    results["main"](report.parent, tmp_path)
+    results["main"](report.parent, to=tmp_path)
     page = (tmp_path / "results.md").read_text(encoding="utf-8")
     for name in EXPERIMENTS:
         content = json.loads((report.parent / f"{name}.json").read_text(encoding="utf-8"))
@@ -312,6 +312,15 @@ def test_the_page_of_results_holds_every_section_and_its_pictures(report: Path, 
     assert max(path.stat().st_size for path in (tmp_path / "results").iterdir()) <= 200_000
     assert "Base model: the bundled model. Concepts: 3" in page
     assert "| Few iters (mean) | 0.801 ± 0.071 |" in page  # the paper's
+    # What stands in a later folder too is taken from there.
+    (tmp_path / "later").mkdir()
+    (tmp_path / "later" / "figure5.json").write_text(
+        json.dumps({"title": "Figure 5", "missing": "", "says": ["The whole of it."], "tables": [], "plots": []})
+    )
+    results["main"](report.parent, tmp_path / "later", to=tmp_path)
+    again = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert "## Figure 5\n\nThe whole of it.\n" in again
+    assert again.split("## Figure 5\n")[0] == page.split("## figure5\n")[0]
 
 
 def test_a_pattern_that_differs_is_said_to_differ() -> None:
