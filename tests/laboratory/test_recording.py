@@ -24,6 +24,7 @@ from dvar.laboratory.recording import drawn, record, scorer_of, scores_to_go_on_
 from dvar.laboratory.records import Record, Rescored, Shelf
 from dvar.laboratory.rescoring import rescore, with_rescored
 from dvar.laboratory.revisits import learned_along, learned_at, read_sheet, weights_at, write_sheet
+from dvar.laboratory.trials import Bench
 from dvar.laboratory.ways import Way
 from dvar.stopper.rules import Dvar, FixedSteps, Plateau
 from dvar.stopper.trace import Trace
@@ -304,6 +305,11 @@ def test_steps_are_had_back_in_order_whether_kept_or_not(copied: Callable[[str],
     for step, job in zip(steps, along, strict=True):
         assert torch.equal(job.backbone.text_encoder.get_input_embeddings().rows, apart[step]), step
     assert len({rows.numpy().tobytes() for rows in apart.values()}) == len(steps)
+    # Kept weights come without what the optimizer knows: a step behind them is trained from a checkpoint.
+    behind = learned_at(folder, 11).text_encoder.get_input_embeddings().rows.detach().clone()
+    shutil.copy(weights_at(folder, 7), weights_at(folder, 10))
+    *_, last = learned_along(folder, [9, 10, 11])
+    assert torch.equal(last.backbone.text_encoder.get_input_embeddings().rows, behind)
 
 
 def trained(backbone: Any, kept: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -363,6 +369,20 @@ def test_what_was_scored_anew_is_kept_and_belongs_to_its_run(copied: Callable[[s
     assert Rescored.open(folder) is None
     (folder / "rescored.json").write_text('{"header": ')
     assert Rescored.open(folder) is None
+
+
+def test_a_run_that_an_experiment_needs_is_found_among_the_records(
+    copied: Callable[[str], Path], one: Make, tmp_path: Path
+) -> None:
+    folder = copied("textual-inversion")
+    bench = Bench(tmp_path, quick=False, records=Path(one().records))
+    planned = replace(one(), records=str(tmp_path / "own"))
+    assert bench.found(planned) == one()
+    for other in (replace(planned, seed=1), replace(planned, settings=(*planned.settings, ("adam_beta1", 0.8)))):
+        assert bench.found(other) == other
+    (folder / "scores.json").write_text("{}")
+    assert bench.found(planned) == planned
+    assert Bench(tmp_path, quick=False).found(planned) == planned
 
 
 @pytest.mark.slow

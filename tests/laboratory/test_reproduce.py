@@ -12,7 +12,8 @@ import pytest
 from fake_record import fake_record
 
 from dvar.cli import main
-from dvar.laboratory import rescoring, sweeps
+from dvar.laboratory import reproduce, rescoring, sweeps
+from dvar.laboratory.config import ReproduceConfig
 from dvar.laboratory.plans import Recording
 from dvar.laboratory.records import Record, Rescored, Shelf
 from dvar.laboratory.sweeps import Row
@@ -97,6 +98,21 @@ def test_a_quick_report_records_what_it_needs_where_there_are_no_records(
     recorded.clear()
     assert main(words) == 0
     assert len(recorded) == 9
+
+
+def test_what_changes_nothing_is_recorded_once_for_tables_and_variants(
+    tmp_path: Path, recorded: list[Recording]
+) -> None:
+    config = ReproduceConfig(quick=True, records=str(tmp_path / "records"), output_dir=str(tmp_path / "out"))
+    reproduce._record(config, ["table1", "initial", "sam"], lambda line: None)
+    varied = [one for one in recorded if dict(one.settings)]
+    assert [dict(one.settings).get("initializer", "sam") for one in varied] == ["random", "clip", "sam"]
+    usual = [one for one in recorded if one not in varied]
+    assert len({(one.method, one.concept) for one in usual}) == len(usual) == 9
+    assert len({one.records for one in usual}) == 1
+    recorded.clear()
+    reproduce._record(config, ["sam"], lambda line: None)  # which reads no records, and makes its own
+    assert [one.records.endswith("runs/variants/usual/quick") for one in recorded] == [True, False]
 
 
 def test_a_quick_report_of_whole_records_reads_a_few_and_records_none(

@@ -24,6 +24,8 @@ QUICK = 6
 """Concepts of each method, and as many for tuning, that ``quick`` reads of whole records."""
 QUICK_CONCEPTS, QUICK_TUNING = 2, 1
 """Concepts of each method, and for tuning, that ``quick`` records where there are no records."""
+SMALL = "quick"
+"""Folder of small records, beside whole ones."""
 TRACES = "traces.npz"
 REPORT, FACTS = "report.html", "report.json"
 
@@ -39,7 +41,7 @@ def reproduce(config: ReproduceConfig, tell: Callable[[str], None] = lambda line
     folder = Path(config.output_dir)
     names = list(EXPERIMENTS) if config.name == "all" else [config.name]
     if config.quick:
-        config = _recorded(config, names, tell)
+        _record(config, names, tell)
     shelf = opened(config) if _reads_records(names) else Shelf(())
     if "table1" in names:
         shelf = _rescored(shelf, tell)
@@ -62,26 +64,28 @@ def _reads_records(names: Sequence[str]) -> bool:
     return not set(names) <= {*SIMULATED, *TRAINED}
 
 
-def _recorded(config: ReproduceConfig, names: Sequence[str], tell: Callable[[str], None]) -> ReproduceConfig:
-    """The same settings, once all is recorded that a small report of these experiments reads.
-
-    Where there are no records, a few small ones are made in "quick" beside where whole ones would stand.
-    """
+def _record(config: ReproduceConfig, names: Sequence[str], tell: Callable[[str], None]) -> None:
+    """Record all that a small report of these experiments reads and that is not there."""
     from dvar.laboratory import sweeps
     from dvar.laboratory.experiments import variants
 
-    source, bench = Path(config.records), _bench(config, tell)
-    runs = []
-    if _reads_records(names) and not source.is_file() and not any(source.glob("*/*/*/config.json")):
-        config = replace(config, records=str(source / "quick"))
-        runs += bench.few(config.records, QUICK_CONCEPTS, QUICK_TUNING)
+    bench, runs = _bench(config, tell), []
+    if _reads_records(names) and bench.records == _source(config):
+        runs += bench.few(str(bench.records), QUICK_CONCEPTS, QUICK_TUNING)
     for name, changes in (("initial", variants.STARTS), ("sam", variants.OPTIMIZERS)):
         if name in names:
-            runs += [one for of in variants.planned(bench, changes).values() for one in of]
+            planned = [one for of in variants.planned(bench, changes).values() for one in of]
+            runs += [one for one in planned if replace(one, records=str(bench.records)) not in runs]
     if runs:
         for line in sweeps.table(sweeps.recorded(list(dict.fromkeys(runs)), tell)):
             tell(line)
-    return config
+
+
+def _source(config: ReproduceConfig) -> Path:
+    """Where records are read: as named, or where quick finds none there, in "quick" beside where whole ones stand."""
+    named = Path(config.records)
+    whole = named.is_file() or any(named.glob("*/*/*/config.json"))
+    return named if whole or not config.quick else named / SMALL
 
 
 def _rescored(shelf: Shelf, tell: Callable[[str], None]) -> Shelf:
@@ -97,12 +101,14 @@ def _rescored(shelf: Shelf, tell: Callable[[str], None]) -> Shelf:
 def _bench(config: ReproduceConfig, tell: Callable[[str], None]) -> Bench:
     from dvar.laboratory.trials import Bench  # and with it torch
 
-    return Bench(Path(config.output_dir) / "runs", config.quick, config.model, config.concepts_dir, tell)
+    named = Path(config.records)
+    records = None if named.is_file() else named / SMALL if config.quick else named
+    return Bench(Path(config.output_dir) / "runs", config.quick, config.model, config.concepts_dir, tell, records)
 
 
 def opened(config: ReproduceConfig) -> Shelf:
     """The records that the settings name: a folder of recorded runs, or one file of traces."""
-    source = Path(config.records)
+    source = _source(config)
     shelf = read_traces(source) if source.is_file() else Shelf.open(source)
     return _few(shelf) if config.quick else shelf
 

@@ -11,7 +11,7 @@ from dvar.errors import CheckpointError, RefusedInput
 from dvar.laboratory.exhibit import title
 from dvar.laboratory.plans import Recording, concept_folders
 from dvar.laboratory.records import Record
-from dvar.laboratory.sweeps import grid, laboratory_concepts, recorded
+from dvar.laboratory.sweeps import grid, laboratory_concepts, recorded, standing
 from dvar.mini import TUNING
 from dvar.stopper.rules import FixedSteps
 from dvar.stopper.trace import Trace
@@ -26,7 +26,8 @@ from dvar.trainer.run import interruption, prepared
 class Bench:
     """Where such runs are made, on which model, and whether they are to be small; ``tell`` is told how far they are.
 
-    Small and whole runs stand in folders of their own, so that neither is taken for the other.
+    Small and whole runs stand in folders of their own, so that neither is taken for the other.  ``records`` is where
+    recorded runs of their size stand, if anywhere.
     """
 
     folder: Path
@@ -34,6 +35,7 @@ class Bench:
     model: str = BUNDLED_MODEL
     concepts: str | None = None
     tell: Callable[[str], None] = lambda line: None
+    records: Path | None = None
 
     def planned(self, experiment: str, concept: str | None = None, **settings: object) -> Recording:
         """The run of an experiment, as it would be recorded: Textual Inversion of a concept, the first by name."""
@@ -46,6 +48,11 @@ class Bench:
             concepts=self.concepts,
             settings=tuple(settings.items()),
         )
+
+    def found(self, one: Recording) -> Recording:
+        """The same run among the records, where it stands there whole; else as it was planned."""
+        there = replace(one, records=str(self.records))
+        return there if self.records and not there.foreign() and standing(there).state == "done" else one
 
     def few(self, records: str, concepts: int, tuning: int) -> list[Recording]:
         """The least that shows everything: small runs of every method on some concepts, the last of them for tuning."""

@@ -66,10 +66,12 @@ def sam(bench: Bench) -> Exhibit:
 
 
 def planned(bench: Bench, variants: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Recording]]:
-    """The recordings of each variant; what changes nothing is the same run for all."""
+    """The recordings of each variant; what changes nothing is the same run for all, and may be a record already."""
     concepts = laboratory_concepts(bench.concepts)[: CONCEPTS[bench.quick]]
     return {
-        name: [bench.planned(f"variants/{_place(name, changes)}", concept, **changes) for concept in concepts]
+        name: [
+            bench.found(bench.planned(f"variants/{_place(name, changes)}", concept, **changes)) for concept in concepts
+        ]
         for name, changes in variants.items()
     }
 
