@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import runpy
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from fake_record import fake_record, fake_sheets, oracle_step
+from PIL import Image
 
 from dvar.errors import RefusedInput
 from dvar.laboratory import reproduce as made
@@ -23,6 +25,7 @@ from dvar.laboratory.experiments import convergence, held_batch, measures, pictu
 from dvar.laboratory.information import information
 from dvar.laboratory.records import Rescored, Shelf
 from dvar.laboratory.reproduce import MAKERS, SIMULATED, TRAINED, reproduce
+from dvar.laboratory.revisits import ANEW, sheet_at, write_sheet
 from dvar.laboratory.traces import read_traces
 from dvar.laboratory.ways import Kind
 
@@ -288,6 +291,21 @@ def test_pictures_are_those_of_the_nearest_scored_step(shelf: Shelf, report: Pat
         ("Baseline", "textual-inversion/cup/0"),
         ("DVAR (tuned)", "textual-inversion/cup/0"),
     }
+
+
+def test_pictures_are_those_of_the_very_steps_where_both_were_drawn_anew(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root, tmp_path / "records")
+    shelf = Shelf.open(tmp_path / "records")
+    for row in speed.rows(shelf, "textual-inversion"):
+        folder, kept = row.records[0].folder, row.readings[0].kept
+        assert folder
+        if row.way in ("Baseline", "DVAR (tuned)"):
+            assert "its pictures on fresh seeds" not in pictures.make(shelf).plots[0].caption
+            write_sheet(sheet_at(folder, kept, ANEW), [[Image.new("RGB", (16, 16), "red")] * 4] * 2)
+    made = pictures.make(shelf).plots[0]
+    assert "shown are its pictures on fresh seeds. " in made.caption
+    assert all(one["shown"] == one["kept"] for one in made.data)
+    assert "on fresh seeds" not in pictures.make(shelf).plots[1].caption  # of the other method none was
 
 
 def test_a_file_of_traces_has_no_pictures(report: Path) -> None:

@@ -23,7 +23,7 @@ from dvar.laboratory.plans import PLACES, PLANS, Plan, Recording, Shots, log_spa
 from dvar.laboratory.recording import drawn, record, scorer_of, scores_to_go_on_from
 from dvar.laboratory.records import Record, Rescored, Shelf
 from dvar.laboratory.rescoring import rescore, with_rescored
-from dvar.laboratory.revisits import learned_along, learned_at, read_sheet, weights_at, write_sheet
+from dvar.laboratory.revisits import ANEW, learned_along, learned_at, read_sheet, sheet_at, weights_at, write_sheet
 from dvar.laboratory.trials import Bench
 from dvar.laboratory.ways import Way
 from dvar.stopper.rules import Dvar, FixedSteps, Plateau
@@ -351,6 +351,8 @@ def test_a_checkpoint_is_scored_anew_on_fresh_seeds(copied: Callable[[str], Path
     assert anew.pictures["validation", "clip_text"].tolist() == [by_hand["clip_text"]]
     assert anew.mean(7, "validation", "clip_image") == pytest.approx(np.mean(by_hand["clip_image"]))
     assert np.isnan(anew.mean(7, "train", "dino"))
+    kept = read_sheet(sheet_at(folder, 7, ANEW))[1]
+    assert [np.array(picture).tobytes() for picture in kept] == [np.array(picture).tobytes() for picture in pictures]
 
 
 def test_what_was_scored_anew_is_kept_and_belongs_to_its_run(copied: Callable[[str], Path], one: Make) -> None:

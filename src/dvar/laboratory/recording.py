@@ -43,7 +43,7 @@ from dvar.laboratory.plans import (
     shots,
 )
 from dvar.laboratory.records import RESCORED, digest
-from dvar.laboratory.revisits import SHEETS, WEIGHTS, weights_at, write_sheet
+from dvar.laboratory.revisits import ANEW, SHEETS, WEIGHTS, sheet_at, weights_at, write_sheet
 from dvar.stopper.probe import PairedProbe, Probe, stratified_timesteps
 from dvar.stopper.rules import Criterion, Dvar, FixedSteps
 from dvar.stopper.trace import Trace
@@ -127,7 +127,7 @@ class Recorder:
         row["seconds"] = time.perf_counter() - started
         for part, wanted in self.shots.items():
             row[part] = self.scorer(pictures[part], wanted.texts, wanted.places)
-        write_sheet(self.folder / SHEETS / f"step-{step:06d}.png", list(pictures.values()))
+        write_sheet(sheet_at(self.folder, step), list(pictures.values()))
         self.rows = [*(kept for kept in self.rows if kept["step"] != step), row]
         write_json(self.folder / SCORES, {"header": self._scores_header(), "rows": self.rows})
 
@@ -236,7 +236,6 @@ def _record(recording: Recording, consumers: Sequence[Callable[[Step], None]]) -
         replace(config, overwrite=rows is None, resume_from_checkpoint=None if rows is None else "latest")
     )
     recorder = Recorder(recording, job, scorer, rows or ())
-    (folder / SHEETS).mkdir(exist_ok=True)
     (folder / FAILED).unlink(missing_ok=True)
     job.criterion = FixedSteps(config.max_train_steps)
     job.learner.trace = Trace({**job.learner.trace.header, **recorder.header})
@@ -341,7 +340,7 @@ def forget(folder: Path) -> None:
     """Remove what only a recording leaves in a run's folder, but for what it is of; the rest is the trainer's."""
     for name in (DONE, SCORES, FAILED, RESCORED):
         (folder / name).unlink(missing_ok=True)
-    for name in (WEIGHTS, SHEETS):
+    for name in (WEIGHTS, SHEETS, ANEW):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 

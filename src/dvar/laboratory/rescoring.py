@@ -23,13 +23,14 @@ from dvar.laboratory.plans import CHECKPOINTS, Recording, facts_of
 from dvar.laboratory.processes import Work, side_by_side, slots
 from dvar.laboratory.recording import DONE, SCORES, alone, drawn, scorer_of
 from dvar.laboratory.records import RESCORED, Record, Rescored, Shelf, rescored
-from dvar.laboratory.revisits import learned_along, weights_at
+from dvar.laboratory.revisits import ANEW, learned_along, sheet_at, weights_at, write_sheet
 from dvar.trainer.artifacts import write_json
 from dvar.trainer.job import Job
 from dvar.trainer.progress import clock
 
 FRESH = 10_000
 """What is added to the seeds of a record's own pictures, which are counted from 0."""
+PARTS = ("train", "validation")
 LOG = "rescore.log"
 
 
@@ -49,11 +50,9 @@ def rescore(folder: str | Path, steps: Iterable[int]) -> Path:
         wanted, score = sorted(set(steps) - there), None
         for step, job in zip(wanted, learned_along(folder, wanted), strict=True):
             score = score or scorer_of(_recording(folder, job), job.concept)
-            row: dict[str, Any] = {"step": step}
-            for part in ("train", "validation"):
-                pictures = drawn(job, header[f"{part}_prompts"], seeds, header["sampling_steps"])
-                row[part] = score(pictures, header[f"{part}_texts"])
-            rows.append(row)
+            pictures = {part: drawn(job, header[f"{part}_prompts"], seeds, header["sampling_steps"]) for part in PARTS}
+            write_sheet(sheet_at(folder, step, ANEW), list(pictures.values()))
+            rows.append({"step": step} | {part: score(pictures[part], header[f"{part}_texts"]) for part in PARTS})
             write_json(folder / RESCORED, {"header": {"hashes": done["hashes"], "seeds": seeds}, "rows": rows})
     return folder / RESCORED
 

@@ -22,12 +22,18 @@ from dvar.trainer.checks import CLASS_PICTURES
 from dvar.trainer.job import Job
 from dvar.trainer.run import prepared
 
-WEIGHTS, SHEETS = "weights", "pictures"
+WEIGHTS, SHEETS, ANEW = "weights", "pictures", "pictures-anew"
+"""Folders of what was kept at scored steps, and of the pictures of steps that were drawn anew afterwards."""
 
 
 def weights_at(folder: Path, step: int) -> Path:
     """Return the file of what was learned at a step, where it was kept."""
     return folder / WEIGHTS / f"step-{step:06d}.safetensors"
+
+
+def sheet_at(folder: Path, step: int, kind: str = SHEETS) -> Path:
+    """Return the file of a step's pictures, where they were kept."""
+    return folder / kind / f"step-{step:06d}.png"
 
 
 def write_sheet(path: Path, rows: Sequence[Sequence[Image.Image]]) -> None:
@@ -37,6 +43,7 @@ def write_sheet(path: Path, rows: Sequence[Sequence[Image.Image]]) -> None:
     for y, row in enumerate(rows):
         for x, picture in enumerate(row):
             sheet.paste(picture, (side * x, side * y))
+    path.parent.mkdir(exist_ok=True)
     part = path.with_suffix(".part")
     sheet.save(part, format="PNG")
     part.replace(path)

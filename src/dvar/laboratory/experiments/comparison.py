@@ -35,7 +35,7 @@ def make(shelf: Shelf) -> Exhibit:
     every = [record for method in shelf.methods for record in shelf.of(method)]
     caption = (
         "Line: mean over concepts and seeds; band: one standard deviation over records. A dot is a way, at the mean of "
-        f"the steps it keeps and the mean of its scores there. {Provenance.of(every)}"
+        f"the steps it keeps and its score in Table 1. {Provenance.of(every)}"
     )
     return Exhibit(
         "figure4",
@@ -57,9 +57,8 @@ def _band(records: tuple[Record, ...], part: Part, metric: str) -> tuple[np.ndar
 
 
 def _stop(panel, row: Row, part: Part, metric: str, colour: str) -> None:  # type: ignore[no-untyped-def]
-    pairs = list(zip(row.records, row.readings, strict=True))
     step = float(np.mean([reading.kept for reading in row.readings]))
-    height = float(np.mean([score(record, reading.kept, part, metric) for record, reading in pairs]))
+    height = float(np.mean(row.scores(part, metric)))
     panel.scatter([step], [height], s=34, color=colour, edgecolor="white", linewidth=0.8, zorder=3, label=row.way)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from dvar.errors import RefusedInput
 from dvar.laboratory.exhibit import INK, SOFT, Exhibit, Plot, Provenance, axes, title
 from dvar.laboratory.experiments.speed import Row, rows
 from dvar.laboratory.records import Record, Shelf
-from dvar.laboratory.revisits import SHEETS, read_sheet
+from dvar.laboratory.revisits import ANEW, SHEETS, read_sheet, sheet_at
 
 SHOWN = 4
 """Concepts of each method."""
@@ -56,11 +57,12 @@ def _plot(shelf: Shelf, method: str, records: Sequence[Record]) -> Plot:
     for line, record in enumerate(records):
         _show(panels[line][0], _reference(record))
         panels[line][0].set_ylabel("\n".join(record.concept.rsplit("_", 1)).replace("_", " "), color=INK)
-        for place, way in enumerate((dvar, "Baseline")):
-            kept = _kept(found[way], record)
-            step = shown_step(record, kept)
-            data.append({"record": record.name, "way": way, "kept": kept, "shown": step})
-            train, validation = read_sheet(record.folder / SHEETS / f"step-{step:06d}.png")  # type: ignore[operator]
+        steps = {way: _kept(found[way], record) for way in (dvar, "Baseline")}
+        sheets = _sheets_of(record, steps)
+        for place, (way, kept) in enumerate(steps.items()):
+            step, sheet = sheets[way]
+            data.append({"record": record.name, "way": way, "kept": kept, "shown": step, "from": sheet.parent.name})
+            train, validation = read_sheet(sheet)
             first = 1 + 2 * EACH * place
             for number, picture in enumerate((*train[:EACH], *validation[:EACH])):
                 _show(panels[line][first + number], picture)
@@ -70,11 +72,29 @@ def _plot(shelf: Shelf, method: str, records: Sequence[Record]) -> Plot:
     panels[0][0].set_title("reference")
     caption = (
         f"{title(method)}. One reference, and of each way {EACH} pictures of training prompts, then {EACH} of "
-        "validation prompts, the first of the record and the same seeds for both. Named is the step that a way keeps; "
-        f"shown are the pictures of the scored step nearest to it (up to {_apart(data):.2f} octaves away). "
+        f"validation prompts, the first there are and the same seeds for both. Named is the step that a way keeps; "
+        f"shown are {_shown(data)}. "
         f"{Provenance.of(records)} Concepts are the first by name."
     )
     return Plot(f"pictures-{method}", caption, drawn, data)
+
+
+def _sheets_of(record: Record, steps: Mapping[str, int]) -> dict[str, tuple[int, Path]]:
+    """For each way the step that is shown, and its pictures: those of the very step where all ways' were drawn anew."""
+    assert record.folder
+    anew = {way: (step, sheet_at(record.folder, step, ANEW)) for way, step in steps.items()}
+    if all(sheet.exists() for _, sheet in anew.values()):
+        return anew
+    near = {way: shown_step(record, step) for way, step in steps.items()}
+    return {way: (step, sheet_at(record.folder, step)) for way, step in near.items()}
+
+
+def _shown(data: Sequence[dict[str, Any]]) -> str:
+    anew = [one["from"] == ANEW for one in data]
+    if all(anew):
+        return "its pictures on fresh seeds"
+    nearest = f"the pictures of the scored step nearest to it (up to {_apart(data):.2f} octaves away)"
+    return f"{nearest}, where it was not drawn anew" if any(anew) else nearest
 
 
 def _kept(row: Row, record: Record) -> int:
