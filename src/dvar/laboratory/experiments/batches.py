@@ -126,7 +126,7 @@ def _plot(traces: Mapping[int, Trace], stated: str) -> Plot:
 def _pattern(told: Mapping[int, tuple[Information, float, float]]) -> str:
     largest = max(told)
     noisy, first, last = told[largest]
-    hidden = f"the training loss still hides the fall with batches of {largest} ({noisy.ratio:.1f} times its jitter)"
+    hidden = f"the training loss still hides the fall with batches of {largest} ({noisy.ratio:.2g} times its jitter)"
     falls = f"the gradient's norm falls with them ({first:.2g} at first, {last:.2g} at the end)"
     return f"{compared(hidden, noisy.ratio < 3)} {compared(falls, last < first)}"
 

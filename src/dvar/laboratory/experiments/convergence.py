@@ -90,7 +90,7 @@ def _told(records: Sequence[Record]) -> tuple[str, ...]:
     found = {name: [_information(record, name) for record in records] for name in ("train_loss", "eval")}
     noisy, fixed = (float(np.median([one.ratio for one in found[name]])) for name in ("train_loss", "eval"))
     claim = (
-        f"L_det shows the fall ({fixed:.1f} times its jitter) and the training loss hides it ({noisy:.1f} times; "
+        f"L_det shows the fall ({fixed:.1f} times its jitter) and the training loss hides it ({noisy:.2g} times; "
         f"{title(records[0].method)}, median of {len(records)})"
     )
     return (compared(claim, fixed > 3 > noisy),)
