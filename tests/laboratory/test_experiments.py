@@ -112,6 +112,18 @@ def test_the_same_records_give_the_same_files(root: Path, report: Path, tmp_path
         assert path.read_bytes() == (report.parent / path.name).read_bytes(), path.name
 
 
+def test_how_dvar_does_against_a_constant_is_said_of_both_kinds_of_setting(report: Path) -> None:
+    content = json.loads((report.parent / "rules.json").read_text(encoding="utf-8"))
+    told = [line for line in content["says"] if "DVAR stops" in line]
+    assert [line.split(", DVAR")[0] for line in told] == [
+        "With one setting per method",
+        "With one setting, in shares of Baseline's cap, for all methods",
+    ]
+    for line, table in zip(told, content["tables"], strict=False):
+        (row,) = (row for row in table["shown"]["cells"] if row[0] == "DVAR")
+        assert f"({row[3]})" in line
+
+
 @pytest.mark.slow  # two whole rankings
 def test_rules_on_the_file_of_traces_are_rules_on_the_records(root: Path, report: Path, tmp_path: Path) -> None:
     config = ReproduceConfig(name="rules", records=str(report.parent / "traces.npz"), output_dir=str(tmp_path))

@@ -72,14 +72,14 @@ def make(shelf: Shelf) -> Exhibit:
         "one setting per method": ranking(records, own),
         "one setting, in shares of Baseline's cap, for all methods": ranking(records, common),
     }
+    told = [line for how, ranked in found.items() for line in _told(how, ranked)]
     for method in methods if len(methods) > 1 else ():
         alone = tuple(record for record in records if record.method == method)
         found |= {f"{title(method)} alone, its own setting": ranking(alone, own)} if alone else {}
     tables = tuple(_table(f"scope-{number}", how, ranked) for number, (how, ranked) in enumerate(found.items()))
     plots = tuple(_plot(f"scope-{number}", how, ranked) for number, (how, ranked) in enumerate(found.items()))
-    ranked = next(iter(found.values()))
     unlearned = sum(len(shelf.of(method)) for method in methods) - len(records)
-    said = (_ceiling(records), *_kept_out(gates), *_skipped(shelf, methods, unlearned), *_told(ranked))
+    said = (_ceiling(records), *_kept_out(gates), *_skipped(shelf, methods, unlearned), *told)
     return Exhibit("rules", "Which rule stops best?", said, (*tables, _gates(gates, records)), plots[:2])
 
 
@@ -338,14 +338,12 @@ def _skipped(shelf: Shelf, methods: Sequence[str], unlearned: int) -> tuple[str,
     return tuple(said)
 
 
-def _told(found: Sequence[Judged]) -> tuple[str, ...]:
+def _told(how: str, found: Sequence[Judged]) -> tuple[str, ...]:
     by_name = {one.rule: one for one in found}
     if CONTROL not in by_name or "DVAR" not in by_name:
         return ()
     difference = _difference(by_name["DVAR"], by_name[CONTROL])
     better = "nearer to" if difference.mean < 0 else "further from"
     sure = "" if difference.high < 0 or difference.low > 0 else ", a difference that may be chance"
-    return (
-        f"DVAR, tuned, stops {abs(difference.mean):.2f} octaves {better} the oracle than one number of steps for all, "
-        f"tuned alike ({_shown(difference)}){sure}.",
-    )
+    apart = f"{abs(difference.mean):.2f} octaves {better} the oracle"
+    return (f"With {how}, DVAR stops {apart} than one number of steps, tuned alike ({_shown(difference)}){sure}.",)
