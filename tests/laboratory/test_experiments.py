@@ -177,6 +177,12 @@ def test_scores_of_table_1_are_of_the_very_checkpoints_where_all_were_scored_ane
     assert "drawn anew" not in speed.make(shelf).tables[0].caption
 
 
+def test_differences_that_table_1_speaks_of_are_paired_by_concept(shelf: Shelf) -> None:
+    found = {row.way: row.scores("train", "clip_image") for row in speed.rows(shelf, "textual-inversion")}
+    apart = np.array(found["Baseline"]) - np.array(found["DVAR (tuned)"])
+    assert f"paired by concept {apart.mean():.3f} [".replace("-", "−") in speed.make(shelf).says[0]
+
+
 def test_minutes_of_table_1_by_hand(shelf: Shelf) -> None:
     row = speed.make(shelf).tables[0].data[0]
     # 200 updates of 0.2 s and 8 pictures of 0.5 s at each of 0, 40, ..., 200

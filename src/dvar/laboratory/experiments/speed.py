@@ -24,7 +24,7 @@ from dvar.laboratory.exhibit import (
     title,
 )
 from dvar.laboratory.paper import TABLE_1
-from dvar.laboratory.quality import score
+from dvar.laboratory.quality import interval, score
 from dvar.laboratory.records import Part, Record, Rescored, Shelf
 from dvar.laboratory.ways import Reading, Way
 from dvar.stopper.rules import FixedSteps
@@ -267,15 +267,19 @@ def _patterns(method: str, group: list[Row], shelf: Shelf) -> list[str]:
     rows = {row.way: row for row in group}
     dvar = next(name for name in ("DVAR (tuned)", "DVAR (preset scaled in time)") if name in rows)
 
-    def mean(way: str, part: Part, metric: str) -> float:
-        return float(np.mean(rows[way].scores(part, metric) or [np.nan]))
+    def told(higher: str, lower: str, part: Part, metric: str) -> tuple[str, bool]:
+        """Both means, their paired difference with its interval over concepts, and whether it is above 0."""
+        ours, theirs = (np.array(rows[way].scores(part, metric) or [np.nan]) for way in (higher, lower))
+        apart = interval(ours - theirs)
+        paired = f"{number(apart.mean)} [{number(apart.low)}, {number(apart.high)}]"
+        return f"({np.mean(ours):.3f} against {np.mean(theirs):.3f}; paired by concept {paired})", apart.mean > 0
 
     def cost(way: str) -> float:
         return float(np.mean([ways.minutes(reading, shelf.units(method)) for reading in rows[way].readings]))
 
     name = title(method)
-    image = mean("Baseline", "train", "clip_image"), mean(dvar, "train", "clip_image")
-    text = mean("Baseline", "validation", "clip_text"), mean(dvar, "validation", "clip_text")
+    image, image_holds = told("Baseline", dvar, "train", "clip_image")
+    text, text_holds = told(dvar, "Baseline", "validation", "clip_text")
     return [
         f"{name}. "
         + compared(
@@ -283,11 +287,9 @@ def _patterns(method: str, group: list[Row], shelf: Shelf) -> list[str]:
             cost(dvar) < cost("Baseline"),
         )
         + " "
-        + compared(
-            f"Baseline keeps the higher Train CLIP img ({image[0]:.3f} against {image[1]:.3f})", image[0] > image[1]
-        )
+        + compared(f"Baseline keeps the higher Train CLIP img {image}", image_holds)
         + " "
-        + compared(f"DVAR keeps the higher Val CLIP txt ({text[1]:.3f} against {text[0]:.3f})", text[1] > text[0])
+        + compared(f"DVAR keeps the higher Val CLIP txt {text}", text_holds)
     ]
 
 
