@@ -78,12 +78,12 @@ def learned_along(folder: str | Path, steps: Sequence[int]) -> Iterator[Job]:
     folder = Path(folder)
     try:
         trace = Trace.read(folder / "trace.jsonl")
-        with tempfile.TemporaryDirectory() as elsewhere:
-            job = rerun(folder, elsewhere)
     except (OSError, ValueError) as error:
         raise RefusedInput([f"{folder} is no recorded run ({error}): record it first"]) from error
     if wrong := [step for step in steps if not 0 <= step <= trace.last_step]:
         raise RefusedInput([f"step must lie between 0 and {trace.last_step}, where {folder} ends, got {wrong[0]}"])
+    with tempfile.TemporaryDirectory() as elsewhere:
+        job = rerun(folder, elsewhere)
     recorded = {row["step"]: row.get("train_loss") for row in trace.records}
     at = -1  # what the optimizer has seen too
     for step in sorted(set(steps)):
@@ -113,8 +113,12 @@ def rerun(folder: Path, elsewhere: str | Path) -> Job:
     """Return the recorded run of ``folder`` as it began, ready to be opened in another folder.
 
     The pictures of a bundled concept are found where they lie now: another installation may have recorded it.
+    Raises: RefusedInput when the folder holds no recorded run; what stands in a run's way, as the trainer does.
     """
-    config = restored(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    try:
+        config = restored(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise RefusedInput([f"{folder} is no recorded run ({error}): record it first"]) from error
     apart: dict[str, Any] = {"output_dir": str(elsewhere), "overwrite": False, "resume_from_checkpoint": None}
     pictures, bundled = Path(config.instance_data_dir or ""), mini.concepts().get(folder.parent.name)
     if bundled and pictures.parts[-3:] == bundled.parts[-3:]:
