@@ -1,7 +1,6 @@
-"""The page docs/results.md and its pictures: ``python docs/results.py FOLDER...`` writes them anew.
+"""The page docs/results.md and its pictures: ``python docs/results.py FOLDER`` writes them anew.
 
-The first FOLDER is what ``dvar reproduce all --output_dir FOLDER`` has made; an experiment that stands in a later one
-too is taken from there.
+FOLDER is what ``dvar reproduce all --output_dir FOLDER`` has made.
 """
 
 from __future__ import annotations
@@ -37,20 +36,17 @@ What differs from the paper throughout:
 - Trainings are shorter: the paper's windows and patiences are scaled by the ratio of the caps where a caption says so.
 - All ways of ending a run are read off one run that goes past them all; true runs beside them show
   that reading is running.
-- What trains runs of its own trains the whole ones for Figures 5 and 9, and the short ones of `--quick` for initial
-  words and SAM.
 - CLIP scores are of a CLIP that conditions nothing; pictures that choose a step never report on it.
 - Minutes are counts of work times seconds measured on the machine of the record, and not those of an A100.
 - People are simulated in Table 2.
 """
 
 
-def page(first: Path, *others: Path) -> tuple[str, dict[str, bytes]]:
+def page(folder: Path) -> tuple[str, dict[str, bytes]]:
     """The page, and its pictures by the names they have in it."""
-    report = json.loads((first / "report.json").read_text(encoding="utf-8"))
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     parts, pictures = [OPENING, *(f"{fact}\n" for fact in report["facts"]), DEVIATIONS], dict[str, bytes]()
     for name in report["experiments"]:
-        folder = next((other for other in reversed(others) if (other / f"{name}.json").exists()), first)
         content = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
         parts += ["", f"## {content['title']}", ""]
         if content["missing"]:
@@ -99,9 +95,9 @@ def _picture(svg: Path) -> tuple[str, bytes]:
     return svg.with_suffix(".webp").name, written.getvalue()
 
 
-def main(*folders: Path, to: Path = HERE) -> None:
+def main(folder: Path, to: Path = HERE) -> None:
     """Write the page, and its pictures in place of those that were there."""
-    text, pictures = page(*folders)
+    text, pictures = page(folder)
     (to / "results").mkdir(exist_ok=True)
     for stale in (to / "results").iterdir():
         stale.unlink()
@@ -111,4 +107,4 @@ def main(*folders: Path, to: Path = HERE) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    main(Path(sys.argv[1]))

@@ -348,15 +348,6 @@ def test_the_page_of_results_holds_every_section_and_its_pictures(report: Path, 
     assert max(path.stat().st_size for path in (tmp_path / "results").iterdir()) <= 200_000
     assert "Base model: the bundled model. Concepts: 3" in page
     assert "| Few iters (mean) | 0.801 ± 0.071 |" in page  # the paper's
-    # What stands in a later folder too is taken from there.
-    (tmp_path / "later").mkdir()
-    (tmp_path / "later" / "figure5.json").write_text(
-        json.dumps({"title": "Figure 5", "missing": "", "says": ["The whole of it."], "tables": [], "plots": []})
-    )
-    results["main"](report.parent, tmp_path / "later", to=tmp_path)
-    again = (tmp_path / "results.md").read_text(encoding="utf-8")
-    assert "## Figure 5\n\nThe whole of it.\n" in again
-    assert again.split("## Figure 5\n")[0] == page.split("## figure5\n")[0]
 
 
 def test_a_pattern_that_differs_is_said_to_differ() -> None:

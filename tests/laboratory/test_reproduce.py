@@ -126,6 +126,14 @@ def test_a_quick_report_of_whole_records_reads_a_few_and_records_none(
     assert "Concepts: 6" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
+def test_quick_leaves_out_no_run_that_settings_are_tuned_on(tmp_path: Path) -> None:
+    for seed in range(reproduce.QUICK + 1):
+        fake_record(tmp_path, concept=TUNING[0], seed=seed, cap=60, learned=8.0)
+    fake_record(tmp_path, concept="cup", cap=60, learned=8.0)
+    found = reproduce.opened(ReproduceConfig(name="rules", quick=True, records=str(tmp_path)))
+    assert len(found.for_tuning("textual-inversion")) == reproduce.QUICK + 1
+
+
 def test_what_reads_no_record_records_none(tmp_path: Path, recorded: list[Recording]) -> None:
     assert main(["reproduce", "table2", "--quick", "--output_dir", str(tmp_path)]) == 0
     assert not recorded

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dvar.laboratory.trials import Bench
 
 QUICK = 6
-"""Concepts of each method, and as many for tuning, that ``quick`` reads of whole records."""
+"""Concepts of each method that ``quick`` reads of whole records, beside those for tuning."""
 QUICK_CONCEPTS, QUICK_TUNING = 2, 1
 """Concepts of each method, and for tuning, that ``quick`` records where there are no records."""
 SMALL = "quick"
@@ -115,7 +115,7 @@ def opened(config: ReproduceConfig) -> Shelf:
 
 def _few(shelf: Shelf) -> Shelf:
     kept = {record.name for method in shelf.methods for record in shelf.examples(method, QUICK)}
-    kept |= {record.name for method in shelf.methods for record in shelf.for_tuning(method)[:QUICK]}
+    kept |= {record.name for record in shelf if record.concept in shelf.tuning}
     return replace(shelf, records=tuple(record for record in shelf if record.name in kept))
 
 
