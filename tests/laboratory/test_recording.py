@@ -17,13 +17,14 @@ import torch
 from safetensors.torch import load_file
 
 from dvar.errors import CheckpointError, ModelError, RefusedInput
-from dvar.laboratory import plans
+from dvar.laboratory import plans, rescoring
 from dvar.laboratory.experiments.agreement import agreement
 from dvar.laboratory.plans import PLACES, PLANS, Plan, Recording, Shots, log_spaced
-from dvar.laboratory.recording import drawn, record, scorer_of, scores_to_go_on_from
+from dvar.laboratory.recording import drawn, lacking, record, scorer_of, scores_to_go_on_from
 from dvar.laboratory.records import Record, Rescored, Shelf
 from dvar.laboratory.rescoring import rescore, with_rescored
 from dvar.laboratory.revisits import ANEW, learned_along, learned_at, read_sheet, sheet_at, weights_at, write_sheet
+from dvar.laboratory.sweeps import standing
 from dvar.laboratory.trials import Bench
 from dvar.laboratory.ways import Way
 from dvar.stopper.rules import Dvar, FixedSteps, Plateau
@@ -371,6 +372,94 @@ def test_what_was_scored_anew_is_kept_and_belongs_to_its_run(copied: Callable[[s
     assert Rescored.open(folder) is None
     (folder / "rescored.json").write_text('{"header": ')
     assert Rescored.open(folder) is None
+
+
+@pytest.fixture
+def thrice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan with three rounds of pictures."""
+    monkeypatch.setitem(PLANS, "cpu", replace(PLANS["cpu"], rounds=3))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_whole_run_has_the_pictures_drawn_that_its_plan_asks_for_now(
+    copied: Callable[[str], Path], one: Make, method: str, thrice: None
+) -> None:
+    folder, recording = copied(method), one(method)
+    before, first = contents(folder), Record.open(folder)
+    assert standing(recording).reason == f"pictures of {len(first.scored_steps)} steps are still to be drawn"
+    record(recording)
+    assert standing(recording).state == "done"
+    after = contents(folder)
+    assert {path for path in after if after[path] != before.get(path)} == {folder / "rounds.json"}
+    found = Record.open(folder)
+    assert (first.count, found.count) == (4, 12)
+    for which, values in first.pictures.items():
+        assert found.pictures[which][:, :4].tolist() == values.tolist()
+    header = found.header
+    assert header["seeds"] == list(range(12))
+    assert [header["train_prompts"][index::2] for index in (0, 1)] == [header["train_prompts"][::2]] * 2
+    assert (found.scoring_seconds > first.scoring_seconds).all()
+    # As its model draws them by hand.
+    step = int(found.scored_steps[1])
+    job = next(learned_along(folder, [step]))
+    pictures = drawn(job, header["validation_prompts"][8:], header["seeds"][8:], header["sampling_steps"])
+    by_hand = scorer_of(recording, job.concept)(pictures, header["validation_texts"][8:])
+    assert found.pictures["validation", "clip_image"][1, 8:].tolist() == by_hand["clip_image"]
+
+
+def test_pictures_go_on_after_a_kill_and_count_when_no_step_lacks_them(
+    copied: Callable[[str], Path], one: Make, thrice: None
+) -> None:
+    folder, recording = copied("textual-inversion"), one()
+    record(recording)
+    whole, path = Record.open(folder), folder / "rounds.json"
+    content = json.loads(path.read_text())
+    lost = {"header": content["header"], "rows": content["rows"][:-1]}  # the last step has one more round, not two
+    write_json(path, lost)
+    assert Record.open(folder).count == 8
+    assert lacking(recording) == {CAP: [2]}
+    record(recording)
+    again = json.loads(path.read_text())["rows"]
+    assert again[:-1] == lost["rows"]
+    for which, values in whole.pictures.items():
+        assert Record.open(folder).pictures[which].tolist() == values.tolist()
+
+
+@pytest.mark.parametrize("damage", ["{", '{"header": {"hashes": {}}, "rows": []}', '{"rows": []}', "[]"])
+def test_pictures_that_are_damaged_or_of_another_run_are_drawn_again(
+    copied: Callable[[str], Path], one: Make, thrice: None, damage: str
+) -> None:
+    folder = copied("textual-inversion")
+    (folder / "rounds.json").write_text(damage)
+    write_json(folder / "failed.json", {"reason": "the disk was full"})
+    assert standing(one()).reason == "the disk was full"
+    assert Record.open(folder).count == 4
+    record(one())
+    assert Record.open(folder).count == 12
+    assert standing(one()).state == "done"
+    (folder / "scores.json").write_text("{}")  # a damaged record is made anew, and its pictures too
+    record(one())
+    assert Record.open(folder).count == 12
+
+
+def test_a_checkpoint_that_was_scored_anew_on_fewer_pictures_is_drawn_again(
+    copied: Callable[[str], Path], one: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copied("textual-inversion")
+    rescore(folder, [3, 7])
+    monkeypatch.setitem(PLANS, "cpu", replace(PLANS["cpu"], rounds=3))
+    record(one())
+    few = Rescored.open(folder)
+    assert few is not None
+    assert few.count == 4
+    shelf = Shelf.open(folder.parents[2])
+    assert rescoring._missing(shelf, next(iter(shelf)), {3}) == [3]
+    rescore(folder, [3])
+    found = Rescored.open(folder)
+    assert found is not None
+    assert (found.steps.tolist(), found.count) == ([3], 12)
+    for which, values in found.pictures.items():  # on the same seeds and others
+        np.testing.assert_allclose(values[0, :4], few.pictures[which][0], atol=1e-5)  # in other batches
 
 
 def test_a_run_that_an_experiment_needs_is_found_among_the_records(

@@ -17,7 +17,7 @@ from dvar.laboratory.plans import PLANS, Recording, expected_seconds, facts_of
 from dvar.laboratory.processes import slots
 from dvar.laboratory.recording import unit_seconds
 from dvar.laboratory.records import Record, Shelf
-from dvar.laboratory.sweeps import Row, check, described, grid, recorded, standing, sweep, table
+from dvar.laboratory.sweeps import Row, check, described, grid, recorded, seconds_left, standing, sweep, table
 from dvar.testing import tiny_clip, tiny_concept
 
 SETTINGS: dict[str, Any] = {
@@ -169,7 +169,9 @@ def test_the_judges_are_tried_on_the_pictures_of_the_first(base: Recording, tmp_
     check([replace(base, concept=name, concepts=str(tmp_path)) for name in ("ball", "more")])
 
 
-def test_an_estimate_counts_all_that_is_measured(base: Recording, tmp_path: Path) -> None:
+def test_an_estimate_counts_all_that_is_measured(
+    base: Recording, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     units = {"start_up": 0.0, "train": 0.0, "forward": 0.0, "picture": 0.0}
     longer = tuple((SETTINGS | {"max_train_steps": 133}).items())
     plan, run = PLANS["quick"], replace(base, records=str(tmp_path), settings=longer)
@@ -184,6 +186,11 @@ def test_an_estimate_counts_all_that_is_measured(base: Recording, tmp_path: Path
     # 2 kinds, and the sample picture of the end, drawn in 2 steps for 10.
     drawn = len(run.scored) * 2 * plan.prompts * plan.seeds
     assert expected_seconds(run, {**units, "picture": 1.0}) == pytest.approx(drawn + 0.2)
+    # The same of all rounds; of a run that is there, only those that it lacks are still to be drawn.
+    monkeypatch.setitem(PLANS, "quick", replace(plan, rounds=3))
+    assert expected_seconds(run, {**units, "picture": 1.0}) == pytest.approx(3 * drawn + 0.2)
+    monkeypatch.setattr(sweeps, "whole", lambda folder: True)
+    assert seconds_left(run, {**units, "picture": 1.0, "train": 1.0, "start_up": 3.0}) == 2 * drawn + 3
     measured = unit_seconds(run)
     assert measured.keys() == units.keys()
     assert min(measured.values()) > 0

@@ -110,7 +110,7 @@ class Provenance:
             concepts=tuple(sorted({r.concept for r in records})),
             seeds=tuple(sorted({r.seed for r in records})),
             pairing=str(header.get("pairing", "not said")),
-            pictures=min((len(values[0]) for r in records for values in r.pictures.values()), default=0),
+            pictures=min(record.count for record in records),
             scored=int(np.median([len(r.scored_steps) for r in records])),
             sampling_steps=int(header.get("sampling_steps", 0)),
             share=float(header.get("share", 1.0)),

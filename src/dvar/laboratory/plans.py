@@ -53,7 +53,8 @@ class Plan:
 
     ``share`` of the recorded cap is trained; ``scored`` steps, log-spaced, have pictures: ``prompts`` times ``seeds``
     of each kind, drawn in ``sampling_steps`` (the preset's own where None).  ``every`` gives the steps between two
-    values of a series; ``class_pictures`` are those of Custom Diffusion (the preset's number where None).
+    values of a series; ``class_pictures`` are those of Custom Diffusion (the preset's number where None).  Pictures
+    are drawn in ``rounds``, each of other seeds: the first while training, the others from the weights that were kept.
     """
 
     share: float
@@ -63,11 +64,18 @@ class Plan:
     sampling_steps: int | None
     every: Mapping[str, int]
     class_pictures: int | None = None
+    rounds: int = 1
+
+    @property
+    def pictures(self) -> int:
+        """Pictures of each kind at a scored step, those of all rounds."""
+        return self.prompts * self.seeds * self.rounds
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The plan as plain values."""
-        return {**asdict(replace(self, every={})), "every": dict(self.every)}
+        """The plan as plain values, but for the rounds: more of them make no other record."""
+        plain = {**asdict(replace(self, every={})), "every": dict(self.every)}
+        return {name: value for name, value in plain.items() if name != "rounds"}
 
 
 def _every(stratified: int, fresh: int, unseen: int, drift: int) -> Mapping[str, int]:
@@ -76,7 +84,7 @@ def _every(stratified: int, fresh: int, unseen: int, drift: int) -> Mapping[str,
 
 PLANS = {
     "quick": Plan(0.15, 8, 2, 2, 10, _every(20, 20, 20, 50), class_pictures=16),
-    "cpu": Plan(1.0, 30, 4, 2, 10, _every(10, 10, 20, 50)),
+    "cpu": Plan(1.0, 30, 4, 2, 10, _every(10, 10, 20, 50), rounds=4),
     "full": Plan(1.0, 40, 8, 4, None, _every(5, 1, 5, 25)),
 }
 """By name: a look in minutes; what two cores can do for many concepts; the issue's full size."""
@@ -273,6 +281,10 @@ class Shots:
     seeds: tuple[int, ...]
     places: tuple[str, ...] | None = None
 
+    def again(self, number: int) -> Shots:
+        """Round ``number`` of the same, on the seeds that follow those of the rounds before it; 0 is this one."""
+        return replace(self, seeds=tuple(number * len(self.seeds) + seed for seed in self.seeds))
+
     @classmethod
     def of(
         cls, prompts: Sequence[str], subject: str, noun: str, seeds: int, places: Sequence[str] | None = None
@@ -315,7 +327,7 @@ def expected_seconds(recording: Recording, units: Mapping[str, float]) -> float:
     forwards = (cap // config.probe_every + 1) * config.eval_batch_size
     series = [name for name in plan.every if name != UNSEEN or recording.bundled]
     forwards += sum((cap // plan.every[name] + 1) * FORWARDS[name] for name in series)
-    pictures = float(len(recording.scored) * 2 * plan.prompts * plan.seeds)
+    pictures = float(len(recording.scored) * 2 * plan.pictures)
     steps = plan.sampling_steps or config.num_inference_steps
     others = config.num_validation_images
     if isinstance(config, CustomDiffusionConfig) and not config.class_data_dir and config.prior_loss_weight:

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -39,11 +39,12 @@ from dvar.laboratory.plans import (
     STRATIFIED,
     UNSEEN,
     Recording,
+    Shots,
     facts_of,
     shots,
 )
-from dvar.laboratory.records import RESCORED, digest
-from dvar.laboratory.revisits import ANEW, SHEETS, WEIGHTS, sheet_at, weights_at, write_sheet
+from dvar.laboratory.records import RESCORED, ROUNDS, Record, digest, rounds
+from dvar.laboratory.revisits import ANEW, SHEETS, WEIGHTS, learned_along, sheet_at, weights_at, write_sheet
 from dvar.stopper.probe import PairedProbe, Probe, stratified_timesteps
 from dvar.stopper.rules import Criterion, Dvar, FixedSteps
 from dvar.stopper.trace import Trace
@@ -120,15 +121,9 @@ class Recorder:
 
     def score(self, step: int) -> None:
         """Draw and score the pictures of a step, leaving them in a sheet and their scores in a row."""
-        row: dict[str, Any] = {"step": step}
-        started, pictures = time.perf_counter(), {}
-        for part, wanted in self.shots.items():
-            pictures[part] = self.draw(wanted.prompts, wanted.seeds)
-        row["seconds"] = time.perf_counter() - started
-        for part, wanted in self.shots.items():
-            row[part] = self.scorer(pictures[part], wanted.texts, wanted.places)
-        write_sheet(sheet_at(self.folder, step), list(pictures.values()))
-        self.rows = [*(kept for kept in self.rows if kept["step"] != step), row]
+        pictures, scores = drawn_and_scored(self.job, self.shots, self.scorer, self.steps)
+        write_sheet(sheet_at(self.folder, step), pictures)
+        self.rows = [*(kept for kept in self.rows if kept["step"] != step), {"step": step, **scores}]
         write_json(self.folder / SCORES, {"header": self._scores_header(), "rows": self.rows})
 
     def keep(self, step: int) -> None:
@@ -211,23 +206,28 @@ class Recorder:
 
 
 def record(recording: Recording, consumers: Sequence[Callable[[Step], None]] = ()) -> Path:
-    """Return the folder of the recorded run, made now; one that was interrupted goes on from its last checkpoint.
+    """Return the folder of the recorded run, made now; one that was interrupted goes on from its last checkpoint, and
+    one that is whole but for some of its plan's rounds of pictures has those drawn.
 
     A damaged one is made anew; what is not a recording of this very kind is not touched.
     Raises: RefusedInput and ModelError before training; NonFiniteLoss when training broke; KeyboardInterrupt when it
     was asked to stop, and then it can go on.
     """
     with alone(recording.folder):
-        return _record(recording, consumers)
+        torch.set_num_threads(recording.threads)
+        concept = recording.check()
+        scorer = scorer_of(recording, concept)
+        if problem := recording.foreign():
+            raise RefusedInput([problem])
+        (recording.folder / FAILED).unlink(missing_ok=True)
+        if not whole(recording.folder):
+            _record(recording, scorer, consumers)
+        _add_rounds(recording, concept, scorer)
+    return recording.folder
 
 
-def _record(recording: Recording, consumers: Sequence[Callable[[Step], None]]) -> Path:
-    torch.set_num_threads(recording.threads)
-    concept = recording.check()
-    scorer = scorer_of(recording, concept)
+def _record(recording: Recording, scorer: Scorer, consumers: Sequence[Callable[[Step], None]]) -> None:
     folder, config = recording.folder, recording.config
-    if problem := recording.foreign():
-        raise RefusedInput([problem])
     write_json(folder / FACTS, recording.facts)
     rows = scores_to_go_on_from(recording)
     if rows is None:
@@ -236,7 +236,6 @@ def _record(recording: Recording, consumers: Sequence[Callable[[Step], None]]) -
         replace(config, overwrite=rows is None, resume_from_checkpoint=None if rows is None else "latest")
     )
     recorder = Recorder(recording, job, scorer, rows or ())
-    (folder / FAILED).unlink(missing_ok=True)
     job.criterion = FixedSteps(config.max_train_steps)
     job.learner.trace = Trace({**job.learner.trace.header, **recorder.header})
     job.open(checkpoint)
@@ -256,7 +255,39 @@ def _record(recording: Recording, consumers: Sequence[Callable[[Step], None]]) -
     versions = json.loads((folder / "config.json").read_text(encoding="utf-8"))["versions"]
     hashes = {name: digest(folder / name) for name in ("trace.jsonl", SCORES)}
     write_json(folder / DONE, {"hashes": hashes, "versions": versions, "threads": recording.threads})
-    return folder
+
+
+def whole(folder: Path) -> bool:
+    """Return whether a finished run stands there that can be read, with whatever rounds of pictures."""
+    try:
+        return bool(Record.open(folder))
+    except DvarError:
+        return False
+
+
+def lacking(recording: Recording) -> dict[int, list[int]]:
+    """Return, of a finished run, the rounds of pictures after the first that its plan asks for and that are not there:
+    the step to their numbers.
+    """
+    there = rounds(recording.folder)
+    found = {
+        step: [number for number in range(1, PLANS[recording.plan].rounds) if (step, number) not in there]
+        for step in recording.scored
+    }
+    return {step: numbers for step, numbers in found.items() if numbers}
+
+
+def _add_rounds(recording: Recording, concept: Concept, scorer: Scorer) -> None:
+    """Draw and score what is `lacking`, leaving it in the folder step by step."""
+    folder, wanted, missing = recording.folder, shots(recording, concept), lacking(recording)
+    rows = list(rounds(folder).values())
+    hashes = json.loads((folder / DONE).read_text(encoding="utf-8"))["hashes"]
+    for step, job in zip(missing, learned_along(folder, list(missing)) if missing else (), strict=True):
+        steps = PLANS[recording.plan].sampling_steps or job.config.num_inference_steps
+        for number in missing[step]:
+            again = {part: shot.again(number) for part, shot in wanted.items()}
+            rows.append({"step": step, "round": number, **drawn_and_scored(job, again, scorer, steps)[1]})
+        write_json(folder / ROUNDS, {"header": {"hashes": hashes}, "rows": rows})
 
 
 class Live:
@@ -269,6 +300,19 @@ class Live:
     def __call__(self, trace: Trace) -> bool:
         before, self.stopping = self.stopping, [rule(trace).stop for rule in self.rules]
         return any(now and not then for then, now in zip(before, self.stopping, strict=True))
+
+
+def drawn_and_scored(
+    job: Job, wanted: Mapping[str, Shots], score: Scorer, steps: int
+) -> tuple[list[list[Image.Image]], dict[str, Any]]:
+    """Return the pictures of each kind by a job's model as it stands, and their scores by kind, with the "seconds" that
+    drawing took.
+    """
+    started = time.perf_counter()
+    pictures = {part: drawn(job, shot.prompts, shot.seeds, steps) for part, shot in wanted.items()}
+    seconds = time.perf_counter() - started
+    scores = {part: score(pictures[part], shot.texts, shot.places) for part, shot in wanted.items()}
+    return list(pictures.values()), {"seconds": seconds, **scores}
 
 
 def drawn(job: Job, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> list[Image.Image]:
@@ -338,7 +382,7 @@ def scores_to_go_on_from(recording: Recording) -> list[dict[str, Any]] | None:
 
 def forget(folder: Path) -> None:
     """Remove what only a recording leaves in a run's folder, but for what it is of; the rest is the trainer's."""
-    for name in (DONE, SCORES, FAILED, RESCORED):
+    for name in (DONE, SCORES, FAILED, ROUNDS, RESCORED):
         (folder / name).unlink(missing_ok=True)
     for name in (WEIGHTS, SHEETS, ANEW):
         shutil.rmtree(folder / name, ignore_errors=True)

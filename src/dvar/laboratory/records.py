@@ -9,6 +9,8 @@ what every run leaves it holds ``scores.json`` and, written last, ``done.json`` 
   the timesteps of fresh draws stand beside them in a record, as ``fresh_timesteps``.
 - ``scores.json``: {"header": what scored how, "rows": [{"step", "train": {metric: [one per picture]}, "validation":
   the same, "seconds"}]}.
+- ``rounds.json``, optional: {"header": {"hashes": those of done.json}, "rows": as in scores.json, each with its
+  "round"}: further pictures of the same prompts at every scored step, drawn afterwards, on other seeds.
 - ``rescored.json``, optional: {"header": {"hashes": those of done.json, "seeds"}, "rows": as in scores.json, of the
   steps that some way kept, on seeds that chose nothing} (`dvar.laboratory.rescoring`).
 - ``seconds.json``, in RECORDS itself and optional: method -> {unit: median seconds on an idle machine}; units as in
@@ -35,7 +37,7 @@ from dvar.stopper.trace import Trace
 Floats = NDArray[np.float64]
 Steps = NDArray[np.int64]
 Part = Literal["train", "validation"]
-SECONDS, RESCORED = "seconds.json", "rescored.json"
+SECONDS, ROUNDS, RESCORED = "seconds.json", "rounds.json", "rescored.json"
 HELD = "eval"
 PAIRED = "paired"
 """The series ``fresh`` minus ``frozen``: the same draws seen by both models."""
@@ -46,7 +48,7 @@ class Record:
     """One recorded run.
 
     ``header`` says how its pictures were scored: pairing, judges, prompts, seeds, sampling steps, guidance, references.
-    ``pictures`` maps (part, metric) to the score of each picture, [scored steps, pictures].
+    ``pictures`` maps (part, metric) to the score of each picture, [scored steps, pictures], round by round.
     """
 
     method: str
@@ -79,14 +81,14 @@ class Record:
         if problems:
             raise RefusedInput(problems)
         scores = _json(folder / "scores.json")
-        rows = sorted(scores["rows"], key=lambda row: row["step"])
+        header, rows = _with_rounds(scores["header"], scores["rows"], rounds(folder))
         return cls(
             method=method,
             concept=concept,
             seed=int(seed),
             config=_json(folder / "config.json"),
             trace=Trace.read(folder / "trace.jsonl"),
-            header=scores["header"],
+            header=header,
             scored_steps=np.array([row["step"] for row in rows], np.int64),
             pictures=_pictures(rows),
             scoring_seconds=np.array([row["seconds"] for row in rows], np.float64),
@@ -103,6 +105,11 @@ class Record:
     def name(self) -> str:
         """Method, concept and seed in one word."""
         return f"{self.method}/{self.concept}/{self.seed}"
+
+    @property
+    def count(self) -> int:
+        """Pictures of each kind at a scored step."""
+        return _count(self.pictures)
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -198,6 +205,11 @@ class Rescored:
         except (RefusedInput, KeyError, TypeError, ValueError):
             return None
 
+    @property
+    def count(self) -> int:
+        """Pictures of each kind at a step."""
+        return _count(self.pictures)
+
     def mean(self, step: int, part: str, metric: str) -> float:
         """The mean over the pictures of a step that is there; nan where that score is not."""
         values = self.pictures.get((part, metric))
@@ -288,9 +300,47 @@ def rescored(records: Iterable[Record]) -> dict[str, Rescored]:
     return {name: one for name, one in found.items() if one}
 
 
+def rounds(folder: Path) -> dict[tuple[int, int], dict[str, Any]]:
+    """Return by step and round what a recorded run's folder holds of further pictures; nothing where that is damaged,
+    or of another run.
+    """
+    try:
+        found = _json(folder / ROUNDS)
+        if found["header"]["hashes"] != _json(folder / "done.json")["hashes"]:
+            return {}
+        return {(row["step"], row["round"]): row for row in found["rows"]}
+    except (RefusedInput, KeyError, TypeError):
+        return {}
+
+
 def digest(path: Path) -> str:
     """The SHA-256 of a file as done.json holds it; empty for a file that is not there."""
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
+
+
+def _count(pictures: Mapping[tuple[str, str], Floats]) -> int:
+    return min((values.shape[1] for values in pictures.values()), default=0)
+
+
+def _with_rounds(
+    header: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], more: Mapping[tuple[int, int], Mapping[str, Any]]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The header and the rows, from the first step to the last, with the pictures of every round that no step lacks."""
+    rows, count = sorted(rows, key=lambda row: row["step"]), 1
+    while rows and all((row["step"], count) in more for row in rows):
+        count += 1
+    found = []
+    for row in rows:
+        of = [row, *(more[row["step"], number] for number in range(1, count))]
+        merged: dict[str, Any] = {"step": row["step"], "seconds": sum(one["seconds"] for one in of)}
+        for part in ("train", "validation"):
+            known = [name for name in row.get(part, ()) if all(name in one[part] for one in of)]
+            merged[part] = {name: [value for one in of for value in one[part][name]] for name in known}
+        found.append(merged)
+    listed = {name: list(value) * count for name, value in header.items() if name.endswith(("_prompts", "_texts"))}
+    if seeds := header.get("seeds"):
+        listed["seeds"] = [number * len(seeds) + seed for number in range(count) for seed in seeds]
+    return {**header, **listed}, found
 
 
 def _pictures(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], Floats]:

@@ -21,7 +21,7 @@ from dvar import mini
 from dvar.errors import DvarError
 from dvar.laboratory.plans import CHECKPOINTS, Recording, facts_of
 from dvar.laboratory.processes import Work, side_by_side, slots
-from dvar.laboratory.recording import DONE, SCORES, alone, drawn, scorer_of
+from dvar.laboratory.recording import DONE, alone, drawn, scorer_of
 from dvar.laboratory.records import RESCORED, Record, Rescored, Shelf, rescored
 from dvar.laboratory.revisits import ANEW, learned_along, sheet_at, weights_at, write_sheet
 from dvar.trainer.artifacts import write_json
@@ -38,14 +38,16 @@ def rescore(folder: str | Path, steps: Iterable[int]) -> Path:
     """Draw and score these steps of a recorded run, and return the file that holds them and those before.
 
     It is written after each step, so that what was interrupted goes on.
+    Those that were drawn when the record had fewer pictures are drawn again.
     Raises: as `dvar.laboratory.revisits.learned_along`; ModelError when a judge cannot be had; RefusedInput when
-    another process is at it.
+    the run is unfinished or damaged, or another process is at it.
     """
     folder = Path(folder)
     with alone(folder):
-        header, done = _read(folder / SCORES)["header"], _read(folder / DONE)
-        rows = _read(folder / RESCORED)["rows"] if Rescored.open(folder) else []
-        seeds, there = [FRESH + seed for seed in header["seeds"]], {row["step"] for row in rows}
+        header, done = Record.open(folder).header, _read(folder / DONE)
+        seeds, before = [FRESH + seed for seed in header["seeds"]], Rescored.open(folder)
+        rows = _read(folder / RESCORED)["rows"] if before and before.count == len(seeds) else []
+        there = {row["step"] for row in rows}
         torch.set_num_threads(done.get("threads", 1))
         wanted, score = sorted(set(steps) - there), None
         for step, job in zip(wanted, learned_along(folder, wanted), strict=True):
@@ -99,13 +101,13 @@ def _drawable(record: Record) -> bool:
 
 def _missing(shelf: Shelf, record: Record, steps: Iterable[int]) -> list[int]:
     there = shelf.rescored.get(record.name)
-    return sorted(set(steps) - set(there.steps.tolist() if there else ()))
+    return sorted(set(steps) - set(there.steps.tolist() if there and there.count == record.count else ()))
 
 
 def _seconds(record: Record, steps: Iterable[int], units: Mapping[str, float]) -> float:
     """What it takes: pictures, and for a step that was not kept half of the way between two checkpoints."""
     assert record.folder
-    pictures = 2 * len(record.header["seeds"]) * units.get("picture", 0.0)
+    pictures = 2 * record.count * units.get("picture", 0.0)
     trained = record.cap / CHECKPOINTS / 2 * units.get("train", 0.0)
     return units.get("start_up", 0.0) + sum(
         pictures + (0 if weights_at(record.folder, step).exists() else trained) for step in steps

@@ -20,7 +20,7 @@ from dvar.config import CONFIGS
 from dvar.errors import DvarError, RefusedInput
 from dvar.laboratory.plans import PLANS, Recording, concept_folders, expected_seconds
 from dvar.laboratory.processes import Work, side_by_side, slots
-from dvar.laboratory.recording import FAILED, scorer_of, unit_seconds
+from dvar.laboratory.recording import FAILED, lacking, scorer_of, unit_seconds, whole
 from dvar.laboratory.records import SECONDS, Record
 from dvar.mini import TUNING
 from dvar.trainer.artifacts import write_json
@@ -84,13 +84,19 @@ def standing(recording: Recording) -> Row:
     """Return how a run stands by what its folder holds; one that is damaged is missing, and the reason says so."""
     if not recording.folder.exists():
         return Row(recording, "missing")
+    lost = ""
     try:
         Record.open(recording.folder)
     except DvarError as error:
-        failed = recording.folder / FAILED
-        if failed.exists():
-            return Row(recording, "failed", str(json.loads(failed.read_text(encoding="utf-8"))["reason"]))
-        return Row(recording, "missing", str(error).splitlines()[0])
+        lost = str(error).splitlines()[0]
+    else:
+        if missing := lacking(recording):
+            lost = f"pictures of {len(missing)} steps are still to be drawn"
+    failed = recording.folder / FAILED
+    if lost and failed.exists():
+        return Row(recording, "failed", str(json.loads(failed.read_text(encoding="utf-8"))["reason"]))
+    if lost:
+        return Row(recording, "missing", lost)
     return Row(recording, "done")
 
 
@@ -98,7 +104,7 @@ def described(base: Recording) -> str:
     """Return in one line what is measured, as every header says it."""
     plan = PLANS[base.plan]
     cadence = ", ".join(f"{name} every {every}" for name, every in plan.every.items())
-    shown = f"{plan.prompts} prompts x {plan.seeds} seeds of each kind at about {plan.scored} steps"
+    shown = f"{plan.prompts} prompts x {plan.seeds * plan.rounds} seeds of each kind at about {plan.scored} steps"
     drawn = f"{plan.sampling_steps or 'the preset number of'} sampling steps"
     cap = "" if plan.share == 1 else f", trained to {100 * plan.share:.0f} % of the full length"
     return f"preset {base.plan}: {shown}, {drawn}; {cadence}; {base.pairing}{cap}"
@@ -116,14 +122,22 @@ def expected(
     """Yield what ``recordings`` will take by `estimate`'s ``units``: a line for each method, and the whole."""
     if not recordings:
         return
-    work = {run: expected_seconds(run, units[run.method]) for run in recordings}
+    work = {run: seconds_left(run, units[run.method]) for run in recordings}
     for method, unit in units.items():
         of = [seconds for run, seconds in work.items() if run.method == method]
         costs = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in unit.items())
         yield f"{method}: {len(of)} runs of {clock(sum(of) / len(of))} each ({costs})"
     places = len(slots(workers, recordings[0].threads))
-    whole = clock(sum(work.values()) / min(places, len(work)))
-    yield f"about {whole} with {places} at once, if that does not slow each of them down"
+    in_all = clock(sum(work.values()) / min(places, len(work)))
+    yield f"about {in_all} with {places} at once, if that does not slow each of them down"
+
+
+def seconds_left(recording: Recording, units: Mapping[str, float]) -> float:
+    """Return what a recording takes, by counts times ``units``; of a run that is there, its further pictures alone."""
+    if not whole(recording.folder):
+        return expected_seconds(recording, units)
+    plan = PLANS[recording.plan]
+    return units["start_up"] + _rounds_left(recording) * 2 * plan.prompts * plan.seeds * units["picture"]
 
 
 def recorded(
@@ -199,22 +213,28 @@ class _Progress:
 
     def __init__(self, recordings: Sequence[Recording], units: Mapping[str, Mapping[str, float]], workers: int) -> None:
         self.work = {
-            recording: expected_seconds(recording, units[recording.method]) if recording.method in units else 1.0
+            recording: seconds_left(recording, units[recording.method]) if recording.method in units else 1.0
             for recording in recordings
         }
+        self.rounds = {recording: _rounds_left(recording) for recording in recordings if whole(recording.folder)}
         self.workers, self.started, self.over = workers, time.monotonic(), set[Recording]()
-        self.at_start = sum(self.work[recording] * _share(recording) for recording in recordings)
+        self.at_start = sum(self.work[recording] * self.share(recording) for recording in recordings)
 
     def ended(self, recording: Recording) -> None:
         self.over.add(recording)
 
     def line(self, running: Sequence[Recording]) -> str:
         done = sum(self.work[recording] for recording in self.over)
-        done += sum(self.work[recording] * _share(recording) for recording in running)
-        whole, spent = sum(self.work.values()), time.monotonic() - self.started
+        done += sum(self.work[recording] * self.share(recording) for recording in running)
+        in_all, spent = sum(self.work.values()), time.monotonic() - self.started
         gained = done - self.at_start
-        left = f", about {clock(spent * (whole - done) / gained)} left" if gained > 0 else ""
-        return f"{len(self.over)} of {len(self.work)} runs, {100 * done / whole:.0f} % in {clock(spent)}{left}"
+        left = f", about {clock(spent * (in_all - done) / gained)} left" if gained > 0 else ""
+        return f"{len(self.over)} of {len(self.work)} runs, {100 * done / in_all:.0f} % in {clock(spent)}{left}"
+
+    def share(self, recording: Recording) -> float:
+        """How much of its work is done: steps made, or of a run that was there, pictures drawn."""
+        rounds = self.rounds.get(recording)
+        return 1 - _rounds_left(recording) / rounds if rounds else _trained(recording)
 
 
 def _work(recording: Recording) -> Work:
@@ -222,7 +242,11 @@ def _work(recording: Recording) -> Work:
     return Work("dvar.laboratory.recording", told, recording.folder / LOG, recording.threads)
 
 
-def _share(recording: Recording) -> float:
+def _rounds_left(recording: Recording) -> int:
+    return sum(map(len, lacking(recording).values()))
+
+
+def _trained(recording: Recording) -> float:
     """The part of its steps that a run has made, by the end of its trace."""
     try:
         with (recording.folder / "trace.jsonl").open("rb") as file:
