@@ -53,7 +53,7 @@ docs: setup
 	$(RUN)/python docs/reference.py
 	$(RUN)/python docs/performance.py
 
-# The page of results, and the runs that it is read off: made once, in the folder "records", six core-minutes a run, and gone on
+# The page of results, and the runs that it is read off: made once, in the folder "records", eleven core-minutes a run, and gone on
 # with after a kill.  The runs that experiments make of their own take three hours more, the true runs a quarter of one.
 TUNING = brown_boot pink_checked_house purple_cat turquoise_dog
 results: setup
