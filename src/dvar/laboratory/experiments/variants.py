@@ -43,7 +43,7 @@ def initial(bench: Bench) -> Exhibit:
     found = _recorded(bench, STARTS)
     ends = {name: _mean(records, "train", "clip_image") for name, records in found.items()}
     claims = [
-        compared(f"a {name} ends as well as the class noun ({ends[name]:.3f} against {ends[USUAL]:.3f})", close)
+        compared(f"the {name} ends as well as the class noun ({ends[name]:.3f} against {ends[USUAL]:.3f})", close)
         for name, close in ((name, ends[name] > ends[USUAL] - _CLOSE) for name in STARTS if name != USUAL)
     ]
     said = f"By Train CLIP image at the last step, where {_CLOSE} less counts as equal. {' '.join(claims)}"
