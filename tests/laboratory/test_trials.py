@@ -169,8 +169,8 @@ def test_the_first_version_s_variants(concepts: Path, tmp_path: Path, monkeypatc
     rows = {row["variant"]: row for row in words.tables[0].data}
     assert list(rows) == list(variants.STARTS)
     assert rows["random word"]["words"] == ["teapot"]
-    assert "Unlike in the paper, it is not so here that a random word ends as well" in words.says[0]
-    assert "As in the paper, a best word by CLIP ends as well" in words.says[0]
+    assert "Unlike in the paper, it is not so here that the random word ends as well" in words.says[0]
+    assert "As in the paper, the best word by CLIP ends as well" in words.says[0]
     rows = {row["variant"]: row for row in variants.sam(bench).tables[0].data}
     assert rows["SAM"]["Train CLIP img"][0] > rows["AdamW"]["Train CLIP img"][0]
 
