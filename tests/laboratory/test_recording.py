@@ -375,17 +375,19 @@ def test_what_was_scored_anew_is_kept_and_belongs_to_its_run(copied: Callable[[s
 
 
 @pytest.fixture
-def thrice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The plan with three rounds of pictures."""
-    monkeypatch.setitem(PLANS, "cpu", replace(PLANS["cpu"], rounds=3))
+def thrice(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Called, it gives the plan three rounds of pictures; what `finished` makes before has one."""
+    return lambda: monkeypatch.setitem(PLANS, "cpu", replace(PLANS["cpu"], rounds=3))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_whole_run_has_the_pictures_drawn_that_its_plan_asks_for_now(
-    copied: Callable[[str], Path], one: Make, method: str, thrice: None
+    copied: Callable[[str], Path], one: Make, method: str, thrice: Callable[[], None]
 ) -> None:
     folder, recording = copied(method), one(method)
     before, first = contents(folder), Record.open(folder)
+    assert standing(recording).state == "done"
+    thrice()
     assert standing(recording).reason == f"pictures of {len(first.scored_steps)} steps are still to be drawn"
     record(recording)
     assert standing(recording).state == "done"
@@ -408,9 +410,10 @@ def test_a_whole_run_has_the_pictures_drawn_that_its_plan_asks_for_now(
 
 
 def test_pictures_go_on_after_a_kill_and_count_when_no_step_lacks_them(
-    copied: Callable[[str], Path], one: Make, thrice: None
+    copied: Callable[[str], Path], one: Make, thrice: Callable[[], None]
 ) -> None:
     folder, recording = copied("textual-inversion"), one()
+    thrice()
     record(recording)
     whole, path = Record.open(folder), folder / "rounds.json"
     content = json.loads(path.read_text())
@@ -427,9 +430,10 @@ def test_pictures_go_on_after_a_kill_and_count_when_no_step_lacks_them(
 
 @pytest.mark.parametrize("damage", ["{", '{"header": {"hashes": {}}, "rows": []}', '{"rows": []}', "[]"])
 def test_pictures_that_are_damaged_or_of_another_run_are_drawn_again(
-    copied: Callable[[str], Path], one: Make, thrice: None, damage: str
+    copied: Callable[[str], Path], one: Make, thrice: Callable[[], None], damage: str
 ) -> None:
     folder = copied("textual-inversion")
+    thrice()
     (folder / "rounds.json").write_text(damage)
     write_json(folder / "failed.json", {"reason": "the disk was full"})
     assert standing(one()).reason == "the disk was full"
@@ -443,11 +447,11 @@ def test_pictures_that_are_damaged_or_of_another_run_are_drawn_again(
 
 
 def test_a_checkpoint_that_was_scored_anew_on_fewer_pictures_is_drawn_again(
-    copied: Callable[[str], Path], one: Make, monkeypatch: pytest.MonkeyPatch
+    copied: Callable[[str], Path], one: Make, thrice: Callable[[], None]
 ) -> None:
     folder = copied("textual-inversion")
     rescore(folder, [3, 7])
-    monkeypatch.setitem(PLANS, "cpu", replace(PLANS["cpu"], rounds=3))
+    thrice()
     record(one())
     few = Rescored.open(folder)
     assert few is not None
