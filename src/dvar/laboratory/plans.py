@@ -276,9 +276,9 @@ class Shots:
     their prompts.  ``places`` names what was asked for, where a judge can tell.
     """
 
-    prompts: tuple[str, ...]
-    texts: tuple[str, ...]
-    seeds: tuple[int, ...]
+    prompts: Sequence[str]
+    texts: Sequence[str]
+    seeds: Sequence[int]
     places: tuple[str, ...] | None = None
 
     def again(self, number: int) -> Shots:

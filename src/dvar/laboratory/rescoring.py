@@ -19,9 +19,9 @@ import torch
 
 from dvar import mini
 from dvar.errors import DvarError
-from dvar.laboratory.plans import CHECKPOINTS, Recording, facts_of
+from dvar.laboratory.plans import CHECKPOINTS, Recording, Shots, facts_of
 from dvar.laboratory.processes import Work, side_by_side, slots
-from dvar.laboratory.recording import DONE, alone, drawn, scorer_of
+from dvar.laboratory.recording import DONE, alone, drawn_and_scored, scorer_of
 from dvar.laboratory.records import RESCORED, Record, Rescored, Shelf, rescored
 from dvar.laboratory.revisits import ANEW, learned_along, sheet_at, weights_at, write_sheet
 from dvar.trainer.artifacts import write_json
@@ -47,14 +47,15 @@ def rescore(folder: str | Path, steps: Iterable[int]) -> Path:
         header, done = Record.open(folder).header, _read(folder / DONE)
         seeds, before = [FRESH + seed for seed in header["seeds"]], Rescored.open(folder)
         rows = _read(folder / RESCORED)["rows"] if before and before.count == len(seeds) else []
+        shots = {part: Shots(header[f"{part}_prompts"], header[f"{part}_texts"], seeds) for part in PARTS}
         there = {row["step"] for row in rows}
         torch.set_num_threads(done.get("threads", 1))
         wanted, score = sorted(set(steps) - there), None
         for step, job in zip(wanted, learned_along(folder, wanted), strict=True):
             score = score or scorer_of(_recording(folder, job), job.concept)
-            pictures = {part: drawn(job, header[f"{part}_prompts"], seeds, header["sampling_steps"]) for part in PARTS}
-            write_sheet(sheet_at(folder, step, ANEW), list(pictures.values()))
-            rows.append({"step": step} | {part: score(pictures[part], header[f"{part}_texts"]) for part in PARTS})
+            pictures, scores = drawn_and_scored(job, shots, score, header["sampling_steps"])
+            write_sheet(sheet_at(folder, step, ANEW), pictures)
+            rows.append({"step": step, **scores})
             write_json(folder / RESCORED, {"header": {"hashes": done["hashes"], "seeds": seeds}, "rows": rows})
     return folder / RESCORED
 
