@@ -66,7 +66,7 @@ def short_baseline() -> object:
 @pytest.fixture(scope="module")
 def report(root: Path, short_baseline: object, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("laboratory")
-    return reproduce(ReproduceConfig(records=str(root), output_dir=str(out)))
+    return reproduce(ReproduceConfig(records=(str(root),), output_dir=str(out)))
 
 
 def test_every_experiment_is_in_the_report_and_what_cannot_be_made_is_told(report: Path) -> None:
@@ -107,7 +107,7 @@ def test_every_caption_says_what_it_was_made_on(report: Path) -> None:
 
 
 def test_the_same_records_give_the_same_files(root: Path, report: Path, tmp_path: Path) -> None:
-    reproduce(ReproduceConfig(name="figure8", records=str(root), output_dir=str(tmp_path)))
+    reproduce(ReproduceConfig(name="figure8", records=(str(root),), output_dir=str(tmp_path)))
     for path in tmp_path.glob("figure8*"):
         assert path.read_bytes() == (report.parent / path.name).read_bytes(), path.name
 
@@ -126,7 +126,7 @@ def test_how_dvar_does_against_a_constant_is_said_of_both_kinds_of_setting(repor
 
 @pytest.mark.slow  # two whole rankings
 def test_rules_on_the_file_of_traces_are_rules_on_the_records(root: Path, report: Path, tmp_path: Path) -> None:
-    config = ReproduceConfig(name="rules", records=str(report.parent / "traces.npz"), output_dir=str(tmp_path))
+    config = ReproduceConfig(name="rules", records=(str(report.parent / "traces.npz"),), output_dir=str(tmp_path))
     reproduce(config)
     there, here = (json.loads((at / "rules.json").read_text()) for at in (report.parent, tmp_path))
     stops = [
@@ -362,7 +362,7 @@ def test_a_prompt_cannot_become_part_of_the_page(shelf: Shelf) -> None:
 
 def test_the_one_experiment_asked_for_is_refused_where_it_cannot_be_made(root: Path, tmp_path: Path) -> None:
     with pytest.raises(RefusedInput, match="no record of custom-diffusion"):
-        reproduce(ReproduceConfig(name="figure6", records=str(root), output_dir=str(tmp_path)))
+        reproduce(ReproduceConfig(name="figure6", records=(str(root),), output_dir=str(tmp_path)))
 
 
 def test_the_page_defines_every_colour_and_font_that_it_uses() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from fake_record import GAIN, START, TIMESTEPS, fake_record, scored_steps
 
 from dvar.errors import RefusedInput
-from dvar.laboratory.records import Record, Shelf
+from dvar.laboratory.records import Record, Rescored, Shelf
 
 
 @pytest.fixture
@@ -83,6 +84,26 @@ def test_an_unknown_series_or_score_names_those_there_are(folder: Path) -> None:
         record.series("evil")
     with pytest.raises(RefusedInput, match="no score train dino: it has train clip_image, train clip_text"):
         record.scores("train", "dino")
+
+
+def test_joined_shelves_read_a_run_from_the_first_that_has_it(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    fake_record(one, concept="red_mug", cap=40)
+    damaged = fake_record(one, concept="blue_dog", cap=40)
+    (damaged / "done.json").write_text("{")
+    for concept in ("red_mug", "blue_dog", "green_car"):
+        fake_record(other, concept=concept, cap=60)
+    (one / "seconds.json").write_text('{"textual-inversion": {"train": 1.0}}')
+    (other / "seconds.json").write_text('{"textual-inversion": {"train": 2.0}, "custom-diffusion": {"train": 3.0}}')
+    anew = Rescored(np.array([3]), {("train", "clip_image"): np.ones((1, 8))})
+    whole = Shelf.open(other)
+    whole = replace(whole, rescored={record.name: anew for record in whole})
+    shelf = Shelf.joined([Shelf.open(one), whole])
+    assert {record.concept: record.cap for record in shelf} == {"blue_dog": 60, "green_car": 60, "red_mug": 40}
+    assert not shelf.lost
+    assert shelf.seconds == {"textual-inversion": {"train": 1.0}, "custom-diffusion": {"train": 3.0}}
+    assert {name.split("/")[1] for name in shelf.rescored} == {"blue_dog", "green_car"}, "another run's are not its own"
+    assert [record.name for record in Shelf.joined([whole])] == [record.name for record in whole]
 
 
 def test_a_shelf_keeps_what_it_can_read_and_says_why_the_rest_is_lost(tmp_path: Path) -> None:

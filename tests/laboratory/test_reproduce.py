@@ -17,6 +17,7 @@ from dvar.laboratory.config import ReproduceConfig
 from dvar.laboratory.plans import Recording
 from dvar.laboratory.records import Record, Rescored, Shelf
 from dvar.laboratory.sweeps import Row
+from dvar.laboratory.traces import write_traces
 from dvar.mini import TUNING
 
 METHODS = ("textual-inversion", "dreambooth-lora", "custom-diffusion")
@@ -103,7 +104,7 @@ def test_a_quick_report_records_what_it_needs_where_there_are_no_records(
 def test_what_changes_nothing_is_recorded_once_for_tables_and_variants(
     tmp_path: Path, recorded: list[Recording]
 ) -> None:
-    config = ReproduceConfig(quick=True, records=str(tmp_path / "records"), output_dir=str(tmp_path / "out"))
+    config = ReproduceConfig(quick=True, records=(str(tmp_path / "records"),), output_dir=str(tmp_path / "out"))
     reproduce._record(config, ["table1", "initial", "sam"], lambda line: None)
     varied = [one for one in recorded if dict(one.settings)]
     assert [dict(one.settings).get("initializer", "sam") for one in varied] == ["random", "clip", "sam"]
@@ -130,8 +131,21 @@ def test_quick_leaves_out_no_run_that_settings_are_tuned_on(tmp_path: Path) -> N
     for seed in range(reproduce.QUICK + 1):
         fake_record(tmp_path, concept=TUNING[0], seed=seed, cap=60, learned=8.0)
     fake_record(tmp_path, concept="cup", cap=60, learned=8.0)
-    found = reproduce.opened(ReproduceConfig(name="rules", quick=True, records=str(tmp_path)))
+    found = reproduce.opened(ReproduceConfig(name="rules", quick=True, records=(str(tmp_path),)))
     assert len(found.for_tuning("textual-inversion")) == reproduce.QUICK + 1
+
+
+def test_records_may_stand_in_several_places(tmp_path: Path) -> None:
+    for concept in ("cup", "mug"):
+        fake_record(tmp_path / "old", concept=concept, cap=60, learned=8.0)
+    fake_record(tmp_path / "new", concept="mug", cap=60, learned=8.0, pictures=16)
+    fake_record(tmp_path / "new", concept="owl", cap=60, learned=8.0)
+    traces, out = write_traces(Shelf.open(tmp_path / "old"), tmp_path / "traces.npz"), tmp_path / "out"
+    words = ["reproduce", "figure14", "--records", str(tmp_path / "new"), "--records", str(traces)]
+    assert main([*words, "--output_dir", str(out)]) == 0
+    facts = json.loads((out / "report.json").read_text(encoding="utf-8"))["facts"]
+    assert "Concepts: 3;" in facts[0]
+    assert "8 or 16 pictures of each kind" in facts[0]
 
 
 def test_what_reads_no_record_records_none(tmp_path: Path, recorded: list[Recording]) -> None:

@@ -72,7 +72,11 @@ class ReproduceConfig(Config):
     """Every setting of ``dvar reproduce``."""
 
     name: str = setting("all", "Which experiment, or all.")
-    records: str = setting("records", "Folder of recorded runs, or a file of traces.", section="Records and report")
+    records: tuple[str, ...] = setting(
+        ("records",),
+        "Folder of recorded runs, or a file of traces; give it again for another. The first that has a run is read.",
+        section="Records and report",
+    )
     output_dir: str = setting("runs/laboratory", "Folder for data, figures and report.html.")
     quick: bool = setting(False, "Small and soon: records the little it needs, where there are none, and trains less.")
     model: str = setting(BUNDLED_MODEL, "Base model of runs that an experiment trains itself.")

@@ -95,7 +95,7 @@ class Provenance:
     concepts: tuple[str, ...]
     seeds: tuple[int, ...]
     pairing: str
-    pictures: int
+    pictures: tuple[int, ...]
     scored: int
     sampling_steps: int
     share: float = 1.0
@@ -110,7 +110,7 @@ class Provenance:
             concepts=tuple(sorted({r.concept for r in records})),
             seeds=tuple(sorted({r.seed for r in records})),
             pairing=str(header.get("pairing", "not said")),
-            pictures=min(record.count for record in records),
+            pictures=tuple(sorted({record.count for record in records})),
             scored=int(np.median([len(r.scored_steps) for r in records])),
             sampling_steps=int(header.get("sampling_steps", 0)),
             share=float(header.get("share", 1.0)),
@@ -118,10 +118,11 @@ class Provenance:
 
     def __str__(self) -> str:
         model = ", ".join("the bundled model" if name == BUNDLED_MODEL else name for name in self.models)
+        pictures = " or ".join(map(str, self.pictures))
         small = "" if self.share == 1 else f"Trained to {100 * self.share:g} % of the full length, Baseline's cap too. "
         return (
             f"Base model: {model}. Concepts: {len(self.concepts)}; seeds: {len(self.seeds)}. {small}"
-            f"CLIP similarity paired {self.pairing}; {self.pictures} pictures of each kind at {self.scored} steps, "
+            f"CLIP similarity paired {self.pairing}; {pictures} pictures of each kind at {self.scored} steps, "
             f"{self.sampling_steps} sampling steps; {self.halves}."
         )
 

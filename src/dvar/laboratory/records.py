@@ -255,6 +255,18 @@ class Shelf:
         units = _json(seconds) if seconds.exists() else {}
         return cls(tuple(records), lost, tuning, units, rescored(records))
 
+    @classmethod
+    def joined(cls, shelves: Sequence[Shelf]) -> Shelf:
+        """Return one shelf with the runs of all; what several have, a run or a method's seconds, is the first's."""
+        first = {record.name: (record, shelf) for shelf in reversed(shelves) for record in shelf}
+        return cls(
+            records=tuple(first[name][0] for name in sorted(first)),
+            lost={name: why for shelf in shelves for name, why in shelf.lost.items() if name not in first},
+            tuning=tuple(dict.fromkeys(name for shelf in shelves for name in shelf.tuning)),
+            seconds={method: of for shelf in reversed(shelves) for method, of in shelf.seconds.items()},
+            rescored={name: of.rescored[name] for name, (_, of) in sorted(first.items()) if name in of.rescored},
+        )
+
     @property
     def methods(self) -> tuple[str, ...]:
         """The methods that have a record outside the tuning concepts, in the paper's order."""

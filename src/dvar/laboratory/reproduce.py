@@ -70,7 +70,7 @@ def _record(config: ReproduceConfig, names: Sequence[str], tell: Callable[[str],
     from dvar.laboratory.experiments import variants
 
     bench, runs = _bench(config, tell), []
-    if _reads_records(names) and bench.records == _source(config):
+    if _reads_records(names) and _sources(config) == (bench.records,):
         runs += bench.few(str(bench.records), QUICK_CONCEPTS, QUICK_TUNING)
     for name, changes in (("initial", variants.STARTS), ("sam", variants.OPTIMIZERS)):
         if name in names:
@@ -81,11 +81,11 @@ def _record(config: ReproduceConfig, names: Sequence[str], tell: Callable[[str],
             tell(line)
 
 
-def _source(config: ReproduceConfig) -> Path:
+def _sources(config: ReproduceConfig) -> tuple[Path, ...]:
     """Where records are read: as named, or where quick finds none there, in "quick" beside where whole ones stand."""
-    named = Path(config.records)
-    whole = named.is_file() or any(named.glob("*/*/*/config.json"))
-    return named if whole or not config.quick else named / SMALL
+    named = tuple(map(Path, config.records))
+    whole = any(one.is_file() or any(one.glob("*/*/*/config.json")) for one in named)
+    return named if whole or not config.quick else (named[0] / SMALL,)
 
 
 def _rescored(shelf: Shelf, tell: Callable[[str], None]) -> Shelf:
@@ -101,15 +101,15 @@ def _rescored(shelf: Shelf, tell: Callable[[str], None]) -> Shelf:
 def _bench(config: ReproduceConfig, tell: Callable[[str], None]) -> Bench:
     from dvar.laboratory.trials import Bench  # and with it torch
 
-    named = Path(config.records)
-    records = None if named.is_file() else named / SMALL if config.quick else named
+    folder = next((Path(named) for named in config.records if not Path(named).is_file()), None)
+    records = folder / SMALL if folder and config.quick else folder
     return Bench(Path(config.output_dir) / "runs", config.quick, config.model, config.concepts_dir, tell, records)
 
 
 def opened(config: ReproduceConfig) -> Shelf:
-    """The records that the settings name: a folder of recorded runs, or one file of traces."""
-    source = _source(config)
-    shelf = read_traces(source) if source.is_file() else Shelf.open(source)
+    """The records that the settings name, in folders of recorded runs and files of traces."""
+    sources = _sources(config)
+    shelf = Shelf.joined([read_traces(one) if one.is_file() else Shelf.open(one) for one in sources])
     return _few(shelf) if config.quick else shelf
 
 
