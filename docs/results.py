@@ -1,18 +1,22 @@
 """The page docs/results.md and its pictures: ``python docs/results.py FOLDER`` writes them anew.
 
-FOLDER is what ``dvar reproduce all --output_dir FOLDER`` has made.
+FOLDER is what ``dvar reproduce all --output_dir FOLDER`` has made, or ``dvar reproduce NAMES``: then what the page
+says of other experiments stays, and with Table 1 comes what it opens with, the records.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+from dvar.laboratory.config import EXPERIMENTS
 
 HERE = Path(__file__).parent
 LIMIT = 120_000
@@ -26,8 +30,6 @@ Every table and figure of the paper, re-run by `make results` and set beside the
 All but what trains runs of its own is read off recorded runs, by the rules that [fidelity](fidelity.md) gives;
 [their traces](traces.md) come with this repository, so that anyone can read them again.
 
-"""
-DEVIATIONS = """
 What differs from the paper throughout:
 
 - The base model is the one that ships with this library unless a caption names another: a latent diffusion model of a
@@ -39,16 +41,21 @@ What differs from the paper throughout:
 - CLIP scores are of a CLIP that conditions nothing; pictures that choose a step never report on it.
 - Minutes are counts of work times seconds measured on the machine of the record, and not those of an A100.
 - People are simulated in Table 2.
+
 """
+RECORDS = "records"
+"""The section that says what was recorded."""
 
 
-def page(folder: Path) -> tuple[str, dict[str, bytes]]:
-    """The page, and its pictures by the names they have in it."""
+def sections(folder: Path) -> tuple[dict[str, str], dict[str, bytes]]:
+    """What a folder holds as sections of the page by name, and their pictures by the names that they have in it."""
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    parts, pictures = [OPENING, *(f"{fact}\n" for fact in report["facts"]), DEVIATIONS], dict[str, bytes]()
+    found, pictures = dict[str, str](), dict[str, bytes]()
+    if "table1" in report["experiments"]:
+        found[RECORDS] = "\n\n".join(report["facts"])
     for name in report["experiments"]:
         content = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-        parts += ["", f"## {content['title']}", ""]
+        parts = [f"## {content['title']}", ""]
         if content["missing"]:
             parts += [f"Not made: {content['missing']}", ""]
         parts += [f"{line}\n" for line in content["says"]]
@@ -58,7 +65,20 @@ def page(folder: Path) -> tuple[str, dict[str, bytes]]:
             shown, drawn = _picture(folder / f"{name}-{plot['name']}.svg")
             pictures[shown] = drawn
             parts += [f"![{_flat(plot['name'])}](results/{shown})", "", f"*{_flat(plot['caption'])}*", ""]
-    return "\n".join(parts).rstrip() + "\n", pictures
+        found[name] = "\n".join(parts)
+    return found, pictures
+
+
+def kept(text: str) -> dict[str, str]:
+    """The sections of a page by name."""
+    parts = re.split(r"^<!-- (\w+) -->$", text, flags=re.MULTILINE)[1:]
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def page(found: Mapping[str, str]) -> str:
+    """The page with these sections, in the order of the report."""
+    order = (name for name in (RECORDS, *EXPERIMENTS) if name in found)
+    return OPENING + "\n".join(f"<!-- {name} -->\n{found[name].strip()}\n" for name in order)
 
 
 def _table(shown: Mapping[str, Any]) -> Iterator[str]:
@@ -96,14 +116,17 @@ def _picture(svg: Path) -> tuple[str, bytes]:
 
 
 def main(folder: Path, to: Path = HERE) -> None:
-    """Write the page, and its pictures in place of those that were there."""
-    text, pictures = page(folder)
+    """Write the page, and its pictures; those that it no longer shows are removed."""
+    there = to / "results.md"
+    found, pictures = sections(folder)
+    text = page(kept(there.read_text(encoding="utf-8") if there.exists() else "") | found)
     (to / "results").mkdir(exist_ok=True)
-    for stale in (to / "results").iterdir():
-        stale.unlink()
     for name, drawn in pictures.items():
         (to / "results" / name).write_bytes(drawn)
-    (to / "results.md").write_text(text, encoding="utf-8", newline="\n")
+    shown = set(re.findall(r"\(results/([^)]+)\)", text))
+    for stale in (path for path in (to / "results").iterdir() if path.name not in shown):
+        stale.unlink()
+    there.write_text(text, encoding="utf-8", newline="\n")
 
 
 if __name__ == "__main__":

@@ -270,15 +270,15 @@ def report(run: Path, /) -> int:
 
 @app.command(help_epilogue="\n".join(f"{name:<10}{says}" for name, says in EXPERIMENTS.items()))
 @_with_flags_of(ReproduceConfig)
-def reproduce(name: str, /, **given: Any) -> int:
-    """Make a table or figure of the paper from recorded runs: its data, its figures and a page.
+def reproduce(names: tuple[str, ...], /, **given: Any) -> int:
+    """Make tables and figures of the paper from recorded runs: their data, their pictures and a page.
 
     Parameters
     ----------
-    name
-        Which one, as listed below, or "all" for a report of everything.
+    names
+        Which ones, as listed below, or "all" for a report of everything.
     """
-    config = ReproduceConfig(name=name, **given)
+    config = ReproduceConfig(names=names, **given)
     if problems := reproduce_problems(config):
         raise RefusedInput(problems)
     from dvar.laboratory.reproduce import reproduce as make

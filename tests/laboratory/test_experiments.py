@@ -107,7 +107,7 @@ def test_every_caption_says_what_it_was_made_on(report: Path) -> None:
 
 
 def test_the_same_records_give_the_same_files(root: Path, report: Path, tmp_path: Path) -> None:
-    reproduce(ReproduceConfig(name="figure8", records=(str(root),), output_dir=str(tmp_path)))
+    reproduce(ReproduceConfig(names=("figure8",), records=(str(root),), output_dir=str(tmp_path)))
     for path in tmp_path.glob("figure8*"):
         assert path.read_bytes() == (report.parent / path.name).read_bytes(), path.name
 
@@ -126,7 +126,7 @@ def test_how_dvar_does_against_a_constant_is_said_of_both_kinds_of_setting(repor
 
 @pytest.mark.slow  # two whole rankings
 def test_rules_on_the_file_of_traces_are_rules_on_the_records(root: Path, report: Path, tmp_path: Path) -> None:
-    config = ReproduceConfig(name="rules", records=(str(report.parent / "traces.npz"),), output_dir=str(tmp_path))
+    config = ReproduceConfig(names=("rules",), records=(str(report.parent / "traces.npz"),), output_dir=str(tmp_path))
     reproduce(config)
     there, here = (json.loads((at / "rules.json").read_text()) for at in (report.parent, tmp_path))
     stops = [
@@ -350,6 +350,24 @@ def test_the_page_of_results_holds_every_section_and_its_pictures(report: Path, 
     assert "| Few iters (mean) | 0.801 ± 0.071 |" in page  # the paper's
 
 
+def test_the_page_of_results_keeps_what_was_not_made_again(report: Path, root: Path, tmp_path: Path) -> None:
+    results = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "results.py"))
+    results["main"](report.parent, to=tmp_path)
+    before = results["kept"]((tmp_path / "results.md").read_text(encoding="utf-8"))
+    pictures = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "results").iterdir()}
+    (tmp_path / "results" / "figure8-stale.svg").write_text("<svg/>")
+    records = tmp_path / "records"
+    fake_record(records, concept="lone_mug", cap=80, learned=9.0)
+    reproduce(ReproduceConfig(names=("figure8",), records=(str(records),), output_dir=str(tmp_path / "more")))
+    results["main"](tmp_path / "more", to=tmp_path)
+    after = results["kept"]((tmp_path / "results.md").read_text(encoding="utf-8"))
+    assert list(after) == list(before) == ["records", *EXPERIMENTS]
+    assert [name for name in after if after[name] != before[name]] == ["figure8"]
+    found = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "results").iterdir()}
+    assert found.keys() == pictures.keys()
+    assert {name.split("-")[0] for name in found if found[name] != pictures[name]} == {"figure8"}
+
+
 def test_a_pattern_that_differs_is_said_to_differ() -> None:
     assert compared("water is wet", True) == "As in the paper, water is wet."
     assert compared("water is wet", False) == "Unlike in the paper, it is not so here that water is wet."
@@ -362,7 +380,7 @@ def test_a_prompt_cannot_become_part_of_the_page(shelf: Shelf) -> None:
 
 def test_the_one_experiment_asked_for_is_refused_where_it_cannot_be_made(root: Path, tmp_path: Path) -> None:
     with pytest.raises(RefusedInput, match="no record of custom-diffusion"):
-        reproduce(ReproduceConfig(name="figure6", records=(str(root),), output_dir=str(tmp_path)))
+        reproduce(ReproduceConfig(names=("figure6",), records=(str(root),), output_dir=str(tmp_path)))
 
 
 def test_the_page_defines_every_colour_and_font_that_it_uses() -> None:

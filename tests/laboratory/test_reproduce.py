@@ -131,7 +131,7 @@ def test_quick_leaves_out_no_run_that_settings_are_tuned_on(tmp_path: Path) -> N
     for seed in range(reproduce.QUICK + 1):
         fake_record(tmp_path, concept=TUNING[0], seed=seed, cap=60, learned=8.0)
     fake_record(tmp_path, concept="cup", cap=60, learned=8.0)
-    found = reproduce.opened(ReproduceConfig(name="rules", quick=True, records=(str(tmp_path),)))
+    found = reproduce.opened(ReproduceConfig(names=("rules",), quick=True, records=(str(tmp_path),)))
     assert len(found.for_tuning("textual-inversion")) == reproduce.QUICK + 1
 
 

@@ -113,8 +113,8 @@ def test_figure_5_by_its_command(
     told: list[str] = []
     report = reproduce(
         ReproduceConfig(
-            name="figure5",
-            records=str(tmp_path / "none"),
+            names=("figure5",),
+            records=(str(tmp_path / "none"),),
             output_dir=str(tmp_path),
             quick=True,
             model=str(tiny_model),

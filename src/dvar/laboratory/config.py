@@ -71,7 +71,7 @@ EXPERIMENTS: dict[str, str] = {
 class ReproduceConfig(Config):
     """Every setting of ``dvar reproduce``."""
 
-    name: str = setting("all", "Which experiment, or all.")
+    names: tuple[str, ...] = setting(("all",), "Which experiments, or all.")
     records: tuple[str, ...] = setting(
         ("records",),
         "Folder of recorded runs, or a file of traces; give it again for another. The first that has a run is read.",
@@ -81,6 +81,11 @@ class ReproduceConfig(Config):
     quick: bool = setting(False, "Small and soon: records the little it needs, where there are none, and trains less.")
     model: str = setting(BUNDLED_MODEL, "Base model of runs that an experiment trains itself.")
     concepts_dir: str | None = setting(None, "Folder of concepts for those runs; the bundled ones without.")
+
+    @property
+    def experiments(self) -> list[str]:
+        """The names of what is asked for, each once, "all" being every one."""
+        return list(EXPERIMENTS if "all" in self.names else dict.fromkeys(self.names))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,10 +153,12 @@ def replay_problems(config: ReplayConfig) -> list[str]:
 
 def reproduce_problems(config: ReproduceConfig) -> list[str]:
     """Everything wrong with these settings by themselves, a line each; empty when in order."""
-    if config.name in ("all", *EXPERIMENTS):
-        return []
-    near = nearest(config.name, ["all", *EXPERIMENTS])
-    return [f"there is no experiment {config.name!r}: the nearest is {near}, and 'all' makes every one"]
+    known = ["all", *EXPERIMENTS]
+    return [
+        f"there is no experiment {name!r}: the nearest is {nearest(name, known)}, and 'all' makes every one"
+        for name in config.names
+        if name not in known
+    ]
 
 
 def survey_problems(config: SurveyBuildConfig | SurveyServeConfig | SurveyScoreConfig) -> list[str]:

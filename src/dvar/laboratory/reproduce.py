@@ -33,19 +33,19 @@ REPORT, FACTS = "report.html", "report.json"
 def reproduce(config: ReproduceConfig, tell: Callable[[str], None] = lambda line: None) -> Path:
     """Make the experiments that ``config`` names and return the page that shows them, ``report.html``.
 
-    Beside it lie each experiment's data and figures, and ``report.json`` with what they were made from.  Of "all", one
-    that cannot be made is told in its place with the reason; alone it is refused.
+    Beside it lie each experiment's data and figures, and ``report.json`` with what they were made from.  Of several,
+    one that cannot be made is told in its place with the reason; alone it is refused.
 
     Raises: RefusedInput when no record can be read, or when the one experiment asked for cannot be made.
     """
     folder = Path(config.output_dir)
-    names = list(EXPERIMENTS) if config.name == "all" else [config.name]
+    names = config.experiments
     if config.quick:
         _record(config, names, tell)
     shelf = opened(config) if _reads_records(names) else Shelf(())
     if "table1" in names:
         shelf = _rescored(shelf, tell)
-    facts = _facts(shelf, config)
+    facts = _facts(shelf, names, config.quick)
     made = []
     with matplotlib.rc_context(STYLE):
         for name in names:
@@ -125,7 +125,7 @@ def _made(name: str, shelf: Shelf, config: ReproduceConfig, tell: Callable[[str]
             return _trained(name, config, tell)
         return _traces(shelf, Path(config.output_dir)) if name == "traces" else _maker(MAKERS[name])(shelf)
     except DvarError as error:
-        if config.name != "all":
+        if config.experiments == [name]:
             raise
         return Exhibit(name, EXPERIMENTS[name], missing=str(error))
 
@@ -177,11 +177,11 @@ def _traces(shelf: Shelf, folder: Path) -> Exhibit:
     return Exhibit("traces", EXPERIMENTS["traces"], said)
 
 
-def _facts(shelf: Shelf, config: ReproduceConfig) -> list[str]:
-    if config.name in SIMULATED:
+def _facts(shelf: Shelf, names: Sequence[str], quick: bool) -> list[str]:
+    if set(names) <= set(SIMULATED):
         return ["No record was read: this is a simulation."]
-    if config.name in TRAINED:
-        return ["No record was read: this experiment trained what it shows."]
+    if not _reads_records(names):
+        return ["No record was read: what is shown was trained for it."]
     counted = [record for method in shelf.methods for record in shelf.of(method)]
     if not counted:
         raise RefusedInput(["every record is of a tuning concept, and no table counts those: record other concepts"])
@@ -191,7 +191,7 @@ def _facts(shelf: Shelf, config: ReproduceConfig) -> list[str]:
     told.append(
         f"Settings were tuned on {others}, which no table counts." if tuning else "No concept was recorded for tuning."
     )
-    if config.quick:
+    if quick:
         told.append(f"Quick: {QUICK} concepts a method at most; the intervals are as wide as that makes them.")
     if shelf.lost:
         lost = "1 run is lost: " if len(shelf.lost) == 1 else f"{len(shelf.lost)} runs are lost: "
