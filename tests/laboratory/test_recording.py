@@ -20,10 +20,11 @@ from dvar.errors import CheckpointError, ModelError, RefusedInput
 from dvar.laboratory import plans, rescoring
 from dvar.laboratory.experiments.agreement import agreement
 from dvar.laboratory.plans import PLACES, PLANS, Plan, Recording, Shots, log_spaced
-from dvar.laboratory.recording import drawn, lacking, record, scorer_of, scores_to_go_on_from
+from dvar.laboratory.recording import record, scores_to_go_on_from
 from dvar.laboratory.records import Record, Rescored, Shelf
 from dvar.laboratory.rescoring import rescore, with_rescored
 from dvar.laboratory.revisits import ANEW, learned_along, learned_at, read_sheet, sheet_at, weights_at, write_sheet
+from dvar.laboratory.scoring import drawn, lacking, scorer_of
 from dvar.laboratory.sweeps import standing
 from dvar.laboratory.trials import Bench
 from dvar.laboratory.ways import Way
@@ -463,7 +464,8 @@ def test_a_checkpoint_that_was_scored_anew_on_fewer_pictures_is_drawn_again(
     assert found is not None
     assert (found.steps.tolist(), found.count) == ([3], 12)
     for which, values in found.pictures.items():  # on the same seeds and others
-        np.testing.assert_allclose(values[0, :4], few.pictures[which][0], atol=1e-5)  # in other batches
+        # In other batches a pixel may round to its neighbour (1e-5 of a cosine on some CPUs); other seeds are 1e-2 apart.
+        np.testing.assert_allclose(values[0, :4], few.pictures[which][0], atol=2e-4)
 
 
 def test_a_run_that_an_experiment_needs_is_found_among_the_records(

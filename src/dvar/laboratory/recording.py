@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,12 +25,11 @@ from PIL import Image
 from torch import Tensor
 
 from dvar.config import CustomDiffusionConfig
-from dvar.diffusion.clip import Clip
 from dvar.diffusion.objective import Draws, denoising_loss
 from dvar.diffusion.randomness import generator
-from dvar.diffusion.sampling import BATCH, sample
+from dvar.diffusion.sampling import BATCH
 from dvar.errors import CheckpointError, DvarError, NonFiniteLoss, RefusedInput
-from dvar.laboratory.metrics import Dino, Judge, Scorer
+from dvar.laboratory.metrics import Scorer
 from dvar.laboratory.plans import (
     DRIFT,
     FACTS,
@@ -39,19 +38,18 @@ from dvar.laboratory.plans import (
     STRATIFIED,
     UNSEEN,
     Recording,
-    Shots,
     facts_of,
     shots,
 )
-from dvar.laboratory.records import RESCORED, ROUNDS, Record, digest, rounds
-from dvar.laboratory.revisits import ANEW, SHEETS, WEIGHTS, learned_along, sheet_at, weights_at, write_sheet
+from dvar.laboratory.records import DONE, RESCORED, ROUNDS, SCORES, Record, digest
+from dvar.laboratory.revisits import ANEW, SHEETS, WEIGHTS, sheet_at, weights_at, write_sheet
+from dvar.laboratory.scoring import add_rounds, drawn, drawn_and_scored, scorer_of
 from dvar.stopper.probe import PairedProbe, Probe, stratified_timesteps
 from dvar.stopper.rules import Criterion, Dvar, FixedSteps
 from dvar.stopper.trace import Trace
 from dvar.stopper.verdict import Reason
 from dvar.trainer.artifacts import write_json, write_weights
 from dvar.trainer.checkpoint import latest
-from dvar.trainer.concept import Concept
 from dvar.trainer.examples import encoded
 from dvar.trainer.job import Job
 from dvar.trainer.loop import Step, Stopwatch
@@ -62,7 +60,7 @@ try:
 except ModuleNotFoundError:
     fcntl = None  # type: ignore[assignment]
 
-SCORES, DONE, FAILED = "scores.json", "done.json", "failed.json"
+FAILED = "failed.json"
 SAMPLES = {STRATIFIED: 32, FRESH: 8, UNSEEN: 8, DRIFT: 8}
 UNSEEN_PICTURES = 4
 
@@ -222,7 +220,7 @@ def record(recording: Recording, consumers: Sequence[Callable[[Step], None]] = (
         (recording.folder / FAILED).unlink(missing_ok=True)
         if not whole(recording.folder):
             _record(recording, scorer, consumers)
-        _add_rounds(recording, concept, scorer)
+        add_rounds(recording, concept, scorer)
     return recording.folder
 
 
@@ -265,31 +263,6 @@ def whole(folder: Path) -> bool:
         return False
 
 
-def lacking(recording: Recording) -> dict[int, list[int]]:
-    """Return, of a finished run, the rounds of pictures after the first that its plan asks for and that are not there:
-    the step to their numbers.
-    """
-    there = rounds(recording.folder)
-    found = {
-        step: [number for number in range(1, PLANS[recording.plan].rounds) if (step, number) not in there]
-        for step in recording.scored
-    }
-    return {step: numbers for step, numbers in found.items() if numbers}
-
-
-def _add_rounds(recording: Recording, concept: Concept, scorer: Scorer) -> None:
-    """Draw and score what is `lacking`, leaving it in the folder step by step."""
-    folder, wanted, missing = recording.folder, shots(recording, concept), lacking(recording)
-    rows = list(rounds(folder).values())
-    hashes = json.loads((folder / DONE).read_text(encoding="utf-8"))["hashes"]
-    for step, job in zip(missing, learned_along(folder, list(missing)) if missing else (), strict=True):
-        steps = PLANS[recording.plan].sampling_steps or job.config.num_inference_steps
-        for number in missing[step]:
-            again = {part: shot.again(number) for part, shot in wanted.items()}
-            rows.append({"step": step, "round": number, **drawn_and_scored(job, again, scorer, steps)[1]})
-        write_json(folder / ROUNDS, {"header": {"hashes": hashes}, "rows": rows})
-
-
 class Live:
     """The paper's rule, ours and the strict one, judged along the run: whether one of them now begins to stop."""
 
@@ -300,52 +273,6 @@ class Live:
     def __call__(self, trace: Trace) -> bool:
         before, self.stopping = self.stopping, [rule(trace).stop for rule in self.rules]
         return any(now and not then for then, now in zip(before, self.stopping, strict=True))
-
-
-def drawn_and_scored(
-    job: Job, wanted: Mapping[str, Shots], score: Scorer, steps: int
-) -> tuple[list[list[Image.Image]], dict[str, Any]]:
-    """Return the pictures of each kind by a job's model as it stands, and their scores by kind, with the "seconds" that
-    drawing took.
-    """
-    started = time.perf_counter()
-    pictures = {part: drawn(job, shot.prompts, shot.seeds, steps) for part, shot in wanted.items()}
-    seconds = time.perf_counter() - started
-    scores = {part: score(pictures[part], shot.texts, shot.places) for part, shot in wanted.items()}
-    return list(pictures.values()), {"seconds": seconds, **scores}
-
-
-def drawn(job: Job, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> list[Image.Image]:
-    """Return the pictures of these prompts by a job's model as it stands, in so many sampling steps."""
-    config = job.config
-    return sample(
-        job.backbone,
-        prompts,
-        seeds,
-        size=config.resolution,
-        steps=steps,
-        guidance=config.guidance_scale,
-        scheduler=config.validation_scheduler,
-    )
-
-
-def scorer_of(recording: Recording, concept: Concept) -> Scorer:
-    """Return what scores the pictures of a recording.
-
-    References are read from their files, as the CLIP's own processor wants them, not as training crops them.
-    Raises: ModelError and RefusedInput when a judge cannot be had.
-    """
-    references = []
-    for name in concept.names:
-        with Image.open(recording.pictures / name) as picture:
-            references.append(picture.convert("RGB"))
-    return Scorer(
-        Clip.load(recording.clip) if recording.clip else Clip.scoring(),
-        references,
-        pairing=recording.pairing,
-        dino=Dino.load(recording.dino) if recording.dino else None,
-        judge=Judge(recording.concept) if recording.bundled else None,
-    )
 
 
 def unseen_pictures(concept: str) -> list[Image.Image]:

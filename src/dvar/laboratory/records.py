@@ -37,7 +37,8 @@ from dvar.stopper.trace import Trace
 Floats = NDArray[np.float64]
 Steps = NDArray[np.int64]
 Part = Literal["train", "validation"]
-SECONDS, ROUNDS, RESCORED = "seconds.json", "rounds.json", "rescored.json"
+SECONDS, SCORES, DONE = "seconds.json", "scores.json", "done.json"
+ROUNDS, RESCORED = "rounds.json", "rescored.json"
 HELD = "eval"
 PAIRED = "paired"
 """The series ``fresh`` minus ``frozen``: the same draws seen by both models."""
@@ -71,16 +72,16 @@ class Record:
         """
         folder = Path(folder)
         method, concept, seed = folder.parts[-3:]
-        done = _json(folder / "done.json")
+        done = _json(folder / DONE)
         hashes = done.get("hashes", {})
         problems = [
             f"{folder / name} is not what was recorded (its SHA-256 differs from done.json): record the run again"
-            for name in ("trace.jsonl", "scores.json")
+            for name in ("trace.jsonl", SCORES)
             if hashes.get(name) != digest(folder / name)
         ]
         if problems:
             raise RefusedInput(problems)
-        scores = _json(folder / "scores.json")
+        scores = _json(folder / SCORES)
         header, rows = _with_rounds(scores["header"], scores["rows"], rounds(folder))
         return cls(
             method=method,
@@ -198,7 +199,7 @@ class Rescored:
         """Return what a recorded run's folder holds of it; None where that is nothing, damaged, or of another run."""
         try:
             found = _json(folder / RESCORED)
-            if found["header"]["hashes"] != _json(folder / "done.json")["hashes"]:
+            if found["header"]["hashes"] != _json(folder / DONE)["hashes"]:
                 return None
             rows = sorted(found["rows"], key=lambda row: row["step"])
             return cls(np.array([row["step"] for row in rows], np.int64), _pictures(rows))
@@ -318,7 +319,7 @@ def rounds(folder: Path) -> dict[tuple[int, int], dict[str, Any]]:
     """
     try:
         found = _json(folder / ROUNDS)
-        if found["header"]["hashes"] != _json(folder / "done.json")["hashes"]:
+        if found["header"]["hashes"] != _json(folder / DONE)["hashes"]:
             return {}
         return {(row["step"], row["round"]): row for row in found["rows"]}
     except (RefusedInput, KeyError, TypeError):

@@ -21,9 +21,10 @@ from dvar import mini
 from dvar.errors import DvarError
 from dvar.laboratory.plans import CHECKPOINTS, Recording, Shots, facts_of
 from dvar.laboratory.processes import Work, side_by_side, slots
-from dvar.laboratory.recording import DONE, alone, drawn_and_scored, scorer_of
-from dvar.laboratory.records import RESCORED, Record, Rescored, Shelf, rescored
+from dvar.laboratory.recording import alone
+from dvar.laboratory.records import DONE, RESCORED, Record, Rescored, Shelf, rescored
 from dvar.laboratory.revisits import ANEW, learned_along, sheet_at, weights_at, write_sheet
+from dvar.laboratory.scoring import drawn_and_scored, scorer_of
 from dvar.trainer.artifacts import write_json
 from dvar.trainer.job import Job
 from dvar.trainer.progress import clock

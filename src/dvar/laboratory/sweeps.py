@@ -20,8 +20,9 @@ from dvar.config import CONFIGS
 from dvar.errors import DvarError, RefusedInput
 from dvar.laboratory.plans import PLANS, Recording, concept_folders, expected_seconds
 from dvar.laboratory.processes import Work, side_by_side, slots
-from dvar.laboratory.recording import FAILED, lacking, scorer_of, unit_seconds, whole
+from dvar.laboratory.recording import FAILED, unit_seconds, whole
 from dvar.laboratory.records import SECONDS, Record
+from dvar.laboratory.scoring import lacking, scorer_of
 from dvar.mini import TUNING
 from dvar.trainer.artifacts import write_json
 from dvar.trainer.concept import Concept
