@@ -464,7 +464,7 @@ def test_a_checkpoint_that_was_scored_anew_on_fewer_pictures_is_drawn_again(
     assert found is not None
     assert (found.steps.tolist(), found.count) == ([3], 12)
     for which, values in found.pictures.items():  # on the same seeds and others
-        # In other batches a pixel may round to its neighbour (1e-5 of a cosine on some CPUs); other seeds are 1e-2 apart.
+        # In other batches a pixel may round otherwise (1e-5 of a cosine on some CPUs); other seeds are 1e-2 apart.
         np.testing.assert_allclose(values[0, :4], few.pictures[which][0], atol=2e-4)
 
 
