@@ -21,6 +21,7 @@ FLOORS = {
     "mini": 1,
     "settings": 1,
     "config": 2,
+    "flags": 2,
     "stopper": 3,
     "diffusion": 4,
     "trainer": 5,

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from cyclopts import App, CycloptsError, Group, Parameter, Token, UnknownOptionError, convert
+from cyclopts import App, CycloptsError, Parameter, UnknownOptionError
 from cyclopts.types import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from dvar.config import (
@@ -23,23 +21,14 @@ from dvar.config import (
     TextualInversionConfig,
 )
 from dvar.errors import CheckpointError, DvarError, ModelError, RefusedInput, TraceError
-from dvar.laboratory.config import (
-    EXPERIMENTS,
-    ReplayConfig,
-    ReproduceConfig,
-    SurveyBuildConfig,
-    SurveyScoreConfig,
-    SurveyServeConfig,
-    replay_problems,
-    reproduce_problems,
-    survey_problems,
-)
-from dvar.settings import aliases, nearest, read_settings
+from dvar.flags import whole, with_flags_of
+from dvar.laboratory.config import EXPERIMENTS, ReplayConfig, ReproduceConfig, replay_problems, reproduce_problems
+from dvar.laboratory.survey.commands import survey
+from dvar.settings import nearest, read_settings
 
 if TYPE_CHECKING:
     from dvar.config import AnyConfig
     from dvar.laboratory.replay import Outcome
-    from dvar.settings import Config
     from dvar.trainer.job import Result
 
 REFUSED, FAILED, INTERRUPTED = 2, 1, 130
@@ -55,7 +44,6 @@ app = App(
 )
 train = App(name="train", help="Personalise a model; training stops by itself.")
 app.command(train)
-survey = App(name="survey", help="Ask people which of two runs draws better pictures, and read their answers.")
 app.command(survey)
 
 
@@ -86,48 +74,8 @@ def main(tokens: Sequence[str] | None = None) -> int:
             return _fail(INTERRUPTED, ["interrupted"])
 
 
-def _whole(kind: Any, tokens: Sequence[Token]) -> Any:
-    """A whole number as it was written; by itself Cyclopts reads 1.5 as 2."""
-    if "." in tokens[0].value:
-        raise ValueError(f"must be a whole number, got {tokens[0].value}")
-    return convert(kind, tokens)
-
-
-def _with_flags_of(settings: type[Config]) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Give a command a flag for each field of a settings class; its keyword arguments are then the flags given.
-
-    A field that the command takes itself, under the same name, gets none.
-    """
-
-    def decorate(command: Callable[..., int]) -> Callable[..., int]:
-        own = inspect.signature(command, eval_str=True).parameters.values()
-        flags = [parameter for parameter in own if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
-        taken = {parameter.name for parameter in flags}
-        hints, others, groups = get_type_hints(settings), aliases(settings), dict[str, Group]()
-        title = ""
-        for item in (item for item in fields(settings) if item.name not in taken):
-            title = item.metadata["section"] or title
-            group = groups.setdefault(title, Group(title, sort_key=len(flags)))
-            names = [item.name, *(alias for alias, name in others.items() if name == item.name)]
-            hint = hints[item.name]
-            shown = Parameter(
-                name=[f"--{name}" for name in names],
-                help=item.metadata["help"],
-                group=group,
-                negative_iterable=(),
-                converter=_whole if int in (hint, *get_args(hint)) else None,
-                show_default=", ".join if isinstance(item.default, tuple) else None,
-            )
-            flag = inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=item.default)
-            flags.append(flag.replace(annotation=Annotated[hint, shown]))
-        command.__signature__ = inspect.Signature(flags)  # type: ignore[attr-defined]
-        return command
-
-    return decorate
-
-
 @train.command(name="textual-inversion")
-@_with_flags_of(TextualInversionConfig)
+@with_flags_of(TextualInversionConfig)
 def textual_inversion(*, config: Path | None = None, **given: Any) -> int:
     """Learn a new word for the subject of some pictures; stop by DVAR or at the cap.
 
@@ -143,7 +91,7 @@ def textual_inversion(*, config: Path | None = None, **given: Any) -> int:
 
 
 @train.command(name="dreambooth-lora")
-@_with_flags_of(DreamBoothLoraConfig)
+@with_flags_of(DreamBoothLoraConfig)
 def dreambooth_lora(*, config: Path | None = None, **given: Any) -> int:
     """Learn a low-rank change of the U-Net for the subject of some pictures, and a new word where one is given.
 
@@ -161,7 +109,7 @@ def dreambooth_lora(*, config: Path | None = None, **given: Any) -> int:
 
 
 @train.command(name="custom-diffusion")
-@_with_flags_of(CustomDiffusionConfig)
+@with_flags_of(CustomDiffusionConfig)
 def custom_diffusion(*, config: Path | None = None, **given: Any) -> int:
     """Learn a new word and new cross-attention for the subject of some pictures; stop by DVAR or at the cap.
 
@@ -183,10 +131,10 @@ def generate(
     /,
     *,
     prompt: str,
-    num_images: Annotated[PositiveInt, Parameter(converter=_whole)] = 4,
-    seed: Annotated[NonNegativeInt, Parameter(converter=_whole)] = 0,
+    num_images: Annotated[PositiveInt, Parameter(converter=whole)] = 4,
+    seed: Annotated[NonNegativeInt, Parameter(converter=whole)] = 0,
     guidance_scale: NonNegativeFloat | None = None,
-    num_inference_steps: Annotated[PositiveInt | None, Parameter(converter=_whole)] = None,
+    num_inference_steps: Annotated[PositiveInt | None, Parameter(converter=whole)] = None,
     scheduler: Sampler | None = None,
     output: Path | None = None,
 ) -> int:
@@ -269,7 +217,7 @@ def report(run: Path, /) -> int:
 
 
 @app.command(help_epilogue="\n".join(f"{name:<10}{says}" for name, says in EXPERIMENTS.items()))
-@_with_flags_of(ReproduceConfig)
+@with_flags_of(ReproduceConfig)
 def reproduce(names: tuple[str, ...], /, **given: Any) -> int:
     """Make tables and figures of the paper from recorded runs: their data, their pictures and a page.
 
@@ -288,7 +236,7 @@ def reproduce(names: tuple[str, ...], /, **given: Any) -> int:
 
 
 @app.command
-@_with_flags_of(ReplayConfig)
+@with_flags_of(ReplayConfig)
 def replay(log: Path, /, **given: Any) -> int:
     """Tell when each rule would have stopped a recorded run, and why.
 
@@ -311,166 +259,6 @@ def replay(log: Path, /, **given: Any) -> int:
     _print_outcomes(outcomes)
     if config.output:
         print(f"picture   {write_picture(Path(config.output), log.name, trace, outcomes, config)}")
-    return 0
-
-
-@survey.command
-@_with_flags_of(SurveyBuildConfig)
-def build(*runs: Path, **given: Any) -> int:
-    """Pair the pictures of finished runs into a survey.
-
-    Runs of one method and one concept are compared: the one named first is the candidate.
-    What they have not drawn yet is drawn first.
-
-    Parameters
-    ----------
-    runs
-        Folders of finished runs, two for each concept.
-    """
-    config = SurveyBuildConfig(**given)
-    if problems := survey_problems(config):
-        raise RefusedInput(problems)
-    from dvar.laboratory.survey.build import build
-    from dvar.laboratory.survey.plan import QUESTIONS
-
-    made = build(runs, config)
-    for pair in made.runs:
-        told = f"{pair['candidate']} ({made.candidate}) against {pair['baseline']} ({made.baseline})"
-        print(f"compares  {pair['method']}, {pair['concept']}: {told}")
-    for question in QUESTIONS:
-        print(f"asks      {len(made.of(question, 'pair'))} pairs about {question}")
-    print(f"survey    {config.output_dir}")
-    print(f"next      dvar survey serve {shlex.quote(config.output_dir)}")
-    return 0
-
-
-@survey.command
-@_with_flags_of(SurveyServeConfig)
-def serve(folder: Path, /, **given: Any) -> int:
-    """Serve a survey to people's browsers until interrupted.
-
-    Parameters
-    ----------
-    folder
-        Folder of the survey.
-    """
-    config = SurveyServeConfig(**given)
-    if problems := survey_problems(config):
-        raise RefusedInput(problems)
-    from dvar.laboratory.survey.server import serve
-
-    serve(folder, config, lambda line: print(line, flush=True))
-    return 0
-
-
-@survey.command(name="export")
-def export_tasks(
-    folder: Path,
-    /,
-    *,
-    question: Literal["reconstruction", "customization"],
-    pictures: str,
-    output: Path,
-    secret_file: Path | None = None,
-) -> int:
-    """Write the tasks of one question as a table for a platform that finds people to answer.
-
-    Parameters
-    ----------
-    folder
-        Folder of the survey.
-    question
-        Which of the two surveys.
-    pictures
-        Address at which the survey's folder of pictures can be read, such as https://survey.example.org/pictures.
-    output
-        New file, comma-separated.
-    secret_file
-        File with the secret that signs the rows; by default the one in the survey's folder.
-    """
-    from dvar.laboratory.survey.exchange import write_tasks
-    from dvar.laboratory.survey.server import read_secret
-
-    secret = read_secret(folder, str(secret_file) if secret_file else None)
-    print(f"rows      {write_tasks(folder, output, question, secret, pictures)} in {output}")
-    return 0
-
-
-@survey.command(name="import")
-def import_answers(folder: Path, answers: Path, /, *, secret_file: Path | None = None) -> int:
-    """Count the answers in a table with the columns ticket, worker and answer among the survey's votes.
-
-    Parameters
-    ----------
-    folder
-        Folder of the survey.
-    answers
-        Table, separated by commas or tabs; reading it again changes nothing.
-    secret_file
-        File with the secret that signed the rows; by default the one in the survey's folder.
-    """
-    from dvar.laboratory.survey.exchange import read_answers
-    from dvar.laboratory.survey.server import read_secret
-
-    new, known = read_answers(folder, answers, read_secret(folder, str(secret_file) if secret_file else None))
-    print(f"answers   {new} new, {known} counted before")
-    return 0
-
-
-@survey.command(name="forget")
-def forget_people(folder: Path, /, *people: PositiveInt) -> int:
-    """Delete people and all that they answered, for good; the numbers are on the page of progress.
-
-    Answers that came by import come back when their table is read again.
-
-    Parameters
-    ----------
-    folder
-        Folder of the survey.
-    people
-        Numbers of people.
-    """
-    from dvar.laboratory.survey.ballots import Ballots
-    from dvar.laboratory.survey.plan import VOTES, Survey
-
-    ballots = Ballots(folder / VOTES, Survey.open(folder))
-    unknown = [str(number) for number in people if ballots.name(number) is None]
-    if unknown or not people:
-        said = (
-            f"numbers of people of {folder} are needed, it has no {', '.join(unknown)}"
-            if unknown
-            else "people are needed, got none"
-        )
-        raise RefusedInput([f"{said}: see the page of progress"])
-    for number in people:
-        print(f"forgotten {number}: {ballots.forget(number)} answers")
-    return 0
-
-
-@survey.command(name="score")
-@_with_flags_of(SurveyScoreConfig)
-def score_votes(folder: Path, /, **given: Any) -> int:
-    """Tell what the votes say, and write it as a page.
-
-    Parameters
-    ----------
-    folder
-        Folder of the survey.
-    """
-    config = SurveyScoreConfig(**given)
-    if problems := survey_problems(config):
-        raise RefusedInput(problems)
-    from dvar.laboratory.survey.ballots import Ballots
-    from dvar.laboratory.survey.page import write_page
-    from dvar.laboratory.survey.plan import VOTES, Survey
-    from dvar.laboratory.survey.score import score
-
-    asked = Survey.open(folder)
-    found = score(asked, Ballots(folder / VOTES, asked).votes(), config)
-    for row in found.after:
-        print(f"{row.method}, {row.question}: {row}")
-    print(f"people    {len(found.people)}, {len(found.excluded)} left out for failing the controls")
-    print(f"page      {write_page(folder, found, Path(config.output or folder / 'score.html'))}")
     return 0
 
 
