@@ -69,7 +69,7 @@ def learned_at(folder: str | Path, step: int) -> Backbone:
 def learned_along(folder: str | Path, steps: Sequence[int]) -> Iterator[Job]:
     """Yield the run's job with its model as it was after each of ``steps``, from the first to the last: from weights
     that were kept, or trained again from the nearest checkpoint or step before, which gives the very same weights (on
-    a CPU at equal thread count).
+    the same kind of CPU at equal thread count).
 
     It is the same job each time, and the folder is only read.
     Raises: RefusedInput when it holds no recorded run, or a step is beyond its cap; CheckpointError when a replayed
@@ -104,7 +104,8 @@ def learned_along(folder: str | Path, steps: Sequence[int]) -> Iterator[Job]:
             update = job.learner.update(job.training_losses, number)
             if job.backbone.device.type == "cpu" and update.train_loss != recorded[number]:
                 said = f"step {number} gave the loss {update.train_loss!r}, and {recorded[number]!r} was recorded"
-                raise CheckpointError(f"{folder} cannot be replayed here: {said}; use its versions and thread count")
+                same = "use its kind of CPU, its versions and its thread count"
+                raise CheckpointError(f"{folder} cannot be replayed here: {said}; {same}")
         at = step
         yield job
 
