@@ -63,6 +63,8 @@ except ModuleNotFoundError:
 FAILED = "failed.json"
 SAMPLES = {STRATIFIED: 32, FRESH: 8, UNSEEN: 8, DRIFT: 8}
 UNSEEN_PICTURES = 4
+TIMED = 15
+"""Updates and evaluations that unit seconds are a median of: with five, a busy moment made one a third too long."""
 
 
 class Recorder:
@@ -347,10 +349,10 @@ def unit_seconds(recording: Recording) -> dict[str, float]:
         recorder = Recorder(apart, job, scorer_of(apart, concept))
         start_up = time.perf_counter() - started
         wanted = recorder.shots["train"]
-        train = _median(lambda number: job.learner.update(job.training_losses, number + 1), 5)
-        forward = _median(lambda _: job.probe(), 3) / job.config.eval_batch_size
+        train = _median(lambda number: job.learner.update(job.training_losses, number + 1), TIMED)
+        forward = _median(lambda _: job.probe(), TIMED) / job.config.eval_batch_size
         count = min(BATCH, len(wanted.prompts))
-        pictures = _median(lambda _: recorder.draw(wanted.prompts[:count], wanted.seeds[:count]), 1)
+        pictures = _median(lambda _: recorder.draw(wanted.prompts[:count], wanted.seeds[:count]), 3)
     return {"start_up": start_up, "train": train, "forward": forward, "picture": pictures / count}
 
 
