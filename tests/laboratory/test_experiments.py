@@ -373,6 +373,13 @@ def test_a_pattern_that_differs_is_said_to_differ() -> None:
     assert compared("water is wet", False) == "Unlike in the paper, it is not so here that water is wet."
 
 
+def test_a_caption_says_which_methods_were_recorded_on_fewer_concepts(tmp_path: Path) -> None:
+    for method, concepts in zip(METHODS, (("cup", "mug", "owl"), ("cup", "mug")), strict=True):
+        for concept in concepts:
+            fake_record(tmp_path, method, concept, cap=60, learned=8.0)
+    assert "Concepts: 3 (2 of DreamBooth-LoRA); seeds: 1." in str(Provenance.of(Shelf.open(tmp_path).records))
+
+
 def test_a_prompt_cannot_become_part_of_the_page(shelf: Shelf) -> None:
     assert "<b>" not in section(Exhibit("x", "<b>", ("<b>",)))
     assert "2 seeds" not in str(Provenance.of(shelf.records))

@@ -93,6 +93,8 @@ class Provenance:
 
     models: tuple[str, ...]
     concepts: tuple[str, ...]
+    fewer: tuple[tuple[str, int], ...]
+    """Methods that were recorded on some of these concepts only, and on how many."""
     seeds: tuple[int, ...]
     pairing: str
     pictures: tuple[int, ...]
@@ -105,9 +107,12 @@ class Provenance:
     def of(cls, records: Sequence[Record]) -> Provenance:
         """The provenance of what is made from these records."""
         header = records[0].header
+        concepts = tuple(sorted({r.concept for r in records}))
+        of = {r.method: len({one.concept for one in records if one.method == r.method}) for r in records}
         return cls(
             models=tuple(sorted({str(r.config.get("pretrained_model_name_or_path", "?")) for r in records})),
-            concepts=tuple(sorted({r.concept for r in records})),
+            concepts=concepts,
+            fewer=tuple((method, count) for method, count in of.items() if count < len(concepts)),
             seeds=tuple(sorted({r.seed for r in records})),
             pairing=str(header.get("pairing", "not said")),
             pictures=tuple(sorted({record.count for record in records})),
@@ -119,9 +124,11 @@ class Provenance:
     def __str__(self) -> str:
         model = ", ".join("the bundled model" if name == BUNDLED_MODEL else name for name in self.models)
         pictures = " or ".join(map(str, self.pictures))
+        fewer = ", ".join(f"{count} of {title(method)}" for method, count in self.fewer)
+        concepts = f"{len(self.concepts)} ({fewer})" if fewer else f"{len(self.concepts)}"
         small = "" if self.share == 1 else f"Trained to {100 * self.share:g} % of the full length, Baseline's cap too. "
         return (
-            f"Base model: {model}. Concepts: {len(self.concepts)}; seeds: {len(self.seeds)}. {small}"
+            f"Base model: {model}. Concepts: {concepts}; seeds: {len(self.seeds)}. {small}"
             f"CLIP similarity paired {self.pairing}; {pictures} pictures of each kind at {self.scored} steps, "
             f"{self.sampling_steps} sampling steps; {self.halves}."
         )
