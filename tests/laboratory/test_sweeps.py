@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_record import fake_record
 
 from dvar.errors import ModelError, RefusedInput
 from dvar.laboratory import processes, sweeps
@@ -189,12 +190,27 @@ def test_an_estimate_counts_all_that_is_measured(
     # The same of all rounds; of a run that is there, only those that it lacks are still to be drawn.
     monkeypatch.setitem(PLANS, "quick", replace(plan, rounds=3))
     assert expected_seconds(run, {**units, "picture": 1.0}) == pytest.approx(3 * drawn + 0.2)
-    monkeypatch.setattr(sweeps, "whole", lambda folder: True)
-    assert seconds_left(run, {**units, "picture": 1.0, "train": 1.0, "start_up": 3.0}) == 2 * drawn + 3
+    assert seconds_left(run, {**units, "picture": 1.0}) == pytest.approx(3 * drawn + 0.2)
+    with monkeypatch.context() as patch:
+        patch.setattr(sweeps, "_trained", lambda recording: 0.75)
+        left = seconds_left(run, {**units, "picture": 1.0, "train": 1.0, "start_up": 3.0})
+        assert left == pytest.approx(3 + 0.25 * (cap + drawn + 0.2) + 2 * drawn)
+        patch.setattr(sweeps, "_trained", lambda recording: 1.0)
+        assert seconds_left(run, {**units, "picture": 1.0, "train": 1.0, "start_up": 3.0}) == 2 * drawn + 3
     measured = unit_seconds(run)
     assert measured.keys() == units.keys()
     assert min(measured.values()) > 0
     assert not run.folder.exists()
+
+
+def test_a_run_that_must_be_made_anew_is_all_left(base: Recording, tmp_path: Path) -> None:
+    run = replace(base, records=str(tmp_path))
+    fake_record(tmp_path, run.method, run.concept, run.seed, cap=run.config.max_train_steps)
+    assert seconds_left(run, sweeps.ALIKE) == sweeps.ALIKE["start_up"]
+    (run.folder / "done.json").unlink()
+    assert seconds_left(run, sweeps.ALIKE) == sweeps.ALIKE["start_up"]  # trained, and not yet written down
+    (run.folder / "done.json").write_text("{}")
+    assert seconds_left(run, sweeps.ALIKE) == expected_seconds(run, sweeps.ALIKE)
 
 
 def test_headers_name_pictures_sampling_steps_and_cadence(base: Recording) -> None:

@@ -21,7 +21,7 @@ from dvar.errors import DvarError, RefusedInput
 from dvar.laboratory.plans import PLANS, Recording, concept_folders, expected_seconds
 from dvar.laboratory.processes import Work, side_by_side, slots
 from dvar.laboratory.recording import FAILED, unit_seconds, whole
-from dvar.laboratory.records import SECONDS, Record
+from dvar.laboratory.records import DONE, SECONDS, Record
 from dvar.laboratory.scoring import lacking, scorer_of
 from dvar.mini import TUNING
 from dvar.trainer.artifacts import write_json
@@ -29,6 +29,8 @@ from dvar.trainer.concept import Concept
 from dvar.trainer.progress import clock
 
 LOG = "record.log"
+ALIKE = {"start_up": 1.0, "train": 1.0, "forward": 0.1, "picture": 2.0}
+"""What units of work cost beside each other, roughly, where nothing was measured."""
 Tell = Callable[[str], None]
 State = Literal["done", "failed", "missing"]
 
@@ -134,11 +136,13 @@ def expected(
 
 
 def seconds_left(recording: Recording, units: Mapping[str, float]) -> float:
-    """Return what a recording takes, by counts times ``units``; of a run that is there, its further pictures alone."""
-    if not whole(recording.folder):
-        return expected_seconds(recording, units)
+    """Return what is left of a recording, by counts times ``units``: steps not trained and rounds not drawn."""
     plan = PLANS[recording.plan]
-    return units["start_up"] + _rounds_left(recording) * 2 * plan.prompts * plan.seeds * units["picture"]
+    of_round = 2 * plan.prompts * plan.seeds * units["picture"]
+    later = len(recording.scored) * (plan.rounds - 1) * of_round
+    training = expected_seconds(recording, units) - units["start_up"] - later
+    lacking_rounds = sum(map(len, lacking(recording).values()))
+    return units["start_up"] + (1 - _trained(recording)) * training + lacking_rounds * of_round
 
 
 def recorded(
@@ -189,7 +193,7 @@ def sweep(
     if not missing:
         return [standing(recording) for recording in recordings]
     places = slots(workers, missing[0].threads)
-    progress = _Progress(missing, units or {}, len(places))
+    progress = _Progress(missing, units or {})
     with closing(side_by_side({recording: _work(recording) for recording in missing}, places, every)) as working:
         for ended, running in working:
             for recording, reason in ended.items():
@@ -212,30 +216,23 @@ def table(rows: Iterable[Row]) -> Iterator[str]:
 class _Progress:
     """How far a sweep is, in expected seconds of work, so that long runs count for more."""
 
-    def __init__(self, recordings: Sequence[Recording], units: Mapping[str, Mapping[str, float]], workers: int) -> None:
-        self.work = {
-            recording: seconds_left(recording, units[recording.method]) if recording.method in units else 1.0
-            for recording in recordings
-        }
-        self.rounds = {recording: _rounds_left(recording) for recording in recordings if whole(recording.folder)}
-        self.workers, self.started, self.over = workers, time.monotonic(), set[Recording]()
-        self.at_start = sum(self.work[recording] * self.share(recording) for recording in recordings)
+    def __init__(self, recordings: Sequence[Recording], units: Mapping[str, Mapping[str, float]]) -> None:
+        self.units, self.started = units, time.monotonic()
+        self.left = {recording: self._left(recording) for recording in recordings}
+        self.in_all, self.over = sum(self.left.values()), 0
 
     def ended(self, recording: Recording) -> None:
-        self.over.add(recording)
+        self.over, self.left[recording] = self.over + 1, 0.0
 
     def line(self, running: Sequence[Recording]) -> str:
-        done = sum(self.work[recording] for recording in self.over)
-        done += sum(self.work[recording] * self.share(recording) for recording in running)
-        in_all, spent = sum(self.work.values()), time.monotonic() - self.started
-        gained = done - self.at_start
-        left = f", about {clock(spent * (in_all - done) / gained)} left" if gained > 0 else ""
-        return f"{len(self.over)} of {len(self.work)} runs, {100 * done / in_all:.0f} % in {clock(spent)}{left}"
+        self.left |= {recording: self._left(recording) for recording in running}
+        left, spent = sum(self.left.values()), time.monotonic() - self.started
+        done = self.in_all - left
+        soon = f", about {clock(spent * left / done)} left" if done > 0 else ""
+        return f"{self.over} of {len(self.left)} runs, {100 * done / self.in_all:.0f} % in {clock(spent)}{soon}"
 
-    def share(self, recording: Recording) -> float:
-        """How much of its work is done: steps made, or of a run that was there, pictures drawn."""
-        rounds = self.rounds.get(recording)
-        return 1 - _rounds_left(recording) / rounds if rounds else _trained(recording)
+    def _left(self, recording: Recording) -> float:
+        return seconds_left(recording, self.units.get(recording.method, ALIKE))
 
 
 def _work(recording: Recording) -> Work:
@@ -243,16 +240,14 @@ def _work(recording: Recording) -> Work:
     return Work("dvar.laboratory.recording", told, recording.folder / LOG, recording.threads)
 
 
-def _rounds_left(recording: Recording) -> int:
-    return sum(map(len, lacking(recording).values()))
-
-
 def _trained(recording: Recording) -> float:
-    """The part of its steps that a run has made, by the end of its trace."""
+    """The part of its steps that a run has made, by the end of its trace; none of one that must be made anew."""
+    if (recording.folder / DONE).exists():
+        return float(whole(recording.folder))
     try:
         with (recording.folder / "trace.jsonl").open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 2**16))
-            whole = file.read().split(b"\n")[:-1]
-        return min(1.0, int(json.loads(whole[-1])["step"]) / recording.config.max_train_steps)
+            lines = file.read().split(b"\n")[:-1]
+        return min(1.0, int(json.loads(lines[-1])["step"]) / recording.config.max_train_steps)
     except (OSError, ValueError, KeyError, IndexError):
         return 0.0
