@@ -23,11 +23,12 @@ from dvar.laboratory.config import EXPERIMENTS, ReproduceConfig
 from dvar.laboratory.exhibit import Exhibit, Provenance, compared, page, section
 from dvar.laboratory.experiments import convergence, held_batch, measures, pictures, rules, speed, timesteps
 from dvar.laboratory.information import information
-from dvar.laboratory.records import Rescored, Shelf
+from dvar.laboratory.records import Record, Rescored, Shelf
 from dvar.laboratory.reproduce import MAKERS, SIMULATED, TRAINED, reproduce
 from dvar.laboratory.revisits import ANEW, sheet_at, write_sheet
 from dvar.laboratory.traces import read_traces
 from dvar.laboratory.ways import Kind
+from dvar.stopper.trace import Trace
 
 METHODS = ("textual-inversion", "dreambooth-lora")
 CAP = 240
@@ -371,6 +372,20 @@ def test_the_page_of_results_keeps_what_was_not_made_again(report: Path, root: P
 def test_a_pattern_that_differs_is_said_to_differ() -> None:
     assert compared("water is wet", True) == "As in the paper, water is wet."
     assert compared("water is wet", False) == "Unlike in the paper, it is not so here that water is wet."
+
+
+def test_a_loss_that_a_gradient_threw_off_is_told(tmp_path: Path) -> None:
+    record = Record.open(fake_record(tmp_path, cap=60, learned=8.0))
+    assert convergence.relapse(record) is None
+    trace = Trace(record.trace.header)
+    for row in record.trace.records:
+        loss = np.array(row["eval"]) * (1.1 if row["step"] >= 40 else 1.0)
+        large = {"grad_norm": 500.0} if row["step"] == 38 else {}
+        trace.record(**{**row, "eval": loss, **large})
+    thrown = replace(record, trace=trace)
+    assert convergence.relapse(thrown) == pytest.approx(500 / np.median(thrown.series("grad_norm")[1]))
+    assert convergence._relapses([record]).startswith("As in the paper, once it has fallen half")
+    assert "climbs back in 1 of 2, within 30 steps of a gradient" in convergence._relapses([record, thrown])
 
 
 def test_a_caption_says_which_methods_were_recorded_on_fewer_concepts(tmp_path: Path) -> None:

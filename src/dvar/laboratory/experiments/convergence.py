@@ -14,6 +14,8 @@ from dvar.laboratory.quality import REPORT, half
 from dvar.laboratory.records import Record, Shelf
 
 LOSS_NAME = r"$L_{det}$"
+BEFORE = 30
+"""Steps before L_det climbs back, in which a gradient is looked for that threw it off."""
 MORE = 4
 """Concepts of each method in Figure 14."""
 
@@ -93,7 +95,33 @@ def _told(records: Sequence[Record]) -> tuple[str, ...]:
         f"L_det shows the fall ({fixed:.1f} times its jitter) and the training loss hides it ({noisy:.2g} times; "
         f"{title(records[0].method)}, median of {len(records)})"
     )
-    return (compared(claim, fixed > 3 > noisy),)
+    return compared(claim, fixed > 3 > noisy), _relapses(records)
+
+
+def _relapses(records: Sequence[Record]) -> str:
+    """Whether L_det stays down once it has fallen, and how large a gradient was before it climbed back."""
+    found = [times for record in records if (times := relapse(record)) is not None]
+    claim = f"once it has fallen half of its way, L_det of {title(records[0].method)} stays below its first value"
+    if not found:
+        return compared(claim, True)
+    low, high = (f"{times:,.0f}" for times in (min(found), max(found)))
+    large = f"{low if low == high else f'{low} to {high}'} times the median"
+    seen = f"it climbs back in {len(found)} of {len(records)}, within {BEFORE} steps of a gradient {large}"
+    return compared(f"{claim} ({seen})", False)
+
+
+def relapse(record: Record) -> float | None:
+    """The largest gradient's norm, in medians of the run, of the steps before L_det climbs back above its first value
+    after half of its fall; None where it does not.
+    """
+    steps, values = _series("eval")(record)
+    fallen = int(np.argmax(values <= (values[0] + values.min()) / 2))
+    back = np.flatnonzero(values[fallen:] > values[0])
+    if not back.size:
+        return None
+    at = steps[fallen + back[0]]
+    there, norms = _series("grad_norm")(record)
+    return float(norms[(at - BEFORE <= there) & (there <= at)].max() / np.median(norms))
 
 
 def _information(record: Record, series: str) -> Information:
