@@ -105,7 +105,7 @@ def test_a_trial_goes_on_where_it_was_killed_and_is_not_made_twice(config: AnyCo
 def test_figure_5_by_its_command(
     tiny_model: Path, concepts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(factors._STEPS, True, 40)
+    monkeypatch.setitem(factors._STEPS, True, 50)
     monkeypatch.setitem(factors._SIZES, True, (2, 4))
     planned = Bench.planned
     small = {"resolution": 32, "train_batch_size": 1}
@@ -127,8 +127,8 @@ def test_figure_5_by_its_command(
     assert [(row["drawn anew"], row["batch"]) for row in rows] == [
         (row, size) for row in factors.ROWS for size in (2, 4)
     ]
-    assert "step 40 of 40" in told
-    for fact in (str(tiny_model), "1, the first by name (ball)", "40 steps", "A small run"):
+    assert "step 50 of 50" in told
+    for fact in (str(tiny_model), "1, the first by name (ball)", "50 steps", "A small run"):
         assert fact in content["tables"][0]["caption"], fact
 
 

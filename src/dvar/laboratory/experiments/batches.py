@@ -13,7 +13,7 @@ from dvar.laboratory.trials import Bench, trained
 from dvar.stopper.trace import Trace
 
 SIZES = {True: (4, 16, 64), False: (4, 16, 64, 128)}
-STEPS = {True: 40, False: 200}
+STEPS = {True: 24, False: 200}
 """By whether the runs are to be small.  Of every size the same number of steps is trained."""
 
 

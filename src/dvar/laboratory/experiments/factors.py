@@ -38,7 +38,7 @@ _PART = 32
 SHOWN = 2500 / 6100
 """Of the cap, what the paper's figure shows and what is trained here."""
 _SIZES = {True: (8, 32), False: (8, 32, 128, 512)}
-_STEPS, _EVERY = {True: 120, False: None}, {True: 4, False: 10}
+_STEPS, _EVERY = {True: 120, False: None}, {True: 5, False: 10}
 Curves = Mapping[str, np.ndarray]
 
 
