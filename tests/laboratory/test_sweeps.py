@@ -25,7 +25,7 @@ SETTINGS: dict[str, Any] = {
     "resolution": 32,
     "num_inference_steps": 2,
     "num_validation_images": 1,
-    "max_train_steps": 67,
+    "max_train_steps": 84,
     "window": 8,
 }
 
@@ -174,7 +174,7 @@ def test_an_estimate_counts_all_that_is_measured(
     base: Recording, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     units = {"start_up": 0.0, "train": 0.0, "forward": 0.0, "picture": 0.0}
-    longer = tuple((SETTINGS | {"max_train_steps": 133}).items())
+    longer = tuple((SETTINGS | {"max_train_steps": 167}).items())
     plan, run = PLANS["quick"], replace(base, records=str(tmp_path), settings=longer)
     cap = run.config.max_train_steps
     assert cap == 20
@@ -221,7 +221,7 @@ def test_headers_name_pictures_sampling_steps_and_cadence(base: Recording) -> No
         "10 sampling steps",
         "stratified every 20",
         "all pairs",
-        "15 %",
+        "12 %",
     ):
         assert part in said
 

@@ -83,7 +83,7 @@ def _every(stratified: int, fresh: int, unseen: int, drift: int) -> Mapping[str,
 
 
 PLANS = {
-    "quick": Plan(0.15, 8, 2, 2, 10, _every(20, 20, 20, 50), class_pictures=16),
+    "quick": Plan(0.12, 8, 2, 2, 10, _every(20, 20, 20, 50), class_pictures=16),
     "cpu": Plan(1.0, 30, 4, 2, 10, _every(10, 10, 20, 50), rounds=4),
     "full": Plan(1.0, 40, 8, 4, None, _every(5, 1, 5, 25)),
 }
