@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 from fake_record import fake_record
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dvar.errors import ModelError, RefusedInput
 from dvar.laboratory import processes, sweeps
@@ -18,7 +20,18 @@ from dvar.laboratory.plans import PLANS, Recording, expected_seconds, facts_of
 from dvar.laboratory.processes import slots
 from dvar.laboratory.recording import unit_seconds
 from dvar.laboratory.records import Record, Shelf
-from dvar.laboratory.sweeps import Row, check, described, grid, recorded, seconds_left, standing, sweep, table
+from dvar.laboratory.sweeps import (
+    Row,
+    check,
+    described,
+    grid,
+    recorded,
+    seconds_left,
+    standing,
+    sweep,
+    table,
+    time_left,
+)
 from dvar.testing import tiny_clip, tiny_concept
 
 SETTINGS: dict[str, Any] = {
@@ -201,6 +214,20 @@ def test_an_estimate_counts_all_that_is_measured(
     assert measured.keys() == units.keys()
     assert min(measured.values()) > 0
     assert not run.folder.exists()
+
+
+@given(st.floats(0, 1), st.floats(1, 1e5), st.integers(1, 8), st.floats(1, 100))
+def test_time_left_begins_as_expected_and_ends_as_seen(part: float, in_all: float, at_once: int, slow: float) -> None:
+    done = part * in_all
+    assert time_left(done, in_all, done / at_once, at_once) == pytest.approx((in_all - done) / at_once)
+    seen, expected = slow * (in_all - done) / at_once, (in_all - done) / at_once
+    told = time_left(done, in_all, slow * done / at_once, at_once)
+    assert told is not None
+    assert expected * 0.999 <= told <= seen * 1.001
+    assert part < 0.5 or told == pytest.approx(seen, rel=0.1)
+    assert time_left(10, 1000, 100, 1) == 990 * (100 + 50) / (10 + 50)  # where the pace alone would say 9900
+    assert time_left(0, in_all, 60) is None
+    assert time_left(in_all / 2, in_all, 60) == pytest.approx(60)
 
 
 def test_a_run_that_must_be_made_anew_is_all_left(base: Recording, tmp_path: Path) -> None:

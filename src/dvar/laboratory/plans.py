@@ -120,8 +120,9 @@ class Recording:
 
     @property
     def name(self) -> str:
-        """Method, concept and seed in one word."""
-        return f"{self.method}/{self.concept}/{self.seed}"
+        """Method, concept and seed in one word, and after it the settings that are not the preset's."""
+        settings = ", ".join(f"{name} {value}" for name, value in self.settings)
+        return f"{self.method}/{self.concept}/{self.seed}" + (f" ({settings})" if settings else "")
 
     @property
     def folder(self) -> Path:

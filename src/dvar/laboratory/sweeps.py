@@ -31,6 +31,7 @@ from dvar.trainer.progress import clock
 LOG = "record.log"
 ALIKE = {"start_up": 1.0, "train": 1.0, "forward": 0.1, "picture": 2.0}
 """What units of work cost beside each other, roughly, where nothing was measured."""
+_TRUST = 0.05
 Tell = Callable[[str], None]
 State = Literal["done", "failed", "missing"]
 
@@ -193,7 +194,7 @@ def sweep(
     if not missing:
         return [standing(recording) for recording in recordings]
     places = slots(workers, missing[0].threads)
-    progress = _Progress(missing, units or {})
+    progress = _Progress(missing, units or {}, len(places))
     with closing(side_by_side({recording: _work(recording) for recording in missing}, places, every)) as working:
         for ended, running in working:
             for recording, reason in ended.items():
@@ -213,11 +214,24 @@ def table(rows: Iterable[Row]) -> Iterator[str]:
     yield ", ".join(f"{count} {state}" for state, count in counts.items() if count) or "nothing to record"
 
 
+def time_left(done: float, in_all: float, spent: float, at_once: int | None = None) -> float | None:
+    """Return the seconds until all work is done, of which ``done`` of ``in_all`` expected seconds took ``spent``.
+
+    The pace at first is that of starting up and of the many pictures of the first steps.  With ``at_once``, the
+    processes side by side, what was expected therefore counts too: as if `_TRUST` of the work had gone as expected.
+    None where nothing can be said.
+    """
+    trusted = _TRUST * in_all if at_once else 0.0
+    if done + trusted <= 0:
+        return None
+    return (in_all - done) * (spent + trusted / (at_once or 1)) / (done + trusted)
+
+
 class _Progress:
     """How far a sweep is, in expected seconds of work, so that long runs count for more."""
 
-    def __init__(self, recordings: Sequence[Recording], units: Mapping[str, Mapping[str, float]]) -> None:
-        self.units, self.started = units, time.monotonic()
+    def __init__(self, recordings: Sequence[Recording], units: Mapping[str, Mapping[str, float]], at_once: int) -> None:
+        self.units, self.at_once, self.started = units, at_once, time.monotonic()
         self.left = {recording: self._left(recording) for recording in recordings}
         self.in_all, self.over = sum(self.left.values()), 0
 
@@ -228,8 +242,9 @@ class _Progress:
         self.left |= {recording: self._left(recording) for recording in running}
         left, spent = sum(self.left.values()), time.monotonic() - self.started
         done = self.in_all - left
-        soon = f", about {clock(spent * left / done)} left" if done > 0 else ""
-        return f"{self.over} of {len(self.left)} runs, {100 * done / self.in_all:.0f} % in {clock(spent)}{soon}"
+        soon = time_left(done, self.in_all, spent, self.at_once if self.units else None)
+        told = "" if soon is None else f", about {clock(soon)} left"
+        return f"{self.over} of {len(self.left)} runs, {100 * done / self.in_all:.0f} % in {clock(spent)}{told}"
 
     def _left(self, recording: Recording) -> float:
         return seconds_left(recording, self.units.get(recording.method, ALIKE))

@@ -36,6 +36,8 @@ SCORES: tuple[tuple[str, Part, str], ...] = (
     ("Identity", "train", "identity"),
 )
 _LEAST = ("Iterations", "Minutes")
+_DIGITS = {"Iterations": 1, "Minutes": 2, "Forwards, thousands": 1}
+"""Shown after the point; of scores three."""
 _NOTHING = Rescored(np.array([], np.int64), {})
 
 
@@ -158,7 +160,7 @@ def _table(shelf: Shelf, found: dict[str, list[Row]], provenance: Provenance) ->
         baseline = float(np.mean([ways.minutes(r, shelf.units(method)) for r in group[0].readings]))
         figures = [_figures(row, shelf, baseline) for row in group]
         for row, values in zip(group, figures, strict=True):
-            shown = [spread(values[name], 3 if "CLIP" in name or name == "Identity" else 1) for name in lists]
+            shown = [spread(values[name], _DIGITS.get(name, 3)) for name in lists]
             ends = [number(values[name], 2) for name in ("Start-up, min", "Final pictures, min")]
             lines.append(
                 (row.way, *shown, f"{number(values['Speed-up'], 1)}×", *ends, f"{100 * values['Censored']:.0f} %")
