@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -138,8 +139,9 @@ def test_prices_of_work_are_measured_before_a_sweep_and_kept_with_its_records(
     assert kept == {"textual-inversion": {"train": 1.0}, "dreambooth-lora": {"train": 2.0}}
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_sweep_asks_its_runs_to_save_and_starts_no_more(
-    base: Recording, tmp_path: Path, programs: dict[str, str]
+    number: signal.Signals, base: Recording, tmp_path: Path, programs: dict[str, str]
 ) -> None:
     runs = grid(replace(base, records=str(tmp_path)), ["textual-inversion"], ["ball", "other"], [0, 1])
     asked = (
@@ -151,10 +153,12 @@ def test_an_interrupted_sweep_asks_its_runs_to_save_and_starts_no_more(
         # Told after a second without an end: the first run has had the time to say that it listens.
         while not (runs[0].folder / "record.log").read_text():
             pass
-        raise KeyboardInterrupt
+        signal.raise_signal(number)
 
+    before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt):
         sweep(runs, workers=1, tell=interrupt, every=0.2)
+    assert signal.getsignal(number) is before
     assert [(run.folder / "asked").exists() for run in runs] == [True, False, False, False]
 
 

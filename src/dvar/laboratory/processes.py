@@ -7,10 +7,13 @@ import queue
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Generator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import TypeVar
 
 import torch
@@ -45,7 +48,8 @@ def side_by_side(
 
     Yields, whenever some have ended and every ``every`` seconds, those that ended since, with why they failed, and
     those under way; one that was asked to stop has not failed.  Closed early, it asks each of these to stop, starts no
-    more, and waits for them.
+    more, and waits for them.  Meanwhile SIGTERM and the end of the terminal interrupt as Ctrl-C does, where they would
+    end this process: its own would go on without it.
     """
     free: queue.SimpleQueue[str] = queue.SimpleQueue()
     for place in places:
@@ -60,7 +64,7 @@ def side_by_side(
             running.pop(name, None)
             free.put(place)
 
-    with ThreadPoolExecutor(len(places)) as pool:
+    with _interrupted_by_the_end(), ThreadPoolExecutor(len(places)) as pool:
         futures = {pool.submit(done, name): name for name in work}
         left: set[Future[str]] = set(futures)
         try:
@@ -73,6 +77,25 @@ def side_by_side(
             for process in list(running.values()):
                 process.send_signal(signal.SIGTERM)
             raise
+
+
+@contextmanager
+def _interrupted_by_the_end() -> Iterator[None]:
+    """Raise KeyboardInterrupt at a signal that is not handled and would end this process.  Main thread only."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    main = threading.current_thread() is threading.main_thread()
+    ends = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]  # Windows has no terminal to lose
+    ending = [number for number in ends if main and signal.getsignal(number) is signal.SIG_DFL]
+    for number in ending:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in ending:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _done(work: Work, place: str, started: Callable[[subprocess.Popen[bytes]], None]) -> str:

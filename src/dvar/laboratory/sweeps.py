@@ -200,7 +200,7 @@ def sweep(
             for recording, reason in ended.items():
                 if reason:
                     write_json(recording.folder / FAILED, {"reason": reason})
-                progress.ended(recording)
+                progress.ended(recording, failed=bool(reason))
                 tell(f"{standing(recording)}")
             tell(progress.line(running))
     return [standing(recording) for recording in recordings]
@@ -235,16 +235,19 @@ class _Progress:
         self.left = {recording: self._left(recording) for recording in recordings}
         self.in_all, self.over = sum(self.left.values()), 0
 
-    def ended(self, recording: Recording) -> None:
+    def ended(self, recording: Recording, failed: bool) -> None:
+        if failed:
+            self.in_all -= self.left[recording]  # which nobody did
         self.over, self.left[recording] = self.over + 1, 0.0
 
     def line(self, running: Sequence[Recording]) -> str:
         self.left |= {recording: self._left(recording) for recording in running}
         left, spent = sum(self.left.values()), time.monotonic() - self.started
         done = self.in_all - left
+        share = 100 * done / self.in_all if self.in_all else 100
         soon = time_left(done, self.in_all, spent, self.at_once if self.units else None)
         told = "" if soon is None else f", about {clock(soon)} left"
-        return f"{self.over} of {len(self.left)} runs, {100 * done / self.in_all:.0f} % in {clock(spent)}{told}"
+        return f"{self.over} of {len(self.left)} runs, {share:.0f} % in {clock(spent)}{told}"
 
     def _left(self, recording: Recording) -> float:
         return seconds_left(recording, self.units.get(recording.method, ALIKE))
