@@ -6,6 +6,8 @@ import json
 import shutil
 import signal
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,17 @@ def base(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Recordin
 def fake(recording: Recording, status: int = 0, said: str = "") -> str:
     """A program that stands in for a recording: it notes that it ran, says something and ends."""
     return f"import sys; open({str(recording.folder / 'ran')!r}, 'a').write('x'); print({said!r}); sys.exit({status})"
+
+
+@contextmanager
+def handled(number: signal.Signals, handler: Any) -> Iterator[None]:
+    """A signal's handler, whatever these tests were started under, and that it is still there at the end."""
+    before = signal.signal(number, handler)
+    try:
+        yield
+        assert signal.getsignal(number) is handler
+    finally:
+        signal.signal(number, before)
 
 
 @pytest.fixture
@@ -139,6 +152,14 @@ def test_prices_of_work_are_measured_before_a_sweep_and_kept_with_its_records(
     assert kept == {"textual-inversion": {"train": 1.0}, "dreambooth-lora": {"train": 2.0}}
 
 
+def test_a_sweep_under_nohup_outlives_its_terminal(base: Recording, tmp_path: Path, programs: dict[str, str]) -> None:
+    run = replace(base, records=str(tmp_path))
+    programs[run.name] = fake(run)
+    with handled(signal.SIGHUP, signal.SIG_IGN):
+        sweep([run], tell=lambda line: signal.raise_signal(signal.SIGHUP))
+    assert (run.folder / "ran").exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_sweep_asks_its_runs_to_save_and_starts_no_more(
     number: signal.Signals, base: Recording, tmp_path: Path, programs: dict[str, str]
@@ -155,10 +176,9 @@ def test_an_interrupted_sweep_asks_its_runs_to_save_and_starts_no_more(
             pass
         signal.raise_signal(number)
 
-    before = signal.getsignal(number)
-    with pytest.raises(KeyboardInterrupt):
+    usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    with handled(number, usual), pytest.raises(KeyboardInterrupt):
         sweep(runs, workers=1, tell=interrupt, every=0.2)
-    assert signal.getsignal(number) is before
     assert [(run.folder / "asked").exists() for run in runs] == [True, False, False, False]
 
 
