@@ -426,10 +426,14 @@ LATE = [
 @pytest.mark.parametrize("case", LATE, ids=lambda case: case.said[:50])
 def test_what_takes_the_model_itself_to_see_is_told_as_briefly(case: Case, place: Path) -> None:
     case.spoil(place)
-    before, before_it = left(place), processor_seconds()
+    before, at_first = left(place), processor_seconds()
+    libraries = "import dvar.trainer.run; from diffusers import StableDiffusionPipeline"
+    subprocess.run([sys.executable, "-c", libraries], capture_output=True, check=True)
+    imported = processor_seconds()
     program = [sys.executable, "-c", "import sys; from dvar.cli import main; sys.exit(main())"]
     done = subprocess.run([*program, *words_of(case, place)], capture_output=True, text=True)
-    assert processor_seconds() - before_it <= 12
+    # Beside what its libraries take in the same minute: other work on the machine slows both.
+    assert processor_seconds() - imported <= 2 * (imported - at_first)
     loading, told = done.stderr.split("\n", 1)
     assert loading.startswith("dvar: loading for ")
     check(case, place, done.returncode, done.stdout, told)
