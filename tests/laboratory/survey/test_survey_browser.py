@@ -220,15 +220,16 @@ def test_the_whole_way_in_a_browser(tmp_path: Path, browser: Any, scripts: bool)
         page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
         page.goto(f"http://127.0.0.1:{port}/")
         page.get_by_label("A name").fill("Grace <b>")
-        page.get_by_role("button", name="Begin").click()
+        with page.expect_navigation():
+            page.get_by_role("button", name="Begin").click()
         count = 0
 
         def answer(key: str) -> None:
-            if scripts:
-                with page.expect_navigation():
+            with page.expect_navigation():  # a click returns, and a key is lost, before the next page has loaded
+                if scripts:
                     page.keyboard.press(key)
-            else:
-                page.get_by_role("button", name=buttons[key]).click()
+                else:
+                    page.get_by_role("button", name=buttons[key]).click()
 
         while page.get_by_role("heading", name="Thank you").count() == 0:
             right = right_button(page, survey)
