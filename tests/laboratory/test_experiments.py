@@ -20,7 +20,7 @@ from dvar.errors import RefusedInput
 from dvar.laboratory import reproduce as made
 from dvar.laboratory import ways
 from dvar.laboratory.config import EXPERIMENTS, ReproduceConfig
-from dvar.laboratory.exhibit import Exhibit, Provenance, compared, page, section
+from dvar.laboratory.exhibit import Exhibit, Provenance, compared, page, section, spread
 from dvar.laboratory.experiments import convergence, held_batch, measures, pictures, rules, speed, timesteps
 from dvar.laboratory.information import information
 from dvar.laboratory.records import Record, Rescored, Shelf
@@ -372,6 +372,12 @@ def test_the_page_of_results_keeps_what_was_not_made_again(report: Path, root: P
 def test_a_pattern_that_differs_is_said_to_differ() -> None:
     assert compared("water is wet", True) == "As in the paper, water is wet."
     assert compared("water is wet", False) == "Unlike in the paper, it is not so here that water is wet."
+
+
+def test_a_spread_by_hand() -> None:
+    assert spread([0.1, float("nan"), 0.3]) == "0.200 ± 0.100"
+    assert spread([-1.0], 1) == "−1.0", "one value has no spread"
+    assert spread([float("nan")]) == spread([]) == "–"
 
 
 def test_a_loss_that_a_gradient_threw_off_is_told(tmp_path: Path) -> None:

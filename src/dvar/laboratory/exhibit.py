@@ -177,9 +177,11 @@ def number(value: float, digits: int = 3) -> str:
 
 
 def spread(values: Iterable[float], digits: int = 3) -> str:
-    """Mean ± standard deviation over concepts (ddof 0); a dash where there is nothing."""
+    """Mean ± standard deviation over concepts (ddof 0); one value has no spread; a dash where there is nothing."""
     found = np.array([value for value in values if math.isfinite(value)])
-    return "–" if not found.size else f"{number(float(found.mean()), digits)} ± {number(float(found.std()), digits)}"
+    if found.size < 2:
+        return number(float(found[0]), digits) if found.size else "–"
+    return f"{number(float(found.mean()), digits)} ± {number(float(found.std()), digits)}"
 
 
 def save(exhibit: Exhibit, folder: Path) -> list[Path]:
