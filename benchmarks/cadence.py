@@ -18,14 +18,14 @@ import numpy as np
 import torch
 
 from dvar import mini
-from dvar.config import CONFIGS, AnyConfig
+from dvar.config.presets import configure
+from dvar.config.training import CONFIGS, AnyConfig
 from dvar.diffusion.randomness import generator
-from dvar.stopper.probe import Probe, stratified_timesteps
-from dvar.stopper.rules import Dvar, schedule_problems
-from dvar.stopper.trace import Trace
-from dvar.trainer.loop import Stopwatch
-from dvar.trainer.presets import configure
-from dvar.trainer.run import prepared
+from dvar.stopping.probe import Probe, stratified_timesteps
+from dvar.stopping.rules import Dvar, schedule_problems
+from dvar.stopping.trace import Trace
+from dvar.training.loop import Stopwatch
+from dvar.training.personalise import prepared
 
 CADENCES = (1, 2, 5, 10, 20, 40)
 HELD = {"4 held": slice(0, 4), "8 held": slice(0, 8), "16 held": slice(0, 16)}

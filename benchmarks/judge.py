@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from dvar.stopper.rules import AtMost, Criterion, Dvar, EmaPercentile, FixedSteps, Hall, Plateau, Trend
-from dvar.stopper.trace import Trace
+from dvar.stopping.rules import AtMost, Criterion, Dvar, EmaPercentile, FixedSteps, Hall, Plateau, Trend
+from dvar.stopping.trace import Trace
 
 NEVER = 1e-12
 """A threshold that nothing here falls below."""

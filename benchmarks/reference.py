@@ -16,9 +16,9 @@ from diffusers import DDPMScheduler
 from peft import LoraConfig
 from PIL import Image
 
-from dvar.config import AnyConfig, CustomDiffusionConfig, DreamBoothLoraConfig, TextualInversionConfig
+from dvar.config.training import AnyConfig, CustomDiffusionConfig, DreamBoothLoraConfig, TextualInversionConfig
 from dvar.diffusion.backbone import Backbone
-from dvar.trainer.methods.dreambooth_lora import TARGETS
+from dvar.training.methods.dreambooth_lora import TARGETS
 
 
 class Pictures(torch.utils.data.Dataset):

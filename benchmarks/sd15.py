@@ -19,7 +19,7 @@ import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from dvar.stopper.trace import Trace
+from dvar.stopping.trace import Trace
 from dvar.testing import tiny_concept, tiny_tokenizer
 
 GIB = 2**30
@@ -95,7 +95,7 @@ def trained(method: str, model: Path, place: Path, chosen: argparse.Namespace) -
         **({"class_data_dir": place / "class"} if method == "custom-diffusion" else {}),
     }
     words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    program = [sys.executable, "-c", "import sys; from dvar.cli import main; sys.exit(main())", "train", method]
+    program = [sys.executable, "-c", "import sys; from dvar.cli.main import main; sys.exit(main())", "train", method]
     began = time.perf_counter()
     subprocess.run([*program, *words, *METHODS[method], *chosen.more], check=True)
     took = time.perf_counter() - began

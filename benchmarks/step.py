@@ -23,11 +23,11 @@ import torch
 from reference import Reference
 
 from dvar import mini
-from dvar.config import BUNDLED_MODEL, CONFIGS, AnyConfig
+from dvar.config.presets import configure
+from dvar.config.training import BUNDLED_MODEL, CONFIGS, AnyConfig
 from dvar.diffusion.backbone import Backbone
-from dvar.trainer.checks import model_path
-from dvar.trainer.presets import configure
-from dvar.trainer.run import prepared
+from dvar.diffusion.tokens import model_path
+from dvar.training.personalise import prepared
 
 PARTS = ("data", "encode", "text", "U-Net forward", "backward", "optimizer", "other", "probe")
 

@@ -20,11 +20,11 @@ import torch
 from PIL import Image
 
 from dvar import mini
-from dvar.config import CONFIGS
+from dvar.config.presets import settings
+from dvar.config.training import CONFIGS
 from dvar.diffusion.sampling import sample
-from dvar.laboratory.metrics import Clip, similarity
-from dvar.trainer.presets import settings
-from dvar.trainer.run import finished, personalised
+from dvar.recordings.image_metrics import Clip, similarity
+from dvar.runs.load_model import finished, personalised
 
 DVAR = Path(sys.executable).with_name("dvar")
 FRESH = range(1_000, 1_016)

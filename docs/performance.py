@@ -14,7 +14,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from dvar.laboratory.exhibit import COLOURS, NOISE, SOFT, STYLE
+from dvar.paper.style import COLOURS, NOISE, SOFT, STYLE
 
 HERE = Path(__file__).parent
 FOLDER = HERE / "performance"

@@ -31,7 +31,7 @@ def page() -> str:
     face = {name: getattr(dvar, name) for name in dvar.__all__ if name != "__version__"}
     parts = [OPENING, "## dvar", _text(dvar), *(_entry(f"dvar.{name}", found) for name, found in face.items())]
     for name in ROOMS:
-        room = importlib.import_module(f"dvar.stopper.{name}")
+        room = importlib.import_module(f"dvar.stopping.{name}")
         found = {own: value for own, value in _own(room) if value not in face.values()}
         parts += [f"## {room.__name__}", _text(room)]
         parts += [_entry(f"{room.__name__}.{own}", value) for own, value in found.items()]

@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from dvar.laboratory.config import EXPERIMENTS
+from dvar.paper.config import EXPERIMENTS
 
 HERE = Path(__file__).parent
 LIMIT = 120_000

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from dvar.laboratory.config import ReplayConfig
-from dvar.laboratory.replay import Outcome, picture, verdicts
-from dvar.stopper.rules import AtMost, Criterion, Dvar
-from dvar.stopper.trace import Trace
-from dvar.stopper.verdict import Reason, Verdict
+from dvar.runs.config import ReplayConfig
+from dvar.runs.replay import Outcome, verdicts
+from dvar.runs.replay_figure import picture
+from dvar.stopping.diagnosis import Reason
+from dvar.stopping.rules import AtMost, Criterion, Dvar
+from dvar.stopping.trace import Trace
+from dvar.stopping.verdict import Verdict
 
 HERE = Path(__file__).parent
 CONFIG = ReplayConfig()

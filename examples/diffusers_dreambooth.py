@@ -19,7 +19,7 @@ from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
 import dvar
-from dvar.stopper.integrations.accelerate import judged_together
+from dvar.stopping.integrations.accelerate import judged_together
 from dvar.testing import tiny_concept, tiny_pipeline
 
 scratch = Path(tempfile.mkdtemp())

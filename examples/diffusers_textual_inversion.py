@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 import dvar
-from dvar.stopper.integrations.accelerate import judged_together
+from dvar.stopping.integrations.accelerate import judged_together
 from dvar.testing import tiny_concept, tiny_pipeline
 
 scratch = Path(tempfile.mkdtemp())

@@ -23,17 +23,18 @@ import torch
 from transformers import CLIPModel, CLIPTokenizer
 
 from dvar import mini
-from dvar.config import CONFIGS
+from dvar.analysis.eligibility import ENOUGH, Gate
+from dvar.config.presets import configure, settings
+from dvar.config.training import CONFIGS
 from dvar.diffusion.sampling import sample
-from dvar.laboratory.gate import ENOUGH, Gate
 from dvar.mini import recogniser
 from dvar.mini.world.classes import CLASSES
 from dvar.mini.world.concepts import held_out, reference_scenes
 from dvar.mini.world.places import PLACES
 from dvar.mini.world.scene import COLOURS, PATTERNS, render, sample_scene, sample_subject
-from dvar.stopper.trace import Trace
-from dvar.trainer.presets import configure, settings
-from dvar.trainer.run import personalise, personalised
+from dvar.runs.load_model import personalised
+from dvar.stopping.trace import Trace
+from dvar.training.personalise import personalise
 from pretraining.evaluate import ROOT, folder_hash, percent, picture_features, text_features
 from pretraining.pictures import as_tensor
 from pretraining.training import WORK

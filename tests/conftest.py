@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from fake_run import fake_trace, write_run
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +22,9 @@ def tiny_pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from dvar.testing import tiny_concept
 
     return tiny_concept(tmp_path_factory.mktemp("tiny") / "pictures")
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """A finished run that DVAR stopped, with samples."""
+    return write_run(tmp_path / "run", fake_trace())

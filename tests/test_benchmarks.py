@@ -11,8 +11,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from dvar.stopper.rules import Dvar
-from dvar.stopper.trace import Trace
+from dvar.stopping.rules import Dvar
+from dvar.stopping.trace import Trace
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

@@ -80,10 +80,10 @@ def test_every_integration_has_its_section() -> None:
         node.module
         for text in SECTIONS.values()
         for node in ast.walk(ast.parse(text))
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("dvar.stopper.integrations.")
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("dvar.stopping.integrations.")
     }
     there = (ROOT / "src" / "dvar" / "stopper" / "integrations").glob("[!_]*.py")
-    assert shown == {f"dvar.stopper.integrations.{path.stem}" for path in there}
+    assert shown == {f"dvar.stopping.integrations.{path.stem}" for path in there}
 
 
 def test_what_the_page_shows_of_the_whole_programs_is_in_them() -> None:

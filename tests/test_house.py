@@ -17,32 +17,41 @@ HOUSE = Path(dvar.__file__).parent
 
 # Imports point to a room of a lower number, or stay within the room.  The face (`dvar` itself) is on top.
 FLOORS = {
+    "_version": 0,
     "errors": 0,
-    "mini": 1,
-    "settings": 1,
-    "config": 2,
-    "flags": 2,
-    "stopper": 3,
-    "diffusion": 4,
-    "trainer": 5,
-    "laboratory": 6,
-    "testing": 7,
-    "cli": 8,
-    "__main__": 9,
-    "__init__": 9,
+    "files": 0,
+    "html": 1,
+    "mini": 2,
+    "stopping": 3,
+    "config": 4,
+    "diffusion": 5,
+    "training": 6,
+    "runs": 7,
+    "recordings": 8,
+    "analysis": 9,
+    "survey": 10,
+    "paper": 11,
+    "testing": 12,
+    "cli": 13,
+    "__main__": 14,
+    "__init__": 14,
 }
 PURE = (
     "errors",
-    "settings",
-    "config",
-    "laboratory.config",
-    "stopper.rules",
-    "stopper.compositions",
-    "stopper.judging",
-    "stopper.verdict",
-    "stopper.record",
-    "stopper.trace",
-    "stopper.watch",
+    "config.fields",
+    "config.training",
+    "paper.config",
+    "runs.config",
+    "survey.config",
+    "stopping.combinators",
+    "stopping.curve",
+    "stopping.diagnosis",
+    "stopping.monitor",
+    "stopping.rule",
+    "stopping.rules",
+    "stopping.trace",
+    "stopping.trace_format",
+    "stopping.verdict",
 )
 HEAVY = (
     "torch",
@@ -65,13 +74,13 @@ PICKLERS = ("pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "sh
 
 
 def modules(house: Path) -> dict[str, ast.Module]:
-    """The parsed modules by their name inside the house: "stopper.trace", "stopper.__init__", "__init__"."""
+    """The parsed modules by their name inside the house: "stopping.trace", "stopping.__init__", "__init__"."""
     files = sorted(house.rglob("*.py"))
     return {".".join(path.relative_to(house).with_suffix("").parts): ast.parse(path.read_bytes()) for path in files}
 
 
 def imports(name: str, tree: ast.AST, known: frozenset[str]) -> Iterator[str]:
-    """Every import in the module, wherever it stands: "numpy.typing", or "dvar.stopper.trace" for our own."""
+    """Every import in the module, wherever it stands: "numpy.typing", or "dvar.stopping.trace" for our own."""
     package = ["dvar", *name.split(".")[:-1]]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -223,7 +232,7 @@ def test_a_name_whose_package_is_missing_tells_what_to_install() -> None:
 
 
 def planted(tmp_path: Path, **files: str) -> Path:
-    """A house with the given modules; "stopper__trace" stands for stopper/trace.py."""
+    """A house with the given modules; "stopping__trace" stands for stopping/trace.py."""
     for name, text in files.items():
         path = tmp_path.joinpath(*name.replace("__", "/").split("/")).with_suffix(".py")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -234,31 +243,31 @@ def planted(tmp_path: Path, **files: str) -> Path:
 @pytest.mark.parametrize(
     "offence",
     [
-        "import dvar.trainer.loop",
-        "from dvar.trainer.loop import train",
-        "from dvar.trainer import loop",
-        "from dvar import trainer",
+        "import dvar.training.loop",
+        "from dvar.training.loop import train",
+        "from dvar.training import loop",
+        "from dvar import training",
         "from dvar import Probe",
         "import dvar",
-        "from ..trainer import loop",
-        "from ..trainer.loop import train",
-        "from .. import trainer",
-        "def later():\n    import dvar.trainer.loop",
-        "if TYPE_CHECKING:\n    from dvar.trainer.loop import Step",
+        "from ..training import loop",
+        "from ..training.loop import train",
+        "from .. import training",
+        "def later():\n    import dvar.training.loop",
+        "if TYPE_CHECKING:\n    from dvar.training.loop import Step",
         "import dvar.new_wing",
     ],
 )
 def test_an_import_that_points_up_is_found(tmp_path: Path, offence: str) -> None:
-    house = planted(tmp_path, diffusion__objective=offence, trainer__loop="import torch")
-    (house / "trainer" / "__init__.py").write_text("")
+    house = planted(tmp_path, diffusion__objective=offence, training__loop="import torch")
+    (house / "training" / "__init__.py").write_text("")
     assert len(pointing_up(house)) == 1
     assert pointing_up(house)[0].startswith("diffusion.objective imports dvar")
 
 
 def test_imports_that_point_down_or_stay_in_the_room_are_not_offences(tmp_path: Path) -> None:
     down = "import numpy\nfrom dvar.errors import DvarError\nfrom . import verdict, trace"
-    house = planted(tmp_path, stopper__rules=down, stopper__trace="", stopper__verdict="", errors="")
-    planted(tmp_path, trainer__run="from dvar import __version__", cli="from dvar.laboratory import report")
+    house = planted(tmp_path, stopping__rules=down, stopping__trace="", stopping__verdict="", errors="")
+    planted(tmp_path, training__run="from dvar import __version__", cli="from dvar.runs import report")
     assert pointing_up(house) == [] == impure(house)
 
 
@@ -268,24 +277,24 @@ def test_imports_that_point_down_or_stay_in_the_room_are_not_offences(tmp_path: 
         "import torch",
         "import scipy.stats",
         "def f():\n    from PIL import Image",
-        "from dvar.stopper.probe import Probe",
+        "from dvar.stopping.probe import Probe",
         "from .probe import Probe",
         "from . import probe",
     ],
 )
 def test_an_impure_import_in_a_pure_room_is_found(tmp_path: Path, offence: str) -> None:
-    house = planted(tmp_path, stopper__verdict=offence, stopper__probe="import torch")
+    house = planted(tmp_path, stopping__verdict=offence, stopping__probe="import torch")
     assert len(impure(house)) == 1
-    assert impure(house)[0].startswith("stopper.verdict imports ")
+    assert impure(house)[0].startswith("stopping.verdict imports ")
 
 
 def test_a_door_that_loads_a_room_is_found(tmp_path: Path) -> None:
-    house = planted(tmp_path, stopper__rules="")
-    door = house / "stopper" / "__init__.py"
-    door.write_text('"""The stopper."""\n')
+    house = planted(tmp_path, stopping__rules="")
+    door = house / "stopping" / "__init__.py"
+    door.write_text('"""The stopping."""\n')
     assert busy_doors(house) == []
-    door.write_text('"""The stopper."""\nfrom dvar.stopper.rules import Dvar\n')
-    assert busy_doors(house) == ["stopper.__init__"]
+    door.write_text('"""The stopping."""\nfrom dvar.stopping.rules import Dvar\n')
+    assert busy_doors(house) == ["stopping.__init__"]
 
 
 @pytest.mark.parametrize(
@@ -301,8 +310,8 @@ def test_a_door_that_loads_a_room_is_found(tmp_path: Path) -> None:
     ],
 )
 def test_unpickling_is_found(tmp_path: Path, offence: str) -> None:
-    assert len(unpickling(planted(tmp_path, trainer__checkpoint=offence))) == 1
-    assert unpickling(planted(tmp_path, trainer__checkpoint="import numpy\nnumpy.load('x', allow_pickle=False)")) == []
+    assert len(unpickling(planted(tmp_path, training__checkpoint=offence))) == 1
+    assert unpickling(planted(tmp_path, training__checkpoint="import numpy\nnumpy.load('x', allow_pickle=False)")) == []
 
 
 def test_a_heavy_import_is_found(tmp_path: Path) -> None:

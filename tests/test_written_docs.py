@@ -16,7 +16,7 @@ import pytest
 
 import dvar
 from dvar import Dvar, Reason, Trace
-from dvar.laboratory.traces import read_traces
+from dvar.recordings.archive_file import read_traces
 
 DOCS = Path(__file__).parents[1] / "docs"
 

@@ -13,20 +13,20 @@ others need torch and are loaded when first used.
 import importlib as _importlib
 import typing as _typing
 
+from dvar._version import __version__
 from dvar.errors import DvarError, RefusedInput
-from dvar.stopper.rules import AnyOf, Criterion, Dvar, FixedSteps
-from dvar.stopper.trace import Trace
-from dvar.stopper.verdict import Reason, Verdict
-from dvar.stopper.watch import Watch
+from dvar.stopping.diagnosis import Reason
+from dvar.stopping.monitor import Watch
+from dvar.stopping.rules import AnyOf, Criterion, Dvar, FixedSteps
+from dvar.stopping.trace import Trace
+from dvar.stopping.verdict import Verdict
 
 if _typing.TYPE_CHECKING:
-    from dvar.config import CustomDiffusionConfig, DreamBoothLoraConfig, TextualInversionConfig
+    from dvar.config.training import CustomDiffusionConfig, DreamBoothLoraConfig, TextualInversionConfig
     from dvar.diffusion.backbone import Backbone
-    from dvar.laboratory.report import write_report
-    from dvar.stopper.probe import Probe
-    from dvar.trainer.run import personalise
-
-__version__ = "0.1.0"
+    from dvar.runs.report import write_report
+    from dvar.stopping.probe import Probe
+    from dvar.training.personalise import personalise
 
 __all__ = [
     "AnyOf",
@@ -51,12 +51,12 @@ __all__ = [
 
 _ROOMS = {
     "Backbone": "dvar.diffusion.backbone",
-    "CustomDiffusionConfig": "dvar.config",
-    "DreamBoothLoraConfig": "dvar.config",
-    "Probe": "dvar.stopper.probe",
-    "TextualInversionConfig": "dvar.config",
-    "personalise": "dvar.trainer.run",
-    "write_report": "dvar.laboratory.report",
+    "CustomDiffusionConfig": "dvar.config.training",
+    "DreamBoothLoraConfig": "dvar.config.training",
+    "Probe": "dvar.stopping.probe",
+    "TextualInversionConfig": "dvar.config.training",
+    "personalise": "dvar.training.personalise",
+    "write_report": "dvar.runs.report",
 }
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from short_run import Outcome, short_run
 
-from dvar.config import TextualInversionConfig
+from dvar.config.training import TextualInversionConfig
 from dvar.diffusion.backbone import Backbone
-from dvar.trainer.run import personalise
+from dvar.training.personalise import personalise
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ import torch
 from short_run import Outcome, gone_on, short_run
 
 from dvar.diffusion.backbone import Backbone
-from dvar.trainer.checkpoint import saved
-from dvar.trainer.run import personalise
+from dvar.training.checkpoint import saved
+from dvar.training.personalise import personalise
 
 
 def main(model: str, pictures: str, folder: str, kills: str) -> None:

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dvar.config import TextualInversionConfig
-from dvar.stopper.trace import Trace
-from dvar.trainer.checkpoint import saved
-from dvar.trainer.run import personalise
+from dvar.config.training import TextualInversionConfig
+from dvar.stopping.trace import Trace
+from dvar.training.checkpoint import saved
+from dvar.training.personalise import personalise
 
 CAP = 9
 

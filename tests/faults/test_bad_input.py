@@ -321,7 +321,7 @@ def processor_seconds() -> float:
 
 RUNNER = """
 import contextlib, io, json, os, sys
-from dvar.cli import main
+from dvar.cli.main import main
 for line in sys.stdin:
     words, environment = json.loads(line)
     os.environ.update(environment)
@@ -397,7 +397,7 @@ PROCESSES = [*NUMBERS[::8], *WORDS[::5], *PICTURES[::5], *MODELS[4::8], LISTS[1]
 def test_a_real_process_says_the_same(case: Case, place: Path) -> None:
     case.spoil(place)
     before = left(place)
-    program = [sys.executable, "-c", "import sys; from dvar.cli import main; sys.exit(main())"]
+    program = [sys.executable, "-c", "import sys; from dvar.cli.main import main; sys.exit(main())"]
     environment = {**os.environ, **dict(case.environment)}
     before_it = processor_seconds()
     done = subprocess.run([*program, *words_of(case, place)], capture_output=True, text=True, env=environment)
@@ -427,10 +427,10 @@ LATE = [
 def test_what_takes_the_model_itself_to_see_is_told_as_briefly(case: Case, place: Path) -> None:
     case.spoil(place)
     before, at_first = left(place), processor_seconds()
-    libraries = "import dvar.trainer.run; from diffusers import StableDiffusionPipeline"
+    libraries = "import dvar.training.personalise; from diffusers import StableDiffusionPipeline"
     subprocess.run([sys.executable, "-c", libraries], capture_output=True, check=True)
     imported = processor_seconds()
-    program = [sys.executable, "-c", "import sys; from dvar.cli import main; sys.exit(main())"]
+    program = [sys.executable, "-c", "import sys; from dvar.cli.main import main; sys.exit(main())"]
     done = subprocess.run([*program, *words_of(case, place)], capture_output=True, text=True)
     # Beside what its libraries take in the same minute: other work on the machine slows both.
     assert processor_seconds() - imported <= 1.5 * (imported - at_first)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dvar.stopper.trace import Trace
-from dvar.trainer.checkpoint import FACTS, MANIFEST, TENSORS, TRACE, Checkpoint, latest
+from dvar.stopping.trace import Trace
+from dvar.training.checkpoint import FACTS, MANIFEST, TENSORS, TRACE, Checkpoint, latest
 
 
 def written(folder: Path, step: int) -> Path:

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from short_run import Outcome, gone_on
 
-from dvar.config import TextualInversionConfig
+from dvar.config.training import TextualInversionConfig
 from dvar.errors import OutOfResources
-from dvar.trainer.checkpoint import saved
-from dvar.trainer.run import personalise
+from dvar.training.checkpoint import saved
+from dvar.training.personalise import personalise
 
 
 class Touched:

@@ -12,26 +12,26 @@ import torch
 from short_run import Outcome, gone_on
 from torch import Tensor
 
-import dvar.trainer.job
-import dvar.trainer.trackers
-from dvar.config import TextualInversionConfig
+import dvar.training.run
+import dvar.training.trackers
+from dvar.config.training import TextualInversionConfig
 from dvar.errors import OutOfResources
-from dvar.stopper.verdict import Reason
-from dvar.trainer.checkpoint import latest
-from dvar.trainer.loop import Step
-from dvar.trainer.run import personalise
+from dvar.stopping.diagnosis import Reason
+from dvar.training.checkpoint import latest
+from dvar.training.loop import Step
+from dvar.training.personalise import personalise
 
 pytestmark = pytest.mark.usefixtures("loaded_at_once")
 
 
 def at_call(patch: pytest.MonkeyPatch, number: int, change: Callable[[Tensor], Tensor]) -> None:
     """Let the objective's call of this number pass through ``change``."""
-    true, count = dvar.trainer.job.denoising_loss, iter(range(10**6))
+    true, count = dvar.training.run.denoising_loss, iter(range(10**6))
 
     def loss(*given: Any) -> Tensor:
         return change(true(*given)) if next(count) == number else true(*given)
 
-    patch.setattr(dvar.trainer.job, "denoising_loss", loss)
+    patch.setattr(dvar.training.run, "denoising_loss", loss)
 
 
 def cuda_full(losses: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ def test_a_tracker_that_raises_is_left_alone_and_changes_nothing(
             raise ConnectionError("the server is gone")
 
     opened = (report, lambda: told.append(-1))
-    monkeypatch.setitem(dvar.trainer.trackers._OPENED, "none", lambda folder, settings: opened)
+    monkeypatch.setitem(dvar.training.trackers._OPENED, "none", lambda folder, settings: opened)
     with pytest.warns(UserWarning, match="the tracker failed and is left alone from now on: the server is gone"):
         folder = personalise(config).folder
     assert told == [0, 1, 2, 3]

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from dvar.config import TextualInversionConfig
-from dvar.trainer.checkpoint import latest
+from dvar.config.training import TextualInversionConfig
+from dvar.training.checkpoint import latest
 
 KILLS = 50
 HERE = Path(__file__).parent
@@ -65,7 +65,7 @@ def test_a_process_asked_to_end_saves_within_half_a_minute_and_says_how_to_go_on
     given = {name: getattr(config, name) for name in (*names, "num_validation_images", "num_inference_steps")}
     for name, value in {**given, **more}.items():
         words += [f"--{name}", str(value)]
-    program = [sys.executable, "-c", "import sys; from dvar.cli import main; sys.exit(main())"]
+    program = [sys.executable, "-c", "import sys; from dvar.cli.main import main; sys.exit(main())"]
     popen = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with place(), subprocess.Popen([*program, *words], **popen) as process:
         assert process.stderr

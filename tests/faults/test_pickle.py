@@ -14,15 +14,16 @@ import pytest
 import torch
 from short_run import short_run
 
-from dvar.config import DreamBoothLoraConfig, TextualInversionConfig
+from dvar.config.training import DreamBoothLoraConfig, TextualInversionConfig
 from dvar.diffusion.backbone import Backbone
 from dvar.diffusion.clip import Clip
 from dvar.errors import CheckpointError, ModelError, RefusedInput
+from dvar.runs.export import write_kohya, write_merged
+from dvar.runs.load_model import personalised
 from dvar.testing import tiny_clip
-from dvar.trainer.checkpoint import MANIFEST, TENSORS, Checkpoint
-from dvar.trainer.export import write_kohya, write_merged
-from dvar.trainer.loading import LORA
-from dvar.trainer.run import personalise, personalised
+from dvar.training.checkpoint import MANIFEST, TENSORS, Checkpoint
+from dvar.training.personalise import personalise
+from dvar.training.weight_files import LORA
 
 
 class Malice:

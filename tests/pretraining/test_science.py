@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dvar import mini
-from dvar.stopper.trace import Trace
+from dvar.stopping.trace import Trace
 from pretraining import science
 
 STEPS = (0, 25, 50, 100)

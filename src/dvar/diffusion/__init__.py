@@ -1,1 +1,1 @@
-"""The ground that training stands on: keyed randomness, the objective, the models, pictures from them."""
+"""Diffusion models: the objective, sampling, tokens, CLIP and keyed randomness."""

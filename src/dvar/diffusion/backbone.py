@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from dvar.config import Sampler
+from dvar.config.training import Sampler
 from dvar.diffusion.objective import Schedule
 from dvar.diffusion.tokens import check_make
 from dvar.errors import ModelError

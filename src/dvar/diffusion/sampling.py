@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from dvar.config import Sampler
+from dvar.config.training import Sampler
 from dvar.diffusion.backbone import Backbone
-from dvar.stopper.probe import undisturbed
+from dvar.stopping.probe import undisturbed
 
 BATCH = 8
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dvar import mini
+from dvar.config.training import BUNDLED_MODEL
 from dvar.errors import ModelError
 
 if TYPE_CHECKING:
@@ -50,3 +53,8 @@ def _quiet(library: Any) -> Iterator[None]:
         yield
     finally:
         library.logging.set_verbosity(level)
+
+
+def model_path(name: str) -> str:
+    """Return the folder or hub id behind a model's name: "mini" is the bundled model."""
+    return str(mini.path()) if name == BUNDLED_MODEL else os.path.expanduser(name)

@@ -1,0 +1,7 @@
+"""Runs the command line as `python -m dvar`."""
+
+import sys
+
+from dvar.cli.main import main
+
+sys.exit(main())

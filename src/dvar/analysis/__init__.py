@@ -1,0 +1,1 @@
+"""Strategies that end a run, and how good their stops are."""

@@ -1,1 +1,0 @@
-"""The laboratory: what is read off finished runs."""

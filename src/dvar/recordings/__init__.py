@@ -1,0 +1,1 @@
+"""Recorded runs: what is recorded, how, and how it is read again."""

@@ -1,0 +1,1 @@
+"""The stopper in other training loops, one module for each framework."""

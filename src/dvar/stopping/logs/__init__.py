@@ -1,0 +1,1 @@
+"""Readers of the log formats of other programs."""

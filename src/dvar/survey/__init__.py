@@ -1,0 +1,1 @@
+"""A survey that asks people which of two runs generates better images."""

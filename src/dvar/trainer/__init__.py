@@ -1,1 +1,0 @@
-"""Personalising a model: pictures in, a stopped run out."""

@@ -1,1 +1,0 @@
-"""The ways to personalise a model, a leaf each."""

@@ -1,0 +1,1 @@
+"""Personalising a model: images in, a stopped run out."""

@@ -1,0 +1,1 @@
+"""The methods of personalisation, one module for each."""

@@ -1,0 +1,109 @@
+"""The table of presets, and the order in which settings override each other."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+
+from dvar.config.presets import TABLE, configure, settings
+from dvar.config.training import CONFIGS, TextualInversionConfig, settings_problems
+from dvar.errors import RefusedInput
+from dvar.training.preflight import rule_problems
+
+
+def test_the_papers_settings_are_the_published_ones() -> None:
+    # Section 3.3 (N, alpha), Section 4.2 (steps, samples), and the released Textual Inversion command.
+    paper = settings("paper")
+    published = {
+        "window": 310,
+        "threshold": 0.15,
+        "eval_batch_size": 8,
+        "max_train_steps": 6100,
+        "validation_steps": 500,
+        "num_validation_images": 8,
+        "train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "adam_weight_decay": 1e-2,
+        "resolution": 512,
+        "guidance_scale": 7.5,
+    }
+    assert paper.items() >= published.items()
+
+
+def test_every_row_is_a_setting_with_a_source_and_stands_once() -> None:
+    rows = [(row.name, row.method, row.setting) for row in TABLE]
+    assert len(set(rows)) == len(rows)
+    assert all(row.source for row in TABLE)
+    assert all(row.setting in {item.name for item in fields(CONFIGS[row.method])} for row in TABLE)
+
+
+OWN = {
+    "textual-inversion": {"initializer_token": "mug"},
+    "dreambooth-lora": {"placeholder_token": "<thing>", "initializer_token": "mug"},
+    "custom-diffusion": {"class_noun": "mug"},
+}
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("name", ["paper", "lean", "mini"])
+def test_every_preset_gives_settings_that_can_be_run(name: str, method: str) -> None:
+    config = configure({"preset": name, "instance_data_dir": "pictures", **OWN[method]}, method)
+    assert isinstance(config, CONFIGS[method])
+    assert settings_problems(config) == []
+    assert rule_problems(config) == []
+    assert config.preset == name
+    assert {key: getattr(config, key) for key in settings(name, method)} == settings(name, method)
+
+
+@pytest.mark.parametrize(
+    ("method", "published"),
+    [
+        # Section 3.3 (N, alpha), Section 4.2 (steps, samples), and the released commands.
+        (
+            "dreambooth-lora",
+            {"window": 440, "threshold": 0.4, "max_train_steps": 1000, "learning_rate": 1e-3, "rank": 4},
+        ),
+        (
+            "custom-diffusion",
+            {"window": 180, "threshold": 0.15, "max_train_steps": 500, "learning_rate": 4e-5, "prior_loss_weight": 1.0},
+        ),
+    ],
+)
+def test_the_papers_settings_of_the_other_methods(method: str, published: dict[str, float]) -> None:
+    shared = {"validation_steps": 100, "train_batch_size": 2, "guidance_scale": 6.0, "eval_batch_size": 8}
+    assert settings("paper", method).items() >= {**published, **shared}.items()
+
+
+def test_the_bundled_model_has_its_own_preset_and_any_other_the_papers_probed_less() -> None:
+    assert configure({}).preset == "mini"
+    assert configure({"pretrained_model_name_or_path": "owner/model"}).preset == "lean"
+    assert configure({"pretrained_model_name_or_path": "owner/model", "preset": "mini"}).resolution == 64
+    assert configure({"preset": "paper"}).resolution == 512
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_lean_is_the_papers_but_for_a_cadence_that_leaves_a_window_enough(method: str) -> None:
+    paper, lean = settings("paper", method), settings("lean", method)
+    assert {name for name in paper if lean[name] != paper[name]} == {"probe_every"}
+    assert lean.keys() == paper.keys()
+    assert paper["probe_every"] == 1
+    assert lean["window"] // lean["probe_every"] >= 9
+
+
+def test_what_is_given_overrides_the_preset_and_the_rest_keeps_its_default() -> None:
+    config = configure({"learning-rate": 0.5, "train_data_dir": Path("pictures")})
+    assert (config.learning_rate, config.instance_data_dir) == (0.5, "pictures")
+    kept = {**settings("mini"), "preset": "mini", "learning_rate": 0.5, "instance_data_dir": "pictures"}
+    assert config == replace(TextualInversionConfig(), **kept)
+
+
+def test_an_unknown_preset_is_refused_with_the_nearest() -> None:
+    with pytest.raises(RefusedInput, match="preset must be one of lean, mini, paper, got 'papr': try paper"):
+        configure({"preset": "papr"})
+
+
+def test_an_unknown_setting_is_refused_with_the_nearest() -> None:
+    with pytest.raises(RefusedInput, match="nearest known one is window"):
+        configure({"widow": 3})

@@ -1,0 +1,130 @@
+"""Recorded runs without a model, whose truth is known: the quality rises as 1 - exp(-step / learned)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dvar.stopping.trace import Trace
+
+TIMESTEPS = (981, 37, 411, 266, 702, 843, 130, 555)
+START, GAIN = 0.5, 0.3
+
+
+def scored_steps(cap: int, count: int = 40) -> list[int]:
+    """Step 0, the cap, and log-spaced steps between."""
+    return sorted({0, *np.rint(np.geomspace(4, cap, count - 1)).astype(int).tolist()})
+
+
+def oracle_step(learned: float, share: float = 0.9) -> float:
+    """Where 1 - exp(-step / learned) reaches `share`, for a run long enough that its plateau is 1."""
+    return -learned * float(np.log(1 - share))
+
+
+def fake_record(
+    root: Path,
+    method: str = "textual-inversion",
+    concept: str = "red_mug",
+    seed: int = 0,
+    *,
+    cap: int = 600,
+    learned: float = 60.0,
+    noise: float = 0.0,
+    jitter: float = 1e-4,
+    decline: float = 0.0,
+    pictures: int = 8,
+    every: int = 5,
+    seconds: float = 0.2,
+) -> Path:
+    """Write a finished record under `root` and return its folder.
+
+    The score of a training picture is START + GAIN (1 - exp(-step / learned)), less `decline` a step from half of the
+    cap on, with `noise` of its own; L_det falls by 2 % with the same time constant and `jitter` relative noise.
+    """
+    random = np.random.default_rng([seed, *(method + concept).encode()])
+    folder = root / method / concept / str(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    _trace(random, cap, learned, jitter, every, seconds).write(folder / "trace.jsonl")
+    _json(folder / "scores.json", _scores(random, cap, learned, noise, decline, pictures))
+    config = {"method": method, "preset": "mini", "max_train_steps": cap, "seed": seed, "train_batch_size": 4}
+    config |= {"pretrained_model_name_or_path": "mini", "num_inference_steps": 25, "eval_batch_size": 8}
+    _json(folder / "config.json", config)
+    sums = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ("trace.jsonl", "scores.json")}
+    _json(folder / "done.json", {"hashes": sums, "versions": {"dvar": "0.1.0"}})
+    return folder
+
+
+def fake_sheets(folder: Path, steps: Iterable[int], count: int = 4, side: int = 16) -> None:
+    """Pictures of some scored steps, plain ones that grow lighter with the step; and a reference."""
+    (folder / "pictures").mkdir(exist_ok=True)
+    for place, step in enumerate(steps):
+        sheet = Image.new("RGB", (side * count, 2 * side), (40 * place, 80, 120))
+        sheet.save(folder / "pictures" / f"step-{step:06d}.png")
+    (folder / "references").mkdir(exist_ok=True)
+    Image.new("RGB", (side, side), "white").save(folder / "references" / "00.png")
+
+
+def _trace(random: np.random.Generator, cap: int, learned: float, jitter: float, every: int, seconds: float) -> Trace:
+    level, held = 0.2 + 3.0 * np.exp(-np.array(TIMESTEPS) / 200), np.sort(random.integers(0, 1000, 32))
+    series = {
+        "stratified": {"every": every, "timesteps": held.tolist()},
+        **{name: {"every": every} for name in ("fresh", "frozen", "unseen", "drift", "token_norm")},
+    }
+    trace = Trace({"timesteps": list(TIMESTEPS), "series": series})
+    for step in range(cap + 1):
+        gain = 1 - np.exp(-step / learned)
+        fall = 1 - 0.02 * gain
+        more: dict[str, Any] = {"seconds": {"train": seconds * bool(step), "eval": seconds / 2, "other": 0.01}}
+        if step:
+            more |= {"train_loss": 0.06 * random.gamma(2.0), "grad_norm": random.gamma(3.0)}
+        if step % every == 0:
+            drawn = random.integers(0, 1000, 8)
+            frozen = (0.2 + 3.0 * np.exp(-drawn / 200)) * random.uniform(0.5, 1.5, 8)
+            more |= {"fresh": (frozen * fall).tolist(), "frozen": frozen.tolist()}
+            more |= {"fresh_timesteps": drawn.tolist()}
+            spread = 1 + jitter * random.standard_normal(32)
+            more["stratified"] = ((0.2 + 3.0 * np.exp(-held / 200)) * fall * spread).tolist()
+            more["unseen"] = (level * fall * (1 + jitter * random.standard_normal(8))).tolist()
+            more |= {"drift": 1e-3 * gain, "token_norm": 0.4 + 0.2 * gain}
+        trace.record(step, level * fall * (1 + jitter * random.standard_normal(len(level))), **more)
+    return trace
+
+
+def _scores(
+    random: np.random.Generator, cap: int, learned: float, noise: float, decline: float, pictures: int
+) -> dict[str, Any]:
+    rows = []
+    for step in scored_steps(cap):
+        gain = 1 - np.exp(-step / learned)
+        lost = decline * max(0, step - cap / 2)
+        curves = {
+            ("train", "clip_image"): START + GAIN * gain - lost,
+            ("train", "clip_text"): 0.20 + 0.01 * gain,
+            ("validation", "clip_image"): 0.48 + 0.22 * gain - lost,
+            ("validation", "clip_text"): 0.26 - 0.03 * gain - 0.02 * step / cap,
+        }
+        row: dict[str, Any] = {"step": step, "train": {}, "validation": {}, "seconds": 0.5 * 2 * pictures}
+        for (part, metric), value in curves.items():
+            row[part][metric] = (value + noise * random.standard_normal(pictures)).tolist()
+        rows.append(row)
+    header = {
+        "pairing": "all pairs",
+        "judges": {"clip": "the bundled scorer"},
+        "train_prompts": ["a photo of <thing>"],
+        "validation_prompts": ["a photo of <thing> on the beach"],
+        "seeds": list(range(pictures)),
+        "sampling_steps": 25,
+        "guidance": 5.0,
+        "references": 4,
+    }
+    return {"header": header, "rows": rows}
+
+
+def _json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content), encoding="utf-8")

@@ -1,0 +1,154 @@
+"""``dvar reproduce`` from its words to its files and refusals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_record import fake_record
+
+from dvar.cli.main import main
+from dvar.mini import TUNING
+from dvar.paper import reproduce
+from dvar.paper.config import ReproduceConfig
+from dvar.recordings import rescore, sweep
+from dvar.recordings.archive import Record, Rescored, Shelf
+from dvar.recordings.archive_file import write_traces
+from dvar.recordings.spec import Recording
+from dvar.recordings.sweep import Row
+
+METHODS = ("textual-inversion", "dreambooth-lora", "custom-diffusion")
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
+    """What was asked to be recorded; each is there at once, and a fake."""
+    asked: list[Recording] = []
+
+    def record(recordings: Sequence[Recording], tell: object, **_: object) -> list[Row]:
+        asked.extend(recordings)
+        for one in recordings:
+            fake_record(Path(one.records), one.method, one.concept, one.seed, cap=60, learned=8.0)
+        return [Row(one, "done") for one in recordings]
+
+    monkeypatch.setattr(sweep, "recorded", record)
+    return asked
+
+
+def test_one_figure_is_made_from_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fake_record(tmp_path / "records", cap=60, learned=8.0)
+    out = tmp_path / "out"
+    assert main(["reproduce", "figure1", "--records", str(tmp_path / "records"), "--output_dir", str(out)]) == 0
+    told = capsys.readouterr()
+    assert told.out.strip() == str(out / "report.html")
+    assert "dvar: figure1: Figure 1" in told.err
+    assert {path.name for path in out.iterdir()} == {
+        "report.html",
+        "report.json",
+        "figure1.json",
+        *(f"figure1-convergence-textual-inversion.{kind}" for kind in ("svg", "png")),
+    }
+
+
+def test_table_1_has_its_checkpoints_scored_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for concept in ("cup", "mug"):
+        fake_record(tmp_path / "records", concept=concept, cap=60, learned=8.0)
+
+    def anew(shelf: Shelf, wanted: Mapping[Record, set[int]], tell: object) -> Shelf:
+        def scored(record: Record, steps: list[int]) -> Rescored:
+            return Rescored(np.array(steps), {of: np.ones((len(steps), 8)) for of in record.pictures})
+
+        return replace(shelf, rescored={one.name: scored(one, sorted(steps)) for one, steps in wanted.items()})
+
+    monkeypatch.setattr(rescore, "with_rescored", anew)
+    words = ["reproduce", "table1", "--records", str(tmp_path / "records"), "--output_dir", str(tmp_path / "out")]
+    assert main(words) == 0
+    table = json.loads((tmp_path / "out" / "table1.json").read_text(encoding="utf-8"))["tables"][0]
+    assert "drawn anew on as many seeds that chose nothing, for all ways alike." in table["caption"]
+    assert {row["Train CLIP img mean"] for row in table["rows"]} == {1.0}
+
+
+def test_an_unknown_experiment_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reproduce", "figure3"]) == 2
+    assert "there is no experiment 'figure3': the nearest is figure" in capsys.readouterr().err
+
+
+def test_without_records_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main(["reproduce", "all", "--records", str(tmp_path / "none"), "--output_dir", str(out)]) == 2
+    assert f"there are no recorded runs in {tmp_path / 'none'}" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_quick_report_records_what_it_needs_where_there_are_no_records(
+    tmp_path: Path, recorded: list[Recording], capsys: pytest.CaptureFixture[str]
+) -> None:
+    records, out = tmp_path / "records", tmp_path / "out"
+    words = ["reproduce", "figure2", "--quick", "--records", str(records), "--output_dir", str(out)]
+    assert main(words) == 0
+    assert {one.plan for one in recorded} == {"quick"}
+    assert {Path(one.records) for one in recorded} == {records / "quick"}
+    by_method = {method: [one.concept for one in recorded if one.method == method] for method in METHODS}
+    for concepts in by_method.values():
+        assert [concept in TUNING for concept in concepts] == [False, False, True]
+    assert "dvar: 9 done" in capsys.readouterr().err
+    # And the second time it goes through them again, which makes what is missing.
+    recorded.clear()
+    assert main(words) == 0
+    assert len(recorded) == 9
+
+
+def test_what_changes_nothing_is_recorded_once_for_tables_and_variants(
+    tmp_path: Path, recorded: list[Recording]
+) -> None:
+    config = ReproduceConfig(quick=True, records=(str(tmp_path / "records"),), output_dir=str(tmp_path / "out"))
+    reproduce._record(config, ["table1", "initial", "sam"], lambda line: None)
+    varied = [one for one in recorded if dict(one.settings)]
+    assert [dict(one.settings).get("initializer", "sam") for one in varied] == ["random", "clip", "sam"]
+    usual = [one for one in recorded if one not in varied]
+    assert len({(one.method, one.concept) for one in usual}) == len(usual) == 9
+    assert len({one.records for one in usual}) == 1
+    recorded.clear()
+    reproduce._record(config, ["sam"], lambda line: None)  # which reads no records, and makes its own
+    assert [one.records.endswith("runs/variants/usual/quick") for one in recorded] == [True, False]
+
+
+def test_a_quick_report_of_whole_records_reads_a_few_and_records_none(
+    tmp_path: Path, recorded: list[Recording], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for concept in ("cup", "jar", "jug", "mug", "owl", "pot", "vase", TUNING[0]):
+        fake_record(tmp_path / "records", concept=concept, cap=60, learned=8.0)
+    words = ["reproduce", "figure1", "--quick", "--records", str(tmp_path / "records")]
+    assert main([*words, "--output_dir", str(tmp_path / "out")]) == 0
+    assert not recorded
+    assert "Concepts: 6" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+def test_quick_leaves_out_no_run_that_settings_are_tuned_on(tmp_path: Path) -> None:
+    for seed in range(reproduce.QUICK + 1):
+        fake_record(tmp_path, concept=TUNING[0], seed=seed, cap=60, learned=8.0)
+    fake_record(tmp_path, concept="cup", cap=60, learned=8.0)
+    found = reproduce.opened(ReproduceConfig(names=("rules",), quick=True, records=(str(tmp_path),)))
+    assert len(found.for_tuning("textual-inversion")) == reproduce.QUICK + 1
+
+
+def test_records_may_stand_in_several_places(tmp_path: Path) -> None:
+    for concept in ("cup", "mug"):
+        fake_record(tmp_path / "old", concept=concept, cap=60, learned=8.0)
+    fake_record(tmp_path / "new", concept="mug", cap=60, learned=8.0, pictures=16)
+    fake_record(tmp_path / "new", concept="owl", cap=60, learned=8.0)
+    traces, out = write_traces(Shelf.open(tmp_path / "old"), tmp_path / "traces.npz"), tmp_path / "out"
+    words = ["reproduce", "figure14", "--records", str(tmp_path / "new"), "--records", str(traces)]
+    assert main([*words, "--output_dir", str(out)]) == 0
+    facts = json.loads((out / "report.json").read_text(encoding="utf-8"))["facts"]
+    assert "Concepts: 3;" in facts[0]
+    assert "8 or 16 pictures of each kind" in facts[0]
+
+
+def test_what_reads_no_record_records_none(tmp_path: Path, recorded: list[Recording]) -> None:
+    assert main(["reproduce", "table2", "--quick", "--output_dir", str(tmp_path)]) == 0
+    assert not recorded

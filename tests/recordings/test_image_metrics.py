@@ -1,0 +1,174 @@
+"""Scores of pictures: cases worked out by hand, and the same numbers by an independent library."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchmetrics.functional import pairwise_cosine_similarity
+from torchmetrics.functional.multimodal import clip_score
+from transformers import CLIPProcessor, ViTConfig, ViTImageProcessorPil, ViTModel
+
+from dvar import mini
+from dvar.diffusion.clip import Clip
+from dvar.errors import ModelError, RefusedInput
+from dvar.recordings.image_metrics import Dino, Judge, Scorer, similarity
+from dvar.testing import tiny_clip, tiny_concept
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_clip(tmp_path_factory.mktemp("clip") / "clip")
+
+
+@pytest.fixture(scope="module")
+def clip(folder: Path) -> Clip:
+    return Clip.load(folder)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Image.Image]:
+    made = tiny_concept(tmp_path_factory.mktemp("concept"), pictures=5)
+    return [Image.open(path).convert("RGB") for path in sorted(made.glob("*.png"))]
+
+
+def test_pairings_worked_out_by_hand() -> None:
+    # Against (1, 0) and (0, 2): the angles of (3, 0), (0, 1) and (1, 1) are 0 and 90, 90 and 0, 45 and 45 degrees.
+    of = torch.tensor([[3.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    to = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    torch.testing.assert_close(similarity(of, to), torch.tensor([0.5, 0.5, 0.5**0.5]))
+    torch.testing.assert_close(similarity(of, to, "row by row"), torch.tensor([1.0, 1.0, 0.5**0.5]))
+
+
+def test_similarity_is_torchmetrics_cosine() -> None:
+    random = torch.Generator().manual_seed(0)
+    of, to = torch.randn(7, 16, generator=random), torch.randn(3, 16, generator=random)
+    every = pairwise_cosine_similarity(of, to)
+    torch.testing.assert_close(similarity(of, to), every.mean(dim=1))
+    torch.testing.assert_close(similarity(of, to, "row by row"), every[torch.arange(7), torch.arange(7) % 3])
+
+
+def test_text_scores_are_torchmetrics_clip_score(clip: Clip, pictures: list[Image.Image]) -> None:
+    texts = ["a photo of a mug", "a red mug", "a dog in the snow", "a cat at night", "one chair"]
+    # torchmetrics 1.9 asks for bare features, which transformers 5 wraps.
+    bare = SimpleNamespace(
+        config=clip.model.config,
+        to=lambda device: bare,
+        get_image_features=lambda pixels: clip.model.get_image_features(pixel_values=pixels).pooler_output,
+        get_text_features=lambda ids, mask: clip.model.get_text_features(ids, mask).pooler_output,
+    )
+    processor = CLIPProcessor(clip.processor, clip.tokenizer)
+    shown = [torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures]
+    found = Scorer(clip, pictures[:1])(pictures, texts)["clip_text"]
+    for picture, text, score in zip(shown, texts, found, strict=True):
+        expected = clip_score(picture, text, model_name_or_path=lambda: (bare, processor))
+        assert max(100 * score, 0) == pytest.approx(float(expected), abs=1e-3)
+
+
+def test_a_picture_is_most_like_itself(clip: Clip, pictures: list[Image.Image]) -> None:
+    scores = Scorer(clip, pictures, pairing="row by row")(pictures, ["a mug"] * 5)
+    assert scores["clip_image"] == pytest.approx([1.0] * 5, abs=1e-5)
+    assert max(Scorer(clip, pictures)(pictures, ["a mug"] * 5)["clip_image"]) < 1 - 1e-4
+
+
+def test_the_vectors_of_references_are_computed_once(
+    clip: Clip, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    whole = Clip.of_pictures
+
+    def counted(self: Clip, shown: list[Image.Image]) -> torch.Tensor:
+        seen.append(len(shown))
+        return whole(self, shown)
+
+    monkeypatch.setattr(Clip, "of_pictures", counted)
+    scorer = Scorer(clip, pictures)
+    for _ in range(3):
+        scorer(pictures[:2], ["a mug"] * 2)
+    assert seen == [5, 2, 2, 2]
+
+
+def test_pixels_are_those_of_the_processor_whatever_the_company(clip: Clip, pictures: list[Image.Image]) -> None:
+    large = [picture.resize((90, 70)) for picture in pictures]
+    together = clip.of_pictures(large)
+    torch.testing.assert_close(together, torch.cat([clip.of_pictures([picture]) for picture in large]))
+    pixels = clip.processor(large, return_tensors="pt").pixel_values
+    expected = clip.model.get_image_features(pixel_values=pixels).pooler_output
+    torch.testing.assert_close(together, torch.nn.functional.normalize(expected, dim=1))
+    torch.testing.assert_close(together.norm(dim=1), torch.ones(5))
+
+
+def test_dino_reads_the_class_token(tmp_path: Path, clip: Clip, pictures: list[Image.Image]) -> None:
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    torch.manual_seed(0)
+    ViTModel(ViTConfig(image_size=32, patch_size=8, **small), add_pooling_layer=False).save_pretrained(tmp_path)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    dino = Dino.load(tmp_path)
+    pixels = dino.processor(pictures, return_tensors="pt").pixel_values
+    first = dino.model(pixel_values=pixels).last_hidden_state[:, 0]
+    scores = Scorer(clip, pictures[:2], dino=dino)(pictures, ["a mug"] * 5)
+    torch.testing.assert_close(torch.tensor(scores["dino"]), pairwise_cosine_similarity(first, first[:2]).mean(dim=1))
+    assert Scorer(clip, pictures, dino=dino).names == {"clip": "clip", "dino": tmp_path.name}
+
+
+def broken(folder: Path, name: str, change: Callable[[dict[str, Any]], object]) -> None:
+    settings = json.loads((folder / name).read_text())
+    change(settings)
+    (folder / name).write_text(json.dumps(settings))
+
+
+def test_a_clip_that_does_not_fit_is_refused(tmp_path: Path, tiny_model: Path) -> None:
+    with pytest.raises(ModelError, match="does not load as a CLIP"):
+        Clip.load(tmp_path)
+    with pytest.raises(ModelError, match=r"must be of type clip, .* is of type clip_text_model"):
+        Clip.load(tiny_model / "text_encoder")
+    crops = tiny_clip(tmp_path / "crops")
+    broken(crops, "preprocessor_config.json", lambda made: made.update(crop_size={"height": 16, "width": 16}))
+    with pytest.raises(ModelError, match="its processor makes 16x16, it reads 32"):
+        Clip.load(crops)
+    words = tiny_clip(tmp_path / "words", vocabulary=["mug"])
+    with pytest.raises(ModelError, match=r"its tokenizer has [0-9]+ words, its text model reads"):
+        Clip.load(words, tokenizer=tiny_model / "tokenizer")
+    (crops / "preprocessor_config.json").unlink()
+    with pytest.raises(ModelError, match="does not load as a CLIP"):
+        Clip.load(crops)
+
+
+def test_wrong_asks_are_refused(clip: Clip, pictures: list[Image.Image]) -> None:
+    with pytest.raises(RefusedInput, match="pairing must be one of all pairs, row by row, got 'zip'"):
+        Scorer(clip, pictures, pairing="zip")  # type: ignore[arg-type]
+    with pytest.raises(RefusedInput, match="there must be a reference"):
+        Scorer(clip, [])
+    with pytest.raises(RefusedInput, match="knows the bundled concepts alone, got 'mug'"):
+        Judge("mug")
+
+
+def test_the_bundled_judges_know_a_bundled_concept() -> None:
+    name = "black_cat"
+    shown = [Image.open(path) for path in sorted(mini.concepts()[name].glob("*.png"))]
+    places = json.loads((mini.concepts()[name] / "concept.json").read_text())["places"]
+    others = [Image.open(path) for path in sorted(mini.concepts()["brown_boot"].glob("*.png"))]
+    scorer = Scorer(Clip.scoring(), shown, judge=Judge(name))
+    own = scorer(shown, ["a photo of a cat"] * len(shown), places)
+    foreign = scorer(others, ["a photo of a cat"] * len(others))
+    assert min(own["identity"]) > 0.9
+    for head in ("class", "main colour", "pattern", "place"):
+        assert np.mean(own[head]) > 0.7
+    assert max(foreign["class"]) == 0
+    assert "place" not in foreign
+    assert np.mean(own["clip_image"]) > np.mean(foreign["clip_image"]) + 0.1
+    assert np.mean(own["clip_text"]) > np.mean(foreign["clip_text"]) + 0.1
+
+
+def test_the_bundled_clip_s_processor_makes_the_pixels_it_was_trained_on() -> None:
+    shown = Image.open(next(iter(sorted(mini.concepts()["black_cat"].glob("*.png"))))).convert("RGB")
+    pixels = Clip.scoring().processor([shown], return_tensors="pt").pixel_values
+    expected = torch.from_numpy(np.array(shown)).permute(2, 0, 1).float() / 127.5 - 1
+    torch.testing.assert_close(pixels[0], expected, atol=1e-6, rtol=0)

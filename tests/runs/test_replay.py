@@ -1,0 +1,195 @@
+"""A recorded curve judged again: as live, told in words, drawn, and refused where it cannot be judged."""
+
+from __future__ import annotations
+
+import math
+import re
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+
+from dvar import Dvar, RefusedInput, Trace
+from dvar.runs.config import ReplayConfig, Rule, replay_problems
+from dvar.runs.replay import RULES, Outcome, replayed, verdicts
+from dvar.runs.replay_figure import picture, ratios, write_picture
+from dvar.stopping.diagnosis import Reason
+
+
+def traced(steps: int = 900, level: float = 0.04) -> Trace:
+    noise = np.random.default_rng(0).normal(0, 2e-5, steps + 1)
+    trace = Trace({"log": {"format": "CSV", "metric": "val <loss>"}})
+    for step in range(steps + 1):
+        trace.record(step, level * (1 + 0.02 * math.exp(-step / 100)) + noise[step])
+    return trace
+
+
+ALL = ReplayConfig(rule=("all",))
+
+
+def test_a_replay_stops_where_the_live_run_would_have() -> None:
+    whole = traced()
+    for outcome in replayed(whole, ALL):
+        rule, live = RULES[outcome.name](ALL), Trace()
+        for row in whole.records:
+            live.record(**row)
+            if (verdict := rule(live)).stop:
+                break
+        assert outcome.verdict == verdict
+        assert outcome.stop == (verdict.step if verdict.stop else None)
+        assert outcome.why == verdict.sentence
+
+
+def test_the_rules_come_once_in_the_order_of_the_table() -> None:
+    config = ReplayConfig(rule=("hall", "dvar", "hall"))
+    assert [outcome.name for outcome in replayed(traced(), config)] == ["dvar", "hall"]
+    assert [outcome.name for outcome in replayed(traced(), ALL)] == list(RULES)
+    assert {*RULES, "all"} == set(get_args(Rule))
+
+
+def test_each_setting_reaches_its_rule() -> None:
+    config = ReplayConfig(
+        window=20, threshold=0.3, ema_threshold=0.5, hall_threshold=0.6, trend_threshold=0.7, patience=8, min_delta=0.9
+    )
+    assert [repr(make(config)) for make in RULES.values()] == [
+        "Dvar(window=20, threshold=0.3)",
+        "Dvar(window=20, threshold=0.3, strict_paper=True)",
+        "EmaPercentile(window=20, threshold=0.5)",
+        "Hall(window=20, threshold=0.6)",
+        "Trend(window=20, threshold=0.7, metric='eval/first')",
+        "Plateau(metric='eval', patience=8, min_delta=0.9)",
+    ]
+
+
+def test_a_short_curve_says_how_much_is_missing() -> None:
+    (outcome,) = replayed(traced(steps=50), ReplayConfig())
+    assert outcome.stop is None
+    assert outcome.why == "go on at step 50: warming up, 50 of 310 steps and 51 records in the window"
+
+
+def test_a_rule_that_cannot_judge_a_curve_says_so_beside_those_that_can() -> None:
+    trace = Trace()
+    for step in range(500):
+        trace.record(step, -1 + math.exp(-step / 50))
+    outcomes = {outcome.name: outcome for outcome in replayed(trace, ALL)}
+    assert outcomes["hall"].verdict is None
+    assert "Hall divides by the level of the loss" in outcomes["hall"].why
+    assert outcomes["dvar"].verdict is not None
+    with pytest.raises(RefusedInput, match="Hall divides by the level"):
+        replayed(trace, ReplayConfig(rule=("hall",)))
+    assert "cannot judge" in picture(trace, list(outcomes.values()), 310, 0.15)
+
+
+def test_the_settings_of_all_rules_are_refused_at_once() -> None:
+    with pytest.raises(RefusedInput) as refused:
+        replayed(traced(), ReplayConfig(rule=("all",), window=3, threshold=2.0))
+    assert [problem.partition(" must")[0] for problem in refused.value.problems] == ["window", "threshold"]
+
+
+def test_settings_are_refused_by_name() -> None:
+    config = ReplayConfig(rule=("dvra",), hall_threshold=0.0, patience=0, output="replay.png")  # type: ignore[arg-type]
+    assert replay_problems(config) == [
+        "rule must be one of dvar, paper, ema, hall, trend, plateau, all, got ('dvra',)",
+        "hall_threshold must be above 0, got 0.0",
+        "patience must be at least 1, got 0",
+        "output must end in .svg or .html, got 'replay.png': name a picture or a page",
+    ]
+    assert replay_problems(ReplayConfig()) == []
+
+
+def test_ratios_are_the_rules_and_nan_while_it_has_none() -> None:
+    trace = traced()
+    found = ratios(trace, Dvar(310, 0.15))
+    assert np.isnan(found[:310]).all()
+    said = [verdict.metrics["ratio"] for verdict in verdicts(trace, Dvar(310, 0.15))]
+    np.testing.assert_array_equal(found[310:], said[310:])
+
+
+# --- the picture ----------------------------------------------------------------------------------------------------
+
+
+def _texts(drawn: str) -> list[str]:
+    return [node.text or "" for node in ElementTree.fromstring(drawn).iter("{http://www.w3.org/2000/svg}text")]
+
+
+def test_the_picture_names_the_curve_and_every_rule_with_its_stop() -> None:
+    trace = traced()
+    outcomes = replayed(trace, ALL)
+    texts = _texts(picture(trace, outcomes, 310, 0.15))
+    assert "val <loss>" in texts
+    for outcome in outcomes:
+        assert outcome.name in texts
+        assert f"{outcome.stop or 'goes on'}, {outcome.verdict.reason.value}" in texts  # type: ignore[union-attr]
+
+
+def test_the_stop_is_drawn_at_its_step() -> None:
+    trace = traced()
+    (outcome,) = replayed(trace, ReplayConfig())
+    lines = re.findall(
+        r'<line x1="([\d.]+)%" x2="\1%" y1="0" y2="100%" class="stop">', picture(trace, [outcome], 310, 0.15)
+    )
+    assert outcome.stop
+    at = 100 * outcome.stop / (900 * 1.03)
+    assert [float(line) for line in lines] == pytest.approx([at, at], abs=0.01)  # across the loss and across the ratio
+
+
+@pytest.mark.parametrize("values", [[math.nan] * 20, [1.0] * 20, [0.5], [math.inf, 1.0, 0.5]])
+def test_any_curve_can_be_drawn(values: list[float]) -> None:
+    trace = Trace()
+    for step, value in enumerate(values):
+        trace.record(step, value)
+    outcomes = replayed(trace, ReplayConfig(rule=("all",), window=8, patience=8))
+    assert _texts(picture(trace, outcomes, 8, 0.15))[0] == "L_det"
+
+
+class _Checked(HTMLParser):
+    """Every start has its end, nothing is fetched, no script."""
+
+    VOID = frozenset({"meta", "br", "img"})
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        assert tag not in ("script", "link", "iframe", "object")
+        assert not {"href", "src", "onload"} & {name for name, _ in attributes}
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_a_page_holds_the_picture_and_the_sentences_and_loads_nothing(tmp_path: Path) -> None:
+    trace = traced()
+    outcomes = replayed(trace, ALL)
+    path = write_picture(tmp_path / "replay.html", "logs <& curves>", trace, outcomes, ALL)
+    page = path.read_text()
+    assert _Checked(page).open == []
+    assert "logs &lt;&amp; curves&gt;" in page
+    assert all(outcome.why in page for outcome in outcomes)
+    assert picture(trace, outcomes, 310, 0.15) in page
+
+
+def test_writing_replaces_an_older_picture_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    trace, path = traced(), tmp_path / "replay.svg"
+    path.write_text("old")
+    write_picture(path, "a log", trace, [Outcome("dvar", None, "cannot")], ReplayConfig())
+    ElementTree.fromstring(path.read_text())
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(RefusedInput, match="choose another place"):
+        write_picture(tmp_path / "no" / "replay.svg", "a log", trace, [], ReplayConfig())
+
+
+def test_a_loss_that_was_not_finite_is_told() -> None:
+    trace = traced(steps=400)
+    trace.record(401, math.nan)
+    (outcome,) = replayed(trace, ReplayConfig(threshold=1e-3))
+    assert outcome.verdict is not None
+    assert outcome.verdict.reason is Reason.NON_FINITE
+    assert 'class="lost"' in picture(trace, [outcome], 310, 1e-3)

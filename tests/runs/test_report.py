@@ -1,0 +1,369 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_run import CONFIG, fake_trace, falling, write_run
+
+from dvar.errors import RefusedInput
+from dvar.runs.report import write_report
+from dvar.stopping.diagnosis import Reason
+from dvar.stopping.trace import Trace
+from dvar.stopping.verdict import Verdict
+from dvar.training.weight_files import ATTENTION, EMBEDS, LORA
+
+VOID = {"meta", "img", "br"}
+
+
+class Page(HTMLParser):
+    """A page as its reader meets it; refuses tags that do not nest."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.source = path.read_text(encoding="utf-8")
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.pieces: list[tuple[str, str]] = []
+        self._open: list[str] = []
+        self.feed(self.source)
+        self.close()
+        assert not self._open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.pieces.append((self._open[-1] if self._open else "", data))
+
+    @property
+    def text(self) -> str:
+        shown = "".join(data for tag, data in self.pieces if tag != "style")
+        return shown.replace("\u00a0", " ")
+
+    def of(self, tag: str) -> list[str]:
+        return [data for holder, data in self.pieces if holder == tag]
+
+    def with_class(self, name: str) -> list[tuple[str, dict[str, str | None]]]:
+        return [found for found in self.elements if name in (found[1].get("class") or "").split()]
+
+
+def report(folder: Path, trace: Trace, **run: Any) -> Page:
+    return Page(write_report(write_run(folder, trace, **run)))
+
+
+def test_the_page_of_a_stopped_run_holds_every_section_in_order(run_folder: Path) -> None:
+    path = write_report(run_folder)
+    page = Page(path)
+    assert path == run_folder / "report.html"
+    assert page.of("h1") == ["<thing>"]
+    assert page.of("h2") == [
+        "The losses",
+        "The stopping rule",
+        "How <thing> grew",
+        "Input by input",
+        "How to use it",
+    ]
+    assert page.of("summary") == ["Settings", "Versions"]
+    assert "learned from 4 pictures, starting from “mug”" in page.text
+
+
+def test_the_verdict_is_said_in_full(run_folder: Path) -> None:
+    verdict = json.loads((run_folder / "result.json").read_text())["verdict"]
+    page = Page(write_report(run_folder))
+    assert verdict["sentence"][1:] in page.text
+    assert "Stop at step 224:" in page.text
+    # 160 / sqrt(0.15) = 413.1, and 413 - 224 = 189
+    assert "in a straight line passes the threshold, at step 413. This run stopped 189 steps before that." in page.text
+
+
+def test_key_numbers(run_folder: Path) -> None:
+    text = Page(write_report(run_folder)).text
+    assert "steps224of at most 1000" in text
+    # 224 * 0.21 + 225 * 0.12 + 225 * 0.01 = 47.04 + 27 + 2.25 = 76.29 s
+    assert "spent1 min 16 strain 62 % · probe 35 % · other 3 %" in text
+    # (47.04 + 2.25) / 224 * 1000 = 220.04 s to the cap without the probe, less 76.29 s
+    assert "saved2 min 24 s1000 steps without the probe: about 3 min 40 s" in text
+
+
+def test_stop_and_window_are_marked_on_both_losses_and_the_stop_on_the_ratio(run_folder: Path) -> None:
+    page = Page(write_report(run_folder))
+    lines = [found for found in page.with_class("stop") if found[0] == "line"]
+    assert len(lines) == 3
+    assert len({found[1]["x1"] for found in lines}) == 1
+    assert len(page.with_class("window")) == 2
+    assert page.of("text").count("stop 224") == 2
+    assert "threshold 15 %" in page.of("text")
+    assert len(page.with_class("panel")) == 3
+    assert len(page.with_class("spark")) == 8
+
+
+def test_single_inputs_are_ordered_by_timestep(run_folder: Path) -> None:
+    found = re.findall(r"t = (\d+)", Page(write_report(run_folder)).text)
+    assert found == ["37", "130", "266", "411", "555", "702", "843", "981"]
+
+
+def test_pictures_are_in_the_page_with_what_they_show(run_folder: Path) -> None:
+    page = Page(write_report(run_folder))
+    pictures = [attributes for tag, attributes in page.elements if tag == "img"]
+    # 3 + 3 at the top, 5 steps of 4 pictures, 4 references beside them
+    assert len(pictures) == 30
+    assert all((picture["src"] or "").startswith("data:image/png;base64,") for picture in pictures)
+    assert all(picture["class"] == "pixels" and picture["alt"] for picture in pictures)
+    assert [head for head in page.of("th") if head.startswith("step ")] == [
+        "step 0",
+        "step 60",
+        "step 120",
+        "step 180",
+        "step 224",
+    ]
+
+
+def test_the_word_is_shown_as_it_was_exported(tmp_path: Path) -> None:
+    trace = fake_trace(lambda step: 0.03 if step == 60 else math.nan if step == 90 else falling(step), steps=90)
+    verdict = Verdict(True, Reason.NON_FINITE, 90, "rule", {"non_finite_step": 90, "ratio": 1.0})
+    page = report(tmp_path, trace, verdict=verdict, sampled_every=30)
+    pictures = [(found["alt"] or "", found["src"]) for tag, found in page.elements if tag == "img"]
+    on_top = [source for says, source in pictures if says == "What <thing> draws now"]
+    assert on_top == [source for says, source in pictures if says.endswith("step 60")][:3]
+
+
+def test_of_many_steps_the_first_and_the_last_are_among_the_six_shown(tmp_path: Path) -> None:
+    page = report(tmp_path, fake_trace(), sampled_every=10)
+    heads = [head for head in page.of("th") if head.startswith("step ")]
+    assert (len(heads), heads[0], heads[-1]) == (6, "step 0", "step 224")
+
+
+def test_large_pictures_are_shrunk_so_that_the_page_stays_small(tmp_path: Path) -> None:
+    page = report(tmp_path, fake_trace(), sampled_every=40, pictures=8, side=512)
+    pictures = [attributes for tag, attributes in page.elements if tag == "img"]
+    assert all((picture["src"] or "").startswith("data:image/jpeg;base64,") for picture in pictures)
+    assert not page.with_class("pixels")
+    assert len(page.source) < 2_000_000
+
+
+def test_a_long_run_gives_a_small_page(tmp_path: Path) -> None:
+    noise = fake_trace(lambda step: 0.04, steps=1000)
+    assert noise.last_step == 1000
+    assert len(report(tmp_path, noise, sampled_every=0).source) < 300_000
+
+
+def test_the_page_asks_nothing_of_the_network_and_runs_nothing(run_folder: Path) -> None:
+    page = Page(write_report(run_folder))
+    tags = {tag for tag, _ in page.elements}
+    assert not tags & {"script", "link", "iframe", "object", "embed", "base", "form", "video", "audio", "image", "use"}
+    for _, attributes in page.elements:
+        assert not any(name.startswith("on") for name in attributes)
+        assert "style" not in attributes
+        for name in {"src", "srcset", "href", "xlink:href", "data", "action"} & attributes.keys():
+            assert (attributes[name] or "").startswith("data:image/")
+    assert not re.search(r"https?:|url\(|@import", page.source)
+    policy = next(found["content"] for tag, found in page.elements if found.get("http-equiv"))
+    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+def test_whatever_a_user_wrote_is_shown_and_never_carried_out(tmp_path: Path) -> None:
+    nasty = "</style><script>alert(1)</script><img src=x onerror=alert(1)>&lt;\"'"
+    names = [
+        "placeholder_token",
+        "initializer_token",
+        "pretrained_model_name_or_path",
+        "validation_prompt",
+        "output_dir",
+    ]
+    settings = {name: f"{name} {nasty}" for name in names}
+    page = report(
+        tmp_path, fake_trace(), prompt=f"prompt {nasty}", versions={nasty: nasty}, **{nasty: [nasty]}, **settings
+    )
+    tags = [tag for tag, _ in page.elements]
+    assert "script" not in tags
+    assert tags.count("style") == 1
+    assert all("onerror" not in attributes for _, attributes in page.elements)
+    for name in ["prompt", *names]:
+        assert f"{name} {nasty}" in page.text
+
+
+def test_equal_runs_give_equal_bytes_wherever_and_whenever_they_lie(tmp_path: Path) -> None:
+    first = write_run(tmp_path / "here", fake_trace())
+    second = shutil.copytree(first, tmp_path / "there" / "else")
+    for path in second.rglob("*"):
+        os.utime(path, (0, 0))
+    written = write_report(first).read_bytes()
+    assert write_report(second).read_bytes() == written
+    assert write_report(first).read_bytes() == written
+
+
+def test_the_code_shown_is_code(tmp_path: Path) -> None:
+    page = report(tmp_path, fake_trace(), output_dir="runs/my \"mug\" 'o'", placeholder_token="<o'mug>")
+    command, program = page.of("code")[-2:]
+    prompt = "a photo of <o'mug> on the beach"
+    assert shlex.split(command) == ["dvar", "generate", "runs/my \"mug\" 'o'", "--prompt", prompt]
+    compile(program, "shown", "exec")
+    assert "import dvar.mini\n" in program
+    assert json.dumps(prompt) in program
+
+
+def test_another_model_is_loaded_by_its_name(tmp_path: Path) -> None:
+    page = report(tmp_path, fake_trace(), pretrained_model_name_or_path="someone/model")
+    assert 'from_pretrained("someone/model")' in page.of("code")[-1]
+    assert "dvar.mini" not in page.of("code")[-1]
+
+
+@pytest.mark.parametrize(
+    ("method", "title", "subject", "learned", "loading"),
+    [
+        (
+            {"method": "dreambooth-lora", "placeholder_token": None, "instance_prompt": "a photo of sks mug"},
+            "DreamBooth-LoRA",
+            "a photo of sks mug",
+            "a low-rank change of the U-Net's attention for the bundled model, learned from 4 pictures",
+            ["load_lora_weights"],
+        ),
+        (
+            {"method": "custom-diffusion", "class_noun": "mug"},
+            "Custom Diffusion",
+            "<thing> mug",
+            "a new word and new keys and values of cross-attention for the bundled model",
+            ["load_textual_inversion", "load_state_dict"],
+        ),
+    ],
+)
+def test_a_run_of_another_method_says_what_it_learned_and_how_to_load_it(
+    tmp_path: Path, method: dict[str, Any], title: str, subject: str, learned: str, loading: list[str]
+) -> None:
+    files = {"load_textual_inversion": EMBEDS, "load_lora_weights": LORA, "load_state_dict": ATTENTION}
+    folder = write_run(tmp_path, fake_trace(), weights=[files[line] for line in loading], **method)
+    page = Page(write_report(folder))
+    assert title in page.text
+    assert page.of("h1") == [subject]
+    assert learned in page.text
+    program = page.of("code")[-1]
+    assert [line for line in files if line in program] == loading
+    compile(program, "shown", "exec")
+    assert f"{subject} on the beach" in program
+
+
+def test_the_vectors_of_the_lowest_step_are_named_where_they_are_kept(tmp_path: Path) -> None:
+    trace, beside = (
+        fake_trace(lambda step: 0.03 if step == 100 else falling(step)),
+        "learned_embeds-steps-100.safetensors",
+    )
+    assert "is kept as well" not in Page(write_report(write_run(tmp_path / "one", trace))).text
+    assert beside in Page(write_report(write_run(tmp_path / "two", trace, best_weights=[beside]))).text
+
+
+def test_a_straight_line_runs_to_the_cap_with_a_warning(tmp_path: Path) -> None:
+    page = report(tmp_path, fake_trace(lambda step: 0.0426 * (1 - 3e-4 * step)))
+    assert "Still falling: " in page.text
+    assert "The cap ended this run, not the rule" in page.text
+    assert "Nothing speaks against it" not in page.text
+
+
+def test_a_run_that_reached_its_cap_says_so_and_claims_no_saving(tmp_path: Path) -> None:
+    page = report(tmp_path, fake_trace(lambda step: 0.0426))
+    assert "Stop at step 1000: the cap of 1000 steps is reached" in page.text
+    assert "The cap ended this run, not the rule" in page.text
+    assert "saved" not in page.of("dt")
+    assert not page.with_class("window")
+
+
+def test_an_unfinished_run_says_how_to_go_on_and_claims_no_result(tmp_path: Path) -> None:
+    page = report(tmp_path, fake_trace(steps=120), finished=False)
+    assert "Go on at step 120: warming up, 120 of 160 steps" in page.text
+    assert "120 of at most 1000 steps are recorded. If nothing is training it now" in page.text
+    assert "--resume_from_checkpoint latest" in page.of("code")
+    assert not page.with_class("stop")
+    assert "How to use it" not in page.of("h2")
+    assert "saved" not in page.of("dt")
+
+
+def test_a_run_without_samples_has_no_grid(tmp_path: Path) -> None:
+    page = report(tmp_path, fake_trace(), sampled_every=0, pictures=0)
+    assert "img" not in [tag for tag, _ in page.elements]
+    assert "How <thing> grew" not in page.of("h2")
+
+
+def test_a_run_that_has_only_begun_has_a_page(tmp_path: Path) -> None:
+    page = report(tmp_path, Trace(), finished=False, sampled_every=0, pictures=0)
+    assert "Nothing has been recorded yet." in page.text
+    assert page.of("h2") == ["The losses"]
+
+
+def test_a_loss_that_was_lost_ends_the_run_and_is_shown(tmp_path: Path) -> None:
+    trace = fake_trace(lambda step: math.nan if step == 90 else falling(step), steps=90)
+    verdict = Verdict(True, Reason.NON_FINITE, 90, "rule", {"non_finite_step": 90, "ratio": 1.0})
+    page = report(tmp_path, trace, verdict=verdict)
+    assert "Stop at step 90: the loss is not finite at step 90" in page.text
+    assert "What was exported is what was learned by step " in page.text
+    assert "A loss was not finite at step 90 (dotted lines)." in page.text
+    assert len(page.with_class("lost")) == 2
+    assert "saved" not in page.of("dt")
+    assert not re.search(r"\bnan\b", page.source.partition("</style>")[2])
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda step: math.nan,
+        lambda step: math.inf,
+        lambda step: 0.0,
+        lambda step: 1e-300,
+        lambda step: -1.0,
+        lambda step: 1e300,
+    ],
+    ids=["nan", "inf", "zero", "tiny", "negative", "huge"],
+)
+@pytest.mark.parametrize("steps", [0, 1, 200])
+def test_no_curve_is_too_strange_for_a_page(tmp_path: Path, loss: Callable[[int], float], steps: int) -> None:
+    page = report(tmp_path, fake_trace(loss, steps=steps), finished=False, sampled_every=0)
+    numbers = [
+        value for tag, found in page.elements for name, value in found.items() if name in {"x1", "y1", "cx", "cy", "d"}
+    ]
+    assert numbers
+    assert not any(re.search("nan|inf", value or "") for value in numbers)
+
+
+def test_a_picture_that_cannot_be_read_or_is_missing_leaves_an_empty_frame(run_folder: Path) -> None:
+    (run_folder / "samples" / "step-000060" / "01.png").write_bytes(b"no picture")
+    (run_folder / "samples" / "step-000120" / "03.png").unlink()
+    page = Page(write_report(run_folder))
+    assert len(page.with_class("none")) == 2
+
+
+def test_a_trace_torn_by_a_crash_is_shown_up_to_its_last_whole_line(run_folder: Path) -> None:
+    lines = (run_folder / "trace.jsonl").read_text().splitlines()
+    (run_folder / "trace.jsonl").write_text("\n".join([*lines[:100], lines[100][:20]]))
+    (run_folder / "result.json").unlink()
+    with pytest.warns(UserWarning, match="torn"):
+        page = Page(write_report(run_folder))
+    assert "98 of at most 1000 steps are recorded" in page.text
+
+
+def test_a_run_probed_now_and_then_has_the_same_page(tmp_path: Path) -> None:
+    page = report(tmp_path, fake_trace(probe_every=10))
+    assert "Stop at step 230:" in page.text
+    assert len(page.with_class("panel")) == 3
+
+
+def test_a_folder_without_a_run_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    with pytest.raises(RefusedInput, match=r"config\.json"):
+        write_report(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_settings_are_all_listed(run_folder: Path) -> None:
+    page = Page(write_report(run_folder))
+    assert set(CONFIG) - {"versions"} <= set(page.of("th"))
+    assert {"dvar", "torch"} <= set(page.of("th"))

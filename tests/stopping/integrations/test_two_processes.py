@@ -1,0 +1,118 @@
+"""Trainers whose own loop runs on two gloo processes: the first judges, both stop at the same step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from processes import said_by_two
+from task import CAP, assert_as_expected, expected
+
+from dvar import Trace, Verdict
+
+HEAD = """
+import json, os, sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from task import CAP, RATE, X, losses_of, network, watch_of
+
+folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+net = network()
+watch = watch_of(net, folder / "trace.jsonl")
+"""
+
+TRAINS = {
+    "transformers": """
+from transformers import Trainer, TrainingArguments
+from dvar.stopping.integrations.transformers import DvarCallback
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return {"loss": losses_of(self.net)(X).mean() + 0 * x.sum()}
+
+model = Model()
+optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+callback = DvarCallback(watch)
+trainer = Trainer(
+    model=model,
+    args=TrainingArguments(
+        output_dir=str(folder / "output"), max_steps=CAP, gradient_accumulation_steps=2, max_grad_norm=0.0,
+        per_device_train_batch_size=1, use_cpu=True, report_to=[], disable_tqdm=True, logging_strategy="no",
+        save_strategy="no",
+    ),
+    train_dataset=[{"x": torch.zeros(1)}] * 8,
+    optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)),
+    callbacks=[callback],
+)
+trainer.train()
+step, kind = trainer.state.global_step, type(trainer.model_wrapped).__name__
+""",
+    "lightning": """
+from lightning.pytorch import LightningModule, Trainer
+from dvar.stopping.integrations.lightning import DvarCallback
+
+class Model(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = net
+
+    def training_step(self, batch, index):
+        self.kind = type(self.trainer.strategy.model).__name__
+        return losses_of(self.net)(X).mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=RATE)
+
+callback = DvarCallback(watch)
+trainer = Trainer(
+    max_steps=CAP, accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False,
+    enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder, callbacks=[callback],
+)
+trainer.fit(model := Model(), torch.utils.data.DataLoader([torch.zeros(1)] * 14))
+step, kind = trainer.global_step, model.kind
+""",
+    "ignite": """
+import ignite.distributed as idist
+from ignite.engine import Engine
+from dvar.stopping.integrations.ignite import DvarHandler
+
+idist.initialize("gloo")
+model = idist.auto_model(net)
+optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+
+def update(engine, batch):
+    optimizer.zero_grad()
+    losses_of(model)(X).mean().backward()
+    optimizer.step()
+
+engine, callback = Engine(update), DvarHandler(watch)
+callback.attach(engine)
+engine.run(range(7), max_epochs=CAP)
+step, kind = engine.state.iteration, type(model).__name__
+idist.finalize()
+""",
+}
+
+TAIL = """
+said = {"kind": kind, "step": step, "verdict": callback.verdict.to_json(), "records": len(watch.trace)}
+(folder / f"said-{rank}.json").write_text(json.dumps(said))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("host", TRAINS)
+def test_two_processes_stop_at_the_same_step_by_the_verdict_of_the_first(host: str, tmp_path: Path) -> None:
+    first, other = said_by_two(HEAD + TRAINS[host] + TAIL, tmp_path)
+    assert first["kind"] == other["kind"] == "DistributedDataParallel"
+    assert first["step"] == other["step"] == expected().last_step < CAP
+    assert first["verdict"] == other["verdict"]
+    assert Verdict.from_json(first["verdict"]).stop
+    assert (first["records"], other["records"]) == (len(expected()), 0)  # the second one neither measures nor writes
+    assert_as_expected(Trace.read(tmp_path / "trace.jsonl"))

@@ -1,0 +1,506 @@
+"""Every format of a log, written by what writes it in life; and what of them must not be believed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import sqlite3
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerate import Accelerator
+from torch.utils.tensorboard import SummaryWriter
+
+from dvar import Dvar, RefusedInput, Trace
+from dvar.stopping.logs.formats import FORMATS
+from dvar.stopping.logs.reader import RANDOM_TIMESTEPS, read_log
+from dvar.stopping.trace import TraceFile
+
+STEPS = range(0, 400, 2)
+Write = Callable[[Path, Mapping[int, float]], Path]
+
+
+def loss(step: int) -> float:
+    return float(np.float32(0.1 + 0.01 * math.exp(-step / 40)))  # TensorBoard keeps float32
+
+
+CURVE = {step: loss(step) for step in STEPS}
+
+
+@pytest.fixture(autouse=True)
+def _no_warning_unless_expected() -> Iterable[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", category=UserWarning)
+        yield
+
+
+# --- writers --------------------------------------------------------------------------------------------------------
+
+
+def own(folder: Path, curve: Mapping[int, float]) -> Path:
+    with TraceFile(folder / "trace.jsonl", {"method": "textual-inversion"}) as file:
+        trace = Trace()
+        for step, value in curve.items():
+            file.append(trace.record(step, value, train_loss=0.5, seconds={"train": 1.0}))
+    return folder / "trace.jsonl"
+
+
+def table(folder: Path, rows: Iterable[Mapping[str, object]], delimiter: str = ",", encoding: str = "utf-8") -> Path:
+    rows = list(rows)
+    path = folder / "metrics.csv"
+    with path.open("w", newline="", encoding=encoding) as file:
+        written = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)), delimiter=delimiter)
+        written.writeheader()
+        written.writerows(rows)
+    return path
+
+
+def plain_csv(folder: Path, curve: Mapping[int, float]) -> Path:
+    return table(folder, ({"step": step, "val_loss": value, "lr": 1e-3} for step, value in curve.items()))
+
+
+def spreadsheet_csv(folder: Path, curve: Mapping[int, float]) -> Path:
+    """As a spreadsheet saves it: semicolons, and a mark before the first name."""
+    return table(folder, ({"step": f"{step}", "eval": value} for step, value in curve.items()), ";", "utf-8-sig")
+
+
+def lightning_csv(folder: Path, curve: Mapping[int, float]) -> Path:
+    """Lightning's CSVLogger: rows of training and of validation, each with the others' cells empty."""
+    rows: list[dict[str, object]] = []
+    for step, value in curve.items():
+        rows += [{"epoch": 0, "step": step, "train_loss": 0.5}, {"epoch": 0, "step": step, "val_loss": value}]
+    return table(folder, rows)
+
+
+def wandb_history_csv(folder: Path, curve: Mapping[int, float]) -> Path:
+    """`run.history().to_csv()` of a run that logs its own step: an index without a name, and W&B's own columns."""
+    rows: list[dict[str, object]] = []
+    for number, (step, value) in enumerate(curve.items()):
+        rows.append({"": 2 * number, "_step": 2 * number, "_runtime": 0.1 * number, "loss": 0.5, "global_step": step})
+        rows.append({"": 2 * number + 1, "_step": 2 * number + 1, "_runtime": 0.1 * number})
+        rows[-1] |= {"global_step": float(step), "eval/loss": value}
+    return table(folder, rows)
+
+
+def wandb_chart_csv(folder: Path, curve: Mapping[int, float]) -> Path:
+    """What the button on a chart saves."""
+    name = "mug-3 - L_det"
+    return table(
+        folder,
+        ({"Step": step, name: value, f"{name}__MIN": value, f"{name}__MAX": value} for step, value in curve.items()),
+    )
+
+
+def wandb_scan_json(folder: Path, curve: Mapping[int, float]) -> Path:
+    """`json.dump(list(run.scan_history()))`."""
+    path = folder / "history.json"
+    path.write_text(json.dumps([{"_step": step, "_runtime": 1.5, "L_det": value} for step, value in curve.items()]))
+    return path
+
+
+def wandb_frame_json(folder: Path, curve: Mapping[int, float]) -> Path:
+    """`run.history().to_json()`: an object of columns."""
+    columns = {"_step": {f"{row}": step for row, step in enumerate(curve)}}
+    columns["L_det"] = {f"{row}": value for row, value in enumerate(curve.values())}  # type: ignore[assignment]
+    path = folder / "history.json"
+    path.write_text(json.dumps(columns))
+    return path
+
+
+def simpletuner(folder: Path, curve: Mapping[int, float]) -> Path:
+    with (folder / "training_metrics.jsonl").open("w") as file:
+        for step, value in curve.items():
+            for metrics in ({"train_loss": 0.5, "learning_rate": 1e-4}, {"loss/val": value}):
+                line = {"schema_version": 1, "timestamp": "2026-08-20T10:00:00+00:00", "step": step, "metrics": metrics}
+                file.write(json.dumps(line, separators=(",", ":"), sort_keys=True) + "\n")
+    return folder
+
+
+def ai_toolkit(folder: Path, curve: Mapping[int, float | None]) -> Path:
+    database = sqlite3.connect(folder / "loss_log.db")
+    database.execute("PRAGMA journal_mode=WAL")
+    database.execute("CREATE TABLE steps (step INTEGER PRIMARY KEY, wall_time REAL NOT NULL)")
+    database.execute("CREATE TABLE metric_keys (key TEXT PRIMARY KEY, first_seen_step INTEGER, last_seen_step INTEGER)")
+    database.execute(
+        "CREATE TABLE metrics (step INTEGER NOT NULL, key TEXT NOT NULL, value_real REAL, value_text TEXT, "
+        "PRIMARY KEY (step, key), FOREIGN KEY (step) REFERENCES steps(step) ON DELETE CASCADE)"
+    )
+    for step, value in curve.items():
+        database.execute("INSERT INTO steps VALUES (?, ?)", (step, 1.0 * step))
+        database.execute("INSERT INTO metrics VALUES (?, 'loss/validation', ?, NULL)", (step, value))
+        database.execute("INSERT INTO metrics VALUES (?, 'loss/loss', 0.5, NULL)", (step,))
+        database.execute("INSERT INTO metrics VALUES (?, 'note', NULL, 'sampled')", (step,))
+    database.commit()
+    database.close()
+    return folder
+
+
+def tensorboard(folder: Path, curve: Mapping[int, float], name: str = "L_det", new_style: bool = False) -> Path:
+    with SummaryWriter(str(folder / "logs")) as writer:
+        for step, value in curve.items():
+            writer.add_scalar(name, value, step, new_style=new_style)
+            writer.add_scalar("train_loss", 0.5, step, new_style=new_style)
+        writer.add_text("note", "a mug")
+    return folder
+
+
+def tensorboard_tensors(folder: Path, curve: Mapping[int, float]) -> Path:
+    return tensorboard(folder, curve, new_style=True)
+
+
+def accelerate_tensorboard(folder: Path, curve: Mapping[int, float]) -> Path:
+    """As diffusers' and kohya's scripts do: through accelerate, which leaves its settings in a folder beside."""
+    accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=str(folder))
+    accelerator.init_trackers("network_train", config={"learning_rate": 1e-3})
+    for step, value in curve.items():
+        accelerator.log({"loss/current": 0.5, "loss/validation/step_current": value}, step=step)
+    accelerator.end_training()
+    return folder
+
+
+WRITERS: tuple[Write, ...] = (
+    *(own, plain_csv, spreadsheet_csv, lightning_csv, wandb_history_csv, wandb_chart_csv, wandb_scan_json),
+    *(wandb_frame_json, simpletuner, ai_toolkit, tensorboard, tensorboard_tensors, accelerate_tensorboard),
+)
+
+
+# --- what is read ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
+def test_every_format_gives_the_curve_that_was_recorded(tmp_path: Path, write: Write) -> None:
+    trace = read_log(write(tmp_path, CURVE))
+    assert dict(zip(trace.steps.tolist(), trace.values.tolist(), strict=True)) == CURVE
+    live = Trace()
+    for step, value in CURVE.items():
+        live.record(step, value)
+    assert Dvar(100, 0.15)(trace) == Dvar(100, 0.15)(live)
+
+
+def test_the_writers_cover_every_format(tmp_path: Path) -> None:
+    found = set()
+    for write in WRITERS:
+        folder = tmp_path / write.__name__
+        folder.mkdir()
+        log = read_log(write(folder, CURVE)).header.get("log", {"format": FORMATS[0].name})
+        found.add(log["format"])
+    assert found == {known.name for known in FORMATS}
+
+
+def test_a_run_folder_of_ours_is_read_by_its_trace(tmp_path: Path) -> None:
+    own(tmp_path, CURVE)
+    assert len(read_log(tmp_path)) == len(CURVE)
+
+
+def test_the_samples_of_an_own_trace_are_kept_and_its_other_metrics_can_be_asked_for(tmp_path: Path) -> None:
+    trace = Trace()
+    for step in range(20):
+        trace.record(step, [2.0, 4.0 - step / 10], clip_image=0.5 + step / 100)
+    trace.write(tmp_path / "trace.jsonl")
+    assert read_log(tmp_path).samples.shape == (20, 2)
+    relative = read_log(tmp_path, "eval/first")
+    assert relative.values.tolist() == trace.metric("eval/first")[1].tolist()
+    assert read_log(tmp_path, "clip_image").values[-1] == 0.69
+    with pytest.raises(RefusedInput, match=r"holds no 'clip_imgae': name one of clip_image, eval, eval/first"):
+        read_log(tmp_path, "clip_imgae")
+
+
+def test_a_value_that_was_not_finite_is_read_as_such(tmp_path: Path) -> None:
+    curve = {**CURVE, 12: math.nan, 20: math.inf}
+    for write in (own, plain_csv, wandb_scan_json, simpletuner, tensorboard):
+        folder = tmp_path / write.__name__
+        folder.mkdir()
+        values = read_log(write(folder, curve)).values
+        assert math.isnan(values[6])
+        assert values[10] == math.inf
+
+
+def test_sqlite_keeps_null_in_the_place_of_a_nan(tmp_path: Path) -> None:
+    assert math.isnan(read_log(ai_toolkit(tmp_path, {**CURVE, 12: math.nan})).values[6])
+
+
+def test_a_wandb_cell_of_text_is_a_number_where_it_says_one(tmp_path: Path) -> None:
+    path = tmp_path / "history.json"
+    path.write_text('[{"_step": 0, "L_det": 0.5}, {"_step": 1, "L_det": "NaN"}, {"_step": 2, "L_det": "-Infinity"}]')
+    values = read_log(path).values
+    assert math.isnan(values[1])
+    assert values[2] == -math.inf
+
+
+# --- which curve ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["loss", "train_loss", "loss/current", "train/loss", "loss/loss", "Loss"])
+def test_a_loss_with_random_timesteps_is_refused_and_warned_of(tmp_path: Path, name: str) -> None:
+    path = table(tmp_path, ({"step": step, name: loss(step), "lr": 1e-3} for step in STEPS))
+    with pytest.raises(RefusedInput, match="its variance says nothing about convergence") as refused:
+        read_log(path)
+    assert f"only {name}: " in str(refused.value)
+    assert "--metric" in str(refused.value)
+    with pytest.warns(UserWarning, match=RANDOM_TIMESTEPS):
+        assert read_log(path, name).values[0] == loss(0)
+
+
+def test_the_training_loss_of_an_own_trace_is_warned_of(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=RANDOM_TIMESTEPS):
+        read_log(own(tmp_path, CURVE), "train_loss")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "eval",
+        "L_det",
+        "val_loss",
+        "valLoss",
+        "eval/loss",
+        "validation loss",
+        "loss/validation",
+        "stable_loss",
+        "test/mse",
+    ],
+)
+def test_a_loss_on_fixed_inputs_is_known_by_its_name(tmp_path: Path, name: str) -> None:
+    others = {"loss": 0.5, "eval_runtime": 3.0, "loss/validation/step_divergence": 0.1, "val_accuracy": 0.9}
+    others |= {"val_loss_std": 0.1, "eval_loss_note": "good"}  # no loss, and no number anywhere
+    trace = read_log(table(tmp_path, ({"step": step, name: loss(step), **others} for step in STEPS)))
+    assert trace.header["log"]["metric"] == name
+
+
+def test_several_candidates_are_listed_and_one_is_chosen_by_name(tmp_path: Path) -> None:
+    path = table(tmp_path, ({"step": step, "val_loss": loss(step), "eval/loss": 2.0, "loss": 3.0} for step in STEPS))
+    with pytest.raises(
+        RefusedInput, match=r"2 losses on fixed inputs: choose one with --metric, of val_loss, eval/loss"
+    ):
+        read_log(path)
+    assert read_log(path, "eval/loss").values[0] == 2.0
+
+
+def test_a_misspelt_metric_is_told_the_nearest_first(tmp_path: Path) -> None:
+    with pytest.raises(RefusedInput, match=r"holds no 'val_los': name one of val_loss, lr"):
+        read_log(plain_csv(tmp_path, CURVE), "val_los")
+
+
+def test_a_chart_of_several_runs_is_told_apart_by_the_name_of_the_run(tmp_path: Path) -> None:
+    path = table(tmp_path, ({"Step": step, "a - L_det": loss(step), "b - L_det": 2.0} for step in STEPS))
+    with pytest.raises(RefusedInput, match="2 losses on fixed inputs"):
+        read_log(path)
+    with pytest.raises(RefusedInput, match=r"holds several 'L_det': name one of a - L_det, b - L_det"):
+        read_log(path, "L_det")
+    assert read_log(path, "b - L_det").values[0] == 2.0
+
+
+def test_kohyas_faulty_average_is_warned_of(tmp_path: Path) -> None:
+    log = tensorboard(tmp_path, CURVE, "loss/validation/step_average")
+    with pytest.warns(UserWarning, match="overwrite only a part of this average"):
+        read_log(log)
+
+
+def test_kohyas_average_by_epochs_is_warned_of(tmp_path: Path) -> None:
+    log = tensorboard(tmp_path, CURVE, "loss/validation/epoch_average")
+    with pytest.warns(UserWarning, match="count its steps in epochs in TensorBoard: give windows in epochs"):
+        read_log(log)
+
+
+def test_a_fault_is_told_where_several_curves_are_to_be_chosen_from(tmp_path: Path) -> None:
+    names = ("loss/validation/step_average", "loss/validation/step_current")
+    path = table(tmp_path, ({"step": step, **dict.fromkeys(names, loss(step))} for step in STEPS))
+    with pytest.raises(RefusedInput, match=r"step_average \(kohya's scripts overwrite .*\), loss/validation/step_curr"):
+        read_log(path)
+
+
+def test_a_rounded_curve_is_warned_of(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"takes only \d+ values in 200 records: it was rounded"):
+        read_log(plain_csv(tmp_path, {step: round(value, 3) for step, value in CURVE.items()}))
+    read_log(plain_csv(tmp_path, dict.fromkeys(CURVE, 0.5)))  # never changing is another matter: "no change"
+
+
+# --- steps ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_is_read_as_its_last_attempt(tmp_path: Path) -> None:
+    rows = [{"step": step, "val_loss": 9.0} for step in range(60)]
+    rows += [{"step": step, "val_loss": loss(step)} for step in range(40, 50)]
+    with pytest.warns(UserWarning, match="resumed from step 40; what was recorded before from there on is left out"):
+        trace = read_log(table(tmp_path, rows))
+    assert trace.steps.tolist() == list(range(50))
+    assert trace.values[39:41].tolist() == [9.0, loss(40)]
+
+
+def test_a_resumed_tensorboard_run_is_the_same(tmp_path: Path) -> None:
+    tensorboard(tmp_path, dict.fromkeys(range(60), 9.0))
+    first = next((tmp_path / "logs").iterdir())
+    first.rename(first.with_name(first.name.replace("events.out.tfevents.", "events.out.tfevents.0")))
+    tensorboard(tmp_path, {step: loss(step) for step in range(40, 50)})
+    with pytest.warns(UserWarning, match="resumed from step 40"):
+        trace = read_log(tmp_path)
+    assert trace.steps.tolist() == list(range(50))
+
+
+def test_what_a_tensorboard_writer_purges_is_told_as_for_every_other_format(tmp_path: Path) -> None:
+    with SummaryWriter(str(tmp_path), filename_suffix=".0") as writer:
+        for step in range(60):
+            writer.add_scalar("L_det", 9.0, step)
+    with SummaryWriter(str(tmp_path), purge_step=40, filename_suffix=".1") as writer:
+        for step in range(40, 50):
+            writer.add_scalar("L_det", loss(step), step)
+    with pytest.warns(UserWarning, match="resumed from step 40; what was recorded before from there on is left out"):
+        assert read_log(tmp_path).steps.tolist() == list(range(50))
+
+
+def test_steps_in_no_order_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RefusedInput, match=r"go back 199 times: sort the log by its steps"):
+        read_log(plain_csv(tmp_path, dict(reversed(CURVE.items()))))
+
+
+def test_one_step_with_two_values_is_refused_and_with_one_value_twice_is_not(tmp_path: Path) -> None:
+    rows = [{"step": 0, "val_loss": 0.5}, {"step": 0, "val_loss": 0.5}, {"step": 1, "val_loss": 0.4}]
+    assert read_log(table(tmp_path, rows)).steps.tolist() == [0, 1]
+    with pytest.raises(RefusedInput, match=r"val_loss at step 1 has two values, 0.4 and 0.3: average them"):
+        read_log(table(tmp_path, [*rows, {"step": 1, "val_loss": 0.3}]))
+
+
+def test_a_step_told_twice_as_nan_is_no_contradiction(tmp_path: Path) -> None:
+    rows = [{"step": 0, "val_loss": 0.5}, {"step": 1, "val_loss": math.nan}, {"step": 1, "val_loss": math.nan}]
+    assert read_log(table(tmp_path, rows)).steps.tolist() == [0, 1]
+
+
+def test_the_column_of_steps_can_be_named(tmp_path: Path) -> None:
+    path = table(tmp_path, ({"updates": step, "val_loss": loss(step)} for step in STEPS))
+    with pytest.raises(RefusedInput, match=r"none of the columns global_step, .* of updates, val_loss"):
+        read_log(path)
+    assert read_log(path, step="updates").steps.tolist() == list(STEPS)
+    with pytest.raises(RefusedInput, match=r"has no column 'update': name the column of steps, of updates, val_loss"):
+        read_log(path, step="update")
+    with pytest.raises(RefusedInput, match="counts its steps itself"):
+        read_log(ai_toolkit(tmp_path, CURVE), step="updates")
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"step": "1.5", "val_loss": 0.4}, "a step must be a whole number of updates, got '1.5' under step"),
+        ({"step": "two", "val_loss": 0.4}, "a step must be a whole number of updates, got 'two' under step"),
+        ({"step": "", "val_loss": 0.4}, "val_loss is recorded without a step"),
+        ({"step": 1, "val_loss": "0,4"}, "val_loss at step 1 must be a number, got '0,4'"),
+        ({"step": "inf", "val_loss": 0.4}, "a step must be a whole number of updates"),
+    ],
+)
+def test_a_bad_cell_is_refused_by_name(tmp_path: Path, row: Mapping[str, object], said: str) -> None:
+    with pytest.raises(RefusedInput, match=said):
+        read_log(table(tmp_path, [{"step": 0, "val_loss": 0.5}, row]))
+
+
+def test_a_table_of_tabs_and_json_of_columns_or_of_one_record_are_read(tmp_path: Path) -> None:
+    assert len(read_log(table(tmp_path, ({"step": step, "eval": loss(step)} for step in STEPS), "\t"))) == len(CURVE)
+    columns = {"step": list(CURVE), "val_loss": list(CURVE.values()), "val_loss_done": [True] * len(CURVE)}
+    (tmp_path / "columns.json").write_text(json.dumps(columns))
+    assert read_log(tmp_path / "columns.json").values.tolist() == list(CURVE.values())
+    (tmp_path / "one.json").write_text('{"step": 3, "val_loss": 0.5}')
+    assert read_log(tmp_path / "one.json").steps.tolist() == [3]
+
+
+# --- what cannot be read --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 a zip", b"hello\nworld\n", b"\x00,\x01\n"])
+def test_an_unknown_format_is_told_the_known_ones(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "log.bin"
+    path.write_bytes(content)
+    with pytest.raises(RefusedInput) as refused:
+        read_log(path)
+    assert all(known.name in str(refused.value) for known in FORMATS)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_missing_log_and_an_empty_folder_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RefusedInput, match="does not exist: check the path"):
+        read_log(tmp_path / "nothing")
+    with pytest.raises(RefusedInput, match="in no format that is known here"):
+        read_log(tmp_path)
+
+
+def test_a_torn_last_line_is_dropped_with_a_warning_and_damage_elsewhere_is_refused(tmp_path: Path) -> None:
+    path = simpletuner(tmp_path, CURVE) / "training_metrics.jsonl"
+    whole = path.read_text()
+    path.write_text(whole[:-20])
+    with pytest.warns(UserWarning, match="the last line was torn"):
+        assert len(read_log(path)) == len(CURVE) - 1
+    path.write_text(whole.replace('"step":2,', '"step":', 1))
+    with pytest.raises(RefusedInput, match=r"line 3 is no JSON .*: restore the file"):
+        read_log(path)
+    path.write_text('{"step": 1}\n[1]\n')
+    with pytest.raises(RefusedInput, match=r"line 2 must be a JSON object, got '\[1\]'"):
+        read_log(path)
+
+
+@pytest.mark.parametrize("line", ["1,0,4", "1,0.4,0.5,0.6", "1"])
+def test_a_table_whose_lines_are_not_as_long_as_its_names_is_refused(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text(f"step,val_loss\n0,0.5\n{line}\n2,0.3\n")
+    with pytest.raises(
+        RefusedInput, match=r"log\.csv, line 3 has another number of cells than the line of names: mend"
+    ):
+        read_log(path)
+
+
+def test_a_table_torn_at_its_last_line_is_read_up_to_it_with_a_warning(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text("step,val_loss,lr\n0,0.5,1\n1,0.4,1,\n2,0.3")
+    with pytest.warns(UserWarning, match="the last line was torn while it was written and is dropped"):
+        assert read_log(path).steps.tolist() == [0, 1]
+
+
+def test_json_that_holds_no_records_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "log.json").write_text("[1, 2, 3]")
+    with pytest.raises(RefusedInput, match=r"must hold records, got '\[1, 2, 3\]'"):
+        read_log(tmp_path / "log.json")
+
+
+def test_another_database_and_a_damaged_one_are_refused(tmp_path: Path) -> None:
+    database = sqlite3.connect(tmp_path / "other.db")
+    database.execute("CREATE TABLE people (name TEXT)")
+    database.close()
+    with pytest.raises(RefusedInput, match=r"must hold ai-toolkit's table of metrics, .*no such table: metrics"):
+        read_log(tmp_path / "other.db")
+    (tmp_path / "damaged.db").write_bytes(b"SQLite format 3\0" + 500 * b"x")
+    with pytest.raises(RefusedInput, match="must hold ai-toolkit's table of metrics"):
+        read_log(tmp_path / "damaged.db")
+
+
+def test_text_in_another_encoding_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_bytes("step,val_loss,note\n1,2,\xe9\n".encode("latin-1"))
+    with pytest.raises(RefusedInput, match="cannot be read as text"):
+        read_log(tmp_path / "log.csv")
+
+
+def test_event_files_of_several_runs_are_refused_with_their_folders(tmp_path: Path) -> None:
+    for run in ("a", "b"):
+        tensorboard(tmp_path / run, CURVE)
+    with pytest.raises(RefusedInput, match=r"of 2 runs: name the folder of one, of .*a/logs, .*b/logs"):
+        read_log(tmp_path)
+    assert len(read_log(tmp_path / "b")) == len(CURVE)
+
+
+def test_without_tensorboard_its_files_are_refused_by_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tensorboard(tmp_path, CURVE)
+    monkeypatch.setitem(sys.modules, "tensorboard.backend.event_processing.event_accumulator", None)
+    with pytest.raises(RefusedInput, match=r"event files need tensorboard: pip install 'dvar\[tensorboard\]'$"):
+        read_log(log)
+
+
+def test_reading_a_table_loads_neither_torch_nor_tensorboard(tmp_path: Path) -> None:
+    path = plain_csv(tmp_path, CURVE)
+    program = (
+        f"import sys; from dvar.stopping.logs.reader import read_log; read_log({str(path)!r}); print(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert {"torch", "tensorboard", "pandas"}.isdisjoint(done.stdout.split())

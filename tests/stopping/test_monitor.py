@@ -1,0 +1,272 @@
+"""A watch measures, records, keeps and judges; its file is all that a resumed run needs."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dvar import AnyOf, Dvar, DvarError, FixedSteps, Reason, RefusedInput, Trace, Verdict, Watch
+from dvar.errors import TraceError
+from dvar.stopping.monitor import from_first_rank
+from dvar.stopping.rules import AtMost
+
+STOP = Dvar(window=20, threshold=0.2)
+
+
+class Decay:
+    """Held losses that fall from 1 and 2 with the steps made, as a training would move them."""
+
+    def __init__(self, pace: float = 8.0) -> None:
+        self.step, self.pace, self.calls = 0, pace, 0
+
+    def __call__(self) -> np.ndarray[Any, Any]:
+        self.calls += 1
+        return np.array([1.0, 2.0]) * math.exp(-self.step / self.pace)
+
+
+def driven(watch: Watch, model: Decay, first: int, last: int) -> Verdict:
+    """Ask from `first` to `last`, or to the stop."""
+    for model.step in range(first, last + 1):
+        verdict = watch(model.step)
+        if verdict.stop:
+            break
+    return verdict
+
+
+def by_hand(every: int = 1) -> tuple[Trace, Verdict]:
+    """What the README's loop gives on the same losses."""
+    trace, model = Trace(), Decay()
+    for model.step in range(0, 1000, every):
+        trace.record(model.step, model())
+        if (verdict := STOP(trace)).stop:
+            break
+    return trace, verdict
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_it_says_what_the_loop_by_hand_says(tmp_path: Path, every: int) -> None:
+    model = Decay()
+    watch = Watch(STOP, model, tmp_path / "run" / "trace.jsonl", every=every)
+    verdict = driven(watch, model, 0, 1000)
+    trace, expected = by_hand(every)
+    assert verdict == expected == watch.verdict
+    assert verdict.reason is Reason.STABILISED
+    assert watch.trace.records == trace.records == Trace.read(watch.path).records
+
+
+@settings(max_examples=25, deadline=None)
+@given(killed=st.integers(1, 30), lost=st.integers(0, 10), every=st.sampled_from([1, 2]))
+def test_a_run_killed_anywhere_and_resumed_anywhere_before_stops_as_if_nothing_had_happened(
+    tmp_path_factory: pytest.TempPathFactory, killed: int, lost: int, every: int
+) -> None:
+    path, model = tmp_path_factory.mktemp("run") / "trace.jsonl", Decay()
+    driven(Watch(STOP, model, path, every=every), model, 0, killed)
+    checkpoint = max(1, killed - lost)
+    driven(Watch(STOP, model, path, every=every), model, checkpoint, checkpoint)
+    verdict = driven(resumed := Watch(STOP, model, path, every=every), model, checkpoint + 1, 1000)
+    trace, expected = by_hand(every)
+    assert verdict == expected
+    assert resumed.trace.records == trace.records == Trace.read(path).records
+
+
+def test_a_record_is_in_the_file_before_it_is_judged(tmp_path: Path) -> None:
+    there = []
+
+    def rule(trace: Trace) -> Verdict:
+        there.append(len(Trace.read(tmp_path / "trace.jsonl")) if len(trace) else 0)
+        return FixedSteps(9)(trace)
+
+    driven(Watch(rule, Decay(), tmp_path / "trace.jsonl"), Decay(), 0, 3)
+    assert there[-4:] == [1, 2, 3, 4]
+
+
+def test_what_is_cut_or_replaced_is_kept_beside_it(tmp_path: Path) -> None:
+    path, model = tmp_path / "trace.jsonl", Decay()
+    driven(Watch(STOP, model, path), model, 0, 12)
+    whole = path.read_bytes()
+    for expected in ("trace.jsonl.cut-5", "trace.jsonl.cut-5.2"):
+        driven(Watch(STOP, model, path), model, 5, 12)
+        assert (tmp_path / expected).read_bytes() == whole == path.read_bytes()
+    with pytest.warns(UserWarning, match=r"a run begins and .*trace\.jsonl was there: that run's is now .*cut-0$"):
+        driven(again := Watch(STOP, model, path), model, 0, 3)
+    assert (tmp_path / "trace.jsonl.cut-0").read_bytes() == whole
+    assert len(again.trace) == 4
+
+
+def test_a_record_that_is_there_is_not_measured_again(tmp_path: Path) -> None:
+    path, model = tmp_path / "trace.jsonl", Decay()
+    driven(Watch(STOP, model, path), model, 0, 7)
+    other = Decay(pace=1.0)
+    driven(resumed := Watch(STOP, other, path), other, 7, 8)
+    assert other.calls == 1
+    assert resumed.trace.values[7] == pytest.approx(1.5 * math.exp(-7 / 8), rel=1e-15)
+    assert list(tmp_path.iterdir()) == [path]  # nothing was lost, so nothing is kept aside
+
+
+def test_a_stopped_run_stays_stopped_when_it_is_resumed(tmp_path: Path) -> None:
+    path, model = tmp_path / "trace.jsonl", Decay()
+    stopped = driven(Watch(STOP, model, path), model, 0, 1000)
+    calls, whole = model.calls, path.read_bytes()
+    resumed = Watch(STOP, model, path)
+    assert resumed.begin(stopped.step) == stopped
+    assert resumed(stopped.step + 1) == stopped
+    assert (model.calls, path.read_bytes()) == (calls, whole)
+
+
+def test_between_evaluations_and_when_asked_twice_nothing_is_measured(tmp_path: Path) -> None:
+    model = Decay()
+    watch = Watch(STOP, model, tmp_path / "trace.jsonl", every=2)
+    for step in (0, 0, 1, 2, 2, 3):
+        assert watch(step).step == step // 2 * 2
+    assert model.calls == 2
+
+
+def test_going_back_needs_a_new_beginning(tmp_path: Path) -> None:
+    model = Decay()
+    watch = Watch(STOP, model, tmp_path / "trace.jsonl", every=2)
+    driven(watch, model, 0, 6)
+    with pytest.raises(TraceError, match=r"got 5 after 6: .*call begin\(5\) first"):
+        watch(5)
+    watch.begin(5)
+    assert watch.trace.steps.tolist() == [0, 2, 4]
+    with pytest.raises(TraceError, match=r"a step is a whole number of updates, got 5\.5"):
+        watch(5.5)  # type: ignore[arg-type]
+
+
+def test_a_rule_may_read_what_the_call_brings(tmp_path: Path) -> None:
+    rule = Dvar(window=20, threshold=0.2, metric="val_loss")
+    values = [math.exp(-step / 8) for step in range(1000)]
+
+    def stops(first: int, last: int) -> Verdict:
+        watch = Watch(rule, None, tmp_path / "trace.jsonl")
+        for step in range(first, last):
+            if (verdict := watch(step, val_loss=values[step], accuracy=0.5)).stop:
+                break
+        return verdict
+
+    stops(0, 15)
+    assert stops(15, 1000).step == by_hand()[1].step
+    assert Trace.read(tmp_path / "trace.jsonl").metric("accuracy")[1].tolist()[:2] == [0.5, 0.5]
+
+
+def test_the_same_metric_twice_is_refused_and_not_dropped(tmp_path: Path) -> None:
+    watch = Watch(STOP, None, tmp_path / "trace.jsonl")
+    watch(0, val_loss=1.0)
+    with pytest.raises(TraceError, match="steps must grow, got 0 after 0"):
+        watch(0, val_loss=2.0)
+
+
+def test_a_probe_that_needs_the_step_is_given_it(tmp_path: Path) -> None:
+    class Stepwise:
+        header: ClassVar = {"reading": "paired"}
+
+        def __call__(self, step: int) -> float:
+            return -float(step)
+
+        def measure(self, step: int) -> dict[str, Any]:
+            return {"eval": self(step), "timesteps": [step]}
+
+    watch = Watch(STOP, Stepwise(), tmp_path / "trace.jsonl")
+    watch(0), watch(1)
+    assert watch.trace.values.tolist() == [0.0, -1.0]
+    assert watch.trace.header["reading"] == "paired"
+
+
+def test_a_trace_of_other_held_timesteps_is_refused(tmp_path: Path) -> None:
+    def probe(timesteps: list[int]) -> Decay:
+        found = Decay()
+        found.header = {"timesteps": timesteps}  # type: ignore[attr-defined]
+        return found
+
+    path = tmp_path / "trace.jsonl"
+    driven(Watch(STOP, probe([1, 2]), path), Decay(), 0, 3)
+    with pytest.raises(TraceError, match="has another header: move it away"):
+        Watch(STOP, probe([3, 4]), path)(3)
+
+
+def test_a_run_that_goes_on_without_its_trace_is_told(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"goes on at step 300 and .*trace\.jsonl does not exist"):
+        Watch(STOP, Decay(), tmp_path / "trace.jsonl")(300)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Watch(STOP, Decay(), tmp_path / "other.jsonl")(1)  # a loop that counts from 1 is no such case
+
+
+def test_making_one_touches_no_file(tmp_path: Path) -> None:
+    watch = Watch(STOP, Decay(), tmp_path / "run" / "trace.jsonl")
+    assert (watch.verdict.reason, len(watch.trace)) == (Reason.WARMING_UP, 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failing_probe_leaves_the_trace_as_it_was(tmp_path: Path) -> None:
+    model = Decay()
+    watch = Watch(STOP, model, tmp_path / "trace.jsonl")
+    watch(0)
+    whole = watch.path.read_bytes()
+    model.pace = 0.0
+    with pytest.raises(ZeroDivisionError):
+        watch(1)
+    assert (watch.path.read_bytes(), len(watch.trace)) == (whole, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"rule": 3}, "rule must be a rule, which is called on a trace, got 3: pass Dvar"),
+        ({"rule": Dvar}, "rule must be a rule, which is called on a trace, got <class"),
+        ({"probe": 0.5}, "probe must be a function that returns losses, or a Probe, got 0.5"),
+        ({"every": 0}, "every must be a whole number of steps, 1 or more, got 0"),
+        ({"every": True}, "every must be a whole number of steps, 1 or more, got True"),
+        ({"every": 3}, "a window of 20 steps holds fewer than 8 evaluations when one is made every 3 steps"),
+        ({"every": 3, "rule": AnyOf((FixedSteps(9), STOP))}, "a window of 20 steps holds fewer than 8 evaluations"),
+        ({"every": 3, "rule": AtMost(STOP, 9)}, "a window of 20 steps holds fewer than 8 evaluations"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_step(tmp_path: Path, change: dict[str, Any], told: str) -> None:
+    with pytest.raises(RefusedInput) as refused:
+        Watch(**{"rule": STOP, "probe": Decay(), "path": tmp_path / "trace.jsonl", **change})
+    assert len(refused.value.problems) == 1
+    assert refused.value.problems[0].startswith(told)
+
+
+def ranks(judge: Callable[[], Verdict]) -> tuple[Verdict, Verdict]:
+    """The verdicts of the first rank and of another one, which hears what the first one sends."""
+    sent: list[Any] = []
+    try:
+        first = from_first_rank(judge, True, lambda value: sent.append(value) or value)
+    finally:
+        other = from_first_rank(lambda: pytest.fail("only the first rank judges"), False, lambda value: sent[0])
+    return first, other
+
+
+def test_every_rank_hears_the_verdict_and_its_diagnoses() -> None:
+    _, verdict = by_hand()
+    first, other = ranks(lambda: verdict)
+    assert first is verdict
+    assert (other, other.sentence) == (verdict, verdict.sentence)
+    line = Trace()
+    for step in range(60):
+        line.record(step, 1.0)
+    verdict = Dvar(20, 0.2, stop_on=(Reason.NO_CHANGE,))(line)
+    assert verdict.stop
+    assert ranks(lambda: verdict)[1].diagnoses == verdict.diagnoses != ()
+    going = replace(verdict, stop=False, diagnose=lambda: pytest.fail("worked out for nobody"))
+    assert ranks(lambda: going)[1].diagnoses == ()
+
+
+def test_where_the_first_rank_fails_every_rank_does() -> None:
+    def judge() -> Verdict:
+        raise ValueError("out of memory")
+
+    with pytest.raises(DvarError, match="the first rank could not judge: ValueError: out of memory") as refused:
+        ranks(judge)
+    assert isinstance(refused.value.__context__, ValueError)

@@ -1,0 +1,306 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import dvar.training.run
+from dvar.config.training import CustomDiffusionConfig
+from dvar.diffusion.backbone import Backbone
+from dvar.diffusion.objective import Draws, denoising_loss
+from dvar.errors import RefusedInput
+from dvar.stopping.trace import Trace
+from dvar.testing import tiny_concept
+from dvar.training.dataset import prompts, read_concept
+from dvar.training.methods.custom_diffusion import CustomDiffusion
+from dvar.training.personalise import personalise
+from dvar.training.weight_files import ATTENTION, EMBEDS
+
+
+@pytest.fixture
+def backbone(tiny_model: Path) -> Backbone:
+    return Backbone.load(tiny_model, device="cpu")
+
+
+@pytest.fixture
+def config(tiny_model: Path, tiny_pictures: Path, tmp_path: Path) -> CustomDiffusionConfig:
+    return CustomDiffusionConfig(
+        pretrained_model_name_or_path=str(tiny_model),
+        instance_data_dir=str(tiny_pictures),
+        class_noun="mug",
+        num_class_images=3,
+        resolution=32,
+        max_train_steps=9,
+        window=8,
+        validation_steps=100,
+        num_validation_images=1,
+        num_inference_steps=2,
+        output_dir=str(tmp_path / "run"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("part", "places"),
+    [
+        ("crossattn_kv", {"to_k.weight", "to_v.weight"}),
+        ("crossattn", {"to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight", "to_out.0.bias"}),
+    ],
+)
+def test_the_named_part_of_every_cross_attention_is_learned(backbone: Backbone, part: str, places: set[str]) -> None:
+    base = {name: weight.clone() for name, weight in backbone.unet.state_dict().items()}
+    crossed = [name for name, _ in backbone.unet.named_modules() if name.endswith(".attn2")]
+    method = CustomDiffusion(backbone, {"<new1>": "ktn"}, part=part)
+    assert set(method.weights) == {f"{name}.{place}" for name in crossed for place in places}
+    assert set(method.weights) <= set(base)
+    for name, weight in method.weights.items():
+        assert torch.equal(weight, base[name])
+        assert weight.requires_grad
+        assert backbone.unet.get_parameter(name) is weight
+    assert backbone.unet.state_dict().keys() == base.keys()
+
+
+def test_files_are_whole_weights_by_the_unets_names_and_one_of_vectors(backbone: Backbone) -> None:
+    method = CustomDiffusion(backbone, {"<new1>": "ktn"}, 2)
+    files = method.files(method.state)
+    assert files.keys() == {ATTENTION, EMBEDS}
+    assert files[EMBEDS]["<new1>"].shape == (2, 32)
+    missing, unexpected = backbone.unet.load_state_dict(files[ATTENTION], strict=False)
+    assert not unexpected
+    assert not set(missing) & set(method.weights)
+
+
+def test_what_was_learned_can_be_taken_out_and_put_back(backbone: Backbone, tiny_model: Path) -> None:
+    method = CustomDiffusion(backbone, {"<new1>": "ktn"})
+    with torch.no_grad():
+        for weight in method.parameters:
+            weight.normal_(generator=torch.Generator().manual_seed(weight.numel()))
+    state = method.state
+    other = CustomDiffusion(Backbone.load(tiny_model, device="cpu"), {"<new1>": "cat"})
+    other.load(state)
+    assert all(torch.equal(other.state[name], tensor) for name, tensor in state.items())
+    with torch.no_grad():
+        for weight in method.parameters:
+            weight.zero_()
+    assert all(tensor.any() for tensor in state.values()), "a state is a copy"
+
+
+@pytest.mark.parametrize("place", ["to_k", "to_v"])
+def test_no_gradient_passes_through_the_first_place_of_keys_and_values(backbone: Backbone, place: str) -> None:
+    method = CustomDiffusion(backbone, {"<new1>": "ktn"})
+    name = next(name for name in method.weights if place in name).removesuffix(".weight")
+    layer, given = backbone.unet.get_submodule(name), torch.randn(2, 5, 32, requires_grad=True)
+    found = layer(given)
+    torch.testing.assert_close(found, given @ layer.weight.T)
+    found.square().sum().backward()
+    assert given.grad is not None
+    assert not given.grad[:, 0].any()
+    assert given.grad[:, 1:].all()
+
+
+def test_in_half_precision_only_what_is_learned_is_float32(tiny_model: Path) -> None:
+    backbone = Backbone.load(tiny_model, device="cpu", mixed_precision="bf16")
+    method = CustomDiffusion(backbone, {"<new1>": "ktn"})
+    learned = {id(weight) for weight in method.parameters}
+    assert {weight.dtype for weight in method.parameters} == {torch.float32}
+    assert {part.dtype for part in backbone.unet.parameters() if id(part) not in learned} == {torch.bfloat16}
+
+
+def test_captions_hold_the_word_and_the_class(config: CustomDiffusionConfig) -> None:
+    assert prompts(config) == ("photo of a <new1> mug",)
+    assert prompts(replace(config, instance_prompt="my <new1> mug")) == ("my <new1> mug",)
+
+
+# Prior preservation
+
+
+def losses(config: CustomDiffusionConfig) -> tuple[float, list[float]]:
+    """The training loss of the first update, and the held losses before it."""
+    trace = Trace.read(personalise(config).folder / "trace.jsonl")
+    return trace.records[1]["train_loss"], trace.records[0]["eval"]
+
+
+def test_the_prior_adds_its_weight_times_the_loss_on_class_pictures_to_training_alone(
+    config: CustomDiffusionConfig, tmp_path: Path
+) -> None:
+    found = {}
+    for weight in (0.0, 1.0, 3.0):
+        found[weight] = losses(replace(config, prior_loss_weight=weight, output_dir=str(tmp_path / f"{weight:g}")))
+    prior = found[1.0][0] - found[0.0][0]
+    assert prior > 0
+    assert found[3.0][0] == pytest.approx(found[0.0][0] + 3 * prior, rel=1e-5)
+    assert found[0.0][1] == found[1.0][1] == found[3.0][1]
+    assert not (tmp_path / "0" / "class_pictures").exists()
+
+
+def test_class_pictures_are_drawn_by_the_base_model_once(config: CustomDiffusionConfig) -> None:
+    folder = personalise(config).folder / "class_pictures"
+    drawn = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert sorted(drawn) == ["00.png", "01.png", "02.png"]
+    assert len(set(drawn.values())) == 3
+    with Image.open(folder / "00.png") as picture:
+        assert (picture.mode, picture.size) == ("RGB", (32, 32))
+    Image.new("RGB", (32, 32)).save(folder / "01.png")
+    marked = (folder / "01.png").read_bytes()
+    personalise(replace(config, resume_from_checkpoint="latest", max_train_steps=10, extend=True))
+    assert (folder / "01.png").read_bytes() == marked, "a run that goes on reads them back"
+    personalise(replace(config, overwrite=True))
+    assert (folder / "01.png").read_bytes() == drawn["01.png"], "another run draws its own"
+
+
+def test_given_class_pictures_are_taken_instead(config: CustomDiffusionConfig, tmp_path: Path) -> None:
+    pictures = tiny_concept(tmp_path / "mugs", pictures=2)
+    given = replace(config, class_data_dir=str(pictures))
+    assert [len(known.pictures) for known in read_concept(given).classes] == [2]
+    assert not (personalise(given).folder / "class_pictures").exists()
+
+
+def test_a_bad_folder_of_class_pictures_is_refused(config: CustomDiffusionConfig, tmp_path: Path) -> None:
+    with pytest.raises(RefusedInput, match="class_data_dir must be a folder with pictures of the class"):
+        read_concept(replace(config, class_data_dir=str(tmp_path / "nowhere")))
+    (tmp_path / "mugs").mkdir()
+    with pytest.raises(RefusedInput, match="holds no pictures"):
+        read_concept(replace(config, class_data_dir=str(tmp_path / "mugs")))
+    (tmp_path / "mugs" / "notes.pdf").write_bytes(b"%PDF")
+    with pytest.raises(RefusedInput, match=r"class_data_dir: notes\.pdf is not a picture"):
+        read_concept(replace(config, class_data_dir=str(tmp_path / "mugs")))
+
+
+# Rescaling and its mask
+
+
+def test_training_sees_the_mask_and_the_held_batch_its_augmentations_alone(
+    config: CustomDiffusionConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Draws] = []
+
+    def spy(predict: Any, draws: Draws, schedule: Any) -> Any:
+        seen.append(draws)
+        return denoising_loss(predict, draws, schedule)
+
+    monkeypatch.setattr(dvar.training.run, "denoising_loss", spy)
+    personalise(replace(config, train_batch_size=3))
+    held = [draws for draws in seen if draws.mask is None]
+    trained = [draws.mask for draws in seen if draws.mask is not None]
+    assert len(held) == 10
+    assert len(trained) == 9
+    for part in (slice(3), slice(3, 6)):  # of the subject, of its class
+        assert len({tuple(draws.timesteps[part].tolist()) for draws in seen if draws.mask is not None}) == 9
+    assert len({draws.input_ids.shape[0] for draws in held}) == 1
+    assert len({tuple(ids.tolist()) for ids in held[0].input_ids}) > 1, "captions say how a picture is shown"
+    assert all(mask[3:].all() for mask in trained), "class pictures are shown as they are"
+    assert any(not mask[:3].all() for mask in trained)
+
+
+def test_without_rescaling_there_is_one_caption_and_no_mask(
+    config: CustomDiffusionConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Draws] = []
+    monkeypatch.setattr(
+        dvar.training.run, "denoising_loss", lambda *given: (seen.append(given[1]), denoising_loss(*given))[1]
+    )
+    personalise(replace(config, random_rescale=False, prior_loss_weight=0.0))
+    assert all(draws.mask is None for draws in seen)
+    assert len({tuple(ids.tolist()) for draws in seen for ids in draws.input_ids}) == 1
+
+
+# Several subjects
+
+
+@pytest.fixture
+def several(config: CustomDiffusionConfig) -> CustomDiffusionConfig:
+    return replace(
+        config,
+        placeholder_token="<new1>+<new2>",
+        initializer_token="ktn+pll",
+        instance_data_dir=None,
+        class_noun=None,
+        validation_prompt="a <new1> mug and a <new2> cat",
+    )
+
+
+def listed(config: CustomDiffusionConfig, path: Path, *entries: Any) -> CustomDiffusionConfig:
+    path.write_text(json.dumps(entries))
+    return replace(config, concepts_list=str(path))
+
+
+def test_several_subjects_are_read_with_their_own_pictures_captions_and_classes(
+    several: CustomDiffusionConfig, tiny_pictures: Path, tmp_path: Path
+) -> None:
+    cats = tiny_concept(tmp_path / "cats", pictures=2)
+    (cats / "01.txt").write_text("<new2> asleep")
+    mugs, first = str(tiny_pictures), {"instance_prompt": "photo of a <new1> mug", "class_prompt": "mug"}
+    second = {"instance_prompt": "photo of a <new2> cat", "class_prompt": "cat", "class_data_dir": mugs}
+    config = listed(
+        several,
+        tmp_path / "list.json",
+        {**first, "instance_data_dir": mugs},
+        {**second, "instance_data_dir": str(cats)},
+    )
+    concept = read_concept(config)
+    assert len(concept.pictures) == len(set(concept.names)) == 6
+    texts = [concept.texts(index) for index in range(6)]
+    assert texts == [("photo of a <new1> mug",)] * 4 + [("photo of a <new2> cat",), ("<new2> asleep",)]
+    assert concept.words == ("<new1>", "<new2>")
+    assert [(known.prompt, len(known.pictures)) for known in concept.classes] == [("mug", 0), ("cat", 4)]
+    assert read_concept(replace(config, prior_loss_weight=0.0)).classes == ()
+
+
+GOOD = {"instance_prompt": "a <new1> <new2>", "class_prompt": "mug", "instance_data_dir": "{pictures}"}
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("{", "is not JSON"),
+        ("{}", "must be a list of one or more objects"),
+        ("[]", "must be a list of one or more objects"),
+        ("[3]", "must be a list of one or more objects"),
+        ([{**GOOD, "class_promt": "x"}], "subject 1: unknown key 'class_promt', the nearest known one is class_prompt"),
+        ([{**GOOD, "class_prompt": None}], "subject 1: class_prompt must be text, got None"),
+        ([GOOD, {**GOOD, "instance_prompt": 3}], "subject 2: instance_prompt must be text, got 3"),
+        ([{**GOOD, "instance_prompt": "a mug"}], "must hold one of the new words <new1>, <new2>, got 'a mug'"),
+        ([{**GOOD, "instance_prompt": "a <new1>"}], "has no instance_prompt with <new2>"),
+        ([{**GOOD, "instance_data_dir": "nowhere"}], "subject 1: instance_data_dir must be a folder with pictures"),
+        ([{**GOOD, "class_data_dir": "nowhere"}], "subject 1: class_data_dir must be a folder"),
+        ([{**GOOD, "class_data_dir": 7}], "subject 1: class_data_dir must be text, got 7"),
+    ],
+)
+def test_a_bad_list_of_subjects_is_the_one_problem_named(
+    several: CustomDiffusionConfig, tiny_pictures: Path, tmp_path: Path, written: Any, said: str
+) -> None:
+    path = tmp_path / "list.json"
+    path.write_text(
+        written if isinstance(written, str) else json.dumps(written).replace("{pictures}", str(tiny_pictures))
+    )
+    with pytest.raises(RefusedInput) as refused:
+        read_concept(replace(several, concepts_list=str(path)))
+    (problem,) = refused.value.problems
+    assert said in problem
+
+
+def test_a_list_that_is_not_there_is_refused(several: CustomDiffusionConfig, tmp_path: Path) -> None:
+    with pytest.raises(RefusedInput, match=r"nowhere\.json: No such file or directory; check the path"):
+        read_concept(replace(several, concepts_list=str(tmp_path / "nowhere.json")))
+
+
+def test_each_word_learns_from_its_own_start_and_prompts_are_written_out(backbone: Backbone) -> None:
+    words = backbone.text_encoder.get_input_embeddings().weight.detach().clone()
+    vocabulary = backbone.tokenizer.get_vocab()
+    method = CustomDiffusion(backbone, {"<new1>": "mug", "<new2>": "cat"}, 2)
+    assert method.expand("<new1> and <new2>") == "<new1> <new1>_1 and <new2> <new2>_1"
+    ids = backbone.tokenize([method.expand("<new1> and <new2>")])
+    with torch.no_grad():
+        for number, word in enumerate(method.words):
+            assert torch.equal(word.rows, words[vocabulary[("mug", "cat")[number] + "</w>"]].repeat(2, 1))
+            word.rows.fill_(number + 1.0)
+    found = backbone.text_encoder.get_input_embeddings()(ids)[0]
+    assert found[1:6, 0].tolist() == [1, 1, found[3, 0], 2, 2]
+    assert torch.equal(found[3], words[vocabulary["and</w>"]])
+    files = method.files(method.state)
+    assert [*files] == [EMBEDS, ATTENTION]
+    assert [*files[EMBEDS]] == ["<new1>", "<new2>"]

@@ -1,0 +1,156 @@
+"""The optimisers: what they compute, what of them is kept, and SAM by hand."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from dvar.config.training import TextualInversionConfig
+from dvar.training.loop import Learner
+from dvar.training.optimizers import kept, optimizer_of, put_back, sharpened
+
+PACKAGES = {"adamw": "torch", "sam": "torch", "prodigy": "prodigyopt", "adamw8bit": "bitsandbytes"}
+INSTALLED = [name for name, package in PACKAGES.items() if importlib.util.find_spec(package)]
+
+
+def config(name: str, **settings: Any) -> TextualInversionConfig:
+    rate = 1.0 if name == "prodigy" else 0.05
+    return TextualInversionConfig(**{"optimizer": name, "learning_rate": rate, **settings})
+
+
+def parameters() -> list[nn.Parameter]:
+    """One of each kind: large enough for a state of 8 bits, small, and zero at the start."""
+    made = torch.Generator().manual_seed(0)
+    return [
+        nn.Parameter(torch.randn(4, 2048, generator=made)),
+        nn.Parameter(torch.randn(3, generator=made)),
+        nn.Parameter(torch.zeros(5)),
+    ]
+
+
+def step(optimizer: torch.optim.Optimizer, parts: list[nn.Parameter], number: int) -> None:
+    made = torch.Generator().manual_seed(number)
+    for part in parts:
+        part.grad = part.detach() - 1 + 0.1 * torch.randn(part.shape, generator=made)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("name", INSTALLED)
+@pytest.mark.parametrize("cut", [0, 1, 4])
+def test_put_back_it_goes_on_bit_for_bit(name: str, cut: int) -> None:
+    straight, broken = parameters(), parameters()
+    optimizer = optimizer_of(config(name), straight)
+    for number in range(8):
+        step(optimizer, straight, number)
+    first = optimizer_of(config(name), broken)
+    for number in range(cut):
+        step(first, broken, number)
+    tensors, facts = kept(first)
+    assert bool(tensors) == (cut > 0)
+    tensors, facts = load(save(tensors)), json.loads(json.dumps(facts, allow_nan=False))  # as a checkpoint keeps them
+    second = optimizer_of(config(name), broken)
+    put_back(second, tensors, facts)
+    for number in range(cut, 8):
+        step(second, broken, number)
+    for one, other in zip(straight, broken, strict=True):
+        assert torch.equal(one, other)
+    assert not torch.equal(straight[0], parameters()[0])
+    ended, again = kept(optimizer), kept(second)
+    assert ended[1] == again[1]
+    assert ended[0].keys() == again[0].keys()
+    for path, tensor in ended[0].items():
+        assert tensor.dtype == again[0][path].dtype
+        assert torch.equal(tensor, again[0][path])
+
+
+@pytest.mark.parametrize("name", INSTALLED)
+def test_it_moves_towards_the_lowest_point_and_says_nothing(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parts = parameters()
+    before = float((parts[0].detach() - 1).square().mean())
+    optimizer = optimizer_of(config(name), parts)
+    for number in range(150):
+        step(optimizer, parts, number)
+    assert float((parts[0].detach() - 1).square().mean()) < 0.8 * before
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_settings_of_adamw_reach_it() -> None:
+    settings = {"adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-3, "adam_weight_decay": 0.5}
+    expected = {"lr": 0.05, "betas": (0.8, 0.9), "eps": 1e-3, "weight_decay": 0.5}
+    for name in {"adamw", "prodigy"} & {*INSTALLED}:
+        group = optimizer_of(config(name, **settings, learning_rate=0.05), parameters()).param_groups[0]
+        assert {key: group[key] for key in expected} == expected
+
+
+# SAM
+
+
+class Bowl:
+    """A method of two numbers."""
+
+    def __init__(self, *values: float) -> None:
+        self.rows = nn.Parameter(torch.tensor(values))
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [self.rows]
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        return {"rows": self.rows.detach().clone()}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            self.rows.copy_(state["rows"])
+
+
+def bowl(method: Bowl) -> Any:
+    """The loss w1^2 / 2 + 2 w2^2 in two halves, one of each sample of a step; its gradient is (w1, 4 w2)."""
+    return lambda step, first, count: torch.stack(
+        [(method.rows[0].square(), 4 * method.rows[1].square())[index % 2] for index in range(first, first + count)]
+    )
+
+
+@pytest.mark.parametrize(("batch", "parts"), [(2, 1), (1, 2)])
+def test_sam_steps_by_the_gradient_at_the_steepest_point_near(batch: int, parts: int) -> None:
+    method = Bowl(3.0, 1.0)
+    settings = config("sam", learning_rate=0.1, sam_rho=0.5, train_batch_size=batch, gradient_accumulation_steps=parts)
+    learner = Learner(method, settings, {})
+    update = learner.update(bowl(method), 1)
+    # At (3, 1) the gradient is (3, 4) of norm 5, so SAM looks at (3, 1) + 0.5 (3, 4) / 5 = (3.3, 1.4), where the
+    # gradient is (3.3, 5.6); a step of 0.1 from (3, 1) ends at (2.67, 0.44).  The plain one would end at (2.7, 0.6).
+    torch.testing.assert_close(method.rows.detach(), torch.tensor([2.67, 0.44]))
+    assert update.train_loss == pytest.approx(9 / 2 + 2)
+    assert update.grad_norm == pytest.approx((3.3**2 + 5.6**2) ** 0.5)
+    learner.update(bowl(method), 2)
+    # There the gradient is (2.67, 1.76), of norm 3.19789, and at (2.67, 0.44) + 0.5 (2.67, 1.76) / 3.19789 it is
+    # (3.08746, 2.86073); momentum adds 0.9 of the first: (6.05746, 7.90073), and a tenth of it is the step.
+    torch.testing.assert_close(method.rows.detach(), torch.tensor([2.064254, -0.350073]), rtol=1e-5, atol=1e-5)
+
+
+def test_only_the_direction_of_the_gradient_counts_and_all_is_put_back() -> None:
+    part = nn.Parameter(torch.tensor([1e8, 1.0, 0.3]))  # an addition and a subtraction would not give 1.0 back
+    still = nn.Parameter(torch.ones(2))
+    before = part.detach().clone()
+    for scale in (1.0, 65536.0):
+        part.grad = torch.tensor([4.0, 0.0, 3.0]) * scale
+        with sharpened([part, still], 0.05):
+            torch.testing.assert_close(part.detach()[1:], torch.tensor([1.0, 0.3 + 0.05 * 3 / 5]))
+            assert torch.equal(still, torch.ones(2))
+        assert torch.equal(part, before)
+    with pytest.raises(RuntimeError), sharpened([part], 0.05):
+        raise RuntimeError
+    assert torch.equal(part, before)
+
+
+def test_without_a_gradient_sam_stays_where_it_is() -> None:
+    part = nn.Parameter(torch.ones(2))
+    part.grad = torch.zeros(2)
+    with sharpened([part], 0.05):
+        assert torch.equal(part, torch.ones(2))

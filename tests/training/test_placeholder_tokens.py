@@ -1,0 +1,67 @@
+"""New words, and the words they start from, as a tokenizer reads them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from dvar.config.training import TextualInversionConfig
+from dvar.testing import tiny_tokenizer
+from dvar.training.placeholder_tokens import token_id, word_problems
+
+CONFIG = TextualInversionConfig(initializer_token="mug")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return tiny_tokenizer()
+
+
+def test_a_word_of_several_vectors_needs_all_of_its_tokens_to_be_new() -> None:
+    tokenizer = tiny_tokenizer(["mug"])
+    tokenizer.add_tokens(["<thing>_2"])
+    assert word_problems(replace(CONFIG, num_vectors=2), tokenizer, {}) == []
+    (problem,) = word_problems(replace(CONFIG, num_vectors=3), tokenizer, {})
+    assert "already knows <thing>_2" in problem
+
+
+def test_a_caption_of_just_the_length_the_model_reads_is_let_in(tokenizer: Any) -> None:
+    # 77 places: the start, the end, and 75 between them, of which two are the word's.
+    full = replace(CONFIG, num_vectors=2)
+    assert word_problems(full, tokenizer, {"00.png": "a " * 73 + "<thing>"}) == []
+    (problem,) = word_problems(full, tokenizer, {"00.png": "a " * 74 + "<thing>"})
+    assert "the text of 00.png must be at most 77 tokens, got 78" in problem
+
+
+def test_the_released_initializer_is_one_token_though_never_a_word(tokenizer: Any) -> None:
+    # In CLIP's vocabulary ktn only continues words: spelled out it is two tokens, and yet it is an entry.
+    spelled = tiny_tokenizer(["ktnx"])
+    entries = spelled.get_vocab()
+    inner = next(entry for entry in entries if len(entry) > 1 and not entry.endswith("</w>") and entry.isalpha())
+    assert len(spelled.encode(inner, add_special_tokens=False)) > 1
+    assert token_id(spelled, inner) == entries[inner]
+    assert token_id(tokenizer, "ktn") == tokenizer.get_vocab()["ktn</w>"]
+
+
+def test_what_is_spelled_out_is_no_token(tokenizer: Any) -> None:
+    assert token_id(tokenizer, "zzzz") is None
+    assert token_id(tokenizer, "") is None
+
+
+def test_what_the_model_reads_as_unknown_is_no_token() -> None:
+    class Small:
+        model_max_length, unk_token_id = 77, 7
+
+        def get_vocab(self) -> dict[str, int]:
+            return {"mug</w>": 0, "<unknown>": 7}
+
+        def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+            return [0 if text == "mug" else 7]
+
+        def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+            return ["<unknown>"]
+
+    assert token_id(Small(), "mug") == 0
+    assert token_id(Small(), "vase") is None

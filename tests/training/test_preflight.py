@@ -1,0 +1,165 @@
+"""Every check of what a run needs around it: the rule, the model's folder, the run's folder, the packages."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dvar.config.training import TextualInversionConfig
+from dvar.stopping.rules import MIN_RECORDS
+from dvar.training.preflight import (
+    model_problems,
+    optimizer_problems,
+    output_problems,
+    rule_problems,
+    tracker_problems,
+)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    (tmp_path / "pictures").mkdir()
+    return tmp_path / "pictures"
+
+
+@pytest.fixture
+def config(pictures: Path, tmp_path: Path) -> TextualInversionConfig:
+    return TextualInversionConfig(instance_data_dir=str(pictures), output_dir=str(tmp_path / "run"))
+
+
+# The rule
+
+
+@pytest.mark.parametrize("probe_every", range(1, 60))
+def test_a_cadence_is_let_in_when_a_window_holds_enough(config: TextualInversionConfig, probe_every: int) -> None:
+    # At a record t, the window (t - N, t] holds the multiples of the cadence in it.
+    held = sum(step % probe_every == 0 for step in range(100 * probe_every - 310 + 1, 100 * probe_every + 1))
+    assert (rule_problems(replace(config, probe_every=probe_every)) == []) == (held >= MIN_RECORDS)
+
+
+# The model's folder
+
+
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+
+
+def model_folder(folder: Path, *without: str) -> Path:
+    for part in set(PARTS) - set(without):
+        (folder / part).mkdir(parents=True)
+    if "model_index.json" not in without:
+        (folder / "model_index.json").write_text("{}", encoding="utf-8")
+    return folder
+
+
+def test_a_model_folder_with_all_its_parts_is_let_in(tiny_model: Path) -> None:
+    assert model_problems(str(tiny_model)) == []
+    assert model_problems("mini") == []
+
+
+@pytest.mark.parametrize("part", ["model_index.json", *PARTS])
+def test_a_part_that_a_model_folder_lacks_is_named(tmp_path: Path, part: str) -> None:
+    (problem,) = model_problems(str(model_folder(tmp_path / "model", part)))
+    assert f"it lacks {part}:" in problem
+
+
+def test_a_folder_that_is_no_model_is_refused(pictures: Path) -> None:
+    (problem,) = model_problems(str(pictures))
+    assert "it lacks model_index.json, unet, vae, text_encoder, tokenizer, scheduler" in problem
+
+
+def test_a_single_file_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    (problem,) = model_problems(str(tmp_path / "model.safetensors"))
+    assert "single file" in problem
+
+
+@pytest.mark.parametrize("name", ["./sd15", "/no/such/model", "models/here/sd15", "sd15", "two words/x", "~/nowhere"])
+def test_what_is_neither_a_folder_nor_a_hub_id_is_explained(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (problem,) = model_problems(name)
+    assert f"model {name} is neither a folder here nor a hub id" in problem
+
+
+@pytest.mark.parametrize("name", ["owner/model", "stable-diffusion-v1-5/stable-diffusion-v1-5", "a/b.c"])
+def test_a_hub_id_is_let_in(name: str) -> None:
+    assert model_problems(name) == []
+
+
+def test_a_mistyped_path_that_looks_like_a_hub_id_is_told_the_folder_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model_folder(tmp_path / "models" / "sd-v15")
+    (problem,) = model_problems("models/sd15")
+    assert "did you mean models/sd-v15?" in problem
+
+
+# The run's folder and its tracker
+
+
+@pytest.mark.parametrize("left", ["config.json", "trace.jsonl", "result.json", "README.md", "checkpoint-40"])
+def test_another_run_is_never_overwritten_unasked(config: TextualInversionConfig, left: str) -> None:
+    folder = Path(config.output_dir)
+    folder.mkdir()
+    (folder / left).touch()
+    (problem,) = output_problems(config)
+    assert "holds another run" in problem
+    assert "--overwrite" in problem
+    assert output_problems(replace(config, overwrite=True)) == []
+
+
+def test_a_folder_with_other_things_may_take_a_run(config: TextualInversionConfig) -> None:
+    Path(config.output_dir).mkdir()
+    (Path(config.output_dir) / "notes.txt").touch()
+    assert output_problems(config) == []
+
+
+def test_a_file_is_no_folder_for_a_run(config: TextualInversionConfig) -> None:
+    Path(config.output_dir).touch()
+    (problem,) = output_problems(config)
+    assert "is a file" in problem
+
+
+def test_a_run_among_its_pictures_is_refused(config: TextualInversionConfig, pictures: Path) -> None:
+    (problem,) = output_problems(replace(config, output_dir=f"{pictures}/../pictures"))
+    assert "must not be the folder of the pictures" in problem
+
+
+@pytest.mark.parametrize(
+    ("asked", "kept", "said"),
+    [
+        ("latest", [], "holds no checkpoint"),
+        ("checkpoint-20", ["checkpoint-10"], "holds checkpoint-10"),
+        ("latest", ["checkpoint-10"], None),
+        ("checkpoint-10", ["checkpoint-10"], None),
+        ("some/where/checkpoint-10", ["checkpoint-10"], None),
+    ],
+)
+def test_a_checkpoint_to_go_on_from_must_be_there(
+    config: TextualInversionConfig, asked: str, kept: list[str], said: str | None
+) -> None:
+    for name in (*kept, "samples"):
+        (Path(config.output_dir) / name).mkdir(parents=True)
+    (Path(config.output_dir) / "config.json").touch()
+    problems = output_problems(replace(config, resume_from_checkpoint=asked))
+    assert len(problems) == (said is not None)
+    assert said is None or said in problems[0]
+
+
+def test_a_tracker_that_is_not_installed_is_refused() -> None:
+    assert tracker_problems("none") == []
+    assert tracker_problems("json") == []  # any importable package will do
+    (problem,) = tracker_problems("no_such_tracker")
+    assert "pip install no_such_tracker" in problem
+
+
+def test_an_optimizer_whose_package_is_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert optimizer_problems("adamw") == optimizer_problems("sam") == []
+    (problem,) = optimizer_problems("prodigy")
+    assert problem == "optimizer prodigy needs the package prodigyopt, which is not installed: pip install prodigyopt"
+    assert "pip install bitsandbytes" in optimizer_problems("adamw8bit")[0]

@@ -1,0 +1,143 @@
+"""What a person sees of a run: the same on every machine but for the pace."""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from dvar.stopping.rules import AnyOf, Dvar, FixedSteps
+from dvar.stopping.trace import Trace
+from dvar.stopping.verdict import Verdict
+from dvar.training.progress import LivePanel, LogLines, Meter, clock, sparkline, watch
+
+CAP = 150
+RULE = AnyOf((Dvar(window=20, threshold=0.15), FixedSteps(CAP)))
+
+
+@dataclass
+class Seen:
+    """A step as the loop yields it, of a tenth of a second."""
+
+    step: int
+    verdict: Verdict
+    eval: tuple[float, ...] | None
+    train_loss: float | None = 0.1
+    seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.06, "probe": 0.03, "other": 0.01})
+
+
+def run(steps: int = CAP, cadence: int = 1) -> list[Any]:
+    """A falling loss under the rule, until it stops: an exponential of 10 steps, judged by a window of 20."""
+    trace, seen = Trace(), []
+    for step in range(steps + 1):
+        losses = (0.04 + math.exp(-step / 10), 0.06 + math.exp(-step / 10)) if step % cadence == 0 else None
+        trace.record(step, losses)
+        seen.append(Seen(step, RULE(trace), losses, 0.1 if step else None))
+        if seen[-1].verdict.stop:
+            break
+    return seen
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_log_gets_lines_and_a_terminal_a_panel() -> None:
+    assert isinstance(watch(CAP, "title", io.StringIO()), LogLines)
+    assert isinstance(watch(CAP, "title", Terminal()), LivePanel)
+
+
+def test_the_log_has_a_line_every_fiftieth_of_the_cap_and_where_it_stops() -> None:
+    stream, seen = io.StringIO(), run()
+    with LogLines(CAP, stream) as show:
+        for step in seen:
+            show(step)
+    lines = stream.getvalue().splitlines()
+    last = seen[-1].step
+    assert seen[-1].verdict.stop
+    assert last % 3, "a stop between two lines is what this is about"
+    assert [int(line.split()[1].split("/")[0]) for line in lines] == [*range(0, last, 3), last]
+
+
+def test_a_line_tells_the_step_the_loss_the_ratio_and_the_time_left() -> None:
+    stream, seen = io.StringIO(), run()
+    with LogLines(CAP, stream) as show:
+        for step in seen:
+            show(step)
+    lines = stream.getvalue().splitlines()
+    # Before any update there is no pace; L_det is the mean of 1.04 and 1.06.
+    assert lines[0] == "step   0/150  L_det 1.050000  ratio 1.000, threshold 0.15"
+    # At 0.1 s a step, the 126 steps that are left take 12.6 s.
+    loss, ratio = 0.05 + math.exp(-2.4), seen[24].verdict.metrics["ratio"]
+    start = f"step  24/150  L_det {loss:.6f}  ratio {ratio:.3f}, threshold 0.15"
+    assert lines[8] == f"{start}  10 steps/s, 0:13 to the cap"
+
+
+def test_between_two_evaluations_the_last_one_stands() -> None:
+    meter = Meter(CAP)
+    for step in run(steps=7, cadence=5):
+        meter.take(step)
+    assert meter.curve == pytest.approx([1.05, 0.05 + math.exp(-0.5)])
+    assert meter.step == 7
+
+
+def test_the_pace_is_that_of_the_last_fifty_steps() -> None:
+    meter = Meter(1000)
+    for step in run()[:1] * 100:
+        meter.take(Seen(step.step, step.verdict, None, 0.1, {"train": 1.0}))
+    assert meter.rate == pytest.approx(1)
+    for number in range(50):
+        meter.take(Seen(number + 1, step.verdict, None, 0.1, {"train": 0.2, "other": 0.05}))
+    assert meter.rate == pytest.approx(4)
+    assert meter.left == pytest.approx(950 / 4)
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_the_panel_shows_it_all_at_any_width(width: int) -> None:
+    console = Console(file=Terminal(), width=width, force_terminal=True, color_system=None)
+    with LivePanel(CAP, "<thing> [not a tag]", console) as panel:
+        for step in run():
+            panel(step)
+        console.print(panel.draw())
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    for text in ("<thing> [not a tag]", "step", "L_det", "ratio", "of 150"):
+        assert text in shown
+    if width >= 100:
+        assert run()[-1].verdict.sentence in shown
+    if width >= 80:
+        assert "stops below 0.15" in shown
+        assert all(len(line) <= width for line in shown.splitlines() if "\x1b" not in line)
+
+
+def test_the_panel_can_be_drawn_before_the_first_step() -> None:
+    console = Console(file=Terminal(), width=80, color_system=None)
+    console.print(LivePanel(CAP, "title", console).draw())
+    assert "0 of 150" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_sparkline_goes_from_the_highest_to_the_lowest_block() -> None:
+    assert sparkline([8, 7, 6, 5, 4, 3, 2, 1], 8) == "█▇▆▅▄▃▂▁"
+    assert sparkline([4, 4, 1, 1], 2) == "█▁"
+    assert sparkline([5, 5, 5], 10) == "▁▁▁"
+    assert sparkline([], 10) == ""
+    assert sparkline([math.nan, 1, math.inf, 2], 10) == "▁█"
+
+
+@given(st.lists(st.floats(-1e6, 1e6), max_size=200), st.integers(1, 60))
+def test_a_sparkline_is_as_wide_as_its_values_but_no_wider_than_asked(values: list[float], width: int) -> None:
+    assert len(sparkline(values, width)) == min(width, len(values))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0, "0:00"), (9.4, "0:09"), (59.6, "1:00"), (600, "10:00"), (3599, "59:59"), (3661, "1:01:01")],
+)
+def test_a_clock(seconds: float, shown: str) -> None:
+    assert clock(seconds) == shown
