@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from dvar.stopping.rules import AtMost, Criterion, Dvar, EmaPercentile, FixedSteps, Hall, Plateau, Trend
+from dvar.stopping.rules import AtMost, Dvar, EmaPercentile, FixedSteps, Hall, Plateau, Rule, Trend
 from dvar.stopping.trace import Trace
 
 NEVER = 1e-12
 """A threshold that nothing here falls below."""
-RULES: dict[str, Criterion] = {
+RULES: dict[str, Rule] = {
     "Dvar": Dvar(310, NEVER),
     "Dvar, strict_paper": Dvar(310, NEVER, strict_paper=True),
     "Dvar, metric='eval/first'": Dvar(310, NEVER, metric="eval/first"),

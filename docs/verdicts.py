@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from dvar.runs.config import ReplayConfig
-from dvar.runs.replay import Outcome, verdicts
+from dvar.runs.replay import ReplayOutcome, verdicts
 from dvar.runs.replay_figure import picture
 from dvar.stopping.diagnosis import Reason
-from dvar.stopping.rules import AtMost, Criterion, Dvar
+from dvar.stopping.rules import AtMost, Dvar, Rule
 from dvar.stopping.trace import Trace
 from dvar.stopping.verdict import Verdict
 
@@ -39,7 +39,7 @@ class Case:
     means: str
     do: str
     steps: int = 1000
-    rule: Criterion = DVAR
+    rule: Rule = DVAR
 
 
 CASES = (
@@ -199,7 +199,7 @@ def pages() -> dict[Path, str]:
         trace, verdict = judged(case)
         name = case.reason.value.replace(" ", "-")
         drawn[HERE / "verdicts" / f"{name}.svg"] = (
-            picture(trace, [Outcome("dvar", verdict)], DVAR.window, DVAR.threshold) + "\n"
+            picture(trace, [ReplayOutcome("dvar", verdict)], DVAR.window, DVAR.threshold) + "\n"
         )
         stops, short = "yes" if verdict.stop else "no", case.means.partition(". ")[0].rstrip(".")
         rows.append(f"| [{case.reason.value}](#{name}) | {stops} | {short}. |")

@@ -85,7 +85,7 @@ def losses(held: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 probe = dvar.Probe.capture(losses, draw, [accelerator.unwrap_model(unet), text_encoder])
-watch = dvar.Watch(dvar.Dvar(window=60, threshold=0.15), probe, output_dir / "trace.jsonl")
+watch = dvar.StopMonitor(dvar.Dvar(window=60, threshold=0.15), probe, output_dir / "trace.jsonl")
 # end
 
 global_step = 0

@@ -90,7 +90,7 @@ def sample_losses(held: dict[str, torch.Tensor]) -> torch.Tensor:
 
 modules = [accelerator.unwrap_model(unet), accelerator.unwrap_model(network)]
 probe = dvar.Probe.capture(sample_losses, draw, modules)
-watch = dvar.Watch(dvar.Dvar(window=60, threshold=0.15), probe, output_dir / "trace.jsonl")
+watch = dvar.StopMonitor(dvar.Dvar(window=60, threshold=0.15), probe, output_dir / "trace.jsonl")
 # end
 
 global_step = 0

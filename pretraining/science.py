@@ -23,7 +23,7 @@ import torch
 from transformers import CLIPModel, CLIPTokenizer
 
 from dvar import mini
-from dvar.analysis.eligibility import ENOUGH, Gate
+from dvar.analysis.eligibility import ENOUGH, Eligibility
 from dvar.config.presets import configure, settings
 from dvar.config.training import CONFIGS
 from dvar.diffusion.sampling import sample
@@ -175,10 +175,10 @@ def rescore(trial: Trial) -> None:
     (trial.folder / "scores.json").write_text(json.dumps({"cap": trial.cap, "scores": rows}, indent=1) + "\n")
 
 
-def gate(runs: Sequence[Path]) -> Gate:
+def gate(runs: Sequence[Path]) -> Eligibility:
     """Whether rules may be ranked on a method: the gain in identity over runs of several concepts and seeds."""
     records = [json.loads((run / "scores.json").read_text()) for run in runs]
-    return Gate.of(
+    return Eligibility.of(
         records[0]["cap"],
         [row["step"] for row in records[0]["scores"]],
         [[row["plain"]["identity"] for row in record["scores"]] for record in records],
@@ -187,7 +187,7 @@ def gate(runs: Sequence[Path]) -> Gate:
     )
 
 
-def keep(method: str, found: Gate) -> None:
+def keep(method: str, found: Eligibility) -> None:
     """Write the gate of a method beside the model, for the laboratory."""
     whole = json.loads(GATES.read_text()) if GATES.exists() else {}
     if whole.get("sha256") != folder_hash():

@@ -11,7 +11,7 @@ from fake_run import fake_trace, write_run
 from PIL import Image
 
 from dvar.runs.generate import GENERATED, LIST, _result
-from dvar.runs.run_folder import Run
+from dvar.runs.run_folder import RunFolder
 from dvar.survey.build import build
 from dvar.survey.config import SurveyBuildConfig
 from dvar.survey.survey import Survey
@@ -29,7 +29,7 @@ def drawn_run(folder: Path, seed: int, *, side: int = 64, scenes: tuple[str, ...
         _picture(last / f"{number:02d}.png", random, side)
     prompts = [{"prompt": "a photo of <thing>", "seed": number} for number in range(2)]
     (folder / "samples" / "prompts.json").write_text(json.dumps(prompts))
-    run = Run.open(folder)
+    run = RunFolder.open(folder)
     way = {"num_inference_steps": run.settings.num_inference_steps, "guidance_scale": run.settings.guidance_scale}
     rows = []
     for number, (scene, at) in enumerate((scene, at) for scene in scenes for at in range(2)):

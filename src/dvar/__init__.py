@@ -16,8 +16,8 @@ import typing as _typing
 from dvar._version import __version__
 from dvar.errors import DvarError, RefusedInput
 from dvar.stopping.diagnosis import Reason
-from dvar.stopping.monitor import Watch
-from dvar.stopping.rules import AnyOf, Criterion, Dvar, FixedSteps
+from dvar.stopping.monitor import StopMonitor
+from dvar.stopping.rules import AnyOf, Dvar, FixedSteps, Rule
 from dvar.stopping.trace import Trace
 from dvar.stopping.verdict import Verdict
 
@@ -31,7 +31,6 @@ if _typing.TYPE_CHECKING:
 __all__ = [
     "AnyOf",
     "Backbone",
-    "Criterion",
     "CustomDiffusionConfig",
     "DreamBoothLoraConfig",
     "Dvar",
@@ -40,10 +39,11 @@ __all__ = [
     "Probe",
     "Reason",
     "RefusedInput",
+    "Rule",
+    "StopMonitor",
     "TextualInversionConfig",
     "Trace",
     "Verdict",
-    "Watch",
     "__version__",
     "personalise",
     "write_report",

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from fake_record import GAIN, START, fake_record
 
-from dvar.analysis.eligibility import ENOUGH, Gate, gate_of
-from dvar.recordings.archive import Shelf
+from dvar.analysis.eligibility import ENOUGH, Eligibility, gate_of
+from dvar.recordings.archive import RecordingArchive
 
 STEPS, CAP = (0, 25, 50, 100), 100
 TUNING = tuple(f"tuning_{number}" for number in range(ENOUGH))
@@ -21,7 +21,7 @@ def loss(drop: float) -> np.ndarray:
 
 
 def test_a_method_that_learns_early_passes_with_the_figures_it_has() -> None:
-    found = Gate.of(CAP, STEPS, [[0.1, 0.5, end, end] for end in (0.68, 0.70, 0.72)], [loss(0.1)] * 3, 0.9)
+    found = Eligibility.of(CAP, STEPS, [[0.1, 0.5, end, end] for end in (0.68, 0.70, 0.72)], [loss(0.1)] * 3, 0.9)
     assert not found.failed
     assert (found.start, found.end, found.early) == (pytest.approx(0.1), pytest.approx(0.7), pytest.approx(1.0))
     assert found.errors == pytest.approx(0.6 / (0.02 / np.sqrt(3)))
@@ -40,22 +40,22 @@ def test_a_method_that_learns_early_passes_with_the_figures_it_has() -> None:
     ],
 )
 def test_each_condition_can_fail_by_itself(said: str, scores: list[list[float]], drop: float) -> None:
-    failed = Gate.of(CAP, STEPS, scores, [loss(drop)] * 3, 0.9).failed
+    failed = Eligibility.of(CAP, STEPS, scores, [loss(drop)] * 3, 0.9).failed
     assert len(failed) == 1
     assert said in failed[0]
 
 
 def test_one_run_cannot_fail_by_an_error_it_has_not() -> None:
-    assert np.isnan((found := Gate.of(CAP, STEPS, [[0.1, 0.5, 0.7, 0.7]], [loss(0.1)])).errors)
+    assert np.isnan((found := Eligibility.of(CAP, STEPS, [[0.1, 0.5, 0.7, 0.7]], [loss(0.1)])).errors)
     assert np.isnan(found.way)
     assert not found.failed
 
 
-def shelf(root: Path, tuning: int, **given: float) -> Shelf:
+def shelf(root: Path, tuning: int, **given: float) -> RecordingArchive:
     for concept in TUNING[:tuning]:
         fake_record(root, "custom-diffusion", concept, cap=700, **given)
     fake_record(root, "custom-diffusion", "vase", cap=700)
-    return Shelf.open(root, TUNING)
+    return RecordingArchive.open(root, TUNING)
 
 
 def test_enough_tuning_records_judge_the_method_up_to_baselines_cap(tmp_path: Path) -> None:

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dvar.analysis.prefilter import Screen
+from dvar.analysis.prefilter import Prefilter
 from dvar.stopping.diagnosis import Reason
-from dvar.stopping.rules import AllOf, AnyOf, Criterion, Dvar, EmaPercentile, FixedSteps, Hall, Plateau, Trend
+from dvar.stopping.rules import AllOf, AnyOf, Dvar, EmaPercentile, FixedSteps, Hall, Plateau, Rule, Trend
 from dvar.stopping.trace import Trace
 
 WINDOW = 26
-MAKERS: dict[str, Callable[[float], Criterion]] = {
+MAKERS: dict[str, Callable[[float], Rule]] = {
     "dvar": lambda t: Dvar(WINDOW, t),
     "strict": lambda t: Dvar(WINDOW, t, strict_paper=True),
     "ddof": lambda t: Dvar(WINDOW, t, strict_paper=True, ddof=1),
@@ -57,7 +57,7 @@ def test_no_stop_is_screened_away(
     name: str, seed: int, gap: int, level: float, jitter: float, threshold: float
 ) -> None:
     whole, rule, grown = fallen(seed, gap, level, jitter), MAKERS[name](threshold), Trace()
-    may = Screen(whole)(rule)
+    may = Prefilter(whole)(rule)
     assert may.shape == (len(whole),)
     for number, row in enumerate(whole.records):
         grown.record(**row)
@@ -74,11 +74,11 @@ def test_a_rule_without_doubts_is_asked_where_it_stops_alone(name: str, gap: int
         verdict = rule(grown)
         stops.append(verdict.stop or verdict.reason in (Reason.STILL_FALLING, Reason.OUTLIER_DOMINATED))
     assert 0 < sum(stops) < len(stops)
-    np.testing.assert_array_equal(Screen(whole)(rule), stops)
+    np.testing.assert_array_equal(Prefilter(whole)(rule), stops)
 
 
 def test_a_loss_that_is_not_finite_is_left_to_the_rule() -> None:
     trace = Trace()
     for step, loss in enumerate([1.0, float("nan"), 1.0]):
         trace.record(step, loss)
-    assert Screen(trace)(Dvar(8, 0.5, stop_on=(Reason.NON_FINITE,))).all()
+    assert Prefilter(trace)(Dvar(8, 0.5, stop_on=(Reason.NON_FINITE,))).all()

@@ -10,8 +10,8 @@ from fake_record import GAIN, START, fake_record, oracle_step
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dvar.analysis.stop_quality import CHOOSE, REPORT, Climb, half, interval, outcome, over_concepts
-from dvar.recordings.archive import Record
+from dvar.analysis.stop_quality import CHOOSE, REPORT, LearningCurve, half, interval, outcome, over_concepts
+from dvar.recordings.archive import RecordedRun
 
 STEPS = np.unique(np.rint(np.geomspace(1, 1000, 40)))
 
@@ -21,7 +21,7 @@ def rising(steps: np.ndarray, learned: float = 60.0) -> np.ndarray:
 
 
 def test_a_clean_climb_has_its_plateau_at_the_end() -> None:
-    climb = Climb.through(STEPS, rising(STEPS))
+    climb = LearningCurve.through(STEPS, rising(STEPS))
     # The mean of 1 - exp(-t / 60) over [500, 1000] is 1 - 60 (e^-8.33 - e^-16.7) / 500, all but 1.
     assert climb.plateau == pytest.approx(START + GAIN, abs=1e-3)
     assert climb.noise == pytest.approx(0)
@@ -30,7 +30,7 @@ def test_a_clean_climb_has_its_plateau_at_the_end() -> None:
 
 def test_the_oracle_lies_where_the_truth_puts_it() -> None:
     fine = np.arange(0, 1001)
-    climb = Climb.through(fine, rising(fine))
+    climb = LearningCurve.through(fine, rising(fine))
     for share in (0.8, 0.9, 0.95):
         assert climb.reached(share) == pytest.approx(oracle_step(60.0, share), rel=0.02)
 
@@ -38,7 +38,7 @@ def test_the_oracle_lies_where_the_truth_puts_it() -> None:
 def test_a_decline_does_not_lower_the_plateau() -> None:
     steps = np.arange(0, 1001, 10.0)
     values = rising(steps) - 5e-4 * np.maximum(0, steps - 500)
-    climb = Climb.through(steps, values)
+    climb = LearningCurve.through(steps, values)
     assert values[-1] < START + 0.2 * GAIN
     assert climb.plateau == pytest.approx(START + GAIN, abs=0.01)
     assert climb.at(1000) < 0.2  # and q sees the decline
@@ -47,7 +47,8 @@ def test_a_decline_does_not_lower_the_plateau() -> None:
 def test_a_noisy_plateau_is_not_a_decline() -> None:
     random = np.random.default_rng(0)
     plateaus = [
-        Climb.through(STEPS, rising(STEPS) + 0.01 * random.standard_normal(len(STEPS))).plateau for _ in range(50)
+        LearningCurve.through(STEPS, rising(STEPS) + 0.01 * random.standard_normal(len(STEPS))).plateau
+        for _ in range(50)
     ]
     assert np.mean(plateaus) == pytest.approx(START + GAIN, abs=0.01)
     assert np.std(plateaus) < 0.01
@@ -55,21 +56,21 @@ def test_a_noisy_plateau_is_not_a_decline() -> None:
 
 def test_noise_alone_is_no_learning() -> None:
     random = np.random.default_rng(0)
-    learned = [Climb.through(STEPS, 0.5 + 0.01 * random.standard_normal(len(STEPS))).learned for _ in range(50)]
+    learned = [LearningCurve.through(STEPS, 0.5 + 0.01 * random.standard_normal(len(STEPS))).learned for _ in range(50)]
     assert np.mean(learned) <= 0.1
 
 
 @given(st.floats(0.1, 10), st.floats(-5, 5), st.floats(20, 200))
 def test_q_and_oracle_do_not_depend_on_the_scores_scale_and_origin(scale: float, shift: float, learned: float) -> None:
     values = rising(STEPS, learned)
-    one, other = Climb.through(STEPS, values), Climb.through(STEPS, shift + scale * values)
+    one, other = LearningCurve.through(STEPS, values), LearningCurve.through(STEPS, shift + scale * values)
     assert one.reached() == pytest.approx(other.reached(), rel=1e-6)
     assert one.at(100) == pytest.approx(other.at(100), rel=1e-6)
 
 
 def test_a_stop_at_the_oracle_scores_nothing(tmp_path: Path) -> None:
-    record = Record.open(fake_record(tmp_path, cap=600))
-    climb = Climb.of(record)
+    record = RecordedRun.open(fake_record(tmp_path, cap=600))
+    climb = LearningCurve.of(record)
     at_oracle = outcome(record, climb.reached())
     assert at_oracle.distance == pytest.approx(0)
     assert at_oracle.gain_kept == pytest.approx(0.9)
@@ -81,13 +82,13 @@ def test_a_stop_at_the_oracle_scores_nothing(tmp_path: Path) -> None:
 
 
 def test_context_lost_is_the_fall_of_validation_text(tmp_path: Path) -> None:
-    record = Record.open(fake_record(tmp_path, cap=600))
+    record = RecordedRun.open(fake_record(tmp_path, cap=600))
     lost = outcome(record, 600).context_lost
     assert lost == pytest.approx(0.03 * (1 - np.exp(-10)) + 0.02)
 
 
 def test_the_halves_are_disjoint(tmp_path: Path) -> None:
-    record = Record.open(fake_record(tmp_path, cap=60, noise=0.1))
+    record = RecordedRun.open(fake_record(tmp_path, cap=60, noise=0.1))
     _, every = record.scores("train", "clip_image")
     (_, even), (_, odd) = (half(record, "train", "clip_image", which) for which in (CHOOSE, REPORT))
     assert sorted([*even[0], *odd[0]]) == sorted(every[0])
@@ -96,7 +97,7 @@ def test_the_halves_are_disjoint(tmp_path: Path) -> None:
 
 def test_concepts_are_resampled_and_not_runs(tmp_path: Path) -> None:
     records = [
-        Record.open(fake_record(tmp_path, concept=name, seed=seed, cap=20)) for name in "abc" for seed in range(4)
+        RecordedRun.open(fake_record(tmp_path, concept=name, seed=seed, cap=20)) for name in "abc" for seed in range(4)
     ]
     values = [{"a": 0.0, "b": 1.0, "c": 2.0}[record.concept] for record in records]
     found = over_concepts(records, values)

@@ -18,7 +18,7 @@ from dvar.config.training import TextualInversionConfig
 from dvar.errors import OutOfResources
 from dvar.stopping.diagnosis import Reason
 from dvar.training.checkpoint import latest
-from dvar.training.loop import Step
+from dvar.training.loop import StepRecord
 from dvar.training.personalise import personalise
 
 pytestmark = pytest.mark.usefixtures("loaded_at_once")
@@ -122,7 +122,7 @@ def test_a_tracker_that_raises_is_left_alone_and_changes_nothing(
 
 
 def test_a_consumer_that_raises_leaves_a_run_that_goes_on(config: TextualInversionConfig, straight: Outcome) -> None:
-    def fail(step: Step) -> None:
+    def fail(step: StepRecord) -> None:
         if step.step == 6:
             raise ZeroDivisionError
 

@@ -9,14 +9,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dvar.mini.recogniser import LEAST_SPREAD, RECOGNISED, Reading, Recogniser, load
+from dvar.mini.recogniser import LEAST_SPREAD, RECOGNISED, Recogniser, Recognition, load
 
 CLASSES, PARAMETERS = 25, 16
 
 
-def reading(mean: float, spread: float, pictures: int = 1) -> Reading:
+def reading(mean: float, spread: float, pictures: int = 1) -> Recognition:
     shape = (pictures, CLASSES, PARAMETERS)
-    return Reading({}, torch.full(shape, mean), torch.full(shape, spread))
+    return Recognition({}, torch.full(shape, mean), torch.full(shape, spread))
 
 
 def vector(value: float) -> Tensor:
@@ -57,7 +57,7 @@ def test_identity_of_a_reading_that_tells_nothing_is_chance() -> None:
 def test_identity_uses_the_class_it_is_asked_about() -> None:
     means = torch.zeros(1, CLASSES, PARAMETERS)
     means[:, 7] = 1.0
-    seen = Reading({}, means, torch.full_like(means, 0.1))
+    seen = Recognition({}, means, torch.full_like(means, 0.1))
     assert float(seen.identity(vector(1.0), vector(0.0)[None], answer=7)) > 0.99
     assert float(seen.identity(vector(1.0), vector(0.0)[None], answer=6)) < 0.01
 

@@ -18,15 +18,15 @@ from PIL import Image
 
 from dvar.analysis import strategies
 from dvar.analysis.signal_to_noise import information
-from dvar.analysis.strategies import Kind
+from dvar.analysis.strategies import StrategyFamily
 from dvar.errors import RefusedInput
 from dvar.paper import reproduce as made
 from dvar.paper.config import EXPERIMENTS, ReproduceConfig
 from dvar.paper.experiments import convergence, cost, criteria, held_batch, rule_ranking, samples, timesteps
 from dvar.paper.page import page, section
 from dvar.paper.reproduce import MAKERS, SIMULATED, TRAINED, reproduce
-from dvar.paper.result import Exhibit, Provenance, compared, spread
-from dvar.recordings.archive import Record, Rescored, Shelf
+from dvar.paper.result import ExperimentResult, Provenance, compared, spread
+from dvar.recordings.archive import RecordedRun, RecordingArchive, RescoredRun
 from dvar.recordings.archive_file import read_traces
 from dvar.recordings.restore import ANEW, sheet_at, write_sheet
 from dvar.stopping.trace import Trace
@@ -48,8 +48,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def shelf(root: Path) -> Shelf:
-    return Shelf.open(root)
+def shelf(root: Path) -> RecordingArchive:
+    return RecordingArchive.open(root)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -57,10 +57,10 @@ def short_baseline() -> object:
     """Baseline's cap is that of the presets, and these records are shorter."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(strategies, "_preset", lambda record: {"max_train_steps": 200, "validation_steps": 40})
-        grid = Kind.grid
-        patch.setattr(Kind, "grid", lambda kind: grid(kind)[::9])  # the whole of it takes a while
+        grid = StrategyFamily.grid
+        patch.setattr(StrategyFamily, "grid", lambda kind: grid(kind)[::9])  # the whole of it takes a while
         patch.setattr(convergence, "MORE", 1)
-        patch.setattr(made, "_trained", lambda name, *_: Exhibit(name, name, missing="trained elsewhere"))
+        patch.setattr(made, "_trained", lambda name, *_: ExperimentResult(name, name, missing="trained elsewhere"))
         patch.setattr(held_batch, "SHOWN", 1)
         yield
 
@@ -141,7 +141,7 @@ def test_rules_on_the_file_of_traces_are_rules_on_the_records(root: Path, report
 # Table 1
 
 
-def test_a_row_of_table_1_is_its_readings(shelf: Shelf) -> None:
+def test_a_row_of_table_1_is_its_readings(shelf: RecordingArchive) -> None:
     found = {row.way: row for row in cost.rows(shelf, "textual-inversion")}
     assert {"Baseline", "CLIP-s", "Few iters (mean)", "Few iters (max)", "DVAR (tuned)"} < set(found)
     assert [reading.stop for reading in found["Baseline"].readings] == [200] * 3
@@ -151,11 +151,11 @@ def test_a_row_of_table_1_is_its_readings(shelf: Shelf) -> None:
     assert all(reading.kept <= reading.stop for row in found.values() for reading in row.readings)
 
 
-def test_scores_of_table_1_are_of_the_very_checkpoints_where_all_were_scored_anew(shelf: Shelf) -> None:
+def test_scores_of_table_1_are_of_the_very_checkpoints_where_all_were_scored_anew(shelf: RecordingArchive) -> None:
     method = "textual-inversion"
     kept = {record: sorted(steps) for record, steps in cost.selected(shelf).items()}
     anew = {
-        record.name: Rescored(
+        record.name: RescoredRun(
             np.array(steps), {of: np.repeat(np.array(steps)[:, None], 8, 1) * 1e-3 for of in record.pictures}
         )
         for record, steps in kept.items()
@@ -171,7 +171,7 @@ def test_scores_of_table_1_are_of_the_very_checkpoints_where_all_were_scored_ane
     )
     # One step of one record less, and all ways are read off the line again, so that they stay comparable.
     first = next(iter(anew))
-    less = {**anew, first: Rescored(anew[first].steps[1:], anew[first].pictures)}
+    less = {**anew, first: RescoredRun(anew[first].steps[1:], anew[first].pictures)}
     fallen_back = cost.rows(replace(shelf, rescored=less), method)
     assert [row.scores("train", "clip_image") for row in fallen_back] == [
         row.scores("train", "clip_image") for row in cost.rows(shelf, method)
@@ -179,13 +179,13 @@ def test_scores_of_table_1_are_of_the_very_checkpoints_where_all_were_scored_ane
     assert "drawn anew" not in cost.make(shelf).tables[0].caption
 
 
-def test_differences_that_table_1_speaks_of_are_paired_by_concept(shelf: Shelf) -> None:
+def test_differences_that_table_1_speaks_of_are_paired_by_concept(shelf: RecordingArchive) -> None:
     found = {row.way: row.scores("train", "clip_image") for row in cost.rows(shelf, "textual-inversion")}
     apart = np.array(found["Baseline"]) - np.array(found["DVAR (tuned)"])
     assert f"paired by concept {apart.mean():.3f} [".replace("-", "−") in cost.make(shelf).says[0]
 
 
-def test_minutes_of_table_1_by_hand(shelf: Shelf) -> None:
+def test_minutes_of_table_1_by_hand(shelf: RecordingArchive) -> None:
     row = cost.make(shelf).tables[0].data[0]
     # 200 updates of 0.2 s and 8 pictures of 0.5 s at each of 0, 40, ..., 200
     assert row["way"] == "Baseline"
@@ -194,8 +194,8 @@ def test_minutes_of_table_1_by_hand(shelf: Shelf) -> None:
 
 
 def test_lost_runs_are_named_and_the_table_is_made(root: Path) -> None:
-    shelf = Shelf.open(root)
-    broken = Shelf(shelf.records, {"textual-inversion/vase/0": "the disk was full"})
+    shelf = RecordingArchive.open(root)
+    broken = RecordingArchive(shelf.records, {"textual-inversion/vase/0": "the disk was full"})
     exhibit = cost.make(broken)
     assert any("textual-inversion/vase/0: the disk was full" in line for line in exhibit.says)
     assert len(exhibit.tables[0].data) == 14
@@ -204,7 +204,7 @@ def test_lost_runs_are_named_and_the_table_is_made(root: Path) -> None:
 # The ranking
 
 
-def test_the_ranking_knows_the_oracle(shelf: Shelf) -> None:
+def test_the_ranking_knows_the_oracle(shelf: RecordingArchive) -> None:
     """Without noise the oracle of the other half is the oracle: nothing can rank before it."""
     records = shelf.of("textual-inversion")
     found = rule_ranking.ranking(records, {method: rule_ranking.tuned(shelf.for_tuning(method)) for method in METHODS})
@@ -218,7 +218,7 @@ def test_the_ranking_knows_the_oracle(shelf: Shelf) -> None:
     assert {kind.name for kind in strategies.KINDS} < {one.rule for one in found}
 
 
-def test_a_rule_is_not_further_from_the_oracle_than_itself(shelf: Shelf) -> None:
+def test_a_rule_is_not_further_from_the_oracle_than_itself(shelf: RecordingArchive) -> None:
     records = shelf.of("textual-inversion")
     found = rule_ranking.ranking(records, {method: rule_ranking.tuned(shelf.for_tuning(method)) for method in METHODS})
     same = rule_ranking._difference(found[0], found[0])
@@ -227,7 +227,7 @@ def test_a_rule_is_not_further_from_the_oracle_than_itself(shelf: Shelf) -> None
 
 
 def test_without_tuning_concepts_the_rest_is_ranked(root: Path) -> None:
-    shelf = Shelf.open(root, tuning=("no_such",))
+    shelf = RecordingArchive.open(root, tuning=("no_such",))
     exhibit = rule_ranking.make(shelf)
     assert any("No tuning concept was recorded" in line for line in exhibit.says)
     ranked = {row["rule"] for row in exhibit.tables[0].data}
@@ -244,7 +244,7 @@ def test_rules_are_not_ranked_on_a_method_that_fails_the_gate(tmp_path: Path) ->
     """Without records enough to judge by, the bundled model's own gates hold: Custom Diffusion's is shut."""
     for method in ("textual-inversion", "custom-diffusion"):
         fake_record(tmp_path, method, "vase")
-    shelf = Shelf.open(tmp_path)
+    shelf = RecordingArchive.open(tmp_path)
     exhibit = rule_ranking.make(shelf)
     assert any("Custom Diffusion does not pass the gate" in line and "61 %" in line for line in exhibit.says)
     assert {one["rule"] for table in exhibit.tables[:-1] for one in table.data} >= {"Baseline", "Random step"}
@@ -259,7 +259,7 @@ def test_rules_are_not_ranked_on_a_method_that_fails_the_gate(tmp_path: Path) ->
 # Figures
 
 
-def test_correlations_of_curves_that_mirror_each_other(shelf: Shelf) -> None:
+def test_correlations_of_curves_that_mirror_each_other(shelf: RecordingArchive) -> None:
     record = shelf.of("textual-inversion")[0]
     for _, low, high in timesteps.INTERVALS:
         loss, score = timesteps.correlations(record, "Train image score", low, high)
@@ -268,19 +268,21 @@ def test_correlations_of_curves_that_mirror_each_other(shelf: Shelf) -> None:
     assert {row["interval"] for row in cells} == {where[0] for where in timesteps.INTERVALS}
 
 
-def test_records_without_stratified_draws_are_refused(shelf: Shelf) -> None:
-    bare = Shelf(tuple(SimpleNamespace(**vars(r), has=lambda _: False) for r in shelf.of("textual-inversion")))  # type: ignore[arg-type]
+def test_records_without_stratified_draws_are_refused(shelf: RecordingArchive) -> None:
+    bare = RecordingArchive(
+        tuple(SimpleNamespace(**vars(r), has=lambda _: False) for r in shelf.of("textual-inversion"))
+    )  # type: ignore[arg-type]
     with pytest.raises(RefusedInput, match="no record holds stratified draws"):
         timesteps.make(bare)
 
 
-def test_smaller_batches_are_parts_of_the_recorded_one(shelf: Shelf) -> None:
+def test_smaller_batches_are_parts_of_the_recorded_one(shelf: RecordingArchive) -> None:
     record = shelf.of("textual-inversion")[0]
     assert [len(held_batch._batches(record, size)) for size in (1, 2, 4, 8)] == [8, 4, 2, 1]
     np.testing.assert_allclose(held_batch._mean(record, list(range(8)))[1], record.trace.values)
 
 
-def test_a_measure_is_what_the_rule_measures(shelf: Shelf) -> None:
+def test_a_measure_is_what_the_rule_measures(shelf: RecordingArchive) -> None:
     record = shelf.of("textual-inversion")[0]
     steps, values = criteria.measured(record, criteria.MEASURES["DVAR"][1](50), "ratio")
     losses = record.trace.values[1:]  # the paper's rule has no value before the first step
@@ -302,7 +304,7 @@ def test_information_by_hand() -> None:
     assert information(5 * steps, 1.0 - steps / 2000).steps_to_detect == 5  # one record, at its cadence
 
 
-def test_pictures_are_those_of_the_nearest_scored_step(shelf: Shelf, report: Path) -> None:
+def test_pictures_are_those_of_the_nearest_scored_step(shelf: RecordingArchive, report: Path) -> None:
     record = shelf.of("textual-inversion")[0]
     assert [samples.shown_step(record, step) for step in (0, 9, 21, 41, 199, 240)] == [0, 20, 20, 60, 200, 200]
     shown = json.loads((report.parent / "figure12.json").read_text(encoding="utf-8"))["plots"]
@@ -315,7 +317,7 @@ def test_pictures_are_those_of_the_nearest_scored_step(shelf: Shelf, report: Pat
 
 def test_pictures_are_those_of_the_very_steps_where_both_were_drawn_anew(root: Path, tmp_path: Path) -> None:
     shutil.copytree(root, tmp_path / "records")
-    shelf = Shelf.open(tmp_path / "records")
+    shelf = RecordingArchive.open(tmp_path / "records")
     for row in cost.rows(shelf, "textual-inversion"):
         folder, kept = row.records[0].folder, row.readings[0].kept
         assert folder
@@ -382,7 +384,7 @@ def test_a_spread_by_hand() -> None:
 
 
 def test_a_loss_that_a_gradient_threw_off_is_told(tmp_path: Path) -> None:
-    record = Record.open(fake_record(tmp_path, cap=60, learned=8.0))
+    record = RecordedRun.open(fake_record(tmp_path, cap=60, learned=8.0))
     assert convergence.relapse(record) is None
     trace = Trace(record.trace.header)
     for row in record.trace.records:
@@ -399,11 +401,13 @@ def test_a_caption_says_which_methods_were_recorded_on_fewer_concepts(tmp_path: 
     for method, concepts in zip(METHODS, (("cup", "mug", "owl"), ("cup", "mug")), strict=True):
         for concept in concepts:
             fake_record(tmp_path, method, concept, cap=60, learned=8.0)
-    assert "Concepts: 3 (2 of DreamBooth-LoRA); seeds: 1." in str(Provenance.of(Shelf.open(tmp_path).records))
+    assert "Concepts: 3 (2 of DreamBooth-LoRA); seeds: 1." in str(
+        Provenance.of(RecordingArchive.open(tmp_path).records)
+    )
 
 
-def test_a_prompt_cannot_become_part_of_the_page(shelf: Shelf) -> None:
-    assert "<b>" not in section(Exhibit("x", "<b>", ("<b>",)))
+def test_a_prompt_cannot_become_part_of_the_page(shelf: RecordingArchive) -> None:
+    assert "<b>" not in section(ExperimentResult("x", "<b>", ("<b>",)))
     assert "2 seeds" not in str(Provenance.of(shelf.records))
 
 

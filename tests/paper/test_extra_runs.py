@@ -15,12 +15,12 @@ from dvar.config.training import AnyConfig
 from dvar.errors import CheckpointError
 from dvar.paper.config import ReproduceConfig
 from dvar.paper.experiments import randomness, training_batch, variants
-from dvar.paper.extra_runs import Bench, trained
+from dvar.paper.extra_runs import ExtraRuns, trained
 from dvar.paper.reproduce import reproduce
-from dvar.recordings.archive import Record
+from dvar.recordings.archive import RecordedRun
 from dvar.testing import tiny_concept
 from dvar.training.personalise import prepared
-from dvar.training.run import Job
+from dvar.training.run import TrainingRun
 
 STEPS, EVERY, COUNT = 10, 5, 10
 
@@ -35,13 +35,13 @@ def concepts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config(tiny_model: Path, concepts: Path, tmp_path: Path) -> AnyConfig:
-    bench = Bench(tmp_path, quick=True, model=str(tiny_model), concepts=str(concepts))
+    bench = ExtraRuns(tmp_path, quick=True, model=str(tiny_model), concepts=str(concepts))
     planned = bench.planned("figure5", resolution=32, learning_rate=0.05, train_batch_size=1)
     small = {"max_train_steps": STEPS, "checkpointing_steps": 4, "window": 8}
     return replace(planned.config, output_dir=str(planned.folder), **small)
 
 
-def series(job: Job) -> object:
+def series(job: TrainingRun) -> object:
     return randomness.redrawn(job, COUNT, EVERY)
 
 
@@ -78,7 +78,7 @@ def test_a_trial_goes_on_where_it_was_killed_and_is_not_made_twice(config: AnyCo
     class Killed(Exception):
         pass
 
-    def killed(job: Job) -> object:
+    def killed(job: TrainingRun) -> object:
         measured = randomness.redrawn(job, COUNT, EVERY)
 
         def until(step: int, watch: object) -> object:
@@ -107,9 +107,9 @@ def test_figure_5_by_its_command(
 ) -> None:
     monkeypatch.setitem(randomness._STEPS, True, 50)
     monkeypatch.setitem(randomness._SIZES, True, (2, 4))
-    planned = Bench.planned
+    planned = ExtraRuns.planned
     small = {"resolution": 32, "train_batch_size": 1}
-    monkeypatch.setattr(Bench, "planned", lambda bench, name: planned(bench, name, **small))
+    monkeypatch.setattr(ExtraRuns, "planned", lambda bench, name: planned(bench, name, **small))
     told: list[str] = []
     report = reproduce(
         ReproduceConfig(
@@ -137,10 +137,10 @@ def test_figure_9_accumulates_its_batches(
 ) -> None:
     monkeypatch.setitem(training_batch.SIZES, True, (1, 4))
     monkeypatch.setitem(training_batch.STEPS, True, 12)
-    planned = Bench.planned
+    planned = ExtraRuns.planned
     small = {"resolution": 32, "train_batch_size": 1}
-    monkeypatch.setattr(Bench, "planned", lambda bench, name: planned(bench, name, **small))
-    exhibit = training_batch.make(Bench(tmp_path, quick=True, model=str(tiny_model), concepts=str(concepts)))
+    monkeypatch.setattr(ExtraRuns, "planned", lambda bench, name: planned(bench, name, **small))
+    exhibit = training_batch.make(ExtraRuns(tmp_path, quick=True, model=str(tiny_model), concepts=str(concepts)))
     rows = {row["batch"]: row for row in exhibit.tables[0].data}
     assert {size: row["samples"] for size, row in rows.items()} == {1: 12, 4: 48}
     curves = {(one["batch"], one["series"]): one["value"] for one in exhibit.plots[0].data}
@@ -151,20 +151,20 @@ def test_figure_9_accumulates_its_batches(
     assert "Batches of 1 and 4, accumulated 1 at a time" in exhibit.tables[0].caption
 
 
-def faked(bench: Bench, recordings: list) -> list[Record]:  # type: ignore[type-arg]
+def faked(bench: ExtraRuns, recordings: list) -> list[RecordedRun]:  # type: ignore[type-arg]
     """Records of these recordings without any training; SAM learns further, a random word less far."""
     found = []
     for one in recordings:
         learned = {"sam": 5.0, "random-word": 200.0}.get(Path(one.records).parent.name, 20.0)
-        found.append(Record.open(fake_record(Path(one.records), concept=one.concept, cap=100, learned=learned)))
+        found.append(RecordedRun.open(fake_record(Path(one.records), concept=one.concept, cap=100, learned=learned)))
         if "random" in one.records:
             (found[-1].folder / "initializer.json").write_text('[{"word": "<it>", "initializer_token": "teapot"}]')
     return found
 
 
 def test_the_first_version_s_variants(concepts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Bench, "recorded", faked)
-    bench = Bench(tmp_path, quick=True, concepts=str(concepts))
+    monkeypatch.setattr(ExtraRuns, "recorded", faked)
+    bench = ExtraRuns(tmp_path, quick=True, concepts=str(concepts))
     words = variants.initial(bench)
     rows = {row["variant"]: row for row in words.tables[0].data}
     assert list(rows) == list(variants.STARTS)
@@ -176,7 +176,7 @@ def test_the_first_version_s_variants(concepts: Path, tmp_path: Path, monkeypatc
 
 
 def test_a_variant_differs_in_what_it_says_and_in_nothing_else(tmp_path: Path) -> None:
-    bench = Bench(tmp_path, quick=False)
+    bench = ExtraRuns(tmp_path, quick=False)
     every = {**variants.STARTS, **variants.OPTIMIZERS}
     runs = {name: of[0] for name, of in variants.planned(bench, every).items()}
     assert runs[variants.USUAL] == runs["AdamW"]

@@ -16,24 +16,24 @@ from dvar.mini import TUNING
 from dvar.paper import reproduce
 from dvar.paper.config import ReproduceConfig
 from dvar.recordings import rescore, sweep
-from dvar.recordings.archive import Record, Rescored, Shelf
+from dvar.recordings.archive import RecordedRun, RecordingArchive, RescoredRun
 from dvar.recordings.archive_file import write_traces
-from dvar.recordings.spec import Recording
-from dvar.recordings.sweep import Row
+from dvar.recordings.spec import RecordingSpec
+from dvar.recordings.sweep import RecordingStatus
 
 METHODS = ("textual-inversion", "dreambooth-lora", "custom-diffusion")
 
 
 @pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[RecordingSpec]:
     """What was asked to be recorded; each is there at once, and a fake."""
-    asked: list[Recording] = []
+    asked: list[RecordingSpec] = []
 
-    def record(recordings: Sequence[Recording], tell: object, **_: object) -> list[Row]:
+    def record(recordings: Sequence[RecordingSpec], tell: object, **_: object) -> list[RecordingStatus]:
         asked.extend(recordings)
         for one in recordings:
             fake_record(Path(one.records), one.method, one.concept, one.seed, cap=60, learned=8.0)
-        return [Row(one, "done") for one in recordings]
+        return [RecordingStatus(one, "done") for one in recordings]
 
     monkeypatch.setattr(sweep, "recorded", record)
     return asked
@@ -58,9 +58,9 @@ def test_table_1_has_its_checkpoints_scored_anew(tmp_path: Path, monkeypatch: py
     for concept in ("cup", "mug"):
         fake_record(tmp_path / "records", concept=concept, cap=60, learned=8.0)
 
-    def anew(shelf: Shelf, wanted: Mapping[Record, set[int]], tell: object) -> Shelf:
-        def scored(record: Record, steps: list[int]) -> Rescored:
-            return Rescored(np.array(steps), {of: np.ones((len(steps), 8)) for of in record.pictures})
+    def anew(shelf: RecordingArchive, wanted: Mapping[RecordedRun, set[int]], tell: object) -> RecordingArchive:
+        def scored(record: RecordedRun, steps: list[int]) -> RescoredRun:
+            return RescoredRun(np.array(steps), {of: np.ones((len(steps), 8)) for of in record.pictures})
 
         return replace(shelf, rescored={one.name: scored(one, sorted(steps)) for one, steps in wanted.items()})
 
@@ -85,7 +85,7 @@ def test_without_records_nothing_is_written(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_a_quick_report_records_what_it_needs_where_there_are_no_records(
-    tmp_path: Path, recorded: list[Recording], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, recorded: list[RecordingSpec], capsys: pytest.CaptureFixture[str]
 ) -> None:
     records, out = tmp_path / "records", tmp_path / "out"
     words = ["reproduce", "figure2", "--quick", "--records", str(records), "--output_dir", str(out)]
@@ -103,7 +103,7 @@ def test_a_quick_report_records_what_it_needs_where_there_are_no_records(
 
 
 def test_what_changes_nothing_is_recorded_once_for_tables_and_variants(
-    tmp_path: Path, recorded: list[Recording]
+    tmp_path: Path, recorded: list[RecordingSpec]
 ) -> None:
     config = ReproduceConfig(quick=True, records=(str(tmp_path / "records"),), output_dir=str(tmp_path / "out"))
     reproduce._record(config, ["table1", "initial", "sam"], lambda line: None)
@@ -118,7 +118,7 @@ def test_what_changes_nothing_is_recorded_once_for_tables_and_variants(
 
 
 def test_a_quick_report_of_whole_records_reads_a_few_and_records_none(
-    tmp_path: Path, recorded: list[Recording], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, recorded: list[RecordingSpec], capsys: pytest.CaptureFixture[str]
 ) -> None:
     for concept in ("cup", "jar", "jug", "mug", "owl", "pot", "vase", TUNING[0]):
         fake_record(tmp_path / "records", concept=concept, cap=60, learned=8.0)
@@ -141,7 +141,7 @@ def test_records_may_stand_in_several_places(tmp_path: Path) -> None:
         fake_record(tmp_path / "old", concept=concept, cap=60, learned=8.0)
     fake_record(tmp_path / "new", concept="mug", cap=60, learned=8.0, pictures=16)
     fake_record(tmp_path / "new", concept="owl", cap=60, learned=8.0)
-    traces, out = write_traces(Shelf.open(tmp_path / "old"), tmp_path / "traces.npz"), tmp_path / "out"
+    traces, out = write_traces(RecordingArchive.open(tmp_path / "old"), tmp_path / "traces.npz"), tmp_path / "out"
     words = ["reproduce", "figure14", "--records", str(tmp_path / "new"), "--records", str(traces)]
     assert main([*words, "--output_dir", str(out)]) == 0
     facts = json.loads((out / "report.json").read_text(encoding="utf-8"))["facts"]
@@ -149,6 +149,6 @@ def test_records_may_stand_in_several_places(tmp_path: Path) -> None:
     assert "8 or 16 pictures of each kind" in facts[0]
 
 
-def test_what_reads_no_record_records_none(tmp_path: Path, recorded: list[Recording]) -> None:
+def test_what_reads_no_record_records_none(tmp_path: Path, recorded: list[RecordingSpec]) -> None:
     assert main(["reproduce", "table2", "--quick", "--output_dir", str(tmp_path)]) == 0
     assert not recorded

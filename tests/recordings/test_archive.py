@@ -11,7 +11,7 @@ import pytest
 from fake_record import GAIN, START, TIMESTEPS, fake_record, scored_steps
 
 from dvar.errors import RefusedInput
-from dvar.recordings.archive import Record, Rescored, Shelf
+from dvar.recordings.archive import RecordedRun, RecordingArchive, RescoredRun
 
 
 @pytest.fixture
@@ -20,13 +20,13 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_record_is_named_by_its_folder(folder: Path) -> None:
-    record = Record.open(folder)
+    record = RecordedRun.open(folder)
     assert (record.method, record.concept, record.seed, record.cap) == ("textual-inversion", "red_mug", 0, 100)
     assert record.name == "textual-inversion/red_mug/0"
 
 
 def test_series_have_their_own_cadence_and_width(folder: Path) -> None:
-    record = Record.open(folder)
+    record = RecordedRun.open(folder)
     shapes = {name: record.series(name)[1].shape for name in ("eval", "train_loss", "stratified", "unseen", "drift")}
     assert shapes == {
         "eval": (101, len(TIMESTEPS)),
@@ -40,7 +40,7 @@ def test_series_have_their_own_cadence_and_width(folder: Path) -> None:
 
 
 def test_paired_is_fresh_minus_frozen(folder: Path) -> None:
-    record = Record.open(folder)
+    record = RecordedRun.open(folder)
     steps, paired = record.series("paired")
     fresh, frozen = record.series("fresh")[1], record.series("frozen")[1]
     np.testing.assert_array_equal(paired, fresh - frozen)
@@ -51,7 +51,7 @@ def test_paired_is_fresh_minus_frozen(folder: Path) -> None:
 
 
 def test_scores_are_one_per_picture(folder: Path) -> None:
-    steps, values = Record.open(folder).scores("train", "clip_image")
+    steps, values = RecordedRun.open(folder).scores("train", "clip_image")
     assert steps.tolist() == scored_steps(100)
     np.testing.assert_allclose(values[0], START)
     np.testing.assert_allclose(values[-1], START + GAIN * (1 - np.exp(-100 / 60)))
@@ -60,7 +60,7 @@ def test_scores_are_one_per_picture(folder: Path) -> None:
 
 def test_unit_seconds_are_medians(folder: Path) -> None:
     # 0.2 s an update, 0.1 s for 8 held samples, 8 s for 16 pictures
-    assert Record.open(folder).seconds == pytest.approx({"train": 0.2, "forward": 0.0125, "picture": 0.5})
+    assert RecordedRun.open(folder).seconds == pytest.approx({"train": 0.2, "forward": 0.0125, "picture": 0.5})
 
 
 @pytest.mark.parametrize("name", ["trace.jsonl", "scores.json"])
@@ -68,18 +68,18 @@ def test_what_was_changed_after_recording_is_refused(folder: Path, name: str) ->
     path = folder / name
     path.write_bytes(path.read_bytes() + b" ")
     with pytest.raises(RefusedInput, match=f"{name} is not what was recorded"):
-        Record.open(folder)
+        RecordedRun.open(folder)
 
 
 @pytest.mark.parametrize("name", ["done.json", "config.json"])
 def test_an_unfinished_record_is_refused(folder: Path, name: str) -> None:
     (folder / name).unlink()
     with pytest.raises(RefusedInput, match=f"{name} is missing"):
-        Record.open(folder)
+        RecordedRun.open(folder)
 
 
 def test_an_unknown_series_or_score_names_those_there_are(folder: Path) -> None:
-    record = Record.open(folder)
+    record = RecordedRun.open(folder)
     with pytest.raises(RefusedInput, match="no series 'evil': it has drift, eval, fresh"):
         record.series("evil")
     with pytest.raises(RefusedInput, match="no score train dino: it has train clip_image, train clip_text"):
@@ -95,15 +95,15 @@ def test_joined_shelves_read_a_run_from_the_first_that_has_it(tmp_path: Path) ->
         fake_record(other, concept=concept, cap=60)
     (one / "seconds.json").write_text('{"textual-inversion": {"train": 1.0}}')
     (other / "seconds.json").write_text('{"textual-inversion": {"train": 2.0}, "custom-diffusion": {"train": 3.0}}')
-    anew = Rescored(np.array([3]), {("train", "clip_image"): np.ones((1, 8))})
-    whole = Shelf.open(other)
+    anew = RescoredRun(np.array([3]), {("train", "clip_image"): np.ones((1, 8))})
+    whole = RecordingArchive.open(other)
     whole = replace(whole, rescored={record.name: anew for record in whole})
-    shelf = Shelf.joined([Shelf.open(one), whole])
+    shelf = RecordingArchive.joined([RecordingArchive.open(one), whole])
     assert {record.concept: record.cap for record in shelf} == {"blue_dog": 60, "green_car": 60, "red_mug": 40}
     assert not shelf.lost
     assert shelf.seconds == {"textual-inversion": {"train": 1.0}, "custom-diffusion": {"train": 3.0}}
     assert {name.split("/")[1] for name in shelf.rescored} == {"blue_dog", "green_car"}, "another run's are not its own"
-    assert [record.name for record in Shelf.joined([whole])] == [record.name for record in whole]
+    assert [record.name for record in RecordingArchive.joined([whole])] == [record.name for record in whole]
 
 
 def test_a_shelf_keeps_what_it_can_read_and_says_why_the_rest_is_lost(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_a_shelf_keeps_what_it_can_read_and_says_why_the_rest_is_lost(tmp_path: 
     (damaged / "done.json").write_text("{")
     (failed / "done.json").unlink()
     (failed / "failed.json").write_text(json.dumps({"reason": "the loss was not finite at step 3"}))
-    shelf = Shelf.open(tmp_path)
+    shelf = RecordingArchive.open(tmp_path)
     assert shelf.methods == ("textual-inversion", "dreambooth-lora")
     assert [record.name for record in shelf.of("textual-inversion")] == ["textual-inversion/red_mug/0"]
     assert [record.concept for record in shelf.for_tuning("textual-inversion")] == ["purple_cat"]
@@ -126,12 +126,12 @@ def test_a_shelf_keeps_what_it_can_read_and_says_why_the_rest_is_lost(tmp_path: 
 def test_seconds_measured_apart_replace_the_medians(tmp_path: Path) -> None:
     fake_record(tmp_path, cap=40, seconds=0.2)
     fake_record(tmp_path, concept="blue_cup", cap=40, seconds=0.4)
-    assert Shelf.open(tmp_path).units("textual-inversion")["train"] == pytest.approx(0.3)
+    assert RecordingArchive.open(tmp_path).units("textual-inversion")["train"] == pytest.approx(0.3)
     (tmp_path / "seconds.json").write_text(json.dumps({"textual-inversion": {"train": 0.1, "start_up": 3.0}}))
-    units = Shelf.open(tmp_path).units("textual-inversion")
+    units = RecordingArchive.open(tmp_path).units("textual-inversion")
     assert (units["train"], units["start_up"], units["picture"]) == (0.1, 3.0, 0.5)
 
 
 def test_a_folder_without_records_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RefusedInput, match="no recorded runs in"):
-        Shelf.open(tmp_path)
+        RecordingArchive.open(tmp_path)

@@ -11,18 +11,18 @@ from fake_record import fake_record
 
 from dvar.errors import RefusedInput
 from dvar.recordings import archive_file
-from dvar.recordings.archive import Rescored, Shelf
+from dvar.recordings.archive import RecordingArchive, RescoredRun
 from dvar.recordings.archive_file import read_traces, write_traces
 
 
 @pytest.fixture
-def shelf(tmp_path: Path) -> Shelf:
+def shelf(tmp_path: Path) -> RecordingArchive:
     fake_record(tmp_path / "records", cap=120, learned=15.0, noise=0.01)
     fake_record(tmp_path / "records", concept="purple_cat", cap=120)
-    return Shelf.open(tmp_path / "records")
+    return RecordingArchive.open(tmp_path / "records")
 
 
-def test_what_is_written_is_read(shelf: Shelf, tmp_path: Path) -> None:
+def test_what_is_written_is_read(shelf: RecordingArchive, tmp_path: Path) -> None:
     back = read_traces(write_traces(shelf, tmp_path / "traces.npz"))
     assert [record.name for record in back] == [record.name for record in shelf]
     for one, other in zip(shelf, back, strict=True):
@@ -38,10 +38,10 @@ def test_what_is_written_is_read(shelf: Shelf, tmp_path: Path) -> None:
     assert back.tuning == shelf.tuning
 
 
-def test_what_was_scored_anew_goes_along(shelf: Shelf, tmp_path: Path) -> None:
+def test_what_was_scored_anew_goes_along(shelf: RecordingArchive, tmp_path: Path) -> None:
     name = shelf.records[1].name
     values = np.random.default_rng(0).random((2, 8))
-    anew = Rescored(np.array([3, 70]), {("train", "clip_image"): values, ("validation", "clip_text"): values / 2})
+    anew = RescoredRun(np.array([3, 70]), {("train", "clip_image"): values, ("validation", "clip_text"): values / 2})
     back = read_traces(write_traces(replace(shelf, rescored={name: anew}), tmp_path / "traces.npz"))
     assert back.rescored.keys() == {name}
     found = back.rescored[name]
@@ -53,14 +53,14 @@ def test_what_was_scored_anew_goes_along(shelf: Shelf, tmp_path: Path) -> None:
 
 
 def test_losses_that_were_float32_come_back_bit_for_bit(tmp_path: Path) -> None:
-    shelf = Shelf.open(fake_record(tmp_path / "records", cap=20).parents[2])
+    shelf = RecordingArchive.open(fake_record(tmp_path / "records", cap=20).parents[2])
     once = read_traces(write_traces(shelf, tmp_path / "one.npz"))
     twice = read_traces(write_traces(once, tmp_path / "two.npz"))
     for one, other in zip(once, twice, strict=True):
         np.testing.assert_array_equal(one.series("eval")[1], other.series("eval")[1])
 
 
-def test_no_path_of_the_recording_machine_is_in_the_file(shelf: Shelf, tmp_path: Path) -> None:
+def test_no_path_of_the_recording_machine_is_in_the_file(shelf: RecordingArchive, tmp_path: Path) -> None:
     for record in shelf:
         assert isinstance(record.config, dict)
         record.config.update(output_dir="/home/someone/runs", instance_data_dir="/home/someone/pictures")
@@ -69,7 +69,7 @@ def test_no_path_of_the_recording_machine_is_in_the_file(shelf: Shelf, tmp_path:
 
 
 def test_a_file_that_would_be_too_large_is_refused(
-    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shelf: RecordingArchive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(archive_file, "LIMIT", 1000)
     with pytest.raises(RefusedInput, match="must fit in 1000 bytes, got"):

@@ -16,24 +16,24 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dvar.analysis.strategies import Way
+from dvar.analysis.strategies import Strategy
 from dvar.errors import CheckpointError, ModelError, RefusedInput
 from dvar.files import write_json
 from dvar.paper.experiments.replay_check import agreement
-from dvar.paper.extra_runs import Bench
+from dvar.paper.extra_runs import ExtraRuns
 from dvar.recordings import spec
-from dvar.recordings.archive import Record, Rescored, Shelf
-from dvar.recordings.protocol import PLACES, PLANS, Plan, Shots, log_spaced
+from dvar.recordings.archive import RecordedRun, RecordingArchive, RescoredRun
+from dvar.recordings.protocol import PLACES, PROTOCOLS, RecordingProtocol, ScoringPrompts, log_spaced
 from dvar.recordings.recorder import record, scores_to_go_on_from
 from dvar.recordings.rescore import rescore, with_rescored
 from dvar.recordings.restore import ANEW, learned_along, learned_at, read_sheet, sheet_at, weights_at, write_sheet
 from dvar.recordings.score_samples import drawn, lacking, scorer_of
-from dvar.recordings.spec import Recording
+from dvar.recordings.spec import RecordingSpec
 from dvar.recordings.sweep import standing
 from dvar.stopping.rules import Dvar, FixedSteps, Plateau
 from dvar.stopping.trace import Trace
 from dvar.testing import tiny_clip, tiny_concept
-from dvar.training.loop import Step
+from dvar.training.loop import StepRecord
 from dvar.training.personalise import personalise
 
 METHODS = ("textual-inversion", "dreambooth-lora", "custom-diffusion")
@@ -69,21 +69,21 @@ def tiny_plan() -> Iterator[None]:
     """The preset "cpu" made small."""
     every = {"stratified": 4, "fresh": 3, "unseen": 4, "drift": 6}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PLANS, "cpu", Plan(1.0, 4, 2, 2, 2, every))
+        patch.setitem(PROTOCOLS, "cpu", RecordingProtocol(1.0, 4, 2, 2, 2, every))
         patch.setattr(spec, "CHECKPOINTS", 3)
         yield
 
 
-Make = Callable[..., Recording]
+Make = Callable[..., RecordingSpec]
 
 
 @pytest.fixture(scope="module")
 def make(tiny_model: Path, concepts: Path, clip: Path) -> Make:
-    def described(method: str, records: Path, **changed: Any) -> Recording:
+    def described(method: str, records: Path, **changed: Any) -> RecordingSpec:
         cap = round(CAP / spec.PAST[method])
         given = {**SETTINGS, **OWN.get(method, {}), "max_train_steps": cap, **changed.pop("settings", {})}
         told = {"model": str(tiny_model), "concepts": str(concepts), "clip": str(clip), "records": str(records)}
-        return Recording(method, "ball", **{**told, **changed}, settings=tuple(given.items()))
+        return RecordingSpec(method, "ball", **{**told, **changed}, settings=tuple(given.items()))
 
     return described
 
@@ -163,7 +163,7 @@ def test_the_rule_that_stops_a_plain_run_cuts_the_recorded_one_at_that_step(one:
 
 
 def test_what_a_recorded_run_holds(one: Make, finished: Callable[[str], Path]) -> None:
-    recording, found = one("dreambooth-lora"), Record.open(finished("dreambooth-lora"))
+    recording, found = one("dreambooth-lora"), RecordedRun.open(finished("dreambooth-lora"))
     assert (found.method, found.concept, found.seed, found.cap) == ("dreambooth-lora", "ball", 0, CAP)
     assert found.series("eval")[0].tolist() == list(range(CAP + 1))
     for name, every, width in (("stratified", 4, 32), ("fresh", 3, 8), ("frozen", 3, 8), ("drift", 6, 1)):
@@ -203,7 +203,7 @@ def test_what_a_recorded_run_holds(one: Make, finished: Callable[[str], Path]) -
 def test_the_gain_over_the_frozen_model_is_nothing_before_the_first_update(
     finished: Callable[[str], Path], method: str
 ) -> None:
-    found = Record.open(finished(method))
+    found = RecordedRun.open(finished(method))
     _, paired = found.series("paired")
     _, drift = found.series("drift")
     assert not paired[0].any()
@@ -217,8 +217,8 @@ class Killed(BaseException):
     """The process dies here: nothing after it is carried out."""
 
 
-def killed_at(step: int) -> Callable[[Step], None]:
-    def kill(seen: Step) -> None:
+def killed_at(step: int) -> Callable[[StepRecord], None]:
+    def kill(seen: StepRecord) -> None:
         if seen.step == step:
             raise Killed
 
@@ -242,7 +242,7 @@ def test_a_recording_killed_at_any_step_goes_on_bit_for_bit(
     for path in kept:
         learned, same = load_file(folder / "weights" / path.name), load_file(path)
         assert all(torch.equal(learned[key], same[key]) for key in same)
-    Record.open(folder)
+    RecordedRun.open(folder)
 
 
 @pytest.mark.parametrize("damage", ["scores.json", "weights/step-000004.safetensors", "recording.json"])
@@ -348,7 +348,7 @@ def test_a_checkpoint_is_scored_anew_on_fresh_seeds(copied: Callable[[str], Path
     job = next(learned_along(folder, [7]))
     pictures = drawn(job, header["validation_prompts"], content["header"]["seeds"], header["sampling_steps"])
     by_hand = scorer_of(one(method), job.concept)(pictures, header["validation_texts"])
-    anew = Rescored.open(folder)
+    anew = RescoredRun.open(folder)
     assert anew is not None
     assert anew.steps.tolist() == [7]
     assert anew.pictures["validation", "clip_text"].tolist() == [by_hand["clip_text"]]
@@ -363,7 +363,7 @@ def test_what_was_scored_anew_is_kept_and_belongs_to_its_run(copied: Callable[[s
     rescore(folder, [7])
     first = json.loads((folder / "rescored.json").read_text())["rows"]
     rescore(folder, [3, 7])
-    anew = Rescored.open(folder)
+    anew = RescoredRun.open(folder)
     assert anew is not None
     assert anew.steps.tolist() == [3, 7]
     assert json.loads((folder / "rescored.json").read_text())["rows"][:1] == first
@@ -371,15 +371,15 @@ def test_what_was_scored_anew_is_kept_and_belongs_to_its_run(copied: Callable[[s
     record(one())
     assert not (folder / "rescored.json").exists()
     write_json(folder / "rescored.json", {"header": {"hashes": {}, "seeds": []}, "rows": first})
-    assert Rescored.open(folder) is None
+    assert RescoredRun.open(folder) is None
     (folder / "rescored.json").write_text('{"header": ')
-    assert Rescored.open(folder) is None
+    assert RescoredRun.open(folder) is None
 
 
 @pytest.fixture
 def thrice(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Called, it gives the plan three rounds of pictures; what `finished` makes before has one."""
-    return lambda: monkeypatch.setitem(PLANS, "cpu", replace(PLANS["cpu"], rounds=3))
+    return lambda: monkeypatch.setitem(PROTOCOLS, "cpu", replace(PROTOCOLS["cpu"], rounds=3))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -387,7 +387,7 @@ def test_a_whole_run_has_the_pictures_drawn_that_its_plan_asks_for_now(
     copied: Callable[[str], Path], one: Make, method: str, thrice: Callable[[], None]
 ) -> None:
     folder, recording = copied(method), one(method)
-    before, first = contents(folder), Record.open(folder)
+    before, first = contents(folder), RecordedRun.open(folder)
     assert standing(recording).state == "done"
     thrice()
     assert standing(recording).reason == f"pictures of {len(first.scored_steps)} steps are still to be drawn"
@@ -395,7 +395,7 @@ def test_a_whole_run_has_the_pictures_drawn_that_its_plan_asks_for_now(
     assert standing(recording).state == "done"
     after = contents(folder)
     assert {path for path in after if after[path] != before.get(path)} == {folder / "rounds.json"}
-    found = Record.open(folder)
+    found = RecordedRun.open(folder)
     assert (first.count, found.count) == (4, 12)
     for which, values in first.pictures.items():
         assert found.pictures[which][:, :4].tolist() == values.tolist()
@@ -417,17 +417,17 @@ def test_pictures_go_on_after_a_kill_and_count_when_no_step_lacks_them(
     folder, recording = copied("textual-inversion"), one()
     thrice()
     record(recording)
-    whole, path = Record.open(folder), folder / "rounds.json"
+    whole, path = RecordedRun.open(folder), folder / "rounds.json"
     content = json.loads(path.read_text())
     lost = {"header": content["header"], "rows": content["rows"][:-1]}  # the last step has one more round, not two
     write_json(path, lost)
-    assert Record.open(folder).count == 8
+    assert RecordedRun.open(folder).count == 8
     assert lacking(recording) == {CAP: [2]}
     record(recording)
     again = json.loads(path.read_text())["rows"]
     assert again[:-1] == lost["rows"]
     for which, values in whole.pictures.items():
-        assert Record.open(folder).pictures[which].tolist() == values.tolist()
+        assert RecordedRun.open(folder).pictures[which].tolist() == values.tolist()
 
 
 @pytest.mark.parametrize("damage", ["{", '{"header": {"hashes": {}}, "rows": []}', '{"rows": []}', "[]"])
@@ -439,13 +439,13 @@ def test_pictures_that_are_damaged_or_of_another_run_are_drawn_again(
     (folder / "rounds.json").write_text(damage)
     write_json(folder / "failed.json", {"reason": "the disk was full"})
     assert standing(one()).reason == "the disk was full"
-    assert Record.open(folder).count == 4
+    assert RecordedRun.open(folder).count == 4
     record(one())
-    assert Record.open(folder).count == 12
+    assert RecordedRun.open(folder).count == 12
     assert standing(one()).state == "done"
     (folder / "scores.json").write_text("{}")  # a damaged record is made anew, and its pictures too
     record(one())
-    assert Record.open(folder).count == 12
+    assert RecordedRun.open(folder).count == 12
 
 
 def test_a_checkpoint_that_was_scored_anew_on_fewer_pictures_is_drawn_again(
@@ -455,13 +455,13 @@ def test_a_checkpoint_that_was_scored_anew_on_fewer_pictures_is_drawn_again(
     rescore(folder, [3, 7])
     thrice()
     record(one())
-    few = Rescored.open(folder)
+    few = RescoredRun.open(folder)
     assert few is not None
     assert few.count == 4
-    shelf = Shelf.open(folder.parents[2])
+    shelf = RecordingArchive.open(folder.parents[2])
     assert rescore._missing(shelf, next(iter(shelf)), {3}) == [3]
     rescore(folder, [3])
-    found = Rescored.open(folder)
+    found = RescoredRun.open(folder)
     assert found is not None
     assert (found.steps.tolist(), found.count) == ([3], 12)
     for which, values in found.pictures.items():  # on the same seeds and others
@@ -473,20 +473,20 @@ def test_a_run_that_an_experiment_needs_is_found_among_the_records(
     copied: Callable[[str], Path], one: Make, tmp_path: Path
 ) -> None:
     folder = copied("textual-inversion")
-    bench = Bench(tmp_path, quick=False, records=Path(one().records))
+    bench = ExtraRuns(tmp_path, quick=False, records=Path(one().records))
     planned = replace(one(), records=str(tmp_path / "own"))
     assert bench.found(planned) == one()
     for other in (replace(planned, seed=1), replace(planned, settings=(*planned.settings, ("adam_beta1", 0.8)))):
         assert bench.found(other) == other
     (folder / "scores.json").write_text("{}")
     assert bench.found(planned) == planned
-    assert Bench(tmp_path, quick=False).found(planned) == planned
+    assert ExtraRuns(tmp_path, quick=False).found(planned) == planned
 
 
 @pytest.mark.slow
 def test_checkpoints_of_several_runs_are_scored_anew_side_by_side(copied: Callable[[str], Path]) -> None:
     folders = [copied(method) for method in METHODS[:2]]
-    shelf, told = Shelf.open(folders[0].parents[2]), list[str]()
+    shelf, told = RecordingArchive.open(folders[0].parents[2]), list[str]()
     broken = next(record for record in shelf if record.method == METHODS[1])
     for path in folders[1].glob("checkpoint-*"):
         shutil.rmtree(path)
@@ -500,7 +500,7 @@ def test_checkpoints_of_several_runs_are_scored_anew_side_by_side(copied: Callab
     }
     whole = {record: steps for record, steps in wanted.items() if record is not broken}
     assert with_rescored(found, whole, told.append) is found  # nothing is missing
-    assert Shelf.open(folders[0].parents[2]).rescored.keys() == found.rescored.keys()
+    assert RecordingArchive.open(folders[0].parents[2]).rescored.keys() == found.rescored.keys()
 
 
 def test_input_that_cannot_be_recorded_is_refused_before_training(
@@ -541,7 +541,7 @@ def test_log_spaced_steps_begin_at_0_end_at_the_cap_and_grow_by_equal_ratios() -
 
 
 def test_the_two_halves_of_the_pictures_share_their_prompts_and_no_seed() -> None:
-    drawn = Shots.of(["a <thing>", "my <thing>"], "<thing>", "mug", 4, ["beach", "snow"])
+    drawn = ScoringPrompts.of(["a <thing>", "my <thing>"], "<thing>", "mug", 4, ["beach", "snow"])
     assert drawn.prompts[::2] == drawn.prompts[1::2]
     assert len(set(drawn.seeds)) == len(drawn.prompts) == 8
     assert drawn.texts[:5] == ("a mug",) * 4 + ("my mug",)
@@ -580,9 +580,9 @@ def test_a_run_that_breaks_is_no_record(one: Make) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_reading_a_record_is_running(method: str, finished: Callable[[str], Path]) -> None:
     """Two rules that stop on the way, and one that never does: the true run ends where it was read, bit for bit."""
-    found = Record.open(finished(method))
+    found = RecordedRun.open(finished(method))
     for rule in (FixedSteps(5), Plateau("eval", 8, 1e9), Dvar(8, 1e-9)):
-        one = agreement(found, Way("way", rule))
+        one = agreement(found, Strategy("way", rule))
         assert one.ran == one.read.stop
         assert one.equal, one.differing
         assert one.seconds > 0

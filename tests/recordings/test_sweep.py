@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 
 from dvar.errors import ModelError, RefusedInput
 from dvar.recordings import sweep, worker_pool
-from dvar.recordings.archive import Record, Shelf
+from dvar.recordings.archive import RecordedRun, RecordingArchive
 from dvar.recordings.cost import expected_seconds, seconds_left, time_left, unit_seconds
-from dvar.recordings.protocol import PLANS
-from dvar.recordings.spec import Recording, facts_of
-from dvar.recordings.sweep import Row, check, described, grid, recorded, run_sweep, standing, table
+from dvar.recordings.protocol import PROTOCOLS
+from dvar.recordings.spec import RecordingSpec, facts_of
+from dvar.recordings.sweep import RecordingStatus, check, described, grid, recorded, run_sweep, standing, table
 from dvar.recordings.worker_pool import slots
 from dvar.testing import tiny_clip, tiny_concept
 
@@ -37,16 +37,16 @@ SETTINGS: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def base(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Recording:
+def base(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> RecordingSpec:
     folder = tmp_path_factory.mktemp("bench")
     for name in ("ball", "other"):
         tiny_concept(folder / "concepts" / name, pictures=2)
         (folder / "concepts" / name / "concept.json").write_text('{"noun": "mug"}')
     told = {"model": str(tiny_model), "concepts": str(folder / "concepts"), "clip": str(tiny_clip(folder / "clip"))}
-    return Recording("textual-inversion", "ball", plan="quick", settings=tuple(SETTINGS.items()), **told)
+    return RecordingSpec("textual-inversion", "ball", plan="quick", settings=tuple(SETTINGS.items()), **told)
 
 
-def fake(recording: Recording, status: int = 0, said: str = "") -> str:
+def fake(recording: RecordingSpec, status: int = 0, said: str = "") -> str:
     """A program that stands in for a recording: it notes that it ran, says something and ends."""
     return f"import sys; open({str(recording.folder / 'ran')!r}, 'a').write('x'); print({said!r}); sys.exit({status})"
 
@@ -69,7 +69,7 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     start = subprocess.Popen
 
     def popen(command: list[str], **how: Any) -> subprocess.Popen[bytes]:
-        recording = Recording.told(command[-1])
+        recording = RecordingSpec.told(command[-1])
         return start([command[0], "-c", found[recording.name]], **how)
 
     monkeypatch.setattr(subprocess, "Popen", popen)
@@ -78,13 +78,13 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_a_sweep_makes_what_is_missing_and_what_is_damaged_and_nothing_else(
-    base: Recording, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: RecordingSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, told = replace(base, records=str(tmp_path)), list[str]()
     rows = run_sweep([run], tell=told.append)
     assert [row.state for row in rows] == ["done"], rows
     assert told[-1].startswith("1 of 1 runs, 100 %")
-    assert len(Shelf.open(tmp_path)) == 1
+    assert len(RecordingArchive.open(tmp_path)) == 1
     with monkeypatch.context() as patch:
         patch.setattr(sweep, "side_by_side", None)  # nothing may be made
         assert [row.state for row in run_sweep([run])] == ["done"]
@@ -95,11 +95,11 @@ def test_a_sweep_makes_what_is_missing_and_what_is_damaged_and_nothing_else(
     assert "scores.json is not what was recorded" in row.reason
     assert [row.state for row in run_sweep([run])] == ["done"]
     assert (run.folder / "done.json").stat().st_mtime_ns > made
-    Record.open(run.folder)
+    RecordedRun.open(run.folder)
 
 
 def test_a_run_that_fails_is_a_row_with_its_reason_and_is_tried_again(
-    base: Recording, tmp_path: Path, programs: dict[str, str]
+    base: RecordingSpec, tmp_path: Path, programs: dict[str, str]
 ) -> None:
     runs = grid(replace(base, records=str(tmp_path)), ["textual-inversion"], ["ball", "other"], [0, 1])
     said = [
@@ -125,7 +125,7 @@ def test_a_run_that_fails_is_a_row_with_its_reason_and_is_tried_again(
 
 
 def test_prices_of_work_are_measured_before_a_sweep_and_kept_with_its_records(
-    base: Recording, tmp_path: Path, programs: dict[str, str]
+    base: RecordingSpec, tmp_path: Path, programs: dict[str, str]
 ) -> None:
     root = tmp_path / "not" / "there yet"
     run, told = replace(base, records=str(root)), list[str]()
@@ -142,7 +142,9 @@ def test_prices_of_work_are_measured_before_a_sweep_and_kept_with_its_records(
     assert kept == {"textual-inversion": {"train": 1.0}, "dreambooth-lora": {"train": 2.0}}
 
 
-def test_a_sweep_under_nohup_outlives_its_terminal(base: Recording, tmp_path: Path, programs: dict[str, str]) -> None:
+def test_a_sweep_under_nohup_outlives_its_terminal(
+    base: RecordingSpec, tmp_path: Path, programs: dict[str, str]
+) -> None:
     run = replace(base, records=str(tmp_path))
     programs[run.name] = fake(run)
     with handled(signal.SIGHUP, signal.SIG_IGN):
@@ -152,7 +154,7 @@ def test_a_sweep_under_nohup_outlives_its_terminal(base: Recording, tmp_path: Pa
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_sweep_asks_its_runs_to_save_and_starts_no_more(
-    number: signal.Signals, base: Recording, tmp_path: Path, programs: dict[str, str]
+    number: signal.Signals, base: RecordingSpec, tmp_path: Path, programs: dict[str, str]
 ) -> None:
     runs = grid(replace(base, records=str(tmp_path)), ["textual-inversion"], ["ball", "other"], [0, 1])
     asked = (
@@ -172,7 +174,7 @@ def test_an_interrupted_sweep_asks_its_runs_to_save_and_starts_no_more(
     assert [(run.folder / "asked").exists() for run in runs] == [True, False, False, False]
 
 
-def test_two_processes_do_not_record_one_run_at_once(base: Recording, tmp_path: Path) -> None:
+def test_two_processes_do_not_record_one_run_at_once(base: RecordingSpec, tmp_path: Path) -> None:
     from dvar.recordings.recorder import alone, record
 
     run = replace(base, records=str(tmp_path))
@@ -180,7 +182,7 @@ def test_two_processes_do_not_record_one_run_at_once(base: Recording, tmp_path: 
         record(run)
 
 
-def test_everything_that_is_wrong_is_told_before_the_first_run(base: Recording, tmp_path: Path) -> None:
+def test_everything_that_is_wrong_is_told_before_the_first_run(base: RecordingSpec, tmp_path: Path) -> None:
     wrong = [replace(base, concept="bal"), replace(base, method="lora"), replace(base, concept="balll")]
     with pytest.raises(RefusedInput) as refused:
         check(wrong)
@@ -190,7 +192,7 @@ def test_everything_that_is_wrong_is_told_before_the_first_run(base: Recording, 
     check([base])
 
 
-def test_the_judges_are_tried_on_the_pictures_of_the_first(base: Recording, tmp_path: Path) -> None:
+def test_the_judges_are_tried_on_the_pictures_of_the_first(base: RecordingSpec, tmp_path: Path) -> None:
     tiny_concept(tmp_path / "more", pictures=4)
     (tmp_path / "more" / "concept.json").write_text('{"noun": "mug"}')
     shutil.copytree(str(base.concepts), tmp_path, dirs_exist_ok=True)
@@ -198,11 +200,11 @@ def test_the_judges_are_tried_on_the_pictures_of_the_first(base: Recording, tmp_
 
 
 def test_an_estimate_counts_all_that_is_measured(
-    base: Recording, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: RecordingSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     units = {"start_up": 0.0, "train": 0.0, "forward": 0.0, "picture": 0.0}
     longer = tuple((SETTINGS | {"max_train_steps": 167}).items())
-    plan, run = PLANS["quick"], replace(base, records=str(tmp_path), settings=longer)
+    plan, run = PROTOCOLS["quick"], replace(base, records=str(tmp_path), settings=longer)
     cap = run.config.max_train_steps
     assert cap == 20
     assert expected_seconds(run, {**units, "start_up": 3.0}) == 3
@@ -215,7 +217,7 @@ def test_an_estimate_counts_all_that_is_measured(
     drawn = len(run.scored) * 2 * plan.prompts * plan.seeds
     assert expected_seconds(run, {**units, "picture": 1.0}) == pytest.approx(drawn + 0.2)
     # The same of all rounds; of a run that is there, only those that it lacks are still to be drawn.
-    monkeypatch.setitem(PLANS, "quick", replace(plan, rounds=3))
+    monkeypatch.setitem(PROTOCOLS, "quick", replace(plan, rounds=3))
     assert expected_seconds(run, {**units, "picture": 1.0}) == pytest.approx(3 * drawn + 0.2)
     assert seconds_left(run, {**units, "picture": 1.0}) == pytest.approx(3 * drawn + 0.2)
     with monkeypatch.context() as patch:
@@ -244,7 +246,7 @@ def test_time_left_begins_as_expected_and_ends_as_seen(part: float, in_all: floa
     assert time_left(in_all / 2, in_all, 60) == pytest.approx(60)
 
 
-def test_a_run_that_must_be_made_anew_is_all_left(base: Recording, tmp_path: Path) -> None:
+def test_a_run_that_must_be_made_anew_is_all_left(base: RecordingSpec, tmp_path: Path) -> None:
     run = replace(base, records=str(tmp_path))
     fake_record(tmp_path, run.method, run.concept, run.seed, cap=run.config.max_train_steps)
     assert seconds_left(run, sweep.ALIKE) == sweep.ALIKE["start_up"]
@@ -254,7 +256,7 @@ def test_a_run_that_must_be_made_anew_is_all_left(base: Recording, tmp_path: Pat
     assert seconds_left(run, sweep.ALIKE) == expected_seconds(run, sweep.ALIKE)
 
 
-def test_headers_name_pictures_sampling_steps_and_cadence(base: Recording) -> None:
+def test_headers_name_pictures_sampling_steps_and_cadence(base: RecordingSpec) -> None:
     said = described(base)
     for part in (
         "preset quick",
@@ -276,8 +278,8 @@ def test_places_are_cores_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert slots(3, 1) == ["0", "1", "0"]
 
 
-def test_an_empty_folder_is_missing(base: Recording, tmp_path: Path) -> None:
+def test_an_empty_folder_is_missing(base: RecordingSpec, tmp_path: Path) -> None:
     run = replace(base, records=str(tmp_path))
-    assert standing(run) == Row(run, "missing")
+    assert standing(run) == RecordingStatus(run, "missing")
     assert facts_of(run.folder) is None
     assert list(table([])) == ["nothing to record"]

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from dvar import Dvar, RefusedInput, Trace
-from dvar.runs.config import ReplayConfig, Rule, replay_problems
-from dvar.runs.replay import RULES, Outcome, replayed, verdicts
+from dvar.runs.config import ReplayConfig, RuleName, replay_problems
+from dvar.runs.replay import RULES, ReplayOutcome, replayed, verdicts
 from dvar.runs.replay_figure import picture, ratios, write_picture
 from dvar.stopping.diagnosis import Reason
 
@@ -47,7 +47,7 @@ def test_the_rules_come_once_in_the_order_of_the_table() -> None:
     config = ReplayConfig(rule=("hall", "dvar", "hall"))
     assert [outcome.name for outcome in replayed(traced(), config)] == ["dvar", "hall"]
     assert [outcome.name for outcome in replayed(traced(), ALL)] == list(RULES)
-    assert {*RULES, "all"} == set(get_args(Rule))
+    assert {*RULES, "all"} == set(get_args(RuleName))
 
 
 def test_each_setting_reaches_its_rule() -> None:
@@ -179,7 +179,7 @@ def test_a_page_holds_the_picture_and_the_sentences_and_loads_nothing(tmp_path: 
 def test_writing_replaces_an_older_picture_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
     trace, path = traced(), tmp_path / "replay.svg"
     path.write_text("old")
-    write_picture(path, "a log", trace, [Outcome("dvar", None, "cannot")], ReplayConfig())
+    write_picture(path, "a log", trace, [ReplayOutcome("dvar", None, "cannot")], ReplayConfig())
     ElementTree.fromstring(path.read_text())
     assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(RefusedInput, match="choose another place"):

@@ -9,14 +9,14 @@ import pytest
 from fake_run import CONFIG, fake_trace, falling, write_run
 
 from dvar.errors import RefusedInput, TraceError
-from dvar.runs.run_folder import Run
+from dvar.runs.run_folder import RunFolder
 from dvar.stopping.diagnosis import Reason
 from dvar.stopping.rules import Dvar
 from dvar.stopping.trace import Trace
 
 
 def test_a_finished_run_is_read_back_whole(run_folder: Path) -> None:
-    run = Run.open(run_folder)
+    run = RunFolder.open(run_folder)
     assert run.result is not None
     assert run.verdict.reason is Reason.STABILISED
     assert run.steps == run.verdict.step == run.trace.last_step
@@ -29,7 +29,7 @@ def test_a_finished_run_is_read_back_whole(run_folder: Path) -> None:
 
 def test_an_unfinished_run_is_judged_by_its_settings_on_what_it_has_recorded(tmp_path: Path) -> None:
     trace = fake_trace(steps=200)
-    run = Run.open(write_run(tmp_path, trace, finished=False))
+    run = RunFolder.open(write_run(tmp_path, trace, finished=False))
     assert run.result is None
     assert run.steps == 200
     assert run.verdict == Dvar(CONFIG["window"], CONFIG["threshold"])(trace)
@@ -38,13 +38,13 @@ def test_an_unfinished_run_is_judged_by_its_settings_on_what_it_has_recorded(tmp
 def test_a_run_that_has_written_only_its_settings_is_empty(tmp_path: Path) -> None:
     write_run(tmp_path, Trace(), finished=False, sampled_every=0, pictures=0)
     (tmp_path / "trace.jsonl").unlink()
-    run = Run.open(tmp_path)
+    run = RunFolder.open(tmp_path)
     assert (run.steps, len(run.trace), run.samples, run.references, run.best) == (0, 0, {}, (), None)
 
 
 def test_the_replayed_ratios_are_those_of_the_live_rule(tmp_path: Path) -> None:
     trace = fake_trace(probe_every=5)
-    run = Run.open(write_run(tmp_path, trace))
+    run = RunFolder.open(write_run(tmp_path, trace))
     live = [Dvar(CONFIG["window"], CONFIG["threshold"])(trace.cut(int(step))).metrics["ratio"] for step in trace.steps]
     warming = trace.steps < CONFIG["window"]
     assert np.isnan(run.ratios[warming]).all()
@@ -54,14 +54,14 @@ def test_the_replayed_ratios_are_those_of_the_live_rule(tmp_path: Path) -> None:
 
 def test_there_is_no_ratio_from_a_lost_value_on(tmp_path: Path) -> None:
     trace = fake_trace(lambda step: math.nan if step == 170 else falling(step), steps=180)
-    ratios = Run.open(write_run(tmp_path, trace, finished=False)).ratios
+    ratios = RunFolder.open(write_run(tmp_path, trace, finished=False)).ratios
     assert np.isfinite(ratios[160:170]).all()
     assert np.isnan(ratios[170:]).all()
 
 
 def test_the_lowest_step_ignores_lost_values(tmp_path: Path) -> None:
     trace = fake_trace(lambda step: {40: 0.001, 50: -math.inf, 60: math.nan}.get(step, 0.04), steps=80)
-    step, value = Run.open(write_run(tmp_path, trace, finished=False)).best or (None, math.nan)
+    step, value = RunFolder.open(write_run(tmp_path, trace, finished=False)).best or (None, math.nan)
     assert step == 40
     assert value == pytest.approx(0.001, rel=1e-3)
 
@@ -69,8 +69,8 @@ def test_the_lowest_step_ignores_lost_values(tmp_path: Path) -> None:
 def test_seconds_are_those_of_the_result_or_else_of_the_records(tmp_path: Path) -> None:
     # step 0 probes and does not train; then each step trains 0.21 s, probes 0.12 s and spends 0.01 s on the rest
     expected = {"train": 20 * 0.21, "probe": 21 * 0.12, "other": 21 * 0.01}
-    unfinished = Run.open(write_run(tmp_path / "a", fake_trace(steps=20), finished=False))
-    finished = Run.open(write_run(tmp_path / "b", fake_trace(steps=20)))
+    unfinished = RunFolder.open(write_run(tmp_path / "a", fake_trace(steps=20), finished=False))
+    finished = RunFolder.open(write_run(tmp_path / "b", fake_trace(steps=20)))
     assert unfinished.seconds == pytest.approx(expected)
     assert finished.seconds == pytest.approx(expected)
     # (20 * 0.21 + 21 * 0.01) / 20 seconds a step without the probe, over 1000 steps
@@ -79,7 +79,7 @@ def test_seconds_are_those_of_the_result_or_else_of_the_records(tmp_path: Path) 
 
 def test_a_folder_that_holds_no_run_is_refused_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(RefusedInput, match=r"config\.json.*--output_dir of a run") as refused:
-        Run.open(tmp_path)
+        RunFolder.open(tmp_path)
     assert str(tmp_path) in str(refused.value)
 
 
@@ -87,13 +87,13 @@ def test_a_folder_that_holds_no_run_is_refused_with_the_remedy(tmp_path: Path) -
 def test_damaged_json_is_refused_by_name(run_folder: Path, name: str) -> None:
     (run_folder / name).write_text('{"torn": ')
     with pytest.raises(RefusedInput, match=name):
-        Run.open(run_folder)
+        RunFolder.open(run_folder)
 
 
 def test_a_damaged_trace_is_refused(run_folder: Path) -> None:
     (run_folder / "trace.jsonl").write_text("no trace\n")
     with pytest.raises(TraceError, match=r"trace\.jsonl"):
-        Run.open(run_folder)
+        RunFolder.open(run_folder)
 
 
 def test_a_result_of_an_older_version_is_refused_with_what_to_do(tmp_path: Path) -> None:
@@ -104,6 +104,6 @@ def test_a_result_of_an_older_version_is_refused_with_what_to_do(tmp_path: Path)
         old = result | {"verdict": result["verdict"] | damage}
         (folder / "result.json").write_text(json.dumps(old))
         with pytest.raises(RefusedInput, match=r"result.json: a saved verdict must be of this version .* `dvar replay"):
-            _ = Run.open(folder).verdict
+            _ = RunFolder.open(folder).verdict
     (folder / "result.json").unlink()
-    assert Run.open(folder).verdict.sentence == result["verdict"]["sentence"]
+    assert RunFolder.open(folder).verdict.sentence == result["verdict"]["sentence"]

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dvar import AnyOf, Dvar, DvarError, FixedSteps, Reason, RefusedInput, Trace, Verdict, Watch
+from dvar import AnyOf, Dvar, DvarError, FixedSteps, Reason, RefusedInput, StopMonitor, Trace, Verdict
 from dvar.errors import TraceError
 from dvar.stopping.monitor import from_first_rank
 from dvar.stopping.rules import AtMost
@@ -33,7 +33,7 @@ class Decay:
         return np.array([1.0, 2.0]) * math.exp(-self.step / self.pace)
 
 
-def driven(watch: Watch, model: Decay, first: int, last: int) -> Verdict:
+def driven(watch: StopMonitor, model: Decay, first: int, last: int) -> Verdict:
     """Ask from `first` to `last`, or to the stop."""
     for model.step in range(first, last + 1):
         verdict = watch(model.step)
@@ -55,7 +55,7 @@ def by_hand(every: int = 1) -> tuple[Trace, Verdict]:
 @pytest.mark.parametrize("every", [1, 2])
 def test_it_says_what_the_loop_by_hand_says(tmp_path: Path, every: int) -> None:
     model = Decay()
-    watch = Watch(STOP, model, tmp_path / "run" / "trace.jsonl", every=every)
+    watch = StopMonitor(STOP, model, tmp_path / "run" / "trace.jsonl", every=every)
     verdict = driven(watch, model, 0, 1000)
     trace, expected = by_hand(every)
     assert verdict == expected == watch.verdict
@@ -69,10 +69,10 @@ def test_a_run_killed_anywhere_and_resumed_anywhere_before_stops_as_if_nothing_h
     tmp_path_factory: pytest.TempPathFactory, killed: int, lost: int, every: int
 ) -> None:
     path, model = tmp_path_factory.mktemp("run") / "trace.jsonl", Decay()
-    driven(Watch(STOP, model, path, every=every), model, 0, killed)
+    driven(StopMonitor(STOP, model, path, every=every), model, 0, killed)
     checkpoint = max(1, killed - lost)
-    driven(Watch(STOP, model, path, every=every), model, checkpoint, checkpoint)
-    verdict = driven(resumed := Watch(STOP, model, path, every=every), model, checkpoint + 1, 1000)
+    driven(StopMonitor(STOP, model, path, every=every), model, checkpoint, checkpoint)
+    verdict = driven(resumed := StopMonitor(STOP, model, path, every=every), model, checkpoint + 1, 1000)
     trace, expected = by_hand(every)
     assert verdict == expected
     assert resumed.trace.records == trace.records == Trace.read(path).records
@@ -85,28 +85,28 @@ def test_a_record_is_in_the_file_before_it_is_judged(tmp_path: Path) -> None:
         there.append(len(Trace.read(tmp_path / "trace.jsonl")) if len(trace) else 0)
         return FixedSteps(9)(trace)
 
-    driven(Watch(rule, Decay(), tmp_path / "trace.jsonl"), Decay(), 0, 3)
+    driven(StopMonitor(rule, Decay(), tmp_path / "trace.jsonl"), Decay(), 0, 3)
     assert there[-4:] == [1, 2, 3, 4]
 
 
 def test_what_is_cut_or_replaced_is_kept_beside_it(tmp_path: Path) -> None:
     path, model = tmp_path / "trace.jsonl", Decay()
-    driven(Watch(STOP, model, path), model, 0, 12)
+    driven(StopMonitor(STOP, model, path), model, 0, 12)
     whole = path.read_bytes()
     for expected in ("trace.jsonl.cut-5", "trace.jsonl.cut-5.2"):
-        driven(Watch(STOP, model, path), model, 5, 12)
+        driven(StopMonitor(STOP, model, path), model, 5, 12)
         assert (tmp_path / expected).read_bytes() == whole == path.read_bytes()
     with pytest.warns(UserWarning, match=r"a run begins and .*trace\.jsonl was there: that run's is now .*cut-0$"):
-        driven(again := Watch(STOP, model, path), model, 0, 3)
+        driven(again := StopMonitor(STOP, model, path), model, 0, 3)
     assert (tmp_path / "trace.jsonl.cut-0").read_bytes() == whole
     assert len(again.trace) == 4
 
 
 def test_a_record_that_is_there_is_not_measured_again(tmp_path: Path) -> None:
     path, model = tmp_path / "trace.jsonl", Decay()
-    driven(Watch(STOP, model, path), model, 0, 7)
+    driven(StopMonitor(STOP, model, path), model, 0, 7)
     other = Decay(pace=1.0)
-    driven(resumed := Watch(STOP, other, path), other, 7, 8)
+    driven(resumed := StopMonitor(STOP, other, path), other, 7, 8)
     assert other.calls == 1
     assert resumed.trace.values[7] == pytest.approx(1.5 * math.exp(-7 / 8), rel=1e-15)
     assert list(tmp_path.iterdir()) == [path]  # nothing was lost, so nothing is kept aside
@@ -114,9 +114,9 @@ def test_a_record_that_is_there_is_not_measured_again(tmp_path: Path) -> None:
 
 def test_a_stopped_run_stays_stopped_when_it_is_resumed(tmp_path: Path) -> None:
     path, model = tmp_path / "trace.jsonl", Decay()
-    stopped = driven(Watch(STOP, model, path), model, 0, 1000)
+    stopped = driven(StopMonitor(STOP, model, path), model, 0, 1000)
     calls, whole = model.calls, path.read_bytes()
-    resumed = Watch(STOP, model, path)
+    resumed = StopMonitor(STOP, model, path)
     assert resumed.begin(stopped.step) == stopped
     assert resumed(stopped.step + 1) == stopped
     assert (model.calls, path.read_bytes()) == (calls, whole)
@@ -124,7 +124,7 @@ def test_a_stopped_run_stays_stopped_when_it_is_resumed(tmp_path: Path) -> None:
 
 def test_between_evaluations_and_when_asked_twice_nothing_is_measured(tmp_path: Path) -> None:
     model = Decay()
-    watch = Watch(STOP, model, tmp_path / "trace.jsonl", every=2)
+    watch = StopMonitor(STOP, model, tmp_path / "trace.jsonl", every=2)
     for step in (0, 0, 1, 2, 2, 3):
         assert watch(step).step == step // 2 * 2
     assert model.calls == 2
@@ -132,7 +132,7 @@ def test_between_evaluations_and_when_asked_twice_nothing_is_measured(tmp_path: 
 
 def test_going_back_needs_a_new_beginning(tmp_path: Path) -> None:
     model = Decay()
-    watch = Watch(STOP, model, tmp_path / "trace.jsonl", every=2)
+    watch = StopMonitor(STOP, model, tmp_path / "trace.jsonl", every=2)
     driven(watch, model, 0, 6)
     with pytest.raises(TraceError, match=r"got 5 after 6: .*call begin\(5\) first"):
         watch(5)
@@ -147,7 +147,7 @@ def test_a_rule_may_read_what_the_call_brings(tmp_path: Path) -> None:
     values = [math.exp(-step / 8) for step in range(1000)]
 
     def stops(first: int, last: int) -> Verdict:
-        watch = Watch(rule, None, tmp_path / "trace.jsonl")
+        watch = StopMonitor(rule, None, tmp_path / "trace.jsonl")
         for step in range(first, last):
             if (verdict := watch(step, val_loss=values[step], accuracy=0.5)).stop:
                 break
@@ -159,7 +159,7 @@ def test_a_rule_may_read_what_the_call_brings(tmp_path: Path) -> None:
 
 
 def test_the_same_metric_twice_is_refused_and_not_dropped(tmp_path: Path) -> None:
-    watch = Watch(STOP, None, tmp_path / "trace.jsonl")
+    watch = StopMonitor(STOP, None, tmp_path / "trace.jsonl")
     watch(0, val_loss=1.0)
     with pytest.raises(TraceError, match="steps must grow, got 0 after 0"):
         watch(0, val_loss=2.0)
@@ -175,7 +175,7 @@ def test_a_probe_that_needs_the_step_is_given_it(tmp_path: Path) -> None:
         def measure(self, step: int) -> dict[str, Any]:
             return {"eval": self(step), "timesteps": [step]}
 
-    watch = Watch(STOP, Stepwise(), tmp_path / "trace.jsonl")
+    watch = StopMonitor(STOP, Stepwise(), tmp_path / "trace.jsonl")
     watch(0), watch(1)
     assert watch.trace.values.tolist() == [0.0, -1.0]
     assert watch.trace.header["reading"] == "paired"
@@ -188,28 +188,28 @@ def test_a_trace_of_other_held_timesteps_is_refused(tmp_path: Path) -> None:
         return found
 
     path = tmp_path / "trace.jsonl"
-    driven(Watch(STOP, probe([1, 2]), path), Decay(), 0, 3)
+    driven(StopMonitor(STOP, probe([1, 2]), path), Decay(), 0, 3)
     with pytest.raises(TraceError, match="has another header: move it away"):
-        Watch(STOP, probe([3, 4]), path)(3)
+        StopMonitor(STOP, probe([3, 4]), path)(3)
 
 
 def test_a_run_that_goes_on_without_its_trace_is_told(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"goes on at step 300 and .*trace\.jsonl does not exist"):
-        Watch(STOP, Decay(), tmp_path / "trace.jsonl")(300)
+        StopMonitor(STOP, Decay(), tmp_path / "trace.jsonl")(300)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Watch(STOP, Decay(), tmp_path / "other.jsonl")(1)  # a loop that counts from 1 is no such case
+        StopMonitor(STOP, Decay(), tmp_path / "other.jsonl")(1)  # a loop that counts from 1 is no such case
 
 
 def test_making_one_touches_no_file(tmp_path: Path) -> None:
-    watch = Watch(STOP, Decay(), tmp_path / "run" / "trace.jsonl")
+    watch = StopMonitor(STOP, Decay(), tmp_path / "run" / "trace.jsonl")
     assert (watch.verdict.reason, len(watch.trace)) == (Reason.WARMING_UP, 0)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failing_probe_leaves_the_trace_as_it_was(tmp_path: Path) -> None:
     model = Decay()
-    watch = Watch(STOP, model, tmp_path / "trace.jsonl")
+    watch = StopMonitor(STOP, model, tmp_path / "trace.jsonl")
     watch(0)
     whole = watch.path.read_bytes()
     model.pace = 0.0
@@ -233,7 +233,7 @@ def test_a_failing_probe_leaves_the_trace_as_it_was(tmp_path: Path) -> None:
 )
 def test_what_cannot_work_is_refused_before_any_step(tmp_path: Path, change: dict[str, Any], told: str) -> None:
     with pytest.raises(RefusedInput) as refused:
-        Watch(**{"rule": STOP, "probe": Decay(), "path": tmp_path / "trace.jsonl", **change})
+        StopMonitor(**{"rule": STOP, "probe": Decay(), "path": tmp_path / "trace.jsonl", **change})
     assert len(refused.value.problems) == 1
     assert refused.value.problems[0].startswith(told)
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from dvar import AnyOf, Criterion, Dvar, FixedSteps, Reason, RefusedInput, Trace, Verdict
+from dvar import AnyOf, Dvar, FixedSteps, Reason, RefusedInput, Rule, Trace, Verdict
 from dvar.stopping.rules import (
     CLIP_S,
     SETTLED,
@@ -38,7 +38,7 @@ def traced(values: Iterable[float], first: int = 0, every: int = 1) -> Trace:
     return trace
 
 
-def stop_step(rule: Criterion, curve: Callable[[int], float], first: int = 0, every: int = 1, cap: int = 3000) -> int:
+def stop_step(rule: Rule, curve: Callable[[int], float], first: int = 0, every: int = 1, cap: int = 3000) -> int:
     """The step at which `rule` stops a run whose loss at a step is `curve(step)`."""
     trace = Trace()
     for step in range(first, cap, every):
@@ -324,7 +324,7 @@ def test_finite_losses_too_far_apart_for_float64_are_not_stabilised_either() -> 
         (Plateau("eval", 5), "the metric"),
     ],
 )
-def test_the_steps_between_which_a_loss_was_not_finite_are_told(rule: Criterion, what: str) -> None:
+def test_the_steps_between_which_a_loss_was_not_finite_are_told(rule: Rule, what: str) -> None:
     values = [1.0] * 30
     values[12], values[14], values[17] = math.nan, math.inf, -math.inf
     verdict = rule(traced(values))
@@ -370,7 +370,7 @@ def test_a_threshold_outside_zero_and_one_is_refused(threshold: object) -> None:
         (lambda: NotBefore(FixedSteps(9), 0), "step must be a whole number of updates, 1 or more, got 0"),
     ],
 )
-def test_every_other_wrong_setting_is_refused_by_its_name(made: Callable[[], Criterion], told: str) -> None:
+def test_every_other_wrong_setting_is_refused_by_its_name(made: Callable[[], Rule], told: str) -> None:
     with pytest.raises(RefusedInput) as refused:
         made()
     (problem,) = refused.value.problems
@@ -496,7 +496,7 @@ CURVES: dict[str, Callable[[int], float]] = {
 
 @pytest.mark.parametrize("rule", ALL, ids=repr)
 @pytest.mark.parametrize("name", CURVES)
-def test_every_rule_keeps_the_contract(rule: Criterion, name: str) -> None:
+def test_every_rule_keeps_the_contract(rule: Rule, name: str) -> None:
     trace, live = Trace(), []
     for step in range(0, 180, 3):
         clip = {"clip_image": 0.8} if step % 30 == 0 else {}
@@ -652,7 +652,7 @@ def test_the_record_just_before_the_window_is_no_part_of_it() -> None:
 
 @pytest.mark.parametrize("rule", [EmaPercentile(160, 0.02), Hall(160, 0.05), Trend(160, 2e-4)], ids=repr)
 @pytest.mark.parametrize("tau", [50, 120])
-def test_thinning_moves_the_stop_of_every_windowed_rule_by_about_one_cadence(rule: Criterion, tau: int) -> None:
+def test_thinning_moves_the_stop_of_every_windowed_rule_by_about_one_cadence(rule: Rule, tau: int) -> None:
     def curve(step: int) -> float:
         return 1 + math.exp(-step / tau)
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dvar import AnyOf, Criterion, Dvar, FixedSteps, Reason, RefusedInput, Trace, Verdict
+from dvar import AnyOf, Dvar, FixedSteps, Reason, RefusedInput, Rule, Trace, Verdict
 from dvar.stopping.curve import Curve
 from dvar.stopping.rules import SETTLED, EmaPercentile, Hall, Plateau, Trend
 
@@ -98,7 +98,7 @@ def traced(curve: Callable[[int], float], count: int) -> Trace:
     ],
 )
 def test_every_rule_tells_its_own_number_beside_its_threshold(
-    rule: Criterion, curve: Callable[[int], float], told: str
+    rule: Rule, curve: Callable[[int], float], told: str
 ) -> None:
     assert told in str(rule(traced(curve, 61)))
 

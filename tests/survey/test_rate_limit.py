@@ -7,7 +7,7 @@ from collections import defaultdict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dvar.survey.rate_limit import HOUR, Door
+from dvar.survey.rate_limit import HOUR, RateLimiter
 
 
 class Clock:
@@ -25,7 +25,7 @@ def test_as_many_as_agreed_come_in_within_any_hour_and_who_waits_as_told_comes_i
     came: list[tuple[str, int]], most: int
 ) -> None:
     clock = Clock()
-    door = Door(most, clock)
+    door = RateLimiter(most, clock)
     let_in = defaultdict[str, list[float]](list)
     for address, later in came:
         clock.now += later
@@ -42,11 +42,11 @@ def test_as_many_as_agreed_come_in_within_any_hour_and_who_waits_as_told_comes_i
 
 
 def test_a_closed_door_lets_nobody_in() -> None:
-    assert Door(0).wait("192.0.2.1") == HOUR
+    assert RateLimiter(0).wait("192.0.2.1") == HOUR
 
 
 def test_a_network_is_one_address_and_an_address_is_the_same_in_both_writings() -> None:
-    door = Door(1)
+    door = RateLimiter(1)
     assert door.wait("2001:db8:0:1::1") == 0
     assert door.wait("2001:db8:0:1:ffff::2") > 0
     assert door.wait("2001:db8:0:2::1") == 0
@@ -59,13 +59,13 @@ def test_a_network_is_one_address_and_an_address_is_the_same_in_both_writings() 
 
 def test_an_address_is_forgotten_after_an_hour_and_one_that_is_turned_away_is_not_kept() -> None:
     clock = Clock()
-    door = Door(1, clock)
+    door = RateLimiter(1, clock)
     for number in range(100):
         door.wait(f"192.0.2.{number}")
     assert len(door.came) == 100
     clock.now += HOUR
     door.wait("192.0.2.200")
     assert list(door.came) == ["192.0.2.200"]
-    closed = Door(0, clock)
+    closed = RateLimiter(0, clock)
     closed.wait("192.0.2.1")
     assert not closed.came

@@ -24,7 +24,7 @@ from fake_survey import small_survey
 pytest.importorskip("uvicorn", reason="needs the extra: pip install 'dvar[survey]'")
 
 from dvar.survey.survey import VOTES, Survey
-from dvar.survey.vote_store import Ballots
+from dvar.survey.vote_store import VoteStore
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed on this machine")
@@ -98,7 +98,7 @@ def trained(visitor: Visitor, presses: int) -> list[int]:
     return seen
 
 
-def pressed(box: Ballots) -> Counter[int]:
+def pressed(box: VoteStore) -> Counter[int]:
     """How many presses the file has of each task that was shown."""
     rows = box._db.execute("select id, answer, misses from assignment").fetchall()
     return +Counter({row["id"]: row["misses"] + (row["answer"] is not None) for row in rows})
@@ -126,7 +126,7 @@ def test_fifty_people_at_once_lose_and_double_no_vote(tmp_path: Path) -> None:
             person.join(TIMEOUT)
         assert not any(person.is_alive() for person in people)
     assert faults == []
-    box = Ballots(folder / VOTES, survey)
+    box = VoteStore(folder / VOTES, survey)
     votes = box.votes()
     assert len({vote.worker for vote in votes}) == 50
     assert max(Counter((vote.worker, vote.task.id) for vote in votes).values()) == 1
@@ -163,7 +163,7 @@ def test_a_killed_server_has_kept_every_acknowledged_vote(tmp_path: Path) -> Non
         process.send_signal(signal.SIGKILL)
         for person in people:
             person.join(TIMEOUT)
-    box = Ballots(folder / VOTES, survey)
+    box = VoteStore(folder / VOTES, survey)
     kept = pressed(box)
     for numbers in acknowledged:
         for number, times in Counter(numbers).items():
@@ -252,7 +252,7 @@ def test_the_whole_way_in_a_browser(tmp_path: Path, browser: Any, scripts: bool)
             assert count < 50
         context.close()
     assert problems == []
-    votes = Ballots(folder / VOTES, survey).votes()
+    votes = VoteStore(folder / VOTES, survey).votes()
     assert len(votes) == count
     assert {vote.worker for vote in votes} == {"1 Grace <b>"}
     assert all(vote.answer == vote.task.expected or vote.task.role == "pair" for vote in votes)

@@ -20,7 +20,7 @@ from PIL import Image
 from dvar.cli.main import main
 from dvar.errors import RefusedInput
 from dvar.runs.generate import GENERATED, LIST, drawings
-from dvar.runs.run_folder import Run
+from dvar.runs.run_folder import RunFolder
 from dvar.survey.build import build
 from dvar.survey.config import SurveyBuildConfig, survey_problems
 from dvar.survey.survey import PICTURES, QUESTIONS, Survey, controls, key
@@ -55,7 +55,7 @@ def test_the_run_named_first_is_the_candidate_and_its_picture_the_first(tmp_path
     ]
     task = one.of("reconstruction", "pair")[0]
     with Image.open(tmp_path / "one" / PICTURES / f"{task.first}.png") as kept:
-        source = next(d.path for d in drawings(Run.open(ours)) if d.seed == task.seed)
+        source = next(d.path for d in drawings(RunFolder.open(ours)) if d.seed == task.seed)
         with Image.open(source) as original:
             enlarged = original.convert("RGB").resize((256, 256), Image.Resampling.NEAREST)
             assert np.array_equal(np.asarray(kept), np.asarray(enlarged))

@@ -16,7 +16,7 @@ pytest.importorskip("itsdangerous", reason="needs the extra: pip install 'dvar[s
 from dvar.cli.main import main
 from dvar.errors import RefusedInput
 from dvar.paper.published import TABLE_2
-from dvar.paper.simulated_votes import Chances, Rater, imagined, rate, split, table2
+from dvar.paper.simulated_votes import Preferences, Rater, imagined, rate, split, table2
 from dvar.survey.config import SurveyBuildConfig, SurveyScoreConfig, survey_problems
 from dvar.survey.crowdsourcing import read_answers, write_tasks
 from dvar.survey.result_page import write_page
@@ -24,7 +24,7 @@ from dvar.survey.scoring import score
 from dvar.survey.server import read_secret
 from dvar.survey.statistics import clustered, davidson, krippendorff, ordered, wilson
 from dvar.survey.survey import PICTURES, VOTES, Task
-from dvar.survey.vote_store import Ballots, Vote
+from dvar.survey.vote_store import Vote, VoteStore
 
 KEY = "k" * 40
 SURVEY = imagined(["a", "b"], concepts=2, prompts=2, config=SurveyBuildConfig())
@@ -170,10 +170,10 @@ def test_settings_are_checked() -> None:
     assert len(survey_problems(SurveyScoreConfig(confidence=1.0, resamples=3))) == 2
 
 
-def voted(folder: Path, survey, people: int = 3) -> Ballots:  # type: ignore[no-untyped-def]
-    box = Ballots(folder / VOTES, survey)
+def voted(folder: Path, survey, people: int = 3) -> VoteStore:  # type: ignore[no-untyped-def]
+    box = VoteStore(folder / VOTES, survey)
     truth = {
-        ("textual-inversion", question): Chances(0.6, 0.2, 0.2) for question in ("reconstruction", "customization")
+        ("textual-inversion", question): Preferences(0.6, 0.2, 0.2) for question in ("reconstruction", "customization")
     }
     rate(box, [Rater(1.0)] * people, truth)  # type: ignore[arg-type]
     return box
@@ -184,7 +184,7 @@ def test_the_page_shows_the_table_and_the_pictures_and_loads_nothing(tmp_path: P
     voted(folder, survey)
     assert main(["survey", "score", str(folder)]) == 0
     told = capsys.readouterr().out.splitlines()
-    found = score(survey, Ballots(folder / VOTES, survey).votes())
+    found = score(survey, VoteStore(folder / VOTES, survey).votes())
     assert told[0] == f"textual-inversion, reconstruction: {found.after[0]}"
     assert told[-1] == f"page      {folder / 'score.html'}"
     page = (folder / "score.html").read_text()
@@ -219,16 +219,16 @@ def test_the_galleries_show_where_people_agreed_and_only_where_enough_answered(t
 def test_people_are_forgotten_by_their_numbers(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
     folder, survey = small_survey(tmp_path)
     voted(folder, survey)
-    votes = Ballots(folder / VOTES, survey).votes()
+    votes = VoteStore(folder / VOTES, survey).votes()
     each = len(votes) // 3
     assert main(["survey", "forget", str(folder), "2", "9"]) == 2
     assert "has no 9" in capsys.readouterr().err
     assert main(["survey", "forget", str(folder)]) == 2
-    assert Ballots(folder / VOTES, survey).votes() == votes
+    assert VoteStore(folder / VOTES, survey).votes() == votes
     capsys.readouterr()
     assert main(["survey", "forget", str(folder), "2", "3"]) == 0
     assert capsys.readouterr().out.splitlines() == [f"forgotten {number}: {each} answers" for number in (2, 3)]
-    assert {vote.worker for vote in Ballots(folder / VOTES, survey).votes()} == {"1 simulated 0"}
+    assert {vote.worker for vote in VoteStore(folder / VOTES, survey).votes()} == {"1 simulated 0"}
 
 
 # Tables
@@ -278,7 +278,7 @@ def test_answers_of_a_platform_come_back_as_votes(tmp_path: Path, names: tuple[s
     given = 2 * len(once(listed))
     assert read_answers(folder, path, KEY) == (given, 0)
     assert read_answers(folder, path, KEY) == (0, given), "read again, nothing is counted twice"
-    counted = Ballots(folder / VOTES, survey).votes()
+    counted = VoteStore(folder / VOTES, survey).votes()
     assert len(counted) == given
     sides = {row["ticket"]: row for row in listed}
     assert len(sides) == len(listed)
@@ -327,7 +327,7 @@ def test_a_wrong_table_is_refused_whole(tmp_path: Path) -> None:
         read_answers(folder, wrong, KEY)
     said = refused.value.problems
     assert ["line 3" in said[0], "line 4" in said[1], "line 5" in said[2], "twice" in said[3]] == [True] * 4
-    assert Ballots(folder / VOTES, survey).votes() == ()
+    assert VoteStore(folder / VOTES, survey).votes() == ()
     (tmp_path / "none.csv").write_text("worker,answer\nW1,left\n")
     for name in ("none.csv", "missing.csv"):
         with pytest.raises(RefusedInput):
@@ -346,7 +346,7 @@ def test_a_table_that_contradicts_what_stands_is_refused_whole(tmp_path: Path) -
     path.write_text(f"worker,ticket,answer\nW1,{two},left\nW1,{one},equal\n")
     with pytest.raises(RefusedInput, match="W1 answers a task twice"):
         read_answers(folder, path, KEY)
-    assert len(Ballots(folder / VOTES, survey).votes()) == 1
+    assert len(VoteStore(folder / VOTES, survey).votes()) == 1
 
 
 def test_a_table_that_a_spreadsheet_wrote_is_read(tmp_path: Path) -> None:
@@ -355,7 +355,7 @@ def test_a_table_that_a_spreadsheet_wrote_is_read(tmp_path: Path) -> None:
     ticket = next(row["ticket"] for row in rows(tmp_path / "tasks.csv") if row["role"] == "pair")
     (tmp_path / "answers.csv").write_text(f"worker,ticket,answer\r\nW1, {ticket} ,Left \r\n", encoding="utf-8-sig")
     assert read_answers(folder, tmp_path / "answers.csv", KEY) == (1, 0)
-    (vote,) = Ballots(folder / VOTES, survey).votes()
+    (vote,) = VoteStore(folder / VOTES, survey).votes()
     assert vote.answer == vote.left_side
 
 
@@ -384,7 +384,7 @@ def test_no_cell_is_a_formula(tmp_path: Path) -> None:
 
 def test_a_rater_answers_as_often_as_their_chances_say() -> None:
     survey = imagined(["a"], concepts=1, prompts=1, config=SurveyBuildConfig())
-    pair = Ballots(":memory:", survey)
+    pair = VoteStore(":memory:", survey)
     pair.join()
     shown = pair.current(1)
     assert shown is not None

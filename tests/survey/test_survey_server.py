@@ -18,11 +18,11 @@ from starlette.testclient import TestClient
 from dvar.errors import RefusedInput
 from dvar.survey import server
 from dvar.survey.config import SurveyServeConfig, survey_problems
-from dvar.survey.rate_limit import Door
+from dvar.survey.rate_limit import RateLimiter
 from dvar.survey.scoring import Score, score
 from dvar.survey.server import BODY, admin_token, application, read_secret, serve
 from dvar.survey.survey import PICTURES, SECRET, VOTES, Survey
-from dvar.survey.vote_store import Ballots
+from dvar.survey.vote_store import VoteStore
 
 KEY = "k" * 40
 HOME = "http://127.0.0.1:8000"
@@ -99,8 +99,8 @@ class Place:
     app: Any
 
     @property
-    def ballots(self) -> Ballots:
-        return Ballots(self.folder / VOTES, self.survey)
+    def ballots(self) -> VoteStore:
+        return VoteStore(self.folder / VOTES, self.survey)
 
     @property
     def votes(self) -> tuple[Any, ...]:
@@ -230,7 +230,7 @@ def test_who_wants_is_forgotten_and_nobody_else(place: Place) -> None:
 
 def test_the_secret_decides_who_is_shown_what(place: Place) -> None:
     def roles(secret: str, folder: Path) -> list[list[str]]:
-        box = server.Pages(folder, place.survey, secret).ballots
+        box = server.SurveyPages(folder, place.survey, secret).ballots
         found = []
         for worker in [box.join() for _ in range(6)]:
             found.append([])
@@ -248,7 +248,7 @@ def test_the_secret_decides_who_is_shown_what(place: Place) -> None:
 
 
 def test_what_is_signed_for_one_purpose_is_signed_for_no_other(place: Place) -> None:
-    pages = server.Pages(place.folder, place.survey, KEY)
+    pages = server.SurveyPages(place.folder, place.survey, KEY)
     signed = {pages.signer(purpose).dumps(1) for purpose in ("worker", "ticket")}
     assert len(signed) == 2
 
@@ -264,7 +264,7 @@ def test_keys_can_be_turned_off_and_on(place: Place) -> None:
 
 
 def test_one_address_sends_only_so_many_people_and_who_is_in_goes_on(place: Place) -> None:
-    app = application(place.folder, place.survey, KEY, door=Door(2))
+    app = application(place.folder, place.survey, KEY, door=RateLimiter(2))
     first, second, third = (Someone(app) for _ in range(3))
     first.begin()
     second.begin()

@@ -12,7 +12,7 @@ import pytest
 from dvar.paper.simulated_votes import imagined
 from dvar.survey.config import SurveyBuildConfig
 from dvar.survey.survey import QUESTIONS, Survey
-from dvar.survey.vote_store import IDLE, Assignment, Ballots
+from dvar.survey.vote_store import IDLE, Assignment, VoteStore
 
 SURVEY = imagined(["way"], concepts=2, prompts=3, config=SurveyBuildConfig(overlap=3, control_every=3))
 
@@ -27,15 +27,15 @@ class Clock:
         return self.now
 
 
-def ballots(survey: Survey = SURVEY, clock: Clock | None = None) -> Ballots:
-    return Ballots(":memory:", survey, clock or Clock())
+def ballots(survey: Survey = SURVEY, clock: Clock | None = None) -> VoteStore:
+    return VoteStore(":memory:", survey, clock or Clock())
 
 
 def press(shown: Assignment, answer: str) -> str:
     return next(word for word in ("left", "right", "equal") if shown.answer(word) == answer)
 
 
-def through(box: Ballots, worker: int, answer: str = "first") -> list[Assignment]:
+def through(box: VoteStore, worker: int, answer: str = "first") -> list[Assignment]:
     """Everything that a person is shown; they answer what has an answer rightly, and pairs with `answer`."""
     seen = []
     while (shown := box.current(worker)) is not None:
@@ -78,7 +78,7 @@ def test_orders_follow_from_the_seed_and_the_secret_together() -> None:
     survey = imagined(["way"], concepts=4, prompts=5, config=SurveyBuildConfig(overlap=9, control_every=6))
 
     def roles(secret: str, **change: int) -> list[list[str]]:
-        box = Ballots(":memory:", replace(survey, **change), Clock(), secret)
+        box = VoteStore(":memory:", replace(survey, **change), Clock(), secret)
         return [[shown.task.role for shown in through(box, box.join())] for _ in range(3)]
 
     assert roles("a") == roles("a")
@@ -257,7 +257,7 @@ def test_people_of_one_name_are_two_people_and_a_name_is_only_a_text() -> None:
 
 
 def test_the_file_itself_has_one_place_for_a_person_and_a_task_and_writes_through(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    box = Ballots(tmp_path / "votes.sqlite", SURVEY)
+    box = VoteStore(tmp_path / "votes.sqlite", SURVEY)
     box.current(box.join())
     names = "worker, task, question, role, left_side, given"
     with pytest.raises(sqlite3.IntegrityError, match="UNIQUE"):
@@ -267,17 +267,17 @@ def test_the_file_itself_has_one_place_for_a_person_and_a_task_and_writes_throug
 
 
 def test_who_reads_waits_for_no_writer(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    box = Ballots(tmp_path / "votes.sqlite", SURVEY)
+    box = VoteStore(tmp_path / "votes.sqlite", SURVEY)
     through(box, box.join())
     before = box.votes()
     with box._change() as db:
         db.execute("delete from worker")
-        assert Ballots(box.path, SURVEY).votes() == before
+        assert VoteStore(box.path, SURVEY).votes() == before
 
 
 def test_many_threads_lose_and_double_nothing(tmp_path) -> None:  # type: ignore[no-untyped-def]
     survey = replace(SURVEY, overlap=4)
-    box = Ballots(tmp_path / "votes.sqlite", survey)
+    box = VoteStore(tmp_path / "votes.sqlite", survey)
     faults: list[BaseException] = []
 
     def work() -> None:

@@ -16,7 +16,7 @@ from dvar.config.training import TextualInversionConfig
 from dvar.diffusion.randomness import generator
 from dvar.stopping.diagnosis import Reason
 from dvar.stopping.rules import AnyOf, Dvar, FixedSteps
-from dvar.training.loop import Learner, Step, Stopwatch, train
+from dvar.training.loop import Learner, StepRecord, Stopwatch, train
 
 PACKAGES = {"adamw": "torch", "sam": "torch", "prodigy": "prodigyopt", "adamw8bit": "bitsandbytes"}
 CONFIG: dict[str, Any] = {"max_train_steps": 12, "learning_rate": 0.1, "train_batch_size": 2, "checkpointing_steps": 5}
@@ -71,7 +71,7 @@ class Bench:
     def save(self) -> None:
         self.saved.append(self.learner.trace.last_step)
 
-    def run(self, **options: Any) -> list[Step]:
+    def run(self, **options: Any) -> list[StepRecord]:
         parts = {"losses": self.losses, "probe": self.probe, "criterion": self.criterion, "log": self.log}
         return list(train(self.learner, **{**parts, "save": self.save, **options}))
 
@@ -265,7 +265,7 @@ def test_the_scale_of_fp16_goes_on_where_it_was() -> None:
     assert other.learner.scaler.get_scale() == 2**15
 
 
-def strip(step: Step) -> tuple[Any, ...]:
+def strip(step: StepRecord) -> tuple[Any, ...]:
     return step.step, step.train_loss, step.eval, step.verdict, step.grad_norm, step.lr
 
 

@@ -20,7 +20,7 @@ from dvar.config.training import AnyConfig, CustomDiffusionConfig, DreamBoothLor
 from dvar.training.memory_estimate import KEPT, Memory, most_alive, needed, peak
 from dvar.training.optimizers import kept, optimizer_of
 from dvar.training.personalise import personalise, prepared
-from dvar.training.run import Job
+from dvar.training.run import TrainingRun
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def of_tiny(tiny_model: Path) -> dict[str, Any]:
     return {"pretrained_model_name_or_path": str(tiny_model), "resolution": 32}
 
 
-def job_of(known: type[AnyConfig], folder: Path, **given: Any) -> Job:
+def job_of(known: type[AnyConfig], folder: Path, **given: Any) -> TrainingRun:
     """A run of the bundled model, or of another, that has not begun."""
     plain: dict[str, Any] = {
         "instance_data_dir": str(mini.concepts()["red_striped_mug"]),
@@ -57,7 +57,7 @@ def measured(run: Callable[[], Any]) -> int:
     return most
 
 
-def update_of(job: Job) -> Any:
+def update_of(job: TrainingRun) -> Any:
     draws = job.training_draws(1, 0, job.config.train_batch_size)
     return torch.autograd.grad(job.weighed(draws).mean(), job.method.parameters)
 
@@ -164,7 +164,7 @@ def test_the_estimate_is_told_before_the_first_step_kept_with_the_peak_and_moves
 def test_an_estimate_that_fails_stops_no_run(
     tmp_path: Path, of_tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(job: Job) -> Memory:
+    def fail(job: TrainingRun) -> Memory:
         raise NotImplementedError("no such operation\nand more")
 
     config = job_of(TextualInversionConfig, tmp_path / "run", **of_tiny).config

@@ -35,7 +35,7 @@ from dvar.stopping.trace import Trace
 from dvar.stopping.verdict import Verdict
 from dvar.testing import tiny_clip, tiny_pipeline
 from dvar.training.checkpoint import Checkpoint, latest
-from dvar.training.loop import Step
+from dvar.training.loop import StepRecord
 from dvar.training.personalise import personalise
 
 CAP = 12
@@ -70,7 +70,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_a_run_leaves_what_it_promises(config: TextualInversionConfig) -> None:
-    seen: list[Step] = []
+    seen: list[StepRecord] = []
     result = personalise(config, [seen.append])
     folder = result.folder
     assert [step.step for step in seen] == list(range(CAP + 1))
@@ -150,8 +150,8 @@ class Killed(BaseException):
     """The process dies here: nothing after it is carried out."""
 
 
-def killed_at(step: int) -> Callable[[Step], None]:
-    def kill(seen: Step) -> None:
+def killed_at(step: int) -> Callable[[StepRecord], None]:
+    def kill(seen: StepRecord) -> None:
         if seen.step == step:
             raise Killed
 
@@ -244,7 +244,7 @@ def test_a_run_stopped_by_the_cap_goes_on_under_a_higher_cap(config: TextualInve
 def test_resuming_a_finished_run_changes_nothing(config: TextualInversionConfig) -> None:
     first = personalise(config)
     before = embeds(first.folder)
-    seen: list[Step] = []
+    seen: list[StepRecord] = []
     second = personalise(replace(config, resume_from_checkpoint="latest"), [seen.append])
     assert seen == []
     assert (second.verdict, second.steps, second.best_step) == (first.verdict, first.steps, first.best_step)
@@ -314,7 +314,7 @@ def test_a_checkpoint_on_another_base_model_is_refused(
 def test_a_run_that_stopped_by_itself_takes_no_further_step(config: TextualInversionConfig) -> None:
     soon = replace(config, threshold=0.999, max_train_steps=100)
     first = personalise(soon)
-    seen: list[Step] = []
+    seen: list[StepRecord] = []
     for change in ({}, {"extend": True, "max_train_steps": 200}):
         again = personalise(replace(soon, resume_from_checkpoint="latest", **change), [seen.append])
         assert (again.steps, again.verdict.reason) == (first.steps, Reason.STABILISED)
@@ -369,7 +369,7 @@ def test_a_signal_ends_the_run_after_its_step_and_it_goes_on_bit_for_bit(
 ) -> None:
     handler = signal.getsignal(number)
 
-    def send(step: Step) -> None:
+    def send(step: StepRecord) -> None:
         if step.step == 6:
             os.kill(os.getpid(), number)
 
@@ -466,7 +466,7 @@ def test_a_signal_in_the_drawing_of_what_is_scored_loses_neither_score_nor_best_
 def test_a_signal_at_the_last_step_leaves_what_follows_to_the_run_that_goes_on(
     config: TextualInversionConfig, straight: Path
 ) -> None:
-    def send(step: Step) -> None:
+    def send(step: StepRecord) -> None:
         if step.step == CAP - 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -478,7 +478,7 @@ def test_a_signal_at_the_last_step_leaves_what_follows_to_the_run_that_goes_on(
 
 
 def test_a_second_signal_ends_at_once(config: TextualInversionConfig) -> None:
-    def send(step: Step) -> None:
+    def send(step: StepRecord) -> None:
         if step.step == 2:
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
@@ -728,7 +728,7 @@ def test_a_run_judged_by_clip_goes_on_to_the_same_best_step(config: TextualInver
     judged = replace(config, best_by="clip", clip_model=str(tiny_clip(tmp_path / "clip")))
     straight = personalise(replace(judged, output_dir=str(tmp_path / "straight")))
 
-    def kill(step: Step) -> None:
+    def kill(step: StepRecord) -> None:
         if step.step == 7:
             raise KeyboardInterrupt
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from dvar.stopping.rules import AnyOf, Dvar, FixedSteps
 from dvar.stopping.trace import Trace
 from dvar.stopping.verdict import Verdict
-from dvar.training.progress import LivePanel, LogLines, Meter, clock, sparkline, watch
+from dvar.training.progress import LivePanel, LogLines, ProgressState, clock, sparkline, watch
 
 CAP = 150
 RULE = AnyOf((Dvar(window=20, threshold=0.15), FixedSteps(CAP)))
@@ -81,7 +81,7 @@ def test_a_line_tells_the_step_the_loss_the_ratio_and_the_time_left() -> None:
 
 
 def test_between_two_evaluations_the_last_one_stands() -> None:
-    meter = Meter(CAP)
+    meter = ProgressState(CAP)
     for step in run(steps=7, cadence=5):
         meter.take(step)
     assert meter.curve == pytest.approx([1.05, 0.05 + math.exp(-0.5)])
@@ -89,7 +89,7 @@ def test_between_two_evaluations_the_last_one_stands() -> None:
 
 
 def test_the_pace_is_that_of_the_last_fifty_steps() -> None:
-    meter = Meter(1000)
+    meter = ProgressState(1000)
     for step in run()[:1] * 100:
         meter.take(Seen(step.step, step.verdict, None, 0.1, {"train": 1.0}))
     assert meter.rate == pytest.approx(1)

@@ -10,14 +10,14 @@ import pytest
 
 from dvar.stopping.diagnosis import Reason
 from dvar.stopping.verdict import Verdict
-from dvar.training.loop import Step
+from dvar.training.loop import StepRecord
 from dvar.training.trackers import Tracker
 
 SECONDS = {"train": 0.1, "probe": 0.1, "other": 0.1}
 VERDICT = Verdict(False, Reason.RUNNING, 1, "Dvar()", {"ratio": 0.5})
 STEPS = (
-    Step(0, None, (0.5, 0.3), VERDICT, None, None, SECONDS),
-    Step(1, 0.25, None, VERDICT, 2.0, 0.01, SECONDS),
+    StepRecord(0, None, (0.5, 0.3), VERDICT, None, None, SECONDS),
+    StepRecord(1, 0.25, None, VERDICT, 2.0, 0.01, SECONDS),
 )
 TOLD = [
     (0, {"L_det": 0.4, "ratio": 0.5}),

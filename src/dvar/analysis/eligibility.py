@@ -12,7 +12,7 @@ from dvar import mini
 from dvar.analysis import strategies
 from dvar.analysis.stop_quality import SCORE
 from dvar.config.training import BUNDLED_MODEL
-from dvar.recordings.archive import Record, Shelf
+from dvar.recordings.archive import RecordedRun, RecordingArchive
 
 IDENTITY, CEILING = "identity", 1.0
 """The judge's probability that a picture shows this very subject, where a judge knows the subjects; and its highest."""
@@ -22,7 +22,7 @@ ENOUGH = 12
 
 
 @dataclass(frozen=True)
-class Gate:
+class Eligibility:
     """What a method's runs gained up to its cap, as means over runs of several concepts and seeds.
 
     ``errors`` is the gain over its standard error; ``way`` its share of the way from the untrained model to
@@ -49,7 +49,7 @@ class Gate:
         scores: ArrayLike,
         losses: Sequence[NDArray[np.float64]],
         ceiling: float = np.nan,
-    ) -> Gate:
+    ) -> Eligibility:
         """The figures of runs scored at ``steps`` up to ``cap``: ``scores`` [runs, steps], L_det of each run."""
         found = np.asarray(scores, np.float64)
         gains, mean = found[:, -1] - found[:, 0], found.mean(axis=0)
@@ -71,7 +71,7 @@ class Gate:
             )
 
     @classmethod
-    def of_records(cls, records: Sequence[Record]) -> Gate:
+    def of_records(cls, records: Sequence[RecordedRun]) -> Eligibility:
         """The figures of a method's recorded runs up to Baseline's cap: of the identity where it was judged, else of
         Train CLIP image, whose ceiling is not known.
         """
@@ -102,15 +102,15 @@ class Gate:
         return tuple(said for missed, said in bars if missed)
 
 
-def gate_of(shelf: Shelf, method: str) -> Gate | None:
+def gate_of(shelf: RecordingArchive, method: str) -> Eligibility | None:
     """The gate of a method by the shelf's tuning records, where they are enough; else, if they are runs of the bundled
     model, by those that its settings were frozen with; None where neither is there.
     """
     records = shelf.for_tuning(method)
     if len(records) >= ENOUGH:
-        return Gate.of_records(records)
+        return Eligibility.of_records(records)
     bundled = all(record.config.get("pretrained_model_name_or_path") == BUNDLED_MODEL for record in shelf.of(method))
-    return Gate(**found) if bundled and (found := mini.gates().get(method)) else None
+    return Eligibility(**found) if bundled and (found := mini.gates().get(method)) else None
 
 
 def _fall(values: NDArray[np.float64]) -> float:

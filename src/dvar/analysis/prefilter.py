@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from dvar.stopping.curve import Curve
 from dvar.stopping.rule import SETTLED
-from dvar.stopping.rules import AllOf, Criterion, Dvar, EmaPercentile, FixedSteps, Hall, Plateau, Trend
+from dvar.stopping.rules import AllOf, Dvar, EmaPercentile, FixedSteps, Hall, Plateau, Rule, Trend
 from dvar.stopping.trace import Trace
 
 Floats = NDArray[np.float64]
@@ -27,7 +27,7 @@ _SLACK, _ROUNDING = 1e-6, 1e-10
 """How much nearer a number may be to its threshold than it seems: of itself, and of the range of the losses."""
 
 
-class Screen:
+class Prefilter:
     """What is known of one trace beforehand; called with a rule, it returns whether it could stop, [records]."""
 
     def __init__(self, trace: Trace) -> None:
@@ -35,7 +35,7 @@ class Screen:
         self._steps = np.array([row["step"] for row in trace.records], np.int64)
         self._known: dict[Any, Any] = {}
 
-    def __call__(self, rule: Criterion) -> Mask:
+    def __call__(self, rule: Rule) -> Mask:
         """Whether the rule could stop at each record; everywhere, for a rule that nothing is known of."""
         if isinstance(rule, FixedSteps):
             return self._steps >= rule.max_steps

@@ -15,7 +15,7 @@ MANY = 10_000
 
 
 @dataclass(frozen=True)
-class Information:
+class SignalToNoise:
     """What a curve tells.
 
     ``gain`` is the first tenth of its records, or the first one of a curve measured on held draws, less the mean of the
@@ -51,7 +51,7 @@ class Information:
         return "never" if math.isinf(steps) else f"{steps:.0f}" if steps < MANY else f"over {MANY}"
 
 
-def information(steps: ArrayLike, values: ArrayLike) -> Information:
+def information(steps: ArrayLike, values: ArrayLike) -> SignalToNoise:
     """What a curve tells: its fall from the first to the last tenth, and its jitter from first differences.
 
     The standard deviation of first differences over sqrt(2) is the noise of independent records about any trend that is
@@ -64,4 +64,6 @@ def information(steps: ArrayLike, values: ArrayLike) -> Information:
     jitter = float(np.std(np.diff(y)) / math.sqrt(2)) if len(y) > 2 else math.nan
     # The fall is fastest at its start: of a curve with little jitter the first record is the height it falls from.
     first = float(y[0]) if abs(float(y[0] - y[:tenth].mean())) > 3 * jitter else float(y[:tenth].mean())
-    return Information(first - float(y[-tenth:].mean()), jitter, float(np.median(np.diff(at))) if len(at) > 1 else 1.0)
+    return SignalToNoise(
+        first - float(y[-tenth:].mean()), jitter, float(np.median(np.diff(at))) if len(at) > 1 else 1.0
+    )

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import isotonic_regression
 from scipy.stats import bootstrap
 
-from dvar.recordings.archive import Part, Record
+from dvar.recordings.archive import Part, RecordedRun
 
 Floats = NDArray[np.float64]
 Half = Literal[0, 1]
@@ -31,20 +31,20 @@ _CLEAR_DECLINE, _CLEAR_GAIN = 2.0, 3.0  # in standard deviations about the fit
 RESAMPLES = 2000
 
 
-def half(record: Record, part: Part, metric: str, which: Half) -> tuple[NDArray[np.int64], Floats]:
+def half(record: RecordedRun, part: Part, metric: str, which: Half) -> tuple[NDArray[np.int64], Floats]:
     """Steps and the scores of one half of the pictures, [n, pictures / 2]; all of them where there is only one."""
     steps, values = record.scores(part, metric)
     return steps, values[:, which::2] if values.shape[1] > 1 else values
 
 
-def score(record: Record, step: float, part: Part, metric: str) -> float:
+def score(record: RecordedRun, step: float, part: Part, metric: str) -> float:
     """The reported score at any step: the mean over `REPORT`, on the line between the scored steps around it."""
     steps, values = half(record, part, metric, REPORT)
     return float(np.interp(step, steps, values.mean(axis=1)))
 
 
 @dataclass(frozen=True)
-class Climb:
+class LearningCurve:
     """The way up of a score: q = (score - start) / (plateau - start).
 
     ``start`` is the first score; ``plateau`` the mean, over steps, of an isotonic fit over the second half of what lies
@@ -60,13 +60,13 @@ class Climb:
 
     @classmethod
     @cache
-    def of(cls, record: Record, which: Half = REPORT, metric: str = SCORE) -> Climb:
+    def of(cls, record: RecordedRun, which: Half = REPORT, metric: str = SCORE) -> LearningCurve:
         """The climb of a record's training pictures, read on one half of them."""
         steps, values = half(record, "train", metric, which)
         return cls.through(steps, values.mean(axis=1))
 
     @classmethod
-    def through(cls, steps: ArrayLike, values: ArrayLike) -> Climb:
+    def through(cls, steps: ArrayLike, values: ArrayLike) -> LearningCurve:
         """The climb of a curve with at least two points."""
         x, y = np.asarray(steps, np.float64), np.asarray(values, np.float64)
         shape = _up_and_down(y)
@@ -102,7 +102,7 @@ class Climb:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StopQuality:
     """What a stop was worth, on one record.
 
     ``gain_kept`` is q at the stop; ``distance`` log2(stop / oracle); ``context_lost`` by how much Validation CLIP text
@@ -123,15 +123,15 @@ class Outcome:
         return self.distance > np.log2(WASTEFUL) + 1e-9
 
 
-def outcome(record: Record, step: float, censored: bool = False) -> Outcome:
+def outcome(record: RecordedRun, step: float, censored: bool = False) -> StopQuality:
     """What stopping at `step` was worth; a censored one is taken at the end of the record, as a bound."""
-    climb = Climb.of(record)
+    climb = LearningCurve.of(record)
     text = "clip_text"
     lost = float("nan")
     if ("validation", text) in record.pictures:
         lost = score(record, 0, "validation", text) - score(record, step, "validation", text)
     distance = float(np.log2(max(step, 1.0) / max(climb.reached(), 1.0)))
-    return Outcome(climb.at(step), distance, lost, censored)
+    return StopQuality(climb.at(step), distance, lost, censored)
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class Estimate:
         return f"{self.mean:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
-def over_concepts(records: Sequence[Record], values: Sequence[float]) -> Estimate:
+def over_concepts(records: Sequence[RecordedRun], values: Sequence[float]) -> Estimate:
     """The mean of the concepts' means, with a percentile interval from resampling concepts.
 
     Seeds and methods of one concept are not independent, so it is concepts that are resampled.  Values that are not

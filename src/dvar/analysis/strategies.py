@@ -13,19 +13,19 @@ from typing import Any
 
 import numpy as np
 
-from dvar.analysis.prefilter import Screen
-from dvar.analysis.stop_quality import CHOOSE, ORACLE, SCORE, Climb, half
+from dvar.analysis.prefilter import Prefilter
+from dvar.analysis.stop_quality import CHOOSE, ORACLE, SCORE, LearningCurve, half
 from dvar.config import presets
-from dvar.recordings.archive import PAIRED, Record
+from dvar.recordings.archive import PAIRED, RecordedRun
 from dvar.stopping.rules import (
     CLIP_S,
     AllOf,
-    Criterion,
     Dvar,
     EmaPercentile,
     FixedSteps,
     Hall,
     Plateau,
+    Rule,
     Trend,
 )
 from dvar.stopping.trace import LOSS, RELATIVE_LOSS, Trace
@@ -40,20 +40,20 @@ BACKWARD = 1
 
 
 @dataclass(frozen=True)
-class Way:
+class Strategy:
     """A rule and the pictures that its user draws: `PICTURES` every ``every`` steps, none without it.
 
     With ``best`` the checkpoint that scored highest is kept, as Baseline and CLIP-s do; else the last one.
     """
 
     name: str
-    rule: Criterion
+    rule: Rule
     every: int | None = None
     best: bool = False
 
 
 @dataclass(frozen=True)
-class Reading:
+class StopResult:
     """Where a way ended on a record: the step it trained to, the step it keeps, and how much of what it did.
 
     ``forwards`` counts held samples put through the model by the way's own probe, ``pictures`` those it drew to decide.
@@ -67,11 +67,11 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Kind:
+class StrategyFamily:
     """A family of rules to be tuned: a rule for each window, as a share of Baseline's cap, and each threshold."""
 
     name: str
-    rule: Callable[[int, float], Criterion]
+    rule: Callable[[int, float], Rule]
     thresholds: tuple[float, ...]
     shares: tuple[float, ...] = tuple(float(f"{share:.2g}") for share in np.geomspace(0.02, 0.5, 10))
     every: tuple[float, ...] = ()  # of pictures, as shares of the cap
@@ -81,11 +81,13 @@ class Kind:
         """Every (share, threshold, every) that is tried: at most 100."""
         return [(share, t, every) for every in self.every or (0.0,) for share in self.shares for t in self.thresholds]
 
-    def way(self, setting: tuple[float, float, float], cap: int) -> Way:
+    def way(self, setting: tuple[float, float, float], cap: int) -> Strategy:
         """The way that a setting means where Baseline's cap is `cap`."""
         share, threshold, every = setting
         window = max(8, round(share * cap))
-        return Way(self.name, self.rule(window, threshold), max(1, round(every * cap)) if every else None, self.best)
+        return Strategy(
+            self.name, self.rule(window, threshold), max(1, round(every * cap)) if every else None, self.best
+        )
 
 
 def _decades(low: float, high: float) -> tuple[float, ...]:
@@ -93,8 +95,8 @@ def _decades(low: float, high: float) -> tuple[float, ...]:
 
 
 _SHARES_OF_VARIANCE = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8)
-DVAR = Kind("DVAR", lambda n, t: Dvar(n, t, strict_paper=True), _SHARES_OF_VARIANCE)
-CLIP = Kind(
+DVAR = StrategyFamily("DVAR", lambda n, t: Dvar(n, t, strict_paper=True), _SHARES_OF_VARIANCE)
+CLIP = StrategyFamily(
     "CLIP-s",
     lambda n, t: Plateau(SCORE, n, t, mode="max"),
     (0.0, 0.005, 0.01, 0.02, 0.04),
@@ -102,7 +104,7 @@ CLIP = Kind(
     every=(0.01, 0.02, 0.05),
     best=True,
 )
-CONSTANT = Kind(
+CONSTANT = StrategyFamily(
     "Best constant",
     lambda n, _: FixedSteps(n),
     (0.0,),
@@ -110,69 +112,69 @@ CONSTANT = Kind(
 )
 KINDS = (
     DVAR,
-    Kind("DVAR with diagnoses", lambda n, t: Dvar(n, t), _SHARES_OF_VARIANCE),
-    Kind("DVAR, relative losses", lambda n, t: Dvar(n, t, metric=RELATIVE_LOSS), _SHARES_OF_VARIANCE),
-    Kind("DVAR, 32 stratified draws", lambda n, t: Dvar(n, t, metric="stratified"), _SHARES_OF_VARIANCE),
-    Kind("DVAR, fresh paired draws", lambda n, t: Dvar(n, t, metric=PAIRED), _SHARES_OF_VARIANCE),
-    Kind(
+    StrategyFamily("DVAR with diagnoses", lambda n, t: Dvar(n, t), _SHARES_OF_VARIANCE),
+    StrategyFamily("DVAR, relative losses", lambda n, t: Dvar(n, t, metric=RELATIVE_LOSS), _SHARES_OF_VARIANCE),
+    StrategyFamily("DVAR, 32 stratified draws", lambda n, t: Dvar(n, t, metric="stratified"), _SHARES_OF_VARIANCE),
+    StrategyFamily("DVAR, fresh paired draws", lambda n, t: Dvar(n, t, metric=PAIRED), _SHARES_OF_VARIANCE),
+    StrategyFamily(
         "DVAR on both batches",
         lambda n, t: AllOf((Dvar(n, t), Dvar(n, t, metric="stratified"))),
         _SHARES_OF_VARIANCE,
     ),
-    Kind("EMA percentile", lambda n, t: EmaPercentile(n, t), _decades(1e-5, 1e-2)),
-    Kind("Hall", lambda n, t: Hall(n, t), _decades(2e-4, 5e-2)),
-    Kind("Trend", lambda n, t: Trend(n, t, metric=RELATIVE_LOSS), _decades(2e-7, 2e-4)),
-    Kind("Plateau of the loss", lambda n, t: Plateau(RELATIVE_LOSS, n, t), (0.0, *_decades(1e-5, 1e-2)[:9])),
+    StrategyFamily("EMA percentile", lambda n, t: EmaPercentile(n, t), _decades(1e-5, 1e-2)),
+    StrategyFamily("Hall", lambda n, t: Hall(n, t), _decades(2e-4, 5e-2)),
+    StrategyFamily("Trend", lambda n, t: Trend(n, t, metric=RELATIVE_LOSS), _decades(2e-7, 2e-4)),
+    StrategyFamily("Plateau of the loss", lambda n, t: Plateau(RELATIVE_LOSS, n, t), (0.0, *_decades(1e-5, 1e-2)[:9])),
     CLIP,
     CONSTANT,
 )
 """Every family that is ranked.  Compositions are one of them: any rule that is called on a trace can be read."""
 
 
-def cap(record: Record) -> int:
+def cap(record: RecordedRun) -> int:
     """Baseline's own number of steps for the preset the record was made with, or as much of it as was to be trained."""
     return round(_preset(record)["max_train_steps"] * record.header.get("share", 1.0))
 
 
-def in_time(record: Record) -> float:
+def in_time(record: RecordedRun) -> float:
     """How much shorter this record's training is than the paper's: the ratio of Baseline's caps."""
     return cap(record) / int(presets.settings("paper", record.method)["max_train_steps"])
 
 
-def baseline(record: Record) -> Way:
+def baseline(record: RecordedRun) -> Strategy:
     """The original training: to its own cap, pictures on the way, the best checkpoint by them."""
     every = max(1, round(_preset(record)["validation_steps"] * record.header.get("share", 1.0)))
-    return Way("Baseline", FixedSteps(cap(record)), every, best=True)
+    return Strategy("Baseline", FixedSteps(cap(record)), every, best=True)
 
 
-def clip_s(record: Record) -> Way:
+def clip_s(record: RecordedRun) -> Strategy:
     """CLIP-s by the released values, its cadence and patience shortened as the training is."""
     rule, shorter = CLIP_S[record.method], in_time(record)
     shortened = replace(rule, patience=max(1, round(rule.patience * shorter)))
-    return Way("CLIP-s", shortened, max(1, round(_CLIP_EVERY * shorter)), best=True)
+    return Strategy("CLIP-s", shortened, max(1, round(_CLIP_EVERY * shorter)), best=True)
 
 
-def paper_dvar(record: Record, scaled: bool) -> Way:
+def paper_dvar(record: RecordedRun, scaled: bool) -> Strategy:
     """DVAR by the paper's values; ``scaled``: with its window shortened as the training is."""
     name = "DVAR (preset scaled in time)" if scaled else "DVAR (paper's preset)"
     threshold = presets.settings("paper", record.method)["threshold"]
-    return Way(name, Dvar(paper_window(record, scaled), threshold, strict_paper=True))
+    return Strategy(name, Dvar(paper_window(record, scaled), threshold, strict_paper=True))
 
 
-def paper_window(record: Record, scaled: bool) -> int:
+def paper_window(record: RecordedRun, scaled: bool) -> int:
     """DVAR's N by the paper; ``scaled``: shortened as the training is."""
     window = int(presets.settings("paper", record.method)["window"])
     return max(8, round(window * in_time(record))) if scaled else window
 
 
-def read(way: Way, record: Record) -> Reading:
+def read(way: Strategy, record: RecordedRun) -> StopResult:
     """Where a way ended on a record."""
     return read_all([way], record)[way]
 
 
-def read_all(ways: Sequence[Way], record: Record) -> dict[Way, Reading]:
+def read_all(ways: Sequence[Strategy], record: RecordedRun) -> dict[Strategy, StopResult]:
     """Where each of many ways ended, every rule judged at each record of the trace, as it would have been live."""
-    found: dict[Way, Reading] = {}
+    found: dict[Strategy, StopResult] = {}
     for every in dict.fromkeys(way.every for way in ways):
         together = [way for way in ways if way.every == every]
         stops = _stops(list(dict.fromkeys(way.rule for way in together)), record, every)
@@ -180,14 +182,14 @@ def read_all(ways: Sequence[Way], record: Record) -> dict[Way, Reading]:
     return found
 
 
-def readable(rule: Criterion, record: Record) -> bool:
+def readable(rule: Rule, record: RecordedRun) -> bool:
     """Whether the record holds everything that the rule reads."""
     return all(record.has(name) for name in _metrics(rule) - {SCORE, RELATIVE_LOSS}) and (
         SCORE not in _metrics(rule) or ("train", SCORE) in record.pictures
     )
 
 
-def tune(kind: Kind, records: Sequence[Record]) -> tuple[float, float, float] | None:
+def tune(kind: StrategyFamily, records: Sequence[RecordedRun]) -> tuple[float, float, float] | None:
     """The setting that keeps 90 % of the attainable gain in the fewest steps, by its mean over the records.
 
     Where none keeps as much, the one that keeps the most; None where no record can be read or has a gain.  Every kind
@@ -203,9 +205,9 @@ def tune(kind: Kind, records: Sequence[Record]) -> tuple[float, float, float] | 
 
 
 @cache
-def _tried(kind: Kind, record: Record) -> np.ndarray | None:
+def _tried(kind: StrategyFamily, record: RecordedRun) -> np.ndarray | None:
     """The gain kept and the steps made at every point of the kind's grid, [2, points]; None where neither can be."""
-    climb = Climb.of(record)
+    climb = LearningCurve.of(record)
     ways = [kind.way(setting, cap(record)) for setting in kind.grid()]
     if not climb.learned or not readable(ways[0].rule, record):
         return None
@@ -213,7 +215,7 @@ def _tried(kind: Kind, record: Record) -> np.ndarray | None:
     return np.array([[climb.at(readings[way].kept) for way in ways], [readings[way].stop for way in ways]])
 
 
-def minutes(reading: Reading, seconds: Mapping[str, float]) -> float:
+def minutes(reading: StopResult, seconds: Mapping[str, float]) -> float:
     """Counts times unit seconds: updates, the way's own probe, the pictures it decides by.
 
     Start-up and the final pictures are not in it.  A unit that was not measured gives nan where it is needed.
@@ -224,7 +226,7 @@ def minutes(reading: Reading, seconds: Mapping[str, float]) -> float:
     return spent / 60
 
 
-def forward_equivalents(reading: Reading, config: Mapping[str, Any]) -> float:
+def forward_equivalents(reading: StopResult, config: Mapping[str, Any]) -> float:
     """The way's work in forward passes of the U-Net for one sample.
 
     A trained sample is a forward and a backward pass, the latter `BACKWARD` forwards; Custom Diffusion trains as many
@@ -236,19 +238,19 @@ def forward_equivalents(reading: Reading, config: Mapping[str, Any]) -> float:
     return float(reading.stop * samples * (1 + BACKWARD) + reading.forwards + reading.pictures * picture)
 
 
-def _preset(record: Record) -> Mapping[str, Any]:
+def _preset(record: RecordedRun) -> Mapping[str, Any]:
     return presets.settings(record.config.get("preset") or "paper", record.method)
 
 
-def _stops(rules: Sequence[Criterion], record: Record, every: int | None) -> dict[Criterion, int | None]:
+def _stops(rules: Sequence[Rule], record: RecordedRun, every: int | None) -> dict[Rule, int | None]:
     """The first step at which each rule stops, None where it never does."""
     wanted = set().union(*(_metrics(rule) for rule in rules)) if rules else set()
     if not all(map(_ours, rules)):  # what another's rule reads is not known, so it is shown all there is
         wanted |= {LOSS, *(name for name in EXTRA if record.has(name))}
     *_, whole = _replayed(record, wanted, every)
-    screen = Screen(whole)
+    screen = Prefilter(whole)
     due = {rule: np.flatnonzero(screen(rule)).tolist()[::-1] for rule in rules}
-    found: dict[Criterion, int | None] = dict.fromkeys(rules)
+    found: dict[Rule, int | None] = dict.fromkeys(rules)
     for number, trace in enumerate(_replayed(record, wanted, every)):
         for rule in [rule for rule, left in due.items() if left and left[-1] == number]:
             due[rule].pop()
@@ -260,12 +262,12 @@ def _stops(rules: Sequence[Criterion], record: Record, every: int | None) -> dic
     return found
 
 
-def _holds(rule: Criterion, trace: Trace) -> bool:
+def _holds(rule: Rule, trace: Trace) -> bool:
     """Whether the rule stops; of rules that must all stop, none is asked after one that does not."""
     return all(_holds(part, trace) for part in rule.rules) if isinstance(rule, AllOf) else rule(trace).stop
 
 
-def _replayed(record: Record, wanted: set[str], every: int | None) -> Iterator[Trace]:
+def _replayed(record: RecordedRun, wanted: set[str], every: int | None) -> Iterator[Trace]:
     """One trace that grows as the run did, with what the rules read; the same object each time."""
     extra = {name: dict(zip(*_means(record, name), strict=True)) for name in sorted(wanted & set(EXTRA))}
     if every and SCORE in wanted:
@@ -280,12 +282,12 @@ def _replayed(record: Record, wanted: set[str], every: int | None) -> Iterator[T
         yield trace
 
 
-def _means(record: Record, name: str) -> tuple[list[int], list[float]]:
+def _means(record: RecordedRun, name: str) -> tuple[list[int], list[float]]:
     steps, values = record.series(name)
     return steps.tolist(), values.mean(axis=1).tolist()
 
 
-def measured(record: Record, every: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def measured(record: RecordedRun, every: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Steps and mean score of `PICTURES` choosing pictures, as nearly every `every` steps as the record was scored."""
     steps, values = half(record, "train", SCORE, CHOOSE)
     kept, due = [], 0
@@ -296,7 +298,7 @@ def measured(record: Record, every: int) -> tuple[np.ndarray[Any, Any], np.ndarr
     return steps[kept], values[kept, :PICTURES].mean(axis=1)
 
 
-def _reading(way: Way, record: Record, stop: int | None) -> Reading:
+def _reading(way: Strategy, record: RecordedRun, stop: int | None) -> StopResult:
     end = record.cap if stop is None else stop
     probed = {LOSS if name == RELATIVE_LOSS else name for name in _metrics(way.rule) - {SCORE}}
     forwards = sum(_forwards(record, name, end) for name in sorted(probed))
@@ -305,10 +307,10 @@ def _reading(way: Way, record: Record, stop: int | None) -> Reading:
     if way.best and way.every:
         steps, values = measured(record, way.every)
         kept = int(steps[steps <= end][values[steps <= end].argmax()])
-    return Reading(end, kept, stop is None, forwards, pictures)
+    return StopResult(end, kept, stop is None, forwards, pictures)
 
 
-def _forwards(record: Record, name: str, end: int) -> int:
+def _forwards(record: RecordedRun, name: str, end: int) -> int:
     if name == PAIRED:
         return _forwards(record, "fresh", end) + _forwards(record, "frozen", end)
     steps, values = record.series(name)

@@ -91,14 +91,14 @@ def record(
     """
     from dvar.recordings import sweep
     from dvar.recordings.concepts import laboratory_concepts
-    from dvar.recordings.spec import Recording
+    from dvar.recordings.spec import RecordingSpec
 
     chosen = methods or list(CONFIGS)
     if config and len(chosen) > 1:
         raise RefusedInput(["settings are of one method: name it before --config"])
     given = read_settings(config, CONFIGS[chosen[0]]) if config and chosen[0] in CONFIGS else {}
     folder = str(concepts_dir) if concepts_dir else None
-    base = Recording(
+    base = RecordingSpec(
         *("", "", 0, str(records), "quick" if quick else preset, model, folder, clip, dino, pairing),
         settings=tuple(given.items()),
     )

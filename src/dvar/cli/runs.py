@@ -16,7 +16,7 @@ from dvar.errors import RefusedInput
 from dvar.runs.config import ReplayConfig, replay_problems
 
 if TYPE_CHECKING:
-    from dvar.runs.replay import Outcome
+    from dvar.runs.replay import ReplayOutcome
 
 
 PLAIN_WIDTH = 200  # of a table that goes into a file or a pipe
@@ -56,10 +56,10 @@ def generate(
         Folder for the pictures; "generated" in the run's folder by default.
     """
     from dvar.runs.generate import draw
-    from dvar.runs.run_folder import Run
+    from dvar.runs.run_folder import RunFolder
 
     drawn = draw(
-        Run.open(run),
+        RunFolder.open(run),
         [prompt] * num_images,
         range(seed, seed + num_images),
         folder=output,
@@ -137,7 +137,7 @@ def replay(log: Path, /, **given: Any) -> int:
     return 0
 
 
-def _print_outcomes(outcomes: Iterable[Outcome]) -> None:
+def _print_outcomes(outcomes: Iterable[ReplayOutcome]) -> None:
     """Print a table of the rules, wrapped to the terminal; plain lines where there is none."""
     from rich.console import Console
     from rich.table import Table

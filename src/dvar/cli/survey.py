@@ -133,9 +133,9 @@ def forget_people(folder: Path, /, *people: PositiveInt) -> int:
         Numbers of people.
     """
     from dvar.survey.survey import VOTES, Survey
-    from dvar.survey.vote_store import Ballots
+    from dvar.survey.vote_store import VoteStore
 
-    ballots = Ballots(folder / VOTES, Survey.open(folder))
+    ballots = VoteStore(folder / VOTES, Survey.open(folder))
     unknown = [str(number) for number in people if ballots.name(number) is None]
     if unknown or not people:
         said = (
@@ -165,10 +165,10 @@ def score_votes(folder: Path, /, **given: Any) -> int:
     from dvar.survey.result_page import write_page
     from dvar.survey.scoring import score
     from dvar.survey.survey import VOTES, Survey
-    from dvar.survey.vote_store import Ballots
+    from dvar.survey.vote_store import VoteStore
 
     asked = Survey.open(folder)
-    found = score(asked, Ballots(folder / VOTES, asked).votes(), config)
+    found = score(asked, VoteStore(folder / VOTES, asked).votes(), config)
     for row in found.after:
         print(f"{row.method}, {row.question}: {row}")
     print(f"people    {len(found.people)}, {len(found.excluded)} left out for failing the controls")

@@ -16,7 +16,7 @@ from dvar.errors import RefusedInput
 
 if TYPE_CHECKING:
     from dvar.config.training import AnyConfig
-    from dvar.training.run import Result
+    from dvar.training.run import TrainingResult
 
 
 train = App(name="train", help="Personalise a model; training stops by itself.")
@@ -137,7 +137,7 @@ def _personalise(given: dict[str, Any], method: str = TextualInversionConfig.met
     return _tell(result, f"{config.plain_prompt} on the beach")
 
 
-def _tell(result: Result, prompt: str) -> int:
+def _tell(result: TrainingResult, prompt: str) -> int:
     """Print how a run ended, where to look and what to do next; return the exit status that says the same."""
     from dvar.runs.report import write_report
     from dvar.stopping.diagnosis import Reason

@@ -21,7 +21,7 @@ TI, LORA, CUSTOM = CONFIGS
 
 
 @dataclass(frozen=True)
-class Row:
+class PresetRow:
     """One setting of one preset of one method; ``expected`` is a figure to check a run against, where one is known."""
 
     name: str
@@ -32,12 +32,12 @@ class Row:
     expected: str = ""
 
 
-def _paper(setting: str, source: str, expected: str = "", *, method: str = TI) -> Row:
-    return Row("paper", method, setting, _DEFAULTS[method][setting], source, expected)
+def _paper(setting: str, source: str, expected: str = "", *, method: str = TI) -> PresetRow:
+    return PresetRow("paper", method, setting, _DEFAULTS[method][setting], source, expected)
 
 
-def _mini(setting: str, value: Any, source: str, expected: str = "", *, method: str = TI) -> Row:
-    return Row("mini", method, setting, value, source, expected)
+def _mini(setting: str, value: Any, source: str, expected: str = "", *, method: str = TI) -> PresetRow:
+    return PresetRow("mini", method, setting, value, source, expected)
 
 
 _PAPER_AND_MINI = (

@@ -21,7 +21,7 @@ Sampler = Literal["model", "DPMSolverMultistepScheduler", "UniPCMultistepSchedul
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Config):
+class TrainingConfig(Config):
     """What every method is set by; a step is one update of the optimizer.  Fields alone: a method's class adds its own.
 
     Source: the defaults are the paper's, with its released command lines; `dvar.config.presets` names each source.
@@ -117,7 +117,7 @@ _PLAIN = {"object": "a photo of {}", "style": "a picture in the style of {}"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextualInversionConfig(Settings):
+class TextualInversionConfig(TrainingConfig):
     """Every setting of ``dvar train textual-inversion``.
 
     ``subject`` is what prompts call the subject, ``plain_prompt`` the prompt of a plain picture of it, ``kind`` what it
@@ -153,7 +153,7 @@ class TextualInversionConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DreamBoothLoraConfig(Settings):
+class DreamBoothLoraConfig(TrainingConfig):
     """Every setting of ``dvar train dreambooth-lora``; without a new word ``instance_prompt`` names the subject.
 
     ``subject``, ``plain_prompt``, ``kind`` and ``learned`` are as in `TextualInversionConfig`.
@@ -241,7 +241,7 @@ class DreamBoothLoraConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CustomDiffusionConfig(Settings):
+class CustomDiffusionConfig(TrainingConfig):
     """Every setting of ``dvar train custom-diffusion``; a prompt names the subject by the new word and its class.
 
     With a ``concepts_list`` there are several subjects, each with pictures, a class and as a rule a word of its own.

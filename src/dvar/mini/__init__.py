@@ -45,7 +45,7 @@ def concepts() -> dict[str, Path]:
 
 
 def gates() -> dict[str, dict[str, Any]]:
-    """Return, by method, the figures of `dvar.analysis.eligibility.Gate` for this model, as of when it was frozen."""
+    """Return, by method, the figures of `dvar.analysis.eligibility.Eligibility`, as of when the model was frozen."""
     gates: dict[str, dict[str, Any]] = json.loads((_HERE / "gate.json").read_text(encoding="utf-8"))["gates"]
     return gates
 

@@ -19,7 +19,7 @@ LEAST_SPREAD = 0.01
 
 
 @dataclass(frozen=True)
-class Reading:
+class Recognition:
     """What is seen in n pictures.
 
     ``logits``: [n, answers] for each head.  ``means`` and ``spreads``: [n, classes, 16], the estimate of each parameter
@@ -60,21 +60,21 @@ class Recogniser(nn.Module):
         super().__init__()
         self.shape = answers["class"], 2, parameters
         widths = [width, 2 * width, 4 * width, 6 * width]
-        self.stages = nn.ModuleList(Stage(*pair) for pair in zip([3, *widths], widths, strict=False))
+        self.stages = nn.ModuleList(ResidualStage(*pair) for pair in zip([3, *widths], widths, strict=False))
         self.mixed = nn.Sequential(nn.Flatten(), nn.Linear(widths[-1] * 16, hidden), nn.LayerNorm(hidden), nn.SiLU())
         self.heads = nn.ModuleDict({name.replace(" ", "_"): nn.Linear(hidden, answers[name]) for name in RECOGNISED})
         self.parameter_head = nn.Linear(hidden, math.prod(self.shape))
 
-    def forward(self, pictures: Tensor) -> Reading:
+    def forward(self, pictures: Tensor) -> Recognition:
         for stage in self.stages:
             pictures = stage(pictures)
         hidden = self.mixed(pictures)
         logits = {name: self.heads[name.replace(" ", "_")](hidden) for name in RECOGNISED}
         means, logarithms = self.parameter_head(hidden).float().unflatten(1, self.shape).unbind(dim=2)
-        return Reading(logits, 0.5 + means, (logarithms - 1).clamp(min=math.log(LEAST_SPREAD)).exp())
+        return Recognition(logits, 0.5 + means, (logarithms - 1).clamp(min=math.log(LEAST_SPREAD)).exp())
 
 
-class Stage(nn.Module):
+class ResidualStage(nn.Module):
     """Half the side, ``out`` channels, and a residual convolution."""
 
     def __init__(self, before: int, out: int) -> None:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from importlib.resources import files
 
 from dvar.html.elements import Html, element, page_head
-from dvar.paper.result import Exhibit, Plot, Table, _drawn
+from dvar.paper.result import ExperimentResult, Plot, Table, _drawn
 
 
-def page(exhibits: Sequence[Exhibit], facts: Sequence[str]) -> str:
+def page(exhibits: Sequence[ExperimentResult], facts: Sequence[str]) -> str:
     """Return one page with every exhibit that loads nothing and runs no script; `facts` open it."""
     sheets = (files("dvar.html").joinpath(name) for name in ("charts.css", "report.css", "exhibit.css"))
     style = "".join(sheet.read_text(encoding="utf-8") for sheet in sheets)
@@ -27,7 +27,7 @@ def page(exhibits: Sequence[Exhibit], facts: Sequence[str]) -> str:
     return "<!doctype html>\n" + element("html", head, body, lang="en") + "\n"
 
 
-def section(exhibit: Exhibit) -> Html:
+def section(exhibit: ExperimentResult) -> Html:
     """The exhibit as a part of a page."""
     missing = element("p", element("b", "Not made: "), exhibit.missing, class_="missing") if exhibit.missing else None
     said = [element("p", line) for line in exhibit.says]

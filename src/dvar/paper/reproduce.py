@@ -14,13 +14,13 @@ import matplotlib
 from dvar.errors import DvarError, RefusedInput
 from dvar.paper.config import EXPERIMENTS, ReproduceConfig
 from dvar.paper.page import page
-from dvar.paper.result import Exhibit, Provenance, save
+from dvar.paper.result import ExperimentResult, Provenance, save
 from dvar.paper.style import STYLE
-from dvar.recordings.archive import Shelf
+from dvar.recordings.archive import RecordingArchive
 from dvar.recordings.archive_file import read_traces, write_traces
 
 if TYPE_CHECKING:
-    from dvar.paper.extra_runs import Bench
+    from dvar.paper.extra_runs import ExtraRuns
 
 QUICK = 6
 """Concepts of each method that ``quick`` reads of whole records, beside those for tuning."""
@@ -44,7 +44,7 @@ def reproduce(config: ReproduceConfig, tell: Callable[[str], None] = lambda line
     names = config.experiments
     if config.quick:
         _record(config, names, tell)
-    shelf = opened(config) if _reads_records(names) else Shelf(())
+    shelf = opened(config) if _reads_records(names) else RecordingArchive(())
     if "table1" in names:
         shelf = _rescored(shelf, tell)
     facts = _facts(shelf, names, config.quick)
@@ -90,7 +90,7 @@ def _sources(config: ReproduceConfig) -> tuple[Path, ...]:
     return named if whole or not config.quick else (named[0] / SMALL,)
 
 
-def _rescored(shelf: Shelf, tell: Callable[[str], None]) -> Shelf:
+def _rescored(shelf: RecordingArchive, tell: Callable[[str], None]) -> RecordingArchive:
     """The shelf with the checkpoints scored anew that ways of Table 1 keep, where runs have folders to draw with."""
     if all(record.folder is None for record in shelf):
         return shelf
@@ -100,28 +100,30 @@ def _rescored(shelf: Shelf, tell: Callable[[str], None]) -> Shelf:
     return with_rescored(shelf, cost.selected(shelf), tell)
 
 
-def _bench(config: ReproduceConfig, tell: Callable[[str], None]) -> Bench:
-    from dvar.paper.extra_runs import Bench  # and with it torch
+def _bench(config: ReproduceConfig, tell: Callable[[str], None]) -> ExtraRuns:
+    from dvar.paper.extra_runs import ExtraRuns  # and with it torch
 
     folder = next((Path(named) for named in config.records if not Path(named).is_file()), None)
     records = folder / SMALL if folder and config.quick else folder
-    return Bench(Path(config.output_dir) / "runs", config.quick, config.model, config.concepts_dir, tell, records)
+    return ExtraRuns(Path(config.output_dir) / "runs", config.quick, config.model, config.concepts_dir, tell, records)
 
 
-def opened(config: ReproduceConfig) -> Shelf:
+def opened(config: ReproduceConfig) -> RecordingArchive:
     """The records that the settings name, in folders of recorded runs and files of traces."""
     sources = _sources(config)
-    shelf = Shelf.joined([read_traces(one) if one.is_file() else Shelf.open(one) for one in sources])
+    shelf = RecordingArchive.joined(
+        [read_traces(one) if one.is_file() else RecordingArchive.open(one) for one in sources]
+    )
     return _few(shelf) if config.quick else shelf
 
 
-def _few(shelf: Shelf) -> Shelf:
+def _few(shelf: RecordingArchive) -> RecordingArchive:
     kept = {record.name for method in shelf.methods for record in shelf.examples(method, QUICK)}
     kept |= {record.name for record in shelf if record.concept in shelf.tuning}
     return replace(shelf, records=tuple(record for record in shelf if record.name in kept))
 
 
-def _made(name: str, shelf: Shelf, config: ReproduceConfig, tell: Callable[[str], None]) -> Exhibit:
+def _made(name: str, shelf: RecordingArchive, config: ReproduceConfig, tell: Callable[[str], None]) -> ExperimentResult:
     try:
         if name in TRAINED:
             return _trained(name, config, tell)
@@ -129,17 +131,17 @@ def _made(name: str, shelf: Shelf, config: ReproduceConfig, tell: Callable[[str]
     except DvarError as error:
         if config.experiments == [name]:
             raise
-        return Exhibit(name, EXPERIMENTS[name], missing=str(error))
+        return ExperimentResult(name, EXPERIMENTS[name], missing=str(error))
 
 
-def _maker(place: str) -> Callable[[Any], Exhibit]:
+def _maker(place: str) -> Callable[[Any], ExperimentResult]:
     module, _, function = place.partition(":")
     found = import_module(f"dvar.paper.experiments.{module}")
-    made: Callable[[Any], Exhibit] = getattr(found, function or "make")
+    made: Callable[[Any], ExperimentResult] = getattr(found, function or "make")
     return made
 
 
-def _trained(name: str, config: ReproduceConfig, tell: Callable[[str], None]) -> Exhibit:
+def _trained(name: str, config: ReproduceConfig, tell: Callable[[str], None]) -> ExperimentResult:
     return _maker(TRAINED[name])(_bench(config, tell))
 
 
@@ -168,7 +170,7 @@ TRAINED = {"figure5": "randomness", "figure9": "training_batch", "initial": "var
 """Where each is made that trains runs of its own."""
 
 
-def _traces(shelf: Shelf, folder: Path) -> Exhibit:
+def _traces(shelf: RecordingArchive, folder: Path) -> ExperimentResult:
     path = write_traces(shelf, folder / TRACES)
     size = path.stat().st_size / 1e6
     said = (
@@ -177,10 +179,10 @@ def _traces(shelf: Shelf, folder: Path) -> Exhibit:
         "dvar reproduce rules --records "
         f"{path.name} ranks the rules of this library on it, and any rule can be added: it is a function of a trace.",
     )
-    return Exhibit("traces", EXPERIMENTS["traces"], said)
+    return ExperimentResult("traces", EXPERIMENTS["traces"], said)
 
 
-def _facts(shelf: Shelf, names: Sequence[str], quick: bool) -> list[str]:
+def _facts(shelf: RecordingArchive, names: Sequence[str], quick: bool) -> list[str]:
     if set(names) <= set(SIMULATED):
         return ["No record was read: this is a simulation."]
     if not _reads_records(names):

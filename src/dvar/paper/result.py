@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from dvar.config.training import BUNDLED_MODEL, CONFIGS
 from dvar.paper.style import DOTS, STYLE
-from dvar.recordings.archive import Record
+from dvar.recordings.archive import RecordedRun
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Plot:
 
 
 @dataclass(frozen=True)
-class Exhibit:
+class ExperimentResult:
     """One experiment's result: what it says, and its tables and figures; or, in ``missing``, why there is none."""
 
     name: str
@@ -75,7 +75,7 @@ class Provenance:
     halves: str = "the even half chooses, the odd half is reported"
 
     @classmethod
-    def of(cls, records: Sequence[Record]) -> Provenance:
+    def of(cls, records: Sequence[RecordedRun]) -> Provenance:
         """The provenance of what is made from these records."""
         header = records[0].header
         concepts = tuple(sorted({r.concept for r in records}))
@@ -128,7 +128,7 @@ def spread(values: Iterable[float], digits: int = 3) -> str:
     return f"{number(float(found.mean()), digits)} ± {number(float(found.std()), digits)}"
 
 
-def save(exhibit: Exhibit, folder: Path) -> list[Path]:
+def save(exhibit: ExperimentResult, folder: Path) -> list[Path]:
     """Write the exhibit's files into `folder` and return their paths: one JSON, a CSV a table, SVG and PNG a figure."""
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / f"{exhibit.name}.json"]

@@ -15,11 +15,11 @@ from dvar.paper.published import TABLE_2
 from dvar.survey.config import SurveyBuildConfig, SurveyScoreConfig
 from dvar.survey.scoring import Score, score
 from dvar.survey.survey import ANSWERS, QUESTIONS, Answer, Question, Survey, Task, controls, key
-from dvar.survey.vote_store import Assignment, Ballots
+from dvar.survey.vote_store import Assignment, VoteStore
 
 
 @dataclass(frozen=True)
-class Chances:
+class Preferences:
     """How often people who look would find the candidate better, equal and worse; they sum to 1."""
 
     better: float
@@ -35,7 +35,7 @@ class Chances:
         return self.better + self.equal
 
 
-Truth = Mapping[tuple[str, Question], Chances]
+Truth = Mapping[tuple[str, Question], Preferences]
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ class Rater:
         return shown.answer(pressed) or "equal"
 
 
-def split(share: float, ties: float = 1 / 3) -> Chances:
+def split(share: float, ties: float = 1 / 3) -> Preferences:
     """Return chances with the given share of better or equal, of which ``ties`` are equal: our assumption."""
-    return Chances(share * (1 - ties), share * ties, 1 - share)
+    return Preferences(share * (1 - ties), share * ties, 1 - share)
 
 
 def imagined(methods: Sequence[str], concepts: int, prompts: int, config: SurveyBuildConfig) -> Survey:
@@ -83,7 +83,7 @@ def imagined(methods: Sequence[str], concepts: int, prompts: int, config: Survey
     return Survey(**{name: getattr(config, name) for name in kept}, tasks=tuple(tasks))
 
 
-def rate(ballots: Ballots, raters: Sequence[Rater], truth: Truth, seed: int = 0) -> None:
+def rate(ballots: VoteStore, raters: Sequence[Rater], truth: Truth, seed: int = 0) -> None:
     """Let people answer until each has nothing left to answer, taking turns."""
     draws = np.random.default_rng(seed)
     going = [(ballots.join(f"simulated {number}"), rater) for number, rater in enumerate(raters)]
@@ -110,7 +110,7 @@ def table2(*, careful: int = 24, careless: int = 6, concepts: int = 12, seed: in
     methods = list(dict.fromkeys(method for method, _ in TABLE_2))
     config = SurveyBuildConfig(per_person=36, seed=seed)
     survey = imagined(methods, concepts=concepts, prompts=4, config=config)
-    ballots = Ballots(":memory:", survey)
+    ballots = VoteStore(":memory:", survey)
     raters = [Rater(1.0)] * careful + [Rater(0.0, left=0.3)] * careless
     order = np.random.default_rng(seed).permutation(len(raters))
     rate(ballots, [raters[at] for at in order], truth, seed)

@@ -14,7 +14,7 @@ what every run leaves it holds ``scores.json`` and, written last, ``done.json`` 
 - ``rescored.json``, optional: {"header": {"hashes": those of done.json, "seeds"}, "rows": as in scores.json, of the
   steps that some way kept, on seeds that chose nothing} (`dvar.recordings.rescore`).
 - ``seconds.json``, in RECORDS itself and optional: method -> {unit: median seconds on an idle machine}; units as in
-  `Record.seconds`, and ``start_up``, all before the first step.  A sweep measures them before its first run.
+  `RecordedRun.seconds`, and ``start_up``, all before the first step.  A sweep measures them before its first run.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ PAIRED = "paired"
 
 
 @dataclass(frozen=True, eq=False)
-class Record:
+class RecordedRun:
     """One recorded run.
 
     ``header`` says how its pictures were scored: pairing, judges, prompts, seeds, sampling steps, guidance, references.
@@ -65,7 +65,7 @@ class Record:
     threads: int = 1
 
     @classmethod
-    def open(cls, folder: str | Path) -> Record:
+    def open(cls, folder: str | Path) -> RecordedRun:
         """Return the recorded run in a folder named ``<method>/<concept>/<seed>``.
 
         Raises: RefusedInput when it is unfinished or damaged, all that is wrong at once; TraceError when its trace is.
@@ -188,14 +188,14 @@ class Record:
 
 
 @dataclass(frozen=True, eq=False)
-class Rescored:
-    """Some steps of a record drawn and scored anew, on seeds that chose nothing: as `Record.pictures`."""
+class RescoredRun:
+    """Some steps of a record drawn and scored anew, on seeds that chose nothing: as `RecordedRun.pictures`."""
 
     steps: Steps
     pictures: Mapping[tuple[str, str], Floats]
 
     @classmethod
-    def open(cls, folder: Path) -> Rescored | None:
+    def open(cls, folder: Path) -> RescoredRun | None:
         """Return what a recorded run's folder holds of it; None where that is nothing, damaged, or of another run."""
         try:
             found = _json(folder / RESCORED)
@@ -218,21 +218,21 @@ class Rescored:
 
 
 @dataclass(frozen=True, eq=False)
-class Shelf:
+class RecordingArchive:
     """All recorded runs of a folder: those that can be read, and for each other one the reason why not.
 
     ``tuning`` names the concepts that settings are chosen on, and that no table counts.  ``seconds`` are unit seconds
-    by method, measured apart; ``rescored`` what was scored anew, by `Record.name`.
+    by method, measured apart; ``rescored`` what was scored anew, by `RecordedRun.name`.
     """
 
-    records: tuple[Record, ...]
+    records: tuple[RecordedRun, ...]
     lost: Mapping[str, str] = field(default_factory=dict)
     tuning: tuple[str, ...] = TUNING
     seconds: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    rescored: Mapping[str, Rescored] = field(default_factory=dict)
+    rescored: Mapping[str, RescoredRun] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, root: str | Path, tuning: tuple[str, ...] = TUNING) -> Shelf:
+    def open(cls, root: str | Path, tuning: tuple[str, ...] = TUNING) -> RecordingArchive:
         """Return what stands in ``root``; a run that cannot be read is named among `lost` with its reason.
 
         Raises: RefusedInput when no run can be read at all.
@@ -242,7 +242,7 @@ class Shelf:
         for folder in sorted(path.parent for path in root.glob("*/*/*/config.json")):
             name = "/".join(folder.parts[-3:])
             try:
-                records.append(Record.open(folder))
+                records.append(RecordedRun.open(folder))
             except (RefusedInput, TraceError) as error:
                 lost[name] = _reason(folder) or str(error).splitlines()[0].removeprefix(f"{folder}/")
         if not records:
@@ -257,7 +257,7 @@ class Shelf:
         return cls(tuple(records), lost, tuning, units, rescored(records))
 
     @classmethod
-    def joined(cls, shelves: Sequence[Shelf]) -> Shelf:
+    def joined(cls, shelves: Sequence[RecordingArchive]) -> RecordingArchive:
         """Return one shelf with the runs of all; what several have, a run or a method's seconds, is the first's."""
         first = {record.name: (record, shelf) for shelf in reversed(shelves) for record in shelf}
         return cls(
@@ -275,15 +275,15 @@ class Shelf:
         there = {record.method for record in self.records if record.concept not in self.tuning}
         return tuple(method for method in order if method in there) + tuple(sorted(there.difference(order)))
 
-    def of(self, method: str) -> tuple[Record, ...]:
+    def of(self, method: str) -> tuple[RecordedRun, ...]:
         """The records of a method that tables count."""
         return tuple(r for r in self.records if r.method == method and r.concept not in self.tuning)
 
-    def for_tuning(self, method: str) -> tuple[Record, ...]:
+    def for_tuning(self, method: str) -> tuple[RecordedRun, ...]:
         """The records of a method that settings are chosen on."""
         return tuple(r for r in self.records if r.method == method and r.concept in self.tuning)
 
-    def examples(self, method: str, count: int) -> tuple[Record, ...]:
+    def examples(self, method: str, count: int) -> tuple[RecordedRun, ...]:
         """The first `count` concepts of a method by name, one record each, so that none is picked for its looks.
 
         Raises: RefusedInput when the method has no record.
@@ -300,16 +300,16 @@ class Shelf:
         medians = {name: float(np.median([units[name] for units in of if name in units])) for name in sorted(names)}
         return medians | dict(self.seconds.get(method, {}))
 
-    def __iter__(self) -> Iterator[Record]:
+    def __iter__(self) -> Iterator[RecordedRun]:
         return iter(self.records)
 
     def __len__(self) -> int:
         return len(self.records)
 
 
-def rescored(records: Iterable[Record]) -> dict[str, Rescored]:
+def rescored(records: Iterable[RecordedRun]) -> dict[str, RescoredRun]:
     """Return by name what the folders of these records hold that was scored anew."""
-    found = {record.name: Rescored.open(record.folder) for record in records if record.folder}
+    found = {record.name: RescoredRun.open(record.folder) for record in records if record.folder}
     return {name: one for name, one in found.items() if one}
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from dvar.errors import RefusedInput
-from dvar.recordings.archive import Record, Rescored, Shelf
+from dvar.recordings.archive import RecordedRun, RecordingArchive, RescoredRun
 from dvar.stopping.trace import Trace
 
 FORMAT = 1
@@ -32,7 +32,7 @@ _INDEX = "index"
 _KEPT = ("eval", "stratified", "fresh", "frozen", "unseen", "drift", "train_loss", "grad_norm", "token_norm")
 
 
-def write_traces(shelf: Shelf, path: str | Path) -> Path:
+def write_traces(shelf: RecordingArchive, path: str | Path) -> Path:
     """Write every record of a shelf into one file and return its path.
 
     Raises: RefusedInput when it would be larger than `LIMIT`, naming its size; nothing is then left behind.
@@ -62,7 +62,7 @@ def write_traces(shelf: Shelf, path: str | Path) -> Path:
     return path
 
 
-def read_traces(path: str | Path) -> Shelf:
+def read_traces(path: str | Path) -> RecordingArchive:
     """Return the records of a file that `write_traces` made.
 
     Raises: RefusedInput when it is no such file.
@@ -75,7 +75,7 @@ def read_traces(path: str | Path) -> Shelf:
         raise RefusedInput(
             [f"{path} is no file of traces ({error}): name one that dvar reproduce traces made"]
         ) from error
-    return Shelf(
+    return RecordingArchive(
         tuple(record for record, _ in read),
         tuning=tuple(index["tuning"]),
         seconds=index["seconds"],
@@ -83,7 +83,7 @@ def read_traces(path: str | Path) -> Shelf:
     )
 
 
-def _packed(record: Record, anew: Rescored | None) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _packed(record: RecordedRun, anew: RescoredRun | None) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     held: dict[str, np.ndarray] = {}
     for name in _KEPT:
         if record.has(name):
@@ -113,12 +113,12 @@ def _packed(record: Record, anew: Rescored | None) -> tuple[dict[str, Any], dict
 
 def _unpacked(
     number: int, described: Mapping[str, Any], held: Mapping[str, np.ndarray]
-) -> tuple[Record, Rescored | None]:
+) -> tuple[RecordedRun, RescoredRun | None]:
     arrays = {name: held[f"{number}/{name}"] for name in described["names"]}
     trace = Trace(described["trace"])
     for step, row in _rows(arrays, described["cap"]):
         trace.record(step, row.pop("eval", None), **row)
-    record = Record(
+    record = RecordedRun(
         method=described["method"],
         concept=described["concept"],
         seed=described["seed"],
@@ -131,7 +131,7 @@ def _unpacked(
     )
     if "rescored" not in arrays:
         return record, None
-    return record, Rescored(arrays["rescored"].astype(np.int64), _pictures(arrays, "rescored"))
+    return record, RescoredRun(arrays["rescored"].astype(np.int64), _pictures(arrays, "rescored"))
 
 
 def _pictures(arrays: Mapping[str, np.ndarray], kind: str) -> dict[tuple[str, str], np.ndarray]:
@@ -153,5 +153,5 @@ def _rows(arrays: Mapping[str, np.ndarray], cap: int) -> Iterator[tuple[int, dic
     yield from sorted(rows.items())
 
 
-def _units(shelf: Shelf) -> dict[str, dict[str, float]]:
+def _units(shelf: RecordingArchive) -> dict[str, dict[str, float]]:
     return {method: shelf.units(method) for method in sorted({record.method for record in shelf})}

@@ -16,18 +16,18 @@ import torch
 from dvar.config.training import CONFIGS, CustomDiffusionConfig
 from dvar.diffusion.sampling import BATCH
 from dvar.recordings.archive import DONE
-from dvar.recordings.protocol import FORWARDS, PLANS, UNSEEN
+from dvar.recordings.protocol import FORWARDS, PROTOCOLS, UNSEEN
 from dvar.recordings.recorder import Recorder, whole
 from dvar.recordings.score_samples import lacking, scorer_of
-from dvar.recordings.spec import Recording
+from dvar.recordings.spec import RecordingSpec
 from dvar.recordings.worker_pool import slots
 from dvar.training.personalise import prepared
 from dvar.training.progress import clock
 
 
-def expected_seconds(recording: Recording, units: Mapping[str, float]) -> float:
+def expected_seconds(recording: RecordingSpec, units: Mapping[str, float]) -> float:
     """Return what the recording takes, by counts times ``units``."""
-    config, plan = recording.config, PLANS[recording.plan]
+    config, plan = recording.config, PROTOCOLS[recording.plan]
     cap = config.max_train_steps
     forwards = (cap // config.probe_every + 1) * config.eval_batch_size
     series = [name for name in plan.every if name != UNSEEN or recording.bundled]
@@ -45,7 +45,7 @@ TIMED = 15
 """Updates and evaluations that unit seconds are a median of: with five, a busy moment made one a third too long."""
 
 
-def unit_seconds(recording: Recording) -> dict[str, float]:
+def unit_seconds(recording: RecordingSpec) -> dict[str, float]:
     """Return the seconds of each unit of work, on this machine and now: "start_up", all before the first step;
     "train", one update; "forward", one held sample; "picture", one scored picture.  A median of a few, nothing is kept.
 
@@ -85,14 +85,14 @@ ALIKE = {"start_up": 1.0, "train": 1.0, "forward": 0.1, "picture": 2.0}
 _TRUST = 0.05
 
 
-def estimate(recordings: Sequence[Recording]) -> dict[str, dict[str, float]]:
+def estimate(recordings: Sequence[RecordingSpec]) -> dict[str, dict[str, float]]:
     """Return by method the seconds of each unit of work, measured now on the first recording of that method."""
     first = {recording.method: recording for recording in reversed(recordings)}
     return {method: unit_seconds(first[method]) for method in CONFIGS if method in first}
 
 
 def expected(
-    recordings: Sequence[Recording], units: Mapping[str, Mapping[str, float]], workers: int | None = None
+    recordings: Sequence[RecordingSpec], units: Mapping[str, Mapping[str, float]], workers: int | None = None
 ) -> Iterator[str]:
     """Yield what ``recordings`` will take by `estimate`'s ``units``: a line for each method, and the whole."""
     if not recordings:
@@ -107,9 +107,9 @@ def expected(
     yield f"about {in_all} with {places} at once, if that does not slow each of them down"
 
 
-def seconds_left(recording: Recording, units: Mapping[str, float]) -> float:
+def seconds_left(recording: RecordingSpec, units: Mapping[str, float]) -> float:
     """Return what is left of a recording, by counts times ``units``: steps not trained and rounds not drawn."""
-    plan = PLANS[recording.plan]
+    plan = PROTOCOLS[recording.plan]
     of_round = 2 * plan.prompts * plan.seeds * units["picture"]
     later = len(recording.scored) * (plan.rounds - 1) * of_round
     training = expected_seconds(recording, units) - units["start_up"] - later
@@ -130,7 +130,7 @@ def time_left(done: float, in_all: float, spent: float, at_once: int | None = No
     return (in_all - done) * (spent + trusted / (at_once or 1)) / (done + trusted)
 
 
-def _trained(recording: Recording) -> float:
+def _trained(recording: RecordingSpec) -> float:
     """The part of its steps that a run has made, by the end of its trace; none of one that must be made anew."""
     if (recording.folder / DONE).exists():
         return float(whole(recording.folder))

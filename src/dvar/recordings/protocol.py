@@ -38,7 +38,7 @@ PLACES = {
 
 
 @dataclass(frozen=True)
-class Plan:
+class RecordingProtocol:
     """How much is measured.
 
     ``share`` of the recorded cap is trained; ``scored`` steps, log-spaced, have pictures: ``prompts`` times ``seeds``
@@ -72,10 +72,10 @@ def _every(stratified: int, fresh: int, unseen: int, drift: int) -> Mapping[str,
     return MappingProxyType({STRATIFIED: stratified, FRESH: fresh, UNSEEN: unseen, DRIFT: drift})
 
 
-PLANS = {
-    "quick": Plan(0.12, 8, 2, 2, 10, _every(20, 20, 20, 50), class_pictures=16),
-    "cpu": Plan(1.0, 30, 4, 2, 10, _every(10, 10, 20, 50), rounds=4),
-    "full": Plan(1.0, 40, 8, 4, None, _every(5, 1, 5, 25)),
+PROTOCOLS = {
+    "quick": RecordingProtocol(0.12, 8, 2, 2, 10, _every(20, 20, 20, 50), class_pictures=16),
+    "cpu": RecordingProtocol(1.0, 30, 4, 2, 10, _every(10, 10, 20, 50), rounds=4),
+    "full": RecordingProtocol(1.0, 40, 8, 4, None, _every(5, 1, 5, 25)),
 }
 """By name: a look in minutes; what two cores can do for many concepts; the issue's full size."""
 
@@ -87,7 +87,7 @@ def log_spaced(cap: int, count: int, cadence: int = 1) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Shots:
+class ScoringPrompts:
     """The pictures of one kind that every scored step draws: what the model reads, what the CLIP reads, and the seed.
 
     Prompt by prompt, each from several seeds in a row, no seed twice: even and odd pictures are two halves that share
@@ -99,14 +99,14 @@ class Shots:
     seeds: Sequence[int]
     places: tuple[str, ...] | None = None
 
-    def again(self, number: int) -> Shots:
+    def again(self, number: int) -> ScoringPrompts:
         """Round ``number`` of the same, on the seeds that follow those of the rounds before it; 0 is this one."""
         return replace(self, seeds=tuple(number * len(self.seeds) + seed for seed in self.seeds))
 
     @classmethod
     def of(
         cls, prompts: Sequence[str], subject: str, noun: str, seeds: int, places: Sequence[str] | None = None
-    ) -> Shots:
+    ) -> ScoringPrompts:
         """``seeds`` pictures of each prompt; the CLIP knows no new word and reads the class noun for ``subject``."""
         each = [prompt for prompt in prompts for _ in range(seeds)]
         named = None if places is None else tuple(place for place in places for _ in range(seeds))

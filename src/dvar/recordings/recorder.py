@@ -26,21 +26,21 @@ from dvar.diffusion.objective import Draws, denoising_loss
 from dvar.diffusion.randomness import generator
 from dvar.errors import CheckpointError, DvarError, NonFiniteLoss, RefusedInput
 from dvar.files import write_json
-from dvar.recordings.archive import DONE, RESCORED, ROUNDS, SCORES, Record, digest
+from dvar.recordings.archive import DONE, RESCORED, ROUNDS, SCORES, RecordedRun, digest
 from dvar.recordings.image_metrics import Scorer
-from dvar.recordings.protocol import DRIFT, FRESH, PLANS, STRATIFIED, UNSEEN
+from dvar.recordings.protocol import DRIFT, FRESH, PROTOCOLS, STRATIFIED, UNSEEN
 from dvar.recordings.restore import ANEW, SHEETS, WEIGHTS, sheet_at, weights_at, write_sheet
 from dvar.recordings.score_samples import add_rounds, drawn, drawn_and_scored, scorer_of
-from dvar.recordings.spec import FACTS, Recording, facts_of, shots
+from dvar.recordings.spec import FACTS, RecordingSpec, facts_of, shots
 from dvar.stopping.diagnosis import Reason
 from dvar.stopping.probe import PairedProbe, Probe, stratified_timesteps
-from dvar.stopping.rules import Criterion, Dvar, FixedSteps
+from dvar.stopping.rules import Dvar, FixedSteps, Rule
 from dvar.stopping.trace import Trace
 from dvar.training.augmentation import encoded
 from dvar.training.checkpoint import latest
-from dvar.training.loop import Step, Stopwatch
+from dvar.training.loop import StepRecord, Stopwatch
 from dvar.training.personalise import interruption, prepared
-from dvar.training.run import Job
+from dvar.training.run import TrainingRun
 from dvar.training.weight_files import write_weights
 
 try:
@@ -61,9 +61,11 @@ class Recorder:
     random states and trainable weights are afterwards what they were.
     """
 
-    def __init__(self, recording: Recording, job: Job, scorer: Scorer, rows: Sequence[dict[str, Any]] = ()) -> None:
+    def __init__(
+        self, recording: RecordingSpec, job: TrainingRun, scorer: Scorer, rows: Sequence[dict[str, Any]] = ()
+    ) -> None:
         self.job, self.scorer, self.folder = job, scorer, job.folder
-        self.plan, self.scored = PLANS[recording.plan], set(recording.scored)
+        self.plan, self.scored = PROTOCOLS[recording.plan], set(recording.scored)
         self.shots = shots(recording, job.concept)
         self.steps = self.plan.sampling_steps or job.config.num_inference_steps
         self.rows = list(rows)
@@ -191,7 +193,7 @@ class Recorder:
         }
 
 
-def record(recording: Recording, consumers: Sequence[Callable[[Step], None]] = ()) -> Path:
+def record(recording: RecordingSpec, consumers: Sequence[Callable[[StepRecord], None]] = ()) -> Path:
     """Return the folder of the recorded run, made now; one that was interrupted goes on from its last checkpoint, and
     one that is whole but for some of its plan's rounds of pictures has those drawn.
 
@@ -212,7 +214,7 @@ def record(recording: Recording, consumers: Sequence[Callable[[Step], None]] = (
     return recording.folder
 
 
-def _record(recording: Recording, scorer: Scorer, consumers: Sequence[Callable[[Step], None]]) -> None:
+def _record(recording: RecordingSpec, scorer: Scorer, consumers: Sequence[Callable[[StepRecord], None]]) -> None:
     folder, config = recording.folder, recording.config
     write_json(folder / FACTS, recording.facts)
     rows = scores_to_go_on_from(recording)
@@ -246,7 +248,7 @@ def _record(recording: Recording, scorer: Scorer, consumers: Sequence[Callable[[
 def whole(folder: Path) -> bool:
     """Return whether a finished run stands there that can be read, with whatever rounds of pictures."""
     try:
-        return bool(Record.open(folder))
+        return bool(RecordedRun.open(folder))
     except DvarError:
         return False
 
@@ -255,7 +257,7 @@ class Live:
     """The paper's rule, ours and the strict one, judged along the run: whether one of them now begins to stop."""
 
     def __init__(self, window: int, threshold: float, trace: Trace) -> None:
-        self.rules: tuple[Criterion, ...] = (Dvar(window, threshold), Dvar(window, threshold, strict_paper=True))
+        self.rules: tuple[Rule, ...] = (Dvar(window, threshold), Dvar(window, threshold, strict_paper=True))
         self.stopping = [rule(trace).stop for rule in self.rules]
 
     def __call__(self, trace: Trace) -> bool:
@@ -276,7 +278,7 @@ def unseen_pictures(concept: str) -> list[Image.Image]:
     return [Image.fromarray(render(held_out()[concept], scene)) for scene in scenes]
 
 
-def scores_to_go_on_from(recording: Recording) -> list[dict[str, Any]] | None:
+def scores_to_go_on_from(recording: RecordingSpec) -> list[dict[str, Any]] | None:
     """Return the rows of scores that an interrupted recording left, up to its last checkpoint.
 
     None when it cannot go on: nothing is there, it was finished, or something of it is damaged.
@@ -322,7 +324,7 @@ def alone(folder: Path) -> Iterator[None]:
 def main() -> int:
     """Make the one recording that the first argument describes in JSON; a sweep starts this as a process of its own."""
     try:
-        record(Recording.told(sys.argv[1]))
+        record(RecordingSpec.told(sys.argv[1]))
     except DvarError as error:
         print(f"dvar: {' '.join(str(error).split())}", file=sys.stderr)
         return 1

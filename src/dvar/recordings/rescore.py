@@ -20,15 +20,15 @@ import torch
 from dvar import mini
 from dvar.errors import DvarError
 from dvar.files import write_json
-from dvar.recordings.archive import DONE, RESCORED, Record, Rescored, Shelf, rescored
-from dvar.recordings.protocol import CHECKPOINTS, Shots
+from dvar.recordings.archive import DONE, RESCORED, RecordedRun, RecordingArchive, RescoredRun, rescored
+from dvar.recordings.protocol import CHECKPOINTS, ScoringPrompts
 from dvar.recordings.recorder import alone
 from dvar.recordings.restore import ANEW, learned_along, sheet_at, weights_at, write_sheet
 from dvar.recordings.score_samples import drawn_and_scored, scorer_of
-from dvar.recordings.spec import Recording, facts_of
-from dvar.recordings.worker_pool import Work, side_by_side, slots
+from dvar.recordings.spec import RecordingSpec, facts_of
+from dvar.recordings.worker_pool import WorkerTask, side_by_side, slots
 from dvar.training.progress import clock
-from dvar.training.run import Job
+from dvar.training.run import TrainingRun
 
 FRESH = 10_000
 """What is added to the seeds of a record's own pictures, which are counted from 0."""
@@ -46,10 +46,10 @@ def rescore(folder: str | Path, steps: Iterable[int]) -> Path:
     """
     folder = Path(folder)
     with alone(folder):
-        header, done = Record.open(folder).header, _read(folder / DONE)
-        seeds, before = [FRESH + seed for seed in header["seeds"]], Rescored.open(folder)
+        header, done = RecordedRun.open(folder).header, _read(folder / DONE)
+        seeds, before = [FRESH + seed for seed in header["seeds"]], RescoredRun.open(folder)
         rows = _read(folder / RESCORED)["rows"] if before and before.count == len(seeds) else []
-        shots = {part: Shots(header[f"{part}_prompts"], header[f"{part}_texts"], seeds) for part in PARTS}
+        shots = {part: ScoringPrompts(header[f"{part}_prompts"], header[f"{part}_texts"], seeds) for part in PARTS}
         there = {row["step"] for row in rows}
         torch.set_num_threads(done.get("threads", 1))
         wanted, score = sorted(set(steps) - there), None
@@ -63,8 +63,11 @@ def rescore(folder: str | Path, steps: Iterable[int]) -> Path:
 
 
 def with_rescored(
-    shelf: Shelf, wanted: Mapping[Record, Collection[int]], tell: Callable[[str], None], workers: int | None = None
-) -> Shelf:
+    shelf: RecordingArchive,
+    wanted: Mapping[RecordedRun, Collection[int]],
+    tell: Callable[[str], None],
+    workers: int | None = None,
+) -> RecordingArchive:
     """Return the shelf with these steps of its records scored anew, several runs at once; what is there is not made
     again, and what cannot be made is told and left out.
 
@@ -98,16 +101,16 @@ def main() -> int:
     return 0
 
 
-def _drawable(record: Record) -> bool:
+def _drawable(record: RecordedRun) -> bool:
     return record.folder is not None and facts_of(record.folder) is not None
 
 
-def _missing(shelf: Shelf, record: Record, steps: Iterable[int]) -> list[int]:
+def _missing(shelf: RecordingArchive, record: RecordedRun, steps: Iterable[int]) -> list[int]:
     there = shelf.rescored.get(record.name)
     return sorted(set(steps) - set(there.steps.tolist() if there and there.count == record.count else ()))
 
 
-def _seconds(record: Record, steps: Iterable[int], units: Mapping[str, float]) -> float:
+def _seconds(record: RecordedRun, steps: Iterable[int], units: Mapping[str, float]) -> float:
     """What it takes: pictures, and for a step that was not kept half of the way between two checkpoints."""
     assert record.folder
     pictures = 2 * record.count * units.get("picture", 0.0)
@@ -117,17 +120,17 @@ def _seconds(record: Record, steps: Iterable[int], units: Mapping[str, float]) -
     )
 
 
-def _work(record: Record, steps: list[int]) -> Work:
+def _work(record: RecordedRun, steps: list[int]) -> WorkerTask:
     assert record.folder
     told = json.dumps({"folder": str(record.folder), "steps": steps})
-    return Work("dvar.recordings.rescore", told, record.folder / LOG, record.threads)
+    return WorkerTask("dvar.recordings.rescore", told, record.folder / LOG, record.threads)
 
 
-def _recording(folder: Path, job: Job) -> Recording:
+def _recording(folder: Path, job: TrainingRun) -> RecordingSpec:
     """What says who judges the pictures of a recorded run, and by which references."""
     judged = (facts_of(folder) or {})["judged"]
     pictures = Path(job.config.instance_data_dir or "")
-    return Recording(
+    return RecordingSpec(
         method=job.config.method,
         concept=folder.parent.name,
         model=job.config.pretrained_model_name_or_path,

@@ -19,7 +19,7 @@ from dvar.errors import CheckpointError, RefusedInput
 from dvar.stopping.trace import Trace
 from dvar.training.checkpoint import Checkpoint, saved
 from dvar.training.personalise import prepared
-from dvar.training.run import Job
+from dvar.training.run import TrainingRun
 from dvar.training.run_layout import CLASS_PICTURES
 
 WEIGHTS, SHEETS, ANEW = "weights", "pictures", "pictures-anew"
@@ -66,7 +66,7 @@ def learned_at(folder: str | Path, step: int) -> Backbone:
     return next(learned_along(folder, [step])).backbone
 
 
-def learned_along(folder: str | Path, steps: Sequence[int]) -> Iterator[Job]:
+def learned_along(folder: str | Path, steps: Sequence[int]) -> Iterator[TrainingRun]:
     """Yield the run's job with its model as it was after each of ``steps``, from the first to the last: from weights
     that were kept, or trained again from the nearest checkpoint or step before, which gives the very same weights (on
     the same kind of CPU at equal thread count).
@@ -110,7 +110,7 @@ def learned_along(folder: str | Path, steps: Sequence[int]) -> Iterator[Job]:
         yield job
 
 
-def rerun(folder: Path, elsewhere: str | Path) -> Job:
+def rerun(folder: Path, elsewhere: str | Path) -> TrainingRun:
     """Return the recorded run of ``folder`` as it began, ready to be opened in another folder.
 
     The pictures of a bundled concept are found where they lie now: another installation may have recorded it.

@@ -14,14 +14,14 @@ from dvar.diffusion.sampling import sample
 from dvar.files import write_json
 from dvar.recordings.archive import DONE, ROUNDS, rounds
 from dvar.recordings.image_metrics import Dino, Judge, Scorer
-from dvar.recordings.protocol import PLANS, Shots
+from dvar.recordings.protocol import PROTOCOLS, ScoringPrompts
 from dvar.recordings.restore import learned_along
-from dvar.recordings.spec import Recording, shots
+from dvar.recordings.spec import RecordingSpec, shots
 from dvar.training.dataset import Concept
-from dvar.training.run import Job
+from dvar.training.run import TrainingRun
 
 
-def scorer_of(recording: Recording, concept: Concept) -> Scorer:
+def scorer_of(recording: RecordingSpec, concept: Concept) -> Scorer:
     """Return what scores the pictures of a recording.
 
     References are read from their files, as the CLIP's own processor wants them, not as training crops them.
@@ -41,7 +41,7 @@ def scorer_of(recording: Recording, concept: Concept) -> Scorer:
 
 
 def drawn_and_scored(
-    job: Job, wanted: Mapping[str, Shots], score: Scorer, steps: int
+    job: TrainingRun, wanted: Mapping[str, ScoringPrompts], score: Scorer, steps: int
 ) -> tuple[list[list[Image.Image]], dict[str, Any]]:
     """Return the pictures of each kind by a job's model as it stands, and their scores by kind, with the "seconds" that
     drawing took.
@@ -53,7 +53,7 @@ def drawn_and_scored(
     return list(pictures.values()), {"seconds": seconds, **scores}
 
 
-def drawn(job: Job, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> list[Image.Image]:
+def drawn(job: TrainingRun, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> list[Image.Image]:
     """Return the pictures of these prompts by a job's model as it stands, in so many sampling steps."""
     config = job.config
     return sample(
@@ -67,25 +67,25 @@ def drawn(job: Job, prompts: Sequence[str], seeds: Sequence[int], steps: int) ->
     )
 
 
-def lacking(recording: Recording) -> dict[int, list[int]]:
+def lacking(recording: RecordingSpec) -> dict[int, list[int]]:
     """Return, of a finished run, the rounds of pictures after the first that its plan asks for and that are not there:
     the step to their numbers.
     """
     there = rounds(recording.folder)
     found = {
-        step: [number for number in range(1, PLANS[recording.plan].rounds) if (step, number) not in there]
+        step: [number for number in range(1, PROTOCOLS[recording.plan].rounds) if (step, number) not in there]
         for step in recording.scored
     }
     return {step: numbers for step, numbers in found.items() if numbers}
 
 
-def add_rounds(recording: Recording, concept: Concept, scorer: Scorer) -> None:
+def add_rounds(recording: RecordingSpec, concept: Concept, scorer: Scorer) -> None:
     """Draw and score what is `lacking`, leaving it in the folder step by step."""
     folder, wanted, missing = recording.folder, shots(recording, concept), lacking(recording)
     rows = list(rounds(folder).values())
     hashes = json.loads((folder / DONE).read_text(encoding="utf-8"))["hashes"]
     for step, job in zip(missing, learned_along(folder, list(missing)) if missing else (), strict=True):
-        steps = PLANS[recording.plan].sampling_steps or job.config.num_inference_steps
+        steps = PROTOCOLS[recording.plan].sampling_steps or job.config.num_inference_steps
         for number in missing[step]:
             again = {part: shot.again(number) for part, shot in wanted.items()}
             rows.append({"step": step, "round": number, **drawn_and_scored(job, again, scorer, steps)[1]})

@@ -18,7 +18,7 @@ from dvar.errors import RefusedInput
 from dvar.recordings.archive import digest
 from dvar.recordings.concepts import concept_folders, noun_of
 from dvar.recordings.image_metrics import Pairing
-from dvar.recordings.protocol import CHECKPOINTS, PAST, PLACES, PLANS, Shots, log_spaced
+from dvar.recordings.protocol import CHECKPOINTS, PAST, PLACES, PROTOCOLS, ScoringPrompts, log_spaced
 from dvar.training.dataset import Concept, read_concept
 
 FACTS = "recording.json"
@@ -28,7 +28,7 @@ _WATCHED = ("window", "threshold", "validation_steps", "num_validation_images")
 
 
 @dataclass(frozen=True)
-class Recording:
+class RecordingSpec:
     """One run to be recorded, and by what; all of it plain values, so that another process can be told.
 
     ``records`` is the folder of all records.  ``concepts`` is a folder of concepts, each with a ``concept.json`` that
@@ -50,7 +50,7 @@ class Recording:
     settings: tuple[tuple[str, Any], ...] = ()
 
     @classmethod
-    def told(cls, text: str) -> Recording:
+    def told(cls, text: str) -> RecordingSpec:
         """Return the recording that was written as JSON, its fields by name."""
         given = json.loads(text)
         return cls(**{**given, "settings": tuple((name, value) for name, value in given.get("settings", ()))})
@@ -90,7 +90,7 @@ class Recording:
         noun = self.noun
         own: dict[str, Any] = {"placeholder_token": "<thing>"} if self.method == "dreambooth-lora" else {}
         if self.method == CustomDiffusionConfig.method:
-            pictures = PLANS[self.plan].class_pictures
+            pictures = PROTOCOLS[self.plan].class_pictures
             own |= {"class_noun": noun, **({"num_class_images": pictures} if pictures else {})}
         elif dict(self.settings).get("initializer", "manual") == "manual":
             own["initializer_token"] = noun
@@ -103,7 +103,7 @@ class Recording:
             **own,
             **dict(self.settings),
         }
-        config, share = configure(given, self.method), PLANS[self.plan].share
+        config, share = configure(given, self.method), PROTOCOLS[self.plan].share
         if not config.lr_scheduler.startswith("constant"):
             raise RefusedInput([f"a recorded run needs a constant learning rate, got {config.lr_scheduler}: change it"])
         cap = round(config.max_train_steps * PAST[self.method] * share)
@@ -117,7 +117,7 @@ class Recording:
     @property
     def scored(self) -> list[int]:
         """The steps whose pictures are scored: 0, the cap, and log-spaced ones between; all of them evaluated."""
-        return log_spaced(self.config.max_train_steps, PLANS[self.plan].scored, self.config.probe_every)
+        return log_spaced(self.config.max_train_steps, PROTOCOLS[self.plan].scored, self.config.probe_every)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -125,7 +125,7 @@ class Recording:
         config = _asked(self.config)
         judged = {"clip": self.clip, "dino": self.dino, "pairing": self.pairing, "noun": self.noun}
         weights = {"weights": _bundled_weights()} if BUNDLED_MODEL in (self.model, self.clip or BUNDLED_MODEL) else {}
-        plan = {"plan": self.plan, **PLANS[self.plan].facts}
+        plan = {"plan": self.plan, **PROTOCOLS[self.plan].facts}
         return {"concept": self.concept, "settings": config, "measured": plan, "judged": judged, **weights}
 
     def foreign(self) -> str:
@@ -146,8 +146,8 @@ class Recording:
         """
         if self.method not in CONFIGS:
             raise RefusedInput([f"method must be one of {', '.join(CONFIGS)}, got {self.method!r}"])
-        if self.plan not in PLANS:
-            raise RefusedInput([f"preset must be one of {', '.join(PLANS)}, got {self.plan!r}"])
+        if self.plan not in PROTOCOLS:
+            raise RefusedInput([f"preset must be one of {', '.join(PROTOCOLS)}, got {self.plan!r}"])
         known = concept_folders(self.concepts)
         if self.concept not in known:
             said = f"there is no concept {self.concept!r}, the nearest is {nearest(self.concept, known)}"
@@ -175,25 +175,25 @@ def _bundled_weights() -> str:
     return sums.hexdigest()
 
 
-def shots(recording: Recording, concept: Concept) -> dict[str, Shots]:
+def shots(recording: RecordingSpec, concept: Concept) -> dict[str, ScoringPrompts]:
     """Return what is drawn of training prompts, taken evenly from the run's captions, and of validation prompts.
 
     Source: Section 4.1: 8 samples of prompts used in training, and prompts that training never saw.
     Deviates: the paper's validation prompts go with its concepts; ours are `PLACES`, the same for every concept.
     """
-    config, plan = recording.config, PLANS[recording.plan]
+    config, plan = recording.config, PROTOCOLS[recording.plan]
     captions = list(dict.fromkeys(text for index in range(len(concept.pictures)) for text in concept.texts(index)))
     seen = [captions[index * len(captions) // plan.prompts] for index in range(plan.prompts)]
     places = list(PLACES)[: plan.prompts]
     unseen = [f"a photo of the {config.subject} {PLACES[place]}" for place in places]
     return {
-        "train": Shots.of(seen, config.subject, recording.noun, plan.seeds),
-        "validation": Shots.of(unseen, config.subject, recording.noun, plan.seeds, places),
+        "train": ScoringPrompts.of(seen, config.subject, recording.noun, plan.seeds),
+        "validation": ScoringPrompts.of(unseen, config.subject, recording.noun, plan.seeds, places),
     }
 
 
 def facts_of(folder: Path) -> dict[str, Any] | None:
-    """Return the `Recording.facts` that a folder was recorded under; None when nothing was recorded there."""
+    """Return the `RecordingSpec.facts` that a folder was recorded under; None when nothing was recorded there."""
     try:
         return dict(json.loads((folder / FACTS).read_text(encoding="utf-8")))
     except (OSError, ValueError):

@@ -17,13 +17,13 @@ from typing import Literal
 
 from dvar.errors import DvarError, RefusedInput
 from dvar.files import write_json
-from dvar.recordings.archive import SECONDS, Record
+from dvar.recordings.archive import SECONDS, RecordedRun
 from dvar.recordings.cost import ALIKE, estimate, expected, seconds_left, time_left
-from dvar.recordings.protocol import PLANS
+from dvar.recordings.protocol import PROTOCOLS
 from dvar.recordings.recorder import FAILED
 from dvar.recordings.score_samples import lacking, scorer_of
-from dvar.recordings.spec import Recording
-from dvar.recordings.worker_pool import Work, side_by_side, slots
+from dvar.recordings.spec import RecordingSpec
+from dvar.recordings.worker_pool import WorkerTask, side_by_side, slots
 from dvar.training.dataset import Concept
 from dvar.training.progress import clock
 
@@ -33,10 +33,10 @@ State = Literal["done", "failed", "missing"]
 
 
 @dataclass(frozen=True)
-class Row:
+class RecordingStatus:
     """How one run of a sweep stands; ``reason`` says why it failed, or what is wrong with what was found."""
 
-    recording: Recording
+    recording: RecordingSpec
     state: State
     reason: str = ""
 
@@ -44,7 +44,9 @@ class Row:
         return f"{self.recording.name:<48} {self.state}" + (f"  {self.reason}" if self.reason else "")
 
 
-def grid(base: Recording, methods: Sequence[str], concepts: Sequence[str], seeds: Sequence[int]) -> list[Recording]:
+def grid(
+    base: RecordingSpec, methods: Sequence[str], concepts: Sequence[str], seeds: Sequence[int]
+) -> list[RecordingSpec]:
     """Return the recordings of every method, concept and seed, otherwise as ``base``: concept by concept, so that what
     is there at any time covers all methods alike.
     """
@@ -54,7 +56,7 @@ def grid(base: Recording, methods: Sequence[str], concepts: Sequence[str], seeds
     ]
 
 
-def check(recordings: Sequence[Recording]) -> None:
+def check(recordings: Sequence[RecordingSpec]) -> None:
     """Refuse at once what would only fail after hours.
 
     Raises: RefusedInput with everything that is wrong with methods, concepts, pictures and folders; ModelError when a
@@ -75,13 +77,13 @@ def check(recordings: Sequence[Recording]) -> None:
         scorer_of(recordings[0], known[0])
 
 
-def standing(recording: Recording) -> Row:
+def standing(recording: RecordingSpec) -> RecordingStatus:
     """Return how a run stands by what its folder holds; one that is damaged is missing, and the reason says so."""
     if not recording.folder.exists():
-        return Row(recording, "missing")
+        return RecordingStatus(recording, "missing")
     lost = ""
     try:
-        Record.open(recording.folder)
+        RecordedRun.open(recording.folder)
     except DvarError as error:
         lost = str(error).splitlines()[0]
     else:
@@ -89,15 +91,15 @@ def standing(recording: Recording) -> Row:
             lost = f"pictures of {len(missing)} steps are still to be drawn"
     failed = recording.folder / FAILED
     if lost and failed.exists():
-        return Row(recording, "failed", str(json.loads(failed.read_text(encoding="utf-8"))["reason"]))
+        return RecordingStatus(recording, "failed", str(json.loads(failed.read_text(encoding="utf-8"))["reason"]))
     if lost:
-        return Row(recording, "missing", lost)
-    return Row(recording, "done")
+        return RecordingStatus(recording, "missing", lost)
+    return RecordingStatus(recording, "done")
 
 
-def described(base: Recording) -> str:
+def described(base: RecordingSpec) -> str:
     """Return in one line what is measured, as every header says it."""
-    plan = PLANS[base.plan]
+    plan = PROTOCOLS[base.plan]
     cadence = ", ".join(f"{name} every {every}" for name, every in plan.every.items())
     shown = f"{plan.prompts} prompts x {plan.seeds * plan.rounds} seeds of each kind at about {plan.scored} steps"
     drawn = f"{plan.sampling_steps or 'the preset number of'} sampling steps"
@@ -106,8 +108,8 @@ def described(base: Recording) -> str:
 
 
 def recorded(
-    recordings: Sequence[Recording], tell: Tell, *, workers: int | None = None, only_estimate: bool = False
-) -> list[Row]:
+    recordings: Sequence[RecordingSpec], tell: Tell, *, workers: int | None = None, only_estimate: bool = False
+) -> list[RecordingStatus]:
     """Make what is missing of ``recordings``, telling first what is measured and how long it will take.
 
     Raises: all that `check` and `estimate` do, before anything is made.
@@ -137,13 +139,13 @@ def _keep(root: Path, units: Mapping[str, Mapping[str, float]]) -> None:
 
 
 def run_sweep(
-    recordings: Sequence[Recording],
+    recordings: Sequence[RecordingSpec],
     *,
     workers: int | None = None,
     units: Mapping[str, Mapping[str, float]] | None = None,
     tell: Tell = lambda line: None,
     every: float = 60,
-) -> list[Row]:
+) -> list[RecordingStatus]:
     """Make what is missing, damaged or failed of ``recordings``; return how all of them stand.
 
     Each run is a process that writes to `LOG` in its folder.  ``units`` are those of `estimate`, for the time left;
@@ -153,7 +155,7 @@ def run_sweep(
     if not missing:
         return [standing(recording) for recording in recordings]
     places = slots(workers, missing[0].threads)
-    progress = _Progress(missing, units or {}, len(places))
+    progress = _SweepProgress(missing, units or {}, len(places))
     with closing(side_by_side({recording: _work(recording) for recording in missing}, places, every)) as working:
         for ended, running in working:
             for recording, reason in ended.items():
@@ -165,7 +167,7 @@ def run_sweep(
     return [standing(recording) for recording in recordings]
 
 
-def table(rows: Iterable[Row]) -> Iterator[str]:
+def table(rows: Iterable[RecordingStatus]) -> Iterator[str]:
     """Yield a line for each row that is not done, and the count of each state."""
     rows = list(rows)
     yield from (str(row) for row in rows if row.state != "done")
@@ -173,20 +175,22 @@ def table(rows: Iterable[Row]) -> Iterator[str]:
     yield ", ".join(f"{count} {state}" for state, count in counts.items() if count) or "nothing to record"
 
 
-class _Progress:
+class _SweepProgress:
     """How far a sweep is, in expected seconds of work, so that long runs count for more."""
 
-    def __init__(self, recordings: Sequence[Recording], units: Mapping[str, Mapping[str, float]], at_once: int) -> None:
+    def __init__(
+        self, recordings: Sequence[RecordingSpec], units: Mapping[str, Mapping[str, float]], at_once: int
+    ) -> None:
         self.units, self.at_once, self.started = units, at_once, time.monotonic()
         self.left = {recording: self._left(recording) for recording in recordings}
         self.in_all, self.over = sum(self.left.values()), 0
 
-    def ended(self, recording: Recording, failed: bool) -> None:
+    def ended(self, recording: RecordingSpec, failed: bool) -> None:
         if failed:
             self.in_all -= self.left[recording]  # which nobody did
         self.over, self.left[recording] = self.over + 1, 0.0
 
-    def line(self, running: Sequence[Recording]) -> str:
+    def line(self, running: Sequence[RecordingSpec]) -> str:
         self.left |= {recording: self._left(recording) for recording in running}
         left, spent = sum(self.left.values()), time.monotonic() - self.started
         done = self.in_all - left
@@ -195,10 +199,10 @@ class _Progress:
         told = "" if soon is None else f", about {clock(soon)} left"
         return f"{self.over} of {len(self.left)} runs, {share:.0f} % in {clock(spent)}{told}"
 
-    def _left(self, recording: Recording) -> float:
+    def _left(self, recording: RecordingSpec) -> float:
         return seconds_left(recording, self.units.get(recording.method, ALIKE))
 
 
-def _work(recording: Recording) -> Work:
+def _work(recording: RecordingSpec) -> WorkerTask:
     told = json.dumps(asdict(recording))
-    return Work("dvar.recordings.recorder", told, recording.folder / LOG, recording.threads)
+    return WorkerTask("dvar.recordings.recorder", told, recording.folder / LOG, recording.threads)

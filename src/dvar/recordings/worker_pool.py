@@ -22,7 +22,7 @@ Name = TypeVar("Name")
 
 
 @dataclass(frozen=True)
-class Work:
+class WorkerTask:
     """What one process does: a module of this library, run with one argument; what it says goes to ``log``."""
 
     module: str
@@ -42,7 +42,7 @@ def slots(workers: int | None, threads: int) -> list[str]:
 
 
 def side_by_side(
-    work: Mapping[Name, Work], places: Sequence[str], every: float = 60
+    work: Mapping[Name, WorkerTask], places: Sequence[str], every: float = 60
 ) -> Generator[tuple[dict[Name, str], list[Name]]]:
     """Do the work, one process a place.
 
@@ -98,7 +98,7 @@ def _interrupted_by_the_end() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
-def _done(work: Work, place: str, started: Callable[[subprocess.Popen[bytes]], None]) -> str:
+def _done(work: WorkerTask, place: str, started: Callable[[subprocess.Popen[bytes]], None]) -> str:
     """Do one piece of work and return why it failed, "" where it did not."""
     work.log.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": str(work.threads), "TOKENIZERS_PARALLELISM": "false"}

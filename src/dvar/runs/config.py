@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from dvar.config.fields import COUNT, NOT_NEGATIVE, POSITIVE, Config, faults, setting
-from dvar.config.training import Settings
+from dvar.config.training import TrainingConfig
 
-Rule = Literal["dvar", "paper", "ema", "hall", "trend", "plateau", "all"]
+RuleName = Literal["dvar", "paper", "ema", "hall", "trend", "plateau", "all"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,15 +20,15 @@ class ReplayConfig(Config):
     plateau of the loss: those defaults are ours, for a loss that falls by a few per cent in all.
     """
 
-    rule: tuple[Rule, ...] = setting(
+    rule: tuple[RuleName, ...] = setting(
         ("dvar",), "A rule to replay; give it again for another. 'paper' is DVAR as published.", section="Rules"
     )
-    window: int = setting(Settings.window, "Steps over which a rule looks back.")
-    threshold: float = setting(Settings.threshold, "DVAR's alpha: stop when recent / whole variance is below it.")
+    window: int = setting(TrainingConfig.window, "Steps over which a rule looks back.")
+    threshold: float = setting(TrainingConfig.threshold, "DVAR's alpha: stop when recent / whole variance is below it.")
     ema_threshold: float = setting(1e-3, "Share by which the moving average changes over the window.", POSITIVE)
     hall_threshold: float = setting(1e-2, "Share of its maximum over which the loss ranges in the window.", POSITIVE)
     trend_threshold: float = setting(1e-6, "Slope a step, as a share of the first loss.", POSITIVE)
-    patience: int = setting(Settings.window, "Steps that a plateau may last.", COUNT)
+    patience: int = setting(TrainingConfig.window, "Steps that a plateau may last.", COUNT)
     min_delta: float = setting(0.0, "Fall of the loss that ends a plateau.", NOT_NEGATIVE)
 
     metric: str | None = setting(

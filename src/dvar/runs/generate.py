@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from dvar.config.training import Sampler
 from dvar.errors import RefusedInput
-from dvar.runs.run_folder import Run
+from dvar.runs.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from dvar.diffusion.backbone import Backbone
@@ -21,7 +21,7 @@ GENERATED, LIST = "generated", "drawings.jsonl"
 
 
 @dataclass(frozen=True)
-class Drawing:
+class GeneratedImage:
     """One picture: equal prompt, seed and manner start it from equal noise, whatever the run."""
 
     path: Path
@@ -39,7 +39,7 @@ class Drawing:
         return self.num_inference_steps, self.guidance_scale, self.scheduler
 
 
-def drawings(run: Run) -> tuple[Drawing, ...]:
+def drawings(run: RunFolder) -> tuple[GeneratedImage, ...]:
     """Return what a run drew with the weights it exported: its last sample pictures, then what `draw` left in it.
 
     Raises: RefusedInput when the list of the generated pictures is damaged.
@@ -48,7 +48,7 @@ def drawings(run: Run) -> tuple[Drawing, ...]:
     config = run.settings
     steps, guidance, scheduler = config.num_inference_steps, float(config.guidance_scale), config.validation_scheduler
     found = [
-        Drawing(path, str(item["prompt"]), int(item["seed"]), steps, guidance, scheduler=scheduler)
+        GeneratedImage(path, str(item["prompt"]), int(item["seed"]), steps, guidance, scheduler=scheduler)
         for path, item in zip(sampled, run.prompts, strict=False)
     ]
     listed = run.folder / GENERATED / LIST
@@ -56,14 +56,14 @@ def drawings(run: Run) -> tuple[Drawing, ...]:
         return tuple(found)
     try:
         rows = [json.loads(line) for line in listed.read_text(encoding="utf-8").splitlines()]
-        listed_here = [Drawing(**{**row, "path": listed.parent / Path(row["path"]).name}) for row in rows]
+        listed_here = [GeneratedImage(**{**row, "path": listed.parent / Path(row["path"]).name}) for row in rows]
     except (ValueError, KeyError, TypeError) as error:
         raise RefusedInput([f"{listed} is damaged ({error}): delete it, and draw the pictures again"]) from error
     return (*found, *(drawing for drawing in listed_here if drawing.result == _result(run)))
 
 
 def draw(
-    run: Run,
+    run: RunFolder,
     prompts: Sequence[str],
     seeds: Sequence[int],
     *,
@@ -71,7 +71,7 @@ def draw(
     guidance_scale: float | None = None,
     num_inference_steps: int | None = None,
     scheduler: Sampler | None = None,
-) -> tuple[Drawing, ...]:
+) -> tuple[GeneratedImage, ...]:
     """Return one new picture for each prompt and seed, drawn by a finished run's model and listed beside it.
 
     They go to "generated" in the run's folder unless another is given; what is there already is kept. Steps,
@@ -95,17 +95,17 @@ def draw(
     for picture, prompt, seed in zip(drawn, prompts, seeds, strict=True):
         path = next(path for number in count() if not (path := folder / f"{number:02d}.png").exists())
         picture.save(path)
-        found.append(Drawing(path, prompt, seed, steps, guidance, _result(run), way))
+        found.append(GeneratedImage(path, prompt, seed, steps, guidance, _result(run), way))
     _list(folder / LIST, found)
     return tuple(found)
 
 
-def _result(run: Run) -> str:
+def _result(run: RunFolder) -> str:
     """A digest of what the run ended with."""
     return sha256(json.dumps(run.result, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _list(path: Path, drawn: Iterable[Drawing]) -> None:
+def _list(path: Path, drawn: Iterable[GeneratedImage]) -> None:
     with path.open("a", encoding="utf-8") as file:
         for drawing in drawn:
             file.write(json.dumps({**vars(drawing), "path": drawing.path.name}, ensure_ascii=False) + "\n")

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from dvar.errors import RefusedInput
 from dvar.runs.config import ReplayConfig
-from dvar.stopping.rules import Criterion, Dvar, EmaPercentile, Hall, Plateau, Trend
+from dvar.stopping.rules import Dvar, EmaPercentile, Hall, Plateau, Rule, Trend
 from dvar.stopping.trace import LOSS, RELATIVE_LOSS, Trace
 from dvar.stopping.verdict import Verdict
 
-RULES: dict[str, Callable[[ReplayConfig], Criterion]] = {
+RULES: dict[str, Callable[[ReplayConfig], Rule]] = {
     "dvar": lambda config: Dvar(config.window, config.threshold),
     "paper": lambda config: Dvar(config.window, config.threshold, strict_paper=True),
     "ema": lambda config: EmaPercentile(config.window, config.ema_threshold),
@@ -23,7 +23,7 @@ RULES: dict[str, Callable[[ReplayConfig], Criterion]] = {
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ReplayOutcome:
     """What a rule made of a trace: its verdict where it stops, else the one at the end.
 
     `verdict` is None where the rule cannot judge such a trace; `refused` then says why.
@@ -44,7 +44,7 @@ class Outcome:
         return self.verdict.sentence if self.verdict else self.refused
 
 
-def verdicts(trace: Trace, rule: Criterion) -> Iterator[Verdict]:
+def verdicts(trace: Trace, rule: Rule) -> Iterator[Verdict]:
     """Yield what the rule said after each evaluation, as if the trace were being recorded."""
     replayed = Trace(trace.header)
     for row in trace.records:
@@ -53,7 +53,7 @@ def verdicts(trace: Trace, rule: Criterion) -> Iterator[Verdict]:
             yield rule(replayed)
 
 
-def replayed(trace: Trace, config: ReplayConfig) -> list[Outcome]:
+def replayed(trace: Trace, config: ReplayConfig) -> list[ReplayOutcome]:
     """Return the outcome of each rule asked for, in the order of `RULES`.
 
     Raises: RefusedInput when the settings of a rule are wrong, or no rule can judge the trace.
@@ -73,15 +73,15 @@ def replayed(trace: Trace, config: ReplayConfig) -> list[Outcome]:
     return outcomes
 
 
-def _outcome(name: str, trace: Trace, rule: Criterion) -> Outcome:
+def _outcome(name: str, trace: Trace, rule: Rule) -> ReplayOutcome:
     verdict = None
     try:
         for verdict in verdicts(trace, rule):
             if verdict.stop:
                 break
     except RefusedInput as error:
-        return Outcome(name, None, str(error))
-    return Outcome(name, verdict, "" if verdict else "the trace holds no evaluation")
+        return ReplayOutcome(name, None, str(error))
+    return ReplayOutcome(name, verdict, "" if verdict else "the trace holds no evaluation")
 
 
 # --- the picture ----------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from dvar.html import svg_charts
 from dvar.html.elements import Html, element, join, page_head
 from dvar.html.svg_charts import Scale
 from dvar.runs.config import ReplayConfig
-from dvar.runs.replay import Outcome, verdicts
+from dvar.runs.replay import ReplayOutcome, verdicts
 from dvar.stopping.rules import Dvar
 from dvar.stopping.trace import Trace
 
@@ -34,7 +34,9 @@ def ratios(trace: Trace, rule: Dvar) -> NDArray[np.float64]:
     return np.array([metrics["ratio"] if "total_var" in metrics else np.nan for metrics in said])
 
 
-def write_picture(path: Path, title: str, trace: Trace, outcomes: Sequence[Outcome], config: ReplayConfig) -> Path:
+def write_picture(
+    path: Path, title: str, trace: Trace, outcomes: Sequence[ReplayOutcome], config: ReplayConfig
+) -> Path:
     """Return the path, to which the replay was written: a picture (.svg), or a page with it and the sentences (.html).
 
     Raises: RefusedInput when the folder cannot be written to.
@@ -51,7 +53,7 @@ def write_picture(path: Path, title: str, trace: Trace, outcomes: Sequence[Outco
     return path
 
 
-def picture(trace: Trace, outcomes: Sequence[Outcome], window: int, threshold: float) -> Html:
+def picture(trace: Trace, outcomes: Sequence[ReplayOutcome], window: int, threshold: float) -> Html:
     """Return a drawing that stands by itself: the loss, DVAR's ratio, and where each rule stops.
 
     The ratio is drawn when DVAR is among the rules; shaded is the window behind its verdict.  Dotted is the ratio of a
@@ -117,7 +119,7 @@ def _ratio(x: Scale, trace: Trace, marks: Sequence[Html], window: int, threshold
     return _panel(x, y, layers, "Ratio of the variances", top, RATIO_HEIGHT)
 
 
-def _lanes(x: Scale, outcomes: Sequence[Outcome], top: int) -> Html:
+def _lanes(x: Scale, outcomes: Sequence[ReplayOutcome], top: int) -> Html:
     """A line for each rule, from the first step to its stop, over the axis of steps."""
     lanes = [_lane(x, outcome, LANE * (row + 0.5)) for row, outcome in enumerate(outcomes)]
     return svg_charts.panel(
@@ -130,7 +132,7 @@ def _lanes(x: Scale, outcomes: Sequence[Outcome], top: int) -> Html:
     )
 
 
-def _lane(x: Scale, outcome: Outcome, height: float) -> Html:
+def _lane(x: Scale, outcome: ReplayOutcome, height: float) -> Html:
     end, stop = float(x.place(x.high / 1.03)), outcome.stop
     share = end if stop is None else float(x.place(stop))
     name = element("text", outcome.name, x=0, dx=-10, y=height, dy="0.35em", text_anchor="end")
@@ -169,7 +171,7 @@ def _curve_name(trace: Trace) -> str:
     return str(trace.header.get("log", {}).get("metric", "L_det"))
 
 
-def _page(title: str, curve: str, shown: Html, outcomes: Sequence[Outcome]) -> Html:
+def _page(title: str, curve: str, shown: Html, outcomes: Sequence[ReplayOutcome]) -> Html:
     head = page_head(f"{title} · dvar replay", _style("charts.css") + _style("report.css"), images=False)
     rows = [element("tr", element("th", outcome.name, scope="row"), element("td", outcome.why)) for outcome in outcomes]
     body = element(

@@ -13,7 +13,7 @@ from pathlib import Path
 from dvar.config.training import BUNDLED_MODEL
 from dvar.html.elements import Html, element, join, page_head
 from dvar.runs import report_figures
-from dvar.runs.run_folder import Run
+from dvar.runs.run_folder import RunFolder
 from dvar.stopping.diagnosis import Reason
 from dvar.stopping.rules import SETTLED
 from dvar.training.weight_files import imports, loads
@@ -27,13 +27,13 @@ def write_report(run_dir: str | Path) -> Path:
 
     Raises: RefusedInput when the folder holds no run or a damaged one; TraceError when its trace is damaged.
     """
-    run = Run.open(run_dir)
+    run = RunFolder.open(run_dir)
     path = run.folder / "report.html"
     path.write_text("<!doctype html>\n" + _page(run) + "\n", encoding="utf-8", newline="\n")
     return path
 
 
-def _page(run: Run) -> Html:
+def _page(run: RunFolder) -> Html:
     sheets = (files("dvar.html").joinpath(name) for name in ("charts.css", "report.css"))
     style = "".join(sheet.read_text(encoding="utf-8") for sheet in sheets)
     head = page_head(f"{run.settings.subject} · dvar", style)
@@ -41,7 +41,7 @@ def _page(run: Run) -> Html:
     return element("html", head, element("body", element("main", *(section(run) for section in sections))), lang="en")
 
 
-def _title(run: Run) -> Html:
+def _title(run: RunFolder) -> Html:
     settings, count = run.settings, len(run.references)
     pictures = f"{count} {_plural(count, 'picture')}" if count else "pictures"
     name = settings.pretrained_model_name_or_path
@@ -60,14 +60,14 @@ def _title(run: Run) -> Html:
     )
 
 
-def _outcome(run: Run) -> Html:
+def _outcome(run: RunFolder) -> Html:
     said, _, because = run.verdict.sentence.partition(": ")
     verdict = element("p", element("b", f"{_capitalised(said)}:"), " ", _prose(because), class_="verdict")
     notes = element("ul", *(element("li", note) for note in _notes(run)), class_="notes")
     return element("section", verdict, None if run.result else _unfinished(run), notes, class_="outcome")
 
 
-def _notes(run: Run) -> Iterator[Html]:
+def _notes(run: RunFolder) -> Iterator[Html]:
     """What a person should know before believing the verdict."""
     verdict = run.verdict
     for diagnosis in verdict.diagnoses:
@@ -88,18 +88,18 @@ def _notes(run: Run) -> Iterator[Html]:
         yield join([f"{line} This run {compared}."])
 
 
-def _unfinished(run: Run) -> Html:
+def _unfinished(run: RunFolder) -> Html:
     recorded = f"This run has not finished: {run.steps} of at most {run.config['max_train_steps']} steps are recorded."
     command = element("code", "--resume_from_checkpoint latest")
     return element("p", recorded, " If nothing is training it now, its command with ", command, " takes it up again.")
 
 
-def _numbers(run: Run) -> Html:
+def _numbers(run: RunFolder) -> Html:
     steps = _fact(f"{run.steps}", _plural(run.steps, "step"), f"of at most {run.config['max_train_steps']}")
     return element("section", element("dl", steps, _time(run), _saved(run), _best(run), class_="numbers"))
 
 
-def _time(run: Run) -> Html | None:
+def _time(run: RunFolder) -> Html | None:
     total = sum(run.seconds.values())
     if not total:
         return None
@@ -107,7 +107,7 @@ def _time(run: Run) -> Html | None:
     return _fact(_duration(total), "spent", " · ".join(shares))
 
 
-def _saved(run: Run) -> Html | None:
+def _saved(run: RunFolder) -> Html | None:
     saved = run.seconds_to_cap - sum(run.seconds.values())
     if not run.result or run.verdict.reason not in SETTLED or saved <= 0:
         return None
@@ -115,7 +115,7 @@ def _saved(run: Run) -> Html | None:
     return _fact(_duration(saved), "saved", cap)
 
 
-def _best(run: Run) -> Html | None:
+def _best(run: RunFolder) -> Html | None:
     if run.best is None:
         return None
     step, value = run.best
@@ -129,7 +129,7 @@ def _fact(value: str, name: str, detail: str) -> Html:
     return element("div", element("dt", _prose(name)), *described)
 
 
-def _losses(run: Run) -> Html:
+def _losses(run: RunFolder) -> Html:
     if not len(run.trace):
         return _section("The losses", element("p", "Nothing has been recorded yet."))
     caption = (
@@ -141,7 +141,7 @@ def _losses(run: Run) -> Html:
     return _section("The losses", _figure(report_figures.losses(run), caption + _lost(run)))
 
 
-def _lost(run: Run) -> str:
+def _lost(run: RunFolder) -> str:
     lost = report_figures.lost_steps(run)
     if not lost:
         return ""
@@ -149,7 +149,7 @@ def _lost(run: Run) -> str:
     return f" A loss was not finite at {_plural(len(lost), 'step')} {named} (dotted lines)."
 
 
-def _ratio(run: Run) -> Html | None:
+def _ratio(run: RunFolder) -> Html | None:
     if not len(run.trace.steps):
         return None
     window, threshold = run.config["window"], run.config["threshold"]
@@ -162,7 +162,7 @@ def _ratio(run: Run) -> Html | None:
     return _section("The stopping rule", _figure(report_figures.ratio(run), caption))
 
 
-def _growth(run: Run) -> Html | None:
+def _growth(run: RunFolder) -> Html | None:
     if not run.samples:
         return None
     word = run.settings.subject
@@ -170,7 +170,7 @@ def _growth(run: Run) -> Html | None:
     return _section(f"How {word} grew", _figure(report_figures.growth(run), caption))
 
 
-def _single_inputs(run: Run) -> Html | None:
+def _single_inputs(run: RunFolder) -> Html | None:
     if not len(run.trace.steps):
         return None
     caption = (
@@ -180,7 +180,7 @@ def _single_inputs(run: Run) -> Html | None:
     return _section("Input by input", _figure(report_figures.single_inputs(run), caption))
 
 
-def _use(run: Run) -> Html | None:
+def _use(run: RunFolder) -> Html | None:
     if not run.result:
         return None
     config = run.config
@@ -206,7 +206,7 @@ def _use(run: Run) -> Html | None:
     )
 
 
-def _best_file(run: Run) -> Html | None:
+def _best_file(run: RunFolder) -> Html | None:
     result = run.result or {}
     kept = ", ".join(name for name in result["best_weights"] if name not in result["weights"])
     if not kept:
@@ -214,7 +214,7 @@ def _best_file(run: Run) -> Html | None:
     return element("p", _prose("What was learned at the lowest L_det is kept as well: "), element("code", kept), ".")
 
 
-def _settings(run: Run) -> Html:
+def _settings(run: RunFolder) -> Html:
     settings = {name: value for name, value in run.config.items() if name != "versions"}
     return element("section", _table("Settings", settings), _table("Versions", run.config.get("versions", {})))
 

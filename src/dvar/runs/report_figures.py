@@ -13,7 +13,7 @@ from PIL import Image
 from dvar.html import svg_charts
 from dvar.html.elements import Html, element, join
 from dvar.html.svg_charts import Scale
-from dvar.runs.run_folder import Floats, Run
+from dvar.runs.run_folder import Floats, RunFolder
 from dvar.stopping.rules import SETTLED
 
 PIXEL_ART = 128  # pictures up to this side are shown pixel by pixel, larger ones are shrunk and smoothed
@@ -24,7 +24,7 @@ LOST_SHOWN = 20
 L_DET = join([element("i", "L"), element("sub", "det")])
 
 
-def losses(run: Run) -> Html:
+def losses(run: RunFolder) -> Html:
     """Return the training loss and, under it on the same steps, L_det; the window and the stop are marked on both."""
     x, (noisy_steps, noisy) = _across(run), run.trace.metric("train_loss")
     above, below = Scale.around(noisy), Scale.around(run.trace.values, room=0.16)
@@ -39,7 +39,7 @@ def losses(run: Run) -> Html:
     )
 
 
-def ratio(run: Run) -> Html:
+def ratio(run: RunFolder) -> Html:
     """Return the ratio of the two variances over the steps against the threshold and against a straight line's."""
     x, window, threshold = _across(run), run.config["window"], run.config["threshold"]
     values = run.ratios
@@ -57,7 +57,7 @@ def ratio(run: Run) -> Html:
     return element("div", heading, _panel(x, y, layers, "Ratio of the variances", last=True, tall=True), class_="plot")
 
 
-def single_inputs(run: Run) -> Html | None:
+def single_inputs(run: RunFolder) -> Html | None:
     """Return one small curve for each held input, ordered by timestep, each on its own scale; None without records."""
     samples = run.trace.samples
     if not samples.size:
@@ -67,7 +67,7 @@ def single_inputs(run: Run) -> Html | None:
     return element("div", *(_single(run, samples[:, index], timesteps[index]) for index in order), class_="sparks")
 
 
-def growth(run: Run) -> Html | None:
+def growth(run: RunFolder) -> Html | None:
     """Return the sample pictures, a row for each prompt and a column for each of some steps, beside the references."""
     if not run.samples:
         return None
@@ -79,7 +79,7 @@ def growth(run: Run) -> Html | None:
     return element("div", element("div", table), _references(run), class_="growth")
 
 
-def becoming(run: Run) -> Html | None:
+def becoming(run: RunFolder) -> Html | None:
     """Return a few references and, beside them, what the newest samples show; None when there is neither."""
     newest = max(run.samples, default=0)
     final = run.samples.get(newest if run.exported_step is None else run.exported_step, ())
@@ -104,14 +104,14 @@ def picture(path: Path, says: str) -> Html:
     return element("img", src=source, alt=says, class_="pixels" if pixels else None)
 
 
-def lost_steps(run: Run) -> list[int]:
+def lost_steps(run: RunFolder) -> list[int]:
     """Return the steps at which a recorded loss was not finite."""
     noisy_steps, noisy = run.trace.metric("train_loss")
     lost = np.concatenate([noisy_steps[~np.isfinite(noisy)], run.trace.steps[~np.isfinite(run.trace.values)]])
     return [int(step) for step in np.unique(lost)]
 
 
-def _across(run: Run) -> Scale:
+def _across(run: RunFolder) -> Scale:
     return Scale(0.0, max(run.steps, 1) * 1.03)
 
 
@@ -123,7 +123,7 @@ def _panel(x: Scale, y: Scale, layers: Sequence[Html], says: str, *, last: bool 
     return svg_charts.panel(x, y, layers, label=says, steps=last, tall=tall)
 
 
-def _marks(run: Run, x: Scale, name: str | None = None) -> list[Html]:
+def _marks(run: RunFolder, x: Scale, name: str | None = None) -> list[Html]:
     """The window behind the verdict, the steps whose loss was lost and the stop."""
     lost = [svg_charts.upright(x, step, "lost") for step in lost_steps(run)[:LOST_SHOWN]]
     judged = run.verdict.stop and run.verdict.reason in SETTLED
@@ -131,17 +131,17 @@ def _marks(run: Run, x: Scale, name: str | None = None) -> list[Html]:
     return [*[svg_charts.band(x, first, last, "window")] * judged, *lost, *_stop(run, x, name)]
 
 
-def _stop(run: Run, x: Scale, name: str | None) -> list[Html]:
+def _stop(run: RunFolder, x: Scale, name: str | None) -> list[Html]:
     step = run.verdict.step
     return [svg_charts.upright(x, step, "stop", f"{name} {step}" if name else None)] if run.verdict.stop else []
 
 
-def _fixed_loss(run: Run, x: Scale, y: Scale) -> Html:
+def _fixed_loss(run: RunFolder, x: Scale, y: Scale) -> Html:
     line = svg_charts.curve(x, y, run.trace.steps, run.trace.values, "signal")
     return join([line, svg_charts.dot(x, y, *run.best, "best", f"lowest {run.best[0]}")]) if run.best else line
 
 
-def _single(run: Run, values: Floats, timestep: int | None) -> Html:
+def _single(run: RunFolder, values: Floats, timestep: int | None) -> Html:
     x, y = _across(run), Scale.around(values)
     finite = values[np.isfinite(values)]
     change = f"{100 * (finite[-1] / finite[0] - 1):+.2g} %".replace("-", "−") if finite.size and finite[0] else ""
@@ -151,7 +151,7 @@ def _single(run: Run, values: Floats, timestep: int | None) -> Html:
     return element("div", title, svg_charts.spark([line], label=f"Loss at {name} by step"))
 
 
-def _row(run: Run, row: int, steps: Sequence[int]) -> Iterable[Html]:
+def _row(run: RunFolder, row: int, steps: Sequence[int]) -> Iterable[Html]:
     prompt = _prompt(run, row)
     if row == 0 or prompt != _prompt(run, row - 1):
         yield element("tr", element("th", prompt, colspan=len(steps), scope="rowgroup"))
@@ -162,11 +162,11 @@ def _cell(pictures: Sequence[Path], row: int, says: str) -> Html:
     return picture(pictures[row], says) if row < len(pictures) else element("span", class_="none")
 
 
-def _prompt(run: Run, row: int) -> str:
+def _prompt(run: RunFolder, row: int) -> str:
     return str(run.prompts[row]["prompt"]) if row < len(run.prompts) else "samples"
 
 
-def _references(run: Run) -> Html | None:
+def _references(run: RunFolder) -> Html | None:
     if not run.references:
         return None
     pictures = [picture(path, "reference") for path in run.references[:5]]

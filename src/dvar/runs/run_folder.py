@@ -23,7 +23,7 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Run:
+class RunFolder:
     """What a run left in its folder, finished or not.
 
     ``result`` is None until the run has finished. ``samples`` maps a step to its pictures, in the order of ``prompts``,
@@ -39,7 +39,7 @@ class Run:
     prompts: tuple[Mapping[str, Any], ...]
 
     @classmethod
-    def open(cls, folder: str | Path) -> Run:
+    def open(cls, folder: str | Path) -> RunFolder:
         """Return the run in a folder. What an unfinished run has not written yet is empty or None.
 
         Raises: RefusedInput when the folder holds no run or one of its JSON files is damaged; TraceError when

@@ -9,7 +9,7 @@ from itertools import chain
 from typing import Any
 
 from dvar.stopping.diagnosis import Diagnosis, Reason
-from dvar.stopping.rule import Criterion, refuse, whole
+from dvar.stopping.rule import Rule, refuse, whole
 from dvar.stopping.trace import Trace
 from dvar.stopping.verdict import Verdict
 
@@ -44,7 +44,7 @@ class AnyOf:
     Raises: RefusedInput when there is no rule, or one that cannot be called.
     """
 
-    rules: tuple[Criterion, ...]
+    rules: tuple[Rule, ...]
 
     def __post_init__(self) -> None:
         refuse(_rules_problems("AnyOf", self.rules))
@@ -63,7 +63,7 @@ class AllOf:
     Raises: RefusedInput when there is no rule, or one that cannot be called.
     """
 
-    rules: tuple[Criterion, ...]
+    rules: tuple[Rule, ...]
 
     def __post_init__(self) -> None:
         refuse(_rules_problems("AllOf", self.rules))
@@ -79,7 +79,7 @@ class NotBefore:
     Raises: RefusedInput when `step` is not a whole number of at least 1 or the rule cannot be called.
     """
 
-    rule: Criterion
+    rule: Rule
     step: int
 
     def __post_init__(self) -> None:
@@ -100,7 +100,7 @@ class AtMost:
     Raises: RefusedInput when `max_steps` is not a whole number of at least 1 or the rule cannot be called.
     """
 
-    rule: Criterion
+    rule: Rule
     max_steps: int
 
     def __post_init__(self) -> None:

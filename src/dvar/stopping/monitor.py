@@ -17,7 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 from numpy.typing import ArrayLike
 
 from dvar.errors import DvarError, RefusedInput, TraceError
-from dvar.stopping.rule import Criterion, whole
+from dvar.stopping.rule import Rule, whole
 from dvar.stopping.rules import schedule_problems
 from dvar.stopping.trace import Trace, TraceFile
 from dvar.stopping.verdict import Verdict
@@ -30,7 +30,7 @@ class MeasuresStep(Protocol):
     def measure(self, step: int) -> Mapping[str, Any]: ...
 
 
-class Watch:
+class StopMonitor:
     """What a loop asks after each update: measure if it is time, record, write it down, judge.
 
     `watch(step)` returns the `Verdict` of `rule` at the newest record.  `step` is the number of updates made so far in
@@ -53,7 +53,7 @@ class Watch:
 
     def __init__(
         self,
-        rule: Criterion,
+        rule: Rule,
         probe: Callable[[], ArrayLike] | MeasuresStep | None,
         path: str | os.PathLike[str],
         *,

@@ -36,7 +36,7 @@ STOPS_ON = (Reason.STABILISED, Reason.NOT_LEARNING, Reason.RISING)
 loss that rises nor one that settled without a gain."""
 
 
-class Criterion(Protocol):
+class Rule(Protocol):
     """Anything that gives a verdict on a trace."""
 
     def __call__(self, trace: Trace) -> Verdict:

@@ -15,8 +15,8 @@ from PIL import Image
 
 from dvar.config.training import Sampler
 from dvar.errors import RefusedInput
-from dvar.runs.generate import Drawing, draw, drawings
-from dvar.runs.run_folder import Run
+from dvar.runs.generate import GeneratedImage, draw, drawings
+from dvar.runs.run_folder import RunFolder
 from dvar.survey.config import SurveyBuildConfig
 from dvar.survey.questions import LESSONS
 from dvar.survey.survey import PICTURES, QUESTIONS, Survey, Task, controls, key
@@ -43,13 +43,13 @@ SCENES = (
 
 
 @dataclass(frozen=True)
-class Rivals:
+class RunPair:
     """Two finished runs of one concept whose pictures are compared."""
 
     method: str
     concept: str
-    candidate: Run
-    baseline: Run
+    candidate: RunFolder
+    baseline: RunFolder
 
     @property
     def likeness(self) -> str:
@@ -70,7 +70,7 @@ def build(runs: Sequence[str | Path], config: SurveyBuildConfig) -> Survey:
     output = Path(config.output_dir)
     if output.exists() and any(output.iterdir()):
         raise RefusedInput([f"{output} holds files already: name another --output_dir, or remove it"])
-    found = rivals([Run.open(folder) for folder in runs])
+    found = rivals([RunFolder.open(folder) for folder in runs])
     if config.draw:
         for pair in found:
             for run in (pair.candidate, pair.baseline):
@@ -78,7 +78,7 @@ def build(runs: Sequence[str | Path], config: SurveyBuildConfig) -> Survey:
     staged = output.with_name(f".{output.name}.part")
     shutil.rmtree(staged, ignore_errors=True)
     (staged / PICTURES).mkdir(parents=True)
-    survey = _planned(found, Album(staged / PICTURES), config)
+    survey = _planned(found, ImageStore(staged / PICTURES), config)
     _equally_long(staged / PICTURES)
     survey.write(staged)
     if output.exists():
@@ -87,14 +87,14 @@ def build(runs: Sequence[str | Path], config: SurveyBuildConfig) -> Survey:
     return survey
 
 
-def rivals(runs: Sequence[Run]) -> tuple[Rivals, ...]:
+def rivals(runs: Sequence[RunFolder]) -> tuple[RunPair, ...]:
     """Return the runs two by two, in the order given.
 
     Two runs of one concept are rivals, too, when they are the only ones of it and of different methods.
 
     Raises: RefusedInput naming every run that cannot be compared.
     """
-    problems, concepts = [], dict[str, list[Run]]()
+    problems, concepts = [], dict[str, list[RunFolder]]()
     for run in runs:
         if run.result is None:
             problems.append(f"a survey compares finished runs, {run.folder} has no result.json: finish it first")
@@ -107,13 +107,13 @@ def rivals(runs: Sequence[Run]) -> tuple[Rivals, ...]:
     for likeness, same in concepts.items():
         name = Path(same[0].config["instance_data_dir"] or same[0].folder).name
         name = name if names.setdefault(name, likeness) == likeness else f"{name} {likeness[:4]}"
-        methods = dict[str, list[Run]]()
+        methods = dict[str, list[RunFolder]]()
         for run in same:
             methods.setdefault(run.settings.method, []).append(run)
         groups = {" against ".join(methods): same} if len(same) == 2 else methods
         for method, group in groups.items():
             if len(group) == 2:
-                found.append(Rivals(method, name, *group))
+                found.append(RunPair(method, name, *group))
             else:
                 named = ", ".join(str(run.folder) for run in group)
                 said = f"two runs of a method and a concept are compared, {method} has {len(group)} here ({named})"
@@ -123,7 +123,7 @@ def rivals(runs: Sequence[Run]) -> tuple[Rivals, ...]:
     return tuple(found)
 
 
-class Album:
+class ImageStore:
     """The pictures of a survey, encoded anew under names that only their pixels decide."""
 
     def __init__(self, folder: Path) -> None:
@@ -150,7 +150,7 @@ class Album:
         return kept.reduce(ENLARGED) if name in self.enlarged else kept
 
 
-def _planned(found: Sequence[Rivals], album: Album, config: SurveyBuildConfig) -> Survey:
+def _planned(found: Sequence[RunPair], album: ImageStore, config: SurveyBuildConfig) -> Survey:
     pairs = list[Task]()
     for pair in found:
         tasks = _pairs(pair, album)
@@ -184,7 +184,7 @@ def _planned(found: Sequence[Rivals], album: Album, config: SurveyBuildConfig) -
     )
 
 
-def _pairs(pair: Rivals, album: Album) -> list[Task]:
+def _pairs(pair: RunPair, album: ImageStore) -> list[Task]:
     """What both rivals drew alike, a task each."""
     ours, theirs = _alike(pair.candidate), _alike(pair.baseline)
     seen = {_pattern(prompt, run) for run in (pair.candidate, pair.baseline) for prompt in prompts(run.settings)}
@@ -210,7 +210,7 @@ def _pairs(pair: Rivals, album: Album) -> list[Task]:
     return tasks
 
 
-def _training(asked: Sequence[Task], album: Album) -> Iterator[Task]:
+def _training(asked: Sequence[Task], album: ImageStore) -> Iterator[Task]:
     """The training round of a question: one picture in pieces, the same picture twice, and another object if any."""
     broken = replace(_broken(asked[0], 0, album), role="training", lesson=LESSONS["broken"])
     yield replace(broken, id=_name("training", broken.id))
@@ -222,14 +222,14 @@ def _training(asked: Sequence[Task], album: Album) -> Iterator[Task]:
         yield replace(other, id=_name("other", other.id), first=other.references[-1], second=another.references[-1])
 
 
-def _controls(asked: Sequence[Task], album: Album, config: SurveyBuildConfig) -> Iterator[Task]:
+def _controls(asked: Sequence[Task], album: ImageStore, config: SurveyBuildConfig) -> Iterator[Task]:
     """As many controls as one person can meet, spread over the pairs."""
     wanted = controls(min(config.per_person, len(asked)), config.control_every)
     for number in range(wanted):
         yield _broken(asked[number * len(asked) // wanted], number + 1, album)
 
 
-def _broken(task: Task, number: int, album: Album) -> Task:
+def _broken(task: Task, number: int, album: ImageStore) -> Task:
     """A control: a picture of the pair, or of the object where likeness is asked, against that picture in pieces.
 
     Either is a cutting of its own, so that no picture of a control is in another task, and none has the other's pixels.
@@ -294,7 +294,7 @@ def _level(first: Image.Image, second: Image.Image) -> tuple[Image.Image, Image.
     )
 
 
-def _draw_missing(run: Run, config: SurveyBuildConfig) -> None:
+def _draw_missing(run: RunFolder, config: SurveyBuildConfig) -> None:
     """Draw the run's plain prompt and the scenes, each at every seed, where it has not."""
     there = {(drawing.prompt, drawing.seed) for drawing in drawings(run)}
     plain = run.settings.plain_prompt
@@ -318,20 +318,20 @@ def _scenes(config: SurveyBuildConfig) -> Sequence[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-def _alike(run: Run) -> Mapping[tuple[str, int, tuple[int, float, Sampler]], Drawing]:
+def _alike(run: RunFolder) -> Mapping[tuple[str, int, tuple[int, float, Sampler]], GeneratedImage]:
     """What a run drew by all that must be equal in a pair; of two alike the first."""
-    found = dict[tuple[str, int, tuple[int, float, Sampler]], Drawing]()
+    found = dict[tuple[str, int, tuple[int, float, Sampler]], GeneratedImage]()
     for drawing in drawings(run):
         found.setdefault((_pattern(drawing.prompt, run), drawing.seed, drawing.manner), drawing)
     return found
 
 
-def _pattern(prompt: str, run: Run) -> str:
+def _pattern(prompt: str, run: RunFolder) -> str:
     """The prompt with {} in place of what it calls the subject."""
     return prompt.replace(run.settings.subject, "{}")
 
 
-def _likeness(run: Run) -> str:
+def _likeness(run: RunFolder) -> str:
     """What tells one concept from another: the pixels of its reference pictures, in any order."""
     pixels = sorted(blake2b(_opened(path).tobytes()).hexdigest() for path in run.references)
     return blake2b("".join(pixels).encode()).hexdigest()

@@ -18,7 +18,7 @@ from pathlib import Path
 from dvar.errors import RefusedInput
 from dvar.survey.questions import THE_OBJECT, WORDING
 from dvar.survey.survey import QUESTIONS, VOTES, Answer, Question, Survey, Task
-from dvar.survey.vote_store import Assignment, Ballots, Side
+from dvar.survey.vote_store import Assignment, Side, VoteStore
 
 SIDES: tuple[Side, Side] = ("first", "second")
 # What platforms call the three columns, once prefixes such as "Input." and "OUTPUT:" and underscores are off.
@@ -27,7 +27,7 @@ TOLD = 10  # problems of a table that are told at once
 
 
 @dataclass(frozen=True)
-class Given:
+class ImportedAnswer:
     """One row of a table of answers, understood."""
 
     worker: str
@@ -84,13 +84,13 @@ def read_answers(folder: Path, path: Path, secret: str) -> tuple[int, int]:
         raise RefusedInput([f"answers are a table, {path} cannot be read ({error}): check its name"]) from error
     columns = _columns(path, list(rows[0]) if rows else [])
     asked = {_ticket(secret, task, side): (task, side) for task in survey.tasks for side in SIDES}
-    problems, given = [], list[Given]()
+    problems, given = [], list[ImportedAnswer]()
     for number, row in enumerate(rows, start=2):
         try:
             given.append(_understood(asked, {name: (row[columns[name]] or "").strip() for name in COLUMNS}))
         except ValueError as error:
             problems.append(f"{path}, line {number}: {error}")
-    ballots = Ballots(folder / VOTES, survey)
+    ballots = VoteStore(folder / VOTES, survey)
     source = "table"
     problems += _contradictions(path, given, ballots, source)
     if problems:
@@ -123,7 +123,7 @@ def _row(survey: Survey, task: Task, number: int, secret: str, pictures: str, sh
     }
 
 
-def _understood(asked: Mapping[str, tuple[Task, Side]], row: Mapping[str, str]) -> Given:
+def _understood(asked: Mapping[str, tuple[Task, Side]], row: Mapping[str, str]) -> ImportedAnswer:
     """Raises: ValueError that says what is wrong with the row."""
     if row["ticket"] not in asked:
         raise ValueError(f"its ticket {row['ticket'][:20]!r} is not one of this survey's")
@@ -133,10 +133,10 @@ def _understood(asked: Mapping[str, tuple[Task, Side]], row: Mapping[str, str]) 
         raise ValueError(f"an answer is left, right or equal, got {row['answer']!r}")
     if not row["worker"]:
         raise ValueError("its worker is missing")
-    return Given(row["worker"], task, side, answer)
+    return ImportedAnswer(row["worker"], task, side, answer)
 
 
-def _contradictions(path: Path, given: list[Given], ballots: Ballots, source: str) -> Iterator[str]:
+def _contradictions(path: Path, given: list[ImportedAnswer], ballots: VoteStore, source: str) -> Iterator[str]:
     """Two answers of one person to one task, in the table or already counted, that are not the same."""
     stands = {(vote.worker, vote.task.id): vote.answer for vote in ballots.votes()}
     said = dict[tuple[str, str], Answer]()

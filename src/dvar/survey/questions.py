@@ -15,7 +15,7 @@ THE_OBJECT = "the object"
 
 
 @dataclass(frozen=True)
-class Wording:
+class QuestionText:
     """How one question is put: its name and sentence, why it is asked, and the steps of deciding."""
 
     name: str
@@ -24,8 +24,8 @@ class Wording:
     steps: tuple[tuple[str, str], ...]
 
 
-WORDING: dict[Question, Wording] = {
-    "reconstruction": Wording(
+WORDING: dict[Question, QuestionText] = {
+    "reconstruction": QuestionText(
         name="Likeness",
         asks="Which picture looks more like the reference object?",
         task="The reference pictures all show one object. Two programs have learned it and drawn it. Tell us who drew "
@@ -39,7 +39,7 @@ WORDING: dict[Question, Wording] = {
             ("Details", "If not: are patterns, parts or markings better in one of them? If still not, answer equal."),
         ),
     ),
-    "customization": Wording(
+    "customization": QuestionText(
         name="Description",
         asks="Which picture fits the description better?",
         task="Two programs have learned the object of the reference pictures, and were asked to draw it as the "

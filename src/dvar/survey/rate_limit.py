@@ -11,7 +11,7 @@ HOUR = 3600.0
 NETWORK = 64  # bits of an IPv6 address that name a network; who has one address there has them all
 
 
-class Door:
+class RateLimiter:
     """Lets at most ``most`` people of one address in within any hour, and forgets an address an hour after its last."""
 
     def __init__(self, most: int, clock: Callable[[], float] = time.monotonic) -> None:

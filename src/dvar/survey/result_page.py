@@ -10,7 +10,7 @@ from dvar.config.training import CONFIGS
 from dvar.html.elements import Html, element, join, page_head
 from dvar.runs import report_figures
 from dvar.survey.questions import THE_OBJECT, WORDING
-from dvar.survey.scoring import Row, Score, Tally
+from dvar.survey.scoring import ComparisonResult, Score, Tally
 from dvar.survey.statistics import Interval
 from dvar.survey.survey import PICTURES
 
@@ -88,7 +88,7 @@ def _few(score: Score) -> Iterator[str]:
         yield f"A row rests on as few as {said}: no interval tells much about others than these."
 
 
-def _result_row(row: Row) -> list[Html]:
+def _result_row(row: ComparisonResult) -> list[Html]:
     split = f"{row.better} · {row.equal} · {row.worse}"
     strength = row.strength
     fitted = f"{_signed(strength.advantage)} {_bracket(strength.interval)}" if strength else "none"
@@ -104,7 +104,7 @@ def _result_row(row: Row) -> list[Html]:
     ]
 
 
-def _bar(row: Row) -> Html:
+def _bar(row: ComparisonResult) -> Html:
     """Better, equal and worse as one bar."""
     parts, at = [], 0.0
     for name, count in (("better", row.better), ("equal", row.equal), ("worse", row.worse)):
@@ -143,11 +143,11 @@ def _exclusion(score: Score) -> Html:
     )
 
 
-def _plain(row: Row) -> Html:
+def _plain(row: ComparisonResult) -> Html:
     return join([f"{100 * row.share:.1f} % of {row.votes} votes, {_people(row.people)}"])
 
 
-def _alpha(row: Row) -> Html:
+def _alpha(row: ComparisonResult) -> Html:
     told = [_minus(f"{value:.2f}") if value is not None else "–" for value in (row.alpha, row.ordered_alpha)]
     return join([f"{told[0]} ({told[1]})"])
 

@@ -33,7 +33,7 @@ VALUES = {"first": BETTER, "equal": EQUAL, "second": WORSE}
 
 
 @dataclass(frozen=True)
-class Row:
+class ComparisonResult:
     """One method and question: how often the candidate was better, equal and worse, and how sure that is.
 
     ``share`` is "better or equal", the paper's number; ``interval`` takes votes for independent, ``wide`` draws people
@@ -124,8 +124,8 @@ class Score:
     baseline: str
     wanted: int
     votes: int
-    before: tuple[Row, ...]
-    after: tuple[Row, ...]
+    before: tuple[ComparisonResult, ...]
+    after: tuple[ComparisonResult, ...]
     people: tuple[Person, ...]
     tallies: tuple[Tally, ...]
     left: float
@@ -166,7 +166,7 @@ def score(survey: Survey, votes: Iterable[Vote], config: SurveyScoreConfig | Non
     )
 
 
-def _rows(survey: Survey, votes: Sequence[Vote], config: SurveyScoreConfig) -> tuple[Row, ...]:
+def _rows(survey: Survey, votes: Sequence[Vote], config: SurveyScoreConfig) -> tuple[ComparisonResult, ...]:
     groups = _grouped(votes, lambda vote: (vote.task.method, vote.task.question))
     return tuple(
         _row(method, question, groups[method, question], config)
@@ -176,7 +176,7 @@ def _rows(survey: Survey, votes: Sequence[Vote], config: SurveyScoreConfig) -> t
     )
 
 
-def _row(method: str, question: Question, votes: Sequence[Vote], config: SurveyScoreConfig) -> Row:
+def _row(method: str, question: Question, votes: Sequence[Vote], config: SurveyScoreConfig) -> ComparisonResult:
     values = np.array([VALUES[vote.answer] for vote in votes], np.int64)
     people, concepts = _numbered([v.worker for v in votes]), _numbered([v.task.concept for v in votes])
     sampling = {"confidence": config.confidence, "resamples": config.resamples, "seed": config.seed}
@@ -185,7 +185,7 @@ def _row(method: str, question: Question, votes: Sequence[Vote], config: SurveyS
     interval = wilson(better + equal, len(votes), config.confidence)
     win_interval = wilson(better, better + worse, config.confidence)
     ratings = _ratings(people, _numbered([vote.task.id for vote in votes]), values)
-    return Row(
+    return ComparisonResult(
         method=method,
         question=question,
         better=better,

@@ -34,11 +34,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from dvar.errors import RefusedInput
 from dvar.survey.config import LOOPBACK, SurveyScoreConfig, SurveyServeConfig
 from dvar.survey.questions import SOMETHING, THE_OBJECT, WORDING
-from dvar.survey.rate_limit import Door
+from dvar.survey.rate_limit import RateLimiter
 from dvar.survey.result_page import named
 from dvar.survey.scoring import Score, score
 from dvar.survey.survey import PICTURES, SECRET, VOTES, Survey
-from dvar.survey.vote_store import Ballots
+from dvar.survey.vote_store import VoteStore
 
 BODY = 4096
 SECRET_LENGTH = 32
@@ -65,7 +65,7 @@ def serve(folder: str | Path, config: SurveyServeConfig, say: Callable[[str], No
     folder = Path(folder)
     survey = Survey.open(folder)
     secret = read_secret(folder, config.secret_file)
-    door = Door(config.joins_per_hour) if config.public_url else None
+    door = RateLimiter(config.joins_per_hour) if config.public_url else None
     app = application(folder, survey, secret, config.public_url, None if config.host in LOOPBACK else config.host, door)
     settings = uvicorn.Config(app, host=config.host, port=config.port, log_level="warning", access_log=False)
     server = uvicorn.Server(settings)
@@ -111,14 +111,14 @@ def application(
     secret: str,
     public_url: str | None = None,
     host: str | None = None,
-    door: Door | None = None,
+    door: RateLimiter | None = None,
 ) -> Starlette:
     """Return the application of a survey; only this machine's own names and ``public_url``'s reach it.
 
     Without a ``door`` nothing limits how many people one address sends.
     """
     public = urlsplit(public_url or "")
-    pages = Pages(folder, survey, secret, public.netloc, door)
+    pages = SurveyPages(folder, survey, secret, public.netloc, door)
     hosts = [*LOOPBACK[:2], "[::1]", *filter(None, (public.hostname, host))]
     https = public.scheme == "https"
     return Starlette(
@@ -135,7 +135,7 @@ def application(
             Mount("/static", StaticFiles(packages=[("dvar.survey", "static")])),
         ],
         middleware=[
-            Middleware(Guarded),
+            Middleware(SecurityHeaders),
             Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False),
             Middleware(
                 SessionMiddleware,
@@ -150,7 +150,7 @@ def application(
     )
 
 
-class Guarded:
+class SecurityHeaders:
     """Puts the protecting headers on every answer, and lets nothing be cached that is not said to be."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -169,12 +169,14 @@ class Guarded:
         await self.app(scope, receive, guarded)
 
 
-class Pages:
+class SurveyPages:
     """The pages of one survey."""
 
-    def __init__(self, folder: Path, survey: Survey, secret: str, site: str = "", door: Door | None = None) -> None:
+    def __init__(
+        self, folder: Path, survey: Survey, secret: str, site: str = "", door: RateLimiter | None = None
+    ) -> None:
         self.survey, self.secret, self.site, self.door = survey, secret, site, door
-        self.ballots = Ballots(folder / VOTES, survey, secret=secret)
+        self.ballots = VoteStore(folder / VOTES, survey, secret=secret)
         self.pictures = {name: folder / PICTURES / f"{name}.png" for name in survey.pictures}
         self.environment = Environment(
             loader=PackageLoader("dvar.survey"), autoescape=True, undefined=StrictUndefined, trim_blocks=True

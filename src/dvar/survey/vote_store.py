@@ -85,7 +85,7 @@ class Vote:
     misses: int = 0
 
 
-class Ballots:
+class VoteStore:
     """The votes on a survey, in a file that one server writes and anyone may read at the same time.
 
     Each thread keeps one connection. The path ":memory:" keeps the votes of one thread until it ends. Orders and sides

@@ -12,11 +12,11 @@ from dvar.config.training import AnyConfig, TextualInversionConfig
 from dvar.diffusion.backbone import Backbone
 from dvar.diffusion.randomness import seed_for
 from dvar.diffusion.sampling import sample_into
-from dvar.training.dataset import Class
+from dvar.training.dataset import ClassImages
 from dvar.training.run_layout import CLASS_PICTURES
 
 
-def with_pictures(config: AnyConfig, classes: Sequence[Class], backbone: Backbone) -> Iterator[Class]:
+def with_pictures(config: AnyConfig, classes: Sequence[ClassImages], backbone: Backbone) -> Iterator[ClassImages]:
     """Yield ``classes``, each with pictures, RGB squares of the run's resolution.
 
     Where none were given, ``backbone`` draws ``num_class_images`` of them from the class's prompt, each by its own

@@ -89,7 +89,7 @@ _METADATA = "metadata.jsonl"
 
 
 @dataclass(frozen=True)
-class Class:
+class ClassImages:
     """A class of subjects, for prior preservation: the caption of its pictures, and those that were given, squares."""
 
     prompt: str
@@ -110,7 +110,7 @@ class Concept:
     captions: tuple[str | None, ...]
     prompts: tuple[str, ...]
     words: tuple[str, ...] = ()
-    classes: tuple[Class, ...] = ()
+    classes: tuple[ClassImages, ...] = ()
 
     def texts(self, index: int) -> tuple[str, ...]:
         """The captions that picture ``index`` may be shown with: its own, or those of the run."""
@@ -321,12 +321,12 @@ def _read_folder(source: _Source, config: AnyConfig) -> tuple[dict[str, Image.Im
     return pictures, captions, [source.where + problem for problem in problems + wrong]
 
 
-def _read_classes(sources: Sequence[_Source], config: AnyConfig) -> tuple[list[Class], list[str]]:
+def _read_classes(sources: Sequence[_Source], config: AnyConfig) -> tuple[list[ClassImages], list[str]]:
     """(the classes of the subjects, what is wrong with their folders), where a run has a prior."""
     classes, problems = [], []
     for source in sources if prior_weight(config) else ():
         pictures, wrong = _read_class_pictures(source, config)
-        classes.append(Class(str(source.class_prompt), tuple(pictures)))
+        classes.append(ClassImages(str(source.class_prompt), tuple(pictures)))
         problems += wrong
     return classes, problems
 

@@ -14,11 +14,11 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
-from dvar.config.training import Settings
+from dvar.config.training import TrainingConfig
 from dvar.diffusion.randomness import seeded_globals
 from dvar.diffusion.sampling import Abandoned
 from dvar.stopping.diagnosis import Reason
-from dvar.stopping.rules import Criterion
+from dvar.stopping.rules import Rule
 from dvar.stopping.trace import Trace
 from dvar.stopping.verdict import Verdict
 from dvar.training.checkpoint import Checkpoint
@@ -28,7 +28,7 @@ Losses = Callable[[int, int, int], Tensor]
 """(step, first sample, count) -> the loss of each of these samples of the step, float32 [count], with its graph."""
 
 
-class Method(Protocol):
+class TrainableMethod(Protocol):
     """What the loop asks of a way to personalise: what is trained, and a copy of it to keep."""
 
     @property
@@ -39,7 +39,7 @@ class Method(Protocol):
 
 
 @dataclass(frozen=True)
-class Step:
+class StepRecord:
     """The model after ``step`` updates.
 
     ``train_loss``, ``grad_norm`` and ``lr`` are those of the last update, None at step 0; the loss was taken before
@@ -71,13 +71,13 @@ def train(
     *,
     losses: Losses,
     probe: Callable[[], Tensor],
-    criterion: Criterion,
+    criterion: Rule,
     log: Callable[[Mapping[str, Any]], None],
     save: Callable[[], None],
     interrupted: Callable[[], bool] = lambda: False,
     series: Series | None = None,
-) -> Iterator[Step]:
-    """Yield a `Step` for the untouched model and one after each update, until a verdict stops.
+) -> Iterator[StepRecord]:
+    """Yield a `StepRecord` for the untouched model and one after each update, until a verdict stops.
 
     An evaluation is made at every ``probe_every``-th step and at the cap, so that N updates give N + 1 of them at
     cadence 1.  Before a step is yielded its record is with ``log``, and every ``checkpointing_steps`` and at the last
@@ -122,7 +122,7 @@ def train(
         learner.keep_best()
         if verdict.reason is not Reason.NON_FINITE and (verdict.stop or step % config.checkpointing_steps == 0):
             save()
-        yield Step(step, eval=None if held is None else tuple(record["eval"]), verdict=verdict, **seen)
+        yield StepRecord(step, eval=None if held is None else tuple(record["eval"]), verdict=verdict, **seen)
         if verdict.stop:
             return
 
@@ -130,7 +130,7 @@ def train(
 class Learner:
     """Everything that moves in training: what the method learns, the optimizer, the trace and the best step so far."""
 
-    def __init__(self, method: Method, config: Settings, header: Mapping[str, Any]) -> None:
+    def __init__(self, method: TrainableMethod, config: TrainingConfig, header: Mapping[str, Any]) -> None:
         self.method, self.config, self.trace = method, config, Trace(header)
         self.best_step, self.best = 0, method.state
         self.optimizer = optimizer_of(config, method.parameters)
@@ -269,7 +269,7 @@ def _judge(verdict: Verdict, step: int, finite: bool, interrupted: bool) -> Verd
     return verdict
 
 
-def _pace(config: Settings) -> Callable[[int], float]:
+def _pace(config: TrainingConfig) -> Callable[[int], float]:
     """The factor of the learning rate at each update, as diffusers names it: a function, so nothing to resume."""
     rate = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
     schedule = get_scheduler(

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from dvar.diffusion.sampling import BATCH
 
 if TYPE_CHECKING:
-    from dvar.training.run import Job
+    from dvar.training.run import TrainingRun
 
 # Numbers that an optimizer keeps for each that it trains, in float32: its moments; Prodigy also a start and a sum.
 KEPT = {"adamw": 2.0, "adamw8bit": 0.5, "sam": 1.0, "prodigy": 4.0}
@@ -50,7 +50,7 @@ class Memory:
         return f"about {_told(self.total)} of memory besides PyTorch itself ({parts})"
 
 
-def needed(job: Job) -> Memory:
+def needed(job: TrainingRun) -> Memory:
     """Return what ``job`` will take.
 
     Its own passes run on tensors without numbers, which are of the true device and so meet the same kernels; nothing is
@@ -140,7 +140,7 @@ class _Alive(TorchDispatchMode):
         self.most = max(self.most, self.now)
 
 
-def _kept(job: Job) -> Iterator[Tensor]:
+def _kept(job: TrainingRun) -> Iterator[Tensor]:
     for network in job.backbone.modules:
         yield from network.parameters()
         yield from network.buffers()

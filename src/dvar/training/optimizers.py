@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dvar.config.training import Settings
+from dvar.config.training import TrainingConfig
 
 
-def optimizer_of(config: Settings, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+def optimizer_of(config: TrainingConfig, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
     """Return the optimiser that ``config`` names, for ``parameters``.
 
     Source: AdamW, as the paper trains; SAM over SGD with momentum 0.9, as in the paper's first version; Prodigy with

@@ -23,10 +23,10 @@ from dvar.stopping.diagnosis import Reason
 from dvar.training.checkpoint import Checkpoint, latest
 from dvar.training.class_images import with_pictures
 from dvar.training.dataset import Concept, read_concept
-from dvar.training.loop import Step
+from dvar.training.loop import StepRecord
 from dvar.training.memory_estimate import needed
 from dvar.training.placeholder_tokens import tokenizer_of
-from dvar.training.run import Job, Result, assembled, digest_of
+from dvar.training.run import TrainingResult, TrainingRun, assembled, digest_of
 from dvar.training.run_layout import WRITTEN
 from dvar.training.token_initializer import clip_of, first_words
 from dvar.training.trackers import Tracker
@@ -51,15 +51,15 @@ _FREE = {
 
 def personalise(
     config: AnyConfig,
-    consumers: Sequence[Callable[[Step], None]] = (),
+    consumers: Sequence[Callable[[StepRecord], None]] = (),
     *,
     concept: Concept | None = None,
     tell: Callable[[str], None] | None = None,
-) -> Result:
+) -> TrainingResult:
     """Learn the subject of the pictures that ``config`` names, by the method of its class; leave the run in its folder.
 
     Training goes on until DVAR or the cap stops it.
-    ``consumers`` are called with each `Step`; ``concept`` is what `read_concept` returned, where that was called
+    ``consumers`` are called with each `StepRecord`; ``concept`` is what `read_concept` returned, where that was called
     before.  ``tell`` is given a line on the memory that the run will take, before its first step; without it none is
     estimated.  SIGTERM or SIGINT ends the run after the step under way, between two forward passes of its update, or
     between two denoising steps of its samples, with a checkpoint to go on from and the verdict "interrupted"; nothing
@@ -76,10 +76,10 @@ def personalise(
 
 def _carried_out(
     config: AnyConfig,
-    consumers: Sequence[Callable[[Step], None]],
+    consumers: Sequence[Callable[[StepRecord], None]],
     concept: Concept | None,
     tell: Callable[[str], None] | None,
-) -> Result:
+) -> TrainingResult:
     job, checkpoint = prepared(config, concept)
     config = job.config
     job.open(checkpoint)
@@ -104,7 +104,7 @@ def _carried_out(
     return job.result(verdict) if verdict.reason is Reason.INTERRUPTED else job.finish(verdict)
 
 
-def prepared(config: AnyConfig, concept: Concept | None = None) -> tuple[Job, Checkpoint | None]:
+def prepared(config: AnyConfig, concept: Concept | None = None) -> tuple[TrainingRun, Checkpoint | None]:
     """Return the run that ``config`` describes, ready to be opened, and the checkpoint from which it is to go on.
 
     What stands in its way is removed from its folder, and the first word and the class pictures that it needs are found
@@ -136,10 +136,10 @@ def prepared(config: AnyConfig, concept: Concept | None = None) -> tuple[Job, Ch
     else:
         config = first_words(config, concept, backbone, clip)
     classes = tuple(with_pictures(config, concept.classes, backbone))
-    return Job(folder, config, concept, classes, backbone, assembled(config, backbone), clip), checkpoint
+    return TrainingRun(folder, config, concept, classes, backbone, assembled(config, backbone), clip), checkpoint
 
 
-def _tell_memory(job: Job, tell: Callable[[str], None]) -> None:
+def _tell_memory(job: TrainingRun, tell: Callable[[str], None]) -> None:
     try:
         job.memory = needed(job)
     except Exception as error:  # whatever a build of PyTorch raises: an estimate stops no run

@@ -15,7 +15,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from dvar import mini
-from dvar.config.training import BUNDLED_MODEL, Settings
+from dvar.config.training import BUNDLED_MODEL, TrainingConfig
 from dvar.errors import RefusedInput
 from dvar.stopping.rules import MIN_RECORDS, Dvar, schedule_problems
 from dvar.training.run_layout import WRITTEN
@@ -24,7 +24,7 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _MODEL_PARTS = ("model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
-def rule_problems(config: Settings) -> list[str]:
+def rule_problems(config: TrainingConfig) -> list[str]:
     """What keeps the rule of these settings from ever being one, or from ever stopping this run."""
     problems: list[str] = []
     try:
@@ -106,7 +106,7 @@ def process_problems(environment: Mapping[str, str]) -> list[str]:
     return []
 
 
-def output_problems(config: Settings) -> list[str]:
+def output_problems(config: TrainingConfig) -> list[str]:
     """What stands in the way of writing into the run's folder: a file, pictures, another run, or nothing to resume."""
     folder, resume = Path(config.output_dir).expanduser(), config.resume_from_checkpoint
     if folder.exists() and not folder.is_dir():

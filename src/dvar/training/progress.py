@@ -20,7 +20,7 @@ from dvar.stopping.diagnosis import Reason
 from dvar.stopping.verdict import Verdict
 
 if TYPE_CHECKING:
-    from dvar.training.loop import Step
+    from dvar.training.loop import StepRecord
 
 _RECENT = 50
 _LINES = 50
@@ -28,7 +28,7 @@ _WIDTH = 100
 _BLOCKS = "▁▂▃▄▅▆▇█"
 
 
-class Meter:
+class ProgressState:
     """The figures a watcher asks for, kept up from step to step; each is None until it is known.
 
     ``rate`` is in steps a second over the last 50 steps, ``left`` the seconds to the cap at that rate; ``curve`` holds
@@ -42,7 +42,7 @@ class Meter:
         self.verdict: Verdict | None = None
         self._seconds: deque[float] = deque(maxlen=_RECENT)
 
-    def take(self, step: Step) -> None:
+    def take(self, step: StepRecord) -> None:
         self.step = step.step
         self.verdict = step.verdict
         if step.train_loss is not None:
@@ -79,7 +79,7 @@ class LogLines:
     """Writes a line at the first step, at every fiftieth part of the cap, and where the run stops."""
 
     def __init__(self, cap: int, stream: TextIO) -> None:
-        self.meter = Meter(cap)
+        self.meter = ProgressState(cap)
         self.every = max(1, cap // _LINES)
         self.stream = stream
 
@@ -91,7 +91,7 @@ class LogLines:
     ) -> None:
         self.stream.flush()
 
-    def __call__(self, step: Step) -> None:
+    def __call__(self, step: StepRecord) -> None:
         self.meter.take(step)
         if step.step % self.every == 0 or step.verdict.stop:
             print(self._line(), file=self.stream, flush=True)
@@ -110,7 +110,7 @@ class LivePanel:
     """Redraws the run's figures in place: progress to the cap, L_det as a curve, the ratio against its threshold."""
 
     def __init__(self, cap: int, title: str, console: Console) -> None:
-        self.meter = Meter(cap)
+        self.meter = ProgressState(cap)
         self.title = title
         self.console = console
         self._live = Live(get_renderable=self.draw, console=console, refresh_per_second=8)
@@ -123,7 +123,7 @@ class LivePanel:
     ) -> None:
         self._live.stop()
 
-    def __call__(self, step: Step) -> None:
+    def __call__(self, step: StepRecord) -> None:
         self.meter.take(step)
         if not self._live.is_started:
             self._live.start()

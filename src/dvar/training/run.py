@@ -35,13 +35,13 @@ from dvar.errors import NonFiniteLoss
 from dvar.files import write_json, write_whole
 from dvar.stopping.diagnosis import Reason
 from dvar.stopping.probe import Probe
-from dvar.stopping.rules import SETTLED, AnyOf, Criterion, Dvar, FixedSteps
+from dvar.stopping.rules import SETTLED, AnyOf, Dvar, FixedSteps, Rule
 from dvar.stopping.trace import Trace, TraceFile
 from dvar.stopping.verdict import Verdict
 from dvar.training.augmentation import encoded, rescaled
 from dvar.training.checkpoint import Checkpoint
-from dvar.training.dataset import Class, Concept
-from dvar.training.loop import Learner, Method, Series, Step, Stopwatch, train
+from dvar.training.dataset import ClassImages, Concept
+from dvar.training.loop import Learner, Series, StepRecord, Stopwatch, TrainableMethod, train
 from dvar.training.memory_estimate import Memory, peak
 from dvar.training.methods.custom_diffusion import CustomDiffusion
 from dvar.training.methods.dreambooth_lora import DreamBoothLora
@@ -50,7 +50,7 @@ from dvar.training.model_card import write_model_card
 from dvar.training.weight_files import RESULT, WEIGHTS, at_step, by_word, provenance, write_weights
 
 
-class Personalisation(Method, Protocol):
+class PersonalisationMethod(TrainableMethod, Protocol):
     """What a run asks of a way to personalise besides: how it writes a prompt, and what it leaves in which file."""
 
     def expand(self, prompt: str) -> str: ...
@@ -60,7 +60,7 @@ class Personalisation(Method, Protocol):
 
 
 @dataclass(frozen=True)
-class Result:
+class TrainingResult:
     """How a run ended: its folder, the last verdict, the updates made, and the step of the lowest L_det.
 
     ``weights`` are the files of the exported step; there are none of a run that can still go on.
@@ -74,7 +74,7 @@ class Result:
     weights: tuple[Path, ...] = ()
 
 
-class Job:
+class TrainingRun:
     """One run under way: the parts that `personalise` put together, and what they leave in the folder."""
 
     def __init__(
@@ -82,9 +82,9 @@ class Job:
         folder: Path,
         config: AnyConfig,
         concept: Concept,
-        classes: Sequence[Class],
+        classes: Sequence[ClassImages],
         backbone: Backbone,
-        method: Personalisation,
+        method: PersonalisationMethod,
         clip: Clip | None = None,
     ) -> None:
         self.folder, self.config, self.concept, self.backbone, self.method = folder, config, concept, backbone, method
@@ -101,7 +101,7 @@ class Job:
             pictures = [picture for known in classes for picture in known.pictures]
             texts = [[known.prompt] for known in classes for _ in known.pictures]
             self.prior = encoded(pictures, texts, backbone, mirrored=config.random_flip)
-        self.criterion: Criterion = AnyOf((Dvar(config.window, config.threshold), FixedSteps(config.max_train_steps)))
+        self.criterion: Rule = AnyOf((Dvar(config.window, config.threshold), FixedSteps(config.max_train_steps)))
         # As in the released code the held batch has its augmentations, and L_det neither their mask nor the prior.
         held = replace(self.drawn(self.examples, "held", 0, 0, config.eval_batch_size), mask=None)
         self.probe = Probe(self.losses, held, modules=backbone.modules)
@@ -118,7 +118,7 @@ class Job:
         for index, picture in enumerate(self.concept.pictures):
             picture.save(self.folder / "references" / f"{index:02d}.png")
 
-    def steps(self, interrupted: Callable[[], bool], series: Series | None = None) -> Iterator[Step]:
+    def steps(self, interrupted: Callable[[], bool], series: Series | None = None) -> Iterator[StepRecord]:
         """Train, leaving the trace and the checkpoints in the folder; ``series`` is as for `train`."""
         config = self.config
 
@@ -184,7 +184,7 @@ class Job:
             likeness = self.clip.of_pictures(samples) @ self.clip.of_pictures(self.concept.pictures).T
         return {"clip_image": float(likeness.mean())}
 
-    def finish(self, verdict: Verdict) -> Result:
+    def finish(self, verdict: Verdict) -> TrainingResult:
         """Write the exports and, last of all, result.json; return how the run ended.
 
         Raises: NonFiniteLoss when there is nothing finite to export.
@@ -224,11 +224,11 @@ class Job:
         write_json(folder / RESULT, facts)
         return result
 
-    def result(self, verdict: Verdict) -> Result:
+    def result(self, verdict: Verdict) -> TrainingResult:
         """Return how the run stands."""
         trace = self.learner.trace
         seconds = {name: float(trace.metric(f"seconds.{name}")[1].sum()) for name in ("train", "probe", "other")}
-        return Result(self.folder, verdict, trace.last_step, self.learner.best_step, seconds)
+        return TrainingResult(self.folder, verdict, trace.last_step, self.learner.best_step, seconds)
 
     def _caught_up(self, trace: Trace) -> None:
         """Make up for the samples and the score of the last step in ``trace``, where its run ended before them."""
@@ -286,7 +286,7 @@ class Job:
         return denoising_loss(self.backbone.predict, draws, self.schedule)
 
 
-def assembled(config: AnyConfig, backbone: Backbone) -> Personalisation:
+def assembled(config: AnyConfig, backbone: Backbone) -> PersonalisationMethod:
     """Return the method of these settings, put into ``backbone`` and untrained."""
     initializer, vectors = str(config.initializer_token), config.num_vectors
     match config:

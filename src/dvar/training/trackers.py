@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dvar.training.loop import Step
+from dvar.training.loop import StepRecord
 
 Settings = Mapping[str, Any]
 Opened = tuple[Callable[[dict[str, float], int], None], Callable[[], None]]
@@ -27,7 +27,7 @@ class Tracker:
         with self._left_alone_on_failure():
             self._opened = _OPENED[name](folder, settings)
 
-    def __call__(self, step: Step) -> None:
+    def __call__(self, step: StepRecord) -> None:
         with self._left_alone_on_failure():
             if self._opened:
                 self._opened[0](_scalars(step), step.step)
@@ -47,7 +47,7 @@ class Tracker:
             warnings.warn(f"the tracker failed and is left alone from now on: {error}", stacklevel=4)
 
 
-def _scalars(step: Step) -> dict[str, float]:
+def _scalars(step: StepRecord) -> dict[str, float]:
     found = {
         "train_loss": step.train_loss,
         "L_det": sum(step.eval) / len(step.eval) if step.eval else None,

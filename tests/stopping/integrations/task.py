@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dvar import Dvar, Probe, Trace, Watch
+from dvar import Dvar, Probe, StopMonitor, Trace
 
 X, Y = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0], [2.0]])
 RATE, STOP, CAP = 0.1, Dvar(window=20, threshold=0.2), 200
@@ -27,8 +27,8 @@ def losses_of(net: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda held: (net(held) - Y).square().mean(dim=1)
 
 
-def watch_of(net: nn.Module, path: Path, every: int = 1) -> Watch:
-    return Watch(STOP, Probe(losses_of(net), X, [net]), path, every=every)
+def watch_of(net: nn.Module, path: Path, every: int = 1) -> StopMonitor:
+    return StopMonitor(STOP, Probe(losses_of(net), X, [net]), path, every=every)
 
 
 @functools.cache

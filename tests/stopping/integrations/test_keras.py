@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from task import CAP, RATE, STOP, X, Y, assert_as_expected, expected
 
-from dvar import Dvar, Probe, Trace, Watch
+from dvar import Dvar, Probe, StopMonitor, Trace
 from dvar.stopping.integrations.keras import DvarCallback
 
 
@@ -20,18 +20,18 @@ def model(accumulate: int | None = None) -> keras.Model:
     return found
 
 
-def fitted(net: keras.Model, watch: Watch, epochs: int, batches: int = 7, **more: Any) -> DvarCallback:
+def fitted(net: keras.Model, watch: StopMonitor, epochs: int, batches: int = 7, **more: Any) -> DvarCallback:
     callback = DvarCallback(watch)
     x, y = np.tile(X.numpy(), (batches, 1)), np.tile(Y.numpy(), (batches, 1))
     net.fit(x, y, batch_size=2, epochs=epochs, shuffle=False, verbose=0, callbacks=[callback], **more)
     return callback
 
 
-def watch_of(net: keras.Model, path: Path) -> Watch:
+def watch_of(net: keras.Model, path: Path) -> StopMonitor:
     def losses(held: Any) -> Any:
         return (net(held, training=False) - Y).square().mean(dim=1)
 
-    return Watch(STOP, Probe(losses, X, [net]), path)
+    return StopMonitor(STOP, Probe(losses, X, [net]), path)
 
 
 @pytest.mark.parametrize("accumulate", [None, 2])
@@ -60,7 +60,7 @@ def test_without_a_probe_it_records_what_an_epoch_ends_with(tmp_path: Path) -> N
     net = model()
     rule = Dvar(window=20, threshold=0.2, metric="val_loss")
     data = (X.numpy(), Y.numpy())
-    callback = fitted(net, Watch(rule, None, tmp_path / "trace.jsonl"), CAP, batches=2, validation_data=data)
+    callback = fitted(net, StopMonitor(rule, None, tmp_path / "trace.jsonl"), CAP, batches=2, validation_data=data)
     trace = Trace.read(tmp_path / "trace.jsonl")
     steps, values = trace.metric("val_loss")
     assert callback.verdict == rule(trace)

@@ -32,7 +32,7 @@ from dvar.stopping.diagnosis import Reason
 from dvar.stopping.trace import Trace
 from dvar.testing import tiny_pipeline
 from dvar.training.checkpoint import Checkpoint, latest
-from dvar.training.loop import Step
+from dvar.training.loop import StepRecord
 from dvar.training.personalise import personalise
 from dvar.training.run import assembled
 from dvar.training.weight_files import ATTENTION, EMBEDS, LORA, at_step, by_word, loads, write_weights
@@ -168,8 +168,8 @@ class Killed(BaseException):
     """The process dies here: nothing after it is carried out."""
 
 
-def killed_at(number: int) -> Callable[[Step], None]:
-    def kill(step: Step) -> None:
+def killed_at(number: int) -> Callable[[StepRecord], None]:
+    def kill(step: StepRecord) -> None:
         if step.step == number:
             raise Killed
 

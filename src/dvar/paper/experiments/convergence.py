@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from dvar.analysis import strategies
-from dvar.analysis.signal_to_noise import Information, information
+from dvar.analysis.signal_to_noise import SignalToNoise, information
 from dvar.analysis.stop_quality import REPORT, half
-from dvar.paper.result import Exhibit, Plot, Provenance, compared, title
+from dvar.paper.result import ExperimentResult, Plot, Provenance, compared, title
 from dvar.paper.style import COLOURS, INK, NOISE, SIGNAL, axes, mark
-from dvar.recordings.archive import Record, Shelf
+from dvar.recordings.archive import RecordedRun, RecordingArchive
 
 LOSS_NAME = r"$L_{det}$"
 BEFORE = 30
@@ -21,7 +21,7 @@ MORE = 4
 """Concepts of each method in Figure 14."""
 
 
-def figure_1(shelf: Shelf) -> Exhibit:
+def figure_1(shelf: RecordingArchive) -> ExperimentResult:
     """The summary: the training loss and the gradient say nothing of what L_det shows."""
     record = shelf.examples("textual-inversion", 1)[0]
     return _exhibit(
@@ -29,39 +29,39 @@ def figure_1(shelf: Shelf) -> Exhibit:
     )
 
 
-def figure_2(shelf: Shelf) -> Exhibit:
+def figure_2(shelf: RecordingArchive) -> ExperimentResult:
     """One concept of Textual Inversion, all four series."""
     return _method(shelf, "figure2", "Figure 2: convergence of", "textual-inversion")
 
 
-def figure_6(shelf: Shelf) -> Exhibit:
+def figure_6(shelf: RecordingArchive) -> ExperimentResult:
     """One concept of Custom Diffusion."""
     return _method(shelf, "figure6", "Figure 6: convergence of", "custom-diffusion")
 
 
-def figure_7(shelf: Shelf) -> Exhibit:
+def figure_7(shelf: RecordingArchive) -> ExperimentResult:
     """One concept of DreamBooth."""
     return _method(shelf, "figure7", "Figure 7: convergence of", "dreambooth-lora")
 
 
-def figure_14(shelf: Shelf) -> Exhibit:
+def figure_14(shelf: RecordingArchive) -> ExperimentResult:
     """More concepts of every method."""
     records = [record for method in shelf.methods for record in shelf.examples(method, MORE)]
     made = [_exhibit("figure14", "", list(_of(records, method)), tuple(SERIES)) for method in shelf.methods]
     plots = tuple(plot for one in made for plot in one.plots)
     says = tuple(line for one in made for line in one.says)
-    return Exhibit("figure14", "Figure 14: convergence on more concepts", says, plots=plots)
+    return ExperimentResult("figure14", "Figure 14: convergence on more concepts", says, plots=plots)
 
 
-def _of(records: Sequence[Record], method: str) -> list[Record]:
+def _of(records: Sequence[RecordedRun], method: str) -> list[RecordedRun]:
     return [record for record in records if record.method == method]
 
 
-def _method(shelf: Shelf, name: str, heading: str, method: str) -> Exhibit:
+def _method(shelf: RecordingArchive, name: str, heading: str, method: str) -> ExperimentResult:
     return _exhibit(name, f"{heading} {title(method)}", list(shelf.examples(method, 1)), tuple(SERIES))
 
 
-def _exhibit(name: str, heading: str, records: list[Record], shown: tuple[str, ...]) -> Exhibit:
+def _exhibit(name: str, heading: str, records: list[RecordedRun], shown: tuple[str, ...]) -> ExperimentResult:
     drawn, panels = axes(len(shown), len(records), width=max(7.0, 3.2 * len(records)), height=1.35, sharex="col")
     data = []
     for column, record in enumerate(records):
@@ -85,10 +85,10 @@ def _exhibit(name: str, heading: str, records: list[Record], shown: tuple[str, .
         f"DVAR stops by the paper's preset, scaled in time. {Provenance.of(records)} Concepts are the first by name."
     )
     plot = Plot(f"convergence-{records[0].method}", caption, drawn, data)
-    return Exhibit(name, heading, _told(records), plots=(plot,))
+    return ExperimentResult(name, heading, _told(records), plots=(plot,))
 
 
-def _told(records: Sequence[Record]) -> tuple[str, ...]:
+def _told(records: Sequence[RecordedRun]) -> tuple[str, ...]:
     """Whether the training loss hides what L_det shows, in numbers: each one's fall over its jitter."""
     found = {name: [_information(record, name) for record in records] for name in ("train_loss", "eval")}
     noisy, fixed = (float(np.median([one.ratio for one in found[name]])) for name in ("train_loss", "eval"))
@@ -99,7 +99,7 @@ def _told(records: Sequence[Record]) -> tuple[str, ...]:
     return compared(claim, fixed > 3 > noisy), _relapses(records)
 
 
-def _relapses(records: Sequence[Record]) -> str:
+def _relapses(records: Sequence[RecordedRun]) -> str:
     """Whether L_det stays down once it has fallen, and how large a gradient was before it climbed back."""
     found = [times for record in records if (times := relapse(record)) is not None]
     claim = f"once it has fallen half of its way, L_det of {title(records[0].method)} stays below its first value"
@@ -111,7 +111,7 @@ def _relapses(records: Sequence[Record]) -> str:
     return compared(f"{claim} ({seen})", False)
 
 
-def relapse(record: Record) -> float | None:
+def relapse(record: RecordedRun) -> float | None:
     """The largest gradient's norm, in medians of the run, of the steps before L_det climbs back above its first value
     after half of its fall; None where it does not.
     """
@@ -125,25 +125,25 @@ def relapse(record: Record) -> float | None:
     return float(norms[(at - BEFORE <= there) & (there <= at)].max() / np.median(norms))
 
 
-def _information(record: Record, series: str) -> Information:
+def _information(record: RecordedRun, series: str) -> SignalToNoise:
     steps, values = record.series(series)
     return information(steps, values.mean(axis=1))
 
 
-def _series(name: str) -> Callable[[Record], tuple[Any, Any]]:
-    def read(record: Record) -> tuple[Any, Any]:
+def _series(name: str) -> Callable[[RecordedRun], tuple[Any, Any]]:
+    def read(record: RecordedRun) -> tuple[Any, Any]:
         steps, values = record.series(name)
         return steps, values.mean(axis=1)
 
     return read
 
 
-def _clip(record: Record) -> tuple[Any, Any]:
+def _clip(record: RecordedRun) -> tuple[Any, Any]:
     steps, values = half(record, "train", "clip_image", REPORT)
     return steps, values.mean(axis=1)
 
 
-SERIES: dict[str, tuple[str, Callable[[Record], tuple[Any, Any]], str]] = {
+SERIES: dict[str, tuple[str, Callable[[RecordedRun], tuple[Any, Any]], str]] = {
     "train_loss": ("training loss", _series("train_loss"), "the training loss"),
     "grad_norm": ("gradient norm", _series("grad_norm"), "the gradient's norm"),
     "clip_image": ("CLIP image", _clip, "Train CLIP image"),

@@ -11,11 +11,11 @@ import numpy as np
 
 from dvar.analysis import strategies
 from dvar.analysis.stop_quality import interval, score
-from dvar.analysis.strategies import Reading, Way
+from dvar.analysis.strategies import StopResult, Strategy
 from dvar.paper.published import TABLE_1
-from dvar.paper.result import Exhibit, Plot, Provenance, Table, compared, number, spread, title
+from dvar.paper.result import ExperimentResult, Plot, Provenance, Table, compared, number, spread, title
 from dvar.paper.style import COLOURS, SOFT, axes
-from dvar.recordings.archive import Part, Record, Rescored, Shelf
+from dvar.recordings.archive import Part, RecordedRun, RecordingArchive, RescoredRun
 from dvar.stopping.rules import FixedSteps
 
 SCORES: tuple[tuple[str, Part, str], ...] = (
@@ -27,11 +27,11 @@ SCORES: tuple[tuple[str, Part, str], ...] = (
 _LEAST = ("Iterations", "Minutes")
 _DIGITS = {"Iterations": 1, "Minutes": 2, "Forwards, thousands": 1}
 """Shown after the point; of scores three."""
-_NOTHING = Rescored(np.array([], np.int64), {})
+_NOTHING = RescoredRun(np.array([], np.int64), {})
 
 
 @dataclass(frozen=True)
-class Row:
+class CostRow:
     """One way on one method: a reading a record, in the order of the records.
 
     ``rescored`` holds for each what was scored anew, where the steps that all ways keep were; else it is empty.
@@ -39,9 +39,9 @@ class Row:
 
     method: str
     way: str
-    records: tuple[Record, ...]
-    readings: tuple[Reading, ...]
-    rescored: tuple[Rescored, ...] = ()
+    records: tuple[RecordedRun, ...]
+    readings: tuple[StopResult, ...]
+    rescored: tuple[RescoredRun, ...] = ()
 
     def per_concept(self, values: Sequence[float]) -> list[float]:
         """The mean over seeds of each concept."""
@@ -62,7 +62,7 @@ class Row:
 
 
 @cache
-def rows(shelf: Shelf, method: str) -> list[Row]:
+def rows(shelf: RecordingArchive, method: str) -> list[CostRow]:
     """Every way of Table 1 on every record of a method.
 
     Few iters trains as long as CLIP-s did in the mean and at most.  CLIP-s and one row of DVAR are tuned, on the tuning
@@ -72,7 +72,7 @@ def rows(shelf: Shelf, method: str) -> list[Row]:
     tuned = {kind.name: strategies.tune(kind, shelf.for_tuning(method)) for kind in (strategies.CLIP, strategies.DVAR)}
     clip, dvar = tuned["CLIP-s"], tuned["DVAR"]
 
-    def made(record: Record) -> list[Way]:
+    def made(record: RecordedRun) -> list[Strategy]:
         found = [
             strategies.baseline(record),
             strategies.CLIP.way(clip, strategies.cap(record)) if clip else strategies.clip_s(record),
@@ -84,19 +84,19 @@ def rows(shelf: Shelf, method: str) -> list[Row]:
     by_way = {way.name: tuple(of[index][1] for of in read) for index, (way, _) in enumerate(read[0])}
     stops = [reading.stop for reading in by_way["CLIP-s"]]
     for name, steps in (("mean", round(float(np.mean(stops)))), ("max", max(stops))):
-        few = Way(f"Few iters ({name})", FixedSteps(max(1, steps)))
+        few = Strategy(f"Few iters ({name})", FixedSteps(max(1, steps)))
         by_way[few.name] = tuple(strategies.read(few, record) for record in records)
     order = ["Baseline", "CLIP-s", "Few iters (mean)", "Few iters (max)"]
     order += [name for name in by_way if name.startswith("DVAR")]
     anew = tuple(shelf.rescored.get(record.name, _NOTHING) for record in records)
     kept = [{of[place].kept for of in by_way.values()} for place in range(len(records))]
     whole = all(steps <= set(of.steps.tolist()) for steps, of in zip(kept, anew, strict=True))
-    return [Row(method, name, records, by_way[name], anew if whole else ()) for name in order]
+    return [CostRow(method, name, records, by_way[name], anew if whole else ()) for name in order]
 
 
-def selected(shelf: Shelf) -> dict[Record, set[int]]:
+def selected(shelf: RecordingArchive) -> dict[RecordedRun, set[int]]:
     """The steps of each record that some way of Table 1 keeps."""
-    found: dict[Record, set[int]] = {}
+    found: dict[RecordedRun, set[int]] = {}
     for method in shelf.methods:
         for row in rows(shelf, method):
             for record, reading in zip(row.records, row.readings, strict=True):
@@ -104,12 +104,12 @@ def selected(shelf: Shelf) -> dict[Record, set[int]]:
     return found
 
 
-def make(shelf: Shelf) -> Exhibit:
+def make(shelf: RecordingArchive) -> ExperimentResult:
     """Table 1 and the distribution of stopping steps."""
     found = {method: rows(shelf, method) for method in shelf.methods}
     every = [record for method in shelf.methods for record in shelf.of(method)]
     says = [line for method in shelf.methods for line in _patterns(method, found[method], shelf)]
-    return Exhibit(
+    return ExperimentResult(
         "table1",
         "Table 1: what each way of ending a run costs and keeps",
         tuple(says) + _lost(shelf),
@@ -118,12 +118,12 @@ def make(shelf: Shelf) -> Exhibit:
     )
 
 
-def _tuned_dvar(setting: tuple[float, float, float], record: Record) -> Way:
+def _tuned_dvar(setting: tuple[float, float, float], record: RecordedRun) -> Strategy:
     way = strategies.DVAR.way(setting, strategies.cap(record))
-    return Way("DVAR (tuned)", way.rule)
+    return Strategy("DVAR (tuned)", way.rule)
 
 
-def _figures(row: Row, shelf: Shelf, baseline: float) -> dict[str, Any]:
+def _figures(row: CostRow, shelf: RecordingArchive, baseline: float) -> dict[str, Any]:
     """The numbers of a row: lists hold one value a concept."""
     seconds = shelf.units(row.method)
     minutes = row.per_concept([strategies.minutes(reading, seconds) for reading in row.readings])
@@ -142,7 +142,7 @@ def _figures(row: Row, shelf: Shelf, baseline: float) -> dict[str, Any]:
     }
 
 
-def _table(shelf: Shelf, found: dict[str, list[Row]], provenance: Provenance) -> Table:
+def _table(shelf: RecordingArchive, found: dict[str, list[CostRow]], provenance: Provenance) -> Table:
     identity = any(row.scores("train", "identity") for rows in found.values() for row in rows)
     lists = [name for name, *_ in SCORES if identity or name != "Identity"] + [*_LEAST, "Forwards, thousands"]
     lines: list[tuple[str, ...]] = []
@@ -184,7 +184,7 @@ def _table(shelf: Shelf, found: dict[str, list[Row]], provenance: Provenance) ->
     return Table("ways", caption, columns, tuple(lines), tuple(data), frozenset(bold))
 
 
-def _drawn(found: dict[str, list[Row]]) -> str:
+def _drawn(found: dict[str, list[CostRow]]) -> str:
     """On which pictures the checkpoints were scored."""
     anew = [title(method) for method, group in found.items() if group[0].rescored]
     read = "on the half of its pictures that chose nothing, between scored steps on the line"
@@ -216,7 +216,7 @@ def _beside(methods: Sequence[str]) -> Table:
     return Table("paper", caption, columns, tuple(lines), tuple(data))
 
 
-def _strip(found: dict[str, list[Row]], provenance: Provenance) -> Plot:
+def _strip(found: dict[str, list[CostRow]], provenance: Provenance) -> Plot:
     drawn, panels = axes(1, len(found), width=3.6 * len(found) + 1.2, height=2.6, sharey=True)
     data = []
     for panel, (method, group) in zip(panels[0], found.items(), strict=True):
@@ -259,7 +259,7 @@ def _plain_steps(panel: Any) -> None:
     panel.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:g}"))
 
 
-def _patterns(method: str, group: list[Row], shelf: Shelf) -> list[str]:
+def _patterns(method: str, group: list[CostRow], shelf: RecordingArchive) -> list[str]:
     rows = {row.way: row for row in group}
     dvar = next(name for name in ("DVAR (tuned)", "DVAR (preset scaled in time)") if name in rows)
 
@@ -289,7 +289,7 @@ def _patterns(method: str, group: list[Row], shelf: Shelf) -> list[str]:
     ]
 
 
-def _lost(shelf: Shelf) -> tuple[str, ...]:
+def _lost(shelf: RecordingArchive) -> tuple[str, ...]:
     if not shelf.lost:
         return ()
     told = "; ".join(f"{name}: {reason}" for name, reason in sorted(shelf.lost.items()))

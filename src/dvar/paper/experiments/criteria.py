@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from dvar.analysis import strategies
-from dvar.analysis.stop_quality import Climb
-from dvar.paper.result import Exhibit, Plot, Provenance, Table, compared, number, title
+from dvar.analysis.stop_quality import LearningCurve
+from dvar.paper.result import ExperimentResult, Plot, Provenance, Table, compared, number, title
 from dvar.paper.style import COLOURS, axes
-from dvar.recordings.archive import Record, Shelf
-from dvar.stopping.rules import Criterion, Dvar, EmaPercentile, Hall, Trend
+from dvar.recordings.archive import RecordedRun, RecordingArchive
+from dvar.stopping.rules import Dvar, EmaPercentile, Hall, Rule, Trend
 from dvar.stopping.trace import RELATIVE_LOSS, Trace
 
 SHOWN = 5
@@ -29,7 +29,7 @@ MEASURES: Mapping[str, tuple[str, Any]] = MappingProxyType(
 """The number a rule compares with its threshold, and the rule itself with one that is never met."""
 
 
-def make(shelf: Shelf) -> Exhibit:
+def make(shelf: RecordingArchive) -> ExperimentResult:
     """Each measure on some concepts, and how far its level at the oracle's step differs between concepts."""
     method = shelf.methods[0]
     records = shelf.examples(method, len(shelf))
@@ -58,7 +58,7 @@ def make(shelf: Shelf) -> Exhibit:
         "paper does not say its window; this is DVAR's preset, scaled in time."
     )
     table = _table(levels, method, provenance)
-    return Exhibit(
+    return ExperimentResult(
         "figure11",
         "Figure 11: other criteria",
         (_pattern(table),),
@@ -80,7 +80,7 @@ def _pattern(table: Table) -> str:
     return compared(claim, least == "DVAR")
 
 
-def measured(record: Record, rule: Criterion, metric: str) -> tuple[np.ndarray, np.ndarray]:
+def measured(record: RecordedRun, rule: Rule, metric: str) -> tuple[np.ndarray, np.ndarray]:
     """The number that a rule measures after each evaluation, from where it has one."""
     trace, steps, values = Trace(), [], []
     for step, losses in zip(*record.series("eval"), strict=True):
@@ -92,8 +92,8 @@ def measured(record: Record, rule: Criterion, metric: str) -> tuple[np.ndarray, 
     return np.array(steps), np.array(values)
 
 
-def _at_oracle(record: Record, steps: np.ndarray, values: np.ndarray) -> float:
-    climb = Climb.of(record)
+def _at_oracle(record: RecordedRun, steps: np.ndarray, values: np.ndarray) -> float:
+    climb = LearningCurve.of(record)
     if not climb.learned or not len(steps):
         return float("nan")
     return float(np.abs(np.interp(max(climb.reached(), steps[0]), steps, values)))

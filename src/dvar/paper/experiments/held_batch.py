@@ -6,16 +6,16 @@ import numpy as np
 
 from dvar.analysis import strategies
 from dvar.analysis.signal_to_noise import information
-from dvar.paper.result import Exhibit, Plot, Provenance, Table, compared, spread, title
+from dvar.paper.result import ExperimentResult, Plot, Provenance, Table, compared, spread, title
 from dvar.paper.style import COLOURS, axes
-from dvar.recordings.archive import Record, Shelf
+from dvar.recordings.archive import RecordedRun, RecordingArchive
 from dvar.stopping.trace import Trace
 
 SIZES = (1, 2, 4, 8)
 SHOWN = 3
 
 
-def make(shelf: Shelf) -> Exhibit:
+def make(shelf: RecordingArchive) -> ExperimentResult:
     """L_det by batch size on some concepts; over all, what its curve tells and how far its stops lie apart."""
     method = shelf.methods[0]
     records = shelf.of(method)
@@ -38,7 +38,7 @@ def make(shelf: Shelf) -> Exhibit:
         f"{Provenance.of(examples)} Deviates from the paper: the batches share 8 draws, and are not drawn anew."
     )
     table = _table(records, method)
-    return Exhibit(
+    return ExperimentResult(
         "figure8",
         "Figure 8: smaller held batches",
         (_pattern(table),),
@@ -47,7 +47,7 @@ def make(shelf: Shelf) -> Exhibit:
     )
 
 
-def _table(records: tuple[Record, ...], method: str) -> Table:
+def _table(records: tuple[RecordedRun, ...], method: str) -> Table:
     lines, data = [], []
     for size in SIZES:
         ratios, stops, apart, never = [], [], [], []
@@ -92,17 +92,17 @@ def _pattern(table: Table) -> str:
     return compared(claim, apart[smallest] > apart[largest])
 
 
-def _batches(record: Record, size: int) -> list[list[int]]:
+def _batches(record: RecordedRun, size: int) -> list[list[int]]:
     width = record.series("eval")[1].shape[1]
     return [list(range(first, first + size)) for first in range(0, width - size + 1, size)]
 
 
-def _mean(record: Record, batch: list[int]) -> tuple[np.ndarray, np.ndarray]:
+def _mean(record: RecordedRun, batch: list[int]) -> tuple[np.ndarray, np.ndarray]:
     steps, values = record.series("eval")
     return steps, values[:, batch].mean(axis=1)
 
 
-def _read(record: Record, batch: list[int]) -> tuple[float, int | None]:
+def _read(record: RecordedRun, batch: list[int]) -> tuple[float, int | None]:
     """The fall over the jitter of a batch's L_det, and where DVAR stops on it."""
     steps, values = _mean(record, batch)
     rule, trace = strategies.paper_dvar(record, scaled=True).rule, Trace()

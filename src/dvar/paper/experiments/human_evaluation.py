@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dvar.paper.result import Exhibit, Table, number, title
+from dvar.paper.result import ExperimentResult, Table, number, title
 from dvar.paper.simulated_votes import Truth, table2
-from dvar.recordings.archive import Shelf
+from dvar.recordings.archive import RecordingArchive
 from dvar.survey.questions import WORDING
-from dvar.survey.scoring import Row, Score
+from dvar.survey.scoring import ComparisonResult, Score
 from dvar.survey.statistics import Interval
 
 COLUMNS = ("Question", "Truth", "Better or equal", "Everyone", "Better", "Equal", "Worse", "Votes", "Alpha")
 
 
-def make(shelf: Shelf | None = None) -> Exhibit:
+def make(shelf: RecordingArchive | None = None) -> ExperimentResult:
     """Table 2, simulated: no picture and no record is looked at, so ``shelf`` does not matter."""
     score, truth = table2()
     held = sum(truth[row.method, row.question].share in row.wide for row in score.after)
@@ -23,7 +23,7 @@ def make(shelf: Shelf | None = None) -> Exhibit:
         "column Everyone shows what they would have done to the result.",
         "With people: dvar survey build, serve and score (docs/survey.md).",
     )
-    return Exhibit("table2", "Table 2: which way people prefer (simulated)", says, (_table(score, truth),))
+    return ExperimentResult("table2", "Table 2: which way people prefer (simulated)", says, (_table(score, truth),))
 
 
 def _table(score: Score, truth: Truth) -> Table:
@@ -60,7 +60,7 @@ def _table(score: Score, truth: Truth) -> Table:
     return Table("table2", caption, COLUMNS, tuple(lines), tuple(data))
 
 
-def _line(row: Row, everyone: Row, truth: Truth) -> tuple[str, ...]:
+def _line(row: ComparisonResult, everyone: ComparisonResult, truth: Truth) -> tuple[str, ...]:
     return (
         WORDING[row.question].name,
         f"{100 * truth[row.method, row.question].share:.1f}",

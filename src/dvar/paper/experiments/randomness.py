@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dvar.analysis.signal_to_noise import Information, information
+from dvar.analysis.signal_to_noise import SignalToNoise, information
 from dvar.diffusion.objective import Draws
-from dvar.paper.extra_runs import Bench, trained
-from dvar.paper.result import Exhibit, Plot, Table, compared
+from dvar.paper.extra_runs import ExtraRuns, trained
+from dvar.paper.result import ExperimentResult, Plot, Table, compared
 from dvar.paper.style import NOISE, SIGNAL, axes
 from dvar.stopping.probe import undisturbed
 from dvar.stopping.trace import Trace
 from dvar.training.loop import Series, Stopwatch
-from dvar.training.run import Job
+from dvar.training.run import TrainingRun
 
 HELD, FROZEN, PAIRED = "none", "t, frozen", "t, paired"
 FACTORS: Mapping[str, tuple[str, ...]] = {
@@ -43,7 +43,7 @@ _STEPS, _EVERY = {True: 120, False: None}, {True: 5, False: 10}
 Curves = Mapping[str, np.ndarray]
 
 
-def make(bench: Bench) -> Exhibit:
+def make(bench: ExtraRuns) -> ExperimentResult:
     """The curves, and in a table what each tells."""
     sizes, every, steps = _SIZES[bench.quick], _EVERY[bench.quick], _STEPS[bench.quick]
     planned = bench.planned("figure5")
@@ -62,7 +62,7 @@ def make(bench: Bench) -> Exhibit:
         f"{every} of them."
     )
     found = {(row, size): told(at, curves, row, size) for row in ROWS for size in sizes}
-    return Exhibit(
+    return ExperimentResult(
         "figure5",
         "Figure 5: which randomness hides convergence",
         (_pattern(found, sizes),),
@@ -71,7 +71,7 @@ def make(bench: Bench) -> Exhibit:
     )
 
 
-def redrawn(job: Job, count: int, every: int) -> Series:
+def redrawn(job: TrainingRun, count: int, every: int) -> Series:
     """What is measured: the losses of ``count`` samples with each factor drawn anew, and the frozen model's with t.
 
     The first samples of the held batch are those of L_det itself, since a draw's key is its sample's number.
@@ -107,7 +107,7 @@ def read(trace: Trace) -> tuple[np.ndarray, Curves]:
     return np.array([row["step"] for row in rows]), {**curves, PAIRED: curves["t"] - curves[FROZEN]}
 
 
-def told(at: np.ndarray, curves: Curves, row: str, size: int) -> Information:
+def told(at: np.ndarray, curves: Curves, row: str, size: int) -> SignalToNoise:
     """What a curve tells of the fall that there is: that of L_det on the largest batch, the same for all."""
     there = information(at, curves[HELD].mean(axis=1))
     return replace(information(at, curves[row][:, :size].mean(axis=1)), gain=there.gain)
@@ -129,7 +129,7 @@ def _name(row: str) -> str:
     return "t, less the frozen model's loss" if row == PAIRED else "all of them" if row == "all" else row
 
 
-def _table(found: Mapping[tuple[str, int], Information], sizes: tuple[int, ...], stated: str) -> Table:
+def _table(found: Mapping[tuple[str, int], SignalToNoise], sizes: tuple[int, ...], stated: str) -> Table:
     lines = tuple(
         (
             _name(row),
@@ -191,7 +191,7 @@ def _plot(at: np.ndarray, curves: Curves, sizes: tuple[int, ...], stated: str) -
     return Plot("factors", caption, drawn, data)
 
 
-def _pattern(found: Mapping[tuple[str, int], Information], sizes: tuple[int, ...]) -> str:
+def _pattern(found: Mapping[tuple[str, int], SignalToNoise], sizes: tuple[int, ...]) -> str:
     single = {row: found[row, sizes[0]].jitter for row in ("x", "y", "E(x)", "ε", "t")}
     worst = max(single, key=lambda row: single[row])
     others = ", ".join(f"{row} {jitter:.2g}" for row, jitter in single.items() if row != "t")

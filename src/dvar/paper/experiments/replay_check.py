@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from dvar.analysis import strategies
-from dvar.analysis.strategies import Reading, Way
+from dvar.analysis.strategies import StopResult, Strategy
 from dvar.errors import RefusedInput
-from dvar.paper.result import Exhibit, Provenance, Table, number, title
-from dvar.recordings.archive import Record, Shelf
+from dvar.paper.result import ExperimentResult, Provenance, Table, number, title
+from dvar.recordings.archive import RecordedRun, RecordingArchive
 from dvar.recordings.restore import rerun
 from dvar.stopping.trace import Trace
 from dvar.training.personalise import interruption
@@ -36,8 +36,8 @@ class Agreement:
     on a twin between the true run's steps; ``spread`` the same by their 10th and 90th percentile.
     """
 
-    record: Record
-    read: Reading
+    record: RecordedRun
+    read: StopResult
     ran: int
     differing: tuple[str, ...]
     seconds: float
@@ -55,7 +55,7 @@ class Agreement:
         return abs(self.seconds / self.expected - 1) <= NEAR
 
 
-def make(shelf: Shelf) -> Exhibit:
+def make(shelf: RecordingArchive) -> ExperimentResult:
     """Some true runs of every method."""
     chosen = [one for method in shelf.methods for one in _chosen(shelf, method)]
     if not chosen:
@@ -67,10 +67,10 @@ def make(shelf: Shelf) -> Exhibit:
         f"gradient norm on the way equal to the last bit; in {near} of {len(found)} the seconds agree "
         f"within {100 * NEAR:.0f} %."
     )
-    return Exhibit("agreement", "Reading and running", (said,), (_table(found),))
+    return ExperimentResult("agreement", "Reading and running", (said,), (_table(found),))
 
 
-def agreement(record: Record, way: Way) -> Agreement:
+def agreement(record: RecordedRun, way: Strategy) -> Agreement:
     """Run what ``way`` says of ``record`` in truth, in a folder that is thrown away, and compare.
 
     Raises: RefusedInput when the record has no folder; KeyboardInterrupt when asked to stop.
@@ -101,7 +101,7 @@ def agreement(record: Record, way: Way) -> Agreement:
     return Agreement(record, read, ran.last_step, _differing(record.trace, ran), seconds, middle, (low, high))
 
 
-def _chosen(shelf: Shelf, method: str) -> list[tuple[Record, Way]]:
+def _chosen(shelf: RecordingArchive, method: str) -> list[tuple[RecordedRun, Strategy]]:
     """The first concepts by name that DVAR stops on."""
     found = []
     for record in shelf.examples(method, len(shelf)):

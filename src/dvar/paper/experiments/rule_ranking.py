@@ -10,24 +10,24 @@ from typing import Any
 import numpy as np
 
 from dvar.analysis import strategies
-from dvar.analysis.eligibility import EARLY, ENOUGH, ERRORS, JITTERS, WAY, Gate, gate_of
+from dvar.analysis.eligibility import EARLY, ENOUGH, ERRORS, JITTERS, WAY, Eligibility, gate_of
 from dvar.analysis.stop_quality import (
     CHOOSE,
     ORACLE,
     PREMATURE,
-    Climb,
     Estimate,
-    Outcome,
+    LearningCurve,
+    StopQuality,
     half,
     interval,
     outcome,
     over_concepts,
 )
-from dvar.analysis.strategies import CONSTANT, KINDS, Kind, Reading, Way
+from dvar.analysis.strategies import CONSTANT, KINDS, StopResult, Strategy, StrategyFamily
 from dvar.errors import RefusedInput
-from dvar.paper.result import Exhibit, Plot, Provenance, Table, number, title
+from dvar.paper.result import ExperimentResult, Plot, Provenance, Table, number, title
 from dvar.paper.style import INK, NOISE, SIGNAL, SOFT, axes
-from dvar.recordings.archive import Record, Shelf
+from dvar.recordings.archive import RecordedRun, RecordingArchive
 
 OTHER_SHARES = (0.8, 0.95)
 RANDOM_DRAWS = 20
@@ -36,7 +36,7 @@ ORACLE_NAME = "Oracle of the other half"
 
 
 @dataclass(frozen=True)
-class Judged:
+class RankedRule:
     """One rule on every record of a scope: what its stops were worth, and what deciding cost beside the training.
 
     There is a record for each outcome; a random step has several outcomes a record.  ``cost`` is in forward passes of
@@ -45,8 +45,8 @@ class Judged:
 
     rule: str
     setting: str
-    records: tuple[Record, ...]
-    outcomes: tuple[Outcome, ...]
+    records: tuple[RecordedRun, ...]
+    outcomes: tuple[StopQuality, ...]
     cost: float
     stops: tuple[float, ...]
 
@@ -56,7 +56,7 @@ class Judged:
         return [abs(one.distance) for one in self.outcomes]
 
 
-def make(shelf: Shelf) -> Exhibit:
+def make(shelf: RecordingArchive) -> ExperimentResult:
     """The ranking, with one setting per method and with one for all, and for each method alone, of the methods that
     pass the gate or could not be put to it.
     """
@@ -64,7 +64,7 @@ def make(shelf: Shelf) -> Exhibit:
     methods = [method for method, gate in gates.items() if not (gate and gate.failed)]
     if not methods:
         raise RefusedInput(["rules are ranked on no method here: " + " ".join(_kept_out(gates))])
-    records = tuple(r for method in methods for r in shelf.of(method) if Climb.of(r).learned)
+    records = tuple(r for method in methods for r in shelf.of(method) if LearningCurve.of(r).learned)
     if not records:
         raise RefusedInput(["no recorded run has learned anything that its scores show: record longer runs"])
     own = {method: tuned(shelf.for_tuning(method)) for method in methods}
@@ -81,22 +81,22 @@ def make(shelf: Shelf) -> Exhibit:
     plots = tuple(_plot(f"scope-{number}", how, ranked) for number, (how, ranked) in enumerate(found.items()))
     unlearned = sum(len(shelf.of(method)) for method in methods) - len(records)
     said = (_ceiling(records), *_kept_out(gates), *_skipped(shelf, methods, unlearned), *told)
-    return Exhibit("rules", "Which rule stops best?", said, (*tables, _gates(gates, records)), plots[:2])
+    return ExperimentResult("rules", "Which rule stops best?", said, (*tables, _gates(gates, records)), plots[:2])
 
 
-def tuned(records: Sequence[Record]) -> dict[str, tuple[float, float, float] | None]:
+def tuned(records: Sequence[RecordedRun]) -> dict[str, tuple[float, float, float] | None]:
     """The setting of every kind of rule, by its name, tuned on these records."""
     return {kind.name: strategies.tune(kind, records) for kind in KINDS}
 
 
 def ranking(
-    records: Sequence[Record], settings: Mapping[str, Mapping[str, tuple[float, float, float] | None]]
-) -> list[Judged]:
+    records: Sequence[RecordedRun], settings: Mapping[str, Mapping[str, tuple[float, float, float] | None]]
+) -> list[RankedRule]:
     """Every rule on the records, the nearest to the oracle first; `settings` by method and kind.
 
     A kind is left out that some record could not be tuned for, or does not hold the series of.
     """
-    made: dict[str, list[Way]] = {"Baseline": [strategies.baseline(record) for record in records]}
+    made: dict[str, list[Strategy]] = {"Baseline": [strategies.baseline(record) for record in records]}
     told = {"Baseline": "its own cap"}
     for scaled in (False, True):
         presets = [strategies.paper_dvar(record, scaled) for record in records]
@@ -113,39 +113,39 @@ def ranking(
 
 
 @cache
-def _read(record: Record, made: tuple[Way, ...]) -> list[Reading]:
+def _read(record: RecordedRun, made: tuple[Strategy, ...]) -> list[StopResult]:
     readings = strategies.read_all(made, record)
     return [readings[way] for way in made]
 
 
-def _judged(name: str, setting: str, records: Sequence[Record], readings: Sequence[Reading]) -> Judged:
+def _judged(name: str, setting: str, records: Sequence[RecordedRun], readings: Sequence[StopResult]) -> RankedRule:
     pairs = list(zip(records, readings, strict=True))
     outcomes = tuple(outcome(record, reading.kept, reading.censored) for record, reading in pairs)
     # Forward passes spent on deciding alone.
     cost = [
-        strategies.forward_equivalents(Reading(0, 0, False, reading.forwards, reading.pictures), record.config)
+        strategies.forward_equivalents(StopResult(0, 0, False, reading.forwards, reading.pictures), record.config)
         for record, reading in pairs
     ]
     stops = tuple(float(reading.stop) for reading in readings)
-    return Judged(name, setting, tuple(records), outcomes, float(np.mean(cost)), stops)
+    return RankedRule(name, setting, tuple(records), outcomes, float(np.mean(cost)), stops)
 
 
-def _oracle(records: Sequence[Record]) -> Judged:
+def _oracle(records: Sequence[RecordedRun]) -> RankedRule:
     """The oracle found on one half of the pictures and judged on the other: what no rule can be expected to beat."""
-    steps = tuple(Climb.of(record, CHOOSE).reached() for record in records)
+    steps = tuple(LearningCurve.of(record, CHOOSE).reached() for record in records)
     outcomes = tuple(outcome(record, step) for record, step in zip(records, steps, strict=True))
-    return Judged(ORACLE_NAME, f"q ≥ {ORACLE}", tuple(records), outcomes, float("nan"), steps)
+    return RankedRule(ORACLE_NAME, f"q ≥ {ORACLE}", tuple(records), outcomes, float("nan"), steps)
 
 
-def _random(records: Sequence[Record]) -> Judged:
+def _random(records: Sequence[RecordedRun]) -> RankedRule:
     """A step drawn evenly up to Baseline's cap, several times a record."""
     random, each = np.random.default_rng(0), [record for record in records for _ in range(RANDOM_DRAWS)]
     stops = [int(random.integers(1, min(strategies.cap(record), record.cap) + 1)) for record in each]
     outcomes = tuple(outcome(record, step) for record, step in zip(each, stops, strict=True))
-    return Judged("Random step", "uniform to Baseline's cap", tuple(each), outcomes, 0.0, tuple(map(float, stops)))
+    return RankedRule("Random step", "uniform to Baseline's cap", tuple(each), outcomes, 0.0, tuple(map(float, stops)))
 
 
-def _setting(kind: Kind, chosen: Sequence[tuple[float, float, float] | None]) -> str:
+def _setting(kind: StrategyFamily, chosen: Sequence[tuple[float, float, float] | None]) -> str:
     """A setting, its window as a share of the cap; those of several methods stand in their own tables."""
     told = dict.fromkeys(
         f"{100 * share:g} %" + (f", {threshold:g}" if len(kind.thresholds) > 1 else "")
@@ -154,20 +154,20 @@ def _setting(kind: Kind, chosen: Sequence[tuple[float, float, float] | None]) ->
     return "; ".join(told) if len(told) == 1 else "by method, below"
 
 
-def _difference(one: Judged, other: Judged) -> Estimate:
+def _difference(one: RankedRule, other: RankedRule) -> Estimate:
     """How much further from the oracle than the other, paired by concept."""
     means, others = _by_concept(one), _by_concept(other)
     return interval([means[name] - others[name] for name in means])
 
 
-def _by_concept(one: Judged) -> dict[str, float]:
+def _by_concept(one: RankedRule) -> dict[str, float]:
     found: dict[str, list[float]] = {}
     for record, error in zip(one.records, one.errors, strict=True):
         found.setdefault(record.concept, []).append(error)
     return {name: float(np.mean(errors)) for name, errors in found.items()}
 
 
-def _figures(one: Judged, control: Judged | None) -> dict[str, Any]:
+def _figures(one: RankedRule, control: RankedRule | None) -> dict[str, Any]:
     distances = [outcome_.distance for outcome_ in one.outcomes]
     low, middle, high = np.percentile(distances, (10, 50, 90))
     return {
@@ -188,7 +188,7 @@ def _figures(one: Judged, control: Judged | None) -> dict[str, Any]:
     }
 
 
-def _table(name: str, how: str, found: Sequence[Judged]) -> Table:
+def _table(name: str, how: str, found: Sequence[RankedRule]) -> Table:
     records = found[0].records if found[0].rule != "Random step" else found[1].records
     control = next((one for one in found if one.rule == CONTROL), None)
     data = [_figures(one, control) for one in found]
@@ -241,7 +241,7 @@ def _shown(found: Estimate) -> str:
     return f"{number(found.mean, 2)} [{number(found.low, 2)}, {number(found.high, 2)}]"
 
 
-def _plot(name: str, how: str, found: Sequence[Judged]) -> Plot:
+def _plot(name: str, how: str, found: Sequence[RankedRule]) -> Plot:
     records = found[0].records if found[0].rule != "Random step" else found[1].records
     drawn, panels = axes(1, 1, width=8.0, height=0.3 * len(found) + 0.3)
     panel = panels[0][0]
@@ -267,10 +267,10 @@ def _plot(name: str, how: str, found: Sequence[Judged]) -> Plot:
 _CONTROLS = frozenset({ORACLE_NAME, "Random step", "Baseline", CONTROL})
 
 
-def _ceiling(records: Sequence[Record]) -> str:
+def _ceiling(records: Sequence[RecordedRun]) -> str:
     agreements = []
     for share in (ORACLE, *OTHER_SHARES):
-        pairs = [(Climb.of(r, CHOOSE).reached(share), Climb.of(r).reached(share)) for r in records]
+        pairs = [(LearningCurve.of(r, CHOOSE).reached(share), LearningCurve.of(r).reached(share)) for r in records]
         apart = [abs(float(np.log2(max(one, 1.0) / max(other, 1.0)))) for one, other in pairs]
         agreements.append(f"{np.mean(apart):.2f} octaves at q ≥ {share}")
     pictures = half(records[0], "train", "clip_image", CHOOSE)[1].shape[1]
@@ -281,7 +281,7 @@ def _ceiling(records: Sequence[Record]) -> str:
     )
 
 
-def _kept_out(gates: Mapping[str, Gate | None]) -> list[str]:
+def _kept_out(gates: Mapping[str, Eligibility | None]) -> list[str]:
     """A sentence for each method that rules are not ranked on, and one for those that nobody could judge."""
     said = [
         f"{title(method)} does not pass the gate, so that rules are not ranked on it: {'; '.join(gate.failed)}."
@@ -294,7 +294,7 @@ def _kept_out(gates: Mapping[str, Gate | None]) -> list[str]:
     return said
 
 
-def _gates(gates: Mapping[str, Gate | None], ranked: Sequence[Record]) -> Table:
+def _gates(gates: Mapping[str, Eligibility | None], ranked: Sequence[RecordedRun]) -> Table:
     lines = []
     for method, gate in gates.items():
         figures = ["–"] * 7
@@ -329,7 +329,7 @@ def _gates(gates: Mapping[str, Gate | None], ranked: Sequence[Record]) -> Table:
     )
 
 
-def _skipped(shelf: Shelf, methods: Sequence[str], unlearned: int) -> tuple[str, ...]:
+def _skipped(shelf: RecordingArchive, methods: Sequence[str], unlearned: int) -> tuple[str, ...]:
     said = []
     if unlearned:
         said.append(f"{unlearned} runs gained less than three standard deviations of their scores, and are left out.")
@@ -339,7 +339,7 @@ def _skipped(shelf: Shelf, methods: Sequence[str], unlearned: int) -> tuple[str,
     return tuple(said)
 
 
-def _told(how: str, found: Sequence[Judged]) -> tuple[str, ...]:
+def _told(how: str, found: Sequence[RankedRule]) -> tuple[str, ...]:
     by_name = {one.rule: one for one in found}
     if CONTROL not in by_name or "DVAR" not in by_name:
         return ()

@@ -10,10 +10,10 @@ import numpy as np
 from PIL import Image
 
 from dvar.errors import RefusedInput
-from dvar.paper.experiments.cost import Row, rows
-from dvar.paper.result import Exhibit, Plot, Provenance, title
+from dvar.paper.experiments.cost import CostRow, rows
+from dvar.paper.result import ExperimentResult, Plot, Provenance, title
 from dvar.paper.style import INK, SOFT, axes
-from dvar.recordings.archive import Record, Shelf
+from dvar.recordings.archive import RecordedRun, RecordingArchive
 from dvar.recordings.restore import ANEW, SHEETS, read_sheet, sheet_at
 
 SHOWN = 4
@@ -22,7 +22,7 @@ EACH = 2
 """Pictures of either kind."""
 
 
-def make(shelf: Shelf) -> Exhibit:
+def make(shelf: RecordingArchive) -> ExperimentResult:
     """A figure for every method; recorded runs keep their pictures, and a file of traces does not."""
     plots, says = [], []
     for method in shelf.methods:
@@ -33,23 +33,23 @@ def make(shelf: Shelf) -> Exhibit:
             says.append(f"No pictures of {title(method)} were kept.")
     if not plots:
         raise RefusedInput(["no recorded run has kept its pictures: name a folder of records, not a file of traces"])
-    return Exhibit("figure12", "Figure 12: side by side", tuple(says), plots=tuple(plots))
+    return ExperimentResult("figure12", "Figure 12: side by side", tuple(says), plots=tuple(plots))
 
 
-def shown_step(record: Record, step: int) -> int:
+def shown_step(record: RecordedRun, step: int) -> int:
     """The step with pictures that lies nearest to `step`, in octaves."""
     steps = np.array(_sheets(record))
     return int(steps[np.abs(np.log2((steps + 1) / (step + 1))).argmin()])
 
 
-def _sheets(record: Record) -> list[int]:
+def _sheets(record: RecordedRun) -> list[int]:
     """Steps whose pictures a record has kept."""
     if record.folder is None:
         return []
     return sorted(int(path.stem.removeprefix("step-")) for path in (record.folder / SHEETS).glob("step-*.png"))
 
 
-def _plot(shelf: Shelf, method: str, records: Sequence[Record]) -> Plot:
+def _plot(shelf: RecordingArchive, method: str, records: Sequence[RecordedRun]) -> Plot:
     found = {row.way: row for row in rows(shelf, method)}
     dvar = next(name for name in ("DVAR (tuned)", "DVAR (preset scaled in time)") if name in found)
     columns = 1 + 4 * EACH
@@ -80,7 +80,7 @@ def _plot(shelf: Shelf, method: str, records: Sequence[Record]) -> Plot:
     return Plot(f"pictures-{method}", caption, drawn, data)
 
 
-def _sheets_of(record: Record, steps: Mapping[str, int]) -> dict[str, tuple[int, Path]]:
+def _sheets_of(record: RecordedRun, steps: Mapping[str, int]) -> dict[str, tuple[int, Path]]:
     """For each way the step that is shown, and its pictures: those of the very step where all ways' were drawn anew."""
     assert record.folder
     anew = {way: (step, sheet_at(record.folder, step, ANEW)) for way, step in steps.items()}
@@ -98,7 +98,7 @@ def _shown(data: Sequence[dict[str, Any]]) -> str:
     return f"{nearest}, where it was not drawn anew" if any(anew) else nearest
 
 
-def _kept(row: Row, record: Record) -> int:
+def _kept(row: CostRow, record: RecordedRun) -> int:
     return row.readings[row.records.index(record)].kept
 
 
@@ -106,7 +106,7 @@ def _apart(data: Sequence[dict[str, Any]]) -> float:
     return max(abs(float(np.log2((one["shown"] + 1) / (one["kept"] + 1)))) for one in data)
 
 
-def _reference(record: Record) -> Image.Image | None:
+def _reference(record: RecordedRun) -> Image.Image | None:
     found = sorted((record.folder / "references").glob("*.png")) if record.folder else []
     return Image.open(found[0]).convert("RGB") if found else None
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from dvar.analysis.stop_quality import REPORT, half, score
-from dvar.paper.experiments.cost import SCORES, Row, rows
-from dvar.paper.result import Exhibit, Plot, Provenance, compared, title
+from dvar.paper.experiments.cost import SCORES, CostRow, rows
+from dvar.paper.result import ExperimentResult, Plot, Provenance, compared, title
 from dvar.paper.style import COLOURS, INK, axes
-from dvar.recordings.archive import Part, Record, Shelf
+from dvar.recordings.archive import Part, RecordedRun, RecordingArchive
 
 
-def make(shelf: Shelf) -> Exhibit:
+def make(shelf: RecordingArchive) -> ExperimentResult:
     """Mean scores over concepts with every way's mean stop."""
     shown = [one for one in SCORES if all(one[1:] in record.pictures for record in shelf)]
     drawn, panels = axes(len(shown), len(shelf.methods), width=3.3 * len(shelf.methods) + 1, height=1.7, sharex="col")
@@ -38,7 +38,7 @@ def make(shelf: Shelf) -> Exhibit:
         "Line: mean over concepts and seeds; band: one standard deviation over records. A dot is a way, at the mean of "
         f"the steps it keeps and its score in Table 1. {Provenance.of(every)}"
     )
-    return Exhibit(
+    return ExperimentResult(
         "figure4",
         "Figure 4: scores along training, and where each way stops",
         tuple(says),
@@ -46,7 +46,7 @@ def make(shelf: Shelf) -> Exhibit:
     )
 
 
-def _band(records: tuple[Record, ...], part: Part, metric: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _band(records: tuple[RecordedRun, ...], part: Part, metric: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Steps all records share the range of, and mean and standard deviation of the score there."""
     steps = records[0].scored_steps
     steps = steps[steps <= min(record.cap for record in records)]
@@ -57,13 +57,13 @@ def _band(records: tuple[Record, ...], part: Part, metric: str) -> tuple[np.ndar
     return steps, np.mean(curves, axis=0), np.std(curves, axis=0)
 
 
-def _stop(panel, row: Row, part: Part, metric: str, colour: str) -> None:  # type: ignore[no-untyped-def]
+def _stop(panel, row: CostRow, part: Part, metric: str, colour: str) -> None:  # type: ignore[no-untyped-def]
     step = float(np.mean([reading.kept for reading in row.readings]))
     height = float(np.mean(row.scores(part, metric)))
     panel.scatter([step], [height], s=34, color=colour, edgecolor="white", linewidth=0.8, zorder=3, label=row.way)
 
 
-def _pattern(method: str, records: tuple[Record, ...]) -> str:
+def _pattern(method: str, records: tuple[RecordedRun, ...]) -> str:
     falls = [score(r, 0, "validation", "clip_text") - score(r, r.cap, "validation", "clip_text") for r in records]
     fall = float(np.mean(falls))
     moved = f"it {'falls' if fall > 0 else 'rises'} by {abs(fall):.3f} from the first step to the last"

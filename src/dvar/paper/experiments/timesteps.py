@@ -11,8 +11,8 @@ from scipy.stats import pearsonr
 from dvar.analysis.stop_quality import Estimate, over_concepts
 from dvar.errors import RefusedInput
 from dvar.paper.published import TABLE_3
-from dvar.paper.result import Exhibit, Provenance, Table, compared, number, title
-from dvar.recordings.archive import Part, Record, Shelf
+from dvar.paper.result import ExperimentResult, Provenance, Table, compared, number, title
+from dvar.recordings.archive import Part, RecordedRun, RecordingArchive
 
 INTERVALS: tuple[tuple[str, float, float], ...] = (
     ("Begin (0–333)", 0, 1 / 3),
@@ -29,7 +29,7 @@ SCORES: Mapping[str, tuple[Part, str]] = {
 _SCHEDULE = 1000
 
 
-def make(shelf: Shelf) -> Exhibit:
+def make(shelf: RecordingArchive) -> ExperimentResult:
     """The table for every method, with first differences as control."""
     tables, says = [], []
     for method in shelf.methods:
@@ -39,10 +39,10 @@ def make(shelf: Shelf) -> Exhibit:
         found = {(name, where[0]): _cell(records, name, where) for name in SCORES for where in INTERVALS}
         tables.append(_table(method, records, found))
         says.append(_pattern(method, found))
-    return Exhibit("table3", "Table 3: timesteps and scores", tuple(says), (*tables, _paper()))
+    return ExperimentResult("table3", "Table 3: timesteps and scores", tuple(says), (*tables, _paper()))
 
 
-def correlations(record: Record, score: str, low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
+def correlations(record: RecordedRun, score: str, low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
     """The loss over the timesteps in [low, high) of the schedule and the mean score, at the scored steps."""
     steps, values = record.series("stratified")
     at = _timesteps(record) / _SCHEDULE
@@ -52,7 +52,7 @@ def correlations(record: Record, score: str, low: float, high: float) -> tuple[n
     return loss, pictures.mean(axis=1)
 
 
-def _cell(records: list[Record], score: str, where: tuple[str, float, float]) -> dict[str, Any]:
+def _cell(records: list[RecordedRun], score: str, where: tuple[str, float, float]) -> dict[str, Any]:
     pairs = [correlations(record, score, *where[1:]) for record in records]
     levels = over_concepts(records, [_pearson(*pair) for pair in pairs])
     changes = over_concepts(records, [_pearson(np.diff(loss), np.diff(values)) for loss, values in pairs])
@@ -73,12 +73,12 @@ def _pearson(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.corrcoef(one, other)[0, 1])
 
 
-def _timesteps(record: Record) -> np.ndarray:
+def _timesteps(record: RecordedRun) -> np.ndarray:
     described = record.trace.header.get("series", {}).get("stratified", {})
     return np.array(described.get("timesteps", []), np.float64)
 
 
-def _table(method: str, records: list[Record], found: Mapping[tuple[str, str], dict[str, Any]]) -> Table:
+def _table(method: str, records: list[RecordedRun], found: Mapping[tuple[str, str], dict[str, Any]]) -> Table:
     lines, data = list[tuple[str, ...]](), []
     for kind, heading in (("levels", "Levels"), ("changes", "First differences (control)")):
         lines.append((heading,))

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from dvar.analysis.signal_to_noise import Information, information
-from dvar.paper.extra_runs import Bench, trained
-from dvar.paper.result import Exhibit, Plot, Table, compared, number
+from dvar.analysis.signal_to_noise import SignalToNoise, information
+from dvar.paper.extra_runs import ExtraRuns, trained
+from dvar.paper.result import ExperimentResult, Plot, Table, compared, number
 from dvar.paper.style import NOISE, SIGNAL, axes
 from dvar.stopping.trace import Trace
 
@@ -18,7 +18,7 @@ STEPS = {True: 24, False: 200}
 """By whether the runs are to be small.  Of every size the same number of steps is trained."""
 
 
-def make(bench: Bench) -> Exhibit:
+def make(bench: ExtraRuns) -> ExperimentResult:
     """The curves, and in a table what each tells."""
     sizes, steps = SIZES[bench.quick], STEPS[bench.quick]
     traces: dict[int, Trace] = {}
@@ -40,7 +40,7 @@ def make(bench: Bench) -> Exhibit:
         "one learning rate."
     )
     told = {size: _told(trace) for size, trace in traces.items()}
-    return Exhibit(
+    return ExperimentResult(
         "figure9",
         "Figure 9: larger training batches",
         (_pattern(told),),
@@ -49,7 +49,7 @@ def make(bench: Bench) -> Exhibit:
     )
 
 
-def _told(trace: Trace) -> tuple[Information, float, float]:
+def _told(trace: Trace) -> tuple[SignalToNoise, float, float]:
     """What the training loss tells of the fall of L_det, and the gradient's norm at the beginning and at the end."""
     fall = information(trace.steps, trace.values).gain
     norms = trace.metric("grad_norm")[1]
@@ -58,7 +58,7 @@ def _told(trace: Trace) -> tuple[Information, float, float]:
     return replace(information(*trace.metric("train_loss")), gain=fall), first, last
 
 
-def _table(told: Mapping[int, tuple[Information, float, float]], steps: int, stated: str) -> Table:
+def _table(told: Mapping[int, tuple[SignalToNoise, float, float]], steps: int, stated: str) -> Table:
     lines, data = [], []
     for size, (noisy, first, last) in told.items():
         lines.append(
@@ -124,7 +124,7 @@ def _plot(traces: Mapping[int, Trace], stated: str) -> Plot:
     return Plot("batches", caption, drawn, data)
 
 
-def _pattern(told: Mapping[int, tuple[Information, float, float]]) -> str:
+def _pattern(told: Mapping[int, tuple[SignalToNoise, float, float]]) -> str:
     largest = max(told)
     noisy, first, last = told[largest]
     hidden = f"the training loss still hides the fall with batches of {largest} ({noisy.ratio:.2g} times its jitter)"

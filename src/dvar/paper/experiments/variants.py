@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from dvar.analysis import strategies
-from dvar.analysis.stop_quality import REPORT, Climb, half, score
-from dvar.paper.extra_runs import Bench
-from dvar.paper.result import Exhibit, Plot, Provenance, Table, compared, spread
+from dvar.analysis.stop_quality import REPORT, LearningCurve, half, score
+from dvar.paper.extra_runs import ExtraRuns
+from dvar.paper.result import ExperimentResult, Plot, Provenance, Table, compared, spread
 from dvar.paper.style import COLOURS, axes
-from dvar.recordings.archive import Part, Record
+from dvar.recordings.archive import Part, RecordedRun
 from dvar.recordings.concepts import laboratory_concepts
-from dvar.recordings.spec import Recording
+from dvar.recordings.spec import RecordingSpec
 from dvar.training.run_layout import INITIALIZER
 
 USUAL = "class noun"
@@ -39,7 +39,7 @@ SCORES: tuple[tuple[str, Part, str], ...] = (
 _CLOSE = 0.02
 
 
-def initial(bench: Bench) -> Exhibit:
+def initial(bench: ExtraRuns) -> ExperimentResult:
     """The three ways to choose the first word."""
     found = _recorded(bench, STARTS)
     ends = {name: _mean(records, "train", "clip_image") for name, records in found.items()}
@@ -52,7 +52,7 @@ def initial(bench: Bench) -> Exhibit:
     return _exhibit("initial", heading, said, found, "Class noun: the word for the concept's class, given by hand.")
 
 
-def sam(bench: Bench) -> Exhibit:
+def sam(bench: ExtraRuns) -> ExperimentResult:
     """The two optimisers."""
     found = _recorded(bench, OPTIMIZERS)
     ends = {name: _mean(records, "train", "clip_image") for name, records in found.items()}
@@ -66,7 +66,7 @@ def sam(bench: Bench) -> Exhibit:
     return _exhibit("sam", "First version of the paper: SAM in place of AdamW", said, found, how)
 
 
-def planned(bench: Bench, variants: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Recording]]:
+def planned(bench: ExtraRuns, variants: Mapping[str, Mapping[str, Any]]) -> dict[str, list[RecordingSpec]]:
     """The recordings of each variant; what changes nothing is the same run for all, and may be a record already."""
     concepts = laboratory_concepts(bench.concepts)[: CONCEPTS[bench.quick]]
     return {
@@ -81,23 +81,25 @@ def _place(name: str, changes: Mapping[str, Any]) -> str:
     return name.lower().replace(" ", "-") if changes else "usual"
 
 
-def _recorded(bench: Bench, variants: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Record]]:
+def _recorded(bench: ExtraRuns, variants: Mapping[str, Mapping[str, Any]]) -> dict[str, list[RecordedRun]]:
     wanted = planned(bench, variants)
     records = iter(bench.recorded([one for of in wanted.values() for one in of]))
     return {name: [next(records) for _ in of] for name, of in wanted.items()}
 
 
-def _exhibit(name: str, heading: str, said: str, found: Mapping[str, Sequence[Record]], how: str) -> Exhibit:
+def _exhibit(
+    name: str, heading: str, said: str, found: Mapping[str, Sequence[RecordedRun]], how: str
+) -> ExperimentResult:
     every = [record for records in found.values() for record in records]
     stated = f"Textual Inversion. {how} {Provenance.of(every)} The runs differ in nothing else."
-    return Exhibit(name, heading, (said,), (_table(found, stated),), (_plot(found, stated),))
+    return ExperimentResult(name, heading, (said,), (_table(found, stated),), (_plot(found, stated),))
 
 
-def _table(found: Mapping[str, Sequence[Record]], stated: str) -> Table:
+def _table(found: Mapping[str, Sequence[RecordedRun]], stated: str) -> Table:
     shown = [one for one in SCORES if all(one[1:] in r.pictures for records in found.values() for r in records)]
     lines, data = [], []
     for name, records in found.items():
-        reached = [Climb.of(record).reached() for record in records]
+        reached = [LearningCurve.of(record).reached() for record in records]
         stops = [strategies.read(strategies.paper_dvar(record, scaled=True), record) for record in records]
         ends = {label: [score(r, r.cap, part, metric) for r in records] for label, part, metric in shown}
         first = [score(record, 0, "train", "clip_image") for record in records]
@@ -138,7 +140,7 @@ def _table(found: Mapping[str, Sequence[Record]], stated: str) -> Table:
     return Table("variants", caption, columns, tuple(lines), tuple(data))
 
 
-def _plot(found: Mapping[str, Sequence[Record]], stated: str) -> Plot:
+def _plot(found: Mapping[str, Sequence[RecordedRun]], stated: str) -> Plot:
     concepts = list(dict.fromkeys(record.concept for records in found.values() for record in records))
     drawn, panels = axes(2, len(concepts), width=max(6.5, 3.6 * len(concepts)), height=1.9, sharex="col")
     data = []
@@ -161,7 +163,7 @@ def _plot(found: Mapping[str, Sequence[Record]], stated: str) -> Plot:
     return Plot("variants", caption, drawn, data)
 
 
-def _word(record: Record) -> str:
+def _word(record: RecordedRun) -> str:
     """The word that a run started from, as it was given, drawn or found."""
     chosen = record.folder / INITIALIZER if record.folder else Path(INITIALIZER)
     if chosen.exists():
@@ -169,5 +171,5 @@ def _word(record: Record) -> str:
     return str(record.config.get("initializer_token") or "–")
 
 
-def _mean(records: Sequence[Record], part: Part, metric: str) -> float:
+def _mean(records: Sequence[RecordedRun], part: Part, metric: str) -> float:
     return float(np.mean([score(record, record.cap, part, metric) for record in records]))

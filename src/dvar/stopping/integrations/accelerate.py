@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dvar.errors import RefusedInput
-from dvar.stopping.monitor import Watch, from_first_rank
+from dvar.stopping.monitor import StopMonitor, from_first_rank
 from dvar.stopping.verdict import Verdict
 
 try:
@@ -15,7 +15,7 @@ except ModuleNotFoundError as error:
     raise ImportError(f"{__name__} needs {error.name}: pip install 'dvar[accelerate]'", name=error.name) from None
 
 
-def judged_together(accelerator: Accelerator, watch: Watch, step: int) -> Verdict:
+def judged_together(accelerator: Accelerator, watch: StopMonitor, step: int) -> Verdict:
     """The verdict of `watch` at `step`, the same on every process; each must call it, after each update.
 
     The main process alone measures, records and judges, the others wait for it.  `step` counts updates, so under
@@ -23,7 +23,7 @@ def judged_together(accelerator: Accelerator, watch: Watch, step: int) -> Verdic
     the model itself, `accelerator.unwrap_model(model)`: the wrapper would wait for the other processes.
 
     Raises: RefusedInput when the model lies in parts on several processes (FSDP, Megatron-LM, DeepSpeed's third stage),
-    since one of them cannot run it alone; else as `Watch`, on every process.
+    since one of them cannot run it alone; else as `StopMonitor`, on every process.
     """
     kind = accelerator.distributed_type
     parted = kind in (DistributedType.FSDP, DistributedType.MEGATRON_LM)

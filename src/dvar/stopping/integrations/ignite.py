@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from dvar.stopping.monitor import Watch, from_first_rank
+from dvar.stopping.monitor import StopMonitor, from_first_rank
 from dvar.stopping.verdict import Verdict
 
 try:
@@ -24,7 +24,7 @@ class DvarHandler:
     """
 
     def __init__(
-        self, watch: Watch, updates: Callable[[Engine], int] = lambda engine: int(engine.state.iteration)
+        self, watch: StopMonitor, updates: Callable[[Engine], int] = lambda engine: int(engine.state.iteration)
     ) -> None:
         self._watch, self._updates, self.verdict = watch, updates, watch.verdict
 

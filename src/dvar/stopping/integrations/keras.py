@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dvar.stopping.monitor import Watch
+from dvar.stopping.monitor import StopMonitor
 from dvar.stopping.verdict import Verdict
 
 try:
@@ -21,7 +21,7 @@ class DvarCallback(Callback):
     are the optimizer's `iterations`, which a saved model keeps; gradients that are accumulated count once.
     """
 
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, watch: StopMonitor) -> None:
         super().__init__()
         self._watch, self.verdict = watch, watch.verdict
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dvar.errors import RefusedInput
-from dvar.stopping.monitor import Watch, from_first_rank
+from dvar.stopping.monitor import StopMonitor, from_first_rank
 from dvar.stopping.verdict import Verdict
 
 try:
@@ -26,7 +26,7 @@ class DvarCallback(Callback):
     Raises: RefusedInput, as training begins, when the model lies in parts on several processes.
     """
 
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, watch: StopMonitor) -> None:
         self._watch, self.verdict = watch, watch.verdict
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

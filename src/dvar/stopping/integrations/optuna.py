@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dvar.stopping.rules import Criterion
+from dvar.stopping.rules import Rule
 from dvar.stopping.trace import Trace
 
 try:
@@ -20,7 +20,7 @@ class DvarPruner(BasePruner):
     pruned, which says that it was hopeless: a stopped one is not.
     """
 
-    def __init__(self, rule: Criterion) -> None:
+    def __init__(self, rule: Rule) -> None:
         self._rule = rule
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dvar.errors import RefusedInput
-from dvar.stopping.rules import Criterion
+from dvar.stopping.rules import Rule
 from dvar.stopping.trace import Trace
 
 try:
@@ -25,7 +25,7 @@ class DvarStopper(Stopper):
     Raises: RefusedInput when a result lacks `metric` or `step`, TraceError when they are not numbers to be recorded.
     """
 
-    def __init__(self, rule: Criterion, metric: str, step: str = "training_iteration") -> None:
+    def __init__(self, rule: Rule, metric: str, step: str = "training_iteration") -> None:
         self._rule, self._metric, self._step = rule, metric, step
         self.traces: dict[str, Trace] = {}
 

@@ -1,7 +1,7 @@
 """Curves that other software recorded, read into a trace: `read_log("metrics.csv")`, `read_log("logs/")`.
 
-The format is told by what a file holds (`dvar.stopping.logs.formats`).  Of the curves in it, a rule can judge a loss
-on fixed inputs; a training loss, whose timesteps are drawn anew at every step, is never taken unless it is asked for by name.
+The format is recognised by what a file holds (`dvar.stopping.logs.formats`).  Of the curves in it, a rule can judge a
+loss on fixed inputs; a training loss, whose timesteps are resampled at every step, is only read when named.
 """
 
 from __future__ import annotations
