@@ -16,7 +16,7 @@ import dvar
 
 PAGE = Path(__file__).with_suffix(".md")
 LONG, MANY = 88, 20  # characters of a line; settings that `dvar train --help` lists better
-ROOMS = ("rules", "compositions", "verdict", "trace", "probe", "logs")
+ROOMS = ("rules", "combinators", "curve", "diagnosis", "verdict", "trace", "probe", "logs.reader")
 OPENING = """# Reference
 
 <!-- written by docs/reference.py -->

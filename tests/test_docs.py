@@ -82,7 +82,7 @@ def test_every_integration_has_its_section() -> None:
         for node in ast.walk(ast.parse(text))
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("dvar.stopping.integrations.")
     }
-    there = (ROOT / "src" / "dvar" / "stopper" / "integrations").glob("[!_]*.py")
+    there = (ROOT / "src" / "dvar" / "stopping" / "integrations").glob("[!_]*.py")
     assert shown == {f"dvar.stopping.integrations.{path.stem}" for path in there}
 
 

@@ -23,7 +23,7 @@ from dvar.runs.load_model import personalised
 from dvar.testing import tiny_clip
 from dvar.training.checkpoint import MANIFEST, TENSORS, Checkpoint
 from dvar.training.personalise import personalise
-from dvar.training.weight_files import LORA
+from dvar.training.run_layout import LORA
 
 
 class Malice:

@@ -368,7 +368,7 @@ def test_the_page_of_results_keeps_what_was_not_made_again(report: Path, root: P
     assert list(after) == list(before) == ["records", *EXPERIMENTS]
     assert [name for name in after if after[name] != before[name]] == ["figure8"]
     found = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "results").iterdir()}
-    assert found.keys() == samples.keys()
+    assert found.keys() == pictures.keys()
     assert {name.split("-")[0] for name in found if found[name] != pictures[name]} == {"figure8"}
 
 

@@ -25,7 +25,7 @@ from dvar.recordings import spec
 from dvar.recordings.archive import RecordedRun, RecordingArchive, RescoredRun
 from dvar.recordings.protocol import PLACES, PROTOCOLS, RecordingProtocol, ScoringPrompts, log_spaced
 from dvar.recordings.recorder import record, scores_to_go_on_from
-from dvar.recordings.rescore import rescore, with_rescored
+from dvar.recordings.rescore import _missing, rescore, with_rescored
 from dvar.recordings.restore import ANEW, learned_along, learned_at, read_sheet, sheet_at, weights_at, write_sheet
 from dvar.recordings.score_samples import drawn, lacking, scorer_of
 from dvar.recordings.spec import RecordingSpec
@@ -459,7 +459,7 @@ def test_a_checkpoint_that_was_scored_anew_on_fewer_pictures_is_drawn_again(
     assert few is not None
     assert few.count == 4
     shelf = RecordingArchive.open(folder.parents[2])
-    assert rescore._missing(shelf, next(iter(shelf)), {3}) == [3]
+    assert _missing(shelf, next(iter(shelf)), {3}) == [3]
     rescore(folder, [3])
     found = RescoredRun.open(folder)
     assert found is not None

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dvar.errors import ModelError, RefusedInput
-from dvar.recordings import sweep, worker_pool
+from dvar.recordings import cost, sweep, worker_pool
 from dvar.recordings.archive import RecordedRun, RecordingArchive
 from dvar.recordings.cost import expected_seconds, seconds_left, time_left, unit_seconds
 from dvar.recordings.protocol import PROTOCOLS
@@ -221,10 +221,10 @@ def test_an_estimate_counts_all_that_is_measured(
     assert expected_seconds(run, {**units, "picture": 1.0}) == pytest.approx(3 * drawn + 0.2)
     assert seconds_left(run, {**units, "picture": 1.0}) == pytest.approx(3 * drawn + 0.2)
     with monkeypatch.context() as patch:
-        patch.setattr(sweep, "_trained", lambda recording: 0.75)
+        patch.setattr(cost, "_trained", lambda recording: 0.75)
         left = seconds_left(run, {**units, "picture": 1.0, "train": 1.0, "start_up": 3.0})
         assert left == pytest.approx(3 + 0.25 * (cap + drawn + 0.2) + 2 * drawn)
-        patch.setattr(sweep, "_trained", lambda recording: 1.0)
+        patch.setattr(cost, "_trained", lambda recording: 1.0)
         assert seconds_left(run, {**units, "picture": 1.0, "train": 1.0, "start_up": 3.0}) == 2 * drawn + 3
     measured = unit_seconds(run)
     assert measured.keys() == units.keys()

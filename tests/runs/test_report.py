@@ -19,7 +19,7 @@ from dvar.runs.report import write_report
 from dvar.stopping.diagnosis import Reason
 from dvar.stopping.trace import Trace
 from dvar.stopping.verdict import Verdict
-from dvar.training.weight_files import ATTENTION, EMBEDS, LORA
+from dvar.training.run_layout import ATTENTION, EMBEDS, LORA
 
 VOID = {"meta", "img", "br"}
 

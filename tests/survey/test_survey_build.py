@@ -223,7 +223,7 @@ def test_missing_pictures_are_drawn_by_both_runs(tmp_path: Path, monkeypatch: py
     (tmp_path / "scenes.txt").write_text("on the moon\n\nby the sea\n")
     asked = []
     personalised = SimpleNamespace(personalised=lambda folder: folder)
-    monkeypatch.setitem(sys.modules, "dvar.training.personalise", personalised)
+    monkeypatch.setitem(sys.modules, "dvar.runs.load_model", personalised)
 
     def sample(folder: Path, prompts: list[str], seeds: list[int], **_: object) -> list[Image.Image]:
         asked.append((folder.name, list(prompts), list(seeds)))

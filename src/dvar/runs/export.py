@@ -18,7 +18,8 @@ from dvar.diffusion.tokens import model_path
 from dvar.errors import RefusedInput
 from dvar.files import write_whole
 from dvar.runs.load_model import finished, read_weights
-from dvar.training.weight_files import EMBEDS, LORA, kind, public_name, write_weights
+from dvar.training.run_layout import EMBEDS, LORA, kind
+from dvar.training.weight_files import public_name, write_weights
 
 _PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te"}
 

@@ -18,7 +18,7 @@ from dvar.diffusion.tokens import model_path
 from dvar.errors import RefusedInput
 from dvar.training.checkpoint import Checkpoint
 from dvar.training.run import assembled
-from dvar.training.weight_files import RESULT
+from dvar.training.run_layout import RESULT
 
 
 def finished(folder: str | Path) -> tuple[AnyConfig, dict[str, Any]]:

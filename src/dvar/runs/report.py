@@ -16,7 +16,7 @@ from dvar.runs import report_figures
 from dvar.runs.run_folder import RunFolder
 from dvar.stopping.diagnosis import Reason
 from dvar.stopping.rules import SETTLED
-from dvar.training.weight_files import imports, loads
+from dvar.training.loading_code import imports, loads
 
 
 def write_report(run_dir: str | Path) -> Path:

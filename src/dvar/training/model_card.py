@@ -9,7 +9,9 @@ from pathlib import Path
 from dvar.config.training import BUNDLED_MODEL, AnyConfig, prior_weight, sample_prompt
 from dvar.files import write_whole
 from dvar.stopping.verdict import Verdict
-from dvar.training.weight_files import EMBEDS, _on_hub, imports, loads, public_name
+from dvar.training.loading_code import imports, loads
+from dvar.training.run_layout import EMBEDS
+from dvar.training.weight_files import _on_hub, public_name
 
 _OWN = ("rank", "lora_alpha", "lora_targets", "class_noun", "instance_prompt", "freeze_model")
 

@@ -27,10 +27,9 @@ from dvar.training.loop import StepRecord
 from dvar.training.memory_estimate import needed
 from dvar.training.placeholder_tokens import tokenizer_of
 from dvar.training.run import TrainingResult, TrainingRun, assembled, digest_of
-from dvar.training.run_layout import WRITTEN
+from dvar.training.run_layout import RESULT, WRITTEN
 from dvar.training.token_initializer import clip_of, first_words
 from dvar.training.trackers import Tracker
-from dvar.training.weight_files import RESULT
 
 # Settings that may differ when a run goes on: they decide where it is kept, not what it computes.
 _FREE = {

@@ -47,7 +47,8 @@ from dvar.training.methods.custom_diffusion import CustomDiffusion
 from dvar.training.methods.dreambooth_lora import DreamBoothLora
 from dvar.training.methods.textual_inversion import TextualInversion
 from dvar.training.model_card import write_model_card
-from dvar.training.weight_files import RESULT, WEIGHTS, at_step, by_word, provenance, write_weights
+from dvar.training.run_layout import RESULT, WEIGHTS, at_step
+from dvar.training.weight_files import by_word, provenance, write_weights
 
 
 class PersonalisationMethod(TrainableMethod, Protocol):

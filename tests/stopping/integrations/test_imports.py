@@ -13,7 +13,7 @@ import pytest
 import dvar
 
 HOUSE = Path(dvar.__file__).parent
-HOSTS = sorted(path.stem for path in (HOUSE / "stopper" / "integrations").glob("*.py") if path.stem != "__init__")
+HOSTS = sorted(path.stem for path in (HOUSE / "stopping" / "integrations").glob("*.py") if path.stem != "__init__")
 
 
 def test_all_seven_are_here() -> None:

@@ -19,7 +19,7 @@ from dvar.testing import tiny_concept
 from dvar.training.dataset import prompts, read_concept
 from dvar.training.methods.custom_diffusion import CustomDiffusion
 from dvar.training.personalise import personalise
-from dvar.training.weight_files import ATTENTION, EMBEDS
+from dvar.training.run_layout import ATTENTION, EMBEDS
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 
 from dvar.diffusion.backbone import Backbone
 from dvar.training.methods.dreambooth_lora import TARGETS, TEXT_TARGETS, DreamBoothLora
-from dvar.training.weight_files import EMBEDS, LORA
+from dvar.training.run_layout import EMBEDS, LORA
 
 
 @pytest.fixture

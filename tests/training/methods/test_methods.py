@@ -32,10 +32,12 @@ from dvar.stopping.diagnosis import Reason
 from dvar.stopping.trace import Trace
 from dvar.testing import tiny_pipeline
 from dvar.training.checkpoint import Checkpoint, latest
+from dvar.training.loading_code import loads
 from dvar.training.loop import StepRecord
 from dvar.training.personalise import personalise
 from dvar.training.run import assembled
-from dvar.training.weight_files import ATTENTION, EMBEDS, LORA, at_step, by_word, loads, write_weights
+from dvar.training.run_layout import ATTENTION, EMBEDS, LORA, at_step
+from dvar.training.weight_files import by_word, write_weights
 
 CAP = 10
 PROMPT = "a photo of <thing> on the beach"

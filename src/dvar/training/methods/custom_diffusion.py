@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dvar.diffusion.backbone import Backbone
 from dvar.training.methods.textual_inversion import TextualInversion
-from dvar.training.weight_files import ATTENTION, EMBEDS
+from dvar.training.run_layout import ATTENTION, EMBEDS
 
 LAYERS = {"crossattn_kv": ("to_k", "to_v"), "crossattn": ("to_q", "to_k", "to_v", "to_out.0")}
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dvar.diffusion.backbone import Backbone
 from dvar.diffusion.randomness import seeded_globals
 from dvar.training.methods.textual_inversion import TextualInversion
-from dvar.training.weight_files import LORA
+from dvar.training.run_layout import LORA
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 TARGETS = {

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from dvar.diffusion.backbone import Backbone
 from dvar.training.placeholder_tokens import token_names
+from dvar.training.run_layout import EMBEDS
 from dvar.training.token_initializer import initial_rows
-from dvar.training.weight_files import EMBEDS
 
 
 class TextualInversion:
