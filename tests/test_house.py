@@ -20,6 +20,7 @@ FLOORS = {
     "_version": 0,
     "errors": 0,
     "files": 0,
+    "registry": 1,
     "html": 1,
     "mini": 2,
     "stopping": 3,

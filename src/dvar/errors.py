@@ -13,6 +13,7 @@ Each message is one line: the rule, the value received, the remedy.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 
 
@@ -52,3 +53,8 @@ class OutOfResources(DvarError):
 
 class NonFiniteLoss(DvarError, ArithmeticError):
     """Training met a loss that is not a finite number."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The known word most like ``word``, however unlike."""
+    return difflib.get_close_matches(word, known, n=1, cutoff=0.0)[0]

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dvar.config.fields import Range, canonical, nearest, read_settings, sound
+from dvar.config.fields import Range, canonical, read_settings, sound
 from dvar.config.training import (
     CONFIGS,
     AnyConfig,
@@ -27,7 +27,7 @@ from dvar.config.training import (
     words,
     written,
 )
-from dvar.errors import RefusedInput
+from dvar.errors import RefusedInput, nearest
 
 GOOD = TextualInversionConfig(instance_data_dir="pictures", initializer_token="mug")
 LORA = DreamBoothLoraConfig(instance_data_dir="pictures", placeholder_token="<thing>", initializer_token="mug")

@@ -13,8 +13,7 @@ from dvar.cli.options import FAILED, INTERRUPTED, REFUSED, say
 from dvar.cli.runs import export, generate, replay, report
 from dvar.cli.survey import survey
 from dvar.cli.train import concepts, demo, train
-from dvar.config.fields import nearest
-from dvar.errors import CheckpointError, DvarError, ModelError, RefusedInput, TraceError
+from dvar.errors import CheckpointError, DvarError, ModelError, RefusedInput, TraceError, nearest
 from dvar.paper.config import EXPERIMENTS
 
 # Plain text, because reading help as Markdown costs 40 ms of the 100 that help takes.

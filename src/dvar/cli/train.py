@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from cyclopts import App
 
 from dvar.cli.options import FAILED, INTERRUPTED, say, with_flags_of
-from dvar.config.fields import nearest, read_settings
+from dvar.config.fields import read_settings
 from dvar.config.training import CustomDiffusionConfig, DreamBoothLoraConfig, TextualInversionConfig
-from dvar.errors import RefusedInput
+from dvar.errors import RefusedInput, nearest
 
 if TYPE_CHECKING:
     from dvar.config.training import AnyConfig

@@ -5,16 +5,15 @@ A class of settings is a frozen dataclass of such fields; what is done with all 
 
 from __future__ import annotations
 
-import difflib
 import math
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from dvar.errors import RefusedInput
+from dvar.errors import RefusedInput, nearest
 
 
 @dataclass(frozen=True)
@@ -96,11 +95,6 @@ def canonical(settings: Mapping[str, Any], known: type[Config]) -> dict[str, Any
     if problems:
         raise RefusedInput(problems)
     return found
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """The known word most like ``word``, however unlike."""
-    return difflib.get_close_matches(word, known, n=1, cutoff=0.0)[0]
 
 
 def read_settings(path: str | Path, known: type[Config]) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from dvar.config.fields import canonical, nearest
+from dvar.config.fields import canonical
 from dvar.config.training import BUNDLED_MODEL, CONFIGS, AnyConfig
-from dvar.errors import RefusedInput
+from dvar.errors import RefusedInput, nearest
 
 _DEFAULTS = {method: {item.name: item.default for item in fields(known)} for method, known in CONFIGS.items()}
 TI, LORA, CUSTOM = CONFIGS

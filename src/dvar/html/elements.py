@@ -13,7 +13,10 @@ VOID = frozenset({"br", "img", "meta"})
 
 
 class Html(str):
-    """Text that is markup already."""
+    """Text that is markup already; Jinja2 does not escape it."""
+
+    def __html__(self) -> str:
+        return self
 
 
 def join(children: Iterable[str | None]) -> Html:

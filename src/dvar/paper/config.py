@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dvar.config.fields import Config, nearest, setting
+from dvar.config.fields import Config, setting
 from dvar.config.training import BUNDLED_MODEL
+from dvar.errors import nearest
 
 EXPERIMENTS: dict[str, str] = {
     "table1": "Table 1: ways to end a run, their scores, steps and minutes",

@@ -12,7 +12,7 @@ from dvar.paper.result import ExperimentResult, Plot, Table, _drawn
 
 def page(exhibits: Sequence[ExperimentResult], facts: Sequence[str]) -> str:
     """Return one page with every exhibit that loads nothing and runs no script; `facts` open it."""
-    sheets = (files("dvar.html").joinpath(name) for name in ("charts.css", "report.css", "exhibit.css"))
+    sheets = (files("dvar.html").joinpath(name) for name in ("charts.css", "style.css"))
     style = "".join(sheet.read_text(encoding="utf-8") for sheet in sheets)
     head = page_head("The laboratory · dvar", style)
     links = [element("li", element("a", one.title, href=f"#{one.name}")) for one in exhibits]

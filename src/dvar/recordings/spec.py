@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from dvar import mini
-from dvar.config.fields import nearest
 from dvar.config.presets import configure
 from dvar.config.training import BUNDLED_MODEL, CONFIGS, AnyConfig, CustomDiffusionConfig, restored, written
-from dvar.errors import RefusedInput
+from dvar.errors import RefusedInput, nearest
 from dvar.recordings.archive import digest
 from dvar.recordings.concepts import concept_folders, noun_of
 from dvar.recordings.image_metrics import Pairing

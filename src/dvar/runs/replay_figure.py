@@ -172,7 +172,7 @@ def _curve_name(trace: Trace) -> str:
 
 
 def _page(title: str, curve: str, shown: Html, outcomes: Sequence[ReplayOutcome]) -> Html:
-    head = page_head(f"{title} · dvar replay", _style("charts.css") + _style("report.css"), images=False)
+    head = page_head(f"{title} · dvar replay", _style("charts.css") + _style("style.css"), images=False)
     rows = [element("tr", element("th", outcome.name, scope="row"), element("td", outcome.why)) for outcome in outcomes]
     body = element(
         "main",

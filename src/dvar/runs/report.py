@@ -34,7 +34,7 @@ def write_report(run_dir: str | Path) -> Path:
 
 
 def _page(run: RunFolder) -> Html:
-    sheets = (files("dvar.html").joinpath(name) for name in ("charts.css", "report.css"))
+    sheets = (files("dvar.html").joinpath(name) for name in ("charts.css", "style.css"))
     style = "".join(sheet.read_text(encoding="utf-8") for sheet in sheets)
     head = page_head(f"{run.settings.subject} · dvar", style)
     sections = (_title, _outcome, _numbers, _losses, _ratio, _growth, _single_inputs, _use, _settings)

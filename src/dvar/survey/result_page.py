@@ -17,7 +17,7 @@ from dvar.survey.survey import PICTURES
 SHOWN = 4  # pairs of most and of least agreement
 LEAST_VOTES = 3  # fewer votes on a pair say nothing about agreement
 FEW = 10  # fewer people or concepts say little about others than themselves
-STYLES = ("charts.css", "report.css", "survey_result.css")
+STYLES = ("charts.css", "style.css")
 
 
 def write_page(folder: Path, score: Score, path: Path) -> Path:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from dvar.config.fields import nearest, sound
+from dvar.config.fields import sound
 from dvar.config.training import (
     AnyConfig,
     CustomDiffusionConfig,
@@ -25,7 +25,7 @@ from dvar.config.training import (
     settings_problems,
     words,
 )
-from dvar.errors import ModelError, RefusedInput
+from dvar.errors import ModelError, RefusedInput, nearest
 from dvar.training.placeholder_tokens import Tokenizer, word_problems
 from dvar.training.preflight import (
     clip_problems,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-from dvar.config.fields import nearest
 from dvar.config.training import (
     AnyConfig,
     CustomDiffusionConfig,
@@ -15,6 +14,7 @@ from dvar.config.training import (
     words,
 )
 from dvar.diffusion.tokens import model_path
+from dvar.errors import nearest
 
 FAR, NEAR = ("a far away ", "very small "), ("zoomed in ", "close up ")
 """What a caption begins with when its picture is shown much smaller, or larger, than it is."""
