@@ -1,7 +1,7 @@
-"""DVAR in a loop of the shape of diffusers' `train_dreambooth_lora.py`: a LoRA, with prior preservation.
+"""DVAR in a loop like diffusers' `train_dreambooth_lora.py`: a LoRA, with prior preservation.
 
-The lines that were added for DVAR stand between "dvar:" and "end".  The model is a tiny random one and learns nothing
-of use; with another folder it is a real one.  Run it with ``python examples/diffusers_dreambooth.py``; it takes
+The lines that were added for DVAR are between "dvar:" and "end". The model is a tiny random one and learns nothing
+useful; replace its folder with that of a real one. Run ``python examples/diffusers_dreambooth.py``; it takes
 seconds.
 """
 
@@ -19,7 +19,7 @@ from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
 import dvar
-from dvar.stopping.integrations.accelerate import judged_together
+from dvar.stopping.integrations.accelerate import judge_together
 from dvar.testing import tiny_concept, tiny_pipeline
 
 scratch = Path(tempfile.mkdtemp())
@@ -41,18 +41,18 @@ for part in (text_encoder, vae, unet):
 optimizer = torch.optim.AdamW([weight for weight in unet.parameters() if weight.requires_grad], lr=1e-2)
 
 
-def example(path: Path, prompt: str) -> dict[str, torch.Tensor]:
+def load_example(path: Path, prompt: str) -> dict[str, torch.Tensor]:
     pixels = np.asarray(Image.open(path).convert("RGB").resize((32, 32)), dtype=np.float32) / 127.5 - 1
     ids = tokenizer(prompt, padding="max_length", max_length=77, return_tensors="pt").input_ids
     return {"pixel_values": torch.from_numpy(pixels).permute(2, 0, 1), "input_ids": ids[0]}
 
 
-instances = [example(path, "a photo of sks ball") for path in sorted(instance_data_dir.glob("*.png"))]
-classes = [example(path, "a photo of a ball") for path in sorted(class_data_dir.glob("*.png"))]
+instances = [load_example(path, "a photo of sks ball") for path in sorted(instance_data_dir.glob("*.png"))]
+classes = [load_example(path, "a photo of a ball") for path in sorted(class_data_dir.glob("*.png"))]
 
 
 def collate_fn(pairs: list[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]) -> dict[str, torch.Tensor]:
-    """The instances, and after them as many pictures of the class."""
+    """Return the instance images, followed by as many class images."""
     return torch.utils.data.default_collate([item for part in zip(*pairs, strict=True) for item in part])
 
 
@@ -63,10 +63,10 @@ train_dataloader = torch.utils.data.DataLoader(
 unet, optimizer, train_dataloader = accelerator.prepare(unet, optimizer, train_dataloader)
 
 
-# dvar: what is random about a batch, drawn once, of the instance alone; and the loss of each of its samples
+# dvar: everything random about a batch of instance images, drawn once; and the loss per sample
 def draw() -> dict[str, torch.Tensor]:
-    chosen = [instances[index % len(instances)] for index in range(8)]
-    batch = {name: torch.stack([item[name] for item in chosen]).to(accelerator.device) for name in chosen[0]}
+    samples = [instances[index % len(instances)] for index in range(8)]
+    batch = {name: torch.stack([item[name] for item in samples]).to(accelerator.device) for name in samples[0]}
     latents = vae.encode(batch["pixel_values"]).latent_dist.sample() * vae.config.scaling_factor
     timesteps = torch.randint(0, noise_scheduler.config.num_train_timesteps, (8,), device=latents.device)
     return {
@@ -85,12 +85,12 @@ def losses(held: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 probe = dvar.Probe.capture(losses, draw, [accelerator.unwrap_model(unet), text_encoder])
-watch = dvar.StopMonitor(dvar.Dvar(window=60, threshold=0.15), probe, output_dir / "trace.jsonl")
+monitor = dvar.StopMonitor(dvar.Dvar(window=60, threshold=0.15), probe, output_dir / "trace.jsonl")
 # end
 
 global_step = 0
-# dvar: the untouched model, or the one that was loaded from a checkpoint
-verdict = judged_together(accelerator, watch, global_step)
+# dvar: the untouched model, or the one loaded from a checkpoint
+verdict = judge_together(accelerator, monitor, global_step)
 # end
 for _epoch in range(num_train_epochs):
     unet.train()
@@ -112,7 +112,7 @@ for _epoch in range(num_train_epochs):
         if accelerator.sync_gradients:
             global_step += 1
             # dvar: after an update, not after a batch
-            verdict = judged_together(accelerator, watch, global_step)
+            verdict = judge_together(accelerator, monitor, global_step)
             # end
         if global_step >= max_train_steps or verdict.stop:
             break

@@ -1,7 +1,7 @@
-"""DVAR in a loop of the shape of diffusers' `train_text_to_image_lora.py`: accelerate, PEFT, a dataloader, epochs.
+"""DVAR in a loop like diffusers' `train_text_to_image_lora.py`: accelerate, PEFT, a dataloader, epochs.
 
-The lines that were added for DVAR stand between "dvar:" and "end".  The model is a tiny random one and learns nothing
-of use; with another folder it is a real one.  Run it with ``python examples/diffusers_lora.py``; it takes seconds.
+The lines that were added for DVAR are between "dvar:" and "end". The model is a tiny random one and learns nothing
+useful; replace its folder with that of a real one. Run ``python examples/diffusers_lora.py``; it takes seconds.
 """
 
 import tempfile
@@ -18,11 +18,11 @@ from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
 import dvar
-from dvar.stopping.integrations.accelerate import judged_together
+from dvar.stopping.integrations.accelerate import judge_together
 from dvar.testing import tiny_concept, tiny_pipeline
 
 scratch = Path(tempfile.mkdtemp())
-model, pictures, output_dir = tiny_pipeline(scratch / "model"), tiny_concept(scratch / "pictures"), scratch / "output"
+model, images, output_dir = tiny_pipeline(scratch / "model"), tiny_concept(scratch / "images"), scratch / "output"
 train_batch_size, max_train_steps, num_train_epochs = 2, 1000, 1000
 
 accelerator = Accelerator(gradient_accumulation_steps=2, mixed_precision="no")
@@ -39,21 +39,21 @@ for part in (text_encoder, vae, unet):
 optimizer = torch.optim.AdamW([weight for weight in unet.parameters() if weight.requires_grad], lr=1e-2)
 
 
-def example(path: Path) -> dict[str, torch.Tensor]:
+def load_example(path: Path) -> dict[str, torch.Tensor]:
     pixels = np.asarray(Image.open(path).convert("RGB").resize((32, 32)), dtype=np.float32) / 127.5 - 1
     ids = tokenizer("a photo of a red ball", padding="max_length", max_length=77, return_tensors="pt").input_ids
     return {"pixel_values": torch.from_numpy(pixels).permute(2, 0, 1), "input_ids": ids[0]}
 
 
-train_dataset = [example(path) for path in sorted(pictures.glob("*.png"))]
+train_dataset = [load_example(path) for path in sorted(images.glob("*.png"))]
 train_dataloader = torch.utils.data.DataLoader(train_dataset, batch_size=train_batch_size, shuffle=True)
 unet, optimizer, train_dataloader = accelerator.prepare(unet, optimizer, train_dataloader)
 
 
-# dvar: what is random about a batch, drawn once; and the loss of each of its samples
+# dvar: everything random about a batch, drawn once; and the loss per sample
 def draw() -> dict[str, torch.Tensor]:
-    chosen = [train_dataset[index % len(train_dataset)] for index in range(8)]
-    batch = {name: torch.stack([item[name] for item in chosen]).to(accelerator.device) for name in chosen[0]}
+    samples = [train_dataset[index % len(train_dataset)] for index in range(8)]
+    batch = {name: torch.stack([item[name] for item in samples]).to(accelerator.device) for name in samples[0]}
     latents = vae.encode(batch["pixel_values"]).latent_dist.sample() * vae.config.scaling_factor
     timesteps = torch.randint(0, noise_scheduler.config.num_train_timesteps, (8,), device=latents.device)
     return {
@@ -72,12 +72,12 @@ def losses(held: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 probe = dvar.Probe.capture(losses, draw, [accelerator.unwrap_model(unet), text_encoder])
-watch = dvar.StopMonitor(dvar.Dvar(window=60, threshold=0.15), probe, output_dir / "trace.jsonl")
+monitor = dvar.StopMonitor(dvar.Dvar(window=60, threshold=0.15), probe, output_dir / "trace.jsonl")
 # end
 
 global_step = 0
-# dvar: the untouched model, or the one that was loaded from a checkpoint
-verdict = judged_together(accelerator, watch, global_step)
+# dvar: the untouched model, or the one loaded from a checkpoint
+verdict = judge_together(accelerator, monitor, global_step)
 # end
 for _epoch in range(num_train_epochs):
     unet.train()
@@ -97,7 +97,7 @@ for _epoch in range(num_train_epochs):
         if accelerator.sync_gradients:
             global_step += 1
             # dvar: after an update, not after a batch
-            verdict = judged_together(accelerator, watch, global_step)
+            verdict = judge_together(accelerator, monitor, global_step)
             # end
         if global_step >= max_train_steps or verdict.stop:
             break

@@ -1,7 +1,7 @@
-"""DVAR in a loop of the shape of diffusers' `textual_inversion.py`: one new word learned, all else frozen.
+"""DVAR in a loop like diffusers' `textual_inversion.py`: one new word is learned, everything else is frozen.
 
-The lines that were added for DVAR stand between "dvar:" and "end".  The model is a tiny random one and learns nothing
-of use; with another folder it is a real one.  Run it with ``python examples/diffusers_textual_inversion.py``; it takes
+The lines that were added for DVAR are between "dvar:" and "end". The model is a tiny random one and learns nothing
+useful; replace its folder with that of a real one. Run ``python examples/diffusers_textual_inversion.py``; it takes
 seconds.
 """
 
@@ -18,11 +18,11 @@ from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 import dvar
-from dvar.stopping.integrations.accelerate import judged_together
+from dvar.stopping.integrations.accelerate import judge_together
 from dvar.testing import tiny_concept, tiny_pipeline
 
 scratch = Path(tempfile.mkdtemp())
-model, pictures, output_dir = tiny_pipeline(scratch / "model"), tiny_concept(scratch / "pictures"), scratch / "output"
+model, images, output_dir = tiny_pipeline(scratch / "model"), tiny_concept(scratch / "images"), scratch / "output"
 placeholder_token, initializer_token = "<my-ball>", "ball"
 train_batch_size, max_train_steps, num_train_epochs, repeats = 2, 1000, 1000, 10
 
@@ -44,14 +44,14 @@ with torch.no_grad():
 optimizer = torch.optim.AdamW([embeddings], lr=1e-2)
 
 
-def example(path: Path) -> dict[str, torch.Tensor]:
+def load_example(path: Path) -> dict[str, torch.Tensor]:
     pixels = np.asarray(Image.open(path).convert("RGB").resize((32, 32)), dtype=np.float32) / 127.5 - 1
     caption = f"a photo of a {placeholder_token}"
     ids = tokenizer(caption, padding="max_length", max_length=77, return_tensors="pt").input_ids
     return {"pixel_values": torch.from_numpy(pixels).permute(2, 0, 1), "input_ids": ids[0]}
 
 
-train_dataset = [example(path) for path in sorted(pictures.glob("*.png"))] * repeats
+train_dataset = [load_example(path) for path in sorted(images.glob("*.png"))] * repeats
 train_dataloader = torch.utils.data.DataLoader(train_dataset, batch_size=train_batch_size, shuffle=True)
 text_encoder, optimizer, train_dataloader = accelerator.prepare(text_encoder, optimizer, train_dataloader)
 for part in (unet, vae):
@@ -60,7 +60,7 @@ embeddings = accelerator.unwrap_model(text_encoder).get_input_embeddings().weigh
 orig_embeds_params = embeddings.data.clone()
 
 
-# dvar: what is random about a batch, drawn once; and the loss of each of its samples
+# dvar: everything random about a batch, drawn once; and the loss per sample
 def draw() -> dict[str, torch.Tensor]:
     batch = torch.utils.data.default_collate(train_dataset[:8])
     latents = vae.encode(batch["pixel_values"].to(accelerator.device)).latent_dist.sample() * vae.config.scaling_factor
@@ -81,12 +81,12 @@ def losses(held: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 probe = dvar.Probe.capture(losses, draw, [accelerator.unwrap_model(text_encoder), unet])
-watch = dvar.StopMonitor(dvar.Dvar(window=60, threshold=0.15), probe, output_dir / "trace.jsonl")
+monitor = dvar.StopMonitor(dvar.Dvar(window=60, threshold=0.15), probe, output_dir / "trace.jsonl")
 # end
 
 global_step = 0
-# dvar: the untouched model, or the one that was loaded from a checkpoint
-verdict = judged_together(accelerator, watch, global_step)
+# dvar: the untouched model, or the one loaded from a checkpoint
+verdict = judge_together(accelerator, monitor, global_step)
 # end
 for _epoch in range(num_train_epochs):
     text_encoder.train()
@@ -103,13 +103,13 @@ for _epoch in range(num_train_epochs):
             accelerator.backward(loss)
             optimizer.step()
             optimizer.zero_grad()
-            with torch.no_grad():  # only the new word is learned
+            with torch.no_grad():  # only the placeholder token is learned
                 others = torch.arange(len(tokenizer)) != placeholder_id
                 embeddings[others] = orig_embeds_params[others]
         if accelerator.sync_gradients:
             global_step += 1
-            # dvar: after an update, and after the lines that put the other embeddings back
-            verdict = judged_together(accelerator, watch, global_step)
+            # dvar: after an update, and after the lines that restore the other embeddings
+            verdict = judge_together(accelerator, monitor, global_step)
             # end
         if global_step >= max_train_steps or verdict.stop:
             break

@@ -1,7 +1,7 @@
 """DVAR in a plain PyTorch loop: a small network learns to remove noise from points on a spiral, and stops by itself.
 
-The training loss below is fresh noise at every step, as a diffusion model's is.  The same loss on one held batch is
-a curve.  Run it with ``python examples/drop_in.py``; it takes a few seconds.
+The training loss is mostly noise, as that of a diffusion model. The same loss on one held batch is a smooth curve.
+Run ``python examples/drop_in.py``; it takes a few seconds.
 """
 
 import torch
@@ -13,14 +13,14 @@ torch.manual_seed(0)
 
 
 def draw(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Clean points, their noise, and how much of it (0 to 1): everything that is random about a batch."""
+    """Draw clean points, their noise and its level (0 to 1): everything that is random about a batch."""
     angle = 3 * torch.pi * torch.rand(count).sqrt()
     points = torch.stack([angle.cos(), angle.sin()], dim=1) * angle[:, None] / 6
     return points, torch.randn(count, 2), torch.rand(count, 1)
 
 
 def losses(batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """The squared error of the predicted noise, one number per point."""
+    """Return the squared error of the predicted noise, one number per point."""
     points, noise, level = batch
     noisy = (1 - level).sqrt() * points + level.sqrt() * noise
     return (network(torch.cat([noisy, level], dim=1)) - noise).square().mean(dim=1)

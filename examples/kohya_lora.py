@@ -1,7 +1,7 @@
-"""DVAR in a loop of the shape of `train_network.py` of sd-scripts (kohya): LoRA layers are hooked into the U-Net.
+"""DVAR in a loop like `train_network.py` of sd-scripts (kohya): LoRA layers are hooked into the U-Net.
 
-The lines that were added for DVAR stand between "dvar:" and "end".  The model is a tiny random one and learns nothing
-of use; with another folder it is a real one.  Run it with ``python examples/kohya_lora.py``; it takes seconds.
+The lines that were added for DVAR are between "dvar:" and "end". The model is a tiny random one and learns nothing
+useful; replace its folder with that of a real one. Run ``python examples/kohya_lora.py``; it takes seconds.
 """
 
 import tempfile
@@ -17,11 +17,11 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 import dvar
-from dvar.stopping.integrations.accelerate import judged_together
+from dvar.stopping.integrations.accelerate import judge_together
 from dvar.testing import tiny_concept, tiny_pipeline
 
 scratch = Path(tempfile.mkdtemp())
-model, pictures, output_dir = tiny_pipeline(scratch / "model"), tiny_concept(scratch / "pictures"), scratch / "output"
+model, images, output_dir = tiny_pipeline(scratch / "model"), tiny_concept(scratch / "images"), scratch / "output"
 train_batch_size, max_train_steps, noise_offset = 2, 1000, 0.05
 
 accelerator = Accelerator(gradient_accumulation_steps=2, mixed_precision="no")
@@ -34,7 +34,7 @@ unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet").requires_gr
 
 
 class LoRANetwork(nn.Module):
-    """Two thin layers beside each projection of the attention; `apply_to` hooks them in."""
+    """Two low-rank layers beside each attention projection; `apply_to` hooks them in."""
 
     def __init__(self, unet: nn.Module, network_dim: int = 4) -> None:
         super().__init__()
@@ -57,27 +57,27 @@ optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
 
 
 @torch.no_grad()
-def cached(path: Path) -> dict[str, torch.Tensor]:
-    """What --cache_latents and --cache_text_encoder_outputs leave of a picture and its caption."""
+def load_cached(path: Path) -> dict[str, torch.Tensor]:
+    """Return what --cache_latents and --cache_text_encoder_outputs store of an image and its caption."""
     pixels = np.asarray(Image.open(path).convert("RGB").resize((32, 32)), dtype=np.float32) / 127.5 - 1
-    images = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    pixel_values = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     ids = tokenizer("a photo of a red ball", padding="max_length", max_length=77, return_tensors="pt").input_ids
     return {
-        "latents": vae.encode(images).latent_dist.sample()[0] * vae.config.scaling_factor,
+        "latents": vae.encode(pixel_values).latent_dist.sample()[0] * vae.config.scaling_factor,
         "text_encoder_outputs": text_encoder(ids)[0][0],
         "loss_weights": torch.tensor(1.0),
     }
 
 
-train_dataset = [cached(path) for path in sorted(pictures.glob("*.png"))]
+train_dataset = [load_cached(path) for path in sorted(images.glob("*.png"))]
 train_dataloader = torch.utils.data.DataLoader(train_dataset, batch_size=train_batch_size, shuffle=True)
 unet, network, optimizer, train_dataloader = accelerator.prepare(unet, network, optimizer, train_dataloader)
 
 
-# dvar: what is random about a batch, drawn once; and the loss of each of its samples, without weights or noise offset
+# dvar: everything random about a batch, drawn once; and the loss per sample, without weights and noise offset
 def draw() -> dict[str, torch.Tensor]:
-    chosen = [train_dataset[index % len(train_dataset)] for index in range(8)]
-    batch = {name: part.to(accelerator.device) for name, part in torch.utils.data.default_collate(chosen).items()}
+    samples = [train_dataset[index % len(train_dataset)] for index in range(8)]
+    batch = {name: part.to(accelerator.device) for name, part in torch.utils.data.default_collate(samples).items()}
     timesteps = torch.randint(0, noise_scheduler.config.num_train_timesteps, (8,), device=accelerator.device)
     return {**batch, "noise": torch.randn_like(batch["latents"]), "timesteps": timesteps}
 
@@ -90,12 +90,12 @@ def sample_losses(held: dict[str, torch.Tensor]) -> torch.Tensor:
 
 modules = [accelerator.unwrap_model(unet), accelerator.unwrap_model(network)]
 probe = dvar.Probe.capture(sample_losses, draw, modules)
-watch = dvar.StopMonitor(dvar.Dvar(window=60, threshold=0.15), probe, output_dir / "trace.jsonl")
+monitor = dvar.StopMonitor(dvar.Dvar(window=60, threshold=0.15), probe, output_dir / "trace.jsonl")
 # end
 
 global_step = 0
-# dvar: the untouched model, or the one that was loaded with --resume
-verdict = judged_together(accelerator, watch, global_step)
+# dvar: the untouched model, or the one loaded with --resume
+verdict = judge_together(accelerator, monitor, global_step)
 # end
 while global_step < max_train_steps and not verdict.stop:
     network.train()
@@ -113,7 +113,7 @@ while global_step < max_train_steps and not verdict.stop:
         if accelerator.sync_gradients:
             global_step += 1
             # dvar: after an update, not after a batch
-            verdict = judged_together(accelerator, watch, global_step)
+            verdict = judge_together(accelerator, monitor, global_step)
             # end
         if global_step >= max_train_steps or verdict.stop:
             break

@@ -1,8 +1,12 @@
-"""The tiny pipeline is part of the product: others test against it too."""
+"""What others test with: contracts that can fail, and the tiny pipeline."""
 
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -11,19 +15,107 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from dvar.testing import WORDS, tiny_concept, tiny_pipeline, tiny_tokenizer
+from dvar import Reason, Rule, Trace, Verdict
+from dvar.stopping.logs.formats import LOG_FORMATS, LogFormat
+from dvar.testing import WORDS, LogFormatContract, RuleContract, tiny_concept, tiny_pipeline, tiny_tokenizer
+
+# --- contracts ------------------------------------------------------------------------------------------------------
+
+
+def failures(suite: RuleContract | LogFormatContract, *arguments: object) -> set[str]:
+    """Return the names of the tests of a contract that fail."""
+    failed = set()
+    for name in dir(suite):
+        if name.startswith("test_"):
+            try:
+                getattr(suite, name)(*arguments)
+            except Exception:
+                failed.add(name)
+    return failed
+
+
+@dataclass(eq=False)
+class Counting:
+    """A rule that counts its calls, and stops at every other one."""
+
+    calls: list[int] = field(default_factory=list)
+
+    def __call__(self, trace: Trace) -> Verdict:
+        self.calls.append(1)
+        return Verdict(len(self.calls) % 2 == 0, Reason.CAP, trace.last_step, "Counting()", {"max_steps": 40})
+
+
+@dataclass(frozen=True)
+class Hasty:
+    """A rule that stops at once, says that it warms up, and calls the future stabilised."""
+
+    def __call__(self, trace: Trace) -> Verdict:
+        reason = Reason.STABILISED if len(trace) > 20 else Reason.WARMING_UP
+        return Verdict(True, reason, trace.last_step + 1, "Hasty()", {"window": "8"})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        (Counting(), {"test_the_trace_is_its_only_state", "test_it_is_a_value"}),
+        (
+            Hasty(),
+            {
+                "test_an_empty_trace_does_not_stop",
+                "test_a_verdict_is_about_a_step_and_says_so",
+                "test_it_does_not_stop_while_it_runs_or_warms_up",
+                "test_a_metric_that_is_not_finite_is_never_stabilised",
+            },
+        ),
+    ],
+)
+def test_a_rule_that_breaks_the_contract_fails_it(rule: Rule, expected: set[str]) -> None:
+    suite = RuleContract()
+    suite.rule = rule
+    assert failures(suite) >= expected
+
+
+@pytest.mark.filterwarnings("ignore:val_loss takes only")
+def test_a_format_that_breaks_the_contract_fails_it(tmp_path: Path) -> None:
+    class Suite(LogFormatContract):
+        log_format = LogFormat("anything", lambda path: True, lambda path, step: iter([(0.5, 1, None)]))  # type: ignore[list-item]
+
+        def write_log(self, folder: Path, curve: Mapping[int, float]) -> Path:
+            path = folder / "log.csv"
+            path.write_text("step,val_loss\n" + "".join(f"{step},{value:.3f}\n" for step, value in curve.items()))
+            return path
+
+    expected = {
+        "test_it_recognises_its_log_and_no_format_before_it_does",
+        "test_it_recognises_no_foreign_file",
+        "test_its_points_are_steps_names_and_values",
+        "test_the_curve_is_read_as_it_was_recorded",
+    }
+    assert failures(Suite(), tmp_path) >= expected
+    assert Suite.log_format not in LOG_FORMATS.values()
+
+
+def test_the_contracts_need_no_model_library_and_no_pytest() -> None:
+    program = (
+        "import sys, dvar.testing; print(*{'torch', 'diffusers', 'transformers', 'PIL', 'pytest'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"
+
+
+# --- the tiny pipeline ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("resolution", [32, 64])
-def test_stock_diffusers_loads_it_and_its_pictures_follow_the_prompt(tmp_path: Path, resolution: int) -> None:
+def test_stock_diffusers_loads_it_and_its_images_follow_the_prompt(tmp_path: Path, resolution: int) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(
         tiny_pipeline(tmp_path / "model", resolution=resolution), safety_checker=None
     )
     pipeline.set_progress_bar_config(disable=True)
     seeds = [torch.Generator().manual_seed(0) for _ in range(2)]
-    pictures = pipeline(["a red mug", "a dark cat"], generator=seeds, num_inference_steps=2).images
-    assert [picture.size for picture in pictures] == [(resolution, resolution)] * 2
-    assert not np.array_equal(*pictures)
+    images = pipeline(["a red mug", "a dark cat"], generator=seeds, num_inference_steps=2).images
+    assert [image.size for image in images] == [(resolution, resolution)] * 2
+    assert not np.array_equal(*images)
 
 
 def test_the_same_arguments_give_the_same_files(tmp_path: Path) -> None:
@@ -48,8 +140,8 @@ def test_each_of_its_words_is_one_token_and_any_text_can_be_spelled() -> None:
         assert len(ids) > 1
 
 
-def test_its_pictures_show_one_subject_in_several_places(tmp_path: Path) -> None:
-    folder = tiny_concept(tmp_path / "ball", pictures=5, size=48)
-    pictures = [Image.open(path) for path in sorted(folder.iterdir())]
-    assert [(picture.size, picture.mode) for picture in pictures] == [((48, 48), "RGB")] * 5
-    assert len({picture.tobytes() for picture in pictures}) == 5
+def test_its_images_show_one_subject_in_several_places(tmp_path: Path) -> None:
+    folder = tiny_concept(tmp_path / "ball", images=5, size=48)
+    images = [Image.open(path) for path in sorted(folder.iterdir())]
+    assert [(image.size, image.mode) for image in images] == [((48, 48), "RGB")] * 5
+    assert len({image.tobytes() for image in images}) == 5

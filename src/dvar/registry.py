@@ -1,9 +1,9 @@
-"""Registries: what a name stands for, in one place for each kind of thing."""
+"""A registry: the things of one kind by name, with those that other packages add."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
-from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
 from dvar.errors import RefusedInput, nearest
@@ -12,15 +12,15 @@ T = TypeVar("T")
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """A read-only mapping from names to the registered things of one kind, in the order of registration.
+    """A mapping from names to the registered things of one kind, in the order of registration.
 
-    Installed packages add their own under the entry point group ``plugins``: an entry point named after what it
-    registers, whose value is the object itself. They are loaded when a name is not among the registered ones, and
-    before the registry is listed.
+    Installed packages add their own under the entry point group ``plugins``: the entry point is named after the thing,
+    and its value is the thing itself. Plugins are loaded when a name is not registered yet, and before the registry is
+    listed. A plugin that cannot be loaded is skipped with a warning.
 
     Args:
         kind: What is registered, in the singular, for messages: "rule", "method".
-        plugins: The entry point group that other packages use, such as "dvar.rules".
+        plugins: The entry point group of other packages, such as "dvar.rules".
     """
 
     def __init__(self, kind: str, plugins: str) -> None:
@@ -32,10 +32,10 @@ class Registry(Mapping[str, T], Generic[T]):
         """Register ``item`` under ``name`` and return it.
 
         Raises:
-            RefusedInput: The name is taken by another item.
+            RefusedInput: Another item has this name.
         """
         if self._items.get(name, item) is not item:
-            raise RefusedInput([f"{self.kind} {name!r} is registered already: choose another name"])
+            raise RefusedInput([f"each {self.kind} needs a name of its own, got {name!r} twice: choose another name"])
         self._items[name] = item
         return item
 
@@ -68,8 +68,15 @@ class Registry(Mapping[str, T], Generic[T]):
         return len(self._items)
 
     def _load_plugins(self) -> None:
+        """Register the items of all installed plugins, once."""
         if self._loaded:
             return
         self._loaded = True
+        from importlib.metadata import entry_points  # 20 ms, which every start of dvar would wait for
+
         for plugin in entry_points(group=self.plugins):
-            self.register(plugin.name, plugin.load())
+            try:
+                self.register(plugin.name, plugin.load())
+            except Exception as error:
+                # A broken package must not break what does not use it.
+                warnings.warn(f"the {self.kind} {plugin.name!r} of {plugin.value} is skipped: {error}", stacklevel=2)

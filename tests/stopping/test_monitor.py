@@ -1,4 +1,4 @@
-"""A watch measures, records, keeps and judges; its file is all that a resumed run needs."""
+"""A monitor measures, records, keeps and judges; its file is all that a resumed run needs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from dvar import AnyOf, Dvar, DvarError, FixedSteps, Reason, RefusedInput, StopMonitor, Trace, Verdict
 from dvar.errors import TraceError
-from dvar.stopping.monitor import from_first_rank
+from dvar.stopping.monitor import broadcast_verdict
 from dvar.stopping.rules import AtMost
 
 STOP = Dvar(window=20, threshold=0.2)
@@ -33,10 +33,10 @@ class Decay:
         return np.array([1.0, 2.0]) * math.exp(-self.step / self.pace)
 
 
-def driven(watch: StopMonitor, model: Decay, first: int, last: int) -> Verdict:
+def driven(monitor: StopMonitor, model: Decay, first: int, last: int) -> Verdict:
     """Ask from `first` to `last`, or to the stop."""
     for model.step in range(first, last + 1):
-        verdict = watch(model.step)
+        verdict = monitor(model.step)
         if verdict.stop:
             break
     return verdict
@@ -55,12 +55,12 @@ def by_hand(every: int = 1) -> tuple[Trace, Verdict]:
 @pytest.mark.parametrize("every", [1, 2])
 def test_it_says_what_the_loop_by_hand_says(tmp_path: Path, every: int) -> None:
     model = Decay()
-    watch = StopMonitor(STOP, model, tmp_path / "run" / "trace.jsonl", every=every)
-    verdict = driven(watch, model, 0, 1000)
+    monitor = StopMonitor(STOP, model, tmp_path / "run" / "trace.jsonl", every=every)
+    verdict = driven(monitor, model, 0, 1000)
     trace, expected = by_hand(every)
-    assert verdict == expected == watch.verdict
+    assert verdict == expected == monitor.verdict
     assert verdict.reason is Reason.STABILISED
-    assert watch.trace.records == trace.records == Trace.read(watch.path).records
+    assert monitor.trace.records == trace.records == Trace.read(monitor.path).records
 
 
 @settings(max_examples=25, deadline=None)
@@ -96,7 +96,7 @@ def test_what_is_cut_or_replaced_is_kept_beside_it(tmp_path: Path) -> None:
     for expected in ("trace.jsonl.cut-5", "trace.jsonl.cut-5.2"):
         driven(StopMonitor(STOP, model, path), model, 5, 12)
         assert (tmp_path / expected).read_bytes() == whole == path.read_bytes()
-    with pytest.warns(UserWarning, match=r"a run begins and .*trace\.jsonl was there: that run's is now .*cut-0$"):
+    with pytest.warns(UserWarning, match=r"a run begins and .*trace\.jsonl already exists: it is moved to .*cut-0$"):
         driven(again := StopMonitor(STOP, model, path), model, 0, 3)
     assert (tmp_path / "trace.jsonl.cut-0").read_bytes() == whole
     assert len(again.trace) == 4
@@ -124,22 +124,22 @@ def test_a_stopped_run_stays_stopped_when_it_is_resumed(tmp_path: Path) -> None:
 
 def test_between_evaluations_and_when_asked_twice_nothing_is_measured(tmp_path: Path) -> None:
     model = Decay()
-    watch = StopMonitor(STOP, model, tmp_path / "trace.jsonl", every=2)
+    monitor = StopMonitor(STOP, model, tmp_path / "trace.jsonl", every=2)
     for step in (0, 0, 1, 2, 2, 3):
-        assert watch(step).step == step // 2 * 2
+        assert monitor(step).step == step // 2 * 2
     assert model.calls == 2
 
 
 def test_going_back_needs_a_new_beginning(tmp_path: Path) -> None:
     model = Decay()
-    watch = StopMonitor(STOP, model, tmp_path / "trace.jsonl", every=2)
-    driven(watch, model, 0, 6)
+    monitor = StopMonitor(STOP, model, tmp_path / "trace.jsonl", every=2)
+    driven(monitor, model, 0, 6)
     with pytest.raises(TraceError, match=r"got 5 after 6: .*call begin\(5\) first"):
-        watch(5)
-    watch.begin(5)
-    assert watch.trace.steps.tolist() == [0, 2, 4]
+        monitor(5)
+    monitor.begin(5)
+    assert monitor.trace.steps.tolist() == [0, 2, 4]
     with pytest.raises(TraceError, match=r"a step is a whole number of updates, got 5\.5"):
-        watch(5.5)  # type: ignore[arg-type]
+        monitor(5.5)  # type: ignore[arg-type]
 
 
 def test_a_rule_may_read_what_the_call_brings(tmp_path: Path) -> None:
@@ -147,9 +147,9 @@ def test_a_rule_may_read_what_the_call_brings(tmp_path: Path) -> None:
     values = [math.exp(-step / 8) for step in range(1000)]
 
     def stops(first: int, last: int) -> Verdict:
-        watch = StopMonitor(rule, None, tmp_path / "trace.jsonl")
+        monitor = StopMonitor(rule, None, tmp_path / "trace.jsonl")
         for step in range(first, last):
-            if (verdict := watch(step, val_loss=values[step], accuracy=0.5)).stop:
+            if (verdict := monitor(step, val_loss=values[step], accuracy=0.5)).stop:
                 break
         return verdict
 
@@ -159,10 +159,10 @@ def test_a_rule_may_read_what_the_call_brings(tmp_path: Path) -> None:
 
 
 def test_the_same_metric_twice_is_refused_and_not_dropped(tmp_path: Path) -> None:
-    watch = StopMonitor(STOP, None, tmp_path / "trace.jsonl")
-    watch(0, val_loss=1.0)
+    monitor = StopMonitor(STOP, None, tmp_path / "trace.jsonl")
+    monitor(0, val_loss=1.0)
     with pytest.raises(TraceError, match="steps must grow, got 0 after 0"):
-        watch(0, val_loss=2.0)
+        monitor(0, val_loss=2.0)
 
 
 def test_a_probe_that_needs_the_step_is_given_it(tmp_path: Path) -> None:
@@ -175,17 +175,17 @@ def test_a_probe_that_needs_the_step_is_given_it(tmp_path: Path) -> None:
         def measure(self, step: int) -> dict[str, Any]:
             return {"eval": self(step), "timesteps": [step]}
 
-    watch = StopMonitor(STOP, Stepwise(), tmp_path / "trace.jsonl")
-    watch(0), watch(1)
-    assert watch.trace.values.tolist() == [0.0, -1.0]
-    assert watch.trace.header["reading"] == "paired"
+    monitor = StopMonitor(STOP, Stepwise(), tmp_path / "trace.jsonl")
+    monitor(0), monitor(1)
+    assert monitor.trace.values.tolist() == [0.0, -1.0]
+    assert monitor.trace.header["reading"] == "paired"
 
 
 def test_a_trace_of_other_held_timesteps_is_refused(tmp_path: Path) -> None:
     def probe(timesteps: list[int]) -> Decay:
-        found = Decay()
-        found.header = {"timesteps": timesteps}  # type: ignore[attr-defined]
-        return found
+        model = Decay()
+        model.header = {"timesteps": timesteps}  # type: ignore[attr-defined]
+        return model
 
     path = tmp_path / "trace.jsonl"
     driven(StopMonitor(STOP, probe([1, 2]), path), Decay(), 0, 3)
@@ -194,7 +194,7 @@ def test_a_trace_of_other_held_timesteps_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_run_that_goes_on_without_its_trace_is_told(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"goes on at step 300 and .*trace\.jsonl does not exist"):
+    with pytest.warns(UserWarning, match=r"is resumed at step 300 and .*trace\.jsonl does not exist"):
         StopMonitor(STOP, Decay(), tmp_path / "trace.jsonl")(300)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -202,24 +202,24 @@ def test_a_run_that_goes_on_without_its_trace_is_told(tmp_path: Path) -> None:
 
 
 def test_making_one_touches_no_file(tmp_path: Path) -> None:
-    watch = StopMonitor(STOP, Decay(), tmp_path / "run" / "trace.jsonl")
-    assert (watch.verdict.reason, len(watch.trace)) == (Reason.WARMING_UP, 0)
+    monitor = StopMonitor(STOP, Decay(), tmp_path / "run" / "trace.jsonl")
+    assert (monitor.verdict.reason, len(monitor.trace)) == (Reason.WARMING_UP, 0)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failing_probe_leaves_the_trace_as_it_was(tmp_path: Path) -> None:
     model = Decay()
-    watch = StopMonitor(STOP, model, tmp_path / "trace.jsonl")
-    watch(0)
-    whole = watch.path.read_bytes()
+    monitor = StopMonitor(STOP, model, tmp_path / "trace.jsonl")
+    monitor(0)
+    whole = monitor.path.read_bytes()
     model.pace = 0.0
     with pytest.raises(ZeroDivisionError):
-        watch(1)
-    assert (watch.path.read_bytes(), len(watch.trace)) == (whole, 1)
+        monitor(1)
+    assert (monitor.path.read_bytes(), len(monitor.trace)) == (whole, 1)
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"rule": 3}, "rule must be a rule, which is called on a trace, got 3: pass Dvar"),
         ({"rule": Dvar}, "rule must be a rule, which is called on a trace, got <class"),
@@ -231,20 +231,25 @@ def test_a_failing_probe_leaves_the_trace_as_it_was(tmp_path: Path) -> None:
         ({"every": 3, "rule": AtMost(STOP, 9)}, "a window of 20 steps holds fewer than 8 evaluations"),
     ],
 )
-def test_what_cannot_work_is_refused_before_any_step(tmp_path: Path, change: dict[str, Any], told: str) -> None:
+def test_what_cannot_work_is_refused_before_any_step(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(RefusedInput) as refused:
         StopMonitor(**{"rule": STOP, "probe": Decay(), "path": tmp_path / "trace.jsonl", **change})
     assert len(refused.value.problems) == 1
-    assert refused.value.problems[0].startswith(told)
+    assert refused.value.problems[0].startswith(message)
 
 
 def ranks(judge: Callable[[], Verdict]) -> tuple[Verdict, Verdict]:
     """The verdicts of the first rank and of another one, which hears what the first one sends."""
     sent: list[Any] = []
+
+    def send(value: Any) -> Any:
+        sent.append(value)
+        return value
+
     try:
-        first = from_first_rank(judge, True, lambda value: sent.append(value) or value)
+        first = broadcast_verdict(judge, True, send)
     finally:
-        other = from_first_rank(lambda: pytest.fail("only the first rank judges"), False, lambda value: sent[0])
+        other = broadcast_verdict(lambda: pytest.fail("only the first rank judges"), False, lambda value: sent[0])
     return first, other
 
 

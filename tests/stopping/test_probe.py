@@ -15,7 +15,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dvar import Dvar, Probe, RefusedInput, Trace
-from dvar.stopping.probe import PairedProbe, stratified_timesteps
+from dvar.stopping.probe import PairedProbe, draw_stratified_timesteps
+
+
+def mean_square(difference: Tensor) -> Tensor:
+    return difference.square().mean(dim=1)
 
 
 class Net(nn.Module):
@@ -41,8 +45,8 @@ class Net(nn.Module):
 HELD = torch.linspace(-1, 1, 32).reshape(8, 4)
 
 
-def losses(net: Net) -> Any:
-    return lambda held: (net(held) - held).square().mean(dim=1)
+def losses(net: Net) -> Callable[[Tensor], Tensor]:
+    return lambda held: mean_square(net(held) - held)
 
 
 def flags(net: nn.Module) -> dict[str, bool]:
@@ -63,21 +67,21 @@ def random_states() -> tuple[Any, ...]:
 
 def test_it_returns_float32_losses_per_sample_on_the_cpu_without_gradient() -> None:
     net = Net()
-    found = Probe(losses(net), HELD, [net])()
-    assert found.shape == (8,)
-    assert found.dtype == torch.float32
-    assert found.device.type == "cpu"
-    assert not found.requires_grad
-    assert found.grad_fn is None
+    measured = Probe(losses(net), HELD, [net])()
+    assert measured.shape == (8,)
+    assert measured.dtype == torch.float32
+    assert measured.device.type == "cpu"
+    assert not measured.requires_grad
+    assert measured.grad_fn is None
     expected = losses(net.eval())(HELD)
-    assert torch.equal(found, expected.detach())
+    assert torch.equal(measured, expected.detach())
 
 
 def test_double_precision_is_rounded_to_float32() -> None:
     net = Net().double()
-    found = Probe(losses(net), HELD.double(), [net])()
-    assert found.dtype == torch.float32
-    assert torch.equal(found, losses(net.eval())(HELD.double()).detach().float())
+    measured = Probe(losses(net), HELD.double(), [net])()
+    assert measured.dtype == torch.float32
+    assert torch.equal(measured, losses(net.eval())(HELD.double()).detach().float())
 
 
 def test_measuring_twice_gives_the_same_bits() -> None:
@@ -99,7 +103,8 @@ def test_every_submodule_has_its_own_flag_again() -> None:
 
 def test_flags_and_random_states_are_restored_when_the_loss_raises() -> None:
     net = Net()
-    before, states, seen = mixed(net), random_states(), {}
+    before, states = mixed(net), random_states()
+    seen: dict[str, bool] = {}
 
     def failing(held: Tensor) -> Tensor:
         seen.update(flags(net), gradient=torch.is_grad_enabled())
@@ -128,12 +133,14 @@ def test_global_random_states_are_bit_equal_afterwards() -> None:
 
 def test_weights_buffers_and_gradients_are_untouched() -> None:
     net = Net()
-    losses(net)(HELD).sum().backward()
+    losses(net)(HELD).sum().backward()  # type: ignore[no-untyped-call]
     gradients = {name: value.grad.clone() for name, value in net.named_parameters() if value.grad is not None}
     state = {name: value.clone() for name, value in net.state_dict().items()}
     assert gradients
     Probe(losses(net), HELD, [net])()
-    assert all(torch.equal(value.grad, gradients[name]) for name, value in net.named_parameters())
+    after = {name: value.grad for name, value in net.named_parameters() if value.grad is not None}
+    assert after.keys() == gradients.keys()
+    assert all(torch.equal(after[name], gradient) for name, gradient in gradients.items())
     assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
     net.zero_grad(set_to_none=True)
     Probe(losses(net), HELD, [net])()
@@ -149,7 +156,7 @@ def test_training_is_the_same_with_and_without_it() -> None:
             if every and step % every == 0:
                 probe()
             optimizer.zero_grad()
-            losses(net)(torch.randn(8, 4)).mean().backward()
+            losses(net)(torch.randn(8, 4)).mean().backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         return net.state_dict()
 
@@ -160,7 +167,7 @@ def test_training_is_the_same_with_and_without_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("output", "messages"),
     [
         (torch.tensor(0.5), [r"got the shape ()"]),
         (torch.ones(8, 4), [r"got the shape (8, 4)"]),
@@ -169,11 +176,11 @@ def test_training_is_the_same_with_and_without_it() -> None:
         (torch.ones((), dtype=torch.float16), ["got the shape ()", "got torch.float16"]),
     ],
 )
-def test_losses_of_another_shape_or_precision_are_refused(given: Tensor, told: list[str]) -> None:
+def test_losses_of_another_shape_or_precision_are_refused(output: Tensor, messages: list[str]) -> None:
     with pytest.raises(RefusedInput) as caught:
-        Probe(lambda held: given, HELD, [nn.Identity()])()
-    assert len(caught.value.problems) == len(told)
-    assert all(part in problem for part, problem in zip(told, caught.value.problems, strict=True))
+        Probe(lambda held: output, HELD, [nn.Identity()])()
+    assert len(caught.value.problems) == len(messages)
+    assert all(part in problem for part, problem in zip(messages, caught.value.problems, strict=True))
 
 
 def test_the_data_parallel_wrapper_is_refused() -> None:
@@ -190,7 +197,7 @@ def test_the_random_state_of_the_gpu_is_kept_as_well() -> None:
     probe = Probe(lambda held: torch.rand(8, device="cuda"), HELD, [nn.Identity()])
     assert torch.equal(probe(), probe())
     after = torch.cuda.get_rng_state_all()
-    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
 
 
 # --- any callable ---------------------------------------------------------------------------------------------------
@@ -201,13 +208,13 @@ class Owner:
         self.net = Net()
 
     def loss(self, held: Tensor) -> Tensor:
-        return (self.net(held) - held).square().mean(dim=1)
+        return mean_square(self.net(held) - held)
 
     __call__ = loss
 
 
 def with_argument(held: Tensor, net: nn.Module) -> Tensor:
-    return (net(held) - held).square().mean(dim=1)
+    return mean_square(net(held) - held)
 
 
 def with_leading_argument(net: nn.Module, held: Tensor) -> Tensor:
@@ -218,7 +225,7 @@ GLOBAL = Net()
 
 
 def reads_a_global(held: Tensor) -> Tensor:
-    return (GLOBAL(held) - held).square().mean(dim=1)
+    return mean_square(GLOBAL(held) - held)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +252,7 @@ def test_a_loss_that_draws_its_own_noise_is_held_by_its_seed() -> None:
 
     def noisy(held: Tensor) -> Tensor:
         shift = random.random() + float(np.random.rand())
-        return (net(held + torch.randn_like(held)) - held).square().mean(dim=1) + shift
+        return mean_square(net(held + torch.randn_like(held)) - held) + shift
 
     probe, states = Probe(noisy, HELD), random_states()
     first = probe()
@@ -265,7 +272,7 @@ def test_a_captured_batch_is_drawn_once_and_is_beyond_reach() -> None:
         return {"x": source, "noise": [torch.randn(8, 4)], "timesteps": torch.arange(8)}
 
     def loss(held: dict[str, Any]) -> Tensor:
-        return (net(held["x"] + held["noise"][0]) - held["noise"][0]).square().mean(dim=1)
+        return mean_square(net(held["x"] + held["noise"][0]) - held["noise"][0])
 
     probe = Probe.capture(loss, draw)
     assert random_states() == states
@@ -293,15 +300,15 @@ def test_a_captured_tuple_with_names_keeps_them_and_is_beyond_reach_too() -> Non
 
 def test_what_a_capture_draws_is_keyed_by_its_seed() -> None:
     net = Net()
-    one, same, other = (Probe.capture(losses(net), lambda: torch.randn(8, 4), seed=seed)() for seed in (7, 7, 8))
-    assert torch.equal(one, same)
-    assert not torch.equal(one, other)
+    first, same, other = (Probe.capture(losses(net), lambda: torch.randn(8, 4), seed=seed)() for seed in (7, 7, 8))
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
 
 
 def test_a_seed_may_be_of_any_size_and_does_not_start_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     net = Net()
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
-    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("CUDA is told how to start"))
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("CUDA is messages how to start"))
     assert torch.equal(Probe(losses(net), HELD, seed=2**40)(), Probe(losses(net), HELD)())
 
 
@@ -309,7 +316,7 @@ def paired(net: Net) -> PairedProbe[dict[str, Tensor]]:
     frozen = copy.deepcopy(net)
 
     def loss(model: Net, draws: dict[str, Tensor]) -> Tensor:
-        return (model(draws["x"]) - torch.randn(8, 4)).square().mean(dim=1)
+        return mean_square(model(draws["x"]) - torch.randn(8, 4))
 
     def draw(step: int) -> dict[str, Tensor]:
         return {"x": torch.randn(8, 4), "timesteps": torch.randint(1000, (8,))}
@@ -324,7 +331,7 @@ def test_a_paired_reading_is_zero_before_the_first_step_and_the_gain_afterwards(
     assert torch.equal(probe(0), torch.zeros(8))
     assert torch.equal(probe(1), torch.zeros(8))
     with torch.no_grad():
-        net.frozen[0].bias += 1.0
+        net.frozen.get_parameter("0.bias").add_(1.0)
     measured = probe.measure(1)
     assert measured["eval"].dtype == torch.float32
     assert not torch.equal(measured["eval"], torch.zeros(8))
@@ -376,7 +383,9 @@ def test_both_models_of_a_paired_probe_are_found_and_measured_in_evaluation_mode
 def test_a_paired_probe_refuses_models_that_give_another_number_of_losses() -> None:
     net = Net()
     probe = PairedProbe(losses(net), lambda draws: losses(net)(draws)[:1], lambda step: HELD, [net])
-    with pytest.raises(RefusedInput, match="must be as many by both models, got 8 and 1 in training and frozen: give"):
+    with pytest.raises(
+        RefusedInput, match="needs as many losses from both models, got 8 and 1 in training and frozen: give"
+    ):
         probe(0)
 
 
@@ -391,7 +400,9 @@ def test_a_paired_trace_refuses_to_be_normalised() -> None:
 
 @pytest.mark.parametrize(("count", "timesteps"), [(1, 1000), (8, 1000), (8, 8), (5, 1000)])
 def test_stratified_timesteps_hold_one_of_each_part(count: int, timesteps: int) -> None:
-    drawn = torch.stack([stratified_timesteps(count, timesteps, torch.Generator().manual_seed(s)) for s in range(300)])
+    drawn = torch.stack(
+        [draw_stratified_timesteps(count, timesteps, torch.Generator().manual_seed(s)) for s in range(300)]
+    )
     assert drawn.dtype == torch.int64
     assert int(drawn.min()) >= 0
     assert int(drawn.max()) < timesteps
@@ -404,13 +415,13 @@ def test_stratified_timesteps_hold_one_of_each_part(count: int, timesteps: int) 
 
 def test_stratified_timesteps_come_from_the_generator_given() -> None:
     states = random_states()
-    one, same, other = (stratified_timesteps(8, 1000, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
-    assert torch.equal(one, same)
-    assert not torch.equal(one, other)
+    first, same, other = (draw_stratified_timesteps(8, 1000, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
     assert random_states() == states
 
 
 @pytest.mark.parametrize(("count", "timesteps"), [(0, 1000), (8, 0)])
 def test_no_timesteps_can_be_drawn_of_none(count: int, timesteps: int) -> None:
     with pytest.raises(RefusedInput, match=f"must be 1 or more, got {count} and {timesteps}"):
-        stratified_timesteps(count, timesteps)
+        draw_stratified_timesteps(count, timesteps)

@@ -36,9 +36,9 @@ rows = st.lists(
 )
 
 
-def built(drawn: list[Any]) -> Trace:
+def built(records: list[Any]) -> Trace:
     trace, step = Trace(HEADER), -1
-    for gap, losses, metrics in drawn:
+    for gap, losses, metrics in records:
         step += gap
         trace.record(step, losses, **metrics, seconds={"train": 0.1, "probe": math.inf})
     return trace
@@ -89,7 +89,8 @@ def test_the_mean_over_samples_is_taken_in_float64() -> None:
 
 def test_one_number_is_a_batch_of_one() -> None:
     trace = Trace()
-    for step, value in enumerate([0.5, np.float32(0.25), np.array(0.125), torch.tensor(0.0625), 3]):
+    losses: list[Any] = [0.5, np.float32(0.25), np.array(0.125), torch.tensor(0.0625), 3]
+    for step, value in enumerate(losses):
         trace.record(step, value)
     assert trace.samples.tolist() == [[0.5], [0.25], [0.125], [0.0625], [3.0]]
 
@@ -125,14 +126,14 @@ def test_what_a_caller_holds_is_not_the_trace_itself() -> None:
 
 
 @pytest.mark.parametrize(
-    ("step", "losses", "metrics", "told"),
+    ("step", "losses", "metrics", "message"),
     [
         (5, [0.1, 0.1], {}, "steps must grow, got 5 after 5"),
         (4, [0.1, 0.1], {}, "steps must grow, got 4 after 5"),
         (6.0, [0.1, 0.1], {}, "whole number of updates, got 6.0"),
         (2**63, [0.1, 0.1], {}, "counts updates from 0, got 9223372036854775808"),
-        (6, [0.1, 0.1, 0.1], {}, "holds 2 losses a record, got 3"),
-        (6, 0.1, {}, "holds 2 losses a record, got 1"),
+        (6, [0.1, 0.1, 0.1], {}, "holds 2 losses per record, got 3"),
+        (6, 0.1, {}, "holds 2 losses per record, got 1"),
         (6, [[0.1, 0.1]], {}, r"got the shape \(1, 2\)"),
         (6, [], {}, r"got the shape \(0,\)"),
         (6, ["0.1", "0.1"], {}, "float32 or wider"),
@@ -145,19 +146,19 @@ def test_what_a_caller_holds_is_not_the_trace_itself() -> None:
             6,
             [0.1, 0.1],
             {"eval/first": 1.0},
-            "'eval/first' is worked out from the losses, got it recorded: give it ano",
+            "'eval/first' is computed from the losses, got it as a metric: give it ano",
         ),
         (6, [0.1, 0.1], {"note": "good"}, "'note' must be made of numbers, got 'good'"),
         (6, [0.1, 0.1], {"seconds": {"train": object()}}, "'seconds' must be made of numbers"),
     ],
 )
 def test_a_record_that_does_not_fit_is_refused_and_leaves_nothing(
-    step: Any, losses: Any, metrics: dict[str, Any], told: str
+    step: Any, losses: Any, metrics: dict[str, Any], message: str
 ) -> None:
     trace = Trace()
     trace.record(5, [0.1, 0.2])
     before = lines(trace)
-    with pytest.raises(TraceError, match=told):
+    with pytest.raises(TraceError, match=message):
         trace.record(step, losses, **metrics)
     assert lines(trace) == before
     assert len(trace.steps) == len(trace.values) == len(trace.samples) == 1
@@ -178,7 +179,8 @@ def test_a_metric_of_several_numbers_is_no_series() -> None:
 
 def test_a_metric_is_found_by_its_whole_name_and_inside_a_mapping() -> None:
     trace = Trace()
-    trace.record(0, **{"val.loss": 0.5, "seconds": {"probe": 0.25}})
+    metrics: dict[str, Any] = {"val.loss": 0.5, "seconds": {"probe": 0.25}}
+    trace.record(0, **metrics)
     assert trace.metric_names == ["seconds.probe", "val.loss"]
     assert [trace.metric(name)[1].tolist() for name in trace.metric_names] == [[0.25], [0.5]]
 
@@ -194,8 +196,8 @@ def test_a_header_that_is_no_json_of_this_format_is_refused(header: dict[str, An
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows)
-def test_a_trace_survives_its_file_to_the_last_bit(tmp_path: Path, drawn: list[Any]) -> None:
-    trace, path = built(drawn), tmp_path / "trace.jsonl"
+def test_a_trace_survives_its_file_to_the_last_bit(tmp_path: Path, records: list[Any]) -> None:
+    trace, path = built(records), tmp_path / "trace.jsonl"
     trace.write(path)
     again = Trace.read(path)
     assert again.header == trace.header
@@ -210,8 +212,8 @@ def test_a_trace_survives_its_file_to_the_last_bit(tmp_path: Path, drawn: list[A
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows)
-def test_every_line_is_json_that_any_reader_takes(tmp_path: Path, drawn: list[Any]) -> None:
-    built(drawn).write(tmp_path / "trace.jsonl")
+def test_every_line_is_json_that_any_reader_takes(tmp_path: Path, records: list[Any]) -> None:
+    built(records).write(tmp_path / "trace.jsonl")
 
     def refuse(word: str) -> None:
         raise AssertionError(f"{word} is not JSON")
@@ -234,7 +236,7 @@ def test_a_last_line_torn_at_any_byte_is_dropped_with_a_warning(tmp_path: Path) 
     start = len(whole) - len(trace.line(2)) - 1
     for end in range(start + 1, len(whole) - 1):
         path.write_bytes(whole[:end])
-        with pytest.warns(UserWarning, match="torn"):
+        with pytest.warns(UserWarning, match="the last line is incomplete"):
             torn = Trace.read(path)
         assert lines(torn) == lines(trace)[:2]
     path.write_bytes(whole[:-1])  # only the line break is missing
@@ -300,15 +302,15 @@ def test_a_trace_file_is_continued_after_a_crash(tmp_path: Path, lost: int) -> N
     path, trace = tmp_path / "trace.jsonl", built([(1, [0.1, 0.2, 0.3], {"lr": 0.5})] * 3)
     trace.write(path)
     path.write_bytes(path.read_bytes()[: -lost or None])
-    kept = trace.cut(1 if lost == 7 else 2)
+    cut = trace.cut(1 if lost == 7 else 2)
     if lost == 7:
-        with pytest.warns(UserWarning, match="torn"):
+        with pytest.warns(UserWarning, match="the last line is incomplete"):
             file = TraceFile(path, HEADER)
     else:
         file = TraceFile(path)
     with file:
-        file.append(kept.record(3, [0.4, 0.5, 0.6]))
-    assert lines(Trace.read(path)) == lines(kept)
+        file.append(cut.record(3, [0.4, 0.5, 0.6]))
+    assert lines(Trace.read(path)) == lines(cut)
 
 
 def test_a_trace_file_refuses_another_header_and_steps_that_it_holds(tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from dvar import AnyOf, Dvar, FixedSteps, Reason, RefusedInput, Rule, Trace, Verdict
 from dvar.stopping.curve import Curve
-from dvar.stopping.rules import SETTLED, EmaPercentile, Hall, Plateau, Trend
+from dvar.stopping.rules import CONDITION_REASONS, EmaPercentile, Hall, Plateau, Trend
 
-RULE = Dvar(window=310, threshold=0.15, stop_on=SETTLED)
+RULE = Dvar(window=310, threshold=0.15, stop_on=CONDITION_REASONS)
 NOISE = np.random.default_rng(7).normal(size=2000)
 
 
@@ -32,10 +32,10 @@ def stopped(curve: Callable[[int], float], rule: Dvar = RULE, every: int = 1, ca
 
 
 def names(verdict: Verdict) -> list[str]:
-    assert all("\n" not in str(found) for found in verdict.diagnoses)
+    assert all("\n" not in str(diagnosis) for diagnosis in verdict.diagnoses)
     if verdict.stop:
-        assert verdict.reason.value == [*(found.reason.value for found in verdict.diagnoses), "stabilised"][0]
-    return [found.reason.value for found in verdict.diagnoses]
+        assert verdict.reason.value == [*(diagnosis.reason.value for diagnosis in verdict.diagnoses), "stabilised"][0]
+    return [diagnosis.reason.value for diagnosis in verdict.diagnoses]
 
 
 # --- sentences ------------------------------------------------------------------------------------------------------
@@ -45,18 +45,21 @@ def test_the_sentence_of_a_stop() -> None:
     metrics = {"ratio": 0.1481, "threshold": 0.15, "window": 310, "total_var": 1.0}
     verdict = Verdict(True, Reason.STABILISED, 566, repr(RULE), metrics)
     assert str(verdict) == verdict.sentence
-    assert str(verdict) == "stop at step 566: variance of the last 310 steps is 14.8 % of all (threshold 15 %)"
+    assert (
+        str(verdict) == "stop at step 566: the variance of the last 310 steps is 14.8 % of the total (threshold 15 %)"
+    )
 
 
 def test_the_sentence_on_the_way() -> None:
     assert str(stopped(lambda step: -step, cap=401)) == (
-        "go on at step 400: variance of the last 310 steps is 59.8 % of all (threshold 15 %)"  # (310^2 - 1)/(401^2 - 1)
+        # (310^2 - 1) / (401^2 - 1)
+        "go on at step 400: the variance of the last 310 steps is 59.8 % of the total (threshold 15 %)"
     )
     assert str(stopped(lambda step: -step, cap=38)) == (
         "go on at step 37: warming up, 37 of 310 steps and 38 records in the window"
     )
     assert str(stopped(lambda step: 0.1, cap=401)) == (
-        "go on at step 400: no change, the loss is the same number at every record"
+        "go on at step 400: no change, the loss is the same at every record"
     )
 
 
@@ -68,7 +71,7 @@ def traced(curve: Callable[[int], float], count: int) -> Trace:
 
 
 @pytest.mark.parametrize(
-    ("rule", "curve", "told"),
+    ("rule", "curve", "sentence"),
     [
         (
             EmaPercentile(40, 1e-3),
@@ -86,21 +89,25 @@ def traced(curve: Callable[[int], float], count: int) -> Trace:
             lambda step: 100.0 - (step % 2) * 9.9996,
             "range over 9.9996 % of their level (threshold 10 %)",
         ),
-        (Trend(40, 1e-3), lambda step: 1.0 + 1.0004e-3 * step, "the last 40 steps is 0.001 a step (threshold 0.001)"),
-        (Trend(40, 1e-3), lambda step: 1.0 - 0.9996e-3 * step, "is -0.0009996 a step (threshold 0.001), but still fal"),
-        (Trend(40, 1e-3), lambda step: 1.0 - 2e-3 * step, "the last 40 steps is -0.002 a step (threshold 0.001)"),
-        (Plateau("eval", 90), lambda step: float(step), "no value has beaten 0 of step 0 in 60 steps (patience 90)"),
+        (Trend(40, 1e-3), lambda step: 1.0 + 1.0004e-3 * step, "the last 40 steps is 0.001 per step (threshold 0.001)"),
+        (
+            Trend(40, 1e-3),
+            lambda step: 1.0 - 0.9996e-3 * step,
+            "is -0.0009996 per step (threshold 0.001), but still fal",
+        ),
+        (Trend(40, 1e-3), lambda step: 1.0 - 2e-3 * step, "the last 40 steps is -0.002 per step (threshold 0.001)"),
+        (Plateau("eval", 90), lambda step: float(step), "no improvement on 0 at step 0 for 60 steps (patience 90)"),
         (
             Plateau("eval", 90, min_delta=0.5),
             lambda step: float(step),
-            "no value has beaten 0 of step 0 by more than 0.5 in 60 steps (patience 90)",
+            "no improvement on 0 at step 0 by more than 0.5 for 60 steps (patience 90)",
         ),
     ],
 )
 def test_every_rule_tells_its_own_number_beside_its_threshold(
-    rule: Rule, curve: Callable[[int], float], told: str
+    rule: Rule, curve: Callable[[int], float], sentence: str
 ) -> None:
-    assert told in str(rule(traced(curve, 61)))
+    assert sentence in str(rule(traced(curve, 61)))
 
 
 def test_a_full_window_that_holds_too_few_records_says_which_of_both_it_waits_for() -> None:
@@ -118,7 +125,7 @@ def test_a_full_window_that_holds_too_few_records_says_which_of_both_it_waits_fo
 def test_a_sentence_never_contradicts_its_verdict(ratio: float, threshold: float) -> None:
     metrics = {"ratio": ratio, "threshold": threshold, "window": 310, "total_var": 1.0}
     reason = Reason.STABILISED if ratio < threshold else Reason.RUNNING
-    words = Verdict(ratio < threshold, reason, 400, "", metrics).sentence.split("is ")[1].split()
+    words = Verdict(ratio < threshold, reason, 400, "", metrics).sentence.split(" is ")[1].split()
     assert float(words[0]) == pytest.approx(100 * ratio, rel=5e-3)
     if abs(ratio / threshold - 1) > 1e-12:
         assert (float(words[0]) < 100 * threshold) == (ratio < threshold)
@@ -142,7 +149,7 @@ def test_a_straight_line_is_still_falling(rule: Dvar, noise: float, every: int) 
     assert verdict.stop
     assert names(verdict) == ["still falling"]
     bound = math.floor(verdict.metrics["straight_line_step"])
-    assert f"and passes the threshold at step {bound} whatever its slope" in str(verdict.diagnoses[0])
+    assert f"and the ratio passes the threshold at step {bound} whatever the slope" in str(verdict.diagnoses[0])
     # A line gives a quarter of its fall in any last quarter of its steps.
     assert verdict.metrics["late_share"] == pytest.approx(0.25, abs=0.01 + 2 * noise)
 
@@ -153,7 +160,7 @@ def test_a_slow_exponential_is_still_falling_when_the_ratio_passes() -> None:
     # At step 663 the last quarter of the fall of exp(-t / 1000): (e^-0.497 - e^-0.663) / (1 - e^-0.663) = 19 %.
     assert verdict.step == 663
     assert verdict.metrics["late_share"] == pytest.approx(0.192, abs=0.003)
-    assert "gave 19 % of the fall so far" in str(verdict)
+    assert "contributed 19 % of the fall so far" in str(verdict)
 
 
 @pytest.mark.parametrize(("tau", "step"), [(100, 406), (400, 560), (1000, 1230)])
@@ -184,24 +191,24 @@ def test_the_chance_slope_of_noise_is_no_rise(seed: int) -> None:
     assert "rising" not in names(stopped(lambda step: 0.18 + 0.01 * noise[step], cap=401))
 
 
-@pytest.mark.parametrize(("pace", "found"), [(0.05, []), (0.2, ["rising"])])
-def test_a_creep_slower_than_a_tenth_of_the_runs_pace_is_no_rise(pace: float, found: list[str]) -> None:
+@pytest.mark.parametrize(("pace", "doubts"), [(0.05, []), (0.2, ["rising"])])
+def test_a_creep_slower_than_a_tenth_of_the_runs_pace_is_no_rise(pace: float, doubts: list[str]) -> None:
     # A fall of 1, then a rise that would take 1 / pace times the run's 600 steps to undo it.
     trace = Trace()
     for step in range(601):
         trace.record(step, math.exp(-step / 20) + pace * max(0, step - 200) / 600)
-    assert names(RULE(trace)) == found
+    assert names(RULE(trace)) == doubts
 
 
 def test_the_chance_slope_of_noise_after_a_fall_is_seldom_still_falling() -> None:
     # Two standard errors leave 1 in 40; without them it is every tenth run.
-    found = 0
+    count = 0
     for seed in range(60):
         trace, noise = Trace(), np.random.default_rng(seed).normal(size=121)
         for step in range(121):
             trace.record(step, 0.04 * math.exp(-step / 5) + 0.01 * noise[step])
-        found += "still falling" in names(Dvar(40, 0.15)(trace))
-    assert found <= 3
+        count += "still falling" in names(Dvar(40, 0.15)(trace))
+    assert count <= 3
 
 
 def test_noise_is_not_learning_and_has_no_trend() -> None:
@@ -210,17 +217,17 @@ def test_noise_is_not_learning_and_has_no_trend() -> None:
     assert names(verdict) == ["not learning"]
 
 
-@pytest.mark.parametrize(("jitters", "found"), [(1.5, ["not learning"]), (3.0, [])])
-def test_a_fall_within_two_jitters_is_no_learning(jitters: float, found: list[str]) -> None:
+@pytest.mark.parametrize(("jitters", "doubts"), [(1.5, ["not learning"]), (3.0, [])])
+def test_a_fall_within_two_jitters_is_no_learning(jitters: float, doubts: list[str]) -> None:
     verdict = stopped(lambda step: 0.18 + 0.01 * (NOISE[step] if step else jitters), cap=400)
-    assert names(verdict) == found
+    assert names(verdict) == doubts
 
 
 def test_a_constant_is_not_learning() -> None:
     verdict = stopped(lambda step: 0.18, cap=400)
     assert names(verdict) == ["not learning"]
     assert verdict.diagnoses[0].metrics == {"start": 0.18, "level": 0.18, "jitter": 0.0, "window": 310}
-    assert "the loss never changed; the probe may not be reading the model that is being trained" in str(
+    assert "the loss never changed; the probe may not measure the model that is being trained" in str(
         verdict.diagnoses[0]
     )
 
@@ -230,9 +237,9 @@ def test_a_constant_is_not_learning() -> None:
 
 def test_the_numbers_of_a_loss_that_does_not_learn() -> None:
     values = 0.18 + 0.01 * NOISE[:500]
-    (found,) = RULE(traced(values.__getitem__, 500)).diagnoses
+    (diagnosis,) = RULE(traced(values.__getitem__, 500)).diagnoses
     recent = values[-310:]
-    assert found.metrics == {
+    assert diagnosis.metrics == {
         "start": values[0],
         "level": pytest.approx(recent.mean(), rel=1e-12),
         "jitter": pytest.approx(np.diff(recent).std() / math.sqrt(2), rel=1e-12),
@@ -243,28 +250,28 @@ def test_the_numbers_of_a_loss_that_does_not_learn() -> None:
 def test_the_numbers_of_a_loss_that_still_falls() -> None:
     values = np.exp(-np.arange(700) / 1000) + 1e-3 * NOISE[:700]
     trace = traced(values.__getitem__, 700)
-    found = RULE(trace).diagnoses[0]
+    diagnosis = RULE(trace).diagnoses[0]
     # The fall over the last quarter by its least-squares line, and all of it from the first value to that line's end.
     (pace, _), late = np.polyfit(np.arange(175), values[-175:], 1), values[-175:].mean()
     gained = -pace * 699 / 4
-    assert found.reason is Reason.STILL_FALLING
-    assert found.metrics == {
+    assert diagnosis.reason is Reason.STILL_FALLING
+    assert diagnosis.metrics == {
         "late_share": pytest.approx(gained / (values[0] - (late - gained / 2)), rel=1e-9),
         "slope": pytest.approx(np.polyfit(np.arange(310), values[-310:], 1)[0], rel=1e-9),
-        "slope_error": pytest.approx(Curve.of(trace).last(310).slope_error(1.0), rel=1e-9),
+        "slope_error": pytest.approx(Curve.from_trace(trace).last(310).slope_error(1.0), rel=1e-9),
         "window": 310,
         "straight_line_step": 310 / math.sqrt(0.15),
     }
     # A rule without a total variance has no such bound.
-    assert "straight_line_step" not in Trend(310, 1.0, stop_on=SETTLED)(trace).diagnoses[0].metrics
-    assert "straight line" not in str(Trend(310, 1.0, stop_on=SETTLED)(trace))
+    assert "straight_line_step" not in Trend(310, 1.0, stop_on=CONDITION_REASONS)(trace).diagnoses[0].metrics
+    assert "straight line" not in str(Trend(310, 1.0, stop_on=CONDITION_REASONS)(trace))
 
 
 def test_the_numbers_of_a_loss_that_rises() -> None:
     verdict = RULE(traced(lambda step: 0.1 + 1e-4 * step + (0.5 if step == 3 else 0.0), 801))
-    found = next(found for found in verdict.diagnoses if found.reason is Reason.RISING)
+    diagnosis = next(diagnosis for diagnosis in verdict.diagnoses if diagnosis.reason is Reason.RISING)
     # The latter half of the window: steps 646 to 800.
-    assert found.metrics == {
+    assert diagnosis.metrics == {
         "rise": pytest.approx(154e-4, rel=1e-9),
         "rise_share": pytest.approx(154e-4 / (0.5 + 3e-4), rel=1e-9),
         "rise_steps": 154,
@@ -278,11 +285,11 @@ def test_what_is_left_without_an_outlier_is_weighted_by_steps_too() -> None:
     trace = Trace()
     for step, value in zip(steps.tolist(), values.tolist(), strict=True):
         trace.record(step, value)
-    found = RULE(trace).diagnoses[0]
-    assert found.metrics["outlier_first"] == found.metrics["outlier_last"] == steps[5]
+    diagnosis = RULE(trace).diagnoses[0]
+    assert diagnosis.metrics["outlier_first"] == diagnosis.metrics["outlier_last"] == steps[5]
     # A record stands for as many equal values as steps have passed since the one before.
     rest = np.repeat(np.delete(values, 5), np.delete(gaps, 5))
-    assert found.metrics["ratio_without"] == pytest.approx(rest[-310:].var() / rest.var(), rel=1e-9)
+    assert diagnosis.metrics["ratio_without"] == pytest.approx(rest[-310:].var() / rest.var(), rel=1e-9)
 
 
 def test_the_gravest_doubt_comes_first() -> None:
@@ -299,16 +306,16 @@ def test_a_loss_that_falls_from_above_its_first_value_has_not_fallen_yet() -> No
 def test_a_turn_within_the_latter_half_of_the_window_is_a_rise() -> None:
     # Over the whole window, steps 291 to 600, the line through it falls.
     verdict = RULE(traced(lambda step: 1.0 - 2e-3 * min(step, 440) + 1e-3 * max(0, step - 440), 601))
-    assert "rising" in [found.reason.value for found in verdict.diagnoses]
+    assert "rising" in [diagnosis.reason.value for diagnosis in verdict.diagnoses]
 
 
 def test_the_numbers_of_an_outlier() -> None:
     values = 0.1 - 1e-5 * np.arange(400) + 1e-3 * NOISE[:400]
     values[2:8] += 2.0
-    found = RULE(traced(values.__getitem__, 400)).diagnoses[0]
+    diagnosis = RULE(traced(values.__getitem__, 400)).diagnoses[0]
     parts = np.square(values - values.mean())
-    assert found.reason is Reason.OUTLIER_DOMINATED
-    assert found.metrics == {
+    assert diagnosis.reason is Reason.OUTLIER_DOMINATED
+    assert diagnosis.metrics == {
         "outlier_first": 0,
         "outlier_last": 19,
         "outlier_share": pytest.approx(parts[:20].sum() / parts.sum(), rel=1e-9),
@@ -324,7 +331,7 @@ def test_a_spike_that_outweighs_all_other_records_is_named() -> None:
     assert verdict.stop
     assert verdict.step == 314
     assert names(verdict)[0] == "outlier-dominated"
-    assert "step 4 holds 100 % of the total variance, and without it the ratio is" in str(verdict)
+    assert "step 4 accounts for 100 % of the total variance; without it the ratio is" in str(verdict)
     going = stopped(lambda step: 5.0 if step == 4 else 0.1 - 1e-4 * step + 0.001 * NOISE[step], Dvar(310, 0.15))
     assert not going.stop
     slow = stopped(lambda step: 5.0 if step == 4 else math.exp(-step / 400))
@@ -355,12 +362,13 @@ def test_nothing_is_diagnosed_before_the_window_is_full_or_after_a_nan() -> None
 @settings(max_examples=40, deadline=None)
 @given(power=st.integers(-400, 400), shape=st.sampled_from(["line", "slow", "noise", "spike"]))
 def test_diagnoses_do_not_depend_on_the_scale(power: int, shape: str) -> None:
-    curve = {
+    curves: dict[str, Callable[[int], float]] = {
         "line": lambda step: 1 - step / 64,
         "slow": lambda step: math.exp(-step / 40),
         "noise": lambda step: float(NOISE[step]),
         "spike": lambda step: 9.0 if step == 0 else float(NOISE[step]) / 8,
-    }[shape]
+    }
+    curve = curves[shape]
     rule = replace(RULE, window=16)
     plain = stopped(curve, rule, cap=50)
     scaled = stopped(lambda step: math.ldexp(curve(step), power), rule, cap=50)

@@ -16,8 +16,13 @@ from dvar.stopping.trace import LOSS, Trace
 class Curve:
     """A stretch of one metric, each value weighted by the steps it stands for.
 
-    A record stands for the steps since the one before it; the first stands for its own step alone.  So at cadence 1
-    every weight is 1, and every average below is the plain one.
+    A record stands for the steps since the record before it; the first stands for its own step alone. At cadence 1
+    every weight is 1, and every statistic is the unweighted one.
+
+    Args:
+        steps: [n] steps in rising order.
+        values: [n] values of the metric.
+        weights: [n] numbers of steps.
     """
 
     steps: NDArray[np.int64]
@@ -25,23 +30,25 @@ class Curve:
     weights: NDArray[np.float64]
 
     @classmethod
-    def of(cls, trace: Trace, metric: str = LOSS, first_step: int = 0) -> Curve:
-        """The metric of `trace` from `first_step` on, as if the records before had never been made.
+    def from_trace(cls, trace: Trace, metric: str = LOSS, first_step: int = 0) -> Curve:
+        """Return the curve of ``metric`` from ``first_step`` on, as if no record had been made before.
 
-        Raises: TraceError as `Trace.metric` does.
+        Raises:
+            TraceError: As `Trace.metric`.
         """
         steps, values = trace.metric(metric)
         start = int(steps.searchsorted(first_step))
         steps, values = steps[start:], values[start:]
-        weights = np.empty(len(steps))  # whole numbers, but in the kind that all sums below are taken in
+        weights = np.empty(len(steps))  # whole numbers, in float64 because all sums are
         weights[:1], weights[1:] = 1, steps[1:] - steps[:-1]
         return cls(steps, values, weights)
 
     def last(self, window: int) -> Curve:
-        """The records with a step in (t - window, t], where t is the newest.
+        """Return the records with a step in (t - window, t], where t is the newest step.
 
-        Of the steps that the oldest of them stands for, only those inside count: else a window read at a coarse cadence
-        would be wider than one read at every step, and the same curve would stop later, by up to three cadences.
+        Of the steps that the oldest of them stands for, only those inside the window count. Otherwise a window read at
+        a coarse cadence would be wider than one read at every step, and the same curve would stop up to three cadences
+        later.
         """
         before = self.steps[-1] - window
         start = int(self.steps.searchsorted(before, side="right"))
@@ -53,12 +60,12 @@ class Curve:
 
     @property
     def span(self) -> int:
-        """Steps from the first record to the last."""
+        """Number of steps from the first record to the last."""
         return int(self.steps[-1] - self.steps[0])
 
     @cached_property
     def spread(self) -> float:
-        """Largest minus smallest value; not finite as soon as one value is not."""
+        """Largest minus smallest value; not finite if one value is not."""
         return float(self.values.max()) - float(self.values.min())
 
     @property
@@ -67,38 +74,38 @@ class Curve:
         return float(self.values[0] + np.dot(self.weights / np.sum(self.weights), self.values - self.values[0]))
 
     def variance(self, unit: float, ddof: int = 0) -> float:
-        """Weighted variance in units of `unit` squared, in two passes over float64; a weight w counts as w values.
+        """Return the weighted variance in units of ``unit`` squared, in two passes in float64.
 
-        The first value is subtracted first, so that a curve without any change has exactly no variance; the unit keeps
-        the squares of very large or small losses within range.
+        A weight w counts as w values. The first value is subtracted first, so that a constant curve has a variance of
+        exactly 0; the unit keeps the squares of very large or small losses within the range of float64.
         """
         values, count = (self.values - self.values[0]) / unit, self.weights.sum()
         deviations = values - np.dot(self.weights, values) / count
         return float(np.dot(self.weights, deviations * deviations) / (count - ddof))
 
     def slope(self) -> float:
-        """Change per step of the weighted least-squares line, in closed form: sum(w x y) / sum(w x x), both centred."""
+        """Return the slope per step of the weighted least-squares line: sum(w x y) / sum(w x x), x and y centred."""
         ages = self.steps - np.dot(self.weights, self.steps) / np.sum(self.weights)
-        pulls = self.weights * ages
-        return float(np.dot(pulls / np.dot(pulls, ages), self.values - self.values[0]))
+        weighted = self.weights * ages
+        return float(np.dot(weighted / np.dot(weighted, ages), self.values - self.values[0]))
 
     def slope_error(self, unit: float) -> float:
-        """Standard error of `slope`, corrected for residuals that follow one another; `unit` as in `variance`.
+        """Return the standard error of `slope`, corrected for autocorrelation; ``unit`` as in `variance`.
 
-        With r the correlation of neighbouring residuals, n records say as much as n (1 - r) / (1 + r) independent
-        ones.  A negative r is taken as 0, so that no error is ever made smaller.
+        With r the correlation of neighbouring residuals, n records carry as much information as n (1 - r) / (1 + r)
+        independent ones. A negative r is taken as 0, so that the correction never makes the error smaller.
         """
         ages = self.steps - np.dot(self.weights, self.steps) / np.sum(self.weights)
         values = (self.values - self.values[0]) / unit
         values = values - np.dot(self.weights, values) / np.sum(self.weights)
         residuals = values - ages * (np.dot(self.weights * ages, values) / np.dot(self.weights * ages, ages))
-        left = float(np.dot(residuals, residuals))
-        if not left:
+        squares = float(np.dot(residuals, residuals))
+        if not squares:
             return 0.0
-        follow = min(max(float(np.dot(residuals[1:], residuals[:-1])) / left, 0.0), 1 - 1 / len(self))
-        error = left / (len(self) - 2) / float(np.dot(ages, ages)) * (1 + follow) / (1 - follow)
+        correlation = min(max(float(np.dot(residuals[1:], residuals[:-1])) / squares, 0.0), 1 - 1 / len(self))
+        error = squares / (len(self) - 2) / float(np.dot(ages, ages)) * (1 + correlation) / (1 - correlation)
         return math.sqrt(error) * unit
 
-    def at(self, step: float) -> float:
-        """The value at any step from the first to the last, on the straight line between its neighbours."""
+    def interpolate(self, step: float) -> float:
+        """Return the value at any step from the first to the last, interpolated linearly between records."""
         return float(np.interp(step, self.steps, self.values))

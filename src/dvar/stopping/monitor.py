@@ -1,4 +1,4 @@
-"""A probe, a rule and the trace between them, kept in a file: the few lines that every training loop needs alike."""
+"""The stop monitor: a probe, a rule and the trace between them, for any training loop."""
 
 from __future__ import annotations
 
@@ -17,44 +17,50 @@ from typing import Any, Protocol, runtime_checkable
 from numpy.typing import ArrayLike
 
 from dvar.errors import DvarError, RefusedInput, TraceError
-from dvar.stopping.rule import Rule, whole
+from dvar.stopping.rule import Rule, is_whole_number
 from dvar.stopping.rules import schedule_problems
 from dvar.stopping.trace import Trace, TraceFile
 from dvar.stopping.verdict import Verdict
 
 
 @runtime_checkable
-class MeasuresStep(Protocol):
-    """A probe whose reading depends on the step, as `PairedProbe` is one."""
+class StepProbe(Protocol):
+    """A probe whose measurement depends on the step, such as `PairedProbe`."""
 
     def measure(self, step: int) -> Mapping[str, Any]: ...
 
 
 class StopMonitor:
-    """What a loop asks after each update: measure if it is time, record, write it down, judge.
+    """A monitor that a training loop calls after each update: it measures, records, saves and judges.
 
-    `watch(step)` returns the `Verdict` of `rule` at the newest record.  `step` is the number of updates made so far in
-    the whole run, 0 for the untouched model.  At every `every`-th step `probe()` is called and its losses are recorded.
-    Between two of them the verdict of the last one comes again; so it does when the same step is asked for twice (a
-    host may ask after each part of an accumulated batch) and, at any step, after a stop.  Without a probe the rule
-    reads what the call itself brings: `watch(step, val_loss=0.1)` and `Dvar(310, 0.15, metric="val_loss")`.
+    ``monitor(step)`` returns the `Verdict` of the rule at the newest record. ``step`` is the number of updates made so
+    far in the whole run, 0 for the untouched model. At every ``every``-th step ``probe()`` is called and its losses are
+    recorded. Between two of these steps the last verdict is returned again, also when the same step is passed twice (a
+    loop may call after each part of an accumulated batch) and at any step after a stop. Without a probe the rule reads
+    the metrics of the call: ``monitor(step, val_loss=0.1)`` with ``Dvar(310, 0.15, metric="val_loss")``.
 
-    Every record is in the file `path` before it is judged, and that file is how a run is resumed, whatever the host
-    keeps of its own: the first call, or `begin`, goes on from the records up to its step.  If there are later ones,
-    of updates that were lost with a process, the file as it was is kept beside it as `path`.cut-N; so it is at step 0,
-    where another run begins.  Nothing is opened before that, so a process that is never asked touches no file.
+    Every record is in the file ``path`` before it is judged, and a run is resumed from that file, whatever the loop
+    saves of its own: the first call, or `begin`, continues from the records up to its step. If there are later ones, of
+    updates that were lost with a process, a copy of the file is kept beside it as ``path``.cut-N. At step 0, where a
+    new run begins, an older file is moved there. Nothing is opened before the first call, so a process that never
+    calls touches no file. The attributes ``trace`` and ``verdict`` can be read at any time.
 
-    `trace` and `verdict` may be read at any time.
+    Args:
+        rule: The rule that judges.
+        probe: Returns the losses on the held batch; None to judge the metrics of the calls.
+        path: The file of the trace, such as run/trace.jsonl.
+        every: Steps from one measurement to the next, at least 1.
 
-    Raises: RefusedInput when `every` is not a whole number of at least 1, `rule` or `probe` cannot be called, or a
-    window of the rule would hold too few evaluations; on a call TraceError when the step goes backwards, the file is no
-    trace or was made with other held timesteps, and all that probe and rule raise.
+    Raises:
+        RefusedInput: ``every`` is not a whole number of at least 1, ``rule`` or ``probe`` cannot be called, or a window
+            of the rule would hold too few evaluations.
+        TraceError: On a call: the step goes backwards, or the file is no trace or has other held timesteps.
     """
 
     def __init__(
         self,
         rule: Rule,
-        probe: Callable[[], ArrayLike] | MeasuresStep | None,
+        probe: Callable[[], ArrayLike] | StepProbe | None,
         path: str | os.PathLike[str],
         *,
         every: int = 1,
@@ -64,50 +70,52 @@ class StopMonitor:
             problems.append(f"rule must be a rule, which is called on a trace, got {rule!r}: pass Dvar(310, 0.15)")
         if probe is not None and not callable(probe):
             problems.append(f"probe must be a function that returns losses, or a Probe, got {probe!r}: see dvar.Probe")
-        if not whole(every) or every < 1:
+        if not is_whole_number(every) or every < 1:
             problems.append(f"every must be a whole number of steps, 1 or more, got {every!r}: 1 measures at each step")
         elif probe is not None:
-            problems += [told for window in _windows(rule) for told in schedule_problems(window, every, sys.maxsize)]
+            problems += [
+                problem for window in _iter_windows(rule) for problem in schedule_problems(window, every, sys.maxsize)
+            ]
         if problems:
             raise RefusedInput(problems)
         self.rule, self.probe, self.path, self.every = rule, probe, Path(path), every
         self.trace = Trace()
         self.verdict = rule(self.trace)
         self._file: TraceFile | None = None
-        self._asked = 0
+        self._last_call = 0
 
     def begin(self, step: int) -> Verdict:
-        """Open the trace at `step`, the first of a run or the one it is resumed at, and return the verdict there.
+        """Open the trace at ``step``, the first of a run or the one it is resumed at, and return the verdict there.
 
-        A host that can go back to a checkpoint calls it each time; in other loops the first call does.
+        A loop that can return to a checkpoint calls this each time it does; in other loops the first call is enough.
         """
-        self._open(_update_number(step))
+        self._open(_validate_step(step))
         return self(step)
 
     def __call__(self, step: int, **metrics: Any) -> Verdict:
-        step = _update_number(step)
+        step = _validate_step(step)
         if self._file is None:
             self._open(step)
-        if step < self._asked:
+        if step < self._last_call:
             raise TraceError(
-                f"a watch is asked at growing steps, got {step} after {self._asked}: count the updates of the whole "
-                f"run, and after going back to a checkpoint call begin({step}) first"
+                f"a monitor is called at growing steps, got {step} after {self._last_call}: count the updates of the "
+                f"whole run, and after returning to a checkpoint call begin({step}) first"
             )
-        self._asked = step
-        again = len(self.trace) and step == self.trace.last_step
-        if self.verdict.stop or (again and not metrics):
+        self._last_call = step
+        repeated = len(self.trace) and step == self.trace.last_step
+        if self.verdict.stop or (repeated and not metrics):
             return self.verdict
-        if found := {**(self._measured(step) if step % self.every == 0 else {}), **metrics}:
-            record = self.trace.record(step, **found)
+        if values := {**(self._measure(step) if step % self.every == 0 else {}), **metrics}:
+            record = self.trace.record(step, **values)
             if self._file is not None:
                 self._file.append(record)
             self.verdict = self.rule(self.trace)
         return self.verdict
 
-    def _measured(self, step: int) -> Mapping[str, Any]:
+    def _measure(self, step: int) -> Mapping[str, Any]:
         if self.probe is None:
             return {}
-        return self.probe.measure(step) if isinstance(self.probe, MeasuresStep) else {"eval": self.probe()}
+        return self.probe.measure(step) if isinstance(self.probe, StepProbe) else {"eval": self.probe()}
 
     def _open(self, step: int) -> None:
         if self._file is not None:
@@ -117,64 +125,68 @@ class StopMonitor:
             self._set_aside(step)
         elif step > self.every:
             warnings.warn(
-                f"a run goes on at step {step} and {self.path} does not exist, so the rule knows nothing of the steps "
+                f"a run is resumed at step {step} and {self.path} does not exist, so the rule cannot use the steps "
                 "before: put the trace of that run there",
                 stacklevel=3,
             )
         self._file = TraceFile(self.path, getattr(self.probe, "header", None))
         weakref.finalize(self, self._file.close)
         self.trace = Trace.read(self.path)
-        self.verdict, self._asked = self.rule(self.trace), step
+        self.verdict, self._last_call = self.rule(self.trace), step
 
     def _set_aside(self, step: int) -> None:
-        """Keep the file as it is beside it, then cut it to `step`; at step 0 it is another run's, and goes whole."""
+        """Keep a copy of the file beside it, then cut it to ``step``; at step 0 it is of another run and is moved."""
         if step and Trace.read(self.path).last_step <= step:
             return
-        numbers = itertools.chain([""], (f".{number}" for number in itertools.count(2)))
-        names = (self.path.with_name(f"{self.path.name}.cut-{step}{number}") for number in numbers)
-        kept = next(name for name in names if not name.exists())
+        suffixes = itertools.chain([""], (f".{number}" for number in itertools.count(2)))
+        paths = (self.path.with_name(f"{self.path.name}.cut-{step}{suffix}") for suffix in suffixes)
+        copy = next(path for path in paths if not path.exists())
         if step:
-            shutil.copyfile(self.path, kept)
+            shutil.copyfile(self.path, copy)
             Trace.read(self.path).cut(step).write(self.path)
         else:
-            self.path.rename(kept)
-            warnings.warn(f"a run begins and {self.path} was there: that run's is now {kept.name}", stacklevel=4)
+            self.path.rename(copy)
+            warnings.warn(f"a run begins and {self.path} already exists: it is moved to {copy.name}", stacklevel=4)
 
 
-def from_first_rank(judge: Callable[[], Verdict], first: bool, broadcast: Callable[[Any], Any]) -> Verdict:
-    """The verdict that `judge` gives on the first rank, on every rank: all of them stop at the same step or none does.
+def broadcast_verdict(judge: Callable[[], Verdict], first: bool, broadcast: Callable[[Any], Any]) -> Verdict:
+    """Return on every rank the verdict that ``judge`` gives on the first, so that all stop at the same step.
 
-    `first` says whether this is that rank; only there is `judge` called.  `broadcast(value)` is the host's: every rank
-    calls it, and it returns on each what the first one gave (plain JSON).  Where the judging fails it fails on every
-    rank, since the others would otherwise wait for ever.
+    If ``judge`` fails, every rank fails, because the others would otherwise wait for ever.
 
-    Raises: what `judge` raises, on the first rank; DvarError with its message, on the others.
+    Args:
+        judge: Called on the first rank only.
+        first: Whether this is the first rank.
+        broadcast: Called on every rank; returns on each the value (plain JSON) that the first rank passed.
+
+    Raises:
+        DvarError: On the other ranks, with the message of what ``judge`` raised on the first.
     """
     if not first:
-        heard = broadcast(None)
-        if "error" in heard:
-            raise DvarError(f"the first rank could not judge: {heard['error']}")
-        return Verdict.from_json(heard)
+        message = broadcast(None)
+        if "error" in message:
+            raise DvarError(f"the first rank could not judge: {message['error']}")
+        return Verdict.from_json(message)
     try:
         verdict = judge()
     except Exception as error:
         broadcast({"error": f"{type(error).__name__}: {error}"})
         raise
-    # Diagnoses take time to find, and nobody reads those of a verdict that goes on.
+    # Diagnoses take time to compute, and nobody reads those of a verdict that goes on.
     broadcast((verdict if verdict.stop else replace(verdict, diagnose=tuple)).to_json())
     return verdict
 
 
-def _update_number(step: Any) -> int:
+def _validate_step(step: Any) -> int:
     try:
         return operator.index(step)
     except TypeError:
         raise TraceError(f"a step is a whole number of updates, got {step!r}: pass how many were made") from None
 
 
-def _windows(rule: object) -> Iterator[int]:
-    """The windows of a rule and of those it is made of."""
+def _iter_windows(rule: object) -> Iterator[int]:
+    """Yield the windows of a rule and of the rules that it combines."""
     if isinstance(window := getattr(rule, "window", None), int):
         yield window
     for part in (*getattr(rule, "rules", ()), *([inner] if (inner := getattr(rule, "rule", None)) else [])):
-        yield from _windows(part)
+        yield from _iter_windows(part)

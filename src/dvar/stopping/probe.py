@@ -1,4 +1,4 @@
-"""The loss on a held batch, measured so that training never notices."""
+"""Probes: the loss on a held batch, measured without disturbing training."""
 
 from __future__ import annotations
 
@@ -20,19 +20,25 @@ Held = TypeVar("Held")
 
 
 class Probe(Generic[Held]):
-    """L_det: the loss on inputs that were drawn once and are held for the whole run.
+    """L_det: the loss on a batch that is drawn once and held for the whole run.
 
-    `loss(held)` gives the losses of the held samples, [B] in float32 or float64.  Calling the probe returns these
-    losses as a float32 tensor [B] on the CPU, without gradient; before the first step too, where they are the untouched
-    model's.  They are computed in evaluation mode and under the global random generators (Python, NumPy, PyTorch on CPU
-    and CUDA) seeded with `seed`, so that a loss which draws its own noise draws the same one each time.  Afterwards
-    every submodule has its own train or eval flag again and every generator the state it had, also when `loss` raises.
+    Calling the probe returns the losses of the held samples as a float32 tensor [B] on the CPU, without gradient;
+    before the first step they are those of the untouched model. They are computed in evaluation mode, with the global
+    random generators (Python, NumPy, PyTorch on CPU and CUDA) seeded with ``seed``, so that a loss which draws its own
+    noise draws the same noise each time. Afterwards every submodule has its own train or eval flag again and every
+    generator its former state, also when ``loss`` raises.
 
-    `modules` are all modules that the loss runs through.  Without them, those that `loss` itself holds are taken: a
-    module, the object of a bound method, arguments of a partial, what a function closes over or finds by a global name.
+    Args:
+        loss: Returns the losses of the held samples, [B] in float32 or float64.
+        held: The batch, passed to ``loss``.
+        modules: All modules that the loss runs through. By default those that ``loss`` itself holds: a module, the
+            object of a bound method, arguments of a partial, what a function closes over or finds by a global name.
+        seed: Seed of the global generators during a measurement.
 
-    Raises: RefusedInput when no module is given and none found, when one is wrapped for data parallel training (pass
-    what it wraps, `wrapper.module`), and on a call when the losses have another shape or less precision.
+    Raises:
+        RefusedInput: No module is given and none found, or one is wrapped for data parallel training (pass what it
+            wraps, ``wrapper.module``); on a call, the losses have another shape or less precision.
+
     Source: Section 3.2, Equation 4: the batch is drawn once and only the model changes.
     Deviates: always in evaluation mode; the released code leaves the modules that it trains in training mode.
     """
@@ -41,7 +47,7 @@ class Probe(Generic[Held]):
         self, loss: Callable[[Held], Tensor], held: Held, modules: Iterable[nn.Module] | None = None, *, seed: int = 0
     ) -> None:
         self._loss, self._held, self._seed = loss, held, seed
-        self._modules = _checked_modules(modules, loss)
+        self._modules = _collect_modules(modules, loss)
 
     @classmethod
     def capture(
@@ -52,45 +58,58 @@ class Probe(Generic[Held]):
         *,
         seed: int = 0,
     ) -> Probe[Held]:
-        """The probe that holds what `draw()` returns now: a batch of any loader or function, noise and all.
+        """Return a probe that holds what ``draw()`` returns now: a batch of any loader or function, with its noise.
 
-        It is drawn once, under global generators seeded with `seed` and put back afterwards.  Its tensors, also those
-        in dicts, lists and tuples, are detached copies, which no later change in place can reach.
+        The batch is drawn once, with the global generators seeded with ``seed`` and restored afterwards. Its tensors,
+        also those in dicts, lists and tuples, are copied and detached, so that no later change in place affects them.
+
+        Args:
+            loss: As for `Probe`.
+            draw: Returns a batch.
+            modules: As for `Probe`.
+            seed: As for `Probe`; also that of the draw.
         """
-        with _random_states_kept(seed):
-            held = _copied(draw())
+        with _preserve_random_states(seed):
+            held = _copy(draw())
         return cls(loss, held, modules, seed=seed)
 
     def __call__(self) -> Tensor:
-        with undisturbed(self._modules, self._seed), torch.no_grad():
-            return _checked(self._loss(self._held)).detach().to("cpu", torch.float32)
+        with preserve_state(self._modules, self._seed), torch.no_grad():
+            return _validate_losses(self._loss(self._held)).detach().to("cpu", torch.float32)
 
     @property
     def header(self) -> dict[str, Any]:
-        """For `Trace(probe.header)`: the held timesteps, where the batch has them under that name; else nothing."""
-        timesteps = _timesteps(self._held)
+        """Header for `Trace`: the held timesteps, where the batch has them under that name; else nothing."""
+        timesteps = _get_timesteps(self._held)
         return {} if timesteps is None else {"timesteps": timesteps}
 
 
 class PairedProbe(Generic[Held]):
-    """The gain over the frozen model on fresh draws: the loss minus the frozen model's loss on the very same draws.
+    """The loss minus that of the frozen model, on the same fresh draws.
 
-    `draw(step)` returns the draws of a step, timesteps included; `loss(draws)` and `frozen(draws)` give the losses of
-    their samples, [B] in float32 or float64, by the model in training and by one that never changes (a copy, or the
-    same with its adapter switched off).  Calling the probe with a step returns their difference as a float32 tensor [B]
-    on the CPU, without gradient: 0 before the first update, negative as the model learns.  What any of the three draws
-    from the global generators is keyed by (`seed`, step), so a step measured again after a resume gives the same.
-    Train and eval flags and all global generators are afterwards what they were.
+    Calling the probe with a step returns the differences as a float32 tensor [B] on the CPU, without gradient: 0 before
+    the first update, negative as the model learns. Most of the noise of the loss is common to both models and cancels,
+    so that fresh draws can be used at every step. The values may be negative: `Hall` and `EmaPercentile` cannot read
+    them.
 
-    Most of the loss's noise is common to both models and cancels, so unseen draws can be used at every step.  The
-    values may be negative: `Hall` and `EmaPercentile` cannot read them.
+    Whatever is drawn from the global generators is keyed by (``seed``, step), so a step that is measured again after a
+    resume gives the same values. Afterwards train and eval flags and all generators are as they were.
 
-    Raises: RefusedInput as `Probe` does; `modules` left out are sought on `loss` and on `frozen`.
-    Source: none; Section 4.5 finds that a loss with fresh timesteps tells nothing by itself.
+    Args:
+        loss: Returns the losses of the samples by the model in training, [B] in float32 or float64.
+        frozen: The same by a model that never changes: a copy, or the same model with its adapter switched off.
+        draw: Returns the draws of a step, timesteps included.
+        modules: As for `Probe`; by default those that ``loss`` and ``frozen`` hold.
+        seed: Seed of the draws.
+
+    Raises:
+        RefusedInput: As `Probe`; or the two models give different numbers of losses.
+
+    Source: none; Section 4.5 finds that a loss with fresh timesteps says nothing by itself.
     """
 
     header: Mapping[str, Any] = {"reading": "paired"}
-    """For `Trace(probe.header)`: a trace so marked refuses to be normalised by its first values."""
+    """Header for `Trace`: a trace with this mark refuses to be normalised by its first values."""
 
     def __init__(
         self,
@@ -102,114 +121,138 @@ class PairedProbe(Generic[Held]):
         seed: int = 0,
     ) -> None:
         self._loss, self._frozen, self._draw, self._seed = loss, frozen, draw, seed
-        self._modules = _checked_modules(modules, loss, frozen)
+        self._modules = _collect_modules(modules, loss, frozen)
 
     def __call__(self, step: int) -> Tensor:
-        return self.measure(step)["eval"]
+        now, before, _ = self.measure_both(step)
+        return (now - before).to(torch.float32)
 
     def measure(self, step: int) -> dict[str, Any]:
-        """What `trace.record(step, **probe.measure(step))` takes: `eval`, and `timesteps` where the draws have them."""
-        now, before, timesteps = self.both(step)
+        """Return the arguments of ``trace.record`` after the step: eval, and timesteps where the draws have them."""
+        now, before, timesteps = self.measure_both(step)
         losses = (now - before).to(torch.float32)
         return {"eval": losses} if timesteps is None else {"eval": losses, "timesteps": timesteps}
 
-    def both(self, step: int) -> tuple[Tensor, Tensor, list[int] | None]:
-        """The two losses, of the model in training and of the frozen one: float64 [B] on the CPU; and the timesteps."""
+    def measure_both(self, step: int) -> tuple[Tensor, Tensor, list[int] | None]:
+        """Return the losses of the model in training, those of the frozen one, and the timesteps.
+
+        The losses are float64, [B] on the CPU; the timesteps are None where the draws have none.
+        """
         key = int(np.random.SeedSequence((self._seed, step)).generate_state(1, np.uint32)[0])
-        with undisturbed(self._modules, key), torch.no_grad():
+        with preserve_state(self._modules, key), torch.no_grad():
             draws = self._draw(step)
-        # The same key again, so that noise drawn inside the loss is common to both models as well.
-        now, before = (self._measured(loss, draws, key) for loss in (self._loss, self._frozen))
+        # The same key again, so that noise drawn inside the loss is common to both models too.
+        now, before = (self._compute_losses(loss, draws, key) for loss in (self._loss, self._frozen))
         if now.shape != before.shape:
             raise RefusedInput(
-                f"a paired probe's losses must be as many by both models, got {len(now)} and {len(before)} in training "
+                f"a paired probe needs as many losses from both models, got {len(now)} and {len(before)} in training "
                 "and frozen: give both one number per sample of the same draws"
             )
-        return now, before, _timesteps(draws)
+        return now, before, _get_timesteps(draws)
 
-    def _measured(self, loss: Callable[[Held], Tensor], draws: Held, key: int) -> Tensor:
-        with undisturbed(self._modules, key), torch.no_grad():
-            return _checked(loss(draws)).detach().to("cpu", torch.float64)
+    def _compute_losses(self, loss: Callable[[Held], Tensor], draws: Held, key: int) -> Tensor:
+        with preserve_state(self._modules, key), torch.no_grad():
+            return _validate_losses(loss(draws)).detach().to("cpu", torch.float64)
 
 
-def stratified_timesteps(count: int, timesteps: int, generator: torch.Generator | None = None) -> Tensor:
-    """`count` timesteps, int64 [count] on the CPU in rising order: a uniform one from each of as many equal strata.
+def draw_stratified_timesteps(count: int, timesteps: int, generator: torch.Generator | None = None) -> Tensor:
+    """Draw timesteps in rising order, one uniformly from each of ``count`` equal strata.
 
-    Each is uniform over its part of 0 .. `timesteps` - 1, and a timestep drawn at random from the result is uniform
-    over all.  A small batch then covers early and late timesteps alike, which independent draws need not.
+    A timestep picked at random from the result is uniform over all. A small batch then covers early and late timesteps
+    alike, which independent draws need not.
 
-    Raises: RefusedInput when either is less than 1.
-    Source: none; Section 2.2 draws t independently, and so does every default of ours.
+    Args:
+        count: Number of timesteps.
+        timesteps: Number of timesteps of the noise schedule.
+        generator: Source of randomness; by default the global one.
+
+    Returns:
+        int64 [count] on the CPU, from 0 to ``timesteps`` - 1.
+
+    Raises:
+        RefusedInput: ``count`` or ``timesteps`` is less than 1.
+
+    Source: none; Section 2.2 draws t independently, and so do all defaults here.
     """
     if count < 1 or timesteps < 1:
-        raise RefusedInput([f"count and timesteps must be 1 or more, got {count} and {timesteps}"])
-    places = (torch.arange(count) + torch.rand(count, generator=generator, dtype=torch.float64)) / count
-    return (places * timesteps).long().clamp(max=timesteps - 1)
+        raise RefusedInput([f"count and timesteps must be 1 or more, got {count} and {timesteps}: raise them"])
+    positions = (torch.arange(count) + torch.rand(count, generator=generator, dtype=torch.float64)) / count
+    return (positions * timesteps).long().clamp(max=timesteps - 1)
 
 
 @contextmanager
-def undisturbed(modules: Iterable[nn.Module], seed: int | None = None) -> Iterator[None]:
-    """A scope in evaluation mode that leaves no trace: flags and global random states are afterwards what they were.
+def preserve_state(modules: Iterable[nn.Module], seed: int | None = None) -> Iterator[None]:
+    """Yield in evaluation mode; afterwards flags of the modules and global random states are as they were.
 
-    Inside it the generators are seeded with `seed`, if one is given.
+    Args:
+        modules: Modules to put into evaluation mode.
+        seed: Seed of the global generators inside the scope; by default they go on.
     """
-    with _random_states_kept(seed), _evaluation_mode(modules):
+    with _preserve_random_states(seed), _evaluation_mode(modules):
         yield
 
 
-def _checked_modules(modules: Iterable[nn.Module] | None, *losses: object) -> tuple[nn.Module, ...]:
-    given = tuple(modules or ()) or tuple(dict.fromkeys(module for loss in losses for module in _held_by(loss)))
+def _collect_modules(modules: Iterable[nn.Module] | None, *losses: object) -> tuple[nn.Module, ...]:
+    """Return ``modules``, or else those that the losses hold.
+
+    Raises:
+        RefusedInput: There is none, or one is wrapped for data parallel training.
+    """
+    collected = tuple(modules or ()) or tuple(
+        dict.fromkeys(module for loss in losses for module in _iter_modules(loss))
+    )
     problems = [
         f"a probe must not run the data parallel wrapper, got {type(module).__name__}: pass its `.module`"
-        for module in given
+        for module in collected
         if isinstance(module, DistributedDataParallel)
     ]
-    if not given:
+    if not collected:
         problems.append(
             "a probe must know the modules that its loss runs through, got none and found none on the loss: "
             "pass modules=[...], or they would be measured in training mode"
         )
     if problems:
         raise RefusedInput(problems)
-    return given
+    return collected
 
 
-def _held_by(loss: Any) -> Iterator[nn.Module]:
-    """The modules that a callable holds itself or in its own attributes; what those hold is theirs."""
+def _iter_modules(loss: Any) -> Iterator[nn.Module]:
+    """Yield the modules that a callable is, or holds in its own attributes."""
     if isinstance(loss, nn.Module):
         yield loss
     elif isinstance(loss, functools.partial):
         for part in (loss.func, *loss.args, *loss.keywords.values()):
-            yield from _held_by(part)
+            yield from _iter_modules(part)
     elif inspect.ismethod(loss):
-        yield from _held_by(loss.__self__)
+        yield from _iter_modules(loss.__self__)
     elif inspect.isfunction(loss):
-        seen = inspect.getclosurevars(loss)
-        for part in (*seen.nonlocals.values(), *seen.globals.values()):
+        variables = inspect.getclosurevars(loss)
+        for part in (*variables.nonlocals.values(), *variables.globals.values()):
             if isinstance(part, nn.Module):
                 yield part
     elif hasattr(loss, "__dict__") and not isinstance(loss, type):
         yield from (part for part in vars(loss).values() if isinstance(part, nn.Module))
 
 
-def _timesteps(draws: Any) -> list[int] | None:
-    found = draws.get("timesteps") if isinstance(draws, Mapping) else getattr(draws, "timesteps", None)
-    return None if found is None else [int(timestep) for timestep in found]
+def _get_timesteps(draws: Any) -> list[int] | None:
+    timesteps = draws.get("timesteps") if isinstance(draws, Mapping) else getattr(draws, "timesteps", None)
+    return None if timesteps is None else [int(timestep) for timestep in timesteps]
 
 
-def _copied(value: Any) -> Any:
+def _copy(value: Any) -> Any:
+    """Return a copy of ``value`` with all tensors copied and detached."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, dict):
-        return {name: _copied(item) for name, item in value.items()}
+        return {name: _copy(item) for name, item in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(_copied, value))
+        return type(value)(*map(_copy, value))
     if isinstance(value, list | tuple):
-        return type(value)(_copied(item) for item in value)
+        return type(value)(_copy(item) for item in value)
     return value
 
 
-def _checked(losses: Tensor) -> Tensor:
+def _validate_losses(losses: Tensor) -> Tensor:
     problems = []
     if losses.ndim != 1 or not losses.numel():
         problems.append(
@@ -228,10 +271,11 @@ def _checked(losses: Tensor) -> Tensor:
 
 @contextmanager
 def _evaluation_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Set all submodules to evaluation mode inside the scope, and restore the flag of each afterwards."""
     flags = [(part, part.training) for module in modules for part in module.modules()]
     try:
         for part, _ in flags:
-            # Set rather than call `eval()`: some adapters merge their weights when that is called.
+            # The flag is set because some adapters merge their weights when `eval()` is called.
             part.training = False
         yield
     finally:
@@ -240,15 +284,17 @@ def _evaluation_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def _random_states_kept(seed: int | None = None) -> Iterator[None]:
+def _preserve_random_states(seed: int | None = None) -> Iterator[None]:
+    """Seed the global generators inside the scope, if there is a seed, and restore their states afterwards."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    # Before CUDA is first used there is no state to keep, and asking for one would start it.
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    # Before CUDA is first used there is no state to preserve, and reading one would initialise it.
+    initialised = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    cuda = torch.cuda.get_rng_state_all() if initialised else []
     try:
         if seed is not None:
             random.seed(seed)
             np.random.seed(seed % 2**32)
-            # Not `torch.manual_seed`: before CUDA is first used, that would also decide how it starts.
+            # `torch.manual_seed` would also queue a seed for CUDA before it is first used.
             torch.default_generator.manual_seed(seed)
             if cuda:
                 torch.cuda.manual_seed_all(seed)

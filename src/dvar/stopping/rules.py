@@ -1,26 +1,11 @@
-"""When to stop: frozen dataclasses, each called on a trace and giving a verdict.
-
-A rule keeps nothing between calls: all it knows is the trace, so replaying a recorded run gives what the live run gave,
-and resuming is reading the trace.
-
-    `Dvar`                             the variance of a window against that of the whole run
-    `EmaPercentile`, `Hall`, `Trend`   what the paper tried beside it
-    `Plateau`, `CLIP_S`                patience on any metric; the CLIP-s baseline of the paper
-    `FixedSteps`                       the cap that every run has (`compositions`)
-    `AnyOf`, `AllOf`, `NotBefore`, `AtMost`   rules made of rules (`compositions`)
-
-Rules with a window read L_det unless `metric` names another metric of the trace (`Trace.metric`): "eval/first" is L_det
-normalised by the first value at each timestep.  Their windows are in steps.  Until `window` steps have passed since the
-first record and the window holds `MIN_RECORDS` of them, the verdict is "warming up".  When such a rule's condition
-holds, its curve is examined once (`verdict.diagnose`): the reason is "stabilised" when nothing speaks against it, else
-the gravest doubt, and `stop_on` says which of these reasons stop.
-"""
+"""The stopping rules: frozen dataclasses, each called on a trace and returning a verdict."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Literal
 
@@ -29,34 +14,37 @@ from numpy.typing import NDArray
 
 from dvar.stopping.combinators import AllOf, AnyOf, AtMost, FixedSteps, NotBefore
 from dvar.stopping.curve import Curve
-from dvar.stopping.diagnosis import Reason, straight_line_step
+from dvar.stopping.diagnosis import Reason, compute_straight_line_step
 from dvar.stopping.rule import (
+    CONDITION_REASONS,
+    DEFAULT_STOP_ON,
     MIN_RECORDS,
-    SETTLED,
-    STOPS_ON,
+    RULES,
     Rule,
-    below_threshold,
-    below_threshold_problems,
-    judged,
-    non_finite,
-    not_yet,
-    read,
-    real,
+    RuleEntry,
+    check_readiness,
+    format_rule,
+    is_number,
+    is_whole_number,
+    judge_below_threshold,
+    judge_condition,
+    judge_non_finite,
+    raise_problems,
+    read_curve,
     reason_problems,
-    refuse,
-    refuse_level,
-    whole,
+    require_positive_level,
+    threshold_rule_problems,
     window_problems,
-    written,
 )
-from dvar.stopping.trace import LOSS, Trace
+from dvar.stopping.trace import LOSS, RELATIVE_LOSS, Trace
 from dvar.stopping.verdict import Verdict
 
 __all__ = [
     "CLIP_S",
+    "CONDITION_REASONS",
+    "DEFAULT_STOP_ON",
     "MIN_RECORDS",
-    "SETTLED",
-    "STOPS_ON",
+    "RULES",
     "AllOf",
     "AnyOf",
     "AtMost",
@@ -67,65 +55,78 @@ __all__ = [
     "NotBefore",
     "Plateau",
     "Rule",
+    "RuleEntry",
     "Trend",
     "schedule_problems",
 ]
 
+# A rule keeps nothing between calls: all it knows is the trace. So replaying a recorded run gives the verdicts of the
+# live run, and resuming a run is reading its trace.
+
 
 @dataclass(frozen=True, repr=False)
 class Dvar:
-    """Deterministic Variance Evaluation: stop once the variance of L_det over the last `window` steps is less than
-    `threshold` times its variance over the whole run.
+    """Stop once the variance of L_det over the last ``window`` steps is below ``threshold`` times that over all steps.
 
-    Called on a trace, it returns a `Verdict` at the newest evaluation.  Both variances weight a record by the steps
-    since the one before it (the first by 1).  The window holds the steps in (t - window, t].  While it warms up the
-    ratio is 1.  A trace in which nothing changed gives "no change" and one with a nan or an infinity "non-finite";
-    neither stops unless `stop_on` says so, since a rule stops for convergence and not for a fault.
+    This is Deterministic Variance Evaluation. Called on a trace, it returns a `Verdict` at the newest evaluation. Both
+    variances weight a record by the steps since the record before it (the first by 1). The window holds the steps in
+    (t - window, t]. Until ``window`` steps have passed since the first record and the window holds 8 records, the
+    reason is "warming up" and the ratio is 1. When the condition holds, the curve is diagnosed: the reason is
+    "stabilised" if nothing speaks against convergence, else the gravest doubt, and ``stop_on`` says which reasons stop.
+    A trace in which nothing changed gives "no change", one with a nan or an infinity "non-finite"; neither stops unless
+    it is in ``stop_on``, because a rule stops for convergence and not for a fault.
 
-    On an exactly straight line the ratio is (window / t)^2, which is below the threshold from window / sqrt(threshold)
-    steps after the first record on although nothing converges; that step is in the metrics as `straight_line_step`.
+    On an exactly straight line the ratio is (window / t)^2. It falls below the threshold window / sqrt(threshold) steps
+    after the first record although nothing converges; that step is the metric ``straight_line_step``.
 
-    `strict_paper` is the published rule: it drops the evaluation of the untouched model and every diagnosis, and stops
-    on ratio < threshold alone.  `ddof` is that of both variances, 0 or 1.
+    Args:
+        window: Steps, at least 8; counted in steps at any cadence of evaluation.
+        threshold: The share of the total variance below which to stop, inside (0, 1).
+        strict_paper: Judge by the published rule: leave out the evaluation of the untouched model and every diagnosis,
+            and stop on ratio < threshold alone.
+        stop_on: The reasons that stop, out of those whose condition holds, "no change" and "non-finite".
+        metric: The metric to read; "eval/first" is L_det with each held sample divided by its first loss.
+        ddof: Degrees of freedom subtracted in both variances, 0 or 1.
 
-    Raises: RefusedInput when `window` is not a whole number of at least 8, `threshold` is not inside (0, 1), `ddof` is
-    neither 0 nor 1, or `stop_on` holds what is no reason of this rule or is given with `strict_paper`; on a call,
-    RefusedInput when the trace has passed a window of steps without `metric`, or it cannot be read as one number.
+    Raises:
+        RefusedInput: A setting is out of its range, or ``stop_on`` is given with ``strict_paper``. On a call: the trace
+            is longer than a window and holds no ``metric``, or the metric is not a single number.
+
     Source: Section 3.3, Figure 3.
     Deviates: ddof 0 (Figure 3 run in PyTorch has ddof 1); the window is counted in steps at any cadence (the released
     code counts evaluations); the untouched model is evaluated too, and a ratio below the threshold does not stop a
-    loss that still falls or whose variance is one outlier's, unless `strict_paper`.
+    loss that still falls or whose variance comes from one outlier, unless ``strict_paper``.
     """
 
     window: int
     threshold: float
     strict_paper: bool = False
-    stop_on: tuple[Reason, ...] = STOPS_ON
+    stop_on: tuple[Reason, ...] = DEFAULT_STOP_ON
     metric: str = LOSS
     ddof: Literal[0, 1] = 0
 
     def __post_init__(self) -> None:
         problems = window_problems(self.window)
-        if not real(self.threshold) or not 0 < self.threshold < 1:
+        if not is_number(self.threshold) or not 0 < self.threshold < 1:
             problems.append(
                 f"threshold must lie between 0 and 1, both excluded, got {self.threshold!r}: "
                 "it is the share of the total variance below which to stop, such as 0.15"
             )
         if self.ddof not in (0, 1):
             problems.append(f"ddof must be 0 (NumPy's variance) or 1 (PyTorch's), got {self.ddof!r}")
-        if self.strict_paper and self.stop_on != STOPS_ON:
+        if self.strict_paper and self.stop_on != DEFAULT_STOP_ON:
             problems.append(f"strict_paper stops on the ratio alone, got stop_on={self.stop_on!r}: give one of the two")
-        refuse(problems + reason_problems(self.stop_on))
+        raise_problems(problems + reason_problems(self.stop_on))
 
-    __repr__ = written
+    __repr__ = format_rule
 
     def __call__(self, trace: Trace) -> Verdict:
-        curve = read(self, trace, self.metric, self.window, first_step=1 if self.strict_paper else 0)
+        curve = read_curve(self, trace, self.metric, self.window, first_step=1 if self.strict_paper else 0)
         metrics: dict[str, float] = {"ratio": 1.0, "threshold": self.threshold}
         if len(curve):
-            metrics["straight_line_step"] = straight_line_step(curve, self.window, self.threshold)
-        if early := not_yet(self, curve, trace, metrics):
-            return early
+            metrics["straight_line_step"] = compute_straight_line_step(curve, self.window, self.threshold)
+        if verdict := check_readiness(self, curve, trace, metrics):
+            return verdict
         spread = curve.spread
         window_var = curve.last(self.window).variance(spread, self.ddof)
         total_var = curve.variance(spread, self.ddof)
@@ -138,50 +139,71 @@ class Dvar:
         if self.strict_paper:
             reason = Reason.STABILISED if holds else Reason.RUNNING
             return Verdict(holds, reason, int(curve.steps[-1]), repr(self), metrics)
-        return judged(self, curve, metrics, holds, self.threshold)
+        return judge_condition(self, curve, metrics, holds, self.threshold)
+
+
+RULES.register(
+    "dvar",
+    RuleEntry(
+        "DVAR: stop once the variance of the window is a small share of the whole", ("window", "threshold"), Dvar
+    ),
+)
+RULES.register(
+    "paper",
+    RuleEntry("DVAR as published: the ratio alone", ("window", "threshold"), partial(Dvar, strict_paper=True)),
+)
 
 
 @dataclass(frozen=True, repr=False)
 class EmaPercentile:
-    """Stop once the exponential moving average of the loss has changed by less than `threshold` of itself in `window`
-    steps: |EMA(t) - EMA(t - n)| < threshold EMA(t - n).
+    """Stop once a moving average of the loss changes by less than ``threshold`` of itself in ``window`` steps.
 
-    Called on a trace, it returns a `Verdict`; the signed change is in the metrics as `change`.  The average begins at
-    the first value and takes in each further one with the weight 1 - (1 - alpha)^g, g being the steps since the record
-    before: alpha itself at cadence 1.  EMA(t - n) lies on the line between the records around t - n.
+    The condition is |EMA(t) - EMA(t - window)| < threshold EMA(t - window); the signed change is the metric ``change``.
+    The average begins at the first value. Each further value enters with the weight 1 - (1 - alpha)^g, where g is the
+    number of steps since the record before it: alpha itself at cadence 1. Between two records the average is
+    interpolated linearly. Warm-up, diagnoses and ``stop_on`` are as in `Dvar`.
 
-    Raises: RefusedInput when `window` is not a whole number of at least 8, `threshold` is not positive and finite,
-    `alpha` is not inside (0, 1], or for `stop_on` as `Dvar`; on a call as `Dvar`, or when a value it divides by is not
-    positive.
+    Args:
+        window: Steps, at least 8.
+        threshold: A positive, finite share.
+        alpha: The weight of a new value at cadence 1, inside (0, 1].
+        stop_on: As in `Dvar`.
+        metric: The metric to read.
+
+    Raises:
+        RefusedInput: A setting is out of its range; on a call as `Dvar`, or a value it divides by is not positive.
+
     Source: Appendix E, "EMA percentile", alpha = 0.1.
-    Deviates: the paper gives the measure and neither n nor a threshold, nor says that it is the absolute value that
-    falls below one.
+    Deviates: the paper gives the measure, but neither a window nor a threshold, nor does it say that the absolute value
+    is compared.
     """
 
     window: int
     threshold: float
     alpha: float = 0.1
-    stop_on: tuple[Reason, ...] = STOPS_ON
+    stop_on: tuple[Reason, ...] = DEFAULT_STOP_ON
     metric: str = LOSS
 
     def __post_init__(self) -> None:
-        problems = below_threshold_problems(self)
-        if not real(self.alpha) or not 0 < self.alpha <= 1:
+        problems = threshold_rule_problems(self)
+        if not is_number(self.alpha) or not 0 < self.alpha <= 1:
             problems.append(f"alpha must lie between 0 (excluded) and 1, got {self.alpha!r}: the paper's is 0.1")
-        refuse(problems)
+        raise_problems(problems)
 
-    __repr__ = written
+    __repr__ = format_rule
 
     def __call__(self, trace: Trace) -> Verdict:
-        return below_threshold(self, trace, "change", self._measured)
+        return judge_below_threshold(self, trace, "change", self._measure)
 
-    def _measured(self, curve: Curve) -> dict[str, float]:
-        opening = int(curve.steps[-1]) - self.window
-        now, before = self._average(curve, len(curve)), self._average_at(curve, opening)
-        refuse_level(self, before, opening)
+    def _measure(self, curve: Curve) -> dict[str, float]:
+        """Return the change of the average over the window, and the average at both ends."""
+        start = int(curve.steps[-1]) - self.window
+        now, before = self._average(curve, len(curve)), self._average_at(curve, start)
+        require_positive_level(self, before, start)
         return {"change": (now - before) / before, "ema": now, "ema_before": before}
 
     def _average_at(self, curve: Curve, step: int) -> float:
+        """Return the average at any step, interpolated between records."""
         after = int(np.searchsorted(curve.steps, step))
         high = self._average(curve, after + 1)
         if curve.steps[after] == step:
@@ -189,97 +211,151 @@ class EmaPercentile:
         return float(np.interp(step, curve.steps[after - 1 : after + 1], (self._average(curve, after), high)))
 
     def _average(self, curve: Curve, count: int) -> float:
-        """The average after the first `count` records: its last value, less what is left of each change before."""
-        # What is older than 40 / -log(1 - alpha) steps weighs less than e^-40: nothing, in float64.
+        """Return the average after the first ``count`` records: the last value less the decayed changes before it."""
+        # A change older than 40 / -log(1 - alpha) steps has a weight below e^-40, which is nothing in float64.
         reach = 40 / -math.log1p(-self.alpha) if self.alpha < 1 else 0
         start = int(np.searchsorted(curve.steps[:count], int(curve.steps[count - 1]) - reach))
         steps, values = curve.steps[start:count], curve.values[start:count]
-        left = np.power(1 - self.alpha, (steps[-1] - steps[:-1]).astype(np.float64))
-        return float(values[-1] - np.dot(left, values[1:] - values[:-1]))
+        weights = np.power(1 - self.alpha, (steps[-1] - steps[:-1]).astype(np.float64))
+        return float(values[-1] - np.dot(weights, values[1:] - values[:-1]))
+
+
+RULES.register(
+    "ema",
+    RuleEntry(
+        "a moving average of the loss no longer changes",
+        ("window", "ema_threshold"),
+        lambda window, ema_threshold: EmaPercentile(window, ema_threshold),
+    ),
+)
 
 
 @dataclass(frozen=True, repr=False)
 class Hall:
-    """Stop once the loss ranged over less than `threshold` of its level in the last `window` steps:
-    (max - min) / max < threshold.
+    """Stop once the loss ranges over less than ``threshold`` of its level in the last ``window`` steps.
 
-    Called on a trace, it returns a `Verdict`; the share is in the metrics as `range`.  The window holds the steps in
-    (t - window, t]; where no record was made at its opening, the line between the records around it counts.  `level`
-    is what the range is divided by: "max" or "mean".
+    The condition is (max - min) / max < threshold; the share is the metric ``range``. The window holds the steps in
+    (t - window, t]; where no record was made at its first step, the loss there is interpolated linearly. Warm-up,
+    diagnoses and ``stop_on`` are as in `Dvar`.
 
-    Raises: RefusedInput when `window` is not a whole number of at least 8, `threshold` is not positive and finite,
-    `level` is another word, or for `stop_on` as `Dvar`; on a call as `Dvar`, or when the level is not positive.
+    Args:
+        window: Steps, at least 8.
+        threshold: A positive, finite share.
+        level: What the range is divided by, "max" or "mean".
+        stop_on: As in `Dvar`.
+        metric: The metric to read.
+
+    Raises:
+        RefusedInput: A setting is out of its range; on a call as `Dvar`, or the level is not positive.
+
     Source: Appendix E, "Hall": its formula divides by the maximum, its text by the average; the formula is the default.
-    Deviates: the paper gives the measure and neither n nor a threshold.
+    Deviates: the paper gives the measure, but neither a window nor a threshold.
     """
 
     window: int
     threshold: float
     level: Literal["max", "mean"] = "max"
-    stop_on: tuple[Reason, ...] = STOPS_ON
+    stop_on: tuple[Reason, ...] = DEFAULT_STOP_ON
     metric: str = LOSS
 
     def __post_init__(self) -> None:
-        problems = below_threshold_problems(self)
+        problems = threshold_rule_problems(self)
         if self.level not in ("max", "mean"):
             problems.append(f"level must be 'max' (the formula) or 'mean' (the text), got {self.level!r}")
-        refuse(problems)
+        raise_problems(problems)
 
-    __repr__ = written
+    __repr__ = format_rule
 
     def __call__(self, trace: Trace) -> Verdict:
-        return below_threshold(self, trace, "range", self._measured)
+        return judge_below_threshold(self, trace, "range", self._measure)
 
-    def _measured(self, curve: Curve) -> dict[str, float]:
+    def _measure(self, curve: Curve) -> dict[str, float]:
+        """Return the range over the window as a share of its level, and its two ends."""
         recent, last = curve.last(self.window), int(curve.steps[-1])
-        opening = curve.at(last - self.window + 1)
-        highest, lowest = max(float(recent.values.max()), opening), min(float(recent.values.min()), opening)
+        first_loss = curve.interpolate(last - self.window + 1)
+        highest, lowest = max(float(recent.values.max()), first_loss), min(float(recent.values.min()), first_loss)
         level = highest if self.level == "max" else recent.mean
-        refuse_level(self, level, last)
+        require_positive_level(self, level, last)
         return {"range": (highest - lowest) / level, "max": highest, "min": lowest}
+
+
+RULES.register(
+    "hall",
+    RuleEntry(
+        "the loss stays within a small range",
+        ("window", "hall_threshold"),
+        lambda window, hall_threshold: Hall(window, hall_threshold),
+    ),
+)
 
 
 @dataclass(frozen=True, repr=False)
 class Trend:
-    """Stop once the least-squares line through the last `window` steps is flatter than `threshold` a step, up or down.
+    """Stop once the least-squares line through the last ``window`` steps is flatter than ``threshold`` per step.
 
-    Called on a trace, it returns a `Verdict`; the slope, in units of the loss a step, is in the metrics as `slope`.  It
-    is found in closed form.  Its threshold is absolute: `metric="eval/first"` makes it a share of the first loss.
+    The slope, up or down, in units of the loss per step, is the metric ``slope``. Warm-up, diagnoses and ``stop_on``
+    are as in `Dvar`.
 
-    Raises: RefusedInput when `window` is not a whole number of at least 8, `threshold` is not positive and finite, or
-    for `stop_on` as `Dvar`; on a call as `Dvar`.
+    Args:
+        window: Steps, at least 8.
+        threshold: A positive, finite slope. It is absolute: with ``metric="eval/first"`` it is a share of the first
+            loss.
+        stop_on: As in `Dvar`.
+        metric: The metric to read.
+
+    Raises:
+        RefusedInput: A setting is out of its range; on a call as `Dvar`.
+
     Source: Appendix E, "Trend".
-    Deviates: the paper gives the measure and neither n nor a threshold.
+    Deviates: the paper gives the measure, but neither a window nor a threshold.
     """
 
     window: int
     threshold: float
-    stop_on: tuple[Reason, ...] = STOPS_ON
+    stop_on: tuple[Reason, ...] = DEFAULT_STOP_ON
     metric: str = LOSS
 
     def __post_init__(self) -> None:
-        refuse(below_threshold_problems(self))
+        raise_problems(threshold_rule_problems(self))
 
-    __repr__ = written
+    __repr__ = format_rule
 
     def __call__(self, trace: Trace) -> Verdict:
-        return below_threshold(self, trace, "slope", self._measured)
+        return judge_below_threshold(self, trace, "slope", self._measure)
 
-    def _measured(self, curve: Curve) -> dict[str, float]:
+    def _measure(self, curve: Curve) -> dict[str, float]:
         return {"slope": curve.last(self.window).slope()}
+
+
+RULES.register(
+    "trend",
+    RuleEntry(
+        "the loss has no slope, as a share of its first value",
+        ("window", "trend_threshold"),
+        lambda window, trend_threshold: Trend(window, trend_threshold, metric=RELATIVE_LOSS),
+    ),
+)
 
 
 @dataclass(frozen=True, repr=False)
 class Plateau:
-    """Stop once `metric` has not improved by more than `min_delta` for `patience` steps.
+    """Stop once ``metric`` has not improved by more than ``min_delta`` for ``patience`` steps.
 
-    Called on a trace, it returns a `Verdict` at the newest record that holds the metric.  The best value is the first
-    one, until a value beats it by more than `min_delta`, upwards with mode "max", downwards with "min"; best, best_step
-    and waited (steps since) are in the metrics.  Values between two improvements do not move the best.
+    The verdict is that at the newest record which holds the metric. The best value is the first one until a value is
+    better by more than ``min_delta``; smaller improvements do not move it. The metrics ``best``, ``best_step`` and
+    ``waited`` (steps since) are in the verdict.
 
-    Raises: RefusedInput when `patience` is not a whole number of at least 1, `min_delta` is negative or not finite,
-    `mode` is another word or `stop_on` holds what is no reason of this rule; on a call when `patience` steps have
-    passed without the metric in the trace, or when it cannot be read as one number.
+    Args:
+        metric: The metric to read.
+        patience: Steps, at least 1.
+        min_delta: The improvement that counts, finite and not negative.
+        mode: Whether smaller ("min") or larger ("max") values are better.
+        stop_on: The reasons that stop, out of "stabilised" and "non-finite".
+
+    Raises:
+        RefusedInput: A setting is out of its range. On a call: the trace is longer than ``patience`` and holds no
+            ``metric``, or the metric is not a single number.
+
     Source: Section 4.2, "CLIP-s"; its settings are `CLIP_S`.
     Deviates: patience is counted in steps, so that it means the same at any cadence; the paper counts measurements.
     """
@@ -292,39 +368,49 @@ class Plateau:
 
     def __post_init__(self) -> None:
         problems = []
-        if not whole(self.patience) or self.patience < 1:
+        if not is_whole_number(self.patience) or self.patience < 1:
             problems.append(f"patience must be a whole number of steps, 1 or more, got {self.patience!r}")
-        if not real(self.min_delta) or not 0 <= self.min_delta < math.inf:
+        if not is_number(self.min_delta) or not 0 <= self.min_delta < math.inf:
             problems.append(f"min_delta must be a finite number, 0 or more, got {self.min_delta!r}")
         if self.mode not in ("min", "max"):
-            problems.append(f"mode must be 'min' or 'max', what is better, got {self.mode!r}")
-        refuse(problems + reason_problems(self.stop_on, (Reason.STABILISED, Reason.NON_FINITE)))
+            problems.append(f"mode must be 'min' or 'max', whichever is better, got {self.mode!r}")
+        raise_problems(problems + reason_problems(self.stop_on, (Reason.STABILISED, Reason.NON_FINITE)))
 
-    __repr__ = written
+    __repr__ = format_rule
 
     def __call__(self, trace: Trace) -> Verdict:
-        curve = read(self, trace, self.metric, self.patience)
+        curve = read_curve(self, trace, self.metric, self.patience)
         metrics: dict[str, float] = {"patience": self.patience, "min_delta": self.min_delta}
         if not len(curve):
             metrics |= {"window": self.patience, "seen": 0, "records": 0}
             return Verdict(False, Reason.WARMING_UP, trace.last_step, repr(self), metrics)
         if not math.isfinite(curve.spread):
-            return non_finite(self, curve, metrics, self.stop_on)
+            return judge_non_finite(self, curve, metrics, self.stop_on)
         sign = 1.0 if self.mode == "max" else -1.0
-        best = _last_improvement(sign * curve.values, self.min_delta)
-        last = int(curve.steps[-1])
+        best = _find_last_improvement(sign * curve.values, self.min_delta)
+        last_step = int(curve.steps[-1])
         metrics |= {
             "best": float(curve.values[best]),
             "best_step": int(curve.steps[best]),
-            "waited": last - int(curve.steps[best]),
+            "waited": last_step - int(curve.steps[best]),
         }
         holds = metrics["waited"] >= self.patience
         reason = Reason.STABILISED if holds else Reason.RUNNING
-        return Verdict(holds and reason in self.stop_on, reason, last, repr(self), metrics)
+        return Verdict(holds and reason in self.stop_on, reason, last_step, repr(self), metrics)
+
+
+RULES.register(
+    "plateau",
+    RuleEntry(
+        "the loss has not improved for some steps",
+        ("patience", "min_delta"),
+        lambda patience, min_delta: Plateau(LOSS, patience, min_delta),
+    ),
+)
 
 
 def schedule_problems(window: int, probe_every: int, max_steps: int) -> list[str]:
-    """Why DVAR with this window could never stop a run of `max_steps` that evaluates every `probe_every` steps."""
+    """Return why DVAR could never stop a run of ``max_steps`` that is evaluated every ``probe_every`` steps."""
     problems = []
     if math.ceil(window / probe_every) < MIN_RECORDS:
         problems.append(
@@ -340,8 +426,8 @@ def schedule_problems(window: int, probe_every: int, max_steps: int) -> list[str
     return problems
 
 
-def _last_improvement(values: NDArray[np.float64], min_delta: float) -> int:
-    """Where the last value lies that beats the best before it by more than `min_delta`; larger is better."""
+def _find_last_improvement(values: NDArray[np.float64], min_delta: float) -> int:
+    """Return the index of the last value that beats the best before it by more than ``min_delta``; larger is better."""
     highest = np.maximum.accumulate(values)
     if not min_delta:
         return int(np.searchsorted(highest, highest[-1]))
@@ -351,15 +437,19 @@ def _last_improvement(values: NDArray[np.float64], min_delta: float) -> int:
     return best
 
 
-def _clip_s(failures: int, min_delta: float) -> Plateau:
+def _build_clip_s(failures: int, min_delta: float) -> Plateau:
     every = 50
-    # The released code stops when its counter of failures exceeds the patience it is given: at one more than that.
+    # The released code stops when its count of failures exceeds the patience it is given: at one more than that.
     return Plateau("clip_image", patience=every * (failures + 1), min_delta=min_delta, mode="max")
 
 
 CLIP_S: Mapping[str, Plateau] = MappingProxyType(
-    {"textual-inversion": _clip_s(6, 0.02), "dreambooth-lora": _clip_s(3, 0.04), "custom-diffusion": _clip_s(6, 0.02)}
+    {
+        "textual-inversion": _build_clip_s(6, 0.02),
+        "dreambooth-lora": _build_clip_s(3, 0.04),
+        "custom-diffusion": _build_clip_s(6, 0.02),
+    }
 )
-"""The CLIP-s baseline by method: the CLIP similarity of samples to the training pictures, recorded as "clip_image"
-every 50 steps.  Source: Section 4.2; values of the released commands: patience 6, 3 and 6 measurements, of which the
-code waits for one more, and improvements above 0.02, 0.04 and 0.02."""
+"""The CLIP-s baseline by method: the CLIP similarity of samples to the instance images, recorded as "clip_image" every
+50 steps. Source: Section 4.2; values of the released commands: patience 6, 3 and 6 measurements, of which the code
+waits for one more, and improvements above 0.02, 0.04 and 0.02."""

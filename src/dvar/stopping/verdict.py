@@ -1,4 +1,4 @@
-"""What a rule says of a trace, why, and what a person should know before believing it."""
+"""The verdict of a rule: whether to stop, why, and the numbers behind it."""
 
 from __future__ import annotations
 
@@ -7,19 +7,25 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dvar.errors import RefusedInput
-from dvar.stopping.diagnosis import _FOUND, Diagnosis, Reason
-from dvar.stopping.trace_format import decode, encode
+from dvar.stopping.diagnosis import DOUBT_SENTENCES, Diagnosis, Reason
+from dvar.stopping.trace_format import decode_value, encode_value
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The answer of a rule at one step; `str()` gives the sentence.
+    """The answer of a rule at one step. `str()` gives it as a sentence.
 
-    `metrics` holds the numbers behind it, those of a doubt (see `Diagnosis`) included when that is the reason.  Of
-    every rule with a window: window, threshold, seen (steps since the first record), records (in the window).  Of DVAR
-    also: ratio, window_var, total_var, straight_line_step (see `Dvar`); of the others: change, range or slope; of a
-    plateau: best, best_step, waited, patience, min_delta; of a cap: max_steps; of a value that is not finite:
-    non_finite_step, non_finite_last, non_finite_records.
+    Args:
+        stop: Whether to stop.
+        reason: Why.
+        step: The step of the record that was judged.
+        rule: The rule as Python source.
+        metrics: The numbers behind the verdict, those of a doubt included when that is the reason (see `Diagnosis`).
+            Every rule with a window: window, threshold, seen (steps since the first record), records (in the window).
+            DVAR also: ratio, window_var, total_var, straight_line_step (see `Dvar`); the other rules: change, range or
+            slope; a plateau: best, best_step, waited, patience, min_delta; a cap: max_steps; a value that is not
+            finite: non_finite_step, non_finite_last, non_finite_records.
+        diagnose: Computes `diagnoses`.
     """
 
     stop: bool
@@ -31,66 +37,75 @@ class Verdict:
 
     @property
     def sentence(self) -> str:
-        """The verdict in one line, for a person."""
-        return f"{'stop' if self.stop else 'go on'} at step {self.step}: {self._because()}"
+        """The verdict in one line, for people."""
+        return f"{'stop' if self.stop else 'go on'} at step {self.step}: {self._explain()}"
 
     @property
     def diagnoses(self) -> tuple[Diagnosis, ...]:
-        """What the rule's condition alone does not show: outlier-dominated, rising, not learning or still falling.
+        """All doubts: what speaks against convergence although the rule's condition may hold, the gravest first.
 
-        Worked out when read, from the trace as it was at `step`.
+        They are computed when read, from the trace as it was at ``step``.
         """
         return self.diagnose()
 
-    def _because(self) -> str:
-        metrics, clause = self.metrics, _clause(self.rule, self.metrics)
-        if self.reason in _FOUND:
-            found = f"{self.reason.value}, {_FOUND[self.reason](metrics)}"
-            return f"{clause}, but {found}" if clause else found
+    def _explain(self) -> str:
+        """Return the sentence without answer and step."""
+        metrics, clause = self.metrics, _format_measurement(self.rule, self.metrics)
+        if self.reason in DOUBT_SENTENCES:
+            doubt = f"{self.reason.value}: {DOUBT_SENTENCES[self.reason](metrics)}"
+            return f"{clause}, but {doubt}" if clause else doubt
         if self.reason is Reason.WARMING_UP and self.step < metrics.get("not_before", 0):
             return f"warming up, no stop before step {metrics['not_before']:.0f}"
         if self.reason is Reason.CAP:
-            reached = f"the cap of {metrics['max_steps']:.0f} steps is reached"
-            return f"{reached}; {clause}" if clause else reached
+            cap = f"the cap of {metrics['max_steps']:.0f} steps is reached"
+            return f"{cap}; {clause}" if clause else cap
         if self.reason is Reason.NON_FINITE:
-            return _non_finite(self.rule, metrics)
+            return _format_non_finite(self.rule, metrics)
         if self.reason in (Reason.RUNNING, Reason.STABILISED):
             return clause or (f"the cap is {metrics['max_steps']:.0f} steps" if "max_steps" in metrics else self.reason)
-        return _BECAUSE[self.reason](metrics)
+        return _SENTENCES[self.reason](metrics)
 
     def __str__(self) -> str:
         return self.sentence
 
     def to_json(self) -> dict[str, Any]:
-        """The verdict as a JSON object, its sentences written out."""
+        """Return the verdict as a JSON object, with its sentences."""
         return {
             "stop": self.stop,
             "reason": self.reason.value,
             "step": self.step,
             "rule": self.rule,
-            "metrics": encode(dict(self.metrics)),
+            "metrics": encode_value(dict(self.metrics)),
             "sentence": self.sentence,
             "diagnoses": [
-                {"reason": found.reason.value, "sentence": found.sentence, "metrics": encode(dict(found.metrics))}
-                for found in self.diagnoses
+                {
+                    "reason": diagnosis.reason.value,
+                    "sentence": diagnosis.sentence,
+                    "metrics": encode_value(dict(diagnosis.metrics)),
+                }
+                for diagnosis in self.diagnoses
             ],
         }
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> Verdict:
-        """The verdict that `to_json` wrote; its diagnoses are those of that moment.
+        """Return the verdict that `to_json` saved, with the diagnoses of that moment.
 
-        Raises: RefusedInput when another version wrote it, with other fields or reasons.
+        Raises:
+            RefusedInput: Another version saved it, with other fields or reasons.
         """
         try:
-            found = tuple(Diagnosis(Reason(each["reason"]), decode(each["metrics"])) for each in saved["diagnoses"])
+            diagnoses = tuple(
+                Diagnosis(Reason(diagnosis["reason"]), decode_value(diagnosis["metrics"]))
+                for diagnosis in saved["diagnoses"]
+            )
             return cls(
                 stop=saved["stop"],
                 reason=Reason(saved["reason"]),
                 step=saved["step"],
                 rule=saved["rule"],
-                metrics=decode(saved["metrics"]),
-                diagnose=lambda: found,
+                metrics=decode_value(saved["metrics"]),
+                diagnose=lambda: diagnoses,
             )
         except (KeyError, TypeError, ValueError) as error:
             raise RefusedInput(
@@ -98,89 +113,96 @@ class Verdict:
             ) from error
 
 
-def _percent(ratio: float, threshold: float) -> str:
-    return _digits(100 * ratio, 100 * threshold, below=ratio < threshold)
+# --- what a rule measured -------------------------------------------------------------------------------------------
 
 
-def _digits(value: float, threshold: float, below: bool) -> str:
-    """Three digits, or as many more as show whether the value lies below the threshold."""
+def _format_percent(ratio: float, threshold: float) -> str:
+    return _format_beside(100 * ratio, 100 * threshold, below=ratio < threshold)
+
+
+def _format_beside(value: float, threshold: float, below: bool) -> str:
+    """Return the value to three digits, or to as many as it takes to show on which side of the threshold it is."""
     texts = [f"{value:.{digits}g}" for digits in range(3, 18)]
     return next((text for text in texts if (abs(float(text)) < threshold) == below), texts[-1])
 
 
-def _variance_clause(metrics: Mapping[str, float]) -> str:
+def _format_ratio(metrics: Mapping[str, float]) -> str:
     ratio, threshold = metrics["ratio"], metrics["threshold"]
     return (
-        f"variance of the last {metrics['window']:.0f} steps is {_percent(ratio, threshold)} % of all "
+        f"the variance of the last {metrics['window']:.0f} steps is {_format_percent(ratio, threshold)} % of the total "
         f"(threshold {100 * threshold:.6g} %)"
     )
 
 
-def _change_clause(metrics: Mapping[str, float]) -> str:
+def _format_change(metrics: Mapping[str, float]) -> str:
     change, threshold = metrics["change"], metrics["threshold"]
     sign = "-" if change < 0 else "+"
     return (
-        f"the moving average changed by {sign}{_percent(abs(change), threshold)} % over {metrics['window']:.0f} steps "
-        f"(threshold {100 * threshold:.6g} %)"
+        f"the moving average changed by {sign}{_format_percent(abs(change), threshold)} % over "
+        f"{metrics['window']:.0f} steps (threshold {100 * threshold:.6g} %)"
     )
 
 
-def _range_clause(metrics: Mapping[str, float]) -> str:
+def _format_range(metrics: Mapping[str, float]) -> str:
     share, threshold = metrics["range"], metrics["threshold"]
     return (
-        f"the last {metrics['window']:.0f} steps range over {_percent(share, threshold)} % of their level "
-        f"(threshold {100 * threshold:.6g} %)"
+        f"the values of the last {metrics['window']:.0f} steps range over {_format_percent(share, threshold)} % of "
+        f"their level (threshold {100 * threshold:.6g} %)"
     )
 
 
-def _slope_clause(metrics: Mapping[str, float]) -> str:
+def _format_slope(metrics: Mapping[str, float]) -> str:
     slope, threshold = metrics["slope"], metrics["threshold"]
-    told = _digits(slope, threshold, below=abs(slope) < threshold)
-    return f"the slope over the last {metrics['window']:.0f} steps is {told} a step (threshold {threshold:.6g})"
+    text = _format_beside(slope, threshold, below=abs(slope) < threshold)
+    return f"the slope over the last {metrics['window']:.0f} steps is {text} per step (threshold {threshold:.6g})"
 
 
-def _plateau_clause(metrics: Mapping[str, float]) -> str:
+def _format_plateau(metrics: Mapping[str, float]) -> str:
     delta = f" by more than {metrics['min_delta']:.6g}" if metrics["min_delta"] else ""
     return (
-        f"no value has beaten {metrics['best']:.6g} of step {metrics['best_step']:.0f}{delta} "
-        f"in {metrics['waited']:.0f} steps (patience {metrics['patience']:.0f})"
+        f"no improvement on {metrics['best']:.6g} at step {metrics['best_step']:.0f}{delta} "
+        f"for {metrics['waited']:.0f} steps (patience {metrics['patience']:.0f})"
     )
 
 
-# By the rule that speaks, and by the metric that only its verdicts hold once there is something to tell.
-_CLAUSES: dict[str, tuple[str, Callable[[Mapping[str, float]], str]]] = {
-    "Dvar": ("total_var", _variance_clause),
-    "EmaPercentile": ("change", _change_clause),
-    "Hall": ("range", _range_clause),
-    "Trend": ("slope", _slope_clause),
-    "Plateau": ("waited", _plateau_clause),
+# By the class of the rule, and by a metric that only its own verdicts hold, once there is something to measure.
+_MEASUREMENTS: dict[str, tuple[str, Callable[[Mapping[str, float]], str]]] = {
+    "Dvar": ("total_var", _format_ratio),
+    "EmaPercentile": ("change", _format_change),
+    "Hall": ("range", _format_range),
+    "Trend": ("slope", _format_slope),
+    "Plateau": ("waited", _format_plateau),
 }
 
 
-def _clause(rule: str, metrics: Mapping[str, float]) -> str:
+def _format_measurement(rule: str, metrics: Mapping[str, float]) -> str:
+    """Return what the rule measured beside its threshold; an empty text where it measured nothing."""
     name = rule.partition("(")[0]
-    known = [_CLAUSES[name]] if name in _CLAUSES else list(_CLAUSES.values())
-    return next((told(metrics) for measured, told in known if measured in metrics), "")
+    formats = [_MEASUREMENTS[name]] if name in _MEASUREMENTS else list(_MEASUREMENTS.values())
+    return next((format_metrics(metrics) for metric, format_metrics in formats if metric in metrics), "")
 
 
-def _warming_up(metrics: Mapping[str, float]) -> str:
+# --- other reasons --------------------------------------------------------------------------------------------------
+
+
+def _format_warming_up(metrics: Mapping[str, float]) -> str:
     return (
         f"warming up, {min(metrics['seen'], metrics['window']):.0f} of {metrics['window']:.0f} steps "
         f"and {metrics['records']:.0f} records in the window"
     )
 
 
-def _non_finite(rule: str, metrics: Mapping[str, float]) -> str:
+def _format_non_finite(rule: str, metrics: Mapping[str, float]) -> str:
     first, last = metrics["non_finite_step"], metrics.get("non_finite_last", metrics["non_finite_step"])
     where = f"at step {first:.0f}" if first == last else f"from step {first:.0f} to step {last:.0f}"
     records = metrics.get("non_finite_records", 1)
     count = f" ({records:.0f} records)" if first != last else ""
-    what = "the metric" if "metric=" in rule else "the loss"
-    return f"{what} is not finite {where}{count}, so nothing can be said of its variance"
+    subject = "the metric" if "metric=" in rule else "the loss"
+    return f"{subject} is not finite {where}{count}, so its variance is undefined"
 
 
-_BECAUSE: dict[Reason, Callable[[Mapping[str, float]], str]] = {
-    Reason.WARMING_UP: _warming_up,
-    Reason.INTERRUPTED: lambda metrics: "interrupted; the run can go on from its last checkpoint",
-    Reason.NO_CHANGE: lambda metrics: "no change, the loss is the same number at every record",
+_SENTENCES: dict[Reason, Callable[[Mapping[str, float]], str]] = {
+    Reason.WARMING_UP: _format_warming_up,
+    Reason.INTERRUPTED: lambda metrics: "interrupted; the run can be resumed from its last checkpoint",
+    Reason.NO_CHANGE: lambda metrics: "no change, the loss is the same at every record",
 }

@@ -1,4 +1,4 @@
-"""A worker run by two gloo processes, and what each has to say at its end."""
+"""Runs a worker on two gloo processes, and returns what each reports at its end."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 
-def said_by_two(worker: str, folder: Path) -> list[dict[str, Any]]:
-    """What a worker has written into `folder`/said-0.json and said-1.json; `folder` is its only argument."""
+def run_two(worker: str, folder: Path) -> list[dict[str, Any]]:
+    """Return what a worker wrote to outcome-0.json and outcome-1.json in ``folder``, its only argument."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     root = Path(__file__).parents[3]
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     shared |= {"PYTHONPATH": f"{root / 'src'}:{Path(__file__).parent}", "OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2"}
-    started = [
+    processes = [
         subprocess.Popen(
             [sys.executable, "-c", worker, str(folder)],
             env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "PATH": "/usr/bin:/bin"},
@@ -28,10 +28,10 @@ def said_by_two(worker: str, folder: Path) -> list[dict[str, Any]]:
         for rank in range(2)
     ]
     try:
-        ends = [process.communicate(timeout=300)[1] for process in started]
+        errors = [process.communicate(timeout=300)[1] for process in processes]
     finally:
-        for process in started:
+        for process in processes:
             process.kill()
-    codes = [process.returncode for process in started]
-    assert codes == [0, 0], f"{codes}: " + "\n".join(ends)
-    return [json.loads((folder / f"said-{rank}.json").read_text()) for rank in range(2)]
+    codes = [process.returncode for process in processes]
+    assert codes == [0, 0], f"{codes}: " + "\n".join(errors)
+    return [json.loads((folder / f"outcome-{rank}.json").read_text()) for rank in range(2)]

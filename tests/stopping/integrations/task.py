@@ -27,7 +27,7 @@ def losses_of(net: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda held: (net(held) - Y).square().mean(dim=1)
 
 
-def watch_of(net: nn.Module, path: Path, every: int = 1) -> StopMonitor:
+def build_monitor(net: nn.Module, path: Path, every: int = 1) -> StopMonitor:
     return StopMonitor(STOP, Probe(losses_of(net), X, [net]), path, every=every)
 
 
@@ -42,7 +42,7 @@ def expected() -> Trace:
         if STOP(trace).stop:
             break
         optimizer.zero_grad()
-        losses_of(net)(X).mean().backward()
+        losses_of(net)(X).mean().backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     return trace
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from processes import said_by_two
-from task import CAP, STOP, assert_as_expected, expected, network, watch_of
+from processes import run_two
+from task import CAP, STOP, assert_as_expected, build_monitor, expected, network
 
 from dvar import RefusedInput, Trace, Verdict
-from dvar.stopping.integrations.accelerate import judged_together
+from dvar.stopping.integrations.accelerate import judge_together
 
 WORKER = """
 import json, sys
@@ -24,8 +24,8 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 
 from dvar import DvarError
-from dvar.stopping.integrations.accelerate import judged_together
-from task import CAP, RATE, X, losses_of, network, watch_of
+from dvar.stopping.integrations.accelerate import judge_together
+from task import CAP, RATE, X, losses_of, network, build_monitor
 
 folder = Path(sys.argv[1])
 accelerator = Accelerator(
@@ -33,8 +33,8 @@ accelerator = Accelerator(
 )
 net = network()
 model, optimizer = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=RATE))
-watch = watch_of(accelerator.unwrap_model(model), folder / "trace.jsonl")
-step, verdict = 0, judged_together(accelerator, watch, 0)
+monitor = build_monitor(accelerator.unwrap_model(model), folder / "trace.jsonl")
+step, verdict = 0, judge_together(accelerator, monitor, 0)
 while not verdict.stop and step < CAP:
     with accelerator.accumulate(model):
         accelerator.backward(losses_of(model)(X).mean())
@@ -42,16 +42,16 @@ while not verdict.stop and step < CAP:
         optimizer.zero_grad()
     if accelerator.sync_gradients:
         step += 1
-        verdict = judged_together(accelerator, watch, step)
-said = {"kind": type(model).__name__, "step": step, "verdict": verdict.to_json(), "records": len(watch.trace)}
+        verdict = judge_together(accelerator, monitor, step)
+outcome = {"kind": type(model).__name__, "step": step, "verdict": verdict.to_json(), "records": len(monitor.trace)}
 
-faulty = watch_of(accelerator.unwrap_model(model), folder / "faulty.jsonl")
+faulty = build_monitor(accelerator.unwrap_model(model), folder / "faulty.jsonl")
 faulty.probe = lambda: 1 / 0
 try:
-    judged_together(accelerator, faulty, 0)
+    judge_together(accelerator, faulty, 0)
 except (ZeroDivisionError, DvarError) as error:
-    said |= {"error": type(error).__name__, "told": str(error)}
-(folder / f"said-{accelerator.process_index}.json").write_text(json.dumps(said))
+    outcome |= {"error": type(error).__name__, "message": str(error)}
+(folder / f"outcome-{accelerator.process_index}.json").write_text(json.dumps(outcome))
 accelerator.end_training()
 """
 
@@ -62,14 +62,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def said(folder: Path) -> list[dict[str, Any]]:
-    return said_by_two(WORKER, folder)
+def outcomes(folder: Path) -> list[dict[str, Any]]:
+    return run_two(WORKER, folder)
 
 
 def test_two_processes_stop_at_the_same_step_by_the_verdict_of_the_first(
-    folder: Path, said: list[dict[str, Any]]
+    folder: Path, outcomes: list[dict[str, Any]]
 ) -> None:
-    first, other = said
+    first, other = outcomes
     assert first["kind"] == other["kind"] == "DistributedDataParallel"
     assert first["step"] == other["step"] == expected().last_step < CAP
     assert Verdict.from_json(first["verdict"]) == Verdict.from_json(other["verdict"])
@@ -78,21 +78,21 @@ def test_two_processes_stop_at_the_same_step_by_the_verdict_of_the_first(
     assert_as_expected(Trace.read(folder / "trace.jsonl"))
 
 
-def test_a_failure_of_the_first_process_is_one_of_the_other_too(said: list[dict[str, Any]]) -> None:
-    first, other = said
-    told = "division by zero"
-    assert (first["error"], first["told"]) == ("ZeroDivisionError", told)
-    assert (other["error"], other["told"]) == (
+def test_a_failure_of_the_first_process_is_one_of_the_other_too(outcomes: list[dict[str, Any]]) -> None:
+    first, other = outcomes
+    message = "division by zero"
+    assert (first["error"], first["message"]) == ("ZeroDivisionError", message)
+    assert (other["error"], other["message"]) == (
         "DvarError",
-        f"the first rank could not judge: ZeroDivisionError: {told}",
+        f"the first rank could not judge: ZeroDivisionError: {message}",
     )
 
 
 def test_one_process_needs_no_other(tmp_path: Path) -> None:
     accelerator, net = Accelerator(cpu=True), network()
-    watch = watch_of(net, tmp_path / "trace.jsonl")
-    assert judged_together(accelerator, watch, 0) == STOP(watch.trace)
-    assert len(watch.trace) == 1
+    monitor = build_monitor(net, tmp_path / "trace.jsonl")
+    assert judge_together(accelerator, monitor, 0) == STOP(monitor.trace)
+    assert len(monitor.trace) == 1
 
 
 @pytest.mark.parametrize(("kind", "stage"), [("FSDP", 0), ("MEGATRON_LM", 0), ("DEEPSPEED", 3)])
@@ -102,5 +102,5 @@ def test_a_model_in_parts_is_refused(tmp_path: Path, kind: str, stage: int, monk
     plugins = {"only": SimpleNamespace(zero_stage=stage, selected=True)}
     monkeypatch.setitem(accelerator.state._shared_state, "deepspeed_plugins", plugins)
     with pytest.raises(RefusedInput, match=f"needs the whole model there, got {kind}: measure the loss on all proc"):
-        judged_together(accelerator, watch_of(network(), tmp_path / "trace.jsonl"), 0)
+        judge_together(accelerator, build_monitor(network(), tmp_path / "trace.jsonl"), 0)
     assert list(tmp_path.iterdir()) == []

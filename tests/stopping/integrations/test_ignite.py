@@ -9,7 +9,7 @@ import ignite.distributed as idist
 import pytest
 import torch
 from ignite.engine import Engine, Events
-from task import CAP, RATE, STOP, X, assert_as_expected, expected, losses_of, network, watch_of
+from task import CAP, RATE, STOP, X, assert_as_expected, build_monitor, expected, losses_of, network
 
 from dvar import Trace
 from dvar.stopping.integrations.ignite import DvarHandler
@@ -22,7 +22,7 @@ def ran(path: Path, *, last: int = CAP, parts: int = 1, resume: dict[str, Any] |
 
     def update(engine: Engine, batch: int) -> None:
         assert net.training
-        (losses_of(net)(X).mean() / parts).backward()
+        (losses_of(net)(X).mean() / parts).backward()  # type: ignore[no-untyped-call]
         if engine.state.iteration % parts == 0:
             optimizer.step()
             optimizer.zero_grad()
@@ -30,19 +30,19 @@ def ran(path: Path, *, last: int = CAP, parts: int = 1, resume: dict[str, Any] |
     engine = Engine(update)
     if resume is not None:
         engine.load_state_dict(resume["engine"]), net.load_state_dict(resume["net"])
-    handler = DvarHandler(watch_of(net, path), updates=lambda engine: engine.state.iteration // parts)
+    handler = DvarHandler(build_monitor(net, path), updates=lambda engine: engine.state.iteration // parts)
     handler.attach(engine)
-    saved = {}
+    saved: dict[str, Any] = {}
 
-    @engine.on(Events.ITERATION_COMPLETED(once=10 * parts))
     def save(engine: Engine) -> None:
         saved.update(engine=dict(engine.state_dict()), net={k: v.clone() for k, v in net.state_dict().items()})
 
-    @engine.on(Events.ITERATION_COMPLETED)
     def kill(engine: Engine) -> None:
         if engine.state.iteration >= last * parts:
             engine.terminate()
 
+    engine.add_event_handler(Events.ITERATION_COMPLETED(once=10 * parts), save)
+    engine.add_event_handler(Events.ITERATION_COMPLETED, kill)
     engine.run(range(8), max_epochs=200)
     return engine, handler, saved
 
@@ -58,7 +58,7 @@ def test_it_terminates_the_engine_where_the_plain_loop_stops(tmp_path: Path, par
 
 def test_updates_are_iterations_unless_told_otherwise(tmp_path: Path) -> None:
     engine = Engine(lambda engine, batch: None)
-    handler = DvarHandler(watch_of(network(), tmp_path / "trace.jsonl"))
+    handler = DvarHandler(build_monitor(network(), tmp_path / "trace.jsonl"))
     handler.attach(engine)
     engine.run(range(3))
     assert Trace.read(tmp_path / "trace.jsonl").steps.tolist() == [0, 1, 2, 3]

@@ -15,19 +15,19 @@ from dvar.stopping.integrations.keras import DvarCallback
 
 
 def model(accumulate: int | None = None) -> keras.Model:
-    found = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros")])
-    found.compile(keras.optimizers.SGD(RATE, gradient_accumulation_steps=accumulate), loss="mse")
-    return found
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros")])
+    model.compile(keras.optimizers.SGD(RATE, gradient_accumulation_steps=accumulate), loss="mse")
+    return model
 
 
-def fitted(net: keras.Model, watch: StopMonitor, epochs: int, batches: int = 7, **more: Any) -> DvarCallback:
-    callback = DvarCallback(watch)
+def fitted(net: keras.Model, monitor: StopMonitor, epochs: int, batches: int = 7, **more: Any) -> DvarCallback:
+    callback = DvarCallback(monitor)
     x, y = np.tile(X.numpy(), (batches, 1)), np.tile(Y.numpy(), (batches, 1))
     net.fit(x, y, batch_size=2, epochs=epochs, shuffle=False, verbose=0, callbacks=[callback], **more)
     return callback
 
 
-def watch_of(net: keras.Model, path: Path) -> StopMonitor:
+def build_monitor(net: keras.Model, path: Path) -> StopMonitor:
     def losses(held: Any) -> Any:
         return (net(held, training=False) - Y).square().mean(dim=1)
 
@@ -37,7 +37,7 @@ def watch_of(net: keras.Model, path: Path) -> StopMonitor:
 @pytest.mark.parametrize("accumulate", [None, 2])
 def test_it_stops_fit_where_the_plain_loop_stops(tmp_path: Path, accumulate: int | None) -> None:
     net = model(accumulate)
-    callback = fitted(net, watch_of(net, tmp_path / "trace.jsonl"), CAP)
+    callback = fitted(net, build_monitor(net, tmp_path / "trace.jsonl"), CAP)
     assert int(net.optimizer.iterations) == expected().last_step
     assert expected().last_step % 7  # in the midst of an epoch
     assert callback.verdict == STOP(Trace.read(tmp_path / "trace.jsonl"))
@@ -47,11 +47,11 @@ def test_it_stops_fit_where_the_plain_loop_stops(tmp_path: Path, accumulate: int
 
 def test_a_saved_model_goes_on_with_its_trace(tmp_path: Path) -> None:
     net = model()
-    fitted(net, watch_of(net, tmp_path / "trace.jsonl"), 1)
+    fitted(net, build_monitor(net, tmp_path / "trace.jsonl"), 1)
     net.save(tmp_path / "model.keras")
-    fitted(net, watch_of(net, tmp_path / "trace.jsonl"), 1)  # lost with the process
+    fitted(net, build_monitor(net, tmp_path / "trace.jsonl"), 1)  # lost with the process
     again = keras.saving.load_model(tmp_path / "model.keras")
-    callback = fitted(again, watch_of(again, tmp_path / "trace.jsonl"), CAP)
+    callback = fitted(again, build_monitor(again, tmp_path / "trace.jsonl"), CAP)
     assert (int(again.optimizer.iterations), callback.verdict.stop) == (expected().last_step, True)
     assert_as_expected(Trace.read(tmp_path / "trace.jsonl"))
 
@@ -66,14 +66,14 @@ def test_without_a_probe_it_records_what_an_epoch_ends_with(tmp_path: Path) -> N
     assert callback.verdict == rule(trace)
     assert callback.verdict.stop
     assert steps.tolist() == list(range(2, int(net.optimizer.iterations) + 1, 2))
-    known = steps < len(expected())
-    assert values[known] == pytest.approx(expected().values[steps[known]], rel=1e-5)
+    early = steps < len(expected())
+    assert values[early] == pytest.approx(expected().values[steps[early]], rel=1e-5)
     assert set(trace.metric_names) == {"loss", "val_loss"}
 
 
 def test_a_second_fit_begins_where_its_model_is_and_keeps_the_wish_of_another_callback_to_stop(tmp_path: Path) -> None:
     net = model()
-    callback = fitted(net, watch_of(net, tmp_path / "trace.jsonl"), 1)
+    callback = fitted(net, build_monitor(net, tmp_path / "trace.jsonl"), 1)
     net.optimizer.iterations.assign(4)  # set back to a checkpoint
     net.stop_training = True
     callback.on_train_begin()

@@ -11,14 +11,20 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
-from task import CAP, RATE, STOP, X, assert_as_expected, expected, losses_of, network, watch_of
+from task import CAP, RATE, STOP, X, assert_as_expected, build_monitor, expected, losses_of, network
 from torch import Tensor
 
 from dvar import RefusedInput, Trace
 from dvar.stopping.integrations.lightning import DvarCallback
 
+# What Lightning says of a resume within an epoch, and of a folder of checkpoints that is used again.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+]
 
-class Model(LightningModule):
+
+class Model(LightningModule):  # type: ignore[misc]  # untyped base
     def __init__(self) -> None:
         super().__init__()
         self.net = network()
@@ -33,7 +39,7 @@ class Model(LightningModule):
 
 def fitted(folder: Path, *, last: int = CAP, resume: Path | None = None, accumulate: int = 1, **more: Any) -> Any:
     model = Model()
-    callback = DvarCallback(watch_of(model.net, folder / "trace.jsonl"))
+    callback = DvarCallback(build_monitor(model.net, folder / "trace.jsonl"))
     saves = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=10, save_top_k=-1)
     trainer = Trainer(
         max_steps=last,
@@ -47,7 +53,9 @@ def fitted(folder: Path, *, last: int = CAP, resume: Path | None = None, accumul
         callbacks=[saves, callback],
         **more,
     )
-    trainer.fit(model, torch.utils.data.DataLoader([torch.zeros(1)] * 14), ckpt_path=resume)
+    trainer.fit(
+        model, torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.zeros(14, 1))), ckpt_path=resume
+    )
     return trainer, callback
 
 
@@ -87,9 +95,9 @@ class Third:
     "strategy", [FSDPStrategy(), ModelParallelStrategy(), Third()], ids=lambda it: type(it).__name__
 )
 def test_a_model_in_parts_is_refused(tmp_path: Path, strategy: Any) -> None:
-    callback = DvarCallback(watch_of(network(), tmp_path / "trace.jsonl"))
-    told = f"needs the whole model there, got {type(strategy).__name__}: train with strategy 'ddp'"
-    with pytest.raises(RefusedInput, match=told):
+    callback = DvarCallback(build_monitor(network(), tmp_path / "trace.jsonl"))
+    message = f"needs the whole model there, got {type(strategy).__name__}: train with strategy 'ddp'"
+    with pytest.raises(RefusedInput, match=message):
         callback.on_train_start(SimpleNamespace(strategy=strategy), Model())
     assert list(tmp_path.iterdir()) == []
 

@@ -8,7 +8,7 @@ import optuna
 import pytest
 
 from dvar import Dvar, Reason, RefusedInput
-from dvar.stopping.integrations.optuna import DvarPruner, trace_of
+from dvar.stopping.integrations.optuna import DvarPruner, build_trace
 from dvar.stopping.rules import Plateau
 
 STOP = Dvar(window=20, threshold=0.2)
@@ -34,9 +34,9 @@ def test_each_trial_stops_by_its_own_reports_and_is_complete() -> None:
     lasts = {trial.params["pace"]: trial.last_step for trial in trials}
     assert 20 < lasts[6.0] < lasts[12.0] < 299
     for trial in trials:
-        verdict = STOP(trace_of(trial))
+        verdict = STOP(build_trace(trial))
         assert (verdict.stop, verdict.step, verdict.reason) == (True, trial.last_step, Reason.STABILISED)
-        assert not STOP(trace_of(trial).cut(trial.last_step - 1)).stop
+        assert not STOP(build_trace(trial).cut(trial.last_step - 1)).stop
 
 
 def test_reports_in_any_order_are_a_trace() -> None:
@@ -44,7 +44,7 @@ def test_reports_in_any_order_are_a_trace() -> None:
     trial = study.ask()
     for step in (3, 1, 2):
         trial.report(1.0 / step, step)
-    assert trace_of(study.trials[0]).values.tolist() == [1.0, 1 / 2, 1 / 3]
+    assert build_trace(study.trials[0]).values.tolist() == [1.0, 1 / 2, 1 / 3]
 
 
 def test_a_value_that_is_not_finite_is_no_convergence() -> None:
@@ -53,7 +53,7 @@ def test_a_value_that_is_not_finite_is_no_convergence() -> None:
     for step in range(60):
         trial.report(math.nan if step == 3 else 1.0, step)
         assert not trial.should_prune()
-    assert STOP(trace_of(study.trials[0])).reason is Reason.NON_FINITE
+    assert STOP(build_trace(study.trials[0])).reason is Reason.NON_FINITE
 
 
 def test_a_rule_that_reads_what_no_trial_reports_is_refused() -> None:

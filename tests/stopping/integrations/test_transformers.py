@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from task import CAP, RATE, STOP, X, assert_as_expected, expected, losses_of, network, watch_of
+from task import CAP, RATE, STOP, X, assert_as_expected, build_monitor, expected, losses_of, network
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -27,9 +27,9 @@ class Model(nn.Module):
 
 def trained(folder: Path, *, last: int = CAP, resume: str | None = None, seen: list[bool] | None = None) -> Any:
     model = Model()
-    callback = DvarCallback(watch_of(model.net, folder / "trace.jsonl"))
+    callback = DvarCallback(build_monitor(model.net, folder / "trace.jsonl"))
 
-    class Sees(TrainerCallback):
+    class Sees(TrainerCallback):  # type: ignore[misc]  # untyped base
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             if seen is not None:
                 seen.append(model.net.training)
@@ -62,7 +62,8 @@ def _constant(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRSc
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder, seen = tmp_path_factory.mktemp("trainer"), []
+    folder = tmp_path_factory.mktemp("trainer")
+    seen: list[Any] = []
     return folder, *trained(folder, seen=seen), seen
 
 
@@ -104,11 +105,11 @@ def test_a_second_training_begins_where_its_model_is_and_keeps_the_wish_of_anoth
 
 @pytest.mark.parametrize("parts", ["FSDP", "DeepSpeed"])
 def test_a_model_in_parts_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: str) -> None:
-    callback = DvarCallback(watch_of(network(), tmp_path / "trace.jsonl"))
+    callback = DvarCallback(build_monitor(network(), tmp_path / "trace.jsonl"))
     if parts == "FSDP":
         monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     else:
         monkeypatch.setattr("dvar.stopping.integrations.transformers.is_deepspeed_zero3_enabled", lambda: True)
-    with pytest.raises(RefusedInput, match="needs the whole model there, got FSDP or DeepSpeed's third stage"):
+    with pytest.raises(RefusedInput, match="needs the whole model there, got FSDP or DeepSpeed stage 3"):
         callback.on_train_begin(TrainingArguments(output_dir=str(tmp_path)), TrainerState(), TrainerControl())
     assert list(tmp_path.iterdir()) == []

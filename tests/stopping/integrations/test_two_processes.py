@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from processes import said_by_two
+from processes import run_two
 from task import CAP, assert_as_expected, expected
 
 from dvar import Trace, Verdict
@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from task import CAP, RATE, X, losses_of, network, watch_of
+from task import CAP, RATE, X, losses_of, network, build_monitor
 
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 net = network()
-watch = watch_of(net, folder / "trace.jsonl")
+monitor = build_monitor(net, folder / "trace.jsonl")
 """
 
 TRAINS = {
@@ -39,7 +39,7 @@ class Model(nn.Module):
 
 model = Model()
 optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
-callback = DvarCallback(watch)
+callback = DvarCallback(monitor)
 trainer = Trainer(
     model=model,
     args=TrainingArguments(
@@ -70,7 +70,7 @@ class Model(LightningModule):
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=RATE)
 
-callback = DvarCallback(watch)
+callback = DvarCallback(monitor)
 trainer = Trainer(
     max_steps=CAP, accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False,
     enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder, callbacks=[callback],
@@ -92,7 +92,7 @@ def update(engine, batch):
     losses_of(model)(X).mean().backward()
     optimizer.step()
 
-engine, callback = Engine(update), DvarHandler(watch)
+engine, callback = Engine(update), DvarHandler(monitor)
 callback.attach(engine)
 engine.run(range(7), max_epochs=CAP)
 step, kind = engine.state.iteration, type(model).__name__
@@ -101,15 +101,15 @@ idist.finalize()
 }
 
 TAIL = """
-said = {"kind": kind, "step": step, "verdict": callback.verdict.to_json(), "records": len(watch.trace)}
-(folder / f"said-{rank}.json").write_text(json.dumps(said))
+outcome = {"kind": kind, "step": step, "verdict": callback.verdict.to_json(), "records": len(monitor.trace)}
+(folder / f"outcome-{rank}.json").write_text(json.dumps(outcome))
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("host", TRAINS)
 def test_two_processes_stop_at_the_same_step_by_the_verdict_of_the_first(host: str, tmp_path: Path) -> None:
-    first, other = said_by_two(HEAD + TRAINS[host] + TAIL, tmp_path)
+    first, other = run_two(HEAD + TRAINS[host] + TAIL, tmp_path)
     assert first["kind"] == other["kind"] == "DistributedDataParallel"
     assert first["step"] == other["step"] == expected().last_step < CAP
     assert first["verdict"] == other["verdict"]

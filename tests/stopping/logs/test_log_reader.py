@@ -9,7 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,19 +18,20 @@ from accelerate import Accelerator
 from torch.utils.tensorboard import SummaryWriter
 
 from dvar import Dvar, RefusedInput, Trace
-from dvar.stopping.logs.formats import FORMATS
+from dvar.stopping.logs.formats import LOG_FORMATS, LogFormat, list_formats
 from dvar.stopping.logs.reader import RANDOM_TIMESTEPS, read_log
 from dvar.stopping.trace import TraceFile
+from dvar.testing import LOGGED_CURVE, LogFormatContract
 
-STEPS = range(0, 400, 2)
 Write = Callable[[Path, Mapping[int, float]], Path]
 
 
+CURVE = LOGGED_CURVE
+STEPS = range(0, 400, 2)
+
+
 def loss(step: int) -> float:
-    return float(np.float32(0.1 + 0.01 * math.exp(-step / 40)))  # TensorBoard keeps float32
-
-
-CURVE = {step: loss(step) for step in STEPS}
+    return float(np.float32(0.1 + 0.01 * math.exp(-step / 40)))  # as in `CURVE`
 
 
 @pytest.fixture(autouse=True)
@@ -106,8 +107,8 @@ def wandb_scan_json(folder: Path, curve: Mapping[int, float]) -> Path:
 
 def wandb_frame_json(folder: Path, curve: Mapping[int, float]) -> Path:
     """`run.history().to_json()`: an object of columns."""
-    columns = {"_step": {f"{row}": step for row, step in enumerate(curve)}}
-    columns["L_det"] = {f"{row}": value for row, value in enumerate(curve.values())}  # type: ignore[assignment]
+    columns: dict[str, dict[str, float]] = {"_step": {f"{row}": step for row, step in enumerate(curve)}}
+    columns["L_det"] = {f"{row}": value for row, value in enumerate(curve.values())}
     path = folder / "history.json"
     path.write_text(json.dumps(columns))
     return path
@@ -164,33 +165,70 @@ def accelerate_tensorboard(folder: Path, curve: Mapping[int, float]) -> Path:
     return folder
 
 
-WRITERS: tuple[Write, ...] = (
-    *(own, plain_csv, spreadsheet_csv, lightning_csv, wandb_history_csv, wandb_chart_csv, wandb_scan_json),
-    *(wandb_frame_json, simpletuner, ai_toolkit, tensorboard, tensorboard_tensors, accelerate_tensorboard),
-)
+WRITERS: dict[str, tuple[Write, ...]] = {
+    "trace": (own,),
+    "csv": (plain_csv, spreadsheet_csv, lightning_csv, wandb_history_csv, wandb_chart_csv),
+    "json": (wandb_scan_json, wandb_frame_json, simpletuner),
+    "ai-toolkit": (ai_toolkit,),
+    "tensorboard": (tensorboard, tensorboard_tensors, accelerate_tensorboard),
+}
 
 
 # --- what is read ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
-def test_every_format_gives_the_curve_that_was_recorded(tmp_path: Path, write: Write) -> None:
-    trace = read_log(write(tmp_path, CURVE))
-    assert dict(zip(trace.steps.tolist(), trace.values.tolist(), strict=True)) == CURVE
-    live = Trace()
-    for step, value in CURVE.items():
-        live.record(step, value)
-    assert Dvar(100, 0.15)(trace) == Dvar(100, 0.15)(live)
+class TestEveryFormat(LogFormatContract):
+    write: Write
+
+    @pytest.fixture(
+        autouse=True,
+        params=[(name, write) for name, writers in WRITERS.items() for write in writers],
+        ids=lambda param: param[1].__name__,
+    )
+    def _format(self, request: pytest.FixtureRequest) -> None:
+        name, self.write = request.param
+        self.log_format = LOG_FORMATS[name]
+
+    def write_log(self, folder: Path, curve: Mapping[int, float]) -> Path:
+        return self.write(folder, curve)
+
+    def test_a_rule_judges_it_as_the_live_run(self, tmp_path: Path) -> None:
+        live = Trace()
+        for step, value in CURVE.items():
+            live.record(step, value)
+        assert Dvar(100, 0.15)(read_log(self.write_log(tmp_path, CURVE))) == Dvar(100, 0.15)(live)
 
 
-def test_the_writers_cover_every_format(tmp_path: Path) -> None:
-    found = set()
-    for write in WRITERS:
-        folder = tmp_path / write.__name__
-        folder.mkdir()
-        log = read_log(write(folder, CURVE)).header.get("log", {"format": FORMATS[0].name})
-        found.add(log["format"])
-    assert found == {known.name for known in FORMATS}
+def test_the_writers_cover_every_format() -> None:
+    assert set(WRITERS) == set(LOG_FORMATS)
+
+
+def read_pipes(path: Path, step_column: str | None) -> Iterator[tuple[int, str, float]]:
+    for line in path.read_text().splitlines()[1:]:
+        step, value = line.split("|")
+        yield int(step), "val_loss", float(value)
+
+
+PIPES = LogFormat("a format of another package", lambda path: path.suffix == ".pipes", read_pipes)
+
+
+class TestAFormatOfAnotherPackage(LogFormatContract):
+    log_format = PIPES
+
+    @pytest.fixture(autouse=True)
+    def _registered(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(LOG_FORMATS, "_items", dict(LOG_FORMATS))
+        LOG_FORMATS.register("pipes", PIPES)
+
+    def write_log(self, folder: Path, curve: Mapping[int, float]) -> Path:
+        path = folder / "run.pipes"
+        path.write_text("step, loss\n" + "".join(f"{step}|{value!r}\n" for step, value in curve.items()))
+        return path
+
+    def test_it_is_asked_before_the_general_formats(self, tmp_path: Path) -> None:
+        path = self.write_log(tmp_path, CURVE)
+        assert LOG_FORMATS["csv"].recognises(path)
+        assert read_log(path).header["log"] == {"format": PIPES.title, "metric": "val_loss"}
 
 
 def test_a_run_folder_of_ours_is_read_by_its_trace(tmp_path: Path) -> None:
@@ -267,7 +305,12 @@ def test_the_training_loss_of_an_own_trace_is_warned_of(tmp_path: Path) -> None:
     ],
 )
 def test_a_loss_on_fixed_inputs_is_known_by_its_name(tmp_path: Path, name: str) -> None:
-    others = {"loss": 0.5, "eval_runtime": 3.0, "loss/validation/step_divergence": 0.1, "val_accuracy": 0.9}
+    others: dict[str, object] = {
+        "loss": 0.5,
+        "eval_runtime": 3.0,
+        "loss/validation/step_divergence": 0.1,
+        "val_accuracy": 0.9,
+    }
     others |= {"val_loss_std": 0.1, "eval_loss_note": "good"}  # no loss, and no number anywhere
     trace = read_log(table(tmp_path, ({"step": step, name: loss(step), **others} for step in STEPS)))
     assert trace.header["log"]["metric"] == name
@@ -333,10 +376,15 @@ def test_a_resumed_run_is_read_as_its_last_attempt(tmp_path: Path) -> None:
     assert trace.values[39:41].tolist() == [9.0, loss(40)]
 
 
+def sort_first(folder: Path) -> None:
+    """Rename the one event file in a folder so that it is before any other: two of one second may be in any order."""
+    (first,) = folder.iterdir()
+    first.rename(first.with_name(first.name.replace("events.out.tfevents.", "events.out.tfevents.0")))
+
+
 def test_a_resumed_tensorboard_run_is_the_same(tmp_path: Path) -> None:
     tensorboard(tmp_path, dict.fromkeys(range(60), 9.0))
-    first = next((tmp_path / "logs").iterdir())
-    first.rename(first.with_name(first.name.replace("events.out.tfevents.", "events.out.tfevents.0")))
+    sort_first(tmp_path / "logs")
     tensorboard(tmp_path, {step: loss(step) for step in range(40, 50)})
     with pytest.warns(UserWarning, match="resumed from step 40"):
         trace = read_log(tmp_path)
@@ -347,6 +395,7 @@ def test_what_a_tensorboard_writer_purges_is_told_as_for_every_other_format(tmp_
     with SummaryWriter(str(tmp_path), filename_suffix=".0") as writer:
         for step in range(60):
             writer.add_scalar("L_det", 9.0, step)
+    sort_first(tmp_path)
     with SummaryWriter(str(tmp_path), purge_step=40, filename_suffix=".1") as writer:
         for step in range(40, 50):
             writer.add_scalar("L_det", loss(step), step)
@@ -383,7 +432,7 @@ def test_the_column_of_steps_can_be_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "message"),
     [
         ({"step": "1.5", "val_loss": 0.4}, "a step must be a whole number of updates, got '1.5' under step"),
         ({"step": "two", "val_loss": 0.4}, "a step must be a whole number of updates, got 'two' under step"),
@@ -392,8 +441,8 @@ def test_the_column_of_steps_can_be_named(tmp_path: Path) -> None:
         ({"step": "inf", "val_loss": 0.4}, "a step must be a whole number of updates"),
     ],
 )
-def test_a_bad_cell_is_refused_by_name(tmp_path: Path, row: Mapping[str, object], said: str) -> None:
-    with pytest.raises(RefusedInput, match=said):
+def test_a_bad_cell_is_refused_by_name(tmp_path: Path, row: Mapping[str, object], message: str) -> None:
+    with pytest.raises(RefusedInput, match=message):
         read_log(table(tmp_path, [{"step": 0, "val_loss": 0.5}, row]))
 
 
@@ -415,14 +464,14 @@ def test_an_unknown_format_is_told_the_known_ones(tmp_path: Path, content: bytes
     path.write_bytes(content)
     with pytest.raises(RefusedInput) as refused:
         read_log(path)
-    assert all(known.name in str(refused.value) for known in FORMATS)
+    assert all(log_format.title in str(refused.value) for log_format in list_formats())
     assert "\n" not in str(refused.value)
 
 
 def test_a_missing_log_and_an_empty_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RefusedInput, match="does not exist: check the path"):
         read_log(tmp_path / "nothing")
-    with pytest.raises(RefusedInput, match="in no format that is known here"):
+    with pytest.raises(RefusedInput, match="in no known format"):
         read_log(tmp_path)
 
 
@@ -430,10 +479,10 @@ def test_a_torn_last_line_is_dropped_with_a_warning_and_damage_elsewhere_is_refu
     path = simpletuner(tmp_path, CURVE) / "training_metrics.jsonl"
     whole = path.read_text()
     path.write_text(whole[:-20])
-    with pytest.warns(UserWarning, match="the last line was torn"):
+    with pytest.warns(UserWarning, match="the last line is incomplete"):
         assert len(read_log(path)) == len(CURVE) - 1
     path.write_text(whole.replace('"step":2,', '"step":', 1))
-    with pytest.raises(RefusedInput, match=r"line 3 is no JSON .*: restore the file"):
+    with pytest.raises(RefusedInput, match=r"line 3 is not JSON .*: restore the file"):
         read_log(path)
     path.write_text('{"step": 1}\n[1]\n')
     with pytest.raises(RefusedInput, match=r"line 2 must be a JSON object, got '\[1\]'"):
@@ -444,16 +493,14 @@ def test_a_torn_last_line_is_dropped_with_a_warning_and_damage_elsewhere_is_refu
 def test_a_table_whose_lines_are_not_as_long_as_its_names_is_refused(tmp_path: Path, line: str) -> None:
     path = tmp_path / "log.csv"
     path.write_text(f"step,val_loss\n0,0.5\n{line}\n2,0.3\n")
-    with pytest.raises(
-        RefusedInput, match=r"log\.csv, line 3 has another number of cells than the line of names: mend"
-    ):
+    with pytest.raises(RefusedInput, match=r"log\.csv, line 3 has a different number of cells than the header: fix it"):
         read_log(path)
 
 
 def test_a_table_torn_at_its_last_line_is_read_up_to_it_with_a_warning(tmp_path: Path) -> None:
     path = tmp_path / "log.csv"
     path.write_text("step,val_loss,lr\n0,0.5,1\n1,0.4,1,\n2,0.3")
-    with pytest.warns(UserWarning, match="the last line was torn while it was written and is dropped"):
+    with pytest.warns(UserWarning, match="the last line is incomplete, as after a crash, and is dropped"):
         assert read_log(path).steps.tolist() == [0, 1]
 
 

@@ -1,1 +1,1 @@
-"""The stopper in other training loops, one module for each framework."""
+"""Integrations with other training frameworks, one module for each."""

@@ -1,4 +1,4 @@
-"""Ignite: a handler for its training `Engine`."""
+"""Integration with Ignite: a handler of its training `Engine`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from dvar.stopping.monitor import StopMonitor, from_first_rank
+from dvar.stopping.monitor import StopMonitor, broadcast_verdict
 from dvar.stopping.verdict import Verdict
 
 try:
@@ -17,24 +17,28 @@ except ModuleNotFoundError as error:
 
 
 class DvarHandler:
-    """Asks `watch` before the first update and after each, and terminates the engine it is attached to.
+    """A handler that judges before the first update and after each, and terminates the engine at a stop.
 
-    `verdict` is the newest one.  `updates` gives the updates an engine has made: its iterations, unless gradients are
-    accumulated, as over four batches with `updates=lambda engine: engine.state.iteration // 4`.
+    The attribute ``verdict`` is the newest one.
+
+    Args:
+        monitor: The monitor.
+        updates: Returns the number of updates that an engine has made, by default its iterations. With gradients
+            accumulated over four batches: ``lambda engine: engine.state.iteration // 4``.
     """
 
     def __init__(
-        self, watch: StopMonitor, updates: Callable[[Engine], int] = lambda engine: int(engine.state.iteration)
+        self, monitor: StopMonitor, updates: Callable[[Engine], int] = lambda engine: int(engine.state.iteration)
     ) -> None:
-        self._watch, self._updates, self.verdict = watch, updates, watch.verdict
+        self._monitor, self._updates, self.verdict = monitor, updates, monitor.verdict
 
     def attach(self, engine: Engine) -> None:
-        """Make `engine`, which trains, ask."""
-        engine.add_event_handler(Events.STARTED, self._ask, self._watch.begin)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self._ask, self._watch)
+        """Attach the handler to the engine that trains."""
+        engine.add_event_handler(Events.STARTED, self._judge, self._monitor.begin)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._judge, self._monitor)
 
-    def _ask(self, engine: Engine, ask: Callable[[int], Verdict]) -> None:
-        self.verdict = from_first_rank(lambda: ask(self._updates(engine)), idist.get_rank() == 0, _broadcast)
+    def _judge(self, engine: Engine, judge: Callable[[int], Verdict]) -> None:
+        self.verdict = broadcast_verdict(lambda: judge(self._updates(engine)), idist.get_rank() == 0, _broadcast)
         if self.verdict.stop:
             engine.terminate()
 

@@ -1,4 +1,4 @@
-"""Keras: a callback of `fit`."""
+"""Integration with Keras: a callback of `fit`."""
 
 from __future__ import annotations
 
@@ -13,29 +13,33 @@ except ModuleNotFoundError as error:
     raise ImportError(f"{__name__} needs {error.name}: pip install 'dvar[keras]'", name=error.name) from None
 
 
-class DvarCallback(Callback):
-    """Asks `watch` before the first update and after each, and stops `fit`, in the midst of an epoch.
+class DvarCallback(Callback):  # type: ignore[misc]  # untyped base
+    """A callback that judges before the first update and after each, and stops `fit` at once, also within an epoch.
 
-    `verdict` is the newest one.  A `Probe` needs Keras on PyTorch.  With any backend, a watch without a probe records
-    what an epoch ends with instead, under its names in Keras: `Dvar(310, 0.15, metric="val_loss")` judges that.  Steps
-    are the optimizer's `iterations`, which a saved model keeps; gradients that are accumulated count once.
+    The attribute ``verdict`` is the newest one. A `Probe` needs Keras on PyTorch. With any backend, a monitor without a
+    probe records the logs at the end of each epoch instead, under their names in Keras; a rule such as
+    ``Dvar(310, 0.15, metric="val_loss")`` judges them. Steps are the optimizer's ``iterations``, which a saved model
+    keeps; accumulated gradients count once.
+
+    Args:
+        monitor: The monitor.
     """
 
-    def __init__(self, watch: StopMonitor) -> None:
+    def __init__(self, monitor: StopMonitor) -> None:
         super().__init__()
-        self._watch, self.verdict = watch, watch.verdict
+        self._monitor, self.verdict = monitor, monitor.verdict
 
     def on_train_begin(self, logs: Any = None) -> None:
-        self._obey(self._watch.begin(self._step))
+        self._apply(self._monitor.begin(self._step))
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        self._obey(self._watch(self._step))
+        self._apply(self._monitor(self._step))
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        if self._watch.probe is None:
-            self._obey(self._watch(self._step, **(logs or {})))
+        if self._monitor.probe is None:
+            self._apply(self._monitor(self._step, **(logs or {})))
 
-    def _obey(self, verdict: Verdict) -> None:
+    def _apply(self, verdict: Verdict) -> None:
         self.verdict = verdict
         self.model.stop_training |= verdict.stop
 

@@ -1,4 +1,4 @@
-"""Optuna: a rule that reads what a trial reports."""
+"""Integration with Optuna: a pruner that judges what a trial reports."""
 
 from __future__ import annotations
 
@@ -13,26 +13,30 @@ except ModuleNotFoundError as error:
     raise ImportError(f"{__name__} needs {error.name}: pip install 'dvar[optuna]'", name=error.name) from None
 
 
-class DvarPruner(BasePruner):
-    """Makes `trial.should_prune()` true once `rule` stops on what `trial.report(loss, step)` has told.
+class DvarPruner(BasePruner):  # type: ignore[misc]  # untyped base
+    """A pruner for which ``trial.should_prune()`` is true once the rule stops on the losses that the trial reported.
 
-    A trial that then breaks its loop and returns its value is complete.  One that raises `TrialPruned` is recorded as
-    pruned, which says that it was hopeless: a stopped one is not.
+    A trial that then leaves its loop and returns its value is complete. One that raises `TrialPruned` is recorded as
+    pruned, that is as hopeless, which a stopped one is not.
+
+    Args:
+        rule: The rule that judges.
     """
 
     def __init__(self, rule: Rule) -> None:
         self._rule = rule
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
-        return self._rule(trace_of(trial)).stop
+        return self._rule(build_trace(trial)).stop
 
 
-def trace_of(trial: FrozenTrial) -> Trace:
-    """What a trial has reported, as a trace: `rule(trace_of(study.trials[0]))` says why the first one stopped.
+def build_trace(trial: FrozenTrial) -> Trace:
+    """Return the reports of a trial as a trace: ``rule(build_trace(study.trials[0]))`` is the verdict on the first one.
 
-    The study's storage is where it survives; Optuna itself keeps the first of two reports of one step.
+    The reports are in the study's storage; Optuna keeps the first of two reports of one step.
 
-    Raises: TraceError when a step is negative.
+    Raises:
+        TraceError: A step is negative.
     """
     trace = Trace()
     for step, value in sorted(trial.intermediate_values.items()):

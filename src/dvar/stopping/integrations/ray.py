@@ -1,4 +1,4 @@
-"""Ray Tune: a stopper that judges each trial by a number which it reports."""
+"""Integration with Ray Tune: a stopper that judges each trial by a metric that it reports."""
 
 from __future__ import annotations
 
@@ -15,14 +15,21 @@ except ModuleNotFoundError as error:
     raise ImportError(f"{__name__} needs {error.name}: pip install 'dvar[ray]'", name=error.name) from None
 
 
-class DvarStopper(Stopper):
-    """Stops each trial by its own trace of `metric`, the loss on its fixed batch; `rule` reads it as the loss.
+class DvarStopper(Stopper):  # type: ignore[misc]  # untyped base
+    """A stopper that judges each trial by its own trace of ``metric``, the loss on its fixed batch.
 
-    `step` names what counts the updates; Ray's own "training_iteration" counts the reports.  `traces` holds the traces
-    by trial: `rule(stopper.traces[trial_id])` says why one stopped.  Ray keeps the stopper with the experiment, and a
-    trial that is set back to a checkpoint reports some steps again; these replace what it reported before.
+    The attribute ``traces`` holds the traces by trial: ``rule(stopper.traces[trial_id])`` says why one stopped. Ray
+    saves the stopper with the experiment. A trial that returns to a checkpoint reports some steps again; these replace
+    what it reported before.
 
-    Raises: RefusedInput when a result lacks `metric` or `step`, TraceError when they are not numbers to be recorded.
+    Args:
+        rule: The rule that judges; it reads the metric as the loss.
+        metric: Name of the loss in a result.
+        step: Name of the number of updates in a result; Ray's own "training_iteration" counts the reports.
+
+    Raises:
+        RefusedInput: On a call: a result lacks ``metric`` or ``step``.
+        TraceError: On a call: one of them is not a number that can be recorded.
     """
 
     def __init__(self, rule: Rule, metric: str, step: str = "training_iteration") -> None:
@@ -31,7 +38,7 @@ class DvarStopper(Stopper):
 
     def __call__(self, trial_id: str, result: Mapping[str, Any]) -> bool:
         if result.get("done") and self._metric not in result:
-            return False  # how Ray tells of a trial that ended without a report
+            return False  # how Ray reports a trial that ended without a result
         missing = [name for name in (self._step, self._metric) if name not in result]
         if missing:
             raise RefusedInput(
@@ -45,5 +52,5 @@ class DvarStopper(Stopper):
         return self._rule(trace).stop
 
     def stop_all(self) -> bool:
-        """No verdict on one trial ends the others."""
+        """Return False: a verdict on one trial does not end the others."""
         return False

@@ -1,4 +1,4 @@
-"""transformers: a callback of its `Trainer`."""
+"""Integration with transformers: a callback of its `Trainer`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dvar.errors import RefusedInput
-from dvar.stopping.monitor import StopMonitor, from_first_rank
+from dvar.stopping.monitor import StopMonitor, broadcast_verdict
 from dvar.stopping.verdict import Verdict
 
 try:
@@ -14,37 +14,43 @@ try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
     from transformers.integrations import is_deepspeed_zero3_enabled
 
-    from dvar.stopping.integrations.accelerate import broadcast
+    from dvar.stopping.integrations.accelerate import broadcast_object
 except ModuleNotFoundError as error:
     raise ImportError(f"{__name__} needs {error.name}: pip install 'dvar[transformers]'", name=error.name) from None
 
 
-class DvarCallback(TrainerCallback):
-    """Asks `watch` before the first update and after each, and stops the `Trainer` with it: on every process, at once.
+class DvarCallback(TrainerCallback):  # type: ignore[misc]  # untyped base
+    """A callback that judges before the first update and after each, and stops the `Trainer` on every process at once.
 
-    `verdict` is the newest one.  What survives a resume is the trace, so the Trainer's own
-    `restore_callback_states_from_checkpoint` is not needed.  A run that is resumed after its stop may make one more
-    update, since the Trainer looks for a wish to stop after a batch only.
+    The attribute ``verdict`` is the newest one. The state that survives a resume is the trace, so the Trainer's
+    ``restore_callback_states_from_checkpoint`` is not needed. A run that is resumed after its stop may make one more
+    update, because the Trainer checks for a stop only after a batch.
 
-    Raises: RefusedInput, as training begins, when the model lies in parts on several processes.
+    Args:
+        monitor: The monitor.
+
+    Raises:
+        RefusedInput: As training begins: the model is sharded over several processes.
     """
 
-    def __init__(self, watch: StopMonitor) -> None:
-        self._watch, self.verdict = watch, watch.verdict
+    def __init__(self, monitor: StopMonitor) -> None:
+        self._monitor, self.verdict = monitor, monitor.verdict
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if parse_flag_from_env("ACCELERATE_USE_FSDP") or is_deepspeed_zero3_enabled():
             raise RefusedInput(
-                "one process measures alone, which needs the whole model there, got FSDP or DeepSpeed's third stage: "
-                "train with data parallelism alone"
+                "one process measures alone, which needs the whole model there, got FSDP or DeepSpeed stage 3: "
+                "train with data parallelism only"
             )
-        self._ask(self._watch.begin, state, control)
+        self._judge(self._monitor.begin, state, control)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._ask(self._watch, state, control)
+        self._judge(self._monitor, state, control)
 
-    def _ask(self, ask: Callable[[int], Verdict], state: TrainerState, control: TrainerControl) -> None:
-        self.verdict = from_first_rank(lambda: ask(state.global_step), state.is_world_process_zero, broadcast)
+    def _judge(self, judge: Callable[[int], Verdict], state: TrainerState, control: TrainerControl) -> None:
+        self.verdict = broadcast_verdict(
+            lambda: judge(state.global_step), state.is_world_process_zero, broadcast_object
+        )
         control.should_training_stop |= self.verdict.stop
