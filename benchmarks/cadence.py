@@ -19,13 +19,13 @@ import torch
 
 from dvar import mini
 from dvar.config.presets import configure
-from dvar.config.training import CONFIGS, AnyConfig
+from dvar.config.training import PAPER_METHODS, TrainingConfig
 from dvar.diffusion.randomness import generator
-from dvar.stopping.probe import Probe, stratified_timesteps
+from dvar.stopping.probe import Probe, draw_stratified_timesteps
 from dvar.stopping.rules import Dvar, schedule_problems
 from dvar.stopping.trace import Trace
 from dvar.training.loop import Stopwatch
-from dvar.training.personalise import prepared
+from dvar.training.personalise import prepare
 
 CADENCES = (1, 2, 5, 10, 20, 40)
 HELD = {"4 held": slice(0, 4), "8 held": slice(0, 8), "16 held": slice(0, 16)}
@@ -33,8 +33,8 @@ STRATIFIED = "8 stratified"
 BATCHES = {**dict.fromkeys(HELD, 0), "4 held": 4, "8 held": 8, "16 held": 16, STRATIFIED: 8}
 
 
-def settings(method: str, concept: str, folder: Path) -> AnyConfig:
-    return configure(mini.given(method, concept) | {"output_dir": folder}, method)
+def settings(method: str, concept: str, folder: Path) -> TrainingConfig:
+    return configure(mini.training_settings(method, concept) | {"output_dir": folder}, PAPER_METHODS[method])
 
 
 def record(method: str, concept: str, folder: Path) -> None:
@@ -45,10 +45,10 @@ def record(method: str, concept: str, folder: Path) -> None:
     config = replace(
         config, threshold=1e-9, probe_every=1, eval_batch_size=16, checkpointing_steps=10**6, overwrite=True
     )
-    job, _ = prepared(config)
-    draws = job.drawn(job.examples, "stratified", 0, 0, 8)
+    job, _ = prepare(config)
+    draws = job.draw(job.examples, "stratified", 0, 0, 8)
     strata = generator(config.seed, "stratified/strata")
-    timesteps = stratified_timesteps(8, len(job.schedule.alphas_cumprod), strata).to(draws.timesteps.device)
+    timesteps = draw_stratified_timesteps(8, len(job.schedule.alphas_cumprod), strata).to(draws.timesteps.device)
     probe = Probe(job.losses, replace(draws, timesteps=timesteps, mask=None), modules=job.backbone.modules)
 
     def series(step: int, watch: Stopwatch) -> Mapping[str, Any]:
@@ -81,7 +81,7 @@ def stop(curve: np.ndarray, steps: Iterable[int], rule: Dvar) -> int | None:
 def table(folder: Path) -> list[dict[str, Any]]:
     """A row for each method, batch and cadence: stops over the runs, against 8 held samples at every step."""
     rows = []
-    for method in CONFIGS:
+    for method in PAPER_METHODS:
         runs = sorted(folder.glob(f"{method}--*/recorded.jsonl"))
         traces = [Trace.read(path) for path in runs]
         if not traces:
@@ -122,7 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("action", choices=("record", "table"))
     parser.add_argument("--folder", type=Path, default=Path("runs/cadence"))
-    parser.add_argument("--method", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
+    parser.add_argument("--method", nargs="+", choices=list(PAPER_METHODS), default=list(PAPER_METHODS))
     parser.add_argument("--concepts", nargs="+", default=mini.TUNING)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path)

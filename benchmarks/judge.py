@@ -39,12 +39,12 @@ def records(steps: int, samples: int = 8) -> list[dict[str, object]]:
     """A loss that falls for the whole run, with the jitter of a real one."""
     noise = np.random.default_rng(0).normal(0, 1e-4, (steps + 1, samples))
     height = np.linspace(0.5, 1.5, samples)
-    found: list[dict[str, object]] = []
+    records: list[dict[str, object]] = []
     for step in range(steps + 1):
-        found.append({"step": step, "eval": height * (0.1 + 0.1 * math.exp(-step / steps)) + noise[step]})
+        records.append({"step": step, "eval": height * (0.1 + 0.1 * math.exp(-step / steps)) + noise[step]})
         if step % 50 == 0:
-            found[-1]["clip_image"] = 0.6 + 0.2 * step / steps
-    return found
+            records[-1]["clip_image"] = 0.6 + 0.2 * step / steps
+    return records
 
 
 def figure_3(trace: Trace) -> tuple[float, float]:

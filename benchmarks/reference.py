@@ -1,9 +1,8 @@
-"""The step of the scripts people train with today, for `benchmarks/step.py` to be measured against.
+"""The training loop of widespread scripts, as the reference of `benchmarks/step.py`."""
 
-Written in their style: pictures opened and encoded at each step, captions tokenized and encoded at each step, the whole
-embedding table in the optimizer and put back after it, the loss read from the device at each step, and, as the paper's
-own code does, the loss on a held batch after each step.
-"""
+# Images are opened and encoded at each step, captions tokenized and encoded, the whole embedding table is in
+# the optimizer and restored after it, the loss is read from the device at each step, and, as in the paper's code, the
+# held batch is evaluated after each step.
 
 from __future__ import annotations
 
@@ -16,13 +15,13 @@ from diffusers import DDPMScheduler
 from peft import LoraConfig
 from PIL import Image
 
-from dvar.config.training import AnyConfig, CustomDiffusionConfig, DreamBoothLoraConfig, TextualInversionConfig
+from dvar.config.training import CustomDiffusionConfig, DreamBoothLoraConfig, TextualInversionConfig, TrainingConfig
 from dvar.diffusion.backbone import Backbone
 from dvar.training.methods.dreambooth_lora import TARGETS
 
 
-class Pictures(torch.utils.data.Dataset):
-    """Pictures with their captions, made ready anew each time one is asked for."""
+class ImageDataset(torch.utils.data.Dataset):
+    """Images with their captions, prepared at every access."""
 
     def __init__(self, paths: list[Path], captions: list[str], tokenizer: object, size: int, flip: float) -> None:
         self.paths, self.captions, self.tokenizer = paths, captions, tokenizer
@@ -32,13 +31,13 @@ class Pictures(torch.utils.data.Dataset):
         return 10_000
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        picture = Image.open(self.paths[index % len(self.paths)]).convert("RGB")
-        side = min(picture.size)
-        left, top = (picture.width - side) // 2, (picture.height - side) // 2
-        picture = picture.crop((left, top, left + side, top + side)).resize((self.size, self.size), Image.BICUBIC)
+        image = Image.open(self.paths[index % len(self.paths)]).convert("RGB")
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.crop((left, top, left + side, top + side)).resize((self.size, self.size), Image.BICUBIC)
         if self.random.random() < self.flip:
-            picture = picture.transpose(Image.FLIP_LEFT_RIGHT)
-        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
+            image = image.transpose(Image.FLIP_LEFT_RIGHT)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
         caption = self.captions[int(self.random.integers(len(self.captions)))]
         ids = self.tokenizer(
             caption, padding="max_length", truncation=True, max_length=self.tokenizer.model_max_length,
@@ -48,9 +47,9 @@ class Pictures(torch.utils.data.Dataset):
 
 
 class Reference:
-    """A plain loop over one method; `step` makes an update, `probe` reads the held batch."""
+    """A plain loop over one method; `step` makes an update, `probe` evaluates the held batch."""
 
-    def __init__(self, config: AnyConfig, backbone: Backbone, captions: list[str], classes: Path | None) -> None:
+    def __init__(self, config: TrainingConfig, backbone: Backbone, captions: list[str], classes: Path | None) -> None:
         self.config, self.backbone, self.device = config, backbone, backbone.device
         tokenizer, text, unet = backbone.tokenizer, backbone.text_encoder, backbone.unet
         self.noise = DDPMScheduler.from_config(backbone.scheduler.config)
@@ -88,8 +87,8 @@ class Reference:
     def _loader(self, folder: Path, captions: list[str], batch: int):
         paths = sorted(path for path in folder.iterdir() if path.suffix in (".png", ".jpg"))
         flip = 0.5 if self.config.random_flip else 0.0
-        pictures = Pictures(paths, captions, self.backbone.tokenizer, self.config.resolution, flip)
-        return iter(torch.utils.data.DataLoader(pictures, batch_size=batch, shuffle=True))
+        dataset = ImageDataset(paths, captions, self.backbone.tokenizer, self.config.resolution, flip)
+        return iter(torch.utils.data.DataLoader(dataset, batch_size=batch, shuffle=True))
 
     def _noised(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         pixels = batch["pixel_values"].to(self.device)
@@ -108,8 +107,8 @@ class Reference:
     def step(self) -> float:
         batch = next(self.data)
         if self.prior:
-            beside = next(self.prior)
-            batch = {name: torch.cat([batch[name], beside[name]]) for name in batch}
+            class_batch = next(self.prior)
+            batch = {name: torch.cat([batch[name], class_batch[name]]) for name in batch}
         loss = self._loss(*self._noised(batch)).mean() * (2 if self.prior else 1)
         loss.backward()
         if not isinstance(self.config, TextualInversionConfig):

@@ -75,29 +75,29 @@ def sd15_pipeline(folder: Path) -> Path:
     return folder
 
 
-def trained(method: str, model: Path, place: Path, chosen: argparse.Namespace) -> dict[str, float]:
-    """Train once; return what is to be told of it."""
-    folder, pictures = place / method, place / "pictures"
+def train(method: str, model: Path, place: Path, arguments: argparse.Namespace) -> dict[str, float]:
+    """Train once and return the figures."""
+    folder, images = place / method, place / "images"
     settings = {
         "pretrained_model_name_or_path": model,
-        "instance_data_dir": pictures,
+        "instance_data_dir": images,
         "initializer_token": "toy",
         "output_dir": folder,
-        "resolution": chosen.resolution,
-        "mixed_precision": chosen.mixed_precision,
-        "train_batch_size": chosen.batch,
-        "eval_batch_size": chosen.held,
-        "max_train_steps": chosen.steps,
-        "window": chosen.steps - 1,
+        "resolution": arguments.resolution,
+        "mixed_precision": arguments.mixed_precision,
+        "train_batch_size": arguments.batch,
+        "eval_batch_size": arguments.held,
+        "max_train_steps": arguments.steps,
+        "window": arguments.steps - 1,
         "threshold": 1e-9,
         "num_validation_images": 1,
-        "num_inference_steps": chosen.sampling,
+        "num_inference_steps": arguments.sampling,
         **({"class_data_dir": place / "class"} if method == "custom-diffusion" else {}),
     }
     words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     program = [sys.executable, "-c", "import sys; from dvar.cli.main import main; sys.exit(main())", "train", method]
     began = time.perf_counter()
-    subprocess.run([*program, *words, *METHODS[method], *chosen.more], check=True)
+    subprocess.run([*program, *words, *METHODS[method], *arguments.more], check=True)
     took = time.perf_counter() - began
     seconds = [record["seconds"] for record in Trace.read(folder / "trace.jsonl").records][2:]  # the first ones warm up
     each = [second["train"] + second["probe"] for second in seconds]
@@ -105,7 +105,6 @@ def trained(method: str, model: Path, place: Path, chosen: argparse.Namespace) -
     return {
         "steps/s": 1 / statistics.median(each),
         "probe share": sum(second["probe"] for second in seconds) / sum(each),
-        "estimate GiB": memory["estimated"] / GIB,
         "peak GiB": memory["peak"] / GIB,
         "whole s": took,
     }
@@ -121,17 +120,17 @@ def main() -> None:
     parser.add_argument("--held", type=int, default=8, help="inputs in the held batch")
     parser.add_argument("--sampling", type=int, default=50, help="denoising steps of the one sample at the end")
     parser.add_argument("--folder", help="where the pipeline goes meanwhile: 2 GB; the system's own by default")
-    chosen, chosen.more = parser.parse_known_args()
-    with tempfile.TemporaryDirectory(dir=chosen.folder) as folder:
+    arguments, arguments.more = parser.parse_known_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         place = Path(folder)
         model = sd15_pipeline(place / "model")
-        for name in ("pictures", "class"):
-            tiny_concept(place / name, size=chosen.resolution)
-        told = {method: trained(method, model, place, chosen) for method in chosen.methods}
+        for name in ("images", "class"):
+            tiny_concept(place / name, size=arguments.resolution)
+        results = {method: train(method, model, place, arguments) for method in arguments.methods}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{device}, {chosen.resolution} px, {chosen.mixed_precision} {' '.join(chosen.more)}")
-    print("".ljust(20), *(name.rjust(13) for name in next(iter(told.values()))))
-    for method, figures in told.items():
+    print(f"{device}, {arguments.resolution} px, {arguments.mixed_precision} {' '.join(arguments.more)}")
+    print("".ljust(20), *(name.rjust(13) for name in next(iter(results.values()))))
+    for method, figures in results.items():
         print(method.ljust(20), *(f"{value:13.3f}" for value in figures.values()))
 
 

@@ -1,9 +1,8 @@
-"""Where the time of a step goes, and how it compares: ``python benchmarks/step.py [--model FOLDER] [--method ...]``.
+"""Benchmark the parts of a training step: ``python benchmarks/step.py [--model FOLDER] [--method ...]``."""
 
-Two loops take turns in one process, each on its own copy of the model: the plain loop of `benchmarks/reference.py`,
-which reads the held batch after every step, and `dvar train`'s own.  Both have the same batch, precision, threads,
-captions and attention kernel.  Prints the milliseconds of each part and three ratios; ``--output`` keeps them as JSON.
-"""
+# Two loops take turns in one process, each on its own copy of the model: the plain loop of `benchmarks/reference.py`,
+# which evaluates the held batch after every step, and that of `dvar train`. Both have the same batch, precision,
+# threads, captions and attention kernel. The output is the milliseconds of each part and three ratios.
 
 from __future__ import annotations
 
@@ -24,16 +23,16 @@ from reference import Reference
 
 from dvar import mini
 from dvar.config.presets import configure
-from dvar.config.training import BUNDLED_MODEL, CONFIGS, AnyConfig
-from dvar.diffusion.backbone import Backbone
+from dvar.config.training import BUNDLED_MODEL, PAPER_METHODS, TrainingConfig
+from dvar.diffusion.backbone import Backbone, load_backbone
 from dvar.diffusion.tokens import model_path
-from dvar.training.personalise import prepared
+from dvar.training.personalise import prepare
 
 PARTS = ("data", "encode", "text", "U-Net forward", "backward", "optimizer", "other", "probe")
 
 
 class Clock:
-    """Seconds by part; a part inside another counts for the inner one alone."""
+    """Seconds by part; time in a nested part counts for the inner part only."""
 
     def __init__(self, device: torch.device) -> None:
         self.spent: dict[str, float] = defaultdict(float)
@@ -52,8 +51,8 @@ class Clock:
         self.spent[part] += whole - self._inside
         self._inside = outside + whole
 
-    def timed(self, owner: object, name: str, part: str) -> None:
-        """Have every call of ``owner.name`` count for ``part``."""
+    def time_calls(self, owner: object, name: str, part: str) -> None:
+        """Count every call of ``owner.name`` for ``part``."""
         call = getattr(owner, name)
 
         def counted(*args: object, **settings: object) -> object:
@@ -63,92 +62,92 @@ class Clock:
         setattr(owner, name, counted)
 
 
-def watched(clock: Clock, backbone: Backbone, optimizer: torch.optim.Optimizer) -> None:
-    clock.timed(backbone.vae, "encode", "encode")
-    clock.timed(backbone.text_encoder, "forward", "text")
-    clock.timed(backbone.unet, "forward", "U-Net forward")
-    clock.timed(optimizer, "step", "optimizer")
+def time_networks(clock: Clock, backbone: Backbone, optimizer: torch.optim.Optimizer) -> None:
+    clock.time_calls(backbone.vae, "encode", "encode")
+    clock.time_calls(backbone.text_encoder, "forward", "text")
+    clock.time_calls(backbone.unet, "forward", "U-Net forward")
+    clock.time_calls(optimizer, "step", "optimizer")
 
 
 @contextmanager
-def backward_timed(clock: Clock) -> Iterator[None]:
-    call = torch.Tensor.backward
-    clock.timed(torch.Tensor, "backward", "backward")
+def time_backward(clock: Clock) -> Iterator[None]:
+    call = torch.autograd.backward  # which `Tensor.backward` calls too
+    clock.time_calls(torch.autograd, "backward", "backward")
     try:
         yield
     finally:
-        torch.Tensor.backward = call
+        torch.autograd.backward = call
 
 
-def settings_of(method: str, chosen: argparse.Namespace, folder: str) -> AnyConfig:
-    given = mini.given(method, mini.TUNING[0]) | {
+def settings_of(method: str, arguments: argparse.Namespace, folder: str) -> TrainingConfig:
+    settings = mini.training_settings(method, mini.TUNING[0]) | {
         "output_dir": folder,
-        "pretrained_model_name_or_path": chosen.model,
-        "mixed_precision": chosen.mixed_precision,
+        "pretrained_model_name_or_path": arguments.model,
+        "mixed_precision": arguments.mixed_precision,
     }
-    given |= {"instance_data_dir": chosen.pictures} if chosen.pictures else {}
-    given |= {"resolution": chosen.resolution} if chosen.resolution else {}
-    given |= {"num_class_images": 8, "random_rescale": False} if method == "custom-diffusion" else {}
-    config = configure(given, method)
+    settings |= {"instance_data_dir": arguments.images} if arguments.images else {}
+    settings |= {"resolution": arguments.resolution} if arguments.resolution else {}
+    settings |= {"num_class_images": 8, "random_rescale": False} if method == "custom-diffusion" else {}
+    config = configure(settings, PAPER_METHODS[method])
     return replace(config, threshold=1e-9, max_train_steps=100_000, checkpointing_steps=100_000)
 
 
-def compared(method: str, chosen: argparse.Namespace) -> dict[str, object]:
-    """Median milliseconds by loop and part, and of whole steps, for one method."""
+def compare(method: str, arguments: argparse.Namespace) -> dict[str, object]:
+    """Return the median milliseconds by loop and part, and of whole steps, for one method."""
     with tempfile.TemporaryDirectory() as folder:
-        config = settings_of(method, chosen, folder)
-        job, _ = prepared(config)
-        job.open(None)
-        captions = [text for index in range(len(job.concept.pictures)) for text in job.concept.texts(index)]
+        config = settings_of(method, arguments, folder)
+        run, _ = prepare(config)
+        run.open(None)
+        captions = [text for index in range(len(run.concept.images)) for text in run.concept.texts(index)]
         classes = next(Path(folder).glob("class_*"), None)
-        plain = Reference(config, Backbone.load(model_path(chosen.model), mixed_precision=chosen.mixed_precision),
+        plain = Reference(config, load_backbone(model_path(arguments.model), mixed_precision=arguments.mixed_precision),
                           captions, classes)  # fmt: skip
-        ours = job.steps(lambda: False)
+        ours = run.steps(lambda: False)
         cadence = config.probe_every
         for _ in range(cadence + 1):
             next(ours)
         plain.step(), plain.probe()
-        clocks = {name: Clock(job.backbone.device) for name in ("plain", "dvar")}
+        clocks = {name: Clock(run.backbone.device) for name in ("plain", "dvar")}
         whole: dict[str, list[float]] = defaultdict(list)
-        for _ in range(chosen.rounds):  # whole steps first: the clocks below wait for the device
-            whole["plain"] += _each(plain.step, cadence, clocks["plain"])
-            whole["plain probe"] += _each(plain.probe, 2, clocks["plain"])
+        for _ in range(arguments.rounds):  # whole steps first: the clocks below wait for the device
+            whole["plain"] += _time_each(plain.step, cadence, clocks["plain"])
+            whole["plain probe"] += _time_each(plain.probe, 2, clocks["plain"])
             began = clocks["dvar"].now()
             probes = sum(next(ours).seconds["probe"] for _ in range(cadence))
             spent = clocks["dvar"].now() - began
             whole["dvar loop"].append(spent / cadence)
             whole["dvar"].append((spent - probes) / cadence)
             whole["dvar probe"].append(probes)
-        watched(clocks["plain"], plain.backbone, plain.optimizer)
-        watched(clocks["dvar"], job.backbone, job.learner.optimizer)
-        clocks["plain"].timed(plain.data, "_next_data", "data")
-        clocks["dvar"].timed(job, "drawn", "data")
-        for _ in range(chosen.rounds):
-            for name, turn in (("plain", plain.step), ("dvar", lambda: job.learner.update(job.training_losses, 1))):
-                with backward_timed(clocks[name]):
+        time_networks(clocks["plain"], plain.backbone, plain.optimizer)
+        time_networks(clocks["dvar"], run.backbone, run.learner.optimizer)
+        clocks["plain"].time_calls(plain.data, "_next_data", "data")
+        clocks["dvar"].time_calls(run, "draw", "data")
+        for _ in range(arguments.rounds):
+            for name, turn in (("plain", plain.step), ("dvar", lambda: run.learner.update(run.training_losses, 1))):
+                with time_backward(clocks[name]):
                     for _ in range(4):
                         with clocks[name]("other"):
                             turn()
-        times = {name: 1000 * statistics.median(values) for name, values in whole.items()}
+        whole_times = {name: 1000 * statistics.median(values) for name, values in whole.items()}
         parts = {
-            name: {part: 1000 * clock.spent[part] / (4 * chosen.rounds) for part in PARTS[:-1]}
+            name: {part: 1000 * clock.spent[part] / (4 * arguments.rounds) for part in PARTS[:-1]}
             for name, clock in clocks.items()
         }
-        return {"cadence": cadence, "whole": times, "parts": parts}
+        return {"cadence": cadence, "whole": whole_times, "parts": parts}
 
 
-def _each(turn: Callable[[], object], count: int, clock: Clock) -> list[float]:
-    taken = []
+def _time_each(turn: Callable[[], object], count: int, clock: Clock) -> list[float]:
+    seconds = []
     for _ in range(count):
         began = clock.now()
         turn()
-        taken.append(clock.now() - began)
-    return taken
+        seconds.append(clock.now() - began)
+    return seconds
 
 
-def ratios(found: dict) -> dict[str, float]:
-    """Step against step without probes; whole loop against the plain one that probes every step; the probe's share."""
-    whole = found["whole"]
+def compute_ratios(times: dict) -> dict[str, float]:
+    """Return the ratios of steps without probes and of whole loops, and the probe's share of the time."""
+    whole = times["whole"]
     return {
         "step": whole["plain"] / whole["dvar"],
         "loop": (whole["plain"] + whole["plain probe"]) / whole["dvar loop"],
@@ -159,31 +158,31 @@ def ratios(found: dict) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default=BUNDLED_MODEL, help="a diffusers folder; the bundled model by default")
-    parser.add_argument("--pictures", help="a folder of pictures; a bundled concept's by default")
-    parser.add_argument("--method", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
+    parser.add_argument("--images", help="folder of images; those of a bundled concept by default")
+    parser.add_argument("--method", nargs="+", choices=list(PAPER_METHODS), default=list(PAPER_METHODS))
     parser.add_argument("--resolution", type=int, help="the preset's by default")
     parser.add_argument("--mixed_precision", choices=("no", "bf16", "fp16"), default="no")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5, help="turns that each loop takes")
     parser.add_argument("--output", type=Path)
-    chosen = parser.parse_args()
-    torch.set_num_threads(chosen.threads)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU thread(s)"
-    told = {"device": device, "torch": torch.__version__, "machine": platform.machine(), "model": chosen.model,
-            "mixed_precision": chosen.mixed_precision, "methods": {}}  # fmt: skip
-    for method in chosen.method:
-        found = compared(method, chosen)
-        found["ratios"] = ratios(found)
-        told["methods"][method] = found
+    results = {"device": device, "torch": torch.__version__, "machine": platform.machine(), "model": arguments.model,
+            "mixed_precision": arguments.mixed_precision, "methods": {}}  # fmt: skip
+    for method in arguments.method:
+        times = compare(method, arguments)
+        times["ratios"] = compute_ratios(times)
+        results["methods"][method] = times
         print(f"\n{method} on {device}, milliseconds a step")
         for part in PARTS[:-1]:
-            print(f"  {part:<14}" + "".join(f"{found['parts'][name][part]:9.1f}" for name in ("plain", "dvar")))
-        print(f"  {'a probe':<14}{found['whole']['plain probe']:9.1f}{found['whole']['dvar probe']:9.1f}")
-        print(f"  {'a step':<14}{found['whole']['plain']:9.1f}{found['whole']['dvar']:9.1f}")
-        print(f"  probe off: {found['ratios']['step']:.2f} x; probe {found['ratios']['probe share']:.1%} of the time")
-        print(f"  plain probing every step, dvar every {found['cadence']}: {found['ratios']['loop']:.2f} x")
-    if chosen.output:
-        chosen.output.write_text(json.dumps(told, indent=1) + "\n")
+            print(f"  {part:<14}" + "".join(f"{times['parts'][name][part]:9.1f}" for name in ("plain", "dvar")))
+        print(f"  {'a probe':<14}{times['whole']['plain probe']:9.1f}{times['whole']['dvar probe']:9.1f}")
+        print(f"  {'a step':<14}{times['whole']['plain']:9.1f}{times['whole']['dvar']:9.1f}")
+        print(f"  probe off: {times['ratios']['step']:.2f} x; probe {times['ratios']['probe share']:.1%} of the time")
+        print(f"  plain probing every step, dvar every {times['cadence']}: {times['ratios']['loop']:.2f} x")
+    if arguments.output:
+        arguments.output.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,11 +20,11 @@ import torch
 from PIL import Image
 
 from dvar import mini
-from dvar.config.presets import settings
-from dvar.config.training import CONFIGS
+from dvar.config.presets import preset_settings
+from dvar.config.training import PAPER_METHODS
 from dvar.diffusion.sampling import sample
 from dvar.recordings.image_metrics import Clip, similarity
-from dvar.runs.load_model import finished, personalised
+from dvar.runs.load_model import load_personalised_backbone, load_result
 
 DVAR = Path(sys.executable).with_name("dvar")
 FRESH = range(1_000, 1_016)
@@ -32,38 +32,40 @@ FRESH = range(1_000, 1_016)
 
 def ways(method: str) -> dict[str, list[str]]:
     """The flags of each way; a probe at an eighth of the cap is as good as none."""
-    cap = settings("mini", method)["max_train_steps"]
+    cap = preset_settings("mini", method)["max_train_steps"]
     never = ["--threshold", "1e-9", "--window", str(cap - 1), "--probe_every", str(cap // 9)]
     return {"to the cap": never, "DVAR at every step": ["--probe_every", "1"], "DVAR": []}
 
 
 def trained(method: str, concept: str, flags: list[str], folder: Path) -> dict[str, Any]:
-    given = [part for name, value in mini.given(method, concept).items() for part in (f"--{name}", value)]
-    command = [DVAR, "train", method, *given, "--output_dir", folder, *flags]
+    settings = [
+        part for name, value in mini.training_settings(method, concept).items() for part in (f"--{name}", value)
+    ]
+    command = [DVAR, "train", method, *settings, "--output_dir", folder, *flags]
     began = time.perf_counter()
     subprocess.run([str(part) for part in command], check=True, capture_output=True)
     seconds = time.perf_counter() - began
-    _, result = finished(folder)
+    _, result = load_result(folder)
     parts = {name: round(value, 1) for name, value in result["seconds"].items()}
     return {"minutes": seconds / 60, "steps": result["steps"], "clip": score(folder), "seconds": parts}
 
 
 def score(folder: Path) -> float:
     """How like the concept's pictures a run draws its word on fresh seeds: mean cosine of all pairs."""
-    config, _ = finished(folder)
+    config, _ = load_result(folder)
     prompts = [f"a photo of {config.subject}"] * len(FRESH)
-    drawn = sample(
-        personalised(folder), prompts, FRESH, size=config.resolution, steps=config.num_inference_steps,
+    images = sample(
+        load_personalised_backbone(folder), prompts, FRESH, size=config.resolution, steps=config.num_inference_steps,
         guidance=config.guidance_scale,
     )  # fmt: skip
     clip = Clip.scoring()
     references = [Image.open(path) for path in sorted((folder / "references").glob("*.png"))]
-    return float(similarity(clip.of_pictures(drawn), clip.of_pictures(references)).mean())
+    return float(similarity(clip.embed_images(images), clip.embed_images(references)).mean())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--method", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
+    parser.add_argument("--method", nargs="+", choices=list(PAPER_METHODS), default=list(PAPER_METHODS))
     parser.add_argument("--concepts", nargs="+", default=mini.TUNING[:1])
     parser.add_argument("--output", type=Path)
     chosen = parser.parse_args()

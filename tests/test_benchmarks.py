@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.fixture
-def benchmark(monkeypatch: pytest.MonkeyPatch):
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
     monkeypatch.syspath_prepend(BENCHMARKS)
 
     def named(name: str) -> ModuleType:
@@ -29,10 +31,16 @@ def benchmark(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("method", ["textual-inversion", "dreambooth-lora", "custom-diffusion"])
 def test_both_loops_are_timed_part_by_part(
-    method, benchmark, monkeypatch, tiny_model: Path, tiny_pictures: Path, tmp_path: Path, capsys
+    method: str,
+    benchmark: Callable[[str], Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_model: Path,
+    tiny_pictures: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     output = tmp_path / "step.json"
-    flags = ["--model", tiny_model, "--pictures", tiny_pictures, "--resolution", "32", "--method", method]
+    flags = ["--model", tiny_model, "--images", tiny_pictures, "--resolution", "32", "--method", method]
     monkeypatch.setattr(sys, "argv", ["step.py", *map(str, flags), "--rounds", "1", "--output", str(output)])
     benchmark("step").main()
     found = json.loads(output.read_text())["methods"][method]
@@ -45,7 +53,7 @@ def test_both_loops_are_timed_part_by_part(
     assert "a probe" in capsys.readouterr().out
 
 
-def test_a_stop_read_at_every_step_is_the_rules_own(benchmark) -> None:
+def test_a_stop_read_at_every_step_is_the_rules_own(benchmark: Callable[[str], Any]) -> None:
     curve = 0.05 - 0.01 * (1 - np.exp(-np.arange(400) / 40))
     rule, trace = Dvar(100, 0.15), Trace()
     for step, value in enumerate(curve):
@@ -59,7 +67,7 @@ def test_a_stop_read_at_every_step_is_the_rules_own(benchmark) -> None:
 
 
 @pytest.mark.slow
-def test_time_to_quality_tells_minutes_steps_and_a_score(benchmark, tmp_path: Path) -> None:
+def test_time_to_quality_tells_minutes_steps_and_a_score(benchmark: Callable[[str], Any], tmp_path: Path) -> None:
     quality = benchmark("time_to_quality")
     short = ("--max_train_steps", "10", "--window", "8", "--probe_every", "1", "--num_inference_steps", "2")
     row = quality.trained("textual-inversion", "purple_cat", [*short, "--num_validation_images", "1"], tmp_path / "run")

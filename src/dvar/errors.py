@@ -1,31 +1,33 @@
-"""Everything `dvar` raises on purpose, so that one `except dvar.DvarError` catches it all.
-
-    DvarError
-    ├── RefusedInput     (ValueError)       settings, pictures or files that cannot be used, all problems at once
-    ├── TraceError       (ValueError)       a record or a trace file that breaks the order or the shape of a trace
-    ├── CheckpointError                     a checkpoint that is damaged, or made under other settings
-    ├── ModelError                          a model folder or hub id that cannot be loaded or does not fit
-    ├── OutOfResources                      memory or disk that ran out while training
-    └── NonFiniteLoss    (ArithmeticError)  a loss that is nan or infinite while training
-
-Each message is one line: the rule, the value received, the remedy.
-"""
+"""The exceptions of dvar, and the pieces of their messages."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
 
+# DvarError
+# ├── RefusedInput     (ValueError)       settings, images or files that cannot be used, all problems at once
+# ├── TraceError       (ValueError)       a record or a trace file that breaks the order or the shape of a trace
+# ├── CheckpointError                     a checkpoint that is damaged, or made under other settings
+# ├── ModelError                          a model folder or hub id that cannot be loaded or does not fit
+# ├── OutOfResources                      memory or disk that ran out while training
+# └── NonFiniteLoss    (ArithmeticError)  a loss that is nan or infinite while training
+#
+# Each message is one line: the rule, the value received, the remedy.
+
 
 class DvarError(Exception):
-    """The root of the tree."""
+    """The base class of everything that dvar raises on purpose."""
 
 
 class RefusedInput(DvarError, ValueError):
-    """Input that is refused before any slow work; `str()` gives one problem per line."""
+    """Input that is refused before any slow work; `str()` gives one problem a line.
+
+    Attributes:
+        problems: Every problem, in the order of the checks.
+    """
 
     problems: tuple[str, ...]
-    """Every problem that was found, in the order of finding."""
 
     def __init__(self, problems: Iterable[str]) -> None:
         self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
@@ -36,25 +38,30 @@ class RefusedInput(DvarError, ValueError):
 
 
 class TraceError(DvarError, ValueError):
-    """A record that cannot follow the ones before it, or a file that is no trace."""
+    """A record that cannot follow the ones before it, or a file that is not a trace."""
 
 
 class CheckpointError(DvarError):
-    """A checkpoint that cannot be continued from."""
+    """A checkpoint from which a run cannot be resumed."""
 
 
 class ModelError(DvarError):
-    """A model that cannot be loaded, or is not of the expected make."""
+    """A model that cannot be loaded, or is of a kind that is not supported."""
 
 
 class OutOfResources(DvarError):
-    """Training ran out of memory, or could not write to its folder."""
+    """Memory ran out while training, or a file of the run could not be written."""
 
 
 class NonFiniteLoss(DvarError, ArithmeticError):
-    """Training met a loss that is not a finite number."""
+    """A loss or a weight that is not a finite number."""
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """The known word most like ``word``, however unlike."""
-    return difflib.get_close_matches(word, known, n=1, cutoff=0.0)[0]
+def nearest(word: str, words: Iterable[str]) -> str:
+    """Return the one of ``words`` that is most like ``word``, however unlike."""
+    return difflib.get_close_matches(word, words, n=1, cutoff=0.0)[0]
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -12,28 +12,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dvar.config.fields import Range, canonical, read_settings, sound
+from dvar.config.fields import Range, canonical_settings, read_settings, replace_invalid_fields
 from dvar.config.training import (
-    CONFIGS,
-    AnyConfig,
+    PAPER_METHODS,
     CustomDiffusionConfig,
     DreamBoothLoraConfig,
     TextualInversionConfig,
-    initializers,
-    prior_weight,
-    restored,
-    sample_prompt,
-    settings_problems,
-    words,
-    written,
+    TrainingConfig,
+    problems,
 )
 from dvar.errors import RefusedInput, nearest
+from dvar.training.methods.registry import config_from_dict
 
 GOOD = TextualInversionConfig(instance_data_dir="pictures", initializer_token="mug")
 LORA = DreamBoothLoraConfig(instance_data_dir="pictures", placeholder_token="<thing>", initializer_token="mug")
 LORA_ALONE = DreamBoothLoraConfig(instance_data_dir="pictures", instance_prompt="a photo of sks dog")
 LORA_PRIOR = replace(LORA_ALONE, with_prior_preservation=True, class_prompt="a photo of dog")
 CUSTOM = CustomDiffusionConfig(instance_data_dir="pictures", class_noun="mug")
+INVALID_ALPHA: dict[str, Any] = {"lora_alpha": 1.5}
+INVALID_PART: dict[str, Any] = {"freeze_model": "all"}
 SEVERAL = CustomDiffusionConfig(
     placeholder_token="<new1>+<new2>",
     initializer_token="ktn+pll",
@@ -43,8 +40,8 @@ SEVERAL = CustomDiffusionConfig(
 
 
 def test_good_settings_have_no_problems() -> None:
-    assert settings_problems(GOOD) == []
-    assert sound(GOOD) == GOOD
+    assert problems(GOOD) == []
+    assert replace_invalid_fields(GOOD) == GOOD
 
 
 @pytest.mark.parametrize(
@@ -55,7 +52,7 @@ def test_good_settings_have_no_problems() -> None:
         ({"initializer_token": ""}, "initializer_token is missing"),
         ({"placeholder_token": "two words"}, "placeholder_token must be one word without spaces, got 'two words'"),
         ({"placeholder_token": ""}, "placeholder_token must be one word without spaces, got ''"),
-        ({"validation_prompt": "a photo of a mug"}, "validation_prompt must hold the new word <thing>"),
+        ({"validation_prompt": "a photo of a mug"}, "validation_prompt must contain the placeholder token <thing>"),
         ({"learnable_property": "mood"}, "learnable_property must be one of object, style, got 'mood'"),
         ({"num_vectors": 0}, "num_vectors must be at least 1, got 0"),
         ({"num_vectors": 1.5}, "num_vectors must be a whole number, got 1.5"),
@@ -80,14 +77,14 @@ def test_good_settings_have_no_problems() -> None:
     ],
 )
 def test_a_bad_setting_is_the_one_problem_named(changed: dict[str, Any], said: str) -> None:
-    (problem,) = settings_problems(replace(GOOD, **changed))
+    (problem,) = problems(replace(GOOD, **changed))
     assert said in problem
     assert "\n" not in problem
 
 
 def test_all_problems_are_found_at_once() -> None:
     config = TextualInversionConfig(num_vectors=0, resolution=100, lr_warmup_steps=5, learning_rate="fast")  # type: ignore[arg-type]
-    named = sorted(problem.split()[0] for problem in settings_problems(config))
+    named = sorted(problem.split()[0] for problem in problems(config))
     assert named == sorted(
         ["num_vectors", "learning_rate", "instance_data_dir", "initializer_token", "resolution", "lr_warmup_steps"]
     )
@@ -96,26 +93,26 @@ def test_all_problems_are_found_at_once() -> None:
 def test_an_ill_formed_setting_does_not_blame_the_ones_checked_against_it() -> None:
     # The default cap of 6100 stands in for the faulty one and would refuse this warm-up.
     config = replace(GOOD, max_train_steps="many", lr_warmup_steps=7000, lr_scheduler="cosine")  # type: ignore[arg-type]
-    assert settings_problems(config) == ["max_train_steps must be a whole number, got 'many'"]
-    assert sound(config).max_train_steps == 6100
+    assert problems(config) == ["max_train_steps must be a whole number, got 'many'"]
+    assert replace_invalid_fields(config).max_train_steps == 6100
 
 
 def test_every_setting_has_help_and_a_known_type() -> None:
-    for known in CONFIGS.values():
+    for known in PAPER_METHODS.values():
         for item in fields(known):
             assert item.metadata["help"].endswith(".")
         # An object fits no setting, so each must say what it would have liked; a type without words for it raises.
         nothing: dict[str, Any] = {item.name: object() for item in fields(known)}
-        assert len(settings_problems(known(**nothing))) == len(nothing)
+        assert len(problems(known(**nothing))) == len(nothing)
 
 
 def test_the_sample_prompt_is_plain_unless_asked_for() -> None:
-    assert sample_prompt(GOOD) == "a photo of <thing>"
-    assert sample_prompt(replace(GOOD, learnable_property="style")) == "a picture in the style of <thing>"
-    assert sample_prompt(replace(GOOD, validation_prompt="<thing> at night")) == "<thing> at night"
-    assert sample_prompt(LORA_ALONE) == "a photo of sks dog"
-    assert sample_prompt(LORA) == "a photo of <thing>"
-    assert sample_prompt(CUSTOM) == "photo of a <new1> mug"
+    assert GOOD.sample_prompt == "a photo of <thing>"
+    assert replace(GOOD, learnable_property="style").sample_prompt == "a picture in the style of <thing>"
+    assert replace(GOOD, validation_prompt="<thing> at night").sample_prompt == "<thing> at night"
+    assert LORA_ALONE.sample_prompt == "a photo of sks dog"
+    assert LORA.sample_prompt == "a photo of <thing>"
+    assert CUSTOM.sample_prompt == "photo of a <new1> mug"
 
 
 @pytest.mark.parametrize(
@@ -135,23 +132,23 @@ def test_the_sample_prompt_is_plain_unless_asked_for() -> None:
     ],
 )
 def test_settings_say_what_the_subject_is_called_and_what_is_learned(
-    config: AnyConfig, subject: str, learned: str
+    config: TrainingConfig, subject: str, learned: str
 ) -> None:
-    assert settings_problems(config) == []
+    assert problems(config) == []
     assert (config.subject, config.learned) == (subject, learned)
-    assert CONFIGS[config.method] is type(config)
+    assert PAPER_METHODS[config.method] is type(config)
 
 
 @pytest.mark.parametrize("config", [GOOD, LORA, LORA_ALONE, LORA_PRIOR, CUSTOM, SEVERAL])
-def test_settings_are_kept_as_plain_values_and_restored(config: AnyConfig) -> None:
-    kept = json.loads(json.dumps({**written(config), "versions": {"dvar": "9"}, "of_another_version": 3}))
-    assert restored(kept) == config
+def test_settings_are_kept_as_plain_values_and_restored(config: TrainingConfig) -> None:
+    kept = json.loads(json.dumps({**config.to_dict(), "versions": {"dvar": "9"}, "of_another_version": 3}))
+    assert config_from_dict(kept) == config
 
 
 def test_a_run_without_the_name_of_its_method_is_textual_inversion() -> None:
-    assert restored({"placeholder_token": "<mug>"}) == TextualInversionConfig(placeholder_token="<mug>")
+    assert config_from_dict({"placeholder_token": "<mug>"}) == TextualInversionConfig(placeholder_token="<mug>")
     with pytest.raises(RefusedInput, match="method 'hypernetwork'"):
-        restored({"method": "hypernetwork"})
+        config_from_dict({"method": "hypernetwork"})
 
 
 @pytest.mark.parametrize(
@@ -163,28 +160,37 @@ def test_a_run_without_the_name_of_its_method_is_textual_inversion() -> None:
         ),
         (replace(LORA, initializer_token=None), "initializer_token is missing"),
         (replace(LORA, placeholder_token="two words"), "placeholder_token must be one word"),
-        (replace(LORA, instance_prompt="a photo of sks dog"), "instance_prompt must hold the new word <thing>"),
+        (
+            replace(LORA, instance_prompt="a photo of sks dog"),
+            "instance_prompt must contain the placeholder token <thing>",
+        ),
         (replace(LORA_ALONE, initializer_token="dog"), "initializer_token needs a placeholder_token"),
         (replace(LORA_ALONE, num_vectors=2), "num_vectors must be 1 without a placeholder_token, got 2"),
         (replace(LORA, rank=0), "rank must be at least 1, got 0"),
-        (replace(LORA, lora_alpha=1.5), "lora_alpha must be a whole number, got 1.5"),
+        (replace(LORA, **INVALID_ALPHA), "lora_alpha must be a whole number, got 1.5"),
         (replace(CUSTOM, class_noun=None), "class_noun is missing"),
         (replace(CUSTOM, class_noun=" "), "class_noun is missing"),
-        (replace(CUSTOM, instance_prompt="photo of a mug"), "instance_prompt must hold the new word <new1>"),
-        (replace(CUSTOM, freeze_model="all"), "freeze_model must be one of crossattn_kv, crossattn, got 'all'"),
+        (
+            replace(CUSTOM, instance_prompt="photo of a mug"),
+            "instance_prompt must contain the placeholder token <new1>",
+        ),
+        (replace(CUSTOM, **INVALID_PART), "freeze_model must be one of crossattn_kv, crossattn, got 'all'"),
         (replace(CUSTOM, prior_loss_weight=-1.0), "prior_loss_weight must be at least 0, got -1.0"),
         (
             replace(CUSTOM, prior_loss_weight=0.0, class_data_dir="mugs"),
             "class_data_dir needs a prior_loss_weight above 0",
         ),
         (replace(LORA_PRIOR, class_prompt=None), "class_prompt is missing: with_prior_preservation needs"),
-        (replace(LORA, class_prompt="a dog"), "class_prompt needs with_prior_preservation, got 'a dog' alone"),
-        (replace(LORA, class_data_dir="dogs"), "class_data_dir needs with_prior_preservation, got 'dogs' alone"),
+        (replace(LORA, class_prompt="a dog"), "class_prompt needs with_prior_preservation, got 'a dog' without it"),
+        (replace(LORA, class_data_dir="dogs"), "class_data_dir needs with_prior_preservation, got 'dogs' without it"),
         (replace(LORA_PRIOR, prior_loss_weight=0.0), "prior_loss_weight must be above 0, got 0.0"),
-        (replace(SEVERAL, class_noun="mug"), "class_noun is for one subject and concepts_list for several"),
-        (replace(SEVERAL, instance_data_dir="x"), "instance_data_dir is for one subject and concepts_list for several"),
+        (replace(SEVERAL, class_noun="mug"), "class_noun is for one concept and concepts_list for several"),
+        (replace(SEVERAL, instance_data_dir="x"), "instance_data_dir is for one concept and concepts_list for several"),
         (replace(SEVERAL, validation_prompt=None), "validation_prompt is missing: with a concepts_list"),
-        (replace(SEVERAL, validation_prompt="a mug"), "validation_prompt must hold the new word <new1> or <new2>"),
+        (
+            replace(SEVERAL, validation_prompt="a mug"),
+            "validation_prompt must contain the placeholder token <new1> or <new2>",
+        ),
         (replace(SEVERAL, initializer_token="ktn"), "initializer_token must give one word for each of <new1>+<new2>"),
         (replace(CUSTOM, initializer_token="ktn+pll"), "initializer_token must give one word for each of <new1>, got"),
         (replace(SEVERAL, placeholder_token="<new1>+"), "placeholder_token must be one word without spaces, got"),
@@ -194,21 +200,21 @@ def test_a_run_without_the_name_of_its_method_is_textual_inversion() -> None:
         ),
         (
             replace(CUSTOM, placeholder_token="<new1>+<new2>", initializer_token="ktn+pll"),
-            "placeholder_token <new1>+<new2> is several words, which need a concepts_list",
+            "placeholder_token must be one word without a concepts_list, got <new1>+<new2>",
         ),
         (replace(CUSTOM, max_grad_norm=0.0), "max_grad_norm must be above 0, got 0.0"),
-        (replace(CUSTOM, validation_prompt="a mug"), "validation_prompt must hold the new word <new1>"),
+        (replace(CUSTOM, validation_prompt="a mug"), "validation_prompt must contain the placeholder token <new1>"),
     ],
 )
-def test_a_bad_setting_of_another_method_is_the_one_problem_named(config: AnyConfig, said: str) -> None:
-    (problem,) = settings_problems(config)
+def test_a_bad_setting_of_another_method_is_the_one_problem_named(config: TrainingConfig, said: str) -> None:
+    (problem,) = problems(config)
     assert said in problem
 
 
 def test_the_new_word_of_custom_diffusion_has_its_diffusers_name_too() -> None:
-    assert canonical({"modifier-token": "<m>"}, CustomDiffusionConfig) == {"placeholder_token": "<m>"}
+    assert canonical_settings({"modifier-token": "<m>"}, CustomDiffusionConfig) == {"placeholder_token": "<m>"}
     with pytest.raises(RefusedInput, match="unknown setting 'modifier_token'"):
-        canonical({"modifier_token": "<m>"}, TextualInversionConfig)
+        canonical_settings({"modifier_token": "<m>"}, TextualInversionConfig)
 
 
 @given(st.floats(), st.floats(allow_nan=False), st.floats(allow_nan=False), st.booleans())
@@ -222,7 +228,7 @@ def test_a_range_admits_only_finite_numbers_between_its_ends(
 
 
 def test_settings_may_be_spelled_with_hyphens_and_by_another_name() -> None:
-    assert canonical({"learning-rate": 1, "train-data-dir": "x"}, TextualInversionConfig) == {
+    assert canonical_settings({"learning-rate": 1, "train-data-dir": "x"}, TextualInversionConfig) == {
         "learning_rate": 1,
         "instance_data_dir": "x",
     }
@@ -230,7 +236,7 @@ def test_settings_may_be_spelled_with_hyphens_and_by_another_name() -> None:
 
 def test_unknown_settings_are_named_with_the_nearest_known_one() -> None:
     with pytest.raises(RefusedInput) as refused:
-        canonical({"learnin_rate": 1, "train_dir": 2, "seed": 3}, TextualInversionConfig)
+        canonical_settings({"learnin_rate": 1, "train_dir": 2, "seed": 3}, TextualInversionConfig)
     assert refused.value.problems == (
         "unknown setting 'learnin_rate': the nearest known one is learning_rate",
         "unknown setting 'train_dir': the nearest known one is train_data_dir",
@@ -239,7 +245,7 @@ def test_unknown_settings_are_named_with_the_nearest_known_one() -> None:
 
 def test_a_setting_and_its_other_name_together_are_refused() -> None:
     with pytest.raises(RefusedInput, match="instance_data_dir is given twice"):
-        canonical({"instance_data_dir": "x", "train-data-dir": "y"}, TextualInversionConfig)
+        canonical_settings({"instance_data_dir": "x", "train-data-dir": "y"}, TextualInversionConfig)
 
 
 def test_the_nearest_word_is_found_however_far() -> None:
@@ -280,13 +286,13 @@ def test_a_missing_settings_file_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_words_are_joined_by_plus_in_custom_diffusion_alone() -> None:
-    assert words(SEVERAL) == ("<new1>", "<new2>")
-    assert initializers(SEVERAL) == ("ktn", "pll")
-    assert words(CUSTOM) == ("<new1>",)
-    assert words(replace(GOOD, placeholder_token="c++")) == ("c++",)
-    assert words(LORA_ALONE) == ()
+    assert SEVERAL.placeholder_tokens == ("<new1>", "<new2>")
+    assert SEVERAL.initializer_tokens == ("ktn", "pll")
+    assert CUSTOM.placeholder_tokens == ("<new1>",)
+    assert replace(GOOD, placeholder_token="c++").placeholder_tokens == ("c++",)
+    assert LORA_ALONE.placeholder_tokens == ()
 
 
 def test_only_a_run_with_class_pictures_has_a_prior() -> None:
-    assert [prior_weight(config) for config in (GOOD, LORA, LORA_ALONE, LORA_PRIOR, CUSTOM)] == [0, 0, 0, 1, 1]
-    assert prior_weight(replace(CUSTOM, prior_loss_weight=0.0)) == 0
+    assert [config.effective_prior_weight for config in (GOOD, LORA, LORA_ALONE, LORA_PRIOR, CUSTOM)] == [0, 0, 0, 1, 1]
+    assert replace(CUSTOM, prior_loss_weight=0.0).effective_prior_weight == 0

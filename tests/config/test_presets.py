@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from dvar.config.presets import TABLE, configure, settings
-from dvar.config.training import CONFIGS, TextualInversionConfig, settings_problems
+from dvar.config.presets import TABLE, configure, preset_settings
+from dvar.config.training import PAPER_METHODS, TextualInversionConfig, problems
 from dvar.errors import RefusedInput
-from dvar.training.preflight import rule_problems
+from dvar.training import rule
 
 
 def test_the_papers_settings_are_the_published_ones() -> None:
     # Section 3.3 (N, alpha), Section 4.2 (steps, samples), and the released Textual Inversion command.
-    paper = settings("paper")
+    paper = preset_settings("paper")
     published = {
         "window": 310,
         "threshold": 0.15,
@@ -36,7 +36,7 @@ def test_every_row_is_a_setting_with_a_source_and_stands_once() -> None:
     rows = [(row.name, row.method, row.setting) for row in TABLE]
     assert len(set(rows)) == len(rows)
     assert all(row.source for row in TABLE)
-    assert all(row.setting in {item.name for item in fields(CONFIGS[row.method])} for row in TABLE)
+    assert all(row.setting in {item.name for item in fields(PAPER_METHODS[row.method])} for row in TABLE)
 
 
 OWN = {
@@ -46,15 +46,15 @@ OWN = {
 }
 
 
-@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("method", PAPER_METHODS)
 @pytest.mark.parametrize("name", ["paper", "lean", "mini"])
 def test_every_preset_gives_settings_that_can_be_run(name: str, method: str) -> None:
-    config = configure({"preset": name, "instance_data_dir": "pictures", **OWN[method]}, method)
-    assert isinstance(config, CONFIGS[method])
-    assert settings_problems(config) == []
-    assert rule_problems(config) == []
+    config = configure({"preset": name, "instance_data_dir": "pictures", **OWN[method]}, PAPER_METHODS[method])
+    assert isinstance(config, PAPER_METHODS[method])
+    assert problems(config) == []
+    assert rule.problems(config) == []
     assert config.preset == name
-    assert {key: getattr(config, key) for key in settings(name, method)} == settings(name, method)
+    assert {key: getattr(config, key) for key in preset_settings(name, method)} == preset_settings(name, method)
 
 
 @pytest.mark.parametrize(
@@ -73,19 +73,22 @@ def test_every_preset_gives_settings_that_can_be_run(name: str, method: str) -> 
 )
 def test_the_papers_settings_of_the_other_methods(method: str, published: dict[str, float]) -> None:
     shared = {"validation_steps": 100, "train_batch_size": 2, "guidance_scale": 6.0, "eval_batch_size": 8}
-    assert settings("paper", method).items() >= {**published, **shared}.items()
+    assert preset_settings("paper", method).items() >= {**published, **shared}.items()
 
 
 def test_the_bundled_model_has_its_own_preset_and_any_other_the_papers_probed_less() -> None:
-    assert configure({}).preset == "mini"
-    assert configure({"pretrained_model_name_or_path": "owner/model"}).preset == "lean"
-    assert configure({"pretrained_model_name_or_path": "owner/model", "preset": "mini"}).resolution == 64
-    assert configure({"preset": "paper"}).resolution == 512
+    assert configure({}, TextualInversionConfig).preset == "mini"
+    assert configure({"pretrained_model_name_or_path": "owner/model"}, TextualInversionConfig).preset == "lean"
+    assert (
+        configure({"pretrained_model_name_or_path": "owner/model", "preset": "mini"}, TextualInversionConfig).resolution
+        == 64
+    )
+    assert configure({"preset": "paper"}, TextualInversionConfig).resolution == 512
 
 
-@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("method", PAPER_METHODS)
 def test_lean_is_the_papers_but_for_a_cadence_that_leaves_a_window_enough(method: str) -> None:
-    paper, lean = settings("paper", method), settings("lean", method)
+    paper, lean = preset_settings("paper", method), preset_settings("lean", method)
     assert {name for name in paper if lean[name] != paper[name]} == {"probe_every"}
     assert lean.keys() == paper.keys()
     assert paper["probe_every"] == 1
@@ -93,17 +96,17 @@ def test_lean_is_the_papers_but_for_a_cadence_that_leaves_a_window_enough(method
 
 
 def test_what_is_given_overrides_the_preset_and_the_rest_keeps_its_default() -> None:
-    config = configure({"learning-rate": 0.5, "train_data_dir": Path("pictures")})
+    config = configure({"learning-rate": 0.5, "train_data_dir": Path("pictures")}, TextualInversionConfig)
     assert (config.learning_rate, config.instance_data_dir) == (0.5, "pictures")
-    kept = {**settings("mini"), "preset": "mini", "learning_rate": 0.5, "instance_data_dir": "pictures"}
+    kept = {**preset_settings("mini"), "preset": "mini", "learning_rate": 0.5, "instance_data_dir": "pictures"}
     assert config == replace(TextualInversionConfig(), **kept)
 
 
 def test_an_unknown_preset_is_refused_with_the_nearest() -> None:
     with pytest.raises(RefusedInput, match="preset must be one of lean, mini, paper, got 'papr': try paper"):
-        configure({"preset": "papr"})
+        configure({"preset": "papr"}, TextualInversionConfig)
 
 
 def test_an_unknown_setting_is_refused_with_the_nearest() -> None:
     with pytest.raises(RefusedInput, match="nearest known one is window"):
-        configure({"widow": 3})
+        configure({"widow": 3}, TextualInversionConfig)

@@ -3,34 +3,36 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from dvar.diffusion.backbone import Backbone
+from dvar.diffusion.backbone import BACKBONES, BackboneEntry, load_backbone, load_tokenizer
+from dvar.diffusion.devices import peak_memory
 from dvar.diffusion.objective import Encoded, denoising_loss, draw
-from dvar.diffusion.tokens import load_tokenizer
+from dvar.diffusion.stable_diffusion import StableDiffusion
 from dvar.errors import ModelError
 
 
 @pytest.fixture(scope="module")
-def backbone(tiny_model: Path) -> Backbone:
-    return Backbone.load(tiny_model, device="cpu")
+def backbone(tiny_model: Path) -> StableDiffusion:
+    return StableDiffusion.load(tiny_model, device="cpu")
 
 
 def pictures(folder: Path) -> list[Image.Image]:
     return [Image.open(path).convert("RGB").resize((32, 32)) for path in sorted(folder.glob("*.png"))]
 
 
-def test_everything_is_frozen_and_in_eval_mode(backbone: Backbone) -> None:
+def test_everything_is_frozen_and_in_eval_mode(backbone: StableDiffusion) -> None:
     for network in backbone.modules:
         assert not any(weight.requires_grad for weight in network.parameters())
         assert not any(part.training for part in network.modules())
 
 
-def test_moments_are_those_of_each_picture_alone(backbone: Backbone, tiny_pictures: Path) -> None:
+def test_moments_are_those_of_each_picture_alone(backbone: StableDiffusion, tiny_pictures: Path) -> None:
     shown = pictures(tiny_pictures)
     moments = backbone.encode(shown)
     assert moments.shape == (4, 8, 8, 8)
@@ -41,14 +43,14 @@ def test_moments_are_those_of_each_picture_alone(backbone: Backbone, tiny_pictur
     assert torch.equal(backbone.encode([Image.new("L", (32, 32), 255)]), expected)
 
 
-def test_prompts_are_padded_and_cut_to_what_the_text_encoder_reads(backbone: Backbone) -> None:
+def test_prompts_are_padded_and_cut_to_what_the_text_encoder_reads(backbone: StableDiffusion) -> None:
     ids = backbone.tokenize(["a mug", "mug " * 200])
     assert ids.shape == (2, 77)
     assert ids[0, 0] == backbone.tokenizer.bos_token_id
     assert ids[1, -1] == backbone.tokenizer.eos_token_id
 
 
-def test_prediction_is_that_of_the_stock_pipelines_networks(backbone: Backbone, tiny_model: Path) -> None:
+def test_prediction_is_that_of_the_stock_pipelines_networks(backbone: StableDiffusion, tiny_model: Path) -> None:
     stock = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
     noisy, timesteps = torch.randn(2, 4, 8, 8), torch.tensor([10, 900])
     ids = backbone.tokenize(["a photo of mug", "a dark cat"])
@@ -59,9 +61,9 @@ def test_prediction_is_that_of_the_stock_pipelines_networks(backbone: Backbone, 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_still_gives_float32_losses_and_gradients(
-    backbone: Backbone, tiny_model: Path, tiny_pictures: Path, precision: str
+    backbone: StableDiffusion, tiny_model: Path, tiny_pictures: Path, precision: str
 ) -> None:
-    half = Backbone.load(tiny_model, device="cpu", mixed_precision=precision)
+    half = StableDiffusion.load(tiny_model, device="cpu", mixed_precision=precision)
     assert half.unet.dtype != torch.float32
     examples = Encoded(half.encode(pictures(tiny_pictures)).unsqueeze(1), [half.tokenize(["a mug"])] * 4)
     drawn = draw(examples, timesteps=1000, seed=0, stream="train", first=0, count=4)
@@ -74,11 +76,11 @@ def test_half_precision_still_gives_float32_losses_and_gradients(
 def test_gradient_checkpointing_gives_the_same_gradient(tiny_model: Path) -> None:
     gradients = []
     for recompute in (False, True):
-        model = Backbone.load(tiny_model, device="cpu", gradient_checkpointing=recompute)
+        model = StableDiffusion.load(tiny_model, device="cpu", gradient_checkpointing=recompute)
         assert model.unet.is_gradient_checkpointing == recompute
         words = model.text_encoder.get_input_embeddings().weight.requires_grad_()
         noisy = torch.ones(1, 4, 8, 8)
-        model.predict(noisy, torch.tensor([500]), model.tokenize(["a mug"])).square().sum().backward()
+        torch.autograd.backward(model.predict(noisy, torch.tensor([500]), model.tokenize(["a mug"])).square().sum())
         gradients.append(words.grad)
     assert gradients[0].abs().sum() > 0
     assert torch.equal(*gradients)
@@ -88,7 +90,7 @@ def test_attention_is_sliced_only_where_asked_and_predicts_the_same(tiny_model: 
     given = torch.randn(2, 4, 8, 8), torch.tensor([500, 20])
     predicted, kinds = [], []
     for sliced in (False, True):
-        backbone = Backbone.load(tiny_model, device="cpu", **({"attention_slicing": True} if sliced else {}))
+        backbone = StableDiffusion.load(tiny_model, device="cpu", attention_slicing=sliced)
         kinds.append({type(processor).__name__ for processor in backbone.unet.attn_processors.values()})
         with torch.no_grad():
             predicted.append(backbone.predict(*given, backbone.tokenize(["a mug", "a dark cat"])))
@@ -97,7 +99,7 @@ def test_attention_is_sliced_only_where_asked_and_predicts_the_same(tiny_model: 
 
 
 def test_a_folder_that_is_no_model_is_named_in_one_line(tmp_path: Path, tiny_model: Path) -> None:
-    for load in (Backbone.load, load_tokenizer):
+    for load in (load_backbone, load_tokenizer):
         with pytest.raises(ModelError, match=f"{tmp_path} does not load") as told:
             load(tmp_path)
         assert "\n" not in str(told.value)
@@ -108,7 +110,7 @@ def test_another_kind_of_pipeline_is_refused(tmp_path: Path, tiny_model: Path) -
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionXLPipeline"}))
     with pytest.raises(ModelError, match="is a StableDiffusionXLPipeline"):
-        Backbone.load(folder)
+        load_backbone(folder)
 
 
 def test_a_model_that_predicts_samples_is_refused(tmp_path: Path, tiny_model: Path) -> None:
@@ -116,9 +118,32 @@ def test_a_model_that_predicts_samples_is_refused(tmp_path: Path, tiny_model: Pa
     path = folder / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "sample"}))
     with pytest.raises(ModelError, match="predicts sample"):
-        Backbone.load(folder)
+        StableDiffusion.load(folder)
 
 
 def test_loading_says_nothing(tiny_model: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    Backbone.load(tiny_model, device="cpu", mixed_precision="bf16")
+    StableDiffusion.load(tiny_model, device="cpu", mixed_precision="bf16")
     assert capfd.readouterr() == ("", "")
+
+
+def test_the_peak_of_the_process_is_in_bytes() -> None:
+    peak = peak_memory(torch.device("cpu"))
+    assert peak is None or peak > 50 * 2**20
+
+
+def test_a_backbone_of_another_package_is_loaded_by_the_class_of_its_pipeline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "OtherPipeline"}))
+    calls: list[Any] = []
+
+    def load(name: Path, **options: Any) -> Any:
+        calls.append((name, options["device"]))
+        return "a model"
+
+    entry = BackboneEntry("OtherPipeline", "Other model", load, lambda name: "a tokenizer")
+    monkeypatch.setattr(BACKBONES, "_items", {**BACKBONES, entry.pipeline: entry})
+    loaded: Any = load_backbone(tmp_path, device="cpu")
+    assert loaded == "a model"
+    assert load_tokenizer(tmp_path) == "a tokenizer"
+    assert calls == [(tmp_path, "cpu")]

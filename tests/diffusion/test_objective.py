@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from dvar.diffusion.objective import Draws, Encoded, Schedule, denoising_loss, draw, latents_of
 
-STREAM = {"timesteps": 1000, "seed": 5, "stream": "train"}
+STREAM: dict[str, Any] = {"timesteps": 1000, "seed": 5, "stream": "train"}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,8 @@ def test_draws_do_not_depend_on_how_a_step_is_split(
 def test_draws_are_fresh_at_every_step_and_in_every_stream_and_seed(examples: Encoded) -> None:
     one = draw(examples, **STREAM, step=1, first=0, count=4)
     assert equal(one, draw(examples, **STREAM, step=1, first=0, count=4))
-    for other in ({"step": 2}, {"step": 1, "stream": "held"}, {"step": 1, "seed": 6}):
+    others: tuple[dict[str, Any], ...] = ({"step": 2}, {"step": 1, "stream": "held"}, {"step": 1, "seed": 6})
+    for other in others:
         drawn = draw(examples, **{**STREAM, **other}, first=0, count=4)
         assert not torch.equal(drawn.noise, one.noise)
         assert not torch.equal(drawn.vae_noise, one.vae_noise)

@@ -8,7 +8,8 @@ import pytest
 from short_run import Outcome, short_run
 
 from dvar.config.training import TextualInversionConfig
-from dvar.diffusion.backbone import Backbone
+from dvar.diffusion.backbone import load_backbone
+from dvar.diffusion.stable_diffusion import StableDiffusion
 from dvar.training.personalise import personalise
 
 
@@ -27,7 +28,7 @@ def straight(tiny_model: Path, tiny_pictures: Path, tmp_path_factory: pytest.Tem
 @pytest.fixture
 def loaded_at_once(tiny_model: Path) -> Iterator[None]:
     """Loading the model takes a copy of one that was loaded once."""
-    first = Backbone.load(tiny_model, device="cpu")
+    first = load_backbone(tiny_model, device="cpu")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Backbone, "load", lambda *_, **__: copy.deepcopy(first))
+        patch.setattr(StableDiffusion, "load", lambda *_, **__: copy.deepcopy(first))
         yield

@@ -17,15 +17,16 @@ from pathlib import Path
 import torch
 from short_run import Outcome, gone_on, short_run
 
-from dvar.diffusion.backbone import Backbone
-from dvar.training.checkpoint import saved
+from dvar.diffusion.backbone import load_backbone
+from dvar.diffusion.stable_diffusion import StableDiffusion
 from dvar.training.personalise import personalise
+from dvar.training.run_layout import checkpoint_paths
 
 
 def main(model: str, pictures: str, folder: str, kills: str) -> None:
     torch.set_num_threads(1)
-    first = Backbone.load(model, device="cpu")
-    Backbone.load = lambda *_, **__: copy.deepcopy(first)  # type: ignore[method-assign]
+    first = load_backbone(model, device="cpu")
+    StableDiffusion.load = lambda *_, **__: copy.deepcopy(first)  # type: ignore[method-assign, assignment]
     config = replace(short_run(Path(model), Path(pictures), Path(folder) / "straight"), checkpointing_steps=1)
     began = time.monotonic()
     straight = Outcome.of(personalise(config).folder)
@@ -41,7 +42,7 @@ def main(model: str, pictures: str, folder: str, kills: str) -> None:
         if child.exitcode:
             killed += 1
             assert child.exitcode == -9, f"the run failed by itself after {killed} kills"
-            if killed % 10 == 0 and saved(Path(each.output_dir)):  # every so often it is let to its end
+            if killed % 10 == 0 and checkpoint_paths(Path(each.output_dir)):  # every so often it is let to its end
                 assert gone_on(each) == straight, "after kills the run differs"
                 finished += 1
         else:

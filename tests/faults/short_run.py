@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dvar.config.training import TextualInversionConfig
 from dvar.stopping.trace import Trace
-from dvar.training.checkpoint import saved
 from dvar.training.personalise import personalise
+from dvar.training.run_layout import checkpoint_paths
 
 CAP = 9
 
@@ -63,6 +63,6 @@ def short_run(model: Path, pictures: Path, folder: Path) -> TextualInversionConf
 
 def gone_on(config: TextualInversionConfig) -> Outcome:
     """The same command as a person would give it after a failure: resumed, or afresh when nothing was saved yet."""
-    resume = "latest" if saved(Path(config.output_dir)) else None
+    resume = "latest" if checkpoint_paths(Path(config.output_dir)) else None
     personalise(replace(config, resume_from_checkpoint=resume, overwrite=resume is None))
     return Outcome.of(Path(config.output_dir))

@@ -44,7 +44,10 @@ def file(path: str, content: bytes | None, said: str, *words: str) -> Case:
     def spoil(place: Path) -> None:
         target = place / path
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(content) if content is not None else target.unlink()
+        if content is None:
+            target.unlink()
+        else:
+            target.write_bytes(content)
 
     return Case(said, words, spoil)
 
@@ -55,6 +58,11 @@ def cut(path: str, said: str) -> Case:
 
 def removed(path: str, said: str) -> Case:
     return Case(said, (), lambda place: shutil.rmtree(place / path))
+
+
+def without_three_images(place: Path) -> None:
+    for index in (1, 2, 3):
+        (place / "pictures" / f"0{index}.png").unlink()
 
 
 NUMBERS = [
@@ -73,7 +81,7 @@ NUMBERS = [
     Case(
         "00.png must be 512 pixels or more on its shorter side at resolution 1024, got 64x64",
         ("--resolution", "1024"),
-        lambda place: [(place / "pictures" / f"0{index}.png").unlink() for index in (1, 2, 3)],
+        without_three_images,
     ),
     setting("learning_rate", 0, "learning_rate must be above 0, got 0.0"),
     setting("learning_rate", -1, "learning_rate must be above 0, got -1.0"),
@@ -159,31 +167,41 @@ TOKENS = [
     setting("initializer_token", "red mug", "initializer_token must be one token, got 'red mug', which is 2"),
     setting("initializer_token", "xylophone", "initializer_token must be one token, got 'xylophone'"),
     setting("initializer_token", "", "initializer_token is missing"),
-    setting("validation_prompt", "a mug", "validation_prompt must hold the new word <thing>"),
+    setting("validation_prompt", "a mug", "validation_prompt must contain the placeholder token <thing>"),
     setting("validation_prompt", "<thing> " + "mug " * 90, "must be at most 77 tokens"),
-    setting("instance_prompt", "a photo of a mug", "instance_prompt must hold the new word <thing>", LORA),
+    setting("instance_prompt", "a photo of a mug", "instance_prompt must contain the placeholder token <thing>", LORA),
     setting("class_noun", " ", "class_noun is missing", CUSTOM),
-    setting("instance_prompt", "a photo of a mug", "instance_prompt must hold the new word <thing>", CUSTOM),
+    setting(
+        "instance_prompt", "a photo of a mug", "instance_prompt must contain the placeholder token <thing>", CUSTOM
+    ),
 ]
 PICTURES = [
     setting("instance_data_dir", "{place}/nowhere", "does not exist: check the path"),
     setting("instance_data_dir", "{place}/pictures/00.png", "is a file: check the path"),
-    setting("instance_data_dir", "{place}/empty", "holds no pictures: put three to five there"),
-    setting("class_data_dir", "{place}/nowhere", "class_data_dir must be a folder with pictures of the class", CUSTOM),
-    setting("class_data_dir", "{place}/empty", "class_data_dir {place}/empty holds no pictures", CUSTOM),
-    file("pictures/notes.pdf", b"%PDF-1.4", "notes.pdf is not a picture that can be read"),
-    file("pictures/empty.png", b"", "empty.png is not a picture that can be read"),
-    file("pictures/text.png", b"no picture", "text.png is not a picture that can be read"),
-    file("pictures/deep/00.png", b"", "deep is a folder: pictures are read from one flat folder"),
-    file("pictures/00.txt", b"a photo of a mug", "00.txt must hold the new word <thing> where the subject is named"),
-    file("pictures/00.txt", b"", "00.txt must hold the new word <thing>"),
+    setting("instance_data_dir", "{place}/empty", "holds no images: put three to five there"),
+    setting("class_data_dir", "{place}/nowhere", "class_data_dir must be a folder with class images", CUSTOM),
+    setting("class_data_dir", "{place}/empty", "class_data_dir {place}/empty holds no images", CUSTOM),
+    file("pictures/notes.pdf", b"%PDF-1.4", "notes.pdf is not an image that can be read"),
+    file("pictures/empty.png", b"", "empty.png is not an image that can be read"),
+    file("pictures/text.png", b"no picture", "text.png is not an image that can be read"),
+    file("pictures/deep/00.png", b"", "deep is a folder: images are read from one flat folder"),
+    file(
+        "pictures/00.txt",
+        b"a photo of a mug",
+        "00.txt must contain the placeholder token <thing> where the concept is named",
+    ),
+    file("pictures/00.txt", b"", "00.txt must contain the placeholder token <thing>"),
     file("pictures/00.txt", b"\xff\xfe\xfa", "00.txt cannot be read as UTF-8 text"),
     file("pictures/00.txt", b"<thing> " + b"mug " * 90, "the text of 00.png must be at most 77 tokens"),
-    file("pictures/77.txt", b"a photo of <thing>", "77.txt is the caption of no picture"),
+    file("pictures/77.txt", b"a photo of <thing>", "77.txt is the caption of no image"),
     file("pictures/metadata.jsonl", b"{", "metadata.jsonl, line 1, must be"),
     file("pictures/metadata.jsonl", b'{"file_name": "00.png"}', "metadata.jsonl, line 1, must be"),
     file("pictures/metadata.jsonl", b'{"file_name": "9.png", "text": "<thing>"}', "names '9.png', which is not in the"),
-    file("pictures/metadata.jsonl", b'{"file_name": "00.png", "text": "a mug"}', "must hold the new word <thing>"),
+    file(
+        "pictures/metadata.jsonl",
+        b'{"file_name": "00.png", "text": "a mug"}',
+        "must contain the placeholder token <thing>",
+    ),
     cut("pictures/00.png", "00.png is damaged"),
 ]
 MODELS = [
@@ -225,7 +243,7 @@ MODELS = [
 ]
 RUNS = [
     setting("output_dir", "{place}/pictures/00.png", "output_dir must be a folder, and"),
-    setting("output_dir", "{place}/pictures", "output_dir must not be the folder of the pictures"),
+    setting("output_dir", "{place}/pictures", "output_dir must not be the folder of the images"),
     file("out/result.json", b"{}", "holds another run, or files in its place (result.json): choose another"),
     file("out/trace.jsonl", b"", "holds another run, or files in its place (trace.jsonl): choose another"),
     setting("resume_from_checkpoint", "latest", "it holds no checkpoint: correct it or start afresh"),
@@ -271,26 +289,29 @@ LISTS = [
     Case("concepts_list {place}/list.json: No such file or directory; check the path", SEVERAL, method=None),
     Case("is not JSON", SEVERAL, lambda place: (place / "list.json").write_text("[{"), method=None),
     Case("is not JSON", SEVERAL, lambda place: (place / "list.json").write_bytes(b"\xff"), method=None),
-    listed([], "must be a list of one or more objects: write one for each subject"),
-    listed(FIRST, "must be a list of one or more objects: write one for each subject"),
-    listed([FIRST, "<b>"], "must be a list of one or more objects: write one for each subject"),
+    listed([], "must be a list of one or more objects: write one for each concept"),
+    listed(FIRST, "must be a list of one or more objects: write one for each concept"),
+    listed([FIRST, "<b>"], "must be a list of one or more objects: write one for each concept"),
     listed(
-        [FIRST, {**SECOND, "class_promt": "a mug"}], "subject 2: unknown key 'class_promt', the nearest known one is"
+        [FIRST, {**SECOND, "class_promt": "a mug"}], "concept 2: unknown key 'class_promt', the nearest known one is"
     ),
-    listed([FIRST, {**SECOND, "class_prompt": 3}], "subject 2: class_prompt must be text, got 3: give it"),
-    listed([{**FIRST, "instance_data_dir": " "}, SECOND], "subject 1: instance_data_dir must be text, got ' '"),
+    listed([FIRST, {**SECOND, "class_prompt": 3}], "concept 2: class_prompt must be text, got 3: give it"),
+    listed([{**FIRST, "instance_data_dir": " "}, SECOND], "concept 1: instance_data_dir must be text, got ' '"),
     listed(
-        [FIRST, {**SECOND, "instance_prompt": "a mug"}], "subject 2: instance_prompt must hold one of the new words"
+        [FIRST, {**SECOND, "instance_prompt": "a mug"}],
+        "concept 2: instance_prompt must contain one of the placeholder tokens",
     ),
-    listed([FIRST, FIRST], "has no instance_prompt with <b>: put each new word into the prompt of its subject"),
     listed(
-        [FIRST, {**SECOND, "instance_data_dir": "{place}/nowhere"}], "subject 2: instance_data_dir must be a folder"
+        [FIRST, FIRST], "has no instance_prompt with <b>: put each placeholder token into the prompt of its concept"
     ),
-    listed([FIRST, {**SECOND, "instance_data_dir": "{place}/empty"}], "{place}/empty holds no pictures"),
-    listed([{**FIRST, "class_data_dir": "{place}/nowhere"}, SECOND], "subject 1: class_data_dir must be a folder"),
-    listed([{**FIRST, "class_data_dir": "{place}/empty"}, SECOND], "class_data_dir {place}/empty holds no pictures"),
-    listed([{**FIRST, "class_prompt": "mug " * 90}, SECOND], "the text of concepts_list, subject 1: class_prompt must"),
-    listed([FIRST, SECOND], "class_noun is for one subject and concepts_list for several", "--class_noun", "mug"),
+    listed(
+        [FIRST, {**SECOND, "instance_data_dir": "{place}/nowhere"}], "concept 2: instance_data_dir must be a folder"
+    ),
+    listed([FIRST, {**SECOND, "instance_data_dir": "{place}/empty"}], "{place}/empty holds no images"),
+    listed([{**FIRST, "class_data_dir": "{place}/nowhere"}, SECOND], "concept 1: class_data_dir must be a folder"),
+    listed([{**FIRST, "class_data_dir": "{place}/empty"}, SECOND], "class_data_dir {place}/empty holds no images"),
+    listed([{**FIRST, "class_prompt": "mug " * 90}, SECOND], "the text of concepts_list, concept 1: class_prompt must"),
+    listed([FIRST, SECOND], "class_noun is for one concept and concepts_list for several", "--class_noun", "mug"),
 ]
 TABLE = [*NUMBERS, *WORDS, *TOKENS, *PICTURES, *MODELS, *LISTS, *RUNS]
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from dvar.stopping.trace import Trace
-from dvar.training.checkpoint import FACTS, MANIFEST, TENSORS, TRACE, Checkpoint, latest
+from dvar.training.checkpoint import FACTS, MANIFEST, TENSORS, Checkpoint, latest_checkpoint
+from dvar.training.run_layout import TRACE
 
 
 def written(folder: Path, step: int) -> Path:
@@ -32,9 +33,9 @@ def test_damage_at_any_byte_is_noticed_and_the_one_before_is_used(tmp_path: Path
         file.write_bytes(flipped if how == "flipped" else sound[:place])
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            assert latest(tmp_path).step == 5, place
+            assert latest_checkpoint(tmp_path).step == 5, place
         assert len(told) == 1
         assert "checkpoint-6 is" in str(told[0].message)
-        assert "going back to the one before" in str(told[0].message)
+        assert "trying the one before it" in str(told[0].message)
     file.write_bytes(sound)
-    assert latest(tmp_path).step == 6
+    assert latest_checkpoint(tmp_path).step == 6

@@ -16,8 +16,8 @@ from short_run import Outcome, gone_on
 
 from dvar.config.training import TextualInversionConfig
 from dvar.errors import OutOfResources
-from dvar.training.checkpoint import saved
 from dvar.training.personalise import personalise
+from dvar.training.run_layout import checkpoint_paths
 
 
 class Touched:
@@ -56,8 +56,17 @@ class Disk:
 
         patch.setattr(io, "open", open)
         patch.setattr(builtins, "open", open)
-        patch.setattr(os, "fsync", lambda handle: (self.ask("fsync"), fsync(handle))[1])
-        patch.setattr(os, "replace", lambda one, other, **kept: (self.ask("rename"), replace(one, other, **kept))[1])
+
+        def asking_fsync(handle: int) -> None:
+            self.ask("fsync")
+            fsync(handle)
+
+        def asking_replace(source: Any, target: Any, **options: Any) -> None:
+            self.ask("rename")
+            replace(source, target, **options)
+
+        patch.setattr(os, "fsync", asking_fsync)
+        patch.setattr(os, "replace", asking_replace)
 
     def ask(self, kind: str) -> None:
         if kind != self.kind:
@@ -114,5 +123,5 @@ def test_every_touch_of_the_disk_may_fail(
 
 def test_a_disk_that_stays_full_leaves_the_last_checkpoint(config: TextualInversionConfig, straight: Outcome) -> None:
     broken(config, "write", 62, full=True)
-    assert [path.name for path in saved(Path(config.output_dir))][-1] == "checkpoint-0"
+    assert [path.name for path in checkpoint_paths(Path(config.output_dir))][-1] == "checkpoint-0"
     assert gone_on(config) == straight

@@ -15,9 +15,10 @@ from torch import Tensor
 import dvar.training.run
 import dvar.training.trackers
 from dvar.config.training import TextualInversionConfig
+from dvar.diffusion.objective import denoising_loss
 from dvar.errors import OutOfResources
 from dvar.stopping.diagnosis import Reason
-from dvar.training.checkpoint import latest
+from dvar.training.checkpoint import latest_checkpoint
 from dvar.training.loop import StepRecord
 from dvar.training.personalise import personalise
 
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("loaded_at_once")
 
 def at_call(patch: pytest.MonkeyPatch, number: int, change: Callable[[Tensor], Tensor]) -> None:
     """Let the objective's call of this number pass through ``change``."""
-    true, count = dvar.training.run.denoising_loss, iter(range(10**6))
+    true, count = denoising_loss, iter(range(10**6))
 
     def loss(*given: Any) -> Tensor:
         return change(true(*given)) if next(count) == number else true(*given)
@@ -53,7 +54,7 @@ def test_memory_that_runs_out_is_told_with_the_remedy_and_the_run_goes_on(
     assert "\n" not in str(told.value)
     for remedy in ("--gradient_checkpointing", "--mixed_precision bf16", "--train_batch_size 1"):
         assert remedy in str(told.value)
-    assert latest(Path(config.output_dir)).step == 4
+    assert latest_checkpoint(Path(config.output_dir)).step == 4
     assert gone_on(config) == straight
 
 
@@ -98,7 +99,7 @@ def test_a_loss_or_gradient_that_is_no_number_ends_the_run_with_its_step(
     assert result.verdict.reason is Reason.NON_FINITE
     assert result.verdict.step == result.steps == 6
     assert "step 6" in result.verdict.sentence
-    last = latest(result.folder)
+    last = latest_checkpoint(result.folder)
     assert last.step == result.best_step == 5
     assert torch.equal(Outcome.of(result.folder).vectors, last.state["<thing>"])
 
@@ -114,8 +115,8 @@ def test_a_tracker_that_raises_is_left_alone_and_changes_nothing(
             raise ConnectionError("the server is gone")
 
     opened = (report, lambda: told.append(-1))
-    monkeypatch.setitem(dvar.training.trackers._OPENED, "none", lambda folder, settings: opened)
-    with pytest.warns(UserWarning, match="the tracker failed and is left alone from now on: the server is gone"):
+    monkeypatch.setitem(dvar.training.trackers._BACKENDS, "none", lambda folder, settings: opened)
+    with pytest.warns(UserWarning, match="the tracker failed and is disabled from now on: the server is gone"):
         folder = personalise(config).folder
     assert told == [0, 1, 2, 3]
     assert Outcome.of(folder) == straight

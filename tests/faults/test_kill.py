@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from dvar.config.training import TextualInversionConfig
-from dvar.training.checkpoint import latest
+from dvar.training.checkpoint import latest_checkpoint
 
 KILLS = 50
 HERE = Path(__file__).parent
@@ -66,7 +66,7 @@ def test_a_process_asked_to_end_saves_within_half_a_minute_and_says_how_to_go_on
     for name, value in {**given, **more}.items():
         words += [f"--{name}", str(value)]
     program = [sys.executable, "-c", "import sys; from dvar.cli.main import main; sys.exit(main())"]
-    popen = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    popen: dict[str, Any] = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with place(), subprocess.Popen([*program, *words], **popen) as process:
         assert process.stderr
         for line in process.stderr:
@@ -77,6 +77,6 @@ def test_a_process_asked_to_end_saves_within_half_a_minute_and_says_how_to_go_on
     assert process.returncode == 130, err
     assert "Traceback" not in err
     assert "next      the same command with --resume_from_checkpoint latest" in out
-    checkpoint = latest(Path(config.output_dir))
+    checkpoint = latest_checkpoint(Path(config.output_dir))
     assert f"step {checkpoint.step}" in out
     assert not (Path(config.output_dir) / "result.json").exists()

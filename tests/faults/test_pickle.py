@@ -15,11 +15,11 @@ import torch
 from short_run import short_run
 
 from dvar.config.training import DreamBoothLoraConfig, TextualInversionConfig
-from dvar.diffusion.backbone import Backbone
+from dvar.diffusion.backbone import load_backbone
 from dvar.diffusion.clip import Clip
 from dvar.errors import CheckpointError, ModelError, RefusedInput
-from dvar.runs.export import write_kohya, write_merged
-from dvar.runs.load_model import personalised
+from dvar.runs.export import write_kohya_lora, write_merged_pipeline
+from dvar.runs.load_model import load_personalised_backbone
 from dvar.testing import tiny_clip
 from dvar.training.checkpoint import MANIFEST, TENSORS, Checkpoint
 from dvar.training.personalise import personalise
@@ -63,7 +63,7 @@ def test_a_model(tmp_path: Path, tiny_model: Path, run: Path, part: str, names: 
         with (model / part / name).open("wb") as file:
             how(Malice(run), file)
         with pytest.raises(ModelError):
-            Backbone.load(model, device="cpu")
+            load_backbone(model, device="cpu")
         assert not run.exists()
 
 
@@ -73,7 +73,7 @@ def test_a_model_with_code_of_its_own(tmp_path: Path, tiny_model: Path, run: Pat
     (model / "model_index.json").write_text(json.dumps({**index, "unet": ["evil", "Evil"]}))
     (model / "unet" / "evil.py").write_text(f"from pathlib import Path\nPath({str(run)!r}).touch()\nclass Evil: pass\n")
     with pytest.raises(ModelError):
-        Backbone.load(model, device="cpu")
+        load_backbone(model, device="cpu")
     assert not run.exists()
 
 
@@ -87,7 +87,7 @@ def test_a_lora_to_export(tmp_path: Path, tiny_model: Path, tiny_pictures: Path,
     folder = personalise(config).folder
     with (folder / LORA).open("wb") as file:
         how(Malice(run), file)
-    for export in (write_merged, write_kohya):
+    for export in (write_merged_pipeline, write_kohya_lora):
         with pytest.raises(RefusedInput, match="damaged"):
             export(folder, tmp_path / "export.safetensors")
     assert not run.exists()
@@ -110,12 +110,12 @@ def test_learned_weights_and_a_checkpoint(config: TextualInversionConfig, tmp_pa
     content, checkpoint = pickle.dumps(Malice(run)), folder / "checkpoint-9"
     (folder / "learned_embeds.safetensors").write_bytes(content)
     with pytest.raises(RefusedInput, match="damaged"):
-        personalised(folder, device="cpu")
+        load_personalised_backbone(folder, device="cpu")
     with pytest.raises(RefusedInput, match="damaged"):
-        write_merged(folder, tmp_path / "merged")
+        write_merged_pipeline(folder, tmp_path / "merged")
     (checkpoint / TENSORS).write_bytes(content)
     digests = json.loads((checkpoint / MANIFEST).read_text())
     (checkpoint / MANIFEST).write_text(json.dumps({**digests, TENSORS: sha256(content).hexdigest()}))
-    with pytest.raises(CheckpointError, match="checkpoint-9 holds no checkpoint"):
+    with pytest.raises(CheckpointError, match="checkpoint-9 is not a checkpoint of dvar"):
         Checkpoint.read(checkpoint)
     assert not run.exists()

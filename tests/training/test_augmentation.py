@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from dvar.diffusion.backbone import Backbone
+from dvar.diffusion.backbone import Backbone, load_backbone
 from dvar.diffusion.objective import draw
 from dvar.diffusion.randomness import seed_for
-from dvar.training.augmentation import rescale, rescaled
+from dvar.training.augmentation import encode_rescaled_examples, rescale
 from dvar.training.placeholder_tokens import FAR, NEAR
 
 SIZE = 64
@@ -72,13 +72,13 @@ def test_a_larger_picture_is_cut_from_anywhere_in_it() -> None:
 
 @pytest.fixture(scope="module")
 def backbone(tiny_model: Path) -> Backbone:
-    return Backbone.load(tiny_model, device="cpu")
+    return load_backbone(tiny_model, device="cpu")
 
 
 def test_an_example_is_the_encoded_picture_its_caption_and_the_cells_away_from_grey(backbone: Backbone) -> None:
     pictures, texts = [flat((200, 30, 30), 96), flat((30, 30, 200), 96)], ["a photo of mug", "a red mug"]
     small = 0
-    examples = rescaled(pictures, [[text] for text in texts], backbone, mirrored=False)
+    examples = encode_rescaled_examples(pictures, [[text] for text in texts], backbone, mirrored=False)
     for key in range(60):
         choose = chooser(key)
         index = choose("picture", 2)
@@ -119,7 +119,7 @@ def test_without_mirroring_no_picture_is_mirrored_and_with_it_half_are(backbone:
 
     for mirrored, least, most in ((False, 0.0, 0.4), (True, 0.3, 0.7)):
         seen.clear()
-        examples = rescaled([half], [["a mug"]], Eye(), mirrored=mirrored)  # type: ignore[arg-type]
+        examples = encode_rescaled_examples([half], [["a mug"]], Eye(), mirrored=mirrored)  # type: ignore[arg-type]
         for key in range(200):
             examples.example(chooser(key))
         plain = [rescale(half, chooser(key))[0] for key in range(200)]
@@ -131,7 +131,9 @@ def test_without_mirroring_no_picture_is_mirrored_and_with_it_half_are(backbone:
 
 
 def test_what_is_drawn_from_it_does_not_depend_on_how_a_step_is_split(backbone: Backbone) -> None:
-    examples = rescaled([flat((9, 9, 9), 32), flat((90, 9, 9), 32)], [["a mug"], ["a cat"]], backbone, mirrored=True)
+    examples = encode_rescaled_examples(
+        [flat((9, 9, 9), 32), flat((90, 9, 9), 32)], [["a mug"], ["a cat"]], backbone, mirrored=True
+    )
     whole = draw(examples, timesteps=10, seed=3, stream="train", step=5, count=6)
     parts = [draw(examples, timesteps=10, seed=3, stream="train", step=5, first=at, count=3) for at in (0, 3)]
     joined = parts[0].joined(parts[1])

@@ -12,7 +12,8 @@ import torch
 
 from dvar.errors import CheckpointError
 from dvar.stopping.trace import Trace
-from dvar.training.checkpoint import Checkpoint, latest, saved
+from dvar.training.checkpoint import Checkpoint, latest_checkpoint
+from dvar.training.run_layout import checkpoint_paths
 
 
 def checkpoint(step: int) -> Checkpoint:
@@ -38,15 +39,15 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     path = checkpoint(5).write(tmp_path)
     assert path == tmp_path / "checkpoint-5"
     assert same(Checkpoint.read(path), checkpoint(5))
-    assert same(latest(tmp_path), checkpoint(5))
+    assert same(latest_checkpoint(tmp_path), checkpoint(5))
     assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint-5"]
 
 
 def test_newest_is_by_step_and_only_the_newest_are_kept(tmp_path: Path) -> None:
     for step in (8, 9, 10, 100):
         checkpoint(step).write(tmp_path, keep=None if step < 100 else 3)
-    assert [path.name for path in saved(tmp_path)] == ["checkpoint-100", "checkpoint-10", "checkpoint-9"]
-    assert latest(tmp_path).step == 100
+    assert [path.name for path in checkpoint_paths(tmp_path)] == ["checkpoint-100", "checkpoint-10", "checkpoint-9"]
+    assert latest_checkpoint(tmp_path).step == 100
 
 
 def test_the_limit_never_deletes_what_was_just_written_for_a_later_one(tmp_path: Path) -> None:
@@ -55,15 +56,15 @@ def test_the_limit_never_deletes_what_was_just_written_for_a_later_one(tmp_path:
     (tmp_path / "checkpoint-12" / "facts.json").write_bytes(b"damaged")
     checkpoint(9).write(tmp_path, keep=1)  # the run went on from 8, since 12 is damaged
     with pytest.warns(UserWarning, match="checkpoint-12 is damaged"):
-        assert latest(tmp_path).step == 9
-    assert [path.name for path in saved(tmp_path)] == ["checkpoint-12", "checkpoint-9"]
+        assert latest_checkpoint(tmp_path).step == 9
+    assert [path.name for path in checkpoint_paths(tmp_path)] == ["checkpoint-12", "checkpoint-9"]
 
 
 def test_a_step_reached_again_replaces_its_checkpoint(tmp_path: Path) -> None:
     checkpoint(5).write(tmp_path)
     again = Checkpoint(5, {"method/<thing>": torch.ones(1)}, {"best_step": 1}, checkpoint(5).trace)
     again.write(tmp_path)
-    assert same(latest(tmp_path), again)
+    assert same(latest_checkpoint(tmp_path), again)
     assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint-5"]
 
 
@@ -81,16 +82,19 @@ def test_damage_is_noticed_and_the_one_before_is_used(tmp_path: Path, name: str,
         file.write_bytes({"flip": flipped, "cut": content[:-1], "empty": b""}[damage])
     with pytest.raises(CheckpointError, match="checkpoint-6"):
         Checkpoint.read(tmp_path / "checkpoint-6")
-    with pytest.warns(UserWarning, match="checkpoint-6 is .* going back"):
-        assert same(latest(tmp_path), checkpoint(5))
+    with pytest.warns(UserWarning, match="checkpoint-6 is .* trying the one before"):
+        assert same(latest_checkpoint(tmp_path), checkpoint(5))
 
 
 def test_nothing_whole_to_go_on_from_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no whole checkpoint"):
-        latest(tmp_path)
+        latest_checkpoint(tmp_path)
     (checkpoint(5).write(tmp_path) / "facts.json").unlink()
-    with pytest.warns(UserWarning, match="going back"), pytest.raises(CheckpointError, match="no whole checkpoint"):
-        latest(tmp_path)
+    with (
+        pytest.warns(UserWarning, match="trying the one before"),
+        pytest.raises(CheckpointError, match="no whole checkpoint"),
+    ):
+        latest_checkpoint(tmp_path)
 
 
 class Crash(BaseException):
@@ -142,10 +146,10 @@ def test_killed_at_any_write_a_whole_checkpoint_remains(
             break
         except Crash:
             crash_at(10**9)
-            found = latest(folder)
+            found = latest_checkpoint(folder)
             assert found.step in (5, 6)
             new.write(folder, keep=1)
-        assert same(latest(folder), new)
+        assert same(latest_checkpoint(folder), new)
         assert [path.name for path in folder.iterdir()] == ["checkpoint-6"]
     assert allowed == len(touched) > 10
     assert {"fsync", "replace", "mkdir", "open", "rmtree"} == set(touched)

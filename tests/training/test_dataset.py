@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dvar.config.templates import TEMPLATES
 from dvar.config.training import CustomDiffusionConfig, TextualInversionConfig
 from dvar.errors import ModelError, RefusedInput
 from dvar.testing import tiny_tokenizer
-from dvar.training.dataset import TEMPLATES, Concept, read_concept, read_picture
-from dvar.training.preflight import rule_problems
+from dvar.training import rule
+from dvar.training.dataset import Concept, read_concept, read_image
+from dvar.training.preflight import preflight
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
@@ -51,7 +53,7 @@ def tokenizer() -> Any:
 
 def refusals(config: TextualInversionConfig, load_tokenizer: Callable[[str], Any] | None = None) -> tuple[str, ...]:
     with pytest.raises(RefusedInput) as refused:
-        read_concept(config, load_tokenizer)
+        preflight(config, load_tokenizer)
     return refused.value.problems
 
 
@@ -67,27 +69,27 @@ def jpeg(picture: Image.Image, **how: Any) -> bytes:
 def test_a_good_folder_becomes_a_concept(config: TextualInversionConfig, tokenizer: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        concept = read_concept(config, lambda name: tokenizer)
+        concept = preflight(config, lambda name: tokenizer)
     assert isinstance(concept, Concept)
     assert concept.names == ("00.png", "01.png", "02.png")
     assert concept.captions == (None, None, None)
-    assert concept.words == ("<thing>",)
-    assert [picture.getpixel((9, 9)) for picture in concept.pictures] == [(0, 0, 0), (80, 0, 0), (160, 0, 0)]
-    assert {(picture.mode, picture.size) for picture in concept.pictures} == {("RGB", (64, 64))}
+    assert concept.placeholder_tokens == ("<thing>",)
+    assert [picture.getpixel((9, 9)) for picture in concept.images] == [(0, 0, 0), (80, 0, 0), (160, 0, 0)]
+    assert {(picture.mode, picture.size) for picture in concept.images} == {("RGB", (64, 64))}
 
 
 def test_hidden_files_and_what_systems_leave_are_passed_over(config: TextualInversionConfig, pictures: Path) -> None:
     for name in (".DS_Store", "Thumbs.db", "desktop.ini", "concept.json"):
         (pictures / name).write_bytes(b"not a picture")
     (pictures / ".cache").mkdir()
-    assert len(read_concept(config).pictures) == 3
+    assert len(read_concept(config).images) == 3
 
 
 def test_one_picture_is_taken_with_a_warning(config: TextualInversionConfig, pictures: Path) -> None:
     for name in ("01.png", "02.png"):
         (pictures / name).unlink()
-    with pytest.warns(UserWarning, match="one picture only"):
-        assert len(read_concept(config).pictures) == 1
+    with pytest.warns(UserWarning, match="one image only"):
+        assert len(read_concept(config).images) == 1
 
 
 def test_without_captions_a_picture_has_every_template(config: TextualInversionConfig) -> None:
@@ -130,14 +132,14 @@ def saved(folder: Path, picture: Image.Image, name: str = "picture.png", **how: 
 def test_transparency_is_composed_on_white(tmp_path: Path) -> None:
     half = Image.new("RGBA", (64, 64), (*RED, 255))
     half.paste((0, 0, 0, 0), (32, 0, 64, 64))
-    read = read_picture(saved(tmp_path, half), 64)
+    read = read_image(saved(tmp_path, half), 64)
     assert (read.getpixel((8, 32)), read.getpixel((56, 32))) == (RED, WHITE)
 
 
 def test_grey_with_transparency_is_composed_on_white(tmp_path: Path) -> None:
-    assert read_picture(saved(tmp_path, Image.new("LA", (64, 64), (0, 0))), 64).getpixel((9, 9)) == WHITE
+    assert read_image(saved(tmp_path, Image.new("LA", (64, 64), (0, 0))), 64).getpixel((9, 9)) == WHITE
     # 50 grey under an alpha of 51 / 255 = 0.2 on white: 0.2 * 50 + 0.8 * 255 = 214.
-    read = read_picture(saved(tmp_path, Image.new("LA", (64, 64), (50, 51))), 64)
+    read = read_image(saved(tmp_path, Image.new("LA", (64, 64), (50, 51))), 64)
     assert read.getpixel((9, 9)) == (214, 214, 214)
 
 
@@ -145,30 +147,30 @@ def test_a_palette_with_a_transparent_entry_is_composed_on_white(tmp_path: Path)
     palette = Image.new("P", (64, 64), 1)
     palette.putpalette([0, 0, 255, 255, 0, 0])
     palette.paste(0, (32, 0, 64, 64))
-    plain = read_picture(saved(tmp_path, palette), 64)
+    plain = read_image(saved(tmp_path, palette), 64)
     assert (plain.getpixel((8, 32)), plain.getpixel((56, 32))) == (RED, BLUE)
-    clear = read_picture(saved(tmp_path, palette, transparency=0), 64)
+    clear = read_image(saved(tmp_path, palette, transparency=0), 64)
     assert (clear.getpixel((8, 32)), clear.getpixel((56, 32))) == (RED, WHITE)
 
 
 @pytest.mark.parametrize(("grey", "seen"), [(0, 0), (257 * 100, 100), (30000, 116), (65535, 255)])
 def test_sixteen_bit_grey_keeps_its_brightness(tmp_path: Path, grey: int, seen: int) -> None:
     # Eight bits of 255 are sixteen of 65535, so a level is 257: 30000 / 257 = 116.7.
-    read = read_picture(saved(tmp_path, Image.fromarray(np.full((64, 64), grey, np.uint16))), 64)
+    read = read_image(saved(tmp_path, Image.fromarray(np.full((64, 64), grey, np.uint16))), 64)
     assert read.getpixel((9, 9)) == (seen, seen, seen)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "RGB"])
 def test_every_common_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
-    read = read_picture(saved(tmp_path, Image.new("RGB", (64, 64), WHITE).convert(mode), "picture.tiff"), 64)
+    read = read_image(saved(tmp_path, Image.new("RGB", (64, 64), WHITE).convert(mode), "picture.tiff"), 64)
     assert (read.mode, read.getpixel((9, 9))) == ("RGB", WHITE)
 
 
 @pytest.mark.parametrize("name", ["picture.mpo", "picture.gif", "picture.tiff"])
 def test_of_several_frames_the_first_is_taken(tmp_path: Path, name: str) -> None:
     frames = [Image.new("RGB", (64, 64), colour) for colour in (RED, BLUE)]
-    read = read_picture(saved(tmp_path, frames[0], name, save_all=True, append_images=frames[1:]), 64)
-    np.testing.assert_allclose(read.getpixel((9, 9)), RED, atol=2)
+    read = read_image(saved(tmp_path, frames[0], name, save_all=True, append_images=frames[1:]), 64)
+    np.testing.assert_allclose(np.asarray(read)[9, 9], RED, atol=2)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -179,7 +181,7 @@ def test_every_orientation_is_turned_upright(tmp_path: Path, orientation: int) -
     stored = upright.transpose(Image.Transpose(away[orientation])) if orientation > 1 else upright
     exif = Image.Exif()
     exif[0x0112] = orientation
-    read = read_picture(saved(tmp_path, stored, exif=exif), 64)
+    read = read_image(saved(tmp_path, stored, exif=exif), 64)
     assert np.array_equal(np.asarray(read), np.asarray(upright))
 
 
@@ -187,8 +189,8 @@ def test_the_middle_square_is_cropped_or_the_whole_is_squeezed(tmp_path: Path) -
     wide = Image.new("RGB", (256, 64), BLUE)
     wide.paste(RED, (96, 0, 160, 64))
     path = saved(tmp_path, wide)
-    assert read_picture(path, 64).getcolors() == [(64 * 64, RED)]
-    squeezed = read_picture(path, 64, crop=False)
+    assert read_image(path, 64).getcolors() == [(64 * 64, RED)]
+    squeezed = read_image(path, 64, crop=False)
     assert (squeezed.getpixel((4, 32)), squeezed.getpixel((32, 32)), squeezed.getpixel((60, 32))) == (BLUE, RED, BLUE)
 
 
@@ -196,13 +198,13 @@ def test_the_settings_choose_between_cropping_and_squeezing(config: TextualInver
     wide = Image.new("RGB", (256, 64), BLUE)
     wide.paste(RED, (96, 0, 160, 64))
     wide.save(pictures / "00.png")
-    assert read_concept(config).pictures[0].getpixel((0, 0)) == RED
-    assert read_concept(replace(config, center_crop=False)).pictures[0].getpixel((0, 0)) == BLUE
+    assert read_concept(config).images[0].getpixel((0, 0)) == RED
+    assert read_concept(replace(config, center_crop=False)).images[0].getpixel((0, 0)) == BLUE
 
 
 def test_a_picture_that_must_be_enlarged_is_warned_of(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"picture\.png is 40x50 pixels and is enlarged to 64"):
-        assert read_picture(saved(tmp_path, Image.new("RGB", (40, 50))), 64).size == (64, 64)
+        assert read_image(saved(tmp_path, Image.new("RGB", (40, 50))), 64).size == (64, 64)
 
 
 # Refused files, each alone
@@ -275,14 +277,14 @@ def two_captions(folder: Path) -> None:
 
 
 BAD_FILES = [
-    (not_a_picture, "notes.pdf is not a picture that can be read"),
+    (not_a_picture, "notes.pdf is not an image that can be read"),
     (truncated, "cut.jpg is damaged"),
     (broken_png, "broken.png is damaged"),
     (too_small, "small.png must be 32 pixels or more on its shorter side at resolution 64, got 200x31 pixels"),
     (bomb, "bomb.png has far too many pixels"),
     (a_folder, "more is a folder"),
-    (lonely_caption, "09.txt is the caption of no picture"),
-    (caption_without_the_word, "00.txt must hold the new word <thing>"),
+    (lonely_caption, "09.txt is the caption of no image"),
+    (caption_without_the_word, "00.txt must contain the placeholder token <thing>"),
     (caption_in_another_encoding, "00.txt cannot be read as UTF-8"),
     (metadata_of_a_missing_picture, "metadata.jsonl, line 1, names '07.png', which is not in the folder"),
     (metadata_without_captions, 'metadata.jsonl, line 2, must be {"file_name": ..., "text": ...}'),
@@ -326,7 +328,7 @@ def test_an_empty_folder_is_refused(config: TextualInversionConfig, tmp_path: Pa
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / ".DS_Store").touch()
     (problem,) = refusals(replace(config, instance_data_dir=str(tmp_path / "empty")))
-    assert "holds no pictures" in problem
+    assert "holds no images" in problem
 
 
 # The rule
@@ -347,7 +349,7 @@ def test_an_empty_folder_is_refused(config: TextualInversionConfig, tmp_path: Pa
 def test_a_rule_that_cannot_stop_the_run_is_refused(
     config: TextualInversionConfig, changed: dict[str, Any], said: str
 ) -> None:
-    (problem,) = rule_problems(replace(config, **changed))
+    (problem,) = rule.problems(replace(config, **changed))
     assert said in problem
     if changed.get("threshold") == changed.get("threshold"):
         assert refusals(replace(config, **changed)) == (problem,)
@@ -435,7 +437,7 @@ def test_captions_are_measured_with_what_rescaling_puts_before_them(
         validation_prompt="<new1> mug",
     )
     with pytest.raises(RefusedInput, match="the text of instance_prompt must be at most 77 tokens, got 8"):
-        read_concept(plain, lambda name: tokenizer)
-    assert read_concept(replace(plain, random_rescale=False), lambda name: tokenizer).prompts
+        preflight(plain, lambda name: tokenizer)
+    assert preflight(replace(plain, random_rescale=False), lambda name: tokenizer).templates
     with pytest.raises(RefusedInput, match="the text of class_prompt must be at most 77 tokens"):
-        read_concept(replace(plain, random_rescale=False, class_noun="mug " * 80), lambda name: tokenizer)
+        preflight(replace(plain, random_rescale=False, class_noun="mug " * 80), lambda name: tokenizer)

@@ -36,7 +36,7 @@ class Toy:
     def state(self) -> dict[str, Tensor]:
         return {"rows": self.rows.detach().clone()}
 
-    def load(self, state: dict[str, Tensor]) -> None:
+    def load(self, state: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
             self.rows.copy_(state["rows"])
 
@@ -51,7 +51,7 @@ class Bench:
         self.drawn: list[tuple[int, int]] = []
         self.logged: list[dict[str, Any]] = []
         self.saved: list[int] = []
-        self.criterion: Any = FixedSteps(self.config.max_train_steps)
+        self.rule: Any = FixedSteps(self.config.max_train_steps)
         self.spoil: Callable[[Tensor, int], Tensor] = lambda losses, step: losses
 
     def losses(self, step: int, first: int, count: int) -> Tensor:
@@ -72,7 +72,7 @@ class Bench:
         self.saved.append(self.learner.trace.last_step)
 
     def run(self, **options: Any) -> list[StepRecord]:
-        parts = {"losses": self.losses, "probe": self.probe, "criterion": self.criterion, "log": self.log}
+        parts = {"losses": self.losses, "probe": self.probe, "rule": self.rule, "log": self.log}
         return list(train(self.learner, **{**parts, "save": self.save, **options}))
 
 
@@ -148,9 +148,15 @@ def test_the_last_sound_step_is_the_best_by_the_stop_of_a_run_that_fails() -> No
 
 
 def test_a_step_that_failed_has_no_more_series() -> None:
-    bench, asked = Bench(), []
+    bench = Bench()
+    asked: list[int] = []
     bench.spoil = lambda losses, step: losses * math.nan if step == 4 else losses
-    bench.run(series=lambda step, watch: asked.append(step) or {})
+
+    def series(step: int, watch: Stopwatch) -> dict[str, Any]:
+        asked.append(step)
+        return {}
+
+    bench.run(series=series)
     assert asked == [0, 1, 2, 3]
 
 
@@ -186,7 +192,7 @@ def test_an_update_is_adamw_on_the_mean_loss() -> None:
     for step in bench.run()[1:]:
         optimizer.zero_grad()
         loss = other.losses(step.step, 0, 2).mean()
-        loss.backward()
+        torch.autograd.backward(loss)
         assert step.train_loss == pytest.approx(float(loss.detach()))
         assert step.grad_norm == pytest.approx(float(other.method.rows.grad.norm()))  # type: ignore[union-attr]
         optimizer.step()
@@ -213,7 +219,7 @@ def test_the_rate_follows_the_schedule_by_name() -> None:
 
 def test_a_rule_stops_the_run_and_the_last_step_is_saved() -> None:
     bench = Bench(max_train_steps=500, checkpointing_steps=100)
-    bench.criterion = AnyOf((Dvar(window=10, threshold=0.2), FixedSteps(500)))
+    bench.rule = AnyOf((Dvar(window=10, threshold=0.2), FixedSteps(500)))
     steps = bench.run()
     assert steps[-1].verdict.reason is Reason.STABILISED
     assert [step.verdict.stop for step in steps] == [False] * (len(steps) - 1) + [True]
@@ -224,7 +230,7 @@ def test_a_rule_stops_the_run_and_the_last_step_is_saved() -> None:
 def test_what_must_survive_is_kept_before_a_step_is_handed_out() -> None:
     bench = Bench()
     for step in train(
-        bench.learner, losses=bench.losses, probe=bench.probe, criterion=bench.criterion, log=bench.log, save=bench.save
+        bench.learner, losses=bench.losses, probe=bench.probe, rule=bench.rule, log=bench.log, save=bench.save
     ):
         assert bench.logged[-1]["step"] == step.step
         assert bench.logged[-1] == bench.learner.trace.records[-1]
@@ -240,7 +246,7 @@ def test_breaking_out_and_going_on_is_an_uninterrupted_run(optimizer: str) -> No
     expected = straight.run()
     for broken in range(13):
         bench, other = Bench(**settings), Bench(**settings)
-        parts = {"losses": bench.losses, "probe": bench.probe, "criterion": bench.criterion, "log": bench.log}
+        parts = {"losses": bench.losses, "probe": bench.probe, "rule": bench.rule, "log": bench.log}
         first = []
         for step in train(bench.learner, **parts, save=bench.save):
             first.append(step)
@@ -296,7 +302,7 @@ def test_a_gradient_that_is_not_finite_stops_and_moves_nothing() -> None:
 
     def spoil(losses: Tensor, step: int) -> Tensor:
         if step == 3:
-            losses.register_hook(lambda gradient: gradient * math.nan)
+            losses.register_hook(lambda gradient: gradient * math.nan)  # type: ignore[no-untyped-call]
         return losses
 
     bench.spoil = spoil
@@ -332,7 +338,7 @@ def test_the_best_step_is_the_one_of_the_lowest_mean_loss() -> None:
     bench = Bench()
     values = [9.0, 8.0, 7.0, 8.0, 7.0, 6.0, 6.5, 6.0, 7.0, 8.0, 9.0, 9.0, 9.0]
     given = iter(values)
-    parts = {"losses": bench.losses, "criterion": bench.criterion, "log": bench.log, "save": bench.save}
+    parts = {"losses": bench.losses, "rule": bench.rule, "log": bench.log, "save": bench.save}
     steps = train(bench.learner, probe=lambda: torch.tensor([next(given)]), **parts)
     rows = [bench.method.state["rows"] for _ in steps]
     assert bench.learner.best_step == 5  # of two equal ones the first
@@ -351,7 +357,7 @@ def test_under_fp16_an_overflowing_gradient_is_skipped_and_scaled_down() -> None
 
     def spoil(losses: Tensor, step: int) -> Tensor:
         if step == 1:
-            losses.register_hook(lambda gradient: gradient * math.inf)
+            losses.register_hook(lambda gradient: gradient * math.inf)  # type: ignore[no-untyped-call]
         return losses
 
     bench.spoil = spoil

@@ -6,9 +6,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from dvar.config.training import AnyConfig, CustomDiffusionConfig, DreamBoothLoraConfig, TextualInversionConfig
+from dvar.config.training import CustomDiffusionConfig, DreamBoothLoraConfig, TextualInversionConfig, TrainingConfig
 from dvar.errors import NonFiniteLoss
-from dvar.files import write_whole
 from dvar.stopping.diagnosis import Reason
 from dvar.stopping.verdict import Verdict
 from dvar.training.model_card import write_model_card
@@ -31,15 +30,6 @@ def test_vectors_that_are_not_finite_are_never_written(tmp_path: Path, bad: floa
     with pytest.raises(NonFiniteLoss, match="<thing>"):
         write_weights(tmp_path / "learned_embeds.safetensors", {"<thing>": torch.tensor([[1.0, bad]])})
     assert not list(tmp_path.iterdir())
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_whole(tmp_path / "result.json", b"old")
-    monkeypatch.setattr("os.fsync", lambda handle: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        write_whole(tmp_path / "result.json", b"new")
-    assert (tmp_path / "result.json").read_bytes() == b"old"
-    assert (tmp_path / "result.json.part").read_bytes() == b"new", "it was whole before it was synced"
 
 
 @pytest.mark.parametrize(
@@ -101,7 +91,7 @@ def test_the_card_of_the_bundled_model_tells_its_licence(tmp_path: Path) -> None
     ],
 )
 def test_the_card_tells_the_weight_of_a_prior_where_there_was_one(
-    tmp_path: Path, config: AnyConfig, told: bool
+    tmp_path: Path, config: TrainingConfig, told: bool
 ) -> None:
     write_model_card(tmp_path, config, VERDICT, [])
     assert ("| prior loss weight |" in (tmp_path / "README.md").read_text()) == told

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from dvar.config.training import TextualInversionConfig
 from dvar.training.loop import Learner
-from dvar.training.optimizers import kept, optimizer_of, put_back, sharpened
+from dvar.training.optimizers import load_state, make_optimizer, perturb, read_state
 
 PACKAGES = {"adamw": "torch", "sam": "torch", "prodigy": "prodigyopt", "adamw8bit": "bitsandbytes"}
 INSTALLED = [name for name, package in PACKAGES.items() if importlib.util.find_spec(package)]
@@ -45,23 +46,23 @@ def step(optimizer: torch.optim.Optimizer, parts: list[nn.Parameter], number: in
 @pytest.mark.parametrize("cut", [0, 1, 4])
 def test_put_back_it_goes_on_bit_for_bit(name: str, cut: int) -> None:
     straight, broken = parameters(), parameters()
-    optimizer = optimizer_of(config(name), straight)
+    optimizer = make_optimizer(config(name), straight)
     for number in range(8):
         step(optimizer, straight, number)
-    first = optimizer_of(config(name), broken)
+    first = make_optimizer(config(name), broken)
     for number in range(cut):
         step(first, broken, number)
-    tensors, facts = kept(first)
+    tensors, facts = read_state(first)
     assert bool(tensors) == (cut > 0)
     tensors, facts = load(save(tensors)), json.loads(json.dumps(facts, allow_nan=False))  # as a checkpoint keeps them
-    second = optimizer_of(config(name), broken)
-    put_back(second, tensors, facts)
+    second = make_optimizer(config(name), broken)
+    load_state(second, tensors, facts)
     for number in range(cut, 8):
         step(second, broken, number)
     for one, other in zip(straight, broken, strict=True):
         assert torch.equal(one, other)
     assert not torch.equal(straight[0], parameters()[0])
-    ended, again = kept(optimizer), kept(second)
+    ended, again = read_state(optimizer), read_state(second)
     assert ended[1] == again[1]
     assert ended[0].keys() == again[0].keys()
     for path, tensor in ended[0].items():
@@ -73,7 +74,7 @@ def test_put_back_it_goes_on_bit_for_bit(name: str, cut: int) -> None:
 def test_it_moves_towards_the_lowest_point_and_says_nothing(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     parts = parameters()
     before = float((parts[0].detach() - 1).square().mean())
-    optimizer = optimizer_of(config(name), parts)
+    optimizer = make_optimizer(config(name), parts)
     for number in range(150):
         step(optimizer, parts, number)
     assert float((parts[0].detach() - 1).square().mean()) < 0.8 * before
@@ -84,7 +85,7 @@ def test_the_settings_of_adamw_reach_it() -> None:
     settings = {"adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-3, "adam_weight_decay": 0.5}
     expected = {"lr": 0.05, "betas": (0.8, 0.9), "eps": 1e-3, "weight_decay": 0.5}
     for name in {"adamw", "prodigy"} & {*INSTALLED}:
-        group = optimizer_of(config(name, **settings, learning_rate=0.05), parameters()).param_groups[0]
+        group = make_optimizer(config(name, **settings, learning_rate=0.05), parameters()).param_groups[0]
         assert {key: group[key] for key in expected} == expected
 
 
@@ -105,7 +106,7 @@ class Bowl:
     def state(self) -> dict[str, Tensor]:
         return {"rows": self.rows.detach().clone()}
 
-    def load(self, state: dict[str, Tensor]) -> None:
+    def load(self, state: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
             self.rows.copy_(state["rows"])
 
@@ -140,11 +141,11 @@ def test_only_the_direction_of_the_gradient_counts_and_all_is_put_back() -> None
     before = part.detach().clone()
     for scale in (1.0, 65536.0):
         part.grad = torch.tensor([4.0, 0.0, 3.0]) * scale
-        with sharpened([part, still], 0.05):
+        with perturb([part, still], 0.05):
             torch.testing.assert_close(part.detach()[1:], torch.tensor([1.0, 0.3 + 0.05 * 3 / 5]))
             assert torch.equal(still, torch.ones(2))
         assert torch.equal(part, before)
-    with pytest.raises(RuntimeError), sharpened([part], 0.05):
+    with pytest.raises(RuntimeError), perturb([part], 0.05):
         raise RuntimeError
     assert torch.equal(part, before)
 
@@ -152,5 +153,5 @@ def test_only_the_direction_of_the_gradient_counts_and_all_is_put_back() -> None
 def test_without_a_gradient_sam_stays_where_it_is() -> None:
     part = nn.Parameter(torch.ones(2))
     part.grad = torch.zeros(2)
-    with sharpened([part], 0.05):
+    with perturb([part], 0.05):
         assert torch.equal(part, torch.ones(2))

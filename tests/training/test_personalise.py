@@ -25,16 +25,18 @@ from safetensors.torch import load_file
 
 import dvar.training.run
 from dvar.config.training import TextualInversionConfig
-from dvar.diffusion.backbone import Backbone
 from dvar.diffusion.clip import Clip
-from dvar.diffusion.sampling import sample
+from dvar.diffusion.objective import denoising_loss
+from dvar.diffusion.sampling import sample, sample_into
+from dvar.diffusion.stable_diffusion import StableDiffusion
 from dvar.errors import CheckpointError, NonFiniteLoss, RefusedInput
-from dvar.runs.load_model import personalised
+from dvar.runs.load_model import load_personalised_backbone
 from dvar.stopping.diagnosis import Reason
 from dvar.stopping.trace import Trace
 from dvar.stopping.verdict import Verdict
 from dvar.testing import tiny_clip, tiny_pipeline
-from dvar.training.checkpoint import Checkpoint, latest
+from dvar.training.augmentation import encode_examples
+from dvar.training.checkpoint import Checkpoint, latest_checkpoint
 from dvar.training.loop import StepRecord
 from dvar.training.personalise import personalise
 
@@ -60,7 +62,8 @@ def config(tiny_model: Path, tiny_pictures: Path, tmp_path: Path) -> TextualInve
 
 
 def embeds(folder: Path) -> torch.Tensor:
-    return load_file(folder / "learned_embeds.safetensors")["<thing>"]
+    vectors: torch.Tensor = load_file(folder / "learned_embeds.safetensors")["<thing>"]
+    return vectors
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -97,7 +100,7 @@ def test_a_run_leaves_what_it_promises(config: TextualInversionConfig) -> None:
         {"prompt": "a photo of <thing>", "seed": 0},
         {"prompt": "a photo of <thing>", "seed": 1},
     ]
-    shown = [Image.open(path) for path in sorted((folder / "references").iterdir())]
+    shown = [Image.open(path).copy() for path in sorted((folder / "references").iterdir())]
     assert [picture.size for picture in shown] == [(32, 32)] * 4
 
 
@@ -112,7 +115,7 @@ def test_the_rule_stops_a_run_by_itself(config: TextualInversionConfig) -> None:
     assert result.verdict.reason is Reason.STABILISED
     assert result.steps < 100
     assert json.loads((result.folder / "result.json").read_text())["stopped"] is True
-    assert rows(result.folder)[-1]["step"] == result.steps == latest(result.folder).step
+    assert rows(result.folder)[-1]["step"] == result.steps == latest_checkpoint(result.folder).step
 
 
 def test_one_seed_gives_one_run_and_another_seed_another(config: TextualInversionConfig, tmp_path: Path) -> None:
@@ -176,7 +179,7 @@ def test_a_run_killed_at_any_step_goes_on_bit_for_bit(
     with pytest.raises(Killed):
         personalise(config, [killed_at(step)])
     folder = Path(config.output_dir)
-    saved = latest(folder).step
+    saved = latest_checkpoint(folder).step
     assert saved == step // 4 * 4
     lines = (folder / "trace.jsonl").read_bytes().splitlines()
     assert not (folder / "result.json").exists()
@@ -257,7 +260,10 @@ def test_resuming_a_finished_run_changes_nothing(config: TextualInversionConfig)
         ({"learning_rate": 0.5}, "learning_rate was 0.01 and is 0.5"),
         ({"seed": 3, "window": 9}, "seed was 0 and is 3; window was 8 and is 9"),
         ({"lr_scheduler": "linear", "max_train_steps": 20, "extend": True}, "max_train_steps was 12 and is 20"),
-        ({"max_train_steps": 20}, "max_train_steps was 12 and is 20): resume with those (a higher cap alone is taken"),
+        (
+            {"max_train_steps": 20},
+            "max_train_steps was 12 and is 20): resume with those (a higher cap alone is accepted",
+        ),
         ({"max_train_steps": 10, "extend": True}, "max_train_steps was 12 and is 10): resume with those, or start"),
     ],
 )
@@ -277,7 +283,7 @@ def test_a_checkpoint_from_before_a_setting_existed_was_made_under_its_default(
 ) -> None:
     with pytest.raises(Killed):
         personalise(config, [killed_at(5)])
-    kept = latest(Path(config.output_dir))
+    kept = latest_checkpoint(Path(config.output_dir))
     older = {name: value for name, value in kept.facts["config"].items() if name != "attention_slicing"}
     replace(kept, facts={**kept.facts, "config": older}).write(Path(config.output_dir))
     with pytest.raises(CheckpointError, match="attention_slicing was False and is True"):
@@ -292,7 +298,7 @@ def test_a_checkpoint_of_other_pictures_is_refused(config: TextualInversionConfi
     with pytest.raises(Killed):
         personalise(config, [killed_at(5)])
     other = tiny_concept(tmp_path / "other", size=80)
-    with pytest.raises(CheckpointError, match="the pictures or their captions changed"):
+    with pytest.raises(CheckpointError, match="the images or their captions changed"):
         personalise(replace(config, resume_from_checkpoint="latest", instance_data_dir=str(other)))
 
 
@@ -315,7 +321,8 @@ def test_a_run_that_stopped_by_itself_takes_no_further_step(config: TextualInver
     soon = replace(config, threshold=0.999, max_train_steps=100)
     first = personalise(soon)
     seen: list[StepRecord] = []
-    for change in ({}, {"extend": True, "max_train_steps": 200}):
+    changes: tuple[dict[str, Any], ...] = ({}, {"extend": True, "max_train_steps": 200})
+    for change in changes:
         again = personalise(replace(soon, resume_from_checkpoint="latest", **change), [seen.append])
         assert (again.steps, again.verdict.reason) == (first.steps, Reason.STABILISED)
     assert seen == []
@@ -325,7 +332,7 @@ def test_a_run_that_stopped_by_itself_takes_no_further_step(config: TextualInver
 def test_what_is_kept_is_what_was_asked_for(
     config: TextualInversionConfig, monkeypatch: pytest.MonkeyPatch, keep: Any, exported: int, beside: int
 ) -> None:
-    true, calls = dvar.training.run.denoising_loss, iter(range(10**6))
+    true, calls = denoising_loss, iter(range(10**6))
     monkeypatch.setattr(dvar.training.run, "denoising_loss", lambda *given: true(*given) + (next(calls) >= 12))
     folder = personalise(replace(config, keep=keep, checkpointing_steps=1)).folder
     facts = json.loads((folder / "result.json").read_text())
@@ -355,7 +362,7 @@ def test_another_run_is_replaced_only_when_asked_and_only_what_a_run_writes(conf
 def test_everything_wrong_is_told_at_once_before_a_model_loads(
     config: TextualInversionConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Backbone, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(StableDiffusion, "load", lambda *_, **__: pytest.fail("the model was loaded"))
     wrong = replace(config, instance_data_dir="nowhere", placeholder_token="mug", window=50)
     with pytest.raises(RefusedInput) as told:
         personalise(wrong)
@@ -376,7 +383,7 @@ def test_a_signal_ends_the_run_after_its_step_and_it_goes_on_bit_for_bit(
     result = personalise(config, [send])
     assert result.verdict.reason is Reason.INTERRUPTED
     assert result.steps == 7
-    assert latest(result.folder).step == 7
+    assert latest_checkpoint(result.folder).step == 7
     assert not (result.folder / "result.json").exists()
     assert signal.getsignal(number) is handler
     personalise(replace(config, resume_from_checkpoint="latest"))
@@ -390,7 +397,7 @@ def test_a_signal_within_an_update_gives_it_up_and_the_run_goes_on_bit_for_bit(
 ) -> None:
     long = replace(config, gradient_accumulation_steps=4, optimizer=optimizer)
     whole = personalise(replace(long, output_dir=str(tmp_path / "whole"))).folder
-    true, passes = dvar.training.run.denoising_loss, iter(range(10**6))
+    true, passes = denoising_loss, iter(range(10**6))
     # An evaluation and an update take turns; this is the second to last pass of update 6, of SAM's second look.
     asked = 1 + 5 * 5 + 2 if optimizer == "adamw" else 1 + 5 * 9 + 6
 
@@ -404,7 +411,13 @@ def test_a_signal_within_an_update_gives_it_up_and_the_run_goes_on_bit_for_bit(
         result = personalise(long)
     assert next(passes) == asked + 1, "no pass came after it"
     assert result.verdict.reason is Reason.INTERRUPTED
-    assert result.steps == result.verdict.step == latest(result.folder).step == rows(result.folder)[-1]["step"] == 5
+    assert (
+        result.steps
+        == result.verdict.step
+        == latest_checkpoint(result.folder).step
+        == rows(result.folder)[-1]["step"]
+        == 5
+    )
     personalise(replace(long, resume_from_checkpoint="latest"))
     assert torch.equal(embeds(result.folder), embeds(whole))
     assert rows(result.folder) == rows(whole)
@@ -412,7 +425,7 @@ def test_a_signal_within_an_update_gives_it_up_and_the_run_goes_on_bit_for_bit(
 
 def asked_in_drawing(monkeypatch: pytest.MonkeyPatch, number: int) -> list[int]:
     """Send SIGTERM within the drawing of this number, the untouched model's being 0; returns a list of all drawings."""
-    true, drawings = dvar.training.run.sample_into, []
+    true, drawings = sample_into, list[int]()
 
     def drawing(folder: Path, *given: Any, interrupted: Callable[[], bool], **how: Any) -> list[Path]:
         drawings.append(len(drawings))
@@ -433,7 +446,7 @@ def test_a_signal_ends_the_drawing_of_samples_and_the_run_goes_on_to_the_same_pi
         result = personalise(config)
     assert len(drawings) == number + 1
     assert result.verdict.reason is Reason.INTERRUPTED
-    assert result.steps == result.verdict.step == latest(result.folder).step == 5 * number
+    assert result.steps == result.verdict.step == latest_checkpoint(result.folder).step == 5 * number
     assert not (result.folder / "samples" / f"step-{5 * number:06d}").exists()
     personalise(replace(config, resume_from_checkpoint="latest"))
     assert rows(result.folder) == rows(straight)
@@ -455,7 +468,7 @@ def test_a_signal_in_the_drawing_of_what_is_scored_loses_neither_score_nor_best_
         asked_in_drawing(patch, number)
         result = personalise(judged)
     assert result.verdict.reason is Reason.INTERRUPTED
-    assert latest(result.folder).step == step
+    assert latest_checkpoint(result.folder).step == step
     assert "clip_image" not in rows(result.folder)[-1]
     again = personalise(replace(judged, resume_from_checkpoint="latest"))
     assert rows(again.folder) == rows(straight.folder)
@@ -485,12 +498,12 @@ def test_a_second_signal_ends_at_once(config: TextualInversionConfig) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         personalise(config, [send])
-    assert latest(Path(config.output_dir)).step == 0
+    assert latest_checkpoint(Path(config.output_dir)).step == 0
 
 
 def spoiled(monkeypatch: pytest.MonkeyPatch, calls: range) -> None:
     """Make the losses nan at these calls of the objective, and from the eighth call on look worse than they are."""
-    true, count = dvar.training.run.denoising_loss, iter(range(10**6))
+    true, count = denoising_loss, iter(range(10**6))
 
     def loss(*arguments: Any) -> torch.Tensor:
         call = next(count)
@@ -509,13 +522,13 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_the_best_is_exported(
     folder = result.folder
     assert result.verdict.reason is Reason.NON_FINITE
     assert (result.steps, result.best_step) == (7, 3)
-    assert latest(folder).step == 6
+    assert latest_checkpoint(folder).step == 6
     facts = json.loads((folder / "result.json").read_text())
     assert (facts["exported_step"], facts["stopped"]) == (3, False)
     best = Checkpoint.read(folder / "checkpoint-3").tensors["method/<thing>"]
     assert torch.equal(embeds(folder), best)
     assert not list(folder.glob("learned_embeds-steps-*"))
-    assert not torch.equal(best, latest(folder).tensors["method/<thing>"])
+    assert not torch.equal(best, latest_checkpoint(folder).tensors["method/<thing>"])
 
 
 def test_when_nothing_was_finite_nothing_is_exported(
@@ -551,9 +564,9 @@ def test_stock_diffusers_loads_the_word_and_draws_our_picture(
     learned = drawn("a photo of <thing> on the beach")
     assert not np.array_equal(learned, before)
     assert not np.array_equal(learned, initial)
-    backbone = personalised(folder, device="cpu")
+    backbone = load_personalised_backbone(folder, device="cpu")
     ours = sample(backbone, ["a photo of <thing> on the beach"], [5], size=32, steps=2)
-    assert np.array_equal(ours[0], learned)
+    assert np.array_equal(np.asarray(ours[0]), learned)
     assert np.array_equal(drawn("a photo of mug on the beach"), initial)
 
 
@@ -567,13 +580,14 @@ def test_sample_pictures_are_those_of_the_exported_word(config: TextualInversion
     prompts = [entry["prompt"] for entry in listed]
     expected = stock(prompts, generator=seeds, height=32, width=32, num_inference_steps=2).images
     for index, picture in enumerate(expected):
-        assert np.array_equal(Image.open(folder / "samples" / f"step-{CAP:06d}" / f"{index:02d}.png"), picture)
+        image = Image.open(folder / "samples" / f"step-{CAP:06d}" / f"{index:02d}.png")
+        assert np.array_equal(np.asarray(image), np.asarray(picture))
 
 
 def test_the_best_step_is_exported_beside_the_last(
     config: TextualInversionConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    true, calls = dvar.training.run.denoising_loss, iter(range(10**6))
+    true, calls = denoising_loss, iter(range(10**6))
     # The evaluations are calls 0, 2, 4, ...; from step 6 on they are made to look worse.
     monkeypatch.setattr(dvar.training.run, "denoising_loss", lambda *given: true(*given) + (next(calls) >= 12))
     kept: dict[int, torch.Tensor] = {}
@@ -588,7 +602,7 @@ def test_the_best_step_is_exported_beside_the_last(
 
 def test_pictures_are_shown_mirrored_too_unless_told_not_to(config: TextualInversionConfig, tmp_path: Path) -> None:
     shapes = []
-    encode = dvar.training.run.encoded
+    encode = encode_examples
 
     def spy(*given: Any, **options: Any) -> Any:
         examples = encode(*given, **options)
@@ -596,7 +610,7 @@ def test_pictures_are_shown_mirrored_too_unless_told_not_to(config: TextualInver
         return examples
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dvar.training.run, "encoded", spy)
+        patch.setattr(dvar.training.run, "encode_examples", spy)
         for name, flip in (("flipped", True), ("plain", False)):
             personalise(replace(config, output_dir=str(tmp_path / name), random_flip=flip, max_train_steps=9))
     assert [tuple(shape) for shape in shapes] == [(4, 2, 8, 8, 8), (4, 1, 8, 8, 8)]
@@ -607,20 +621,26 @@ def test_a_caption_of_ones_own_is_what_its_picture_is_trained_with(
 ) -> None:
     from dvar.testing import tiny_concept
 
-    pictures = tiny_concept(tmp_path / "captioned", pictures=2)
+    pictures = tiny_concept(tmp_path / "captioned", images=2)
     (pictures / "00.txt").write_text("a red <thing> on grass")
     texts: list[list[str]] = []
-    tokenize = Backbone.tokenize
+    tokenize = StableDiffusion.tokenize
+
+    def noting(self: StableDiffusion, prompts: list[str]) -> torch.Tensor:
+        texts.append(list(prompts))
+        return tokenize(self, prompts)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Backbone, "tokenize", lambda self, given: texts.append(list(given)) or tokenize(self, given))
+        patch.setattr(StableDiffusion, "tokenize", noting)
         personalise(replace(config, instance_data_dir=str(pictures), num_vectors=2))
     assert texts[0] == ["a red <thing> <thing>_1 on grass"]
     assert len(texts[1]) > 10
     assert all("<thing> <thing>_1" in text for text in texts[1])
 
 
+@pytest.mark.filterwarnings("ignore:fp16 on a CPU")
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_trains_float32_vectors(config: TextualInversionConfig, precision: str) -> None:
+def test_half_precision_trains_float32_vectors(config: TextualInversionConfig, precision: Any) -> None:
     settings = replace(config, mixed_precision=precision, gradient_checkpointing=True, gradient_accumulation_steps=2)
     result = personalise(settings)
     assert embeds(result.folder).dtype == torch.float32
@@ -653,12 +673,12 @@ def test_the_model_card_tells_no_paths_and_loads(config: TextualInversionConfig,
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL)
     assert code
     subprocess.run([sys.executable, "-c", code[1].replace(tiny_model.name, str(tiny_model))], cwd=folder, check=True)
-    assert (folder / "picture.png").exists()
+    assert (folder / "image.png").exists()
 
 
 def test_no_finished_run_to_load(tmp_path: Path) -> None:
     with pytest.raises(RefusedInput, match="no finished run"):
-        personalised(tmp_path)
+        load_personalised_backbone(tmp_path)
 
 
 @pytest.mark.slow
@@ -696,11 +716,11 @@ def test_the_best_by_clip_is_the_step_whose_samples_are_most_like_the_pictures(
     judged = replace(config, best_by="clip", clip_model=str(tiny_clip(tmp_path / "clip")), keep="best")
     plain, folder = personalise(replace(config, output_dir=str(tmp_path / "plain"))).folder, personalise(judged).folder
     clip = Clip.load(judged.clip_model or "")
-    references = [Image.open(path) for path in sorted((folder / "references").iterdir())]
+    references = [Image.open(path).copy() for path in sorted((folder / "references").iterdir())]
     scores = {}
     for step in (0, 5, 10, 12):
-        samples = [Image.open(path) for path in sorted((folder / "samples" / f"step-{step:06d}").iterdir())]
-        scores[step] = float((clip.of_pictures(samples) @ clip.of_pictures(references).T).mean())
+        samples = [Image.open(path).copy() for path in sorted((folder / "samples" / f"step-{step:06d}").iterdir())]
+        scores[step] = float((clip.embed_images(samples) @ clip.embed_images(references).T).mean())
     trace = Trace.read(folder / "trace.jsonl")
     assert dict(zip(*(part.tolist() for part in trace.metric("clip_image")), strict=True)) == pytest.approx(scores)
     best = max((5, 10, 12), key=lambda step: scores[step])  # the untouched model is none

@@ -9,7 +9,7 @@ import pytest
 
 from dvar.config.training import TextualInversionConfig
 from dvar.testing import tiny_tokenizer
-from dvar.training.placeholder_tokens import token_id, word_problems
+from dvar.training.placeholder_tokens import problems, token_id
 
 CONFIG = TextualInversionConfig(initializer_token="mug")
 
@@ -22,16 +22,16 @@ def tokenizer() -> Any:
 def test_a_word_of_several_vectors_needs_all_of_its_tokens_to_be_new() -> None:
     tokenizer = tiny_tokenizer(["mug"])
     tokenizer.add_tokens(["<thing>_2"])
-    assert word_problems(replace(CONFIG, num_vectors=2), tokenizer, {}) == []
-    (problem,) = word_problems(replace(CONFIG, num_vectors=3), tokenizer, {})
+    assert problems(replace(CONFIG, num_vectors=2), tokenizer, {}) == []
+    (problem,) = problems(replace(CONFIG, num_vectors=3), tokenizer, {})
     assert "already knows <thing>_2" in problem
 
 
 def test_a_caption_of_just_the_length_the_model_reads_is_let_in(tokenizer: Any) -> None:
     # 77 places: the start, the end, and 75 between them, of which two are the word's.
     full = replace(CONFIG, num_vectors=2)
-    assert word_problems(full, tokenizer, {"00.png": "a " * 73 + "<thing>"}) == []
-    (problem,) = word_problems(full, tokenizer, {"00.png": "a " * 74 + "<thing>"})
+    assert problems(full, tokenizer, {"00.png": "a " * 73 + "<thing>"}) == []
+    (problem,) = problems(full, tokenizer, {"00.png": "a " * 74 + "<thing>"})
     assert "the text of 00.png must be at most 77 tokens, got 78" in problem
 
 
@@ -52,7 +52,8 @@ def test_what_is_spelled_out_is_no_token(tokenizer: Any) -> None:
 
 def test_what_the_model_reads_as_unknown_is_no_token() -> None:
     class Small:
-        model_max_length, unk_token_id = 77, 7
+        model_max_length: int = 77
+        unk_token_id: int | None = 7
 
         def get_vocab(self) -> dict[str, int]:
             return {"mug</w>": 0, "<unknown>": 7}

@@ -8,14 +8,10 @@ from pathlib import Path
 import pytest
 
 from dvar.config.training import TextualInversionConfig
+from dvar.diffusion.model_files import model_problems
 from dvar.stopping.rules import MIN_RECORDS
-from dvar.training.preflight import (
-    model_problems,
-    optimizer_problems,
-    output_problems,
-    rule_problems,
-    tracker_problems,
-)
+from dvar.training import rule, run_layout
+from dvar.training.packages import optimizer_problems, tracker_problems
 
 
 @pytest.fixture
@@ -36,7 +32,7 @@ def config(pictures: Path, tmp_path: Path) -> TextualInversionConfig:
 def test_a_cadence_is_let_in_when_a_window_holds_enough(config: TextualInversionConfig, probe_every: int) -> None:
     # At a record t, the window (t - N, t] holds the multiples of the cadence in it.
     held = sum(step % probe_every == 0 for step in range(100 * probe_every - 310 + 1, 100 * probe_every + 1))
-    assert (rule_problems(replace(config, probe_every=probe_every)) == []) == (held >= MIN_RECORDS)
+    assert (rule.problems(replace(config, probe_every=probe_every)) == []) == (held >= MIN_RECORDS)
 
 
 # The model's folder
@@ -106,27 +102,27 @@ def test_another_run_is_never_overwritten_unasked(config: TextualInversionConfig
     folder = Path(config.output_dir)
     folder.mkdir()
     (folder / left).touch()
-    (problem,) = output_problems(config)
+    (problem,) = run_layout.problems(config)
     assert "holds another run" in problem
     assert "--overwrite" in problem
-    assert output_problems(replace(config, overwrite=True)) == []
+    assert run_layout.problems(replace(config, overwrite=True)) == []
 
 
 def test_a_folder_with_other_things_may_take_a_run(config: TextualInversionConfig) -> None:
     Path(config.output_dir).mkdir()
     (Path(config.output_dir) / "notes.txt").touch()
-    assert output_problems(config) == []
+    assert run_layout.problems(config) == []
 
 
 def test_a_file_is_no_folder_for_a_run(config: TextualInversionConfig) -> None:
     Path(config.output_dir).touch()
-    (problem,) = output_problems(config)
+    (problem,) = run_layout.problems(config)
     assert "is a file" in problem
 
 
 def test_a_run_among_its_pictures_is_refused(config: TextualInversionConfig, pictures: Path) -> None:
-    (problem,) = output_problems(replace(config, output_dir=f"{pictures}/../pictures"))
-    assert "must not be the folder of the pictures" in problem
+    (problem,) = run_layout.problems(replace(config, output_dir=f"{pictures}/../pictures"))
+    assert "must not be the folder of the images" in problem
 
 
 @pytest.mark.parametrize(
@@ -145,7 +141,7 @@ def test_a_checkpoint_to_go_on_from_must_be_there(
     for name in (*kept, "samples"):
         (Path(config.output_dir) / name).mkdir(parents=True)
     (Path(config.output_dir) / "config.json").touch()
-    problems = output_problems(replace(config, resume_from_checkpoint=asked))
+    problems = run_layout.problems(replace(config, resume_from_checkpoint=asked))
     assert len(problems) == (said is not None)
     assert said is None or said in problems[0]
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from dvar.stopping.rules import AnyOf, Dvar, FixedSteps
 from dvar.stopping.trace import Trace
 from dvar.stopping.verdict import Verdict
-from dvar.training.progress import LivePanel, LogLines, ProgressState, clock, sparkline, watch
+from dvar.training.progress import LivePanel, LogLines, ProgressState, format_duration, show_progress, sparkline
 
 CAP = 150
 RULE = AnyOf((Dvar(window=20, threshold=0.15), FixedSteps(CAP)))
@@ -50,8 +50,8 @@ class Terminal(io.StringIO):
 
 
 def test_a_log_gets_lines_and_a_terminal_a_panel() -> None:
-    assert isinstance(watch(CAP, "title", io.StringIO()), LogLines)
-    assert isinstance(watch(CAP, "title", Terminal()), LivePanel)
+    assert isinstance(show_progress(CAP, "title", io.StringIO()), LogLines)
+    assert isinstance(show_progress(CAP, "title", Terminal()), LivePanel)
 
 
 def test_the_log_has_a_line_every_fiftieth_of_the_cap_and_where_it_stops() -> None:
@@ -89,7 +89,7 @@ def test_between_two_evaluations_the_last_one_stands() -> None:
 
 
 def test_the_pace_is_that_of_the_last_fifty_steps() -> None:
-    meter = ProgressState(1000)
+    meter: Any = ProgressState(1000)
     for step in run()[:1] * 100:
         meter.take(Seen(step.step, step.verdict, None, 0.1, {"train": 1.0}))
     assert meter.rate == pytest.approx(1)
@@ -105,7 +105,7 @@ def test_the_panel_shows_it_all_at_any_width(width: int) -> None:
     with LivePanel(CAP, "<thing> [not a tag]", console) as panel:
         for step in run():
             panel(step)
-        console.print(panel.draw())
+        console.print(panel.render())
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     for text in ("<thing> [not a tag]", "step", "L_det", "ratio", "of 150"):
         assert text in shown
@@ -118,7 +118,7 @@ def test_the_panel_shows_it_all_at_any_width(width: int) -> None:
 
 def test_the_panel_can_be_drawn_before_the_first_step() -> None:
     console = Console(file=Terminal(), width=80, color_system=None)
-    console.print(LivePanel(CAP, "title", console).draw())
+    console.print(LivePanel(CAP, "title", console).render())
     assert "0 of 150" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -140,4 +140,4 @@ def test_a_sparkline_is_as_wide_as_its_values_but_no_wider_than_asked(values: li
     [(0, "0:00"), (9.4, "0:09"), (59.6, "1:00"), (600, "10:00"), (3599, "59:59"), (3661, "1:01:01")],
 )
 def test_a_clock(seconds: float, shown: str) -> None:
-    assert clock(seconds) == shown
+    assert format_duration(seconds) == shown

@@ -13,16 +13,24 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from dvar.config.training import CustomDiffusionConfig, TextualInversionConfig
-from dvar.diffusion.backbone import Backbone
+from dvar.diffusion.backbone import load_backbone
 from dvar.diffusion.clip import Clip
 from dvar.errors import ModelError, RefusedInput
-from dvar.runs.load_model import personalised
+from dvar.runs.load_model import load_personalised_backbone
 from dvar.testing import tiny_tokenizer
-from dvar.training.checkpoint import latest
+from dvar.training.checkpoint import latest_checkpoint
 from dvar.training.dataset import read_concept
 from dvar.training.personalise import personalise
 from dvar.training.placeholder_tokens import token_id
-from dvar.training.token_initializer import SENTENCES, TOLD, first_words, scores, told_of, vocabulary
+from dvar.training.preflight import preflight
+from dvar.training.token_initializer import (
+    LISTED,
+    SENTENCES,
+    choose_initializer_tokens,
+    describe_initializers,
+    list_words,
+    score_words,
+)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +74,7 @@ def config(tiny_model: Path, tiny_pictures: Path, clip_folder: Path, tmp_path: P
 def test_vectors_are_unit_and_those_of_the_model(clip_folder: Path, tiny_pictures: Path) -> None:
     clip = Clip.load(clip_folder, device="cpu")
     texts = ["a photo of mug", "a dark cat", "mug " * 90]
-    found = clip.of_texts(texts)
+    found = clip.embed_texts(texts)
     assert found.shape == (3, 16)
     torch.testing.assert_close(found.norm(dim=1), torch.ones(3))
     model = CLIPModel.from_pretrained(clip_folder).eval()
@@ -74,7 +82,7 @@ def test_vectors_are_unit_and_those_of_the_model(clip_folder: Path, tiny_picture
     raw = model.get_text_features(**ids).pooler_output
     torch.testing.assert_close(found[:1], raw / raw.norm())
     pictures = [Image.open(path).convert("RGB") for path in sorted(tiny_pictures.iterdir())]
-    seen = clip.of_pictures(pictures)
+    seen = clip.embed_images(pictures)
     raw = model.get_image_features(clip.processor(pictures, return_tensors="pt").pixel_values).pooler_output
     torch.testing.assert_close(seen, raw / raw.norm(dim=1, keepdim=True))
 
@@ -85,10 +93,10 @@ def test_a_folder_that_is_no_clip_is_a_model_error(tiny_model: Path) -> None:
 
 
 def test_the_vocabulary_is_every_entry_by_a_name_that_finds_it(tiny_model: Path) -> None:
-    tokenizer = Backbone.load(tiny_model, device="cpu").tokenizer
-    names = vocabulary(tokenizer)
+    tokenizer = load_backbone(tiny_model, device="cpu").tokenizer
+    names = list_words(tokenizer)
     assert len(set(names)) == len(names)
-    places = [token_id(tokenizer, name) for name in names]
+    places = [token_id(tokenizer, name) or 0 for name in names]
     assert places == sorted(set(places))
     left_out = {entry for entry, place in tokenizer.get_vocab().items() if place not in places}
     ends = {*tokenizer.all_special_tokens}
@@ -102,54 +110,54 @@ def test_a_word_scores_by_the_mean_cosine_over_sentences_and_pictures(clip_folde
     clip = Clip.load(clip_folder, device="cpu")
     pictures = [Image.open(path).convert("RGB") for path in sorted(tiny_pictures.iterdir())[:3]]
     words, sentences = ["mug", "cat"], ["a photo of {}", "a dark {}"]
-    found = scores(clip, words, sentences, pictures)
+    found = score_words(clip, words, sentences, pictures)
     for word, score in zip(words, found, strict=True):
-        pairs = clip.of_texts([sentence.format(word) for sentence in sentences]) @ clip.of_pictures(pictures).T
+        pairs = clip.embed_texts([sentence.format(word) for sentence in sentences]) @ clip.embed_images(pictures).T
         assert float(score) == pytest.approx(float(pairs.mean()), abs=1e-6)
 
 
 def test_the_best_word_is_taken_and_the_best_and_worst_are_told(config: TextualInversionConfig) -> None:
-    backbone = Backbone.load(config.pretrained_model_name_or_path, device="cpu")
+    backbone = load_backbone(config.pretrained_model_name_or_path, device="cpu")
     concept = read_concept(config)
-    chosen = first_words(config, concept, backbone)
+    chosen = choose_initializer_tokens(config, concept, backbone)
     (told,) = json.loads((Path(config.output_dir) / "initializer.json").read_text())
     assert told["word"] == "<thing>"
     assert chosen == replace(config, initializer_token=told["initializer_token"])
     assert len(told["sentences"]) == len(set(told["sentences"])) == SENTENCES
-    names = vocabulary(backbone.tokenizer)
+    names = list_words(backbone.tokenizer)
     clip = Clip.load(str(config.clip_model), device="cpu")
     plain = [name.removesuffix("</w>") for name in names]
-    found = dict(zip(names, scores(clip, plain, told["sentences"], concept.pictures).tolist(), strict=True))
+    found = dict(zip(names, score_words(clip, plain, told["sentences"], concept.images).tolist(), strict=True))
     ordered = sorted(found.values(), reverse=True)
-    assert list(told["best"].values()) == pytest.approx(ordered[:TOLD])
-    assert list(told["worst"].values()) == pytest.approx(ordered[-TOLD:])
+    assert list(told["best"].values()) == pytest.approx(ordered[:LISTED])
+    assert list(told["worst"].values()) == pytest.approx(ordered[-LISTED:])
     assert all(found[name] == pytest.approx(score) for name, score in {**told["best"], **told["worst"]}.items())
     assert told["initializer_token"] == next(iter(told["best"]))
-    (sentence,) = told_of(Path(config.output_dir))
+    (sentence,) = describe_initializers(Path(config.output_dir))
     assert sentence.startswith(f"<thing> from {told['initializer_token']}, by CLIP the best word with {ordered[0]:.3f}")
     assert sentence.endswith(f"with {ordered[-1]:.3f}")
 
 
 def test_a_drawn_word_is_keyed_by_the_seed(config: TextualInversionConfig) -> None:
     drawn = replace(config, initializer="random", clip_model=None)
-    backbone = Backbone.load(config.pretrained_model_name_or_path, device="cpu")
+    backbone = load_backbone(config.pretrained_model_name_or_path, device="cpu")
     concept = read_concept(drawn)
-    found = []
+    found: list[str | None] = []
     for seed in (0, 0, 1, 2):
         torch.manual_seed(len(found))
-        found.append(first_words(replace(drawn, seed=seed), concept, backbone).initializer_token)
+        found.append(choose_initializer_tokens(replace(drawn, seed=seed), concept, backbone).initializer_token)
     assert found[0] == found[1]
     assert len(set(found)) == 3
-    assert told_of(Path(drawn.output_dir)) == [f"<thing> from {found[-1]}"]
+    assert describe_initializers(Path(drawn.output_dir)) == [f"<thing> from {found[-1]}"]
     assert all(token_id(backbone.tokenizer, str(word)) is not None for word in found)
 
 
 def test_a_given_word_is_left_alone(config: TextualInversionConfig) -> None:
     given = replace(config, initializer="manual", clip_model=None, initializer_token="mug")
-    backbone = Backbone.load(config.pretrained_model_name_or_path, device="cpu")
-    assert first_words(given, read_concept(given), backbone) == given
+    backbone = load_backbone(config.pretrained_model_name_or_path, device="cpu")
+    assert choose_initializer_tokens(given, read_concept(given), backbone) == given
     assert not Path(config.output_dir).exists()
-    assert told_of(Path(config.output_dir)) == []
+    assert describe_initializers(Path(config.output_dir)) == []
 
 
 def test_each_word_is_found_by_its_own_pictures(
@@ -174,14 +182,14 @@ def test_each_word_is_found_by_its_own_pictures(
         resolution=32,
         output_dir=config.output_dir,
     )
-    backbone = Backbone.load(config.pretrained_model_name_or_path, device="cpu")
+    backbone = load_backbone(config.pretrained_model_name_or_path, device="cpu")
     concept = read_concept(several)
-    first_words(several, concept, backbone)
+    choose_initializer_tokens(several, concept, backbone)
     told = json.loads((Path(config.output_dir) / "initializer.json").read_text())
     clip = Clip.load(str(config.clip_model), device="cpu")
-    for each, pictures in zip(told, (concept.pictures[:4], concept.pictures[4:]), strict=True):
+    for each, pictures in zip(told, (concept.images[:4], concept.images[4:]), strict=True):
         name, score = next(iter(each["best"].items()))
-        expected = scores(clip, [name.removesuffix("</w>")], each["sentences"], pictures)
+        expected = score_words(clip, [name.removesuffix("</w>")], each["sentences"], pictures)
         assert score == pytest.approx(float(expected))
 
 
@@ -200,12 +208,12 @@ def test_a_run_keeps_what_was_found_and_goes_on_from_it(
         personalise(config, [kill])
     folder = Path(config.output_dir)
     found = json.loads((folder / "initializer.json").read_text())[0]["initializer_token"]
-    assert latest(folder).facts["config"]["initializer_token"] == found
+    assert latest_checkpoint(folder).facts["config"]["initializer_token"] == found
     monkeypatch.setattr(Clip, "load", lambda *_, **__: pytest.fail("it was found already"))
     personalise(replace(config, resume_from_checkpoint="latest"))
     assert json.loads((folder / "config.json").read_text())["initializer_token"] == found
     assert found in (folder / "README.md").read_text()
-    assert personalised(folder, device="cpu").tokenizer.convert_tokens_to_ids("<thing>") > 0
+    assert load_personalised_backbone(folder, device="cpu").tokenizer.convert_tokens_to_ids("<thing>") > 0
 
 
 @pytest.mark.parametrize(
@@ -222,24 +230,24 @@ def test_a_bad_choice_is_refused_before_a_model_loads(
     config: TextualInversionConfig, changed: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(RefusedInput) as refused:
-        read_concept(replace(config, **changed))
+        preflight(replace(config, **changed), None)
     assert any(said in problem for problem in refused.value.problems)
 
 
 def test_a_folder_without_a_clip_is_refused(config: TextualInversionConfig, tmp_path: Path) -> None:
     with pytest.raises(RefusedInput, match="holds no config"):
-        read_concept(replace(config, clip_model=str(tmp_path)))
+        preflight(replace(config, clip_model=str(tmp_path)), None)
 
 
 @pytest.mark.slow
 def test_the_bundled_models_own_clip_finds_the_noun_of_a_bundled_concept() -> None:
     from dvar import mini
-    from dvar.training.dataset import TEMPLATES
+    from dvar.config.templates import TEMPLATES
 
-    backbone = Backbone.load(mini.path(), device="cpu")
+    backbone = load_backbone(mini.path(), device="cpu")
     clip = Clip.bundled(backbone)
     for name in ("brown_boot", "blue_dog", "black_cat"):
         pictures = [Image.open(path).convert("RGB") for path in sorted(mini.concepts()[name].glob("*.png"))]
         nouns = ["boot", "dog", "cat", "mug", "owl", "car", "house", "fish"]
-        found = scores(clip, nouns, TEMPLATES["object"][:4], pictures)
+        found = score_words(clip, nouns, TEMPLATES["object"][:4], pictures)
         assert nouns[int(found.argmax())] == mini.noun(name)

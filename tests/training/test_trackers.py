@@ -32,6 +32,7 @@ class Writer:
         self.told: dict[int, dict[str, float]] = {}
         self.closed = self.failing = False
         self.calls = 0
+        self.folder = ""
 
     def log(self, scalars: dict[str, float], step: int) -> None:
         self.calls += 1
@@ -52,9 +53,18 @@ class Writer:
 def writer(monkeypatch: pytest.MonkeyPatch) -> Writer:
     made = Writer()
     module: Any = ModuleType("torch.utils.tensorboard")
-    module.SummaryWriter = lambda folder: setattr(made, "folder", folder) or made
+
+    def open_writer(folder: str) -> Writer:
+        made.folder = folder
+        return made
+
+    def init(**options: Any) -> Writer:
+        made.folder = options["dir"]
+        return made
+
+    module.SummaryWriter = open_writer
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    client: Any = SimpleNamespace(init=lambda **options: setattr(made, "options", options) or made)
+    client: Any = SimpleNamespace(init=init)
     monkeypatch.setitem(sys.modules, "wandb", client)
     return made
 
@@ -68,8 +78,7 @@ def test_a_tracker_is_told_what_is_known_at_each_step(writer: Writer, name: str,
     assert not writer.closed
     tracker.close()
     assert writer.closed
-    where = {"tensorboard": lambda: writer.folder, "wandb": lambda: writer.options["dir"]}[name]()  # type: ignore[attr-defined]
-    assert where.startswith(str(tmp_path))
+    assert writer.folder.startswith(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])

@@ -1,28 +1,37 @@
-"""Named settings, as one table: the value of each, where it comes from, and the number it is expected to lead to.
-
-The paper's values are the defaults of the settings classes; the table says where each was published.  Other models than
-the bundled one start from "lean", the paper's settings with a probe that costs little.
-``configure`` puts a preset under what was given.
-"""
+"""Presets: named settings as one table, with the source of each value and the result it is expected to lead to."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from dvar.config.fields import canonical
-from dvar.config.training import BUNDLED_MODEL, CONFIGS, AnyConfig
+from dvar.config.fields import canonical_settings
+from dvar.config.training import (
+    BUNDLED_MODEL,
+    PAPER_METHODS,
+    TrainingConfig,
+)
 from dvar.errors import RefusedInput, nearest
 
-_DEFAULTS = {method: {item.name: item.default for item in fields(known)} for method, known in CONFIGS.items()}
-TI, LORA, CUSTOM = CONFIGS
+C = TypeVar("C", bound=TrainingConfig)
+
+# The paper's values are the defaults of the config classes; the table says where each was published.
+_DEFAULTS = {
+    method: {item.name: item.default for item in fields(config_type)} for method, config_type in PAPER_METHODS.items()
+}
+TI, LORA, CUSTOM = _DEFAULTS
 
 
 @dataclass(frozen=True)
 class PresetRow:
-    """One setting of one preset of one method; ``expected`` is a figure to check a run against, where one is known."""
+    """One setting of one preset of one method.
+
+    Attributes:
+        source: Where the value comes from.
+        expected: A figure to check a run against, where one is known.
+    """
 
     name: str
     method: str
@@ -62,7 +71,7 @@ _PAPER_AND_MINI = (
     _paper("guidance_scale", "released command"),
     _mini("resolution", 64, "the bundled model's own"),
     _mini("learning_rate", 5e-3, "half the paper's; of 3e-3, 5e-3 and 1e-2 the best at the cap (LOG.md)"),
-    _mini("train_batch_size", 4, "twice the paper's: pictures are small"),
+    _mini("train_batch_size", 4, "twice the paper's: images are small"),
     _mini("max_train_steps", 1500, "four minutes on two cores; ten at most"),
     _mini("window", 200, "the cap is a quarter of the paper's", "a straight line stops at step 517"),
     _mini("threshold", 0.15, "the paper's"),
@@ -91,7 +100,7 @@ _PAPER_AND_MINI = (
     _paper("guidance_scale", "released command", method=LORA),
     _mini("resolution", 64, "the bundled model's own", method=LORA),
     _mini("learning_rate", 1e-3, "the paper's; 5e-4 and 2e-3 were no better at the cap (LOG.md)", method=LORA),
-    _mini("train_batch_size", 4, "twice the paper's: pictures are small", method=LORA),
+    _mini("train_batch_size", 4, "twice the paper's: images are small", method=LORA),
     _mini("max_train_steps", 600, "minutes on two cores; not tuned yet", method=LORA),
     _mini("window", 240, "the paper's share of the cap, nearly; not tuned yet", "a straight line: 379", method=LORA),
     _mini("threshold", 0.4, "the paper's", method=LORA),
@@ -108,7 +117,7 @@ _PAPER_AND_MINI = (
     _paper("max_train_steps", "Section 4.2", "6.5 minutes on an A100 without early stopping", method=CUSTOM),
     _paper("validation_steps", "Section 4.2", method=CUSTOM),
     _paper("num_validation_images", "Section 4.2", method=CUSTOM),
-    _paper("train_batch_size", "released command; as many class pictures beside them", method=CUSTOM),
+    _paper("train_batch_size", "released command; as many class images beside them", method=CUSTOM),
     _paper("learning_rate", "released command: 1e-5, scaled by the batch of 2 and by 2 for the prior", method=CUSTOM),
     _paper("adam_weight_decay", "released code", method=CUSTOM),
     _paper("max_grad_norm", "released code", method=CUSTOM),
@@ -118,13 +127,13 @@ _PAPER_AND_MINI = (
     _paper("freeze_model", "released code", method=CUSTOM),
     _paper("random_rescale", "released code", method=CUSTOM),
     _paper("resolution", "released code, for Stable Diffusion", method=CUSTOM),
-    _paper("center_crop", "released code: the whole picture is squeezed", method=CUSTOM),
+    _paper("center_crop", "released code: the whole image is squeezed", method=CUSTOM),
     _paper("random_flip", "released code, with a probability of a half", method=CUSTOM),
     _paper("num_inference_steps", "released command", method=CUSTOM),
     _paper("guidance_scale", "released command", method=CUSTOM),
     _mini("resolution", 64, "the bundled model's own", method=CUSTOM),
     _mini("learning_rate", 3e-4, "the paper's 4e-5 moves little; 1e-3 forgets places (LOG.md)", method=CUSTOM),
-    _mini("train_batch_size", 4, "twice the paper's: pictures are small", method=CUSTOM),
+    _mini("train_batch_size", 4, "twice the paper's: images are small", method=CUSTOM),
     _mini("max_train_steps", 500, "the paper's; not tuned yet", method=CUSTOM),
     _mini("window", 180, "the paper's", "a straight line stops at step 464", method=CUSTOM),
     _mini("threshold", 0.15, "the paper's", method=CUSTOM),
@@ -139,8 +148,10 @@ _PAPER_AND_MINI = (
 )
 
 LEAN = {TI: 30, LORA: 40, CUSTOM: 20}
-"""Steps between two evaluations, such that by counts of forward passes they take about a twentieth of the time, and a
-window holds nine or more."""
+"""Steps between two evaluations of the preset "lean", for models other than the bundled one.
+
+By counts of forward passes, evaluations then take about a twentieth of the time, and a window holds nine or more.
+"""
 TABLE = (
     *_PAPER_AND_MINI,
     *(
@@ -153,28 +164,37 @@ TABLE = (
 )
 
 
-def settings(name: str, method: str = TI) -> dict[str, Any]:
-    """Setting to value of one preset.
+def preset_settings(name: str, method: str = TI) -> dict[str, Any]:
+    """Return the settings of one preset, by name.
 
-    Raises: `RefusedInput` naming the nearest preset when there is none of that name.
+    Raises:
+        RefusedInput: There is no such preset; the message names the nearest.
     """
     names = sorted({row.name for row in TABLE if row.method == method})
+    if not names:
+        raise RefusedInput([f"method {method} has no presets, got preset {name!r}: drop it"])
     if name not in names:
         raise RefusedInput([f"preset must be one of {', '.join(names)}, got {name!r}: try {nearest(str(name), names)}"])
     return {row.setting: row.value for row in TABLE if (row.name, row.method) == (name, method)}
 
 
-def configure(given: Mapping[str, Any], method: str = TI) -> AnyConfig:
-    """All settings of a run of ``method``: what was ``given`` (paths may be `Path`), over preset, over defaults.
+def configure(values: Mapping[str, Any], config_type: type[C]) -> C:
+    """Return the config of a run: ``values`` over the preset over the defaults.
 
-    Without a ``preset`` among the given it is 'mini' for the bundled model and 'lean' for any other, which is 'paper'
-    with a probe every so many steps; the result keeps its name.  Ranges are not checked here
-    (`dvar.config.training.settings_problems`).
+    Without a ``preset`` in ``values`` it is "mini" for the bundled model and "lean" for any other; methods of other
+    packages have none. The config keeps the name. Ranges are not checked here: `dvar.config.training.problems`.
 
-    Raises: `RefusedInput` for unknown settings and unknown presets.
+    Args:
+        values: Settings by field name or alias; paths may be `Path`.
+        config_type: The config class of the method.
+
+    Raises:
+        RefusedInput: Settings are unknown, or the preset is.
     """
-    known = CONFIGS[method]
-    named = canonical({key: str(value) if isinstance(value, Path) else value for key, value in given.items()}, known)
-    model = named.get("pretrained_model_name_or_path", BUNDLED_MODEL)
-    name = named.get("preset") or ("mini" if model == BUNDLED_MODEL else "lean")
-    return known(**{**settings(name, method), **named, "preset": name})
+    plain = {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
+    named = canonical_settings(plain, config_type)
+    name, model = named.get("preset"), named.get("pretrained_model_name_or_path", BUNDLED_MODEL)
+    if not name and config_type.method in _DEFAULTS:
+        name = "mini" if model == BUNDLED_MODEL else "lean"
+    preset = preset_settings(name, config_type.method) if name else {}
+    return config_type(**{**preset, **named, "preset": name})

@@ -1,251 +1,327 @@
-"""Frozen settings of each method, with their help, ranges and checks.  Pure: no picture and no model is opened here.
-
-A settings class states every default once: the command line shows it, a preset overrides it, a TOML file overrides the
-preset and a flag overrides the file (`dvar.config.presets.configure`).  The defaults are the paper's.
-A method's class has the fields that all share and its own; what is done with settings is done by functions.
-"""
+"""Config classes of the methods of personalisation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from itertools import permutations
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from dvar.config.fields import COUNT, NOT_NEGATIVE, POSITIVE, Config, Range, faults, setting, sound
-from dvar.errors import RefusedInput
+from dvar.config.fields import (
+    COUNT,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Config,
+    Range,
+    invalid_fields,
+    replace_invalid_fields,
+    setting,
+)
+from dvar.config.templates import TEMPLATES
 
 BUNDLED_MODEL = "mini"
 Sampler = Literal["model", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DDIMScheduler"]
-"""Schedulers of diffusers that pictures can be drawn by, beside the model's own."""
+"""Schedulers of diffusers that images can be generated with, beside the model's own."""
+Conflicts = Iterator[tuple[set[str], str]]
+"""(fields concerned, problem) for values that are valid by themselves and cannot be used, alone or together."""
+
+_PLAIN_PROMPTS = {"object": "a photo of {}", "style": "a picture in the style of {}"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig(Config):
-    """What every method is set by; a step is one update of the optimizer.  Fields alone: a method's class adds its own.
+    """The settings that all methods share; a step is one update of the optimizer.
 
-    Source: the defaults are the paper's, with its released command lines; `dvar.config.presets` names each source.
-    Deviates: float32 arithmetic by default, where the released commands use fp16, because what the rule must see of
-    L_det lies in its third digit.
+    A method subclasses it, adds its fields, and overrides the properties in which it differs, with a field where the
+    user sets one.
+
+    Attributes:
+        method: The name of the method.
+        title: The name of the method in prose.
+        tags: Tags of the model card.
+
+    Source: The defaults are the paper's, with its released command lines; `dvar.config.presets` names each source.
+    Deviates: The arithmetic is float32 by default, where the released commands use fp16, because what the rule must
+        see of L_det is in its third digit.
     """
 
-    pretrained_model_name_or_path: str = setting(
-        BUNDLED_MODEL, "A hub id, a diffusers folder, or 'mini', the bundled model.", section="Model and pictures"
+    method: ClassVar[str]
+    title: ClassVar[str]
+    tags: ClassVar[tuple[str, ...]] = ()
+
+    instance_data_dir: str | None = setting(
+        None, "Folder with the images of the concept.", section="Data", alias="train_data_dir"
     )
-    instance_data_dir: str | None = setting(None, "Folder with the pictures of the subject.", alias="train_data_dir")
-    placeholder_token: str | None = setting("<thing>", "New word that will stand for the subject.")
-    initializer_token: str | None = setting(None, "Known word whose embedding the new word starts from, such as mug.")
-    initializer: Literal["manual", "random", "clip"] = setting(
-        "manual", "Where that known word comes from: given, drawn from the vocabulary, or found by a CLIP."
+    resolution: int = setting(512, "Side of the square training images in pixels, a multiple of 8.", Range(8))
+    center_crop: bool = setting(True, "Crop the middle square; otherwise squeeze the whole image into a square.")
+    random_flip: bool = setting(True, "Mirror each image left to right half of the time.")
+
+    pretrained_model_name_or_path: str = setting(
+        BUNDLED_MODEL, "Hub id or diffusers folder of the base model, or 'mini', the bundled one.", section="Model"
     )
     clip_model: str | None = setting(
-        None, "Folder or hub id of the CLIP that finds it, and scores samples; the bundled model has one of its own."
+        None, "Hub id or folder of the CLIP for --initializer clip and --best_by clip; the bundled model has its own."
     )
-    num_vectors: int = setting(1, "Embedding vectors behind the new word.", COUNT)
-    resolution: int = setting(512, "Side of the square training pictures in pixels, a multiple of 8.", Range(8))
-    center_crop: bool = setting(True, "Crop the middle square; otherwise squeeze the whole picture into a square.")
-    random_flip: bool = setting(True, "Mirror each picture left to right half of the time.")
+    mixed_precision: Literal["no", "fp16", "bf16"] = setting("no", "Arithmetic of the frozen model.")
+    gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass: less memory, more time.")
+    attention_slicing: bool = setting(False, "Compute attention in slices: less memory, more time.")
+    compile: bool = setting(False, "Compile the U-Net: minutes before the first step, then faster steps on a GPU.")
 
     preset: str | None = setting(
         None,
         "Named settings to start from: 'mini' for the bundled model, 'lean' for others; 'paper' probes at every step.",
-        section="Training",
+        section="Method",
     )
-    train_batch_size: int = setting(2, "Pictures in one forward pass of training.", COUNT)
+    placeholder_token: str | None = setting("<thing>", "New word that stands for the concept in prompts.")
+    initializer_token: str | None = setting(None, "Known word whose embedding the new one starts from, such as mug.")
+    initializer: Literal["manual", "random", "clip"] = setting(
+        "manual", "How the known word is chosen: given, drawn from the vocabulary, or found by a CLIP."
+    )
+    num_vectors: int = setting(1, "Embedding vectors of the new word.", COUNT)
+    train_batch_size: int = setting(2, "Images in one forward pass of training.", COUNT)
     gradient_accumulation_steps: int = setting(1, "Forward passes in one step.", COUNT)
-    gradient_checkpointing: bool = setting(False, "Recompute activations going backward: less memory, more time.")
-    attention_slicing: bool = setting(False, "Compute attention in slices: less memory, more time.")
-    compile: bool = setting(False, "Compile the U-Net: minutes before the first step, then faster ones on a GPU.")
     optimizer: Literal["adamw", "adamw8bit", "sam", "prodigy"] = setting(
-        "adamw", "AdamW, the same with a state of 8 bits, SGD by the gradient at the steepest point near, or Prodigy."
+        "adamw", "AdamW, AdamW with 8-bit state, SAM over SGD, or Prodigy."
     )
-    sam_rho: float = setting(0.05, "How far SAM looks for that point.", POSITIVE)
+    sam_rho: float = setting(0.05, "Radius in which SAM looks for the steepest point.", POSITIVE)
     learning_rate: float = setting(1e-2, "Learning rate of the optimizer.", POSITIVE)
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
     ] = setting("constant", "How the learning rate changes over the steps.")
     lr_warmup_steps: int = setting(0, "Steps over which the learning rate rises from 0.", NOT_NEGATIVE)
-    adam_beta1: float = setting(0.9, "AdamW's memory of the gradient.", Range(0, 1))
-    adam_beta2: float = setting(0.999, "AdamW's memory of the squared gradient.", Range(0, 1))
-    adam_weight_decay: float = setting(1e-2, "AdamW's decay of what is trained.", NOT_NEGATIVE)
-    adam_epsilon: float = setting(1e-8, "AdamW's guard against division by zero.", POSITIVE)
+    adam_beta1: float = setting(0.9, "Decay of AdamW's mean of gradients.", Range(0, 1))
+    adam_beta2: float = setting(0.999, "Decay of AdamW's mean of squared gradients.", Range(0, 1))
+    adam_weight_decay: float = setting(1e-2, "Weight decay of AdamW.", NOT_NEGATIVE)
+    adam_epsilon: float = setting(1e-8, "Guard of AdamW against division by zero.", POSITIVE)
     max_grad_norm: float | None = setting(
         None, "Norm to which a larger gradient is scaled down; none by default.", POSITIVE
     )
-    max_train_steps: int = setting(6100, "The cap: training ends here if the rule has not ended it before.", COUNT)
-    mixed_precision: Literal["no", "fp16", "bf16"] = setting("no", "Arithmetic of the frozen model.")
-    seed: int = setting(0, "Seed of everything that is drawn.", NOT_NEGATIVE)
+    seed: int = setting(0, "Seed of all randomness.", NOT_NEGATIVE)
 
-    probe_every: int = setting(1, "Steps between two evaluations of the fixed batch.", COUNT, section="Stopping")
-    eval_batch_size: int = setting(8, "Inputs in the fixed batch.", COUNT)
+    probe_every: int = setting(1, "Steps between two evaluations of the held batch.", COUNT, section="Stopping")
+    eval_batch_size: int = setting(8, "Inputs in the held batch.", COUNT)
     window: int = setting(310, "DVAR's N: steps over which the recent variance is taken.")
     threshold: float = setting(0.15, "DVAR's alpha: stop when recent / whole variance is below it.")
+    max_train_steps: int = setting(6100, "The cap: training ends here unless the rule ends it before.", COUNT)
 
     validation_prompt: str | None = setting(
-        None, "Prompt of the sample pictures; a plain one of the subject by default.", section="Sample pictures"
+        None, "Prompt of the sample images; by default a plain one with the concept.", section="Sampling"
     )
-    validation_steps: int = setting(500, "Steps between two sets of sample pictures.", COUNT)
-    num_validation_images: int = setting(8, "Pictures in a set of samples.", COUNT)
-    num_inference_steps: int = setting(50, "Denoising steps of a sample picture.", COUNT)
-    guidance_scale: float = setting(7.5, "Classifier-free guidance of the sample pictures.", NOT_NEGATIVE)
-    validation_scheduler: Sampler = setting(  # noqa: RUF009 (an alias hides that it cannot change)
-        "model", "What draws them: the model's own scheduler, or one that needs fewer steps, say 20."
+    validation_steps: int = setting(500, "Steps between two sets of sample images.", COUNT)
+    num_validation_images: int = setting(8, "Images in a set.", COUNT)
+    num_inference_steps: int = setting(50, "Denoising steps of an image.", COUNT)
+    guidance_scale: float = setting(7.5, "Classifier-free guidance of the sample images.", NOT_NEGATIVE)
+    validation_scheduler: Sampler = setting(
+        "model", "Scheduler of the sample images: the model's own, or one that needs fewer steps, say 20."
     )
 
-    checkpointing_steps: int = setting(500, "Steps between two checkpoints.", COUNT, section="The run")
+    checkpointing_steps: int = setting(500, "Steps between two checkpoints.", COUNT, section="Output")
     checkpoints_total_limit: int | None = setting(None, "Newest checkpoints to keep; all of them by default.", COUNT)
-    resume_from_checkpoint: str | None = setting(None, "Go on from 'latest', or from a checkpoint by its name.")
-    report_to: Literal["none", "tensorboard", "wandb"] = setting(
-        "none", "Tracker to tell of each step; trace.jsonl and report.html hold the curves in any case."
-    )
-    extend: bool = setting(False, "Go on under a higher cap than the checkpoint's; with a constant learning rate.")
+    resume_from_checkpoint: str | None = setting(None, "Resume from 'latest', or from a checkpoint by its name.")
+    extend: bool = setting(False, "Resume under a higher cap than the checkpoint's; with a constant learning rate.")
     keep: Literal["last,best", "last", "best"] = setting(
-        "last,best", "Which steps are exported: the last, the best beside it, or one of the two alone."
+        "last,best", "Which steps to export: the last one, the best one beside it, or one of the two alone."
     )
     best_by: Literal["l_det", "clip", "stop"] = setting(
-        "l_det",
-        "What makes a step the best: the lowest L_det, the samples most like the pictures by CLIP, or being the last.",
+        "l_det", "What makes a step the best: the lowest L_det, the best CLIP score of its samples, or being the last."
+    )
+    report_to: Literal["none", "tensorboard", "wandb"] = setting(
+        "none", "Tracker that receives each step; trace.jsonl and report.html hold the curves in any case."
     )
     output_dir: str = setting("runs/run", "Folder of the run.")
-    overwrite: bool = setting(False, "Replace another run found in the output folder.")
+    overwrite: bool = setting(False, "Replace another run in the output folder.")
 
+    @property
+    def placeholder_tokens(self) -> tuple[str, ...]:
+        """The new tokens that are learned; none where a method trains without."""
+        return () if self.placeholder_token is None else (self.placeholder_token,)
 
-Conflicts = Iterator[tuple[set[str], str]]
-"""(settings concerned, what is wrong) for well-formed values that cannot be carried out, alone or together."""
-
-_PLAIN = {"object": "a photo of {}", "style": "a picture in the style of {}"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextualInversionConfig(TrainingConfig):
-    """Every setting of ``dvar train textual-inversion``.
-
-    ``subject`` is what prompts call the subject, ``plain_prompt`` the prompt of a plain picture of it, ``kind`` what it
-    is, ``learned`` what is trained for it.
-    """
-
-    method = "textual-inversion"
-    title = "Textual Inversion"
-    tags = ("textual_inversion",)
-    learned = "a new word"
-
-    placeholder_token: str = setting("<thing>", "New word that will stand for the subject.")
-    output_dir: str = setting("runs/textual-inversion", "Folder of the run.")
-    learnable_property: Literal["object", "style"] = setting(
-        "object", "What is learned from the pictures.", section="Model and pictures"
-    )
+    @property
+    def initializer_tokens(self) -> tuple[str, ...]:
+        """The known tokens from which the placeholder tokens start, in their order."""
+        return (str(self.initializer_token),)
 
     @property
     def subject(self) -> str:
-        return self.placeholder_token
-
-    @property
-    def plain_prompt(self) -> str:
-        return _PLAIN.get(self.learnable_property, "{}").format(self.placeholder_token)
+        """The name of the concept in prompts."""
+        return self.placeholder_token or str(self.instance_prompt)
 
     @property
     def kind(self) -> str:
+        """The kind of the concept, as a noun: object, style, mug."""
         return self.learnable_property
 
+    @property
+    def learned(self) -> str:
+        """A description of what is trained."""
+        return "a new word"
+
+    @property
+    def learnable_property(self) -> str:
+        """Whether the concept is an "object" or a "style"."""
+        return "object"
+
+    @property
+    def instance_prompt(self) -> str | None:
+        """The caption of all instance images; None where they have captions from templates."""
+        return None
+
+    @property
+    def concepts_list(self) -> str | None:
+        """The JSON file of several concepts; None where the fields describe the only one."""
+        return None
+
+    @property
+    def random_rescale(self) -> bool:
+        """Whether images are shown smaller or larger at random."""
+        return False
+
+    @property
+    def class_prompt(self) -> str | None:
+        """The caption of all class images."""
+        return None
+
+    @property
+    def class_data_dir(self) -> str | None:
+        """The folder with class images; None where the base model generates them."""
+        return None
+
+    @property
+    def num_class_images(self) -> int:
+        """The number of class images to generate."""
+        return 0
+
+    @property
+    def effective_prior_weight(self) -> float:
+        """The weight of the loss on class images; 0 where there are none."""
+        return 0.0
+
+    @property
+    def plain_prompt(self) -> str:
+        """The prompt of a plain image of the concept."""
+        return self.instance_prompt or _PLAIN_PROMPTS.get(self.learnable_property, "{}").format(self.placeholder_token)
+
+    @property
+    def sample_prompt(self) -> str:
+        """The prompt of the sample images."""
+        return self.validation_prompt or self.plain_prompt
+
+    @property
+    def caption_templates(self) -> tuple[str, ...]:
+        """The captions of instance images that have none of their own.
+
+        Source: The paper trains Textual Inversion and DreamBooth-LoRA on sentences around the placeholder token,
+            without a class noun; diffusers trains LoRA alone on one sentence of the user's.
+        """
+        if self.instance_prompt:
+            return (self.plain_prompt,)
+        return tuple(template.format(self.placeholder_token) for template in TEMPLATES[self.learnable_property])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as plain values, with the name of the method, as config.json and checkpoints hold it."""
+        return {"method": self.method, **asdict(self)}
+
     def conflicts(self) -> Conflicts:
-        """What is wrong beyond what all methods refuse."""
+        """Yield what is wrong with the fields of this method; `problems` adds what is wrong with the shared ones."""
         yield from ()
 
 
 @dataclass(frozen=True, kw_only=True)
-class DreamBoothLoraConfig(TrainingConfig):
-    """Every setting of ``dvar train dreambooth-lora``; without a new word ``instance_prompt`` names the subject.
+class TextualInversionConfig(TrainingConfig):
+    """The settings of ``dvar train textual-inversion``."""
 
-    ``subject``, ``plain_prompt``, ``kind`` and ``learned`` are as in `TextualInversionConfig`.
-    """
+    method = "textual-inversion"
+    title = "Textual Inversion"
+    tags = ("textual_inversion",)
+
+    placeholder_token: str = setting("<thing>", "New word that stands for the concept in prompts.")
+    output_dir: str = setting("runs/textual-inversion", "Folder of the run.")
+    learnable_property: Literal["object", "style"] = setting(
+        "object", "What is learned from the images.", section="Data"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DreamBoothLoraConfig(TrainingConfig):
+    """The settings of ``dvar train dreambooth-lora``; without a placeholder token, ``instance_prompt`` is required."""
 
     method = "dreambooth-lora"
     title = "DreamBooth-LoRA"
     tags = ("dreambooth", "lora")
 
     placeholder_token: str | None = setting(
-        None, "New word that will stand for the subject; without it LoRA alone is trained."
+        None, "New word that stands for the concept in prompts; without it, LoRA alone is trained."
     )
     learning_rate: float = setting(1e-3, "Learning rate of the optimizer.", POSITIVE)
-    max_train_steps: int = setting(1000, "The cap: training ends here if the rule has not ended it before.", COUNT)
+    max_train_steps: int = setting(1000, "The cap: training ends here unless the rule ends it before.", COUNT)
     window: int = setting(440, "DVAR's N: steps over which the recent variance is taken.")
     threshold: float = setting(0.4, "DVAR's alpha: stop when recent / whole variance is below it.")
-    validation_steps: int = setting(100, "Steps between two sets of sample pictures.", COUNT)
-    guidance_scale: float = setting(6.0, "Classifier-free guidance of the sample pictures.", NOT_NEGATIVE)
+    validation_steps: int = setting(100, "Steps between two sets of sample images.", COUNT)
+    guidance_scale: float = setting(6.0, "Classifier-free guidance of the sample images.", NOT_NEGATIVE)
     output_dir: str = setting("runs/dreambooth-lora", "Folder of the run.")
     instance_prompt: str | None = setting(
         None,
-        "Caption of every picture, such as 'a photo of sks dog'; plain sentences around the new word by default.",
-        section="Model and pictures",
+        "Caption of every instance image, such as 'a photo of sks dog'; by default sentences around the new word.",
+        section="Data",
     )
     learnable_property: Literal["object", "style"] = setting(
-        "object", "What is learned from the pictures: it chooses the plain sentences."
+        "object", "What is learned from the images; it chooses the sentences."
     )
-    class_prompt: str | None = setting(None, "Caption of every class picture, such as 'a photo of dog'.")
+    with_prior_preservation: bool = setting(False, "Train on class images too, so that the class does not drift.")
+    class_prompt: str | None = setting(None, "Caption of every class image, such as 'a photo of dog'.")
     class_data_dir: str | None = setting(
-        None, "Folder with pictures of the class; by default the model draws them before training."
+        None, "Folder with class images; by default the base model generates them before training."
     )
-    num_class_images: int = setting(100, "Class pictures that the model draws when it has no folder of them.", COUNT)
-    rank: int = setting(4, "Rank of the low-rank change of each attention matrix.", COUNT, section="Training")
-    lora_alpha: int | None = setting(None, "The low-rank change is scaled by this over the rank; 1 by default.", COUNT)
+    num_class_images: int = setting(100, "Class images to generate where no folder is given.", COUNT)
+    rank: int = setting(4, "Rank of the low-rank change of each attention matrix.", COUNT, section="Method")
+    lora_alpha: int | None = setting(
+        None, "The low-rank change is scaled by alpha / rank; alpha is the rank by default.", COUNT
+    )
     lora_targets: Literal["attention", "cross-attention", "attention+gates"] = setting(
-        "attention", "Which matrices of the U-Net change; the released code takes the feed-forward gates too."
+        "attention", "Which matrices of the U-Net change; the released code changes the feed-forward gates too."
     )
     train_text_encoder: bool = setting(False, "Learn a low-rank change of the text encoder's attention too.")
-    with_prior_preservation: bool = setting(False, "Train on pictures of the class too, so that it does not drift.")
-    prior_loss_weight: float = setting(1.0, "Weight of the loss on class pictures.", POSITIVE)
-
-    @property
-    def subject(self) -> str:
-        return self.placeholder_token or str(self.instance_prompt)
-
-    @property
-    def plain_prompt(self) -> str:
-        if self.instance_prompt:
-            return self.instance_prompt
-        return _PLAIN.get(self.learnable_property, "{}").format(self.placeholder_token)
-
-    @property
-    def kind(self) -> str:
-        return self.learnable_property
+    prior_loss_weight: float = setting(1.0, "Weight of the loss on class images.", POSITIVE)
 
     @property
     def learned(self) -> str:
+        """A description of what is trained."""
         change = "a low-rank change of the U-Net's" + " and the text encoder's" * self.train_text_encoder + " attention"
         return f"a new word and {change}" if self.placeholder_token else change
 
+    @property
+    def effective_prior_weight(self) -> float:
+        """The weight of the loss on class images; 0 where there are none."""
+        return self.prior_loss_weight if self.with_prior_preservation else 0.0
+
     def conflicts(self) -> Conflicts:
-        """What is wrong beyond what all methods refuse."""
-        word, prompt = self.placeholder_token, self.instance_prompt
-        if word is None and not prompt:
-            said = "placeholder_token is missing: give a new word, or train LoRA alone on an --instance_prompt"
-            yield {"placeholder_token", "instance_prompt"}, said
-        if word is None and self.initializer_token:
-            said = (
-                f"initializer_token needs a placeholder_token, got {self.initializer_token!r} alone: give the new word"
-            )
-            yield {"placeholder_token", "initializer_token"}, said
-        if word is None and self.num_vectors > 1:
-            said = f"num_vectors must be 1 without a placeholder_token, got {self.num_vectors}: give the new word"
-            yield {"placeholder_token", "num_vectors"}, said
-        if word and prompt and word not in prompt:
-            said = f"instance_prompt must hold the new word {word}, got {prompt!r}: put it in"
-            yield {"placeholder_token", "instance_prompt"}, said
+        """Yield what is wrong with the fields of this method."""
+        token, prompt = self.placeholder_token, self.instance_prompt
+        if token is None and not prompt:
+            message = "placeholder_token is missing: give a new word, or train LoRA alone on an --instance_prompt"
+            yield {"placeholder_token", "instance_prompt"}, message
+        if token is None and self.initializer_token:
+            message = f"initializer_token needs a placeholder_token, got {self.initializer_token!r} without one"
+            yield {"placeholder_token", "initializer_token"}, f"{message}: give the new word"
+        if token is None and self.num_vectors > 1:
+            message = f"num_vectors must be 1 without a placeholder_token, got {self.num_vectors}: give the new word"
+            yield {"placeholder_token", "num_vectors"}, message
+        if token and prompt and token not in prompt:
+            yield _missing_token("instance_prompt", token, prompt)
         if self.with_prior_preservation and not (self.class_prompt or "").strip():
-            said = "class_prompt is missing: with_prior_preservation needs the caption of the class pictures"
-            yield {"class_prompt", "with_prior_preservation"}, f"{said}, such as 'a photo of dog'"
+            message = "class_prompt is missing: with_prior_preservation needs the caption of the class images"
+            yield {"class_prompt", "with_prior_preservation"}, f"{message}, such as 'a photo of dog'"
         for name in ("class_prompt", "class_data_dir"):
-            if (given := getattr(self, name)) and not self.with_prior_preservation:
-                said = f"{name} needs with_prior_preservation, got {given!r} alone: add the flag or drop it"
-                yield {name, "with_prior_preservation"}, said
+            if (value := getattr(self, name)) and not self.with_prior_preservation:
+                message = f"{name} needs with_prior_preservation, got {value!r} without it: add the flag or drop it"
+                yield {name, "with_prior_preservation"}, message
 
 
 @dataclass(frozen=True, kw_only=True)
 class CustomDiffusionConfig(TrainingConfig):
-    """Every setting of ``dvar train custom-diffusion``; a prompt names the subject by the new word and its class.
+    """The settings of ``dvar train custom-diffusion``; prompts name the concept by placeholder token and class noun.
 
-    With a ``concepts_list`` there are several subjects, each with pictures, a class and as a rule a word of its own.
-    ``subject``, ``plain_prompt``, ``kind`` and ``learned`` are as in `TextualInversionConfig`.
+    With a ``concepts_list`` there are several concepts, each with its images, its class, and as a rule its token.
     """
 
     method = "custom-diffusion"
@@ -253,219 +329,223 @@ class CustomDiffusionConfig(TrainingConfig):
     tags = ("custom-diffusion",)
 
     placeholder_token: str = setting(
-        "<new1>", "New word that will stand for the subject; several are joined by +.", alias="modifier_token"
+        "<new1>", "New word that stands for the concept in prompts; several are joined by +.", alias="modifier_token"
     )
     initializer_token: str | None = setting(
-        "ktn", "Known word whose embedding the new word starts from; several are joined by +."
+        "ktn", "Known word whose embedding the new one starts from; several are joined by +."
     )
-    center_crop: bool = setting(False, "Crop the middle square; otherwise squeeze the whole picture into a square.")
+    center_crop: bool = setting(False, "Crop the middle square; otherwise squeeze the whole image into a square.")
     learning_rate: float = setting(4e-5, "Learning rate of the optimizer.", POSITIVE)
     max_grad_norm: float | None = setting(1.0, "Norm to which a larger gradient is scaled down.", POSITIVE)
-    max_train_steps: int = setting(500, "The cap: training ends here if the rule has not ended it before.", COUNT)
+    max_train_steps: int = setting(500, "The cap: training ends here unless the rule ends it before.", COUNT)
     window: int = setting(180, "DVAR's N: steps over which the recent variance is taken.")
-    validation_steps: int = setting(100, "Steps between two sets of sample pictures.", COUNT)
-    guidance_scale: float = setting(6.0, "Classifier-free guidance of the sample pictures.", NOT_NEGATIVE)
+    validation_steps: int = setting(100, "Steps between two sets of sample images.", COUNT)
+    guidance_scale: float = setting(6.0, "Classifier-free guidance of the sample images.", NOT_NEGATIVE)
     output_dir: str = setting("runs/custom-diffusion", "Folder of the run.")
     class_noun: str | None = setting(
-        None, "Class of the subject, such as mug; it follows the new word in prompts.", section="Model and pictures"
+        None, "Class of the concept, such as mug; it follows the new word in prompts.", section="Data"
     )
     instance_prompt: str | None = setting(
-        None, "Caption of every picture; 'photo of a <new1> mug' by default, with the new word and the class."
+        None, "Caption of every instance image; by default 'photo of a <new1> mug', with the new word and the class."
     )
     concepts_list: str | None = setting(
-        None, "JSON file of several subjects, as diffusers reads it, in place of the folders and prompts of one."
+        None, "JSON file of several concepts, in diffusers' format, instead of the folders and prompts of one."
     )
     random_rescale: bool = setting(
-        True, "Show pictures smaller or larger, with captions that say so and a loss on what is theirs alone."
+        True, "Show images smaller or larger, with captions that say so and a loss on the image's own area."
     )
     class_data_dir: str | None = setting(
-        None, "Folder with pictures of the class; by default the model draws them before training."
+        None, "Folder with class images; by default the base model generates them before training."
     )
-    num_class_images: int = setting(200, "Class pictures that the model draws when it has no folder of them.", COUNT)
+    num_class_images: int = setting(200, "Class images to generate where no folder is given.", COUNT)
     prior_loss_weight: float = setting(
-        1.0, "Weight of the loss on class pictures; 0 trains without them.", NOT_NEGATIVE, section="Training"
+        1.0, "Weight of the loss on class images; 0 trains without them.", NOT_NEGATIVE, section="Method"
     )
     freeze_model: Literal["crossattn_kv", "crossattn"] = setting(
         "crossattn_kv", "What is not frozen: keys and values of cross-attention, or all of it."
     )
 
     @property
+    def placeholder_tokens(self) -> tuple[str, ...]:
+        """The new tokens that are learned."""
+        return tuple(self.placeholder_token.split("+"))
+
+    @property
+    def initializer_tokens(self) -> tuple[str, ...]:
+        """The known tokens from which the placeholder tokens start, in their order."""
+        return tuple(str(self.initializer_token).split("+"))
+
+    @property
     def subject(self) -> str:
-        return ", ".join(words(self)) if self.concepts_list else f"{self.placeholder_token} {self.class_noun}"
+        """The name of the concept in prompts."""
+        return (
+            ", ".join(self.placeholder_tokens) if self.concepts_list else f"{self.placeholder_token} {self.class_noun}"
+        )
+
+    @property
+    def kind(self) -> str:
+        """The kind of the concept, as a noun."""
+        return "group of subjects" if self.concepts_list else str(self.class_noun)
+
+    @property
+    def learned(self) -> str:
+        """A description of what is trained."""
+        part = {"crossattn_kv": "keys and values of cross-attention", "crossattn": "cross-attention"}
+        word = "new words" if len(self.placeholder_tokens) > 1 else "a new word"
+        return f"{word} and new {part[self.freeze_model]}"
+
+    @property
+    def class_prompt(self) -> str | None:
+        """The caption of all class images."""
+        return f"photo of a {self.class_noun}"
+
+    @property
+    def effective_prior_weight(self) -> float:
+        """The weight of the loss on class images; 0 where there are none."""
+        return self.prior_loss_weight
 
     @property
     def plain_prompt(self) -> str:
+        """The prompt of a plain image of the concept."""
         if self.concepts_list:
             return str(self.validation_prompt)
         return self.instance_prompt or f"photo of a {self.subject}"
 
     @property
-    def kind(self) -> str:
-        return "group of subjects" if self.concepts_list else str(self.class_noun)
+    def caption_templates(self) -> tuple[str, ...]:
+        """The caption of instance images that have none of their own.
 
-    @property
-    def learned(self) -> str:
-        part = {"crossattn_kv": "keys and values of cross-attention", "crossattn": "cross-attention"}
-        word = "new words" if len(words(self)) > 1 else "a new word"
-        return f"{word} and new {part[self.freeze_model]}"
+        Source: The paper trains Custom Diffusion on one sentence with the placeholder token and the class noun.
+        """
+        return (self.plain_prompt,)
 
     def conflicts(self) -> Conflicts:
-        """What is wrong beyond what all methods refuse."""
-        word, prompt, known = self.placeholder_token, self.instance_prompt, words(self)
-        if any(one and one in other for one, other in permutations(known, 2)):
-            said = f"placeholder_token must join words of which none is part of another, got {word}: rename one"
-            yield {"placeholder_token"}, said
-        if self.initializer == "manual" and self.initializer_token and len(initializers(self)) != len(known):
-            said = f"initializer_token must give one word for each of {word}, got {self.initializer_token}"
-            yield {"initializer_token", "placeholder_token"}, f"{said}: join them by +, as in ktn+pll"
+        """Yield what is wrong with the fields of this method."""
+        token, prompt, tokens = self.placeholder_token, self.instance_prompt, self.placeholder_tokens
+        if any(part and part in other for part, other in permutations(tokens, 2)):
+            message = f"placeholder_token must join words of which none is part of another, got {token}: rename one"
+            yield {"placeholder_token"}, message
+        initializer_given = self.initializer == "manual" and self.initializer_token
+        if initializer_given and len(self.initializer_tokens) != len(tokens):
+            message = f"initializer_token must give one word for each of {token}, got {self.initializer_token}"
+            yield {"initializer_token", "placeholder_token"}, f"{message}: join them by +, as in ktn+pll"
         if self.concepts_list:
-            yield from self._conflicts_of_several()
+            yield from self._conflicts_of_several_concepts()
             return
-        if len(known) > 1:
-            said = f"placeholder_token {word} is several words, which need a concepts_list: name the file, or one word"
-            yield {"placeholder_token", "concepts_list"}, said
+        if len(tokens) > 1:
+            message = f"placeholder_token must be one word without a concepts_list, got {token}: name the list"
+            yield {"placeholder_token", "concepts_list"}, f"{message}, or give one word"
         if not (self.class_noun or "").strip():
-            yield {"class_noun"}, "class_noun is missing: name the class of the subject, such as mug"
-        if prompt and word not in prompt:
-            said = f"instance_prompt must hold the new word {word}, got {prompt!r}: put it in"
-            yield {"placeholder_token", "instance_prompt"}, said
+            yield {"class_noun"}, "class_noun is missing: give the class of the concept, such as mug"
+        if prompt and token not in prompt:
+            yield _missing_token("instance_prompt", token, prompt)
         if self.class_data_dir and not self.prior_loss_weight:
-            said = f"class_data_dir needs a prior_loss_weight above 0, got {self.class_data_dir}: drop one of them"
-            yield {"class_data_dir", "prior_loss_weight"}, said
+            message = f"class_data_dir needs a prior_loss_weight above 0, got {self.class_data_dir}: drop one of them"
+            yield {"class_data_dir", "prior_loss_weight"}, message
 
-    def _conflicts_of_several(self) -> Conflicts:
+    def _conflicts_of_several_concepts(self) -> Conflicts:
+        """Yield what is wrong with the fields beside a ``concepts_list``."""
         for name in ("instance_data_dir", "class_noun", "instance_prompt", "class_data_dir"):
-            if given := getattr(self, name):
-                said = f"{name} is for one subject and concepts_list for several, got both ({given}): drop one of them"
-                yield {name, "concepts_list"}, said
+            if value := getattr(self, name):
+                message = f"{name} is for one concept and concepts_list for several, got both ({value})"
+                yield {name, "concepts_list"}, f"{message}: drop one of them"
         if not self.validation_prompt:
-            said = "validation_prompt is missing: with a concepts_list, write what the sample pictures show"
-            yield {"validation_prompt", "concepts_list"}, f"{said}, such as '{words(self)[0]} cat on a beach'"
+            message = "validation_prompt is missing: with a concepts_list, write what the sample images show"
+            yield (
+                {"validation_prompt", "concepts_list"},
+                f"{message}, such as '{self.placeholder_tokens[0]} cat on a beach'",
+            )
 
 
-AnyConfig = TextualInversionConfig | DreamBoothLoraConfig | CustomDiffusionConfig
-CONFIGS: dict[str, type[AnyConfig]] = {
-    known.method: known for known in (TextualInversionConfig, DreamBoothLoraConfig, CustomDiffusionConfig)
+PAPER_METHODS: dict[str, type[TrainingConfig]] = {
+    config_type.method: config_type
+    for config_type in (TextualInversionConfig, DreamBoothLoraConfig, CustomDiffusionConfig)
 }
-"""The settings class of each method, by the method's name."""
+"""The config classes of the paper's three methods, by name; `dvar.training.methods.registry` has further ones."""
 
 
-def written(config: AnyConfig) -> dict[str, Any]:
-    """The settings as plain values with their method's name, as config.json and checkpoints keep them."""
-    return {"method": config.method, **asdict(config)}
+def problems(config: TrainingConfig) -> list[str]:
+    """Return everything wrong with the fields of ``config``, one line each.
 
-
-def restored(kept: Mapping[str, Any]) -> AnyConfig:
-    """The settings that `written` returned, perhaps in another version: unknown ones are dropped, missing ones default.
-
-    Raises: `RefusedInput` when they are of a method that is not known here.
+    Whether the rule can stop the run is not judged here: `dvar.training.rule.problems`.
     """
-    name = kept.get("method", TextualInversionConfig.method)
-    if name not in CONFIGS:
-        raise RefusedInput([f"the run is of method {name!r}, and only {', '.join(CONFIGS)} are known: update dvar"])
-    names = {item.name for item in fields(CONFIGS[name])}
-    return CONFIGS[name](**{key: value for key, value in kept.items() if key in names})
+    invalid = dict(invalid_fields(config))
+    conflicts = _conflicts(replace_invalid_fields(config))
+    return [*invalid.values(), *(problem for names, problem in conflicts if invalid.keys().isdisjoint(names))]
 
 
-def words(config: AnyConfig) -> tuple[str, ...]:
-    """The new words that are learned; none where a method trains without."""
-    word = config.placeholder_token
-    return _parts(config, word) if word is not None else ()
-
-
-def initializers(config: AnyConfig) -> tuple[str, ...]:
-    """The known words that the new ones start from, in their order."""
-    return _parts(config, str(config.initializer_token))
-
-
-def prior_weight(config: AnyConfig) -> float:
-    """The weight of the loss on class pictures; 0 where a run has none."""
-    match config:
-        case CustomDiffusionConfig():
-            return config.prior_loss_weight
-        case DreamBoothLoraConfig():
-            return config.prior_loss_weight if config.with_prior_preservation else 0.0
-    return 0.0
-
-
-def sample_prompt(config: AnyConfig) -> str:
-    """The prompt of the sample pictures: the one asked for, or a plain one for what is learned."""
-    return config.validation_prompt or config.plain_prompt
-
-
-def settings_problems(config: AnyConfig) -> list[str]:
-    """Everything wrong with these settings by themselves, a line each; empty when in order.
-
-    The rule's own settings are the rule's to judge: `dvar.training.dataset.rule_problems`.
-    """
-    wrong = dict(faults(config))
-    conflicts = [said for names, said in _conflicts(sound(config)) if wrong.keys().isdisjoint(names)]
-    return [*wrong.values(), *conflicts]
-
-
-def _parts(config: AnyConfig, joined: str) -> tuple[str, ...]:
-    return tuple(joined.split("+")) if isinstance(config, CustomDiffusionConfig) else (joined,)
-
-
-def _conflicts(config: AnyConfig) -> Conflicts:
-    """What is wrong together, of all methods and of this one."""
-    word, cap, warmup = config.placeholder_token, config.max_train_steps, config.lr_warmup_steps
-    if not config.instance_data_dir and not (isinstance(config, CustomDiffusionConfig) and config.concepts_list):
-        yield {"instance_data_dir"}, "instance_data_dir is missing: name the folder with the subject's pictures"
-    if word is not None:
-        if not config.initializer_token and config.initializer == "manual":
-            yield {"initializer_token"}, "initializer_token is missing: give one word for the subject, such as mug"
-        if any(part.split() != [part] for part in words(config)):
-            said = f"placeholder_token must be one word without spaces, got {word!r}: try '<thing>'"
-            yield {"placeholder_token"}, said
-        elif (prompt := config.validation_prompt) and not any(part in prompt for part in words(config)):
-            said = f"validation_prompt must hold the new word {' or '.join(words(config))}, got {prompt!r}: put it in"
-            yield {"placeholder_token", "validation_prompt"}, said
-    yield from _initializer_conflicts(config)
+def _conflicts(config: TrainingConfig) -> Conflicts:
+    """Yield what is wrong with the fields together, those of all methods and those of this one."""
+    if not config.instance_data_dir and not config.concepts_list:
+        yield {"instance_data_dir"}, "instance_data_dir is missing: name the folder with the concept's images"
+    yield from _token_conflicts(config)
     yield from _clip_conflicts(config)
     yield from config.conflicts()
-    if config.optimizer == "prodigy" and config.learning_rate < 0.1:
-        said = f"learning_rate scales the rate that prodigy finds and is meant to be 1, got {config.learning_rate:g}"
-        yield {"learning_rate", "optimizer"}, f"{said}: add --learning_rate 1"
+    yield from _optimizer_conflicts(config)
     if config.resolution % 8:
-        near = 8 * round(config.resolution / 8)
-        yield {"resolution"}, f"resolution must be a multiple of 8, got {config.resolution}: try {near}"
-    if warmup and config.lr_scheduler == "constant":
-        said = f"lr_warmup_steps must be 0 when lr_scheduler is constant, got {warmup}: use constant_with_warmup"
-        yield {"lr_warmup_steps", "lr_scheduler"}, said
-    if warmup >= cap:
-        said = f"lr_warmup_steps must be below max_train_steps ({cap}), got {warmup}: shorten the warm-up"
-        yield {"lr_warmup_steps", "max_train_steps"}, said
+        multiple = 8 * round(config.resolution / 8)
+        yield {"resolution"}, f"resolution must be a multiple of 8, got {config.resolution}: try {multiple}"
     if config.overwrite and config.resume_from_checkpoint:
-        said = "overwrite and resume_from_checkpoint exclude each other, got both: drop one of them"
-        yield {"overwrite", "resume_from_checkpoint"}, said
+        message = "overwrite and resume_from_checkpoint exclude each other, got both: drop one of them"
+        yield {"overwrite", "resume_from_checkpoint"}, message
     if config.extend and not config.resume_from_checkpoint:
-        said = "extend needs a resume_from_checkpoint, got it alone: add --resume_from_checkpoint latest"
-        yield {"extend", "resume_from_checkpoint"}, said
+        message = "extend needs a resume_from_checkpoint, got none: add --resume_from_checkpoint latest"
+        yield {"extend", "resume_from_checkpoint"}, message
 
 
-def _initializer_conflicts(config: AnyConfig) -> Conflicts:
-    """What is wrong with the way in which the first word is to be found."""
-    way, token = config.initializer, config.initializer_token
-    if way != "manual" and config.placeholder_token is None:
-        said = f"initializer {way} needs a placeholder_token, got none: give the new word"
-        yield {"initializer", "placeholder_token"}, said
-    if way != "manual" and token != type(config).initializer_token:
-        said = f"initializer_token is for initializer manual, got {token!r} with {way}: drop one of them"
-        yield {"initializer", "initializer_token"}, said
+def _token_conflicts(config: TrainingConfig) -> Conflicts:
+    """Yield what is wrong with the placeholder tokens and how they are initialised."""
+    token, tokens, initializer = config.placeholder_token, config.placeholder_tokens, config.initializer_token
+    if token is not None:
+        if not initializer and config.initializer == "manual":
+            yield {"initializer_token"}, "initializer_token is missing: give one word for the concept, such as mug"
+        if any(part.split() != [part] for part in tokens):
+            message = f"placeholder_token must be one word without spaces, got {token!r}: try '<thing>'"
+            yield {"placeholder_token"}, message
+        elif (prompt := config.validation_prompt) and not any(part in prompt for part in tokens):
+            yield _missing_token("validation_prompt", " or ".join(tokens), prompt)
+    if config.initializer != "manual" and token is None:
+        message = f"initializer {config.initializer} needs a placeholder_token, got none: give the new word"
+        yield {"initializer", "placeholder_token"}, message
+    if config.initializer != "manual" and initializer != type(config).initializer_token:
+        message = f"initializer_token is for initializer manual, got {initializer!r} with {config.initializer}"
+        yield {"initializer", "initializer_token"}, f"{message}: drop one of them"
 
 
-def _clip_conflicts(config: AnyConfig) -> Conflicts:
-    """What is wrong with the CLIP of these settings, or with judging the best step by it."""
-    asked = {"initializer": config.initializer, "best_by": config.best_by}
-    asking = [f"{name} clip" for name, way in asked.items() if way == "clip"]
-    if asking and not config.clip_model and config.pretrained_model_name_or_path != BUNDLED_MODEL:
-        said = f"clip_model is missing: {asking[0]} needs the folder or hub id of a CLIP"
-        yield {*asked, "clip_model"}, f"{said}, such as openai/clip-vit-base-patch32"
-    if config.clip_model and not asking:
-        said = f"clip_model is for initializer clip or best_by clip, got {config.clip_model!r} with neither: drop it"
-        yield {*asked, "clip_model"}, said
-    # The rule cannot stop within its window, so that a trained step is then always scored before it does.
+def _missing_token(name: str, token: str, prompt: str) -> tuple[set[str], str]:
+    """Return the conflict of a prompt without a placeholder token."""
+    message = f"{name} must contain the placeholder token {token}, got {prompt!r}: put it in"
+    return {"placeholder_token", name}, message
+
+
+def _clip_conflicts(config: TrainingConfig) -> Conflicts:
+    """Yield what is wrong with the CLIP, or with judging the best step by it."""
+    choices = {"initializer": config.initializer, "best_by": config.best_by}
+    uses = [f"{name} clip" for name, choice in choices.items() if choice == "clip"]
+    if uses and not config.clip_model and config.pretrained_model_name_or_path != BUNDLED_MODEL:
+        message = f"clip_model is missing: {uses[0]} needs the folder or hub id of a CLIP"
+        yield {*choices, "clip_model"}, f"{message}, such as openai/clip-vit-base-patch32"
+    if config.clip_model and not uses:
+        message = f"clip_model is for initializer clip or best_by clip, got {config.clip_model!r} with neither: drop it"
+        yield {*choices, "clip_model"}, message
+    # The rule cannot stop within its window, so a trained step is always scored before it does.
     if config.best_by == "clip" and config.validation_steps > config.window:
-        said = f"validation_steps must be at most the window ({config.window}) where best_by is clip, since samples are"
-        yield {"best_by", "validation_steps", "window"}, f"{said} scored, got {config.validation_steps}: lower it"
+        message = f"validation_steps must be at most the window ({config.window}) where best_by is clip, since samples"
+        yield (
+            {"best_by", "validation_steps", "window"},
+            f"{message} are scored, got {config.validation_steps}: lower it",
+        )
+
+
+def _optimizer_conflicts(config: TrainingConfig) -> Conflicts:
+    """Yield what is wrong with the learning rate and its schedule."""
+    cap, warmup = config.max_train_steps, config.lr_warmup_steps
+    if config.optimizer == "prodigy" and config.learning_rate < 0.1:
+        message = f"learning_rate scales the rate that prodigy finds and is meant to be 1, got {config.learning_rate:g}"
+        yield {"learning_rate", "optimizer"}, f"{message}: add --learning_rate 1"
+    if warmup and config.lr_scheduler == "constant":
+        message = f"lr_warmup_steps must be 0 when lr_scheduler is constant, got {warmup}: use constant_with_warmup"
+        yield {"lr_warmup_steps", "lr_scheduler"}, message
+    if warmup >= cap:
+        message = f"lr_warmup_steps must be below max_train_steps ({cap}), got {warmup}: shorten the warm-up"
+        yield {"lr_warmup_steps", "max_train_steps"}, message

@@ -1,1 +1,1 @@
-"""Diffusion models: the objective, sampling, tokens, CLIP and keyed randomness."""
+"""Diffusion models: backbones, the objective, sampling, tokens, CLIP and randomness."""

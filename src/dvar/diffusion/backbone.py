@@ -1,212 +1,164 @@
-"""The models of latent diffusion: the only room that knows how diffusers and transformers load and call them."""
+"""Backbones: what training and sampling ask of a base model, and the registry of the families that have one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import diffusers
-import numpy as np
-import torch
-import transformers
-from PIL import Image
-from safetensors import SafetensorError
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dvar.config.training import Sampler
-from dvar.diffusion.objective import Schedule
-from dvar.diffusion.tokens import check_make
+from dvar.diffusion.tokens import load_clip_tokenizer, pipeline_class
 from dvar.errors import ModelError
+from dvar.registry import Registry
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
+    import torch
+    from PIL import Image
+    from torch import Tensor, nn
 
-PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    from dvar.diffusion.objective import Schedule
 
 
-@dataclass(frozen=True)
-class Backbone:
-    """The parts of a Stable Diffusion 1.x or 2.x, frozen and in eval mode, on one device.
+class Backbone(Protocol):
+    """A base model as training and sampling use it: frozen, in eval mode, on one device."""
 
-    ``precision`` is the arithmetic of the U-Net and the text encoder; weights other than the U-Net's stay in float32.
-    ``digest`` names the base model by what is in it: the SHA-256 of its networks' weights, as they were loaded, and of
-    its noise schedule.  It depends neither on the device nor on the precision, nor on what is learned later.
-    """
+    @property
+    def tokenizer(self) -> Any:
+        """Its tokenizer, to which methods add placeholder tokens."""
+        ...
 
-    tokenizer: CLIPTokenizer
-    text_encoder: CLIPTextModel
-    vae: AutoencoderKL
-    unet: UNet2DConditionModel
-    scheduler: Any
-    precision: torch.dtype = torch.float32
-    digest: str = ""
+    @property
+    def text_encoder(self) -> Any:
+        """The network that reads prompts."""
+        ...
 
-    @classmethod
-    def load(
-        cls,
-        name: str | Path,
-        *,
-        device: str | None = None,
-        mixed_precision: str = "no",
-        gradient_checkpointing: bool = False,
-        attention_slicing: bool = False,
-        compile: bool = False,
-    ) -> Backbone:
-        """Return the model in a diffusers folder or behind a hub id, on ``device`` (a GPU where there is one).
+    @property
+    def unet(self) -> Any:
+        """The denoising network."""
+        ...
 
-        ``mixed_precision`` "bf16" or "fp16" keeps the U-Net's weights in that precision and computes under autocast;
-        ``compile`` compiles the U-Net at its first call.
-        Raises: ModelError when it cannot be loaded or is no Stable Diffusion.
-        """
-        with _loading(name):
-            pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
-                name,
-                safety_checker=None,
-                feature_extractor=None,
-                requires_safety_checker=False,
-                use_safetensors=True,
-            )
-            networks = (pipeline.text_encoder, pipeline.vae, pipeline.unet)
-            for network in networks:
-                network.to(torch.float32).requires_grad_(False).eval()
-            for key in (key for network in networks for key, part in network.state_dict().items() if part.is_meta):
-                raise ModelError(f"{name} lacks weights, {key} among them: copy the model again")
-            digest = _digest(networks, pipeline.scheduler.alphas_cumprod)
-            for network in networks:  # each weight in its precision at once: a GPU need not hold them all in float32
-                precision = PRECISIONS[mixed_precision] if network is pipeline.unet else torch.float32
-                network.to(device or best_device(), precision)
-        if gradient_checkpointing:
-            pipeline.unet.enable_gradient_checkpointing()
-        if attention_slicing:
-            pipeline.unet.set_attention_slice("auto")
-        if compile:
-            pipeline.unet.compile()
-        if (kind := pipeline.scheduler.config.prediction_type) not in ("epsilon", "v_prediction"):
-            raise ModelError(
-                f"the model must predict epsilon or v_prediction, {name} predicts {kind}: choose another model"
-            )
-        return cls(
-            pipeline.tokenizer,
-            pipeline.text_encoder,
-            pipeline.vae,
-            pipeline.unet,
-            pipeline.scheduler,
-            PRECISIONS[mixed_precision],
-            digest,
-        )
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of the weights, as they were loaded, and of the noise schedule."""
+        ...
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
-        return next(self.unet.parameters()).device  # what diffusers' own `device` does takes a millisecond
+        """The device of the model."""
+        ...
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
-        """The networks: text encoder, U-Net, autoencoder."""
-        return self.text_encoder, self.unet, self.vae
+        """All its networks."""
+        ...
 
     @property
     def schedule(self) -> Schedule:
-        """The noise the model was trained under: that of its own scheduler."""
-        return Schedule(
-            self.scheduler.alphas_cumprod.float().cpu(),
-            self.scheduler.config.prediction_type,
-            self.vae.config.scaling_factor,
-        )
+        """The noise schedule under which it was trained."""
+        ...
 
-    def pipeline(self, scheduler: Sampler = "model") -> diffusers.StableDiffusionPipeline:
-        """Return a stock pipeline of these very networks, with a scheduler of its own kind or of the named one."""
-        sampler = type(self.scheduler) if scheduler == "model" else getattr(diffusers, scheduler)
-        pipeline = diffusers.StableDiffusionPipeline(
-            vae=self.vae,
-            text_encoder=self.text_encoder,
-            tokenizer=self.tokenizer,
-            unet=self.unet,
-            scheduler=sampler.from_config(self.scheduler.config),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
+    def pipeline(self, scheduler: Sampler = "model") -> Any:
+        """Return a stock diffusers pipeline of the same networks, with the model's own scheduler or the named one."""
+        ...
 
-    @torch.no_grad()
-    def encode(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """Return the posterior moments of RGB pictures, float32 [n, 2C, h, w] on the CPU: means, then log-variances.
-
-        In float32 and one picture at a time, so that neither the precision nor the company changes a picture's moments.
-        """
-        return torch.cat([self.vae.encode(self._pixels(picture)).latent_dist.parameters.cpu() for picture in pictures])
+    def encode(self, images: Sequence[Image.Image]) -> Tensor:
+        """Return the posterior moments of RGB images, float32 [n, 2C, h, w] on the CPU: means, then log-variances."""
+        ...
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Return the token ids of ``prompts``, int64 [n, L], cut or padded to the length L the text encoder reads."""
-        return self.tokenizer(
-            list(prompts), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
-        ).input_ids
-
-    @property
-    def length(self) -> int:
-        """Tokens in an encoded prompt, the start and the end among them."""
-        return min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
+        """Return the token ids of ``prompts``, int64 [n, L]."""
+        ...
 
     def predict(self, noisy: Tensor, timesteps: Tensor, input_ids: Tensor) -> Tensor:
-        """Return the prediction [B, C, h, w] for noisy latents at ``timesteps`` under captions ``input_ids``."""
-        with self.autocast():
-            condition = self.text_encoder(input_ids)[0]
-            return self.unet(noisy, timesteps, encoder_hidden_states=condition).sample
+        """Return the prediction, [B, C, h, w], for noisy latents at timesteps [B] under captions [B, L]."""
+        ...
 
     def autocast(self) -> torch.autocast:
-        """Return the scope in which the networks compute in ``precision``; float32 leaves it without effect."""
-        return torch.autocast(self.device.type, self.precision, enabled=self.precision is not torch.float32)
-
-    def _pixels(self, picture: Image.Image) -> Tensor:
-        values = torch.from_numpy(np.array(picture.convert("RGB"), dtype=np.float32)).permute(2, 0, 1)
-        return (values / 127.5 - 1).unsqueeze(0).to(self.device)
+        """Return the scope in which the networks compute in their precision."""
+        ...
 
 
-def best_device() -> str:
-    """Return "cuda" where there is such a GPU, else "cpu"."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+@dataclass(frozen=True)
+class BackboneEntry:
+    """A family of base models, as the registry holds it.
+
+    Attributes:
+        pipeline: The class of its diffusers pipelines, as model_index.json names it; the name in the registry.
+        title: The family in prose.
+        load: Loads a model; called with what `load_backbone` is called with. It imports what it needs when it is
+            called, so that the registry loads without torch.
+        load_tokenizer: Loads the tokenizer of a folder or hub id, without torch.
+    """
+
+    pipeline: str
+    title: str
+    load: Callable[..., Backbone]
+    load_tokenizer: Callable[[str | Path], Any]
 
 
-def _digest(networks: Sequence[nn.Module], noise: Tensor) -> str:
-    digest = sha256(noise.float().numpy().tobytes())
-    for network in networks:
-        for name, tensor in network.state_dict().items():
-            digest.update(name.encode())
-            digest.update(tensor.contiguous().numpy().data)
-    return digest.hexdigest()
+def _load_stable_diffusion(name: str | Path, **options: Any) -> Backbone:
+    """Return a Stable Diffusion."""
+    from dvar.diffusion.stable_diffusion import StableDiffusion
+
+    return StableDiffusion.load(name, **options)
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the libraries' bars and notes off the terminal in a scope."""
-    levels = transformers.logging.get_verbosity(), diffusers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    diffusers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    diffusers.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(levels[0])
-        diffusers.logging.set_verbosity(levels[1])
-        transformers.logging.enable_progress_bar()
-        diffusers.logging.enable_progress_bar()
+BACKBONES: Registry[BackboneEntry] = Registry("backbone", "dvar.backbones")
+"""Every family by the class of its pipelines. Other packages add theirs by an entry point of "dvar.backbones"."""
+BACKBONES.register(
+    "StableDiffusionPipeline",
+    BackboneEntry(
+        "StableDiffusionPipeline", "Stable Diffusion 1.x or 2.x", _load_stable_diffusion, load_clip_tokenizer
+    ),
+)
 
 
-@contextmanager
-def _loading(name: str | Path) -> Iterator[None]:
-    """Be quiet while a Stable Diffusion loads; say in one line why it does not."""
-    try:
-        with quiet():
-            check_make(name, diffusers.DiffusionPipeline.load_config(name)["_class_name"])
-            yield
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError, SafetensorError) as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"{name} does not load as a Stable Diffusion model: {said}") from error
+def load_backbone(
+    name: str | Path,
+    *,
+    device: str | None = None,
+    mixed_precision: str = "no",
+    gradient_checkpointing: bool = False,
+    attention_slicing: bool = False,
+    compile: bool = False,
+) -> Backbone:
+    """Return the base model in a diffusers folder or behind a hub id.
+
+    Args:
+        name: The folder or hub id.
+        device: The device; by default a GPU where there is one.
+        mixed_precision: "bf16" or "fp16" keeps the denoising network in that precision and computes under autocast.
+        gradient_checkpointing: Recompute activations in the backward pass.
+        attention_slicing: Compute attention in slices.
+        compile: Compile the denoising network at its first call.
+
+    Raises:
+        ModelError: It cannot be loaded, or no backbone is registered for it.
+    """
+    return _find_entry(name).load(
+        name,
+        device=device,
+        mixed_precision=mixed_precision,
+        gradient_checkpointing=gradient_checkpointing,
+        attention_slicing=attention_slicing,
+        compile=compile,
+    )
+
+
+def load_tokenizer(name: str | Path) -> Any:
+    """Return the tokenizer of the model in a diffusers folder or behind a hub id; torch is not imported for it.
+
+    Raises:
+        ModelError: There is none, or no backbone is registered for the model.
+    """
+    return _find_entry(name).load_tokenizer(name)
+
+
+def _find_entry(name: str | Path) -> BackboneEntry:
+    """Return the entry of a model, by the class of its pipeline."""
+    pipeline = pipeline_class(name)
+    if pipeline not in BACKBONES:
+        titles = " or a ".join(entry.title for entry in BACKBONES.values())
+        raise ModelError(f"the model must be a {titles}, {name} is a {pipeline}: choose another")
+    return BACKBONES[pipeline]

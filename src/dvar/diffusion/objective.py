@@ -1,8 +1,4 @@
-"""The training objective of latent diffusion, written once, over draws that are values.
-
-Training evaluates it on fresh draws, L_det on held ones; a row of the paper's Figure 5 is `dataclasses.replace` of
-one field.
-"""
+"""The training objective of latent diffusion, over draws that are values."""
 
 from __future__ import annotations
 
@@ -17,17 +13,26 @@ from dvar.diffusion.randomness import generator
 
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 Choose = Callable[[str, int], int]
-"""(factor, count) -> a whole number below ``count``, drawn evenly by the key of one sample's factor."""
+"""(factor, count) -> a whole number below ``count``, drawn uniformly by the key of one sample's factor."""
 
 
 @dataclass(frozen=True)
 class Draws:
-    """One batch with everything that is random about it, a field for each factor of the paper's Section 3.2.
+    """One batch with everything that is random about it.
 
-    ``moments`` [B, 2C, h, w] float32: mean and log-variance of the autoencoder's posterior of each picture x;
-    ``vae_noise`` [B, C, h, w] float32: what picks a latent from that posterior; ``noise`` [B, C, h, w] float32:
-    epsilon; ``timesteps`` [B] int64: t; ``input_ids`` [B, L] int64: the caption y.  ``mask`` [B, 1, h, w] float32, 1
-    where the picture's own latents are and 0 where an augmentation filled up; None: 1 everywhere.
+    Training evaluates the objective on fresh draws and L_det on held ones; a row of the paper's Figure 5 is
+    `dataclasses.replace` of one field.
+
+    Attributes:
+        moments: Mean and log-variance of the autoencoder's posterior of each image x, float32 [B, 2C, h, w].
+        vae_noise: What picks a latent from that posterior, float32 [B, C, h, w].
+        noise: The noise epsilon, float32 [B, C, h, w].
+        timesteps: The timestep t, int64 [B].
+        input_ids: The caption y, int64 [B, L].
+        mask: 1 where the image's own latents are and 0 where an augmentation filled up, float32 [B, 1, h, w]; None is
+            1 everywhere.
+
+    Source: Section 3.2, a field for each factor.
     """
 
     moments: Tensor
@@ -42,22 +47,24 @@ class Draws:
         return Draws(**{name: part.to(device) for name, part in self._parts().items()})
 
     def joined(self, other: Draws) -> Draws:
-        """Return these draws and then the ``other`` ones as one batch."""
+        """Return these draws and then the ``other`` draws as one batch."""
         masked = self.mask is not None or other.mask is not None
         own, others = (draws._masked() if masked else draws for draws in (self, other))
         return Draws(**{name: torch.cat([part, getattr(others, name)]) for name, part in own._parts().items()})
 
     def _masked(self) -> Draws:
+        """Return the same draws with a mask."""
         count, _, height, width = self.noise.shape
         return self if self.mask is not None else replace(self, mask=self.noise.new_ones(count, 1, height, width))
 
     def _parts(self) -> dict[str, Tensor]:
+        """Return the fields that are not None, by name."""
         return {item.name: part for item in fields(self) if (part := getattr(self, item.name)) is not None}
 
 
 @dataclass(frozen=True)
 class Example:
-    """A picture and a caption of it, encoded, on the CPU: moments [2C, h, w], input_ids [L], mask [1, h, w] or None."""
+    """An image and a caption of it, encoded, on the CPU: moments [2C, h, w], input_ids [L], mask [1, h, w] or None."""
 
     moments: Tensor
     input_ids: Tensor
@@ -65,35 +72,40 @@ class Example:
 
 
 class Examples(Protocol):
-    """All that can be drawn from; each choice that an example takes is made by ``choose``."""
+    """A source of examples that training draws from."""
 
-    def example(self, choose: Choose) -> Example: ...
+    def example(self, choose: Choose) -> Example:
+        """Return an example; ``choose`` makes every choice in it."""
+        ...
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Each picture's views and each picture's captions, encoded once, on the CPU.
+    """The views and the captions of each image, encoded once, on the CPU.
 
-    ``moments`` [pictures, views, 2C, h, w] float32, where views are the augmentations (as it is; mirrored);
-    ``captions``: for each picture an int64 tensor [captions, L].
+    Attributes:
+        moments: float32 [images, views, 2C, h, w], where views are the augmentations (as it is; mirrored).
+        captions: For each image an int64 tensor [captions, L].
     """
 
     moments: Tensor
     captions: Sequence[Tensor]
 
     def example(self, choose: Choose) -> Example:
-        """Return a picture in one of its views under one of its captions, all even."""
-        picture = choose("picture", len(self.moments))
-        view, captions = choose("view", self.moments.shape[1]), self.captions[picture]
-        return Example(self.moments[picture, view], captions[choose("caption", len(captions))])
+        """Return an image in one of its views under one of its captions, each drawn uniformly."""
+        image = choose("picture", len(self.moments))
+        view, captions = choose("view", self.moments.shape[1]), self.captions[image]
+        return Example(self.moments[image, view], captions[choose("caption", len(captions))])
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a model was trained to predict and under how much noise.
+    """The target and the noise schedule under which a model was trained.
 
-    ``alphas_cumprod`` [T] float32; ``prediction_type`` is "epsilon" or "v_prediction"; ``scaling_factor`` multiplies
-    latents.
+    Attributes:
+        alphas_cumprod: The share of signal at each timestep, float32 [T].
+        prediction_type: "epsilon" or "v_prediction".
+        scaling_factor: The factor of the autoencoder's latents.
     """
 
     alphas_cumprod: Tensor
@@ -106,21 +118,30 @@ def draw(
 ) -> Draws:
     """Return the draws of samples ``first`` to ``first + count - 1`` of one step, on the CPU.
 
-    Each sample has its own example, its own t, even in 0 .. ``timesteps`` - 1, and its own two Gaussian noises; each
+    Each sample has its own example, its own t, uniform in 0 .. ``timesteps`` - 1, and its own two Gaussian noises; each
     of these is keyed by (seed, stream, factor, step, sample), so a step's draws do not depend on how it is split.
 
-    Source: Section 2.2, Equations 2 and 3; the held batch of Equation 4 is the same call with a stream of its own.
-    Deviates: the released code takes the held batch's pictures and captions in list order and its t without
-    replacement.
+    Args:
+        examples: What is drawn from.
+        timesteps: The number of timesteps of the noise schedule.
+        seed: The seed of the run.
+        stream: The name of the stream, such as "train" or "held".
+        step: The step.
+        first: The first sample.
+        count: The number of samples.
+
+    Source: Section 2.2, Equations 2 and 3; the held batch of Equation 4 is the same call with its own stream.
+    Deviates: The released code takes the held batch's images and captions in list order and its t without
+        replacement.
     """
     samples = [_sample(examples, timesteps, seed, stream, step, index) for index in range(first, first + count)]
     return Draws(**{name: torch.stack([sample[name] for sample in samples]) for name in samples[0]})
 
 
 def latents_of(draws: Draws, scaling_factor: float) -> Tensor:
-    """Return the scaled latents z_0 [B, C, h, w] that the draws name: a sample of each posterior.
+    """Return the scaled latents z_0, a sample of each posterior, float32 [B, C, h, w].
 
-    Source: Section 2.2, z_0 = E(x).  The log-variance is held in [-30, 20], as diffusers' autoencoder does.
+    Source: Section 2.2, z_0 = E(x). The log-variance is clamped to [-30, 20], as in diffusers' autoencoder.
     """
     mean, log_variance = draws.moments.chunk(2, dim=1)
     return scaling_factor * (mean + torch.exp(0.5 * log_variance.clamp(-30, 20)) * draws.vae_noise)
@@ -129,26 +150,32 @@ def latents_of(draws: Draws, scaling_factor: float) -> Tensor:
 def denoising_loss(predict: Predict, draws: Draws, schedule: Schedule) -> Tensor:
     """Return the loss of each sample, float32 [B]: the mean squared error of the prediction, computed in float32.
 
-    ``predict(z_t, t, input_ids)`` is the model; everything must be on one device.
+    Args:
+        predict: The model, called with (z_t, t, input_ids).
+        draws: The draws, on the model's device.
+        schedule: The model's noise schedule.
 
-    Source: Equations 2 and 4, ||epsilon - epsilon_theta(z_t(E(x), epsilon), c(y), t)||^2; v-prediction: its target is
-    sqrt(a_t) epsilon - sqrt(1 - a_t) z_0.
-    Deviates: the mean over the latent's elements, as all code does, where the equations write the sum; it is not summed
-    over the batch, so that each input can be followed by itself.  With a mask it is the mean over the elements in it.
+    Source: Equations 2 and 4, ||epsilon - epsilon_theta(z_t(E(x), epsilon), c(y), t)||^2; for
+        v-prediction the target is sqrt(a_t) epsilon - sqrt(1 - a_t) z_0.
+    Deviates: It is the mean over the latent's elements, as in all code, where the equations write the sum; it is not
+        summed over the batch, so that each input can be followed by itself. With a mask it is the mean over the
+        elements in it.
     """
     latents = latents_of(draws, schedule.scaling_factor)
-    kept = schedule.alphas_cumprod.to(latents.device)[draws.timesteps].reshape(-1, 1, 1, 1)
-    signal, spread = kept.sqrt(), (1 - kept).sqrt()
+    alphas = schedule.alphas_cumprod.to(latents.device)[draws.timesteps].reshape(-1, 1, 1, 1)
+    signal, spread = alphas.sqrt(), (1 - alphas).sqrt()
     noisy = signal * latents + spread * draws.noise
     target = draws.noise if schedule.prediction_type == "epsilon" else signal * draws.noise - spread * latents
     predicted = predict(noisy, draws.timesteps, draws.input_ids)
-    errors, every = (predicted - target).square(), (1, 2, 3)
+    errors, elements = (predicted - target).square(), (1, 2, 3)
     if draws.mask is None:
-        return errors.mean(dim=every)
-    return (errors * draws.mask).sum(dim=every) / (draws.mask.sum(dim=every) * errors.shape[1])
+        return errors.mean(dim=elements)
+    return (errors * draws.mask).sum(dim=elements) / (draws.mask.sum(dim=elements) * errors.shape[1])
 
 
 def _sample(examples: Examples, timesteps: int, seed: int, stream: str, step: int, index: int) -> dict[str, Tensor]:
+    """Return the draws of one sample, by the name of the field."""
+
     def choose(factor: str, count: int) -> int:
         return int(torch.randint(count, (), generator=generator(seed, f"{stream}/{factor}", step, index)))
 
@@ -158,11 +185,11 @@ def _sample(examples: Examples, timesteps: int, seed: int, stream: str, step: in
     example = examples.example(choose)
     channels, height, width = example.moments.shape
     shape = (channels // 2, height, width)
-    drawn = {
+    parts = {
         "moments": example.moments,
         "vae_noise": gaussian("vae"),
         "noise": gaussian("noise"),
         "timesteps": torch.tensor(choose("timestep", timesteps)),
         "input_ids": example.input_ids,
     }
-    return drawn if example.mask is None else {**drawn, "mask": example.mask}
+    return parts if example.mask is None else {**parts, "mask": example.mask}

@@ -1,8 +1,7 @@
-"""Pictures from a model, drawn by the stock diffusers pipeline, so that what is seen here is what others will get."""
+"""Generated images, by the stock diffusers pipeline: what is seen here is what others will get."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,15 @@ from PIL import Image
 
 from dvar.config.training import Sampler
 from dvar.diffusion.backbone import Backbone
-from dvar.stopping.probe import undisturbed
+from dvar.files import staged_folder
+from dvar.stopping.probe import preserve_state
 
 BATCH = 8
+"""Images in one forward pass."""
 
 
 class Abandoned(Exception):
-    """Drawing was asked to end before its pictures were done."""
+    """Work was interrupted before it was complete."""
 
 
 def sample(
@@ -32,56 +33,69 @@ def sample(
     scheduler: Sampler = "model",
     interrupted: Callable[[], bool] = lambda: False,
 ) -> list[Image.Image]:
-    """Return one RGB picture of ``size`` pixels a side for each prompt, its noise drawn on the CPU from its own seed.
+    """Return one generated RGB image for each prompt, its noise drawn on the CPU from its own seed.
 
-    ``steps`` of ``scheduler``, by default the model's own, under classifier-free guidance of weight ``guidance`` (1 or
-    less: none).  A stock pipeline of the same model and scheduler draws the same picture from
-    ``generator=torch.Generator().manual_seed(seed)``.
-    Neither a train or eval flag nor a global random state is changed.  ``interrupted`` is asked after each step.
+    A stock pipeline of the same model and scheduler generates the same image from
+    ``generator=torch.Generator().manual_seed(seed)``. Neither a train or eval flag nor a global random state changes.
 
-    Raises: Abandoned when it says so.
+    Args:
+        backbone: The model.
+        prompts: The prompts.
+        seeds: The seed of each image.
+        size: The side of the images, in pixels.
+        steps: Denoising steps.
+        guidance: Weight of classifier-free guidance; with 1 or less there is none.
+        scheduler: The scheduler, by default the model's own.
+        interrupted: Whether to stop; asked after each denoising step.
+
+    Raises:
+        Abandoned: ``interrupted`` returned True.
 
     Source: Section 4.1 and the released command lines: 50 steps, guidance 7.5 for Textual Inversion.
     """
 
-    def look(pipeline: Any, step: int, timestep: Any, tensors: Mapping[str, Any]) -> Mapping[str, Any]:
+    def check_interrupted(pipeline: Any, step: int, timestep: Any, tensors: Mapping[str, Any]) -> Mapping[str, Any]:
         if interrupted():
             raise Abandoned
         return {}
 
     pipeline = backbone.pipeline(scheduler)
-    pictures: list[Image.Image] = []
-    with undisturbed(backbone.modules), backbone.autocast():
+    images: list[Image.Image] = []
+    with preserve_state(backbone.modules), backbone.autocast():
         for first in range(0, len(prompts), BATCH):
-            drawn = pipeline(
+            output = pipeline(
                 list(prompts[first : first + BATCH]),
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds[first : first + BATCH]],
                 height=size,
                 width=size,
                 num_inference_steps=steps,
                 guidance_scale=guidance,
-                callback_on_step_end=look,
+                callback_on_step_end=check_interrupted,
             )
-            pictures += drawn.images
-    return pictures
+            images += output.images
+    return images
 
 
 def sample_into(
-    folder: Path, backbone: Backbone, prompts: Sequence[str], seeds: Sequence[int], **how: Any
+    folder: Path, backbone: Backbone, prompts: Sequence[str], seeds: Sequence[int], **options: Any
 ) -> list[Path]:
-    """Return the pictures of ``folder`` in the order of ``prompts``, drawn by `sample` unless the folder is there.
+    """Return the paths of the images of ``folder`` in the order of ``prompts``, generated unless the folder exists.
 
-    They are drawn into a folder beside it and one rename puts that in its place, so that it holds all of them or is
-    not there; ``how`` goes to `sample`.
+    The folder holds all of the images or does not exist.
 
-    Raises: Abandoned, as `sample`.
+    Args:
+        folder: The folder.
+        backbone: The model.
+        prompts: The prompts.
+        seeds: The seed of each image.
+        options: Further arguments of `sample`.
+
+    Raises:
+        Abandoned: As `sample`.
     """
     if not folder.exists():
-        staged = folder.with_name(f".{folder.name}.part")
-        shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir(parents=True)
         digits = max(2, len(str(len(prompts) - 1)))
-        for index, picture in enumerate(sample(backbone, prompts, seeds, **how)):
-            picture.save(staged / f"{index:0{digits}d}.png")
-        staged.replace(folder)
+        with staged_folder(folder) as staged:
+            for index, image in enumerate(sample(backbone, prompts, seeds, **options)):
+                image.save(staged / f"{index:0{digits}d}.png")
     return sorted(folder.glob("*.png"))

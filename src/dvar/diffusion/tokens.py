@@ -1,60 +1,65 @@
-"""The tokenizer of a model, read by itself and without torch, so that words are checked before anything slow."""
+"""The tokenizer of a base model, loaded without torch."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dvar import mini
 from dvar.config.training import BUNDLED_MODEL
-from dvar.errors import ModelError
+from dvar.errors import ModelError, first_line
+from dvar.files import read_json
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 
-def load_tokenizer(name: str | Path) -> CLIPTokenizer:
-    """Return the tokenizer of the model in a diffusers folder or behind a hub id.
+def model_path(name: str) -> str:
+    """Return the folder or hub id of a base model; "mini" is the bundled one."""
+    return str(mini.path()) if name == BUNDLED_MODEL else os.path.expanduser(name)
 
-    Raises: ModelError when there is none, or when the model is no Stable Diffusion.
+
+def pipeline_class(name: str | Path) -> str:
+    """Return the class of a model's pipeline, as its model_index.json names it.
+
+    Raises:
+        ModelError: There is no such model.
     """
-    import transformers
     from transformers.utils import cached_file
 
-    with _quiet(transformers):
-        try:
-            index: Any = json.loads(Path(str(cached_file(name, "model_index.json"))).read_text(encoding="utf-8"))
-            check_make(name, index["_class_name"])
-            tokenizer = transformers.CLIPTokenizer.from_pretrained(name, subfolder="tokenizer")
-        except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-            said = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ModelError(f"{name} does not load as a Stable Diffusion model: {said}") from error
+    with _tokenizer_errors(name):
+        return str(read_json(Path(str(cached_file(name, "model_index.json"))))["_class_name"])
+
+
+def load_clip_tokenizer(name: str | Path) -> CLIPTokenizer:
+    """Return the CLIP tokenizer of the model in a diffusers folder or behind a hub id.
+
+    Raises:
+        ModelError: There is none.
+    """
+    from transformers import CLIPTokenizer
+
+    with _tokenizer_errors(name):
+        tokenizer = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer")
     # Without files transformers makes up an empty vocabulary; a real one spells at least the 256 bytes.
     if len(tokenizer) < 256:
         raise ModelError(f"{name} does not load as a Stable Diffusion model: its tokenizer has no vocabulary")
     return tokenizer
 
 
-def check_make(name: str | Path, kind: object) -> None:
-    """Raise ModelError unless ``kind``, the pipeline that a model says it is, is one that can be trained here."""
-    if kind != "StableDiffusionPipeline":
-        raise ModelError(f"the model must be a Stable Diffusion 1.x or 2.x, {name} is a {kind}: choose another")
-
-
 @contextmanager
-def _quiet(library: Any) -> Iterator[None]:
-    level = library.logging.get_verbosity()
-    library.logging.set_verbosity_error()
+def _tokenizer_errors(name: str | Path) -> Iterator[None]:
+    """Read a part of a model in a scope: silence transformers, and turn errors into a `ModelError`."""
+    from transformers import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         yield
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ModelError(f"{name} does not load as a Stable Diffusion model: {first_line(error)}") from error
     finally:
-        library.logging.set_verbosity(level)
-
-
-def model_path(name: str) -> str:
-    """Return the folder or hub id behind a model's name: "mini" is the bundled model."""
-    return str(mini.path()) if name == BUNDLED_MODEL else os.path.expanduser(name)
+        logging.set_verbosity(level)

@@ -1,1 +1,1 @@
-"""Personalising a model: images in, a stopped run out."""
+"""Training: personalise a model on the images of a concept until a rule stops it."""

@@ -1,14 +1,8 @@
-"""Checkpoints: a folder that is either complete or not there, checked again when it is read.
-
-A checkpoint holds everything its run needs to go on: what is trained, the optimizer's state, the best step so far, the
-settings, and the trace up to its step.  Tensors are in safetensors, the rest in JSON; nothing is ever unpickled.
-"""
+"""Checkpoints of a run: written whole or not at all, and verified when they are read."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,15 +15,26 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from dvar.errors import CheckpointError, TraceError
+from dvar.files import read_json, remove, staged_folder, write_synced
 from dvar.stopping.trace import Trace
+from dvar.training.run_layout import TRACE, checkpoint_name, checkpoint_paths, checkpoint_step
 
 MANIFEST = "manifest.json"
-TENSORS, FACTS, TRACE = "tensors.safetensors", "facts.json", "trace.jsonl"
+TENSORS, FACTS = "tensors.safetensors", "facts.json"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A run as it was after ``step`` updates; ``facts`` are plain JSON."""
+    """A run as it was after ``step`` updates, with everything it needs to continue.
+
+    On disk the tensors are safetensors and the rest is JSON; nothing is ever unpickled.
+
+    Attributes:
+        step: Updates made.
+        tensors: What is trained, the optimizer's state and the best step so far, by name.
+        facts: The config and everything else that is plain JSON.
+        trace: The trace up to ``step``.
+    """
 
     step: int
     tensors: Mapping[str, Tensor]
@@ -38,42 +43,43 @@ class Checkpoint:
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """What the method had learned."""
+        """The state of the method."""
         prefix = "method/"
         return {name.removeprefix(prefix): part for name, part in self.tensors.items() if name.startswith(prefix)}
 
     def write(self, folder: Path, keep: int | None = None) -> Path:
-        """Return ``folder``/checkpoint-N once it is complete and on the disk; then delete older ones.
+        """Write the checkpoint into ``folder`` and return its path, once it is complete and on the disk.
 
-        Of those up to its step the ``keep`` newest are left, itself among them.  The files are written beside it, the
-        manifest with their digests last, and one rename makes them a checkpoint: killed at any moment, this leaves
-        every earlier checkpoint as it was.
+        The files are staged beside it, the manifest with their digests last, and one rename makes them a checkpoint:
+        a process killed at any moment leaves every earlier checkpoint as it was.
+
+        Args:
+            folder: The folder of the run.
+            keep: How many of the newest checkpoints up to this step to keep, this one included; by default all.
         """
-        final, staged = folder / f"checkpoint-{self.step}", folder / f".checkpoint-{self.step}.part"
-        _remove(staged)
-        staged.mkdir(parents=True)
-        _write(staged / TENSORS, save(dict(self.tensors)))
-        _write(staged / FACTS, json.dumps({"step": self.step, **self.facts}, indent=1).encode())
-        self.trace.write(staged / TRACE)
-        digests = {name: _digest(staged / name) for name in (TENSORS, FACTS, TRACE)}
-        _write(staged / MANIFEST, json.dumps(digests, indent=1).encode())
-        _sync(staged)
-        _remove(final)  # of a step reached again; the checkpoint that the run went on from is still there
-        staged.replace(final)
-        _sync(folder)
-        # Later ones are of a run that went on from before them: damaged perhaps, and none to count on.
-        for old in [path for path in saved(folder) if _step(path) <= self.step][keep:] if keep else ():
-            _remove(old)
-        return final
+        path = folder / checkpoint_name(self.step)
+        # A checkpoint of this step exists when a step is reached again; the one that the run resumed from is older.
+        with staged_folder(path) as staged:
+            write_synced(staged / TENSORS, save(dict(self.tensors)))
+            write_synced(staged / FACTS, json.dumps({"step": self.step, **self.facts}, indent=1).encode())
+            self.trace.write(staged / TRACE)
+            digests = {name: sha256((staged / name).read_bytes()).hexdigest() for name in (TENSORS, FACTS, TRACE)}
+            write_synced(staged / MANIFEST, json.dumps(digests, indent=1).encode())
+        # Later checkpoints belong to a run that was resumed from before them: they may be damaged and do not count.
+        earlier = [path for path in checkpoint_paths(folder) if checkpoint_step(path) <= self.step]
+        for old in earlier[keep:] if keep else ():
+            remove(old)
+        return path
 
     @classmethod
     def read(cls, path: Path) -> Checkpoint:
         """Return the checkpoint at ``path``.
 
-        Raises: CheckpointError when it is not whole: a file is missing, or is not what was written.
+        Raises:
+            CheckpointError: A file is missing, or is not what was written.
         """
         try:
-            digests = json.loads((path / MANIFEST).read_bytes())
+            digests = read_json(path / MANIFEST)
             contents = {name: (path / name).read_bytes() for name in (TENSORS, FACTS, TRACE)}
             damaged = [name for name, content in contents.items() if sha256(content).hexdigest() != digests[name]]
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -84,53 +90,18 @@ class Checkpoint:
             facts = json.loads(contents[FACTS])
             return cls(facts.pop("step"), load(contents[TENSORS]), facts, Trace.read(path / TRACE))
         except (ValueError, KeyError, SafetensorError, TraceError) as error:
-            raise CheckpointError(f"{path} holds no checkpoint of ours ({error}): name another, or 'latest'") from error
+            raise CheckpointError(f"{path} is not a checkpoint of dvar ({error}): name another, or 'latest'") from error
 
 
-def latest(folder: Path) -> Checkpoint:
+def latest_checkpoint(folder: Path) -> Checkpoint:
     """Return the newest whole checkpoint in ``folder``, with a warning for each newer one that is damaged.
 
-    Raises: CheckpointError when there is none.
+    Raises:
+        CheckpointError: There is none.
     """
-    for path in saved(folder):
+    for path in checkpoint_paths(folder):
         try:
             return Checkpoint.read(path)
         except CheckpointError as error:
-            warnings.warn(f"{error}; going back to the one before", stacklevel=2)
-    raise CheckpointError(f"{folder} holds no whole checkpoint to go on from: start afresh with --overwrite")
-
-
-def saved(folder: Path) -> list[Path]:
-    """Return the checkpoints in ``folder``, newest step first, whole or not."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=_step, reverse=True)
-
-
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("checkpoint-"))
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Put a folder's entries on the disk, where the system can (Windows cannot, and does not need to)."""
-    if hasattr(os, "O_DIRECTORY"):
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _digest(path: Path) -> str:
-    return sha256(path.read_bytes()).hexdigest()
-
-
-def _remove(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
+            warnings.warn(f"{error}; trying the one before it", stacklevel=2)
+    raise CheckpointError(f"{folder} holds no whole checkpoint to resume from: start afresh with --overwrite")

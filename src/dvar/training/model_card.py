@@ -1,4 +1,4 @@
-"""What a run leaves for others: what was learned in files that stock diffusers loads, a model card, the result."""
+"""The model card of a run."""
 
 from __future__ import annotations
 
@@ -6,33 +6,44 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from dvar.config.training import BUNDLED_MODEL, AnyConfig, prior_weight, sample_prompt
-from dvar.files import write_whole
+from dvar.config.training import BUNDLED_MODEL, TrainingConfig
+from dvar.files import write_atomically
 from dvar.stopping.verdict import Verdict
-from dvar.training.loading_code import imports, loads
-from dvar.training.run_layout import EMBEDS
-from dvar.training.weight_files import _on_hub, public_name
+from dvar.training.loading_code import import_lines, load_lines
+from dvar.training.run_layout import EMBEDS, MODEL_CARD
+from dvar.training.weight_files import is_on_hub, public_model_name
 
-_OWN = ("rank", "lora_alpha", "lora_targets", "class_noun", "instance_prompt", "freeze_model")
+_OWN_FIELDS = ("rank", "lora_alpha", "lora_targets", "class_noun", "instance_prompt", "freeze_model")
 
 
 def write_model_card(
-    folder: Path, config: AnyConfig, verdict: Verdict, pictures: Sequence[Path], weights: Sequence[str] = (EMBEDS,)
+    folder: Path,
+    config: TrainingConfig,
+    verdict: Verdict,
+    samples: Sequence[Path],
+    weights: Sequence[str] = (EMBEDS,),
 ) -> None:
-    """Write README.md: what was learned, how to load it, why training stopped, settings, the last sample pictures.
+    """Write README.md: what was learned, how to load it, why training stopped, the settings, the last sample images.
 
-    ``weights`` are the names of the weight files beside it.
+    Args:
+        folder: The folder of the run.
+        config: Its config.
+        verdict: Its last verdict.
+        samples: The paths of the sample images to show.
+        weights: The names of the weight files beside the card.
     """
-    write_whole(folder / "README.md", _CARD.format(**_facts(folder, config, verdict, pictures, weights)).encode())
+    card = _CARD.format(**_facts(folder, config, verdict, samples, weights))
+    write_atomically(folder / MODEL_CARD, card.encode())
 
 
 def _facts(
-    folder: Path, config: AnyConfig, verdict: Verdict, pictures: Sequence[Path], weights: Sequence[str]
+    folder: Path, config: TrainingConfig, verdict: Verdict, samples: Sequence[Path], weights: Sequence[str]
 ) -> dict[str, str]:
+    """Return what the card says, by placeholder of the template."""
     name = config.pretrained_model_name_or_path
     # A card travels: it must not tell where its writer keeps a model.
-    public, licence = public_name(config), _licence(name)
-    model = "the model bundled with dvar" if name == BUNDLED_MODEL else f"`{public}`"
+    public_name, licence = public_model_name(config), _licence(name)
+    model = "the model bundled with dvar" if name == BUNDLED_MODEL else f"`{public_name}`"
     settings = {
         "first word": config.initializer_token,
         "vectors": config.num_vectors,
@@ -40,37 +51,37 @@ def _facts(
         "batch": config.train_batch_size * config.gradient_accumulation_steps,
         "learning rate": f"{config.learning_rate:g}",
         "seed": config.seed,
-        **{name.replace("_", " "): getattr(config, name) for name in _OWN if hasattr(config, name)},
-        "prior loss weight": prior_weight(config) or None,
+        **{name.replace("_", " "): getattr(config, name, None) for name in _OWN_FIELDS},
+        "prior loss weight": config.effective_prior_weight or None,
     }
-    prompt = sample_prompt(config)
+    prompt = config.sample_prompt
     return {
-        "head": (f"base_model: {name}\n" * _on_hub(name)) + (f"license: {licence}\n" if licence else ""),
+        "head": (f"base_model: {name}\n" * is_on_hub(name)) + (f"license: {licence}\n" if licence else ""),
         "model": model,
         "licence": f"{licence}, that of the base model" if licence else f"that of the base model, {model}",
-        "loaded": "str(dvar.mini.path())" if name == BUNDLED_MODEL else f'"{public}"',
+        "source": "str(dvar.mini.path())" if name == BUNDLED_MODEL else f'"{public_name}"',
         "tags": "".join(f"\n- {tag}" for tag in config.tags),
         "title": config.title,
-        "imports": "\n".join(["import dvar.mini"] * (name == BUNDLED_MODEL) + imports(weights)),
-        "loads": "\n".join(loads(weights)),
+        "imports": "\n".join(["import dvar.mini"] * (name == BUNDLED_MODEL) + import_lines(weights)),
+        "loads": "\n".join(load_lines(weights)),
         "subject": config.subject,
         "learned": config.learned[:1].upper() + config.learned[1:],
         "kind": config.kind,
         "prompt": prompt,
         "verdict": verdict.sentence,
         "settings": "\n".join(f"| {key} | {value} |" for key, value in settings.items() if value is not None),
-        "pictures": " ".join(f"![{prompt}]({path.relative_to(folder).as_posix()})" for path in pictures),
+        "samples": " ".join(f"![{prompt}]({path.relative_to(folder).as_posix()})" for path in samples),
     }
 
 
 def _licence(name: str) -> str | None:
-    """The licence that a base model's own card names, where the card is at hand."""
+    """Return the licence that a base model's own card names, where the card is at hand."""
     if name == BUNDLED_MODEL:
         return "apache-2.0"
-    card = Path(name).expanduser() / "README.md"
-    head = card.read_text(encoding="utf-8", errors="replace").split("---") if card.is_file() else []
-    found = re.search(r"^license: *([\w.-]+)$", head[1], re.MULTILINE) if len(head) > 2 else None
-    return found[1] if found else None
+    card = Path(name).expanduser() / MODEL_CARD
+    parts = card.read_text(encoding="utf-8", errors="replace").split("---") if card.is_file() else []
+    match = re.search(r"^license: *([\w.-]+)$", parts[1], re.MULTILINE) if len(parts) > 2 else None
+    return match[1] if match else None
 
 
 _CARD = """---
@@ -85,19 +96,19 @@ tags:
 
 {learned} for one {kind}, by {title} on {model}. Write `{subject}` in a prompt.
 
-{pictures}
+{samples}
 
 ```python
 {imports}
 
-pipeline = StableDiffusionPipeline.from_pretrained({loaded})
+pipeline = StableDiffusionPipeline.from_pretrained({source})
 {loads}
-pipeline("{prompt}").images[0].save("picture.png")
+pipeline("{prompt}").images[0].save("image.png")
 ```
 
 How training ended: {verdict}.
 
-Licence: {licence}; its terms hold for what was learned from it.
+Licence: {licence}; its terms apply to what was learned from it.
 
 | setting | value |
 |---|---|

@@ -1,4 +1,4 @@
-"""The optimisers by their names, and what of them a run must keep to go on; SAM's look at the steeper point."""
+"""The optimizers of training, and their state in checkpoints."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from dvar.config.training import TrainingConfig
 
 
-def optimizer_of(config: TrainingConfig, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    """Return the optimiser that ``config`` names, for ``parameters``.
+def make_optimizer(config: TrainingConfig, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    """Return the optimizer that ``config`` names, for ``parameters``.
 
     Source: AdamW, as the paper trains; SAM over SGD with momentum 0.9, as in the paper's first version; Prodigy with
-    the switches of diffusers' scripts.
+        the switches of diffusers' scripts.
     """
     adam: dict[str, Any] = {
         "lr": config.learning_rate,
@@ -25,80 +25,82 @@ def optimizer_of(config: TrainingConfig, parameters: Sequence[nn.Parameter]) -> 
         "eps": config.adam_epsilon,
         "weight_decay": config.adam_weight_decay,
     }
+    optimizer: torch.optim.Optimizer
     match config.optimizer:
         case "adamw8bit":
             from bitsandbytes.optim import AdamW8bit
 
-            return AdamW8bit(parameters, **adam)
+            optimizer = AdamW8bit(parameters, **adam)
         case "prodigy":
             from prodigyopt import Prodigy
 
             with redirect_stdout(io.StringIO()):  # it prints that its weight decay is AdamW's
-                return Prodigy(parameters, **adam, use_bias_correction=True, safeguard_warmup=True)
+                optimizer = Prodigy(parameters, **adam, use_bias_correction=True, safeguard_warmup=True)
         case "sam":
-            return torch.optim.SGD(parameters, lr=config.learning_rate, momentum=0.9)
-    return torch.optim.AdamW(parameters, **adam)
+            optimizer = torch.optim.SGD(parameters, lr=config.learning_rate, momentum=0.9)
+        case "adamw":
+            optimizer = torch.optim.AdamW(parameters, **adam)
+    return optimizer
 
 
 @contextmanager
-def sharpened(parameters: Sequence[nn.Parameter], radius: float) -> Iterator[None]:
-    """Run a scope with ``parameters`` moved by ``radius`` along their gradients, and put back bit for bit after it.
+def perturb(parameters: Sequence[nn.Parameter], radius: float) -> Iterator[None]:
+    """Move ``parameters`` by ``radius`` along their gradients in a scope, and restore them bit for bit after it.
 
-    The gradient that is taken inside is the one that SAM steps by: at the point where the loss is steepest within
-    ``radius``.  Only the direction of the gradients counts, not their scale.
+    The gradient computed in the scope is the one that SAM applies: at the point where the loss is steepest within
+    ``radius``. Only the direction of the gradients counts, not their scale.
 
-    Source: the optimiser of the paper's first version (Foret et al. 2021, not adaptive).
-    Deviates: the released code takes its second gradient through the graph of the first, at the unmoved point.
+    Source: The optimizer of the paper's first version (Foret et al. 2021, not adaptive).
+    Deviates: The released code computes its second gradient through the graph of the first, at the unmoved point.
     """
-    moved = [(part, part.grad) for part in parameters if part.grad is not None]
-    before = [part.detach().clone() for part, _ in moved]
+    pairs = [(part, part.grad) for part in parameters if part.grad is not None]
+    originals = [part.detach().clone() for part, _ in pairs]
     with torch.no_grad():
-        factor = radius / (nn.utils.get_total_norm([grad for _, grad in moved]) + 1e-12)
-        for part, grad in moved:
-            part.add_(grad * factor)
+        factor = radius / (nn.utils.get_total_norm([gradient for _, gradient in pairs]) + 1e-12)
+        for part, gradient in pairs:
+            part.add_(gradient * factor)
     try:
         yield
     finally:
         with torch.no_grad():
-            for (part, _), value in zip(moved, before, strict=True):
-                part.copy_(value)
+            for (part, _), original in zip(pairs, originals, strict=True):
+                part.copy_(original)
 
 
-def kept(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the state of ``optimizer``: its tensors by their path, on the CPU, and what else of it moved, plain JSON.
+def read_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the state of ``optimizer``: tensors by path, on the CPU, and the rest as plain JSON.
 
-    Prodigy keeps its estimates among its settings, so every setting that is not the first one any more is state.
+    Prodigy keeps its estimates among its settings, so every setting that differs from its initial value is state.
     """
     state = optimizer.state_dict()
-    leaves = dict(_leaves(state["state"]))
+    leaves = dict(_iter_leaves(state["state"]))
     groups = [
         {name: value for name, value in group.items() if name != "params" and value != optimizer.defaults.get(name)}
         for group in state["param_groups"]
     ]
+    tensors = {path: leaf.cpu() for path, leaf in leaves.items() if isinstance(leaf, Tensor)}
     plain = {path: leaf for path, leaf in leaves.items() if not isinstance(leaf, Tensor)}
-    return {path: leaf.cpu() for path, leaf in leaves.items() if isinstance(leaf, Tensor)}, {
-        "plain": plain,
-        "groups": groups,
-    }
+    return tensors, {"plain": plain, "groups": groups}
 
 
-def put_back(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Give a fresh ``optimizer`` the state that `kept` returned."""
+def load_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Load into a fresh ``optimizer`` what `read_state` returned."""
     state: dict[Any, Any] = {}
     for path, leaf in {**tensors, **facts["plain"]}.items():
         index, *names = path.split("/")
-        place = state.setdefault(int(index), {})
+        branch = state.setdefault(int(index), {})
         for name in names[:-1]:
-            place = place.setdefault(name, {})
-        place[names[-1]] = leaf
+            branch = branch.setdefault(name, {})
+        branch[names[-1]] = leaf
     groups = optimizer.state_dict()["param_groups"]
-    groups = [{**group, **moved} for group, moved in zip(groups, facts["groups"], strict=True)]
+    groups = [{**group, **changes} for group, changes in zip(groups, facts["groups"], strict=True)]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _leaves(tree: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+def _iter_leaves(tree: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (path, leaf) for each leaf of nested mappings."""
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{path}{name}/")
+            yield from _iter_leaves(value, f"{path}{name}/")
         else:
             yield f"{path}{name}", value

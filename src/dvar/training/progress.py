@@ -1,4 +1,4 @@
-"""A run as a person watches it: redrawn in place on a terminal, one line every so often in a log."""
+"""The progress of a run: a live panel on a terminal, lines in a log."""
 
 from __future__ import annotations
 
@@ -29,10 +29,13 @@ _BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 class ProgressState:
-    """The figures a watcher asks for, kept up from step to step; each is None until it is known.
+    """The figures that are shown, updated at each step.
 
-    ``rate`` is in steps a second over the last 50 steps, ``left`` the seconds to the cap at that rate; ``curve`` holds
-    every L_det, the mean over the fixed batch.
+    Attributes:
+        cap: The cap of the run, in steps.
+        step: The last step.
+        curve: Every L_det so far.
+        verdict: The last verdict; None before the first step.
     """
 
     def __init__(self, cap: int) -> None:
@@ -43,6 +46,7 @@ class ProgressState:
         self._seconds: deque[float] = deque(maxlen=_RECENT)
 
     def take(self, step: StepRecord) -> None:
+        """Update the figures by a step."""
         self.step = step.step
         self.verdict = step.verdict
         if step.train_loss is not None:
@@ -52,34 +56,44 @@ class ProgressState:
 
     @property
     def rate(self) -> float | None:
-        spent = sum(self._seconds)
-        return len(self._seconds) / spent if spent else None
+        """Steps a second over the last 50 steps; None before the first update."""
+        seconds = sum(self._seconds)
+        return len(self._seconds) / seconds if seconds else None
 
     @property
     def left(self) -> float | None:
+        """Seconds to the cap at this rate; None before the first update."""
         return (self.cap - self.step) / self.rate if self.rate else None
 
     @property
     def ratio(self) -> float | None:
+        """The ratio that the rule compares with its threshold; None while it has none."""
         return self.verdict.metrics.get("ratio") if self.verdict else None
 
     @property
     def threshold(self) -> float | None:
+        """The threshold of the rule; None while it has no ratio."""
         return self.verdict.metrics.get("threshold") if self.verdict else None
 
     @property
     def pace(self) -> str:
+        """The rate and the time to the cap, in words."""
         if self.rate is None or self.left is None:
             return ""
         stopped = self.verdict is not None and self.verdict.stop
-        return f"{self.rate:.3g} steps/s" + ("" if stopped else f", {clock(self.left)} to the cap")
+        return f"{self.rate:.3g} steps/s" + ("" if stopped else f", {format_duration(self.left)} to the cap")
 
 
 class LogLines:
-    """Writes a line at the first step, at every fiftieth part of the cap, and where the run stops."""
+    """A consumer of steps that writes a line at the first step, at every fiftieth of the cap, and at the last step.
+
+    Args:
+        cap: The cap of the run, in steps.
+        stream: Where the lines go.
+    """
 
     def __init__(self, cap: int, stream: TextIO) -> None:
-        self.meter = ProgressState(cap)
+        self.state = ProgressState(cap)
         self.every = max(1, cap // _LINES)
         self.stream = stream
 
@@ -92,28 +106,35 @@ class LogLines:
         self.stream.flush()
 
     def __call__(self, step: StepRecord) -> None:
-        self.meter.take(step)
+        self.state.take(step)
         if step.step % self.every == 0 or step.verdict.stop:
             print(self._line(), file=self.stream, flush=True)
 
     def _line(self) -> str:
-        meter = self.meter
-        parts = [f"step {meter.step:>{len(str(meter.cap))}}/{meter.cap}"]
-        if meter.curve:
-            parts.append(f"L_det {meter.curve[-1]:.6f}")
-        if meter.ratio is not None and meter.threshold is not None:
-            parts.append(f"ratio {meter.ratio:.3f}, threshold {meter.threshold:g}")
-        return "  ".join([*parts, meter.pace]).rstrip()
+        """Return the line of the last step."""
+        state = self.state
+        parts = [f"step {state.step:>{len(str(state.cap))}}/{state.cap}"]
+        if state.curve:
+            parts.append(f"L_det {state.curve[-1]:.6f}")
+        if state.ratio is not None and state.threshold is not None:
+            parts.append(f"ratio {state.ratio:.3f}, threshold {state.threshold:g}")
+        return "  ".join([*parts, state.pace]).rstrip()
 
 
 class LivePanel:
-    """Redraws the run's figures in place: progress to the cap, L_det as a curve, the ratio against its threshold."""
+    """A consumer of steps that shows progress, the curve of L_det and the ratio against its threshold, in place.
+
+    Args:
+        cap: The cap of the run, in steps.
+        title: The title of the panel.
+        console: Where it is shown.
+    """
 
     def __init__(self, cap: int, title: str, console: Console) -> None:
-        self.meter = ProgressState(cap)
+        self.state = ProgressState(cap)
         self.title = title
         self.console = console
-        self._live = Live(get_renderable=self.draw, console=console, refresh_per_second=8)
+        self._live = Live(get_renderable=self.render, console=console, refresh_per_second=8)
 
     def __enter__(self) -> LivePanel:
         return self
@@ -124,29 +145,30 @@ class LivePanel:
         self._live.stop()
 
     def __call__(self, step: StepRecord) -> None:
-        self.meter.take(step)
+        self.state.take(step)
         if not self._live.is_started:
             self._live.start()
 
-    def draw(self) -> RenderableType:
-        """The panel as it stands now."""
-        meter, width = self.meter, min(self.console.width, _WIDTH)
+    def render(self) -> RenderableType:
+        """Return the panel with the current figures."""
+        state, width = self.state, min(self.console.width, _WIDTH)
         bar = max(10, width - 44)
-        done = ProgressBar(meter.cap, meter.step, width=bar, complete_style="cyan", finished_style="cyan")
-        newest = f"{meter.curve[-1]:.6f}" if meter.curve else ""
+        progress = ProgressBar(state.cap, state.step, width=bar, complete_style="cyan", finished_style="cyan")
+        last_loss = f"{state.curve[-1]:.6f}" if state.curve else ""
         rows = Table.grid(padding=(0, 2))
-        rows.add_row("step", done, f"{meter.step} of {meter.cap}")
-        rows.add_row("L_det", Text(sparkline(meter.curve, bar), style="cyan"), newest)
-        rows.add_row("ratio", *self._against_threshold(bar))
-        rows.add_row("", Text(meter.pace, style="dim"), "")
-        sentence = Text(meter.verdict.sentence if meter.verdict else "")
-        if meter.verdict and meter.verdict.stop:
-            sentence.stylize("bold green" if meter.verdict.reason is Reason.STABILISED else "bold yellow")
+        rows.add_row("step", progress, f"{state.step} of {state.cap}")
+        rows.add_row("L_det", Text(sparkline(state.curve, bar), style="cyan"), last_loss)
+        rows.add_row("ratio", *self._ratio_bar(bar))
+        rows.add_row("", Text(state.pace, style="dim"), "")
+        sentence = Text(state.verdict.sentence if state.verdict else "")
+        if state.verdict and state.verdict.stop:
+            sentence.stylize("bold green" if state.verdict.reason is Reason.STABILISED else "bold yellow")
         title = Text(self.title)
         return Panel(Group(rows, sentence), title=title, title_align="left", border_style="dim", width=width)
 
-    def _against_threshold(self, width: int) -> tuple[Text, str]:
-        ratio, threshold = self.meter.ratio, self.meter.threshold
+    def _ratio_bar(self, width: int) -> tuple[Text, str]:
+        """Return the ratio as a bar with a mark at the threshold, and in words."""
+        ratio, threshold = self.state.ratio, self.state.threshold
         if ratio is None or threshold is None:
             return Text(""), ""
         filled, mark = round(min(ratio, 1) * width), min(round(threshold * width), width - 1)
@@ -157,13 +179,13 @@ class LivePanel:
         return bar, f"{ratio:.3f}, stops below {threshold:g}"
 
 
-def watch(cap: int, title: str, stream: TextIO) -> LogLines | LivePanel:
-    """A consumer of steps for ``stream``: a panel where it is a terminal, lines elsewhere.  Use it as a context."""
+def show_progress(cap: int, title: str, stream: TextIO) -> LogLines | LivePanel:
+    """Return a consumer of steps, to be used as a context: a panel if ``stream`` is a terminal, lines otherwise."""
     return LivePanel(cap, title, Console(file=stream)) if stream.isatty() else LogLines(cap, stream)
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """The finite ``values`` as a row of at most ``width`` blocks, each the mean of its share, lowest to highest."""
+    """Return the finite ``values`` as a row of at most ``width`` blocks, each the mean of an equal share of them."""
     values = [value for value in values if math.isfinite(value)]
     count = min(width, len(values))
     edges = [round(index * len(values) / count) for index in range(count + 1)] if count else [0]
@@ -172,8 +194,8 @@ def sparkline(values: Sequence[float], width: int) -> str:
     return "".join(_BLOCKS[round((mean - lowest) / spread * (len(_BLOCKS) - 1)) if spread else 0] for mean in means)
 
 
-def clock(seconds: float) -> str:
-    """A span of time as minutes:seconds, or hours:minutes:seconds."""
+def format_duration(seconds: float) -> str:
+    """Return a duration as minutes:seconds, or hours:minutes:seconds."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,4 +1,4 @@
-"""The parts of one run put together: what it trains on, how it judges, what it leaves in its folder."""
+"""A training run: its parts put together, and what it leaves in its folder."""
 
 from __future__ import annotations
 
@@ -9,62 +9,58 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
 from dvar._version import __version__
-from dvar.config.training import (
-    AnyConfig,
-    CustomDiffusionConfig,
-    DreamBoothLoraConfig,
-    TextualInversionConfig,
-    initializers,
-    prior_weight,
-    sample_prompt,
-    words,
-    written,
-)
+from dvar.config.training import TrainingConfig
 from dvar.diffusion.backbone import Backbone
 from dvar.diffusion.clip import Clip
+from dvar.diffusion.devices import peak_memory
 from dvar.diffusion.objective import Draws, Examples, denoising_loss, draw
 from dvar.diffusion.sampling import sample_into
 from dvar.errors import NonFiniteLoss
-from dvar.files import write_json, write_whole
+from dvar.files import write_atomically, write_json
 from dvar.stopping.diagnosis import Reason
 from dvar.stopping.probe import Probe
-from dvar.stopping.rules import SETTLED, AnyOf, Dvar, FixedSteps, Rule
+from dvar.stopping.rules import CONDITION_REASONS, Rule
 from dvar.stopping.trace import Trace, TraceFile
 from dvar.stopping.verdict import Verdict
-from dvar.training.augmentation import encoded, rescaled
+from dvar.training.augmentation import encode_examples, encode_rescaled_examples
 from dvar.training.checkpoint import Checkpoint
 from dvar.training.dataset import ClassImages, Concept
-from dvar.training.loop import Learner, Series, StepRecord, Stopwatch, TrainableMethod, train
-from dvar.training.memory_estimate import Memory, peak
-from dvar.training.methods.custom_diffusion import CustomDiffusion
-from dvar.training.methods.dreambooth_lora import DreamBoothLora
-from dvar.training.methods.textual_inversion import TextualInversion
+from dvar.training.loop import Learner, Series, StepRecord, Stopwatch, train
+from dvar.training.methods.registry import PersonalisationMethod
 from dvar.training.model_card import write_model_card
-from dvar.training.run_layout import RESULT, WEIGHTS, at_step
-from dvar.training.weight_files import by_word, provenance, write_weights
-
-
-class PersonalisationMethod(TrainableMethod, Protocol):
-    """What a run asks of a way to personalise besides: how it writes a prompt, and what it leaves in which file."""
-
-    def expand(self, prompt: str) -> str: ...
-    def files(self, state: Mapping[str, Tensor]) -> Mapping[str, Mapping[str, Tensor]]: ...
-    @property
-    def metadata(self) -> Mapping[str, str]: ...
+from dvar.training.rule import rule_of
+from dvar.training.run_layout import (
+    CONFIG,
+    REFERENCES,
+    RESULT,
+    SAMPLE_PROMPTS,
+    SAMPLES,
+    TRACE,
+    WEIGHTS,
+    at_step,
+    step_name,
+)
+from dvar.training.weight_files import provenance, split_by_token, write_weights
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """How a run ended: its folder, the last verdict, the updates made, and the step of the lowest L_det.
+    """The end of a run.
 
-    ``weights`` are the files of the exported step; there are none of a run that can still go on.
+    Attributes:
+        folder: The folder of the run.
+        verdict: The last verdict.
+        steps: Updates made.
+        best_step: The best step, by the config's ``best_by``.
+        seconds: Seconds by kind of work: "train", "probe", "other".
+        weights: The weight files of the exported step; none of a run that can still be resumed.
     """
 
     folder: Path
@@ -76,12 +72,22 @@ class TrainingResult:
 
 
 class TrainingRun:
-    """One run under way: the parts that `personalise` put together, and what they leave in the folder."""
+    """A run in progress.
+
+    Args:
+        folder: The folder of the run.
+        config: Its config.
+        concept: What it learns from.
+        classes: The class images, where it has a prior.
+        backbone: The base model, with the method put into it.
+        method: The method, untrained.
+        clip: The CLIP that scores samples, where the best step is judged by it.
+    """
 
     def __init__(
         self,
         folder: Path,
-        config: AnyConfig,
+        config: TrainingConfig,
         concept: Concept,
         classes: Sequence[ClassImages],
         backbone: Backbone,
@@ -90,48 +96,47 @@ class TrainingRun:
     ) -> None:
         self.folder, self.config, self.concept, self.backbone, self.method = folder, config, concept, backbone, method
         self.clip = clip
-        self.memory: Memory | None = None  # `needed` tells it where somebody asks
         self.schedule = backbone.schedule
         for network in backbone.modules:  # what is trained keeps its dropout, where a model has any
             network.train(any(weight.requires_grad for weight in network.parameters()))
-        texts = [[method.expand(text) for text in concept.texts(index)] for index in range(len(concept.pictures))]
-        shown = rescaled if isinstance(config, CustomDiffusionConfig) and config.random_rescale else encoded
-        self.examples: Examples = shown(concept.pictures, texts, backbone, mirrored=config.random_flip)
+        texts = [[method.expand(text) for text in concept.texts(index)] for index in range(len(concept.images))]
+        encode = encode_rescaled_examples if config.random_rescale else encode_examples
+        self.examples: Examples = encode(concept.images, texts, backbone, mirrored=config.random_flip)
         self.prior: Examples | None = None
         if classes:
-            pictures = [picture for known in classes for picture in known.pictures]
-            texts = [[known.prompt] for known in classes for _ in known.pictures]
-            self.prior = encoded(pictures, texts, backbone, mirrored=config.random_flip)
-        self.criterion: Rule = AnyOf((Dvar(config.window, config.threshold), FixedSteps(config.max_train_steps)))
+            images = [image for class_images in classes for image in class_images.images]
+            texts = [[class_images.prompt] for class_images in classes for _ in class_images.images]
+            self.prior = encode_examples(images, texts, backbone, mirrored=config.random_flip)
+        self.rule: Rule = rule_of(config)
         # As in the released code the held batch has its augmentations, and L_det neither their mask nor the prior.
-        held = replace(self.drawn(self.examples, "held", 0, 0, config.eval_batch_size), mask=None)
+        held = replace(self.draw(self.examples, "held", 0, 0, config.eval_batch_size), mask=None)
         self.probe = Probe(self.losses, held, modules=backbone.modules)
         self.learner = Learner(method, config, {"method": config.method, "timesteps": held.timesteps.tolist()})
 
     def open(self, checkpoint: Checkpoint | None) -> None:
-        """Make the folder this run's: the trace as it was at ``checkpoint``, the settings and what training sees."""
+        """Write the config and the instance images into the folder, and restore ``checkpoint``, if any."""
         if checkpoint:
             self.learner.restore(checkpoint)
-            _cut(self.folder / "trace.jsonl", checkpoint)
-            self._caught_up(checkpoint.trace)
-        (self.folder / "references").mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / "config.json", {**written(self.config), "versions": _versions()})
-        for index, picture in enumerate(self.concept.pictures):
-            picture.save(self.folder / "references" / f"{index:02d}.png")
+            _cut_trace(self.folder / TRACE, checkpoint)
+            self._complete_last_step(checkpoint.trace)
+        (self.folder / REFERENCES).mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / CONFIG, {**self.config.to_dict(), "versions": _versions()})
+        for index, image in enumerate(self.concept.images):
+            image.save(self.folder / REFERENCES / f"{index:02d}.png")
 
     def steps(self, interrupted: Callable[[], bool], series: Series | None = None) -> Iterator[StepRecord]:
-        """Train, leaving the trace and the checkpoints in the folder; ``series`` is as for `train`."""
+        """Train, writing the trace and the checkpoints; ``series`` is as for `train`."""
         config = self.config
 
         def all_series(step: int, watch: Stopwatch) -> Mapping[str, Any]:
-            return {**self.scores(step, watch, interrupted), **(series(step, watch) if series else {})}
+            return {**self.score_samples(step, watch, interrupted), **(series(step, watch) if series else {})}
 
-        with TraceFile(self.folder / "trace.jsonl", self.learner.trace.header) as file:
+        with TraceFile(self.folder / TRACE, self.learner.trace.header) as file:
             yield from train(
                 self.learner,
                 losses=self.training_losses,
                 probe=self.probe,
-                criterion=self.criterion,
+                rule=self.rule,
                 log=file.append,
                 save=lambda: self.save(config.checkpoints_total_limit),
                 interrupted=interrupted,
@@ -139,23 +144,24 @@ class TrainingRun:
             )
 
     def save(self, keep: int | None) -> None:
-        """Write a checkpoint."""
-        facts = {"config": written(self.config), "pictures": digest_of(self.concept), "base": self.backbone.digest}
+        """Write a checkpoint; of the older ones, leave the ``keep`` newest."""
+        facts = {"config": self.config.to_dict(), "pictures": digest_of(self.concept), "base": self.backbone.digest}
         self.learner.checkpoint(**facts).write(self.folder, keep)
 
-    def draw_samples(self, step: int, interrupted: Callable[[], bool] = lambda: False) -> list[Path]:
-        """Return the sample pictures of ``step``, drawn unless the folder has them all.
+    def generate_samples(self, step: int, interrupted: Callable[[], bool] = lambda: False) -> list[Path]:
+        """Return the paths of the sample images of ``step``, generated unless the folder has them all.
 
-        Raises: Abandoned when ``interrupted`` says so meanwhile.
+        Raises:
+            Abandoned: ``interrupted`` returned True.
         """
-        config, samples = self.config, self.folder / "samples"
-        prompts = [sample_prompt(config)] * config.num_validation_images
+        config, samples = self.config, self.folder / SAMPLES
+        prompts = [config.sample_prompt] * config.num_validation_images
         seeds = [config.seed + index for index in range(len(prompts))]
         samples.mkdir(exist_ok=True)
-        listed = [{"prompt": prompt, "seed": seed} for prompt, seed in zip(prompts, seeds, strict=True)]
-        write_json(samples / "prompts.json", listed)
+        rows = [{"prompt": prompt, "seed": seed} for prompt, seed in zip(prompts, seeds, strict=True)]
+        write_json(samples / SAMPLE_PROMPTS, rows)
         return sample_into(
-            samples / f"step-{step:06d}",
+            samples / step_name(step),
             self.backbone,
             prompts,
             seeds,
@@ -166,31 +172,34 @@ class TrainingRun:
             interrupted=interrupted,
         )
 
-    def scores(self, step: int, watch: Stopwatch, interrupted: Callable[[], bool] = lambda: False) -> dict[str, float]:
-        """How like the subject's pictures the samples of ``step`` are, by the CLIP of a run that judges its best by it:
-        the mean cosine of all pairs, wherever samples are drawn and at the cap.
+    def score_samples(
+        self, step: int, watch: Stopwatch, interrupted: Callable[[], bool] = lambda: False
+    ) -> dict[str, float]:
+        """Return the metric "clip_image" of ``step``, where the best step is judged by CLIP and samples are due.
 
-        Raises: as `draw_samples`.
-        Source: Section 4.1, the CLIP score that DVAR is held against.
+        It is the mean cosine of all pairs of a sample image and an instance image.
+
+        Raises:
+            Abandoned: ``interrupted`` returned True.
+
+        Source: Section 4.1, the CLIP score with which DVAR is compared.
         """
         config = self.config
-        if (
-            not self.clip
-            or config.best_by != "clip"
-            or (step % config.validation_steps and step != config.max_train_steps)
-        ):
+        due = step % config.validation_steps == 0 or step == config.max_train_steps
+        if not self.clip or config.best_by != "clip" or not due:
             return {}
         with watch("samples"):
-            samples = [Image.open(path) for path in self.draw_samples(step, interrupted)]
-            likeness = self.clip.of_pictures(samples) @ self.clip.of_pictures(self.concept.pictures).T
-        return {"clip_image": float(likeness.mean())}
+            samples = [Image.open(path) for path in self.generate_samples(step, interrupted)]
+            cosines = self.clip.embed_images(samples) @ self.clip.embed_images(self.concept.images).T
+        return {"clip_image": float(cosines.mean())}
 
     def finish(self, verdict: Verdict) -> TrainingResult:
         """Write the exports and, last of all, result.json; return how the run ended.
 
-        Raises: NonFiniteLoss when there is nothing finite to export.
+        Raises:
+            NonFiniteLoss: There is nothing finite to export.
         """
-        folder, config, learner = self.folder, self.config, self.learner
+        config, learner = self.config, self.learner
         only_best = config.keep == "best" or verdict.reason is Reason.NON_FINITE
         if only_best:
             if not np.isfinite(learner.trace.values).any():
@@ -198,65 +207,42 @@ class TrainingRun:
                     "no evaluation was finite, so nothing is exported: try --mixed_precision no or another model"
                 )
             self.method.load(learner.best)
-        exported = learner.best_step if only_best else learner.trace.last_step
-        result = replace(self.result(verdict), weights=self._export(self.method.state, exported))
-        best = result.weights
-        if exported != learner.best_step and config.keep != "last":
-            best = self._export(learner.best, learner.best_step, beside=True)
-        weights = [path.name for path in result.weights]
-        for stale in {found for name in WEIGHTS for found in folder.glob(f"{Path(name).stem}*.safetensors")}:
-            if stale not in (*result.weights, *best):
-                stale.unlink()
-        write_model_card(folder, config, verdict, self.draw_samples(exported), weights)
+        exported_step = learner.best_step if only_best else learner.trace.last_step
+        result = replace(self.result(verdict), weights=self._export(self.method.state, exported_step))
+        best_weights = result.weights
+        if exported_step != learner.best_step and config.keep != "last":
+            best_weights = self._export(learner.best, learner.best_step, name_step=True)
+        self._remove_other_weights({*result.weights, *best_weights})
+        names = [path.name for path in result.weights]
+        write_model_card(self.folder, config, verdict, self.generate_samples(exported_step), names)
         facts = {
             "verdict": verdict.to_json(),
-            "stopped": verdict.stop and verdict.reason in SETTLED,
+            "stopped": verdict.stop and verdict.reason in CONDITION_REASONS,
             "steps": result.steps,
-            "exported_step": exported,
+            "exported_step": exported_step,
             "best_step": result.best_step,
             "best_by": learner.best_by,
             "seconds": result.seconds,
-            "memory": {"estimated": self.memory and self.memory.total, "peak": peak(self.backbone.device)},
+            "memory": {"peak": peak_memory(self.backbone.device)},
             "placeholder": config.placeholder_token,
-            "weights": weights,
-            "best_weights": [path.name for path in best],
+            "weights": names,
+            "best_weights": [path.name for path in best_weights],
             "base_sha256": self.backbone.digest,
         }
-        write_json(folder / RESULT, facts)
+        write_json(self.folder / RESULT, facts)
         return result
 
     def result(self, verdict: Verdict) -> TrainingResult:
-        """Return how the run stands."""
+        """Return the result of the run as it is now, without weights."""
         trace = self.learner.trace
         seconds = {name: float(trace.metric(f"seconds.{name}")[1].sum()) for name in ("train", "probe", "other")}
         return TrainingResult(self.folder, verdict, trace.last_step, self.learner.best_step, seconds)
 
-    def _caught_up(self, trace: Trace) -> None:
-        """Make up for the samples and the score of the last step in ``trace``, where its run ended before them."""
-        *before, last = trace.records
-        if last["step"] % self.config.validation_steps == 0:
-            self.draw_samples(last["step"])
-        if (found := self.scores(last["step"], Stopwatch())) and not found.keys() <= last.keys():
-            self.learner.trace = Trace(trace.header)
-            for record in (*before, {**last, **found}):
-                self.learner.trace.record(**record)
-            self.learner.trace.write(self.folder / "trace.jsonl")
-            self.learner.keep_best()
-
-    def _export(self, state: Mapping[str, Tensor], step: int, *, beside: bool = False) -> tuple[Path, ...]:
-        """Return the files of ``state``, that of ``step``, once written; ``beside`` puts the step into their names."""
-        paths, told = [], {**provenance(self.config, self.backbone.digest, step), **self.method.metadata}
-        for name, tensors in by_word(self.method.files(state)).items():
-            paths.append(self.folder / (at_step(name, step) if beside else name))
-            write_weights(paths[-1], tensors, told)
-        return tuple(paths)
-
-    def drawn(self, examples: Examples, stream: str, step: int, first: int, count: int) -> Draws:
-        """Samples ``first`` to ``first + count - 1`` of one step of a stream, drawn under the run's seed."""
-        timesteps = len(self.schedule.alphas_cumprod)
+    def draw(self, examples: Examples, stream: str, step: int, first: int, count: int) -> Draws:
+        """Return the draws of samples ``first`` to ``first + count - 1`` of a step of a stream, by the run's seed."""
         draws = draw(
             examples,
-            timesteps=timesteps,
+            timesteps=len(self.schedule.alphas_cumprod),
             seed=self.config.seed,
             stream=stream,
             step=step,
@@ -266,69 +252,70 @@ class TrainingRun:
         return draws.to(self.backbone.device)
 
     def training_losses(self, step: int, first: int, count: int) -> Tensor:
-        """The losses of these samples; with a prior, each has that of a class picture added at the prior's weight."""
-        return self.weighed(self.training_draws(step, first, count))
+        """Return the losses of these samples of a step, float32 [count].
 
-    def training_draws(self, step: int, first: int, count: int) -> Draws:
-        """The draws of these samples; with a prior, then those of as many class pictures."""
-        draws = self.drawn(self.examples, "train", step, first, count)
-        return draws if self.prior is None else draws.joined(self.drawn(self.prior, "prior", step, first, count))
-
-    def weighed(self, draws: Draws) -> Tensor:
-        """The losses of `training_draws`, one a sample."""
-        losses = self.losses(draws)
+        With a prior, the loss of a class image is added to each, times the prior's weight.
+        """
+        draws = self.draw(self.examples, "train", step, first, count)
         if self.prior is None:
-            return losses
-        own, others = losses.chunk(2)
-        return own + prior_weight(self.config) * others
+            return self.losses(draws)
+        both = draws.joined(self.draw(self.prior, "prior", step, first, count))
+        instance_losses, class_losses = self.losses(both).chunk(2)
+        return instance_losses + self.config.effective_prior_weight * class_losses
 
     def losses(self, draws: Draws) -> Tensor:
-        """The losses of these samples, float32 [B]."""
+        """Return the losses of these draws, float32 [B]."""
         return denoising_loss(self.backbone.predict, draws, self.schedule)
 
+    def _complete_last_step(self, trace: Trace) -> None:
+        """Generate the samples and the score of the last step of ``trace``, where its run ended before them."""
+        *earlier, last = trace.records
+        if last["step"] % self.config.validation_steps == 0:
+            self.generate_samples(last["step"])
+        scores = self.score_samples(last["step"], Stopwatch())
+        if scores and not scores.keys() <= last.keys():
+            self.learner.trace = Trace(trace.header)
+            for record in (*earlier, {**last, **scores}):
+                self.learner.trace.record(**record)
+            self.learner.trace.write(self.folder / TRACE)
+            self.learner.keep_best()
 
-def assembled(config: AnyConfig, backbone: Backbone) -> PersonalisationMethod:
-    """Return the method of these settings, put into ``backbone`` and untrained."""
-    initializer, vectors = str(config.initializer_token), config.num_vectors
-    match config:
-        case TextualInversionConfig():
-            return TextualInversion(backbone, config.placeholder_token, initializer, vectors)
-        case DreamBoothLoraConfig():
-            return DreamBoothLora(
-                backbone,
-                config.placeholder_token,
-                initializer,
-                vectors,
-                rank=config.rank,
-                alpha=config.lora_alpha,
-                targets=config.lora_targets,
-                text_encoder=config.train_text_encoder,
-                seed=config.seed,
-            )
-        case CustomDiffusionConfig():
-            pairs = dict(zip(words(config), initializers(config), strict=True))
-            return CustomDiffusion(backbone, pairs, vectors, part=config.freeze_model)
+    def _export(self, state: Mapping[str, Tensor], step: int, *, name_step: bool = False) -> tuple[Path, ...]:
+        """Write the weight files of ``state``, with the step in their names where asked; return their paths."""
+        paths, metadata = [], {**provenance(self.config, self.backbone.digest, step), **self.method.metadata}
+        for name, tensors in split_by_token(self.method.files(state)).items():
+            paths.append(self.folder / (at_step(name, step) if name_step else name))
+            write_weights(paths[-1], tensors, metadata)
+        return tuple(paths)
 
-
-def _cut(path: Path, checkpoint: Checkpoint) -> None:
-    """Put the trace back to its checkpoint, and keep the lines that were cut beside it: the rerun must repeat them."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    if later := lines[1 + len(checkpoint.trace) :]:
-        write_whole(path.with_name(f"{path.name}.cut-{checkpoint.step}"), b"".join(later))
-    checkpoint.trace.write(path)
+    def _remove_other_weights(self, weights: set[Path]) -> None:
+        """Remove the weight files in the folder that are not among ``weights``."""
+        paths = {path for name in WEIGHTS for path in self.folder.glob(f"{Path(name).stem}*.safetensors")}
+        for path in paths - weights:
+            path.unlink()
 
 
 def digest_of(concept: Concept) -> str:
+    """Return the SHA-256 of the images and captions of a concept."""
     digest = sha256()
-    for index, picture in enumerate(concept.pictures):
-        digest.update(picture.tobytes() + json.dumps(concept.texts(index)).encode())
-    for known in concept.classes:
-        for picture in known.pictures:
-            digest.update(picture.tobytes())
-        digest.update(known.prompt.encode())
+    for index, image in enumerate(concept.images):
+        digest.update(image.tobytes() + json.dumps(concept.texts(index)).encode())
+    for class_images in concept.classes:
+        for image in class_images.images:
+            digest.update(image.tobytes())
+        digest.update(class_images.prompt.encode())
     return digest.hexdigest()
 
 
+def _cut_trace(path: Path, checkpoint: Checkpoint) -> None:
+    """Write the trace of ``checkpoint`` to ``path``; keep the later lines beside it, which the rerun must repeat."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    if later := lines[1 + len(checkpoint.trace) :]:
+        write_atomically(path.with_name(f"{path.name}.cut-{checkpoint.step}"), b"".join(later))
+    checkpoint.trace.write(path)
+
+
 def _versions() -> dict[str, str]:
+    """Return the versions of Python, dvar and the packages that training depends on."""
     packages = ("torch", "diffusers", "transformers", "peft", "safetensors", "numpy")
     return {"dvar": __version__, "python": platform.python_version(), **{name: version(name) for name in packages}}

@@ -1,50 +1,99 @@
-"""The names of the files of a run."""
+"""The names of the files in a run's folder."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dvar.config.training import TrainingConfig
+
+CONFIG = "config.json"
+TRACE = "trace.jsonl"
+RESULT = "result.json"
+REPORT = "report.html"
+MODEL_CARD = "README.md"
+INITIALIZER = "initializer.json"
+REFERENCES = "references"
+SAMPLES = "samples"
+SAMPLE_PROMPTS = "prompts.json"
+TRACKER_LOGS = "logs"
+CLASS_IMAGES = "class_images"
+GENERATED = "generated"
+GENERATED_LIST = "generated.jsonl"
 
 EMBEDS = "learned_embeds.safetensors"
 LORA = "pytorch_lora_weights.safetensors"
 ATTENTION = "custom_diffusion_weights.safetensors"
 WEIGHTS = (EMBEDS, LORA, ATTENTION)
-"""By name: a new word's vectors; a low-rank change of the model; whole weights under the U-Net's own names."""
+"""By name: the vectors of placeholder tokens; a low-rank change of the model; whole weights under the U-Net's names."""
+
+# All that a run writes into its folder. A run does not start where any of these exists unless told to overwrite, and
+# overwriting removes nothing else.
+WRITTEN = (
+    *(CONFIG, TRACE, f"{TRACE}.*", "checkpoint-*", ".checkpoint-*"),
+    *(f"{Path(name).stem}*.safetensors" for name in WEIGHTS),
+    *(REFERENCES, SAMPLES, f"{CLASS_IMAGES}*", f".{CLASS_IMAGES}*.part", TRACKER_LOGS),
+    *(INITIALIZER, RESULT, REPORT, MODEL_CARD),
+)
+
+
+def problems(config: TrainingConfig) -> list[str]:
+    """Return what keeps a run from writing into its folder: a file, the images, another run, or nothing to resume."""
+    folder, resume = Path(config.output_dir).expanduser(), config.resume_from_checkpoint
+    if folder.exists() and not folder.is_dir():
+        return [f"output_dir must be a folder, and {folder} is a file: choose another"]
+    if config.instance_data_dir and folder.resolve() == Path(config.instance_data_dir).expanduser().resolve():
+        return [f"output_dir must not be the folder of the images, {folder}: choose another"]
+    if resume:
+        names = sorted(path.name for path in checkpoint_paths(folder))
+        if not names or (resume != "latest" and Path(resume).name not in names):
+            content = f"it holds {', '.join(names)}" if names else "it holds no checkpoint"
+            return [f"resume_from_checkpoint {resume!r} is not in {folder}, {content}: correct it or start afresh"]
+    elif not config.overwrite and (names := sorted(path.name for name in WRITTEN for path in folder.glob(name))):
+        message = f"output_dir {folder} holds another run, or files in its place ({', '.join(names[:4])})"
+        remedy = "choose another folder, resume with --resume_from_checkpoint latest, or replace them with --overwrite"
+        return [f"{message}: {remedy}"]
+    return []
+
+
+def checkpoint_name(step: int) -> str:
+    """Return the name of the checkpoint of a step."""
+    return f"checkpoint-{step}"
+
+
+def checkpoint_step(path: Path) -> int:
+    """Return the step of the checkpoint at ``path``."""
+    return int(path.name.removeprefix("checkpoint-"))
+
+
+def checkpoint_paths(folder: Path) -> list[Path]:
+    """Return the checkpoints in a run's folder, newest step first, whether complete or not."""
+    paths = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(paths, key=checkpoint_step, reverse=True)
+
+
+def step_name(step: int) -> str:
+    """Return the name, without a suffix, of what belongs to one step: sample images, weights, sheets."""
+    return f"step-{step:06d}"
+
+
+def class_images_name(number: int) -> str:
+    """Return the name of the folder of class images of concept ``number``, counted from 0."""
+    return f"{CLASS_IMAGES}_{number + 1}" if number else CLASS_IMAGES
 
 
 def at_step(name: str, step: int) -> str:
-    """The name of a weight file that holds what was learned at ``step``, where that is not the last."""
+    """Return the name of a weight file of ``step``, where that is not the exported step."""
     return f"{Path(name).stem}-steps-{step}{Path(name).suffix}"
 
 
-def of_word(word: str) -> str:
-    """The name of the file of one new word among several: learned_embeds.new1.safetensors of <new1>."""
-    return f"{Path(EMBEDS).stem}.{re.sub(r'[^A-Za-z0-9_-]', '', word)}{Path(EMBEDS).suffix}"
+def of_token(token: str) -> str:
+    """Return the name of the file of one of several placeholder tokens: learned_embeds.new1.safetensors of <new1>."""
+    return f"{Path(EMBEDS).stem}.{re.sub(r'[^A-Za-z0-9_-]', '', token)}{Path(EMBEDS).suffix}"
 
 
-def kind(name: str) -> str:
-    """Which of `WEIGHTS` a file is that `at_step` or `of_word` named."""
-    return next(known for known in WEIGHTS if name.startswith(Path(known).stem))
-
-
-RESULT = "result.json"
-
-CLASS_PICTURES, INITIALIZER = "class_pictures", "initializer.json"
-
-
-# All that a run writes into its folder: unasked it goes into a folder without any, and replacing it removes no more.
-WRITTEN = (
-    *("config.json", "trace.jsonl", "trace.jsonl.*", "checkpoint-*", ".checkpoint-*"),
-    *(f"{Path(name).stem}*.safetensors" for name in WEIGHTS),
-    *(
-        "references",
-        "samples",
-        f"{CLASS_PICTURES}*",
-        f".{CLASS_PICTURES}*.part",
-        "logs",
-        INITIALIZER,
-        "result.json",
-        "report.html",
-        "README.md",
-    ),
-)
+def weights_kind(name: str) -> str:
+    """Return which of `WEIGHTS` a file is that `at_step` or `of_token` named."""
+    return next(kind for kind in WEIGHTS if name.startswith(Path(kind).stem))

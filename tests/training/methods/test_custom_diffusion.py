@@ -8,15 +8,16 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 import dvar.training.run
 from dvar.config.training import CustomDiffusionConfig
-from dvar.diffusion.backbone import Backbone
+from dvar.diffusion.backbone import Backbone, load_backbone
 from dvar.diffusion.objective import Draws, denoising_loss
 from dvar.errors import RefusedInput
 from dvar.stopping.trace import Trace
 from dvar.testing import tiny_concept
-from dvar.training.dataset import prompts, read_concept
+from dvar.training.dataset import read_concept
 from dvar.training.methods.custom_diffusion import CustomDiffusion
 from dvar.training.personalise import personalise
 from dvar.training.run_layout import ATTENTION, EMBEDS
@@ -24,7 +25,7 @@ from dvar.training.run_layout import ATTENTION, EMBEDS
 
 @pytest.fixture
 def backbone(tiny_model: Path) -> Backbone:
-    return Backbone.load(tiny_model, device="cpu")
+    return load_backbone(tiny_model, device="cpu")
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def test_what_was_learned_can_be_taken_out_and_put_back(backbone: Backbone, tiny
         for weight in method.parameters:
             weight.normal_(generator=torch.Generator().manual_seed(weight.numel()))
     state = method.state
-    other = CustomDiffusion(Backbone.load(tiny_model, device="cpu"), {"<new1>": "cat"})
+    other = CustomDiffusion(load_backbone(tiny_model, device="cpu"), {"<new1>": "cat"})
     other.load(state)
     assert all(torch.equal(other.state[name], tensor) for name, tensor in state.items())
     with torch.no_grad():
@@ -103,7 +104,7 @@ def test_no_gradient_passes_through_the_first_place_of_keys_and_values(backbone:
 
 
 def test_in_half_precision_only_what_is_learned_is_float32(tiny_model: Path) -> None:
-    backbone = Backbone.load(tiny_model, device="cpu", mixed_precision="bf16")
+    backbone = load_backbone(tiny_model, device="cpu", mixed_precision="bf16")
     method = CustomDiffusion(backbone, {"<new1>": "ktn"})
     learned = {id(weight) for weight in method.parameters}
     assert {weight.dtype for weight in method.parameters} == {torch.float32}
@@ -111,8 +112,8 @@ def test_in_half_precision_only_what_is_learned_is_float32(tiny_model: Path) -> 
 
 
 def test_captions_hold_the_word_and_the_class(config: CustomDiffusionConfig) -> None:
-    assert prompts(config) == ("photo of a <new1> mug",)
-    assert prompts(replace(config, instance_prompt="my <new1> mug")) == ("my <new1> mug",)
+    assert config.caption_templates == ("photo of a <new1> mug",)
+    assert replace(config, instance_prompt="my <new1> mug").caption_templates == ("my <new1> mug",)
 
 
 # Prior preservation
@@ -134,11 +135,11 @@ def test_the_prior_adds_its_weight_times_the_loss_on_class_pictures_to_training_
     assert prior > 0
     assert found[3.0][0] == pytest.approx(found[0.0][0] + 3 * prior, rel=1e-5)
     assert found[0.0][1] == found[1.0][1] == found[3.0][1]
-    assert not (tmp_path / "0" / "class_pictures").exists()
+    assert not (tmp_path / "0" / "class_images").exists()
 
 
 def test_class_pictures_are_drawn_by_the_base_model_once(config: CustomDiffusionConfig) -> None:
-    folder = personalise(config).folder / "class_pictures"
+    folder = personalise(config).folder / "class_images"
     drawn = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert sorted(drawn) == ["00.png", "01.png", "02.png"]
     assert len(set(drawn.values())) == 3
@@ -153,20 +154,20 @@ def test_class_pictures_are_drawn_by_the_base_model_once(config: CustomDiffusion
 
 
 def test_given_class_pictures_are_taken_instead(config: CustomDiffusionConfig, tmp_path: Path) -> None:
-    pictures = tiny_concept(tmp_path / "mugs", pictures=2)
+    pictures = tiny_concept(tmp_path / "mugs", images=2)
     given = replace(config, class_data_dir=str(pictures))
-    assert [len(known.pictures) for known in read_concept(given).classes] == [2]
-    assert not (personalise(given).folder / "class_pictures").exists()
+    assert [len(known.images) for known in read_concept(given).classes] == [2]
+    assert not (personalise(given).folder / "class_images").exists()
 
 
 def test_a_bad_folder_of_class_pictures_is_refused(config: CustomDiffusionConfig, tmp_path: Path) -> None:
-    with pytest.raises(RefusedInput, match="class_data_dir must be a folder with pictures of the class"):
+    with pytest.raises(RefusedInput, match="class_data_dir must be a folder with class images"):
         read_concept(replace(config, class_data_dir=str(tmp_path / "nowhere")))
     (tmp_path / "mugs").mkdir()
-    with pytest.raises(RefusedInput, match="holds no pictures"):
+    with pytest.raises(RefusedInput, match="holds no images"):
         read_concept(replace(config, class_data_dir=str(tmp_path / "mugs")))
     (tmp_path / "mugs" / "notes.pdf").write_bytes(b"%PDF")
-    with pytest.raises(RefusedInput, match=r"class_data_dir: notes\.pdf is not a picture"):
+    with pytest.raises(RefusedInput, match=r"class_data_dir: notes\.pdf is not an image"):
         read_concept(replace(config, class_data_dir=str(tmp_path / "mugs")))
 
 
@@ -200,9 +201,12 @@ def test_without_rescaling_there_is_one_caption_and_no_mask(
     config: CustomDiffusionConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Draws] = []
-    monkeypatch.setattr(
-        dvar.training.run, "denoising_loss", lambda *given: (seen.append(given[1]), denoising_loss(*given))[1]
-    )
+
+    def loss(predict: Any, draws: Draws, schedule: Any) -> Tensor:
+        seen.append(draws)
+        return denoising_loss(predict, draws, schedule)
+
+    monkeypatch.setattr(dvar.training.run, "denoising_loss", loss)
     personalise(replace(config, random_rescale=False, prior_loss_weight=0.0))
     assert all(draws.mask is None for draws in seen)
     assert len({tuple(ids.tolist()) for draws in seen for ids in draws.input_ids}) == 1
@@ -231,7 +235,7 @@ def listed(config: CustomDiffusionConfig, path: Path, *entries: Any) -> CustomDi
 def test_several_subjects_are_read_with_their_own_pictures_captions_and_classes(
     several: CustomDiffusionConfig, tiny_pictures: Path, tmp_path: Path
 ) -> None:
-    cats = tiny_concept(tmp_path / "cats", pictures=2)
+    cats = tiny_concept(tmp_path / "cats", images=2)
     (cats / "01.txt").write_text("<new2> asleep")
     mugs, first = str(tiny_pictures), {"instance_prompt": "photo of a <new1> mug", "class_prompt": "mug"}
     second = {"instance_prompt": "photo of a <new2> cat", "class_prompt": "cat", "class_data_dir": mugs}
@@ -242,11 +246,11 @@ def test_several_subjects_are_read_with_their_own_pictures_captions_and_classes(
         {**second, "instance_data_dir": str(cats)},
     )
     concept = read_concept(config)
-    assert len(concept.pictures) == len(set(concept.names)) == 6
+    assert len(concept.images) == len(set(concept.names)) == 6
     texts = [concept.texts(index) for index in range(6)]
     assert texts == [("photo of a <new1> mug",)] * 4 + [("photo of a <new2> cat",), ("<new2> asleep",)]
-    assert concept.words == ("<new1>", "<new2>")
-    assert [(known.prompt, len(known.pictures)) for known in concept.classes] == [("mug", 0), ("cat", 4)]
+    assert concept.placeholder_tokens == ("<new1>", "<new2>")
+    assert [(known.prompt, len(known.images)) for known in concept.classes] == [("mug", 0), ("cat", 4)]
     assert read_concept(replace(config, prior_loss_weight=0.0)).classes == ()
 
 
@@ -260,14 +264,17 @@ GOOD = {"instance_prompt": "a <new1> <new2>", "class_prompt": "mug", "instance_d
         ("{}", "must be a list of one or more objects"),
         ("[]", "must be a list of one or more objects"),
         ("[3]", "must be a list of one or more objects"),
-        ([{**GOOD, "class_promt": "x"}], "subject 1: unknown key 'class_promt', the nearest known one is class_prompt"),
-        ([{**GOOD, "class_prompt": None}], "subject 1: class_prompt must be text, got None"),
-        ([GOOD, {**GOOD, "instance_prompt": 3}], "subject 2: instance_prompt must be text, got 3"),
-        ([{**GOOD, "instance_prompt": "a mug"}], "must hold one of the new words <new1>, <new2>, got 'a mug'"),
+        ([{**GOOD, "class_promt": "x"}], "concept 1: unknown key 'class_promt', the nearest known one is class_prompt"),
+        ([{**GOOD, "class_prompt": None}], "concept 1: class_prompt must be text, got None"),
+        ([GOOD, {**GOOD, "instance_prompt": 3}], "concept 2: instance_prompt must be text, got 3"),
+        (
+            [{**GOOD, "instance_prompt": "a mug"}],
+            "must contain one of the placeholder tokens <new1>, <new2>, got 'a mug'",
+        ),
         ([{**GOOD, "instance_prompt": "a <new1>"}], "has no instance_prompt with <new2>"),
-        ([{**GOOD, "instance_data_dir": "nowhere"}], "subject 1: instance_data_dir must be a folder with pictures"),
-        ([{**GOOD, "class_data_dir": "nowhere"}], "subject 1: class_data_dir must be a folder"),
-        ([{**GOOD, "class_data_dir": 7}], "subject 1: class_data_dir must be text, got 7"),
+        ([{**GOOD, "instance_data_dir": "nowhere"}], "concept 1: instance_data_dir must be a folder with images"),
+        ([{**GOOD, "class_data_dir": "nowhere"}], "concept 1: class_data_dir must be a folder"),
+        ([{**GOOD, "class_data_dir": 7}], "concept 1: class_data_dir must be text, got 7"),
     ],
 )
 def test_a_bad_list_of_subjects_is_the_one_problem_named(
@@ -295,7 +302,7 @@ def test_each_word_learns_from_its_own_start_and_prompts_are_written_out(backbon
     assert method.expand("<new1> and <new2>") == "<new1> <new1>_1 and <new2> <new2>_1"
     ids = backbone.tokenize([method.expand("<new1> and <new2>")])
     with torch.no_grad():
-        for number, word in enumerate(method.words):
+        for number, word in enumerate(method.tokens):
             assert torch.equal(word.rows, words[vocabulary[("mug", "cat")[number] + "</w>"]].repeat(2, 1))
             word.rows.fill_(number + 1.0)
     found = backbone.text_encoder.get_input_embeddings()(ids)[0]

@@ -5,15 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-from dvar.diffusion.backbone import Backbone
+from dvar.diffusion.backbone import Backbone, load_backbone
 from dvar.training.methods.dreambooth_lora import TARGETS, TEXT_TARGETS, DreamBoothLora
 from dvar.training.run_layout import EMBEDS, LORA
 
 
 @pytest.fixture
 def backbone(tiny_model: Path) -> Backbone:
-    return Backbone.load(tiny_model, device="cpu")
+    return load_backbone(tiny_model, device="cpu")
 
 
 def test_every_attention_matrix_has_two_thin_ones_beside_it_and_nothing_else(backbone: Backbone) -> None:
@@ -28,14 +29,14 @@ def test_every_attention_matrix_has_two_thin_ones_beside_it_and_nothing_else(bac
     assert set(method.matrices) == expected
     assert {min(matrix.shape) for matrix in method.matrices.values()} == {2}
     assert {matrix.dtype for matrix in method.matrices.values()} == {torch.float32}
-    assert method.word is None
+    assert method.token is None
     assert len(method.parameters) == len(expected)
 
 
 def test_the_choice_of_targets_leaves_out_self_attention_or_takes_the_gates_too(tiny_model: Path) -> None:
     found = {}
     for choice in TARGETS:
-        backbone = Backbone.load(tiny_model, device="cpu")
+        backbone = load_backbone(tiny_model, device="cpu")
         method = DreamBoothLora(backbone, targets=choice)
         found[choice] = {name.removeprefix("unet.").rpartition(".lora_")[0] for name in method.matrices}
         adapter = json.loads(method.metadata["lora_adapter_metadata"])
@@ -62,11 +63,11 @@ def test_the_first_factor_is_gaussian_of_spread_one_over_rank_and_the_second_zer
 
 
 def test_the_draw_is_keyed_by_the_seed_and_leaves_the_global_random_state(tiny_model: Path) -> None:
-    states = []
+    states: list[dict[str, Tensor]] = []
     for seed in (0, 0, 1):
         torch.manual_seed(len(states))
         before = torch.get_rng_state()
-        states.append(DreamBoothLora(Backbone.load(tiny_model, device="cpu"), seed=seed).state)
+        states.append(DreamBoothLora(load_backbone(tiny_model, device="cpu"), seed=seed).state)
         assert torch.equal(torch.get_rng_state(), before)
     same, again, other = states
     assert all(torch.equal(same[name], again[name]) for name in same)
@@ -75,8 +76,8 @@ def test_the_draw_is_keyed_by_the_seed_and_leaves_the_global_random_state(tiny_m
 
 def test_with_a_word_the_vectors_are_learned_too(backbone: Backbone) -> None:
     method = DreamBoothLora(backbone, "<thing>", "mug", 2)
-    assert method.word is not None
-    assert method.parameters[0] is method.word.rows
+    assert method.token is not None
+    assert method.parameters[0] is method.token.rows
     assert method.expand("a photo of <thing>") == "a photo of <thing> <thing>_1"
     files = method.files(method.state)
     assert files.keys() == {EMBEDS, LORA}
@@ -90,7 +91,7 @@ def test_what_was_learned_can_be_taken_out_and_put_back(backbone: Backbone, tiny
         for index, matrix in enumerate(method.matrices.values()):
             matrix.normal_(generator=torch.Generator().manual_seed(index))
     state = method.state
-    other = DreamBoothLora(Backbone.load(tiny_model, device="cpu"), "<thing>", "cat", seed=1)
+    other = DreamBoothLora(load_backbone(tiny_model, device="cpu"), "<thing>", "cat", seed=1)
     other.load(state)
     assert all(torch.equal(other.state[name], tensor) for name, tensor in state.items())
     with torch.no_grad():
@@ -119,7 +120,7 @@ def test_the_metadata_tells_rank_alpha_and_targets(backbone: Backbone) -> None:
 
 
 def test_in_half_precision_only_the_base_is_half(tiny_model: Path) -> None:
-    backbone = Backbone.load(tiny_model, device="cpu", mixed_precision="bf16")
+    backbone = load_backbone(tiny_model, device="cpu", mixed_precision="bf16")
     method = DreamBoothLora(backbone)
     assert {matrix.dtype for matrix in method.matrices.values()} == {torch.float32}
     learned = {id(matrix) for matrix in method.parameters}
@@ -138,7 +139,7 @@ def test_the_text_encoder_is_adapted_too_where_asked(backbone: Backbone, tiny_mo
         for target in TEXT_TARGETS
         for side in "AB"
     }
-    plain = DreamBoothLora(Backbone.load(tiny_model, device="cpu"), rank=2)
+    plain = DreamBoothLora(load_backbone(tiny_model, device="cpu"), rank=2)
     assert method.matrices.keys() - plain.matrices.keys() == own
     assert all(torch.equal(method.matrices[name], plain.matrices[name]) for name in plain.matrices)
     learned = {id(weight) for weight in method.parameters}

@@ -20,29 +20,27 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dvar.config.training import AnyConfig, CustomDiffusionConfig, DreamBoothLoraConfig, TextualInversionConfig, written
-from dvar.diffusion.backbone import Backbone
-from dvar.diffusion.objective import Draws, denoising_loss
+from dvar.config.training import CustomDiffusionConfig, DreamBoothLoraConfig, TextualInversionConfig, TrainingConfig
+from dvar.diffusion.backbone import load_backbone
 from dvar.diffusion.sampling import sample
 from dvar.errors import CheckpointError, RefusedInput
-from dvar.runs.export import write_kohya, write_merged
-from dvar.runs.load_model import personalised
+from dvar.runs.export import write_kohya_lora, write_merged_pipeline
+from dvar.runs.load_model import load_personalised_backbone
 from dvar.runs.report import write_report
 from dvar.stopping.diagnosis import Reason
 from dvar.stopping.trace import Trace
-from dvar.testing import tiny_pipeline
-from dvar.training.checkpoint import Checkpoint, latest
-from dvar.training.loading_code import loads
+from dvar.testing import MethodContract, assert_only_the_method_moves, tiny_pipeline
+from dvar.training.checkpoint import Checkpoint, latest_checkpoint
+from dvar.training.loading_code import load_lines
 from dvar.training.loop import StepRecord
 from dvar.training.personalise import personalise
-from dvar.training.run import assembled
 from dvar.training.run_layout import ATTENTION, EMBEDS, LORA, at_step
-from dvar.training.weight_files import by_word, write_weights
+from dvar.training.weight_files import split_by_token, write_weights
 
 CAP = 10
 PROMPT = "a photo of <thing> on the beach"
 
-METHODS: dict[str, AnyConfig] = {
+METHODS: dict[str, TrainingConfig] = {
     "textual-inversion": TextualInversionConfig(initializer_token="mug", learning_rate=0.5),
     "dreambooth-lora": DreamBoothLoraConfig(
         placeholder_token="<thing>", initializer_token="mug", learning_rate=0.05, threshold=1e-9
@@ -94,11 +92,11 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def config(name: str, tiny_model: Path, tiny_pictures: Path, tmp_path: Path) -> AnyConfig:
+def config(name: str, tiny_model: Path, tiny_pictures: Path, tmp_path: Path) -> TrainingConfig:
     return settings(name, tiny_model, tiny_pictures, tmp_path / "run")
 
 
-def settings(name: str, model: Path, pictures: Path, folder: Path) -> AnyConfig:
+def settings(name: str, model: Path, pictures: Path, folder: Path) -> TrainingConfig:
     config = METHODS[name]
     if isinstance(config, CustomDiffusionConfig) and config.concepts_list:
         config = replace(config, concepts_list=str(both(pictures, folder.with_name(f"{folder.name}.json"))))
@@ -159,7 +157,7 @@ def assert_same_run(one: Path, other: Path) -> None:
         assert first.keys() == second.keys()
         assert all(torch.equal(first[key], second[key]) for key in first)
     assert rows(one) == rows(other)
-    pictures = sorted(path for name in ("samples", "class_pictures*") for path in one.glob(f"{name}/**/*.png"))
+    pictures = sorted(path for name in ("samples", "class_images*") for path in one.glob(f"{name}/**/*.png"))
     assert pictures
     assert all(path.read_bytes() == (other / path.relative_to(one)).read_bytes() for path in pictures)
     ends = [json.loads((folder / "result.json").read_text()) for folder in (one, other)]
@@ -189,11 +187,11 @@ def test_a_run_leaves_its_weights_its_card_and_a_report(name: str, straight: dic
     best = json.loads((folder / "result.json").read_text())["best_step"]
     names = FILES[name] | {at_step(file, best) for file in FILES[name] if best != CAP}
     assert {path.name for path in folder.glob("*.safetensors")} == names
-    assert bool([*folder.glob("class_pictures*")]) == (name in PRIOR)
+    assert bool([*folder.glob("class_images*")]) == (name in PRIOR)
     for key, tensor in weights(folder).items():
         assert tensor.dtype == torch.float32, key
     card = (folder / "README.md").read_text()
-    assert all(line in card for line in loads(FILES[name]))
+    assert all(line in card for line in load_lines(FILES[name]))
     assert METHODS[name].title in card
     assert str(folder) not in card
     report = write_report(folder).read_text()
@@ -202,31 +200,8 @@ def test_a_run_leaves_its_weights_its_card_and_a_report(name: str, straight: dic
         assert file in report
 
 
-def test_what_is_trained_moves_and_nothing_else_does(name: str, config: AnyConfig) -> None:
-    backbone = Backbone.load(config.pretrained_model_name_or_path, device="cpu")
-    ids = backbone.tokenize(["a photo of mug", "a dark cat"])
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(3, 2, 4, 8, 8, generator=generator)
-    draws = Draws(torch.cat([noise[0], noise[0]], dim=1), noise[1], noise[2], torch.tensor([500, 20]), ids)
-    untouched = denoising_loss(backbone.predict, draws, backbone.schedule)
-    method = assembled(config, backbone)
-    assert torch.equal(denoising_loss(backbone.predict, draws, backbone.schedule), untouched)
-
-    ids = backbone.tokenize([method.expand("a photo of <thing>"), "a dark cat"])
-    draws = replace(draws, input_ids=ids)
-    learned = {id(weight) for weight in method.parameters}
-    assert len(learned) == len(method.parameters)
-    named = [pair for network in backbone.modules for pair in network.named_parameters()]
-    before = {key: weight.detach().clone() for key, weight in named}
-    optimizer = torch.optim.AdamW(method.parameters, lr=1e-2, weight_decay=0.1)
-    for _ in range(2):  # LoRA's first factors have a gradient once the second ones are no longer zero
-        optimizer.zero_grad()
-        denoising_loss(backbone.predict, draws, backbone.schedule).mean().backward()
-        optimizer.step()
-    for key, weight in named:
-        assert torch.equal(weight, before[key]) == (id(weight) not in learned), key
-        assert (weight.grad is None) == (id(weight) not in learned), key
-    assert {id(weight) for _, weight in named} >= learned
+def test_what_is_trained_moves_and_nothing_else_does(config: TrainingConfig, tiny_model: Path) -> None:
+    assert_only_the_method_moves(config, tiny_model)
 
 
 def test_the_untouched_model_is_the_base_whatever_is_to_be_learned(straight: dict[str, Path]) -> None:
@@ -237,7 +212,7 @@ def test_the_untouched_model_is_the_base_whatever_is_to_be_learned(straight: dic
 
 
 def test_one_seed_gives_one_run_and_another_seed_another(
-    name: str, config: AnyConfig, straight: dict[str, Path]
+    name: str, config: TrainingConfig, straight: dict[str, Path]
 ) -> None:
     torch.manual_seed(123)
     assert_same_run(straight[name], personalise(config).folder)
@@ -249,12 +224,12 @@ def test_one_seed_gives_one_run_and_another_seed_another(
     "step", [pytest.param(step, marks=() if step == 6 else pytest.mark.slow) for step in range(CAP + 1)]
 )
 def test_a_run_killed_at_any_step_goes_on_bit_for_bit(
-    name: str, config: AnyConfig, straight: dict[str, Path], step: int
+    name: str, config: TrainingConfig, straight: dict[str, Path], step: int
 ) -> None:
     with pytest.raises(Killed):
         personalise(config, [killed_at(step)])
     folder = Path(config.output_dir)
-    assert latest(folder).step == (CAP if step == CAP else step // 4 * 4)
+    assert latest_checkpoint(folder).step == (CAP if step == CAP else step // 4 * 4)
     assert not (folder / "result.json").exists()
     result = personalise(replace(config, resume_from_checkpoint="latest"))
     assert_same_run(straight[name], folder)
@@ -286,10 +261,10 @@ def test_a_stock_pipeline_loads_it_and_draws_our_picture(
     loaded = stock(tiny_model)
     base = picture(loaded, prompt)
     initial = picture(loaded, prompt.replace("<thing>", "mug"))
-    for line in loads(FILES[name], str(folder)):
+    for line in load_lines(FILES[name], str(folder)):
         exec(line, {"pipeline": loaded, "load_file": load_file})  # as the model card and the report print it
     learned = picture(loaded, prompt)
-    (ours,) = sample(personalised(folder, device="cpu"), [prompt], [5], size=32, steps=2)
+    (ours,) = sample(load_personalised_backbone(folder, device="cpu"), [prompt], [5], size=32, steps=2)
     assert furthest(ours, learned) <= 1
     assert furthest(learned, base) > 1
     assert furthest(learned, initial) > 1
@@ -312,14 +287,14 @@ def test_a_merged_pipeline_draws_our_picture_by_itself(
     name: str, straight: dict[str, Path], tiny_model: Path, tmp_path: Path
 ) -> None:
     prompt = "a photo of white dog" if name.startswith("lora") else PROMPT
-    merged = stock(write_merged(straight[name], tmp_path / "merged"))
-    (ours,) = sample(personalised(straight[name], device="cpu"), [prompt], [5], size=32, steps=2)
+    merged = stock(write_merged_pipeline(straight[name], tmp_path / "merged"))
+    (ours,) = sample(load_personalised_backbone(straight[name], device="cpu"), [prompt], [5], size=32, steps=2)
     assert furthest(picture(merged, prompt), ours) <= 1
     assert furthest(picture(merged, prompt), picture(stock(tiny_model), prompt)) > 1
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
     assert str(tiny_model.parent) not in (tmp_path / "merged" / "README.md").read_text()
     with pytest.raises(RefusedInput, match="exists already"):
-        write_merged(straight[name], tmp_path / "merged")
+        write_merged_pipeline(straight[name], tmp_path / "merged")
 
 
 @pytest.mark.parametrize(("name", "alpha"), [("lora-alone", None), ("lora-alone", 3), ("lora-with-prior", None)])
@@ -328,9 +303,10 @@ def test_a_kohya_file_read_by_stock_diffusers_draws_our_picture(
 ) -> None:
     folder, prompt = straight[name], "a photo of white dog"
     if alpha:
-        scaled = replace(settings(name, tiny_model, tiny_pictures, tmp_path / "run"), lora_alpha=alpha)
+        given: dict[str, Any] = {"lora_alpha": alpha}
+        scaled = replace(settings(name, tiny_model, tiny_pictures, tmp_path / "run"), **given)
         folder = personalise(replace(scaled, max_train_steps=9, validation_steps=100)).folder
-    path = write_kohya(folder, tmp_path / "kohya.safetensors")
+    path = write_kohya_lora(folder, tmp_path / "kohya.safetensors")
     kept, matrices = load_file(path), load_file(folder / LORA)
     layer = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0"
     own = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0"
@@ -349,17 +325,17 @@ def test_a_kohya_file_read_by_stock_diffusers_draws_our_picture(
     other = stock(tiny_model)
     before = picture(other, prompt)
     other.load_lora_weights(str(tmp_path), weight_name=path.name)
-    (ours,) = sample(personalised(folder, device="cpu"), [prompt], [5], size=32, steps=2)
+    (ours,) = sample(load_personalised_backbone(folder, device="cpu"), [prompt], [5], size=32, steps=2)
     assert furthest(picture(other, prompt), ours) <= 1
     assert furthest(picture(other, prompt), before) > 1
 
 
 def test_a_kohya_file_is_of_a_lora_and_new(straight: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(RefusedInput, match=r"takes the LoRA of a dreambooth-lora run, and .* is of textual-inversion"):
-        write_kohya(straight["textual-inversion"], tmp_path / "kohya.safetensors")
+    with pytest.raises(RefusedInput, match=r"needs the LoRA of a dreambooth-lora run, and .* is of textual-inversion"):
+        write_kohya_lora(straight["textual-inversion"], tmp_path / "kohya.safetensors")
     (tmp_path / "taken.ckpt").write_text("mine")
     with pytest.raises(RefusedInput) as told:
-        write_kohya(straight["lora-alone"], tmp_path / "taken.ckpt")
+        write_kohya_lora(straight["lora-alone"], tmp_path / "taken.ckpt")
     assert len(told.value.problems) == 2
     assert (tmp_path / "taken.ckpt").read_text() == "mine"
 
@@ -367,7 +343,7 @@ def test_a_kohya_file_is_of_a_lora_and_new(straight: dict[str, Path], tmp_path: 
 def test_every_weight_file_names_its_base_by_what_is_in_it(
     name: str, straight: dict[str, Path], tiny_model: Path
 ) -> None:
-    digest = Backbone.load(tiny_model, device="cpu", mixed_precision="bf16").digest
+    digest = load_backbone(tiny_model, device="cpu", mixed_precision="bf16").digest
     for path in straight[name].glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             told = file.metadata()
@@ -375,7 +351,7 @@ def test_every_weight_file_names_its_base_by_what_is_in_it(
         assert (told["base_model"], told["method"]) == (tiny_model.name, METHODS[name].method)
         assert path.stem.endswith(f"-steps-{told['step']}") or int(told["step"]) == CAP
     other = tiny_pipeline(straight[name].parent / "other-base", seed=1)
-    assert Backbone.load(other, device="cpu").digest != digest
+    assert load_backbone(other, device="cpu").digest != digest
 
 
 def test_a_changed_base_is_told(name: str, straight: dict[str, Path], tmp_path: Path) -> None:
@@ -384,20 +360,20 @@ def test_a_changed_base_is_told(name: str, straight: dict[str, Path], tmp_path: 
     config["pretrained_model_name_or_path"] = str(tiny_pipeline(tmp_path / "other", seed=1))
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.warns(UserWarning, match="is not what .* was trained on"):
-        personalised(folder, device="cpu")
+        load_personalised_backbone(folder, device="cpu")
 
 
 def test_several_words_have_a_file_each_that_stock_diffusers_loads(tmp_path: Path, tiny_model: Path) -> None:
     vectors = {word: torch.randn(2, 32) for word in ("<new1>", "<new2>", "[new2]")}
-    files = by_word({EMBEDS: vectors, ATTENTION: {"weight": torch.ones(1)}})
+    files = split_by_token({EMBEDS: vectors, ATTENTION: {"weight": torch.ones(1)}})
     assert list(files)[:2] == ["learned_embeds.new1.safetensors", "learned_embeds.new2.safetensors"]
     assert len(files) == 4
-    assert by_word({EMBEDS: {"<one>": vectors["<new1>"]}}).keys() == {EMBEDS}
+    assert split_by_token({EMBEDS: {"<one>": vectors["<new1>"]}}).keys() == {EMBEDS}
     words = {name: tensors for name, tensors in files.items() if name != ATTENTION}
     for name, tensors in words.items():
         write_weights(tmp_path / name, tensors)
     pipeline = stock(tiny_model)
-    for line in loads(words, str(tmp_path)):
+    for line in load_lines(words, str(tmp_path)):
         exec(line, {"pipeline": pipeline})
     table = pipeline.text_encoder.get_input_embeddings().weight
     for word, rows in vectors.items():
@@ -405,7 +381,7 @@ def test_several_words_have_a_file_each_that_stock_diffusers_loads(tmp_path: Pat
 
 
 def test_the_model_of_an_earlier_step_is_its_checkpoints(name: str, straight: dict[str, Path]) -> None:
-    backbone = personalised(straight[name], step=8, device="cpu")
+    backbone = load_personalised_backbone(straight[name], step=8, device="cpu")
     kept = Checkpoint.read(straight[name] / "checkpoint-8").state
     now = {**backbone.unet.state_dict(), **backbone.text_encoder.state_dict()}
     for key, tensor in kept.items():
@@ -415,24 +391,24 @@ def test_the_model_of_an_earlier_step_is_its_checkpoints(name: str, straight: di
             assert torch.equal(now[own], tensor)
     if "<thing>" in kept:
         learned = backbone.text_encoder.get_input_embeddings()
-        rows = [learned.words.rows, learned.rows] if name == "two-subjects" else [learned.rows]
+        rows = [learned.table.rows, learned.rows] if name == "two-subjects" else [learned.rows]
         assert all(torch.equal(part, kept[word]) for part, word in zip(rows, ("<thing>", "<other>"), strict=False))
     with pytest.raises(CheckpointError):
-        personalised(straight[name], step=7)
+        load_personalised_backbone(straight[name], step=7)
 
 
-def test_a_run_whose_weights_are_gone_is_refused(config: AnyConfig, name: str, straight: dict[str, Path]) -> None:
+def test_a_run_whose_weights_are_gone_is_refused(config: TrainingConfig, name: str, straight: dict[str, Path]) -> None:
     folder = Path(config.output_dir)
     folder.mkdir()
     for file in ("config.json", "result.json"):
         (folder / file).write_bytes((straight[name] / file).read_bytes())
     with pytest.raises(RefusedInput, match="lacks its weights"):
-        personalised(folder, device="cpu")
+        load_personalised_backbone(folder, device="cpu")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_trains_float32_weights_and_resumes(config: AnyConfig, precision: str) -> None:
+def test_half_precision_trains_float32_weights_and_resumes(config: TrainingConfig, precision: Any) -> None:
     half = replace(
         config,
         mixed_precision=precision,
@@ -455,7 +431,7 @@ def test_the_code_of_the_card_runs(name: str, straight: dict[str, Path], tiny_mo
     card = (straight[name] / "README.md").read_text()
     code = card.split("```python\n")[1].split("```")[0].replace(tiny_model.name, str(tiny_model))
     subprocess.run([sys.executable, "-c", code], cwd=straight[name], check=True)
-    with Image.open(straight[name] / "picture.png") as drawn:
+    with Image.open(straight[name] / "image.png") as drawn:
         assert drawn.size == (32, 32)
 
 
@@ -470,4 +446,16 @@ def test_nothing_that_a_run_leaves_is_a_pickle(name: str, straight: dict[str, Pa
 def test_settings_of_every_method_are_written_whole(name: str, straight: dict[str, Path]) -> None:
     kept = json.loads((straight[name] / "config.json").read_text())
     assert {"dvar", "torch"} <= kept.pop("versions").keys()
-    assert kept.keys() == written(METHODS[name]).keys()
+    assert kept.keys() == METHODS[name].to_dict().keys()
+
+
+class TestTextualInversionContract(MethodContract):
+    config = METHODS["textual-inversion"]
+
+
+class TestDreamBoothLoraContract(MethodContract):
+    config = METHODS["dreambooth-lora"]
+
+
+class TestCustomDiffusionContract(MethodContract):
+    config = METHODS["custom-diffusion"]

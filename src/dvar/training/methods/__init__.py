@@ -1,1 +1,1 @@
-"""The methods of personalisation, one module for each."""
+"""The methods of personalisation, one module each, and their registry."""

@@ -1,4 +1,4 @@
-"""DreamBooth-LoRA: a low-rank change of attention is learned, and with it, where wished, a new word."""
+"""DreamBooth-LoRA: a low-rank change of attention and, optionally, the embedding of a placeholder token."""
 
 from __future__ import annotations
 
@@ -22,31 +22,40 @@ TARGETS = {
     "cross-attention": tuple(f"attn2.{name}" for name in _ATTENTION),
     "attention+gates": (*_ATTENTION, "ff.net.0.proj"),
 }
-"""By choice, the matrices of the U-Net that are adapted, under diffusers' names."""
+"""The matrices of the U-Net that are adapted, under diffusers' names, by choice."""
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
-"""Those of the text encoder, under the names of transformers."""
+"""The matrices of the text encoder that are adapted, under the names of transformers."""
 
 
 class DreamBoothLora:
     """A product of two thin matrices beside each attention matrix of the U-Net, whose own weights stay frozen.
 
-    From construction on, the U-Net adds alpha / ``rank`` times the product to what each matrix gives that ``targets``
-    names in `TARGETS` (``alpha`` is ``rank`` unless given); with ``text_encoder`` the text encoder does so too, to all
-    of its attention.  Both matrices are float32 whatever the U-Net's precision; the first is drawn by ``seed``,
-    Gaussian with the spread 1 / rank, and the second is zero, so that the untouched model is the base.  With a
-    ``placeholder`` its vectors are learned too, as by `TextualInversion`.
+    From construction on, the U-Net adds alpha / ``rank`` times the product to the output of each adapted matrix. Both
+    thin matrices are float32 whatever the U-Net's precision; the first is drawn by ``seed``, Gaussian with standard
+    deviation 1 / rank, and the second is zero, so that the untouched model is the base.
+
+    Args:
+        backbone: The base model.
+        placeholder_token: A new token that is learned too, as by `TextualInversion`; by default there is none.
+        initializer_token: The known token whose embedding it starts from.
+        num_vectors: Vectors of the token.
+        rank: Rank of the product.
+        alpha: Numerator of its scale; by default the rank.
+        targets: Which matrices of the U-Net are adapted, a key of `TARGETS`.
+        seed: Seed of the first matrices.
+        text_encoder: Adapt the attention of the text encoder too.
 
     Source: Sections 2.3 and 4.1, and the released code: a new token's embedding and LoRA of rank 4, one learning rate.
-    Deviates: attention alone is adapted unless asked, as in diffusers' script that the paper cites; the released code
-    also adapts the feed-forward gates.  Without a placeholder it is that script: LoRA alone, on the U-Net or on both
-    networks.
+    Deviates: By default only attention is adapted, as in diffusers' script that the paper cites; the released code also
+        adapts the feed-forward gates. Without a placeholder token it is that script: LoRA alone, on the U-Net or on
+        both networks.
     """
 
     def __init__(
         self,
         backbone: Backbone,
-        placeholder: str | None = None,
-        initializer: str | None = None,
+        placeholder_token: str | None = None,
+        initializer_token: str | None = None,
         num_vectors: int = 1,
         *,
         rank: int = 4,
@@ -59,60 +68,64 @@ class DreamBoothLora:
         self.matrices: dict[str, nn.Parameter] = {}
         for prefix, names in [("unet", TARGETS[targets]), ("text_encoder", TEXT_TARGETS)][: 1 + text_encoder]:
             network = getattr(backbone, prefix)
-            known = {id(weight) for weight in network.parameters()}
+            base_weights = {id(weight) for weight in network.parameters()}
             self.adapters[prefix] = LoraConfig(
                 r=rank, lora_alpha=alpha or rank, init_lora_weights="gaussian", target_modules=list(names)
             )
             with seeded_globals(seed, "lora" if prefix == "unet" else f"lora/{prefix}"):
                 network.add_adapter(self.adapters[prefix])
             for name, weight in network.named_parameters():
-                if id(weight) not in known:
+                if id(weight) not in base_weights:
                     weight.data = weight.data.float()
-                    self.matrices[_exported(prefix, name)] = weight
+                    self.matrices[_exported_name(prefix, name)] = weight
         # After the adapters, for adding one freezes whatever else a network could learn.
-        self.word = TextualInversion(backbone, placeholder, str(initializer), num_vectors) if placeholder else None
+        self.token = (
+            TextualInversion(backbone, placeholder_token, str(initializer_token), num_vectors)
+            if placeholder_token
+            else None
+        )
 
     @cached_property
     def parameters(self) -> list[nn.Parameter]:
-        """What the optimizer moves."""
-        return [*(self.word.parameters if self.word else ()), *self.matrices.values()]
+        """The parameters that the optimizer updates."""
+        return [*(self.token.parameters if self.token else ()), *self.matrices.values()]
 
     def expand(self, prompt: str) -> str:
-        """Return ``prompt`` with the word, where there is one, written out as all of its tokens."""
-        return self.word.expand(prompt) if self.word else prompt
+        """Return ``prompt`` with all tokens of the placeholder token, if any, written out."""
+        return self.token.expand(prompt) if self.token else prompt
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """A copy of what was learned, on the CPU: the matrices by diffusers' names, the vectors by their word."""
+        """A copy of what is learned, on the CPU: the matrices by diffusers' names, the vectors by their token."""
         copies = {name: weight.detach().to("cpu", copy=True) for name, weight in self.matrices.items()}
-        return {**(self.word.state if self.word else {}), **copies}
+        return {**(self.token.state if self.token else {}), **copies}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over what ``state`` returned."""
-        if self.word:
-            self.word.load(state)
+        if self.token:
+            self.token.load(state)
         with torch.no_grad():
             for name, weight in self.matrices.items():
                 weight.copy_(state[name])
 
     def files(self, state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        """Return a ``state`` as the files others load: file name to what is in it."""
-        word = self.word.files(state) if self.word else {}
-        return {**word, LORA: {name: state[name] for name in self.matrices}}
+        """Return a ``state`` as the weight files that stock diffusers loads: file name to tensors by name."""
+        embeds = self.token.files(state) if self.token else {}
+        return {**embeds, LORA: {name: state[name] for name in self.matrices}}
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What the files must say of themselves: rank, alpha and targets, as diffusers writes and reads them."""
-        told = {
+        """The metadata of the weight files: rank, alpha and targets, as diffusers writes and reads them."""
+        settings = {
             f"{prefix}.{name}": sorted(value) if isinstance(value, set) else value  # whose order differs between runs
             for prefix, adapter in self.adapters.items()
             for name, value in adapter.to_dict().items()
         }
-        return {LORA_ADAPTER_METADATA_KEY: json.dumps(told, indent=2, sort_keys=True)}
+        return {LORA_ADAPTER_METADATA_KEY: json.dumps(settings, indent=2, sort_keys=True)}
 
 
-def _exported(prefix: str, name: str) -> str:
-    """The name by which every loader knows an adapter's matrix; in older text encoders it has one level more."""
+def _exported_name(prefix: str, name: str) -> str:
+    """Return the name of an adapter's matrix for other loaders, which keep a level of older text encoders."""
     inner = name.replace(".default", "")
     if prefix == "text_encoder" and not inner.startswith("text_model."):
         inner = f"text_model.{inner}"

@@ -1,4 +1,4 @@
-"""Textual Inversion: a new word is learned, and nothing else moves."""
+"""Textual Inversion: the embedding of a placeholder token."""
 
 from __future__ import annotations
 
@@ -15,65 +15,74 @@ from dvar.training.token_initializer import initial_rows
 
 
 class TextualInversion:
-    """The new word's vectors, put into a backbone whose every own weight stays frozen.
+    """The vectors of a placeholder token, put into a backbone whose own weights stay frozen.
 
-    From construction on, the backbone's tokenizer knows the word and its text encoder reads the vectors in ``rows``,
-    a float32 parameter [num_vectors, dim] that alone is trained and decayed: the vocabulary has no gradient and
-    cannot drift.
+    From construction on, the backbone's tokenizer knows the token and its text encoder reads the vectors in ``rows``,
+    a float32 parameter [num_vectors, dim]. It alone is trained and decayed: the vocabulary has no gradient and cannot
+    drift.
+
+    Args:
+        backbone: The base model.
+        placeholder_token: The new token.
+        initializer_token: The known token whose embedding it starts from.
+        num_vectors: Vectors of the token.
 
     Source: Section 2.3 (the embedding of the new token is all that is trained).
-    Deviates: several vectors a word are the method's own extension (`num_vectors`); the paper uses one.
+    Deviates: Several vectors a token are an extension; the paper uses one.
     """
 
-    def __init__(self, backbone: Backbone, placeholder: str, initializer: str, num_vectors: int = 1) -> None:
-        self.placeholder = placeholder
-        self.names = list(token_names(placeholder, num_vectors))
-        rows = initial_rows(backbone.tokenizer, backbone.text_encoder, initializer, num_vectors)
+    def __init__(
+        self, backbone: Backbone, placeholder_token: str, initializer_token: str, num_vectors: int = 1
+    ) -> None:
+        self.placeholder_token = placeholder_token
+        self.names = list(token_names(placeholder_token, num_vectors))
+        rows = initial_rows(backbone.tokenizer, backbone.text_encoder, initializer_token, num_vectors)
         self.rows = nn.Parameter(rows.to(backbone.device))
         backbone.tokenizer.add_tokens(self.names)
-        first = backbone.tokenizer.convert_tokens_to_ids(placeholder)
+        first = backbone.tokenizer.convert_tokens_to_ids(placeholder_token)
         backbone.text_encoder.set_input_embeddings(
             ExtendedEmbedding(backbone.text_encoder.get_input_embeddings(), self.rows, first)
         )
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """What the optimizer moves."""
+        """The parameters that the optimizer updates."""
         return [self.rows]
 
     def expand(self, prompt: str) -> str:
-        """Return ``prompt`` with the word written out as all of its tokens, as a stock pipeline does by itself."""
-        return prompt.replace(self.placeholder, " ".join(self.names))
+        """Return ``prompt`` with all tokens of the placeholder token written out, as a stock pipeline does."""
+        return prompt.replace(self.placeholder_token, " ".join(self.names))
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """A copy of what was learned, on the CPU: the vectors by their word."""
-        return {self.placeholder: self.rows.detach().cpu().clone()}
+        """A copy of what is learned, on the CPU: the vectors by their token."""
+        return {self.placeholder_token: self.rows.detach().cpu().clone()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over what ``state`` returned."""
         with torch.no_grad():
-            self.rows.copy_(state[self.placeholder])
+            self.rows.copy_(state[self.placeholder_token])
 
     def files(self, state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        """Return a ``state`` as the files others load: file name to what is in it."""
-        return {EMBEDS: {self.placeholder: state[self.placeholder]}}
+        """Return a ``state`` as the weight files that stock diffusers loads: file name to tensors by name."""
+        return {EMBEDS: {self.placeholder_token: state[self.placeholder_token]}}
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What the files must say of themselves: nothing."""
+        """The metadata of the weight files: none."""
         return {}
 
 
 class ExtendedEmbedding(nn.Module):
-    """A frozen embedding table followed by rows of its own: ids from ``first`` on are looked up in ``rows``."""
+    """A frozen embedding table that looks up ids from ``first`` on in ``rows``."""
 
-    def __init__(self, words: nn.Module, rows: Tensor, first: int) -> None:
+    def __init__(self, table: nn.Module, rows: Tensor, first: int) -> None:
         super().__init__()
-        self.words, self.rows, self.first = words, rows, first
+        self.table, self.rows, self.first = table, rows, first
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        new = input_ids >= self.first
-        known = self.words(input_ids.masked_fill(new, 0))
+        """Return the embeddings of ``input_ids`` [B, L], [B, L, dim]."""
+        is_new = input_ids >= self.first
+        frozen: Tensor = self.table(input_ids.masked_fill(is_new, 0))
         learned = F.embedding((input_ids - self.first).clamp(min=0), self.rows)
-        return torch.where(new.unsqueeze(-1), learned.to(known.dtype), known)
+        return torch.where(is_new.unsqueeze(-1), learned.to(frozen.dtype), frozen)

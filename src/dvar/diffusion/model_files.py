@@ -1,0 +1,92 @@
+"""Checks of a model's files by a look at the disk, without loading it."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from dvar import mini
+from dvar.config.training import BUNDLED_MODEL, TrainingConfig
+from dvar.errors import RefusedInput, first_line
+from dvar.files import read_json
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_CONFIG = "config.json"
+_MODEL_PARTS = ("model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler")
+
+
+def problems(config: TrainingConfig) -> list[str]:
+    """Return what is wrong with the base model and the CLIP that ``config`` names, as far as their files tell."""
+    return [*model_problems(config.pretrained_model_name_or_path), *clip_problems(config.clip_model)]
+
+
+def model_problems(name: str) -> list[str]:
+    """Return what is wrong with a base model, given by hub id, by folder, or as the bundled one."""
+    path = Path(name).expanduser()
+    if name == BUNDLED_MODEL:
+        try:
+            mini.path()
+        except RefusedInput as error:
+            return list(error.problems)
+        return []
+    if path.is_dir():
+        missing = [part for part in _MODEL_PARTS if not (path / part).exists()]
+        if missing:
+            message = f"model folder {name} is no diffusers pipeline, it lacks {', '.join(missing)}"
+            return [f"{message}: name a folder that save_pretrained wrote"]
+        return [
+            f"model folder {name}: {problem}" for part in _MODEL_PARTS[1:] for problem in _part_problems(path / part)
+        ]
+    if path.is_file():
+        return [f"model {name} is a single file: convert it to a diffusers folder and name that"]
+    if _HUB_ID.fullmatch(name) and not path.parent.is_dir():
+        return []
+    siblings = sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir()) if path.parent.is_dir() else []
+    similar = difflib.get_close_matches(path.name, siblings, n=1)
+    remedy = (
+        f"did you mean {path.parent / similar[0]}?" if similar else "check the path, or give a hub id as owner/name"
+    )
+    return [f"model {name} is neither a folder here nor a hub id: {remedy}"]
+
+
+def clip_problems(name: str | None) -> list[str]:
+    """Return what is wrong with a CLIP, given by hub id or by folder."""
+    path = Path(name or "").expanduser()
+    if name is None or (path / _CONFIG).is_file() or (_HUB_ID.fullmatch(name) and not path.exists()):
+        return []
+    state = f"holds no {_CONFIG}" if path.is_dir() else "is neither a folder here nor a hub id"
+    return [f"clip_model {name} {state}: name a folder that save_pretrained wrote, or a hub id as owner/name"]
+
+
+def _part_problems(part: Path) -> list[str]:
+    """Return what is wrong with one part of a model's folder: a config that is not JSON, weights that are damaged."""
+    config = {"scheduler": "scheduler_config.json", "tokenizer": None}.get(part.name, _CONFIG)
+    try:
+        if config:
+            read_json(part / config)
+    except (OSError, ValueError) as error:
+        return [f"{part.name}/{config} cannot be read ({first_line(error)}): save the model again"]
+    if part.name == "tokenizer":
+        has_vocabulary = (part / "tokenizer.json").exists() or (part / "vocab.json").exists()
+        return [] if has_vocabulary else ["tokenizer has neither tokenizer.json nor vocab.json: save the model again"]
+    if part.name == "scheduler":
+        return []
+    files = sorted(part.glob("*.safetensors"))
+    if not files:
+        pickles = [file.name for file in part.iterdir() if file.suffix in (".bin", ".ckpt", ".pt", ".pth")]
+        message = f"{part.name} has no .safetensors weights"
+        message += f", only {pickles[0]}, which is never read" if pickles else ""
+        return [f"{message}: save the model again with safe_serialization=True"]
+    return [problem for file in files for problem in _weights_problems(file)]
+
+
+def _weights_problems(file: Path) -> list[str]:
+    """Return what is wrong with a safetensors file, as far as its header tells."""
+    try:
+        with safe_open(file, "np"):
+            return []
+    except (OSError, SafetensorError) as error:
+        return [f"{file.parent.name}/{file.name} is damaged ({first_line(error)}): copy it again"]
