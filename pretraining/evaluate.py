@@ -244,20 +244,19 @@ def page(figures: dict[str, dict[str, float]], recipe: dict[str, dict[str, Any]]
     lines = [
         "# The bundled model",
         "",
+        "A small, complete latent diffusion model, trained by this project on images of a world that it renders;",
+        "`StableDiffusionPipeline.from_pretrained` loads `model/` as it is. `judges/` (a second CLIP, the rest of the",
         (
-            "A small, complete latent diffusion model of a picture book, drawn and trained by this project; "
-            "`StableDiffusionPipeline.from_pretrained`"
+            "conditioning CLIP, a recogniser) only score images. `concepts/` holds 52 subjects that "
+            "training never saw; the last four,"
         ),
         (
-            "loads `model/` as it is. `judges/` (a second CLIP, the rest of the conditioning CLIP, a recogniser) "
-            "only score. `concepts/` holds 52 subjects"
+            "listed in `dvar.mini.TUNING`, are for choosing settings. `docs/bundled-model.md` shows "
+            "what it generates and how to make"
         ),
-        (
-            "that training never saw (the last four, listed in `dvar.mini.TUNING`, are for choosing settings). "
-            "What it can draw and how to make another: `docs/bundled-model.md`."
-        ),
+        "another.",
         "",
-        "Measured on fixed prompts and seeds; a bar that is not met is said so.",
+        "Measured on fixed prompts and seeds; the last column says whether a bar is met.",
         "",
         "| part | figure | measured | bar | met |",
         "|---|---|---:|---:|---|",

@@ -23,16 +23,16 @@ import torch
 from transformers import CLIPModel, CLIPTokenizer
 
 from dvar import mini
-from dvar.analysis.eligibility import ENOUGH, Eligibility
-from dvar.config.presets import configure, settings
-from dvar.config.training import CONFIGS
+from dvar.analysis.eligibility import MIN_RUNS, Eligibility
+from dvar.config.presets import configure, preset_settings
+from dvar.config.training import PAPER_METHODS
 from dvar.diffusion.sampling import sample
 from dvar.mini import recogniser
 from dvar.mini.world.classes import CLASSES
 from dvar.mini.world.concepts import held_out, reference_scenes
 from dvar.mini.world.places import PLACES
 from dvar.mini.world.scene import COLOURS, PATTERNS, render, sample_scene, sample_subject
-from dvar.runs.load_model import personalised
+from dvar.runs.load_model import load_personalised_backbone
 from dvar.stopping.trace import Trace
 from dvar.training.personalise import personalise
 from pretraining.evaluate import ROOT, folder_hash, percent, picture_features, text_features
@@ -130,13 +130,13 @@ def ceiling(concept: str) -> dict[str, float]:
 def train(trial: Trial, shares: Sequence[float] = SHARES) -> None:
     """Train to the cap and draw pictures at these parts of it, what is there already excepted; then score them all."""
     run = trial.folder
-    given = mini.given(trial.method, trial.concept) | {
+    given = mini.training_settings(trial.method, trial.concept) | {
         "output_dir": run,
         "learning_rate": trial.rate,
         "seed": trial.seed,
     }
     config = replace(
-        configure(given, trial.method),
+        configure(given, PAPER_METHODS[trial.method]),
         max_train_steps=trial.cap,
         probe_every=PROBE_EVERY,
         window=100,
@@ -154,7 +154,7 @@ def train(trial: Trial, shares: Sequence[float] = SHARES) -> None:
         if pictures.exists():
             continue
         drawn = sample(
-            personalised(run, step=step),
+            load_personalised_backbone(run, step=step),
             prompts,
             range(len(prompts)),
             size=64,
@@ -178,7 +178,7 @@ def rescore(trial: Trial) -> None:
 def gate(runs: Sequence[Path]) -> Eligibility:
     """Whether rules may be ranked on a method: the gain in identity over runs of several concepts and seeds."""
     records = [json.loads((run / "scores.json").read_text()) for run in runs]
-    return Eligibility.of(
+    return Eligibility.from_scores(
         records[0]["cap"],
         [row["step"] for row in records[0]["scores"]],
         [[row["plain"]["identity"] for row in record["scores"]] for record in records],
@@ -193,7 +193,7 @@ def keep(method: str, found: Eligibility) -> None:
     if whole.get("sha256") != folder_hash():
         whole = {"sha256": folder_hash(), "gates": {}}
     gates = whole["gates"] | {method: asdict(found)}
-    whole["gates"] = {known: gates[known] for known in CONFIGS if known in gates}
+    whole["gates"] = {known: gates[known] for known in PAPER_METHODS if known in gates}
     GATES.write_text(json.dumps(whole, indent=1) + "\n")
 
 
@@ -212,9 +212,9 @@ def frozen() -> dict[str, str]:
     with them the vocabulary), and how each method trains on the bundled model.  When it is judged and shown may."""
     chosen = {
         method: json.dumps(
-            {key: value for key, value in settings("mini", method).items() if key not in WATCHED}, sort_keys=True
+            {key: value for key, value in preset_settings("mini", method).items() if key not in WATCHED}, sort_keys=True
         )
-        for method in CONFIGS
+        for method in PAPER_METHODS
     }
     return {"weights": folder_hash()} | {name: sha256(text.encode()).hexdigest() for name, text in chosen.items()}
 
@@ -235,7 +235,7 @@ def main() -> None:
         FROZEN.write_text(json.dumps(frozen(), indent=1) + "\n")
         print(FROZEN.read_text(), end="")
         return
-    preset = settings("mini", chosen.method)
+    preset = preset_settings("mini", chosen.method)
     steps = chosen.steps or preset["max_train_steps"]
     for rate in chosen.learning_rates or [preset["learning_rate"]]:
         trials = [Trial(chosen.method, name, rate, seed, steps) for seed in chosen.seeds for name in chosen.concepts]
@@ -260,9 +260,9 @@ def main() -> None:
         print(f"== {chosen.method}, learning rate {rate:g}: {len(runs)} runs")
         found = gate(runs)
         print(
-            {name: round(value, 3) for name, value in asdict(found).items()}, *found.failed or ("rankable",), sep="; "
+            {name: round(value, 3) for name, value in asdict(found).items()}, *found.failures or ("rankable",), sep="; "
         )
-        if rate == preset["learning_rate"] and steps == preset["max_train_steps"] and found.runs >= ENOUGH:
+        if rate == preset["learning_rate"] and steps == preset["max_train_steps"] and found.runs >= MIN_RUNS:
             keep(chosen.method, found)
         for part, keys in (("plain", ("identity", "first", "class", "clip image")), ("placed", ("place", "clip text"))):
             for key in keys:

@@ -1,4 +1,4 @@
-"""Recorded runs without a model, whose truth is known: the quality rises as 1 - exp(-step / learned)."""
+"""Fake recorded runs, made without a model: the quality rises as 1 - exp(-step / learned)."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ START, GAIN = 0.5, 0.3
 
 
 def scored_steps(cap: int, count: int = 40) -> list[int]:
-    """Step 0, the cap, and log-spaced steps between."""
+    """Return step 0, the cap, and log-spaced steps between."""
     return sorted({0, *np.rint(np.geomspace(4, cap, count - 1)).astype(int).tolist()})
 
 
 def oracle_step(learned: float, share: float = 0.9) -> float:
-    """Where 1 - exp(-step / learned) reaches `share`, for a run long enough that its plateau is 1."""
+    """Return where 1 - exp(-step / learned) reaches ``share``, for a run long enough that its plateau is 1."""
     return -learned * float(np.log(1 - share))
 
 
@@ -38,20 +38,27 @@ def fake_record(
     noise: float = 0.0,
     jitter: float = 1e-4,
     decline: float = 0.0,
-    pictures: int = 8,
+    images: int = 8,
     every: int = 5,
     seconds: float = 0.2,
 ) -> Path:
-    """Write a finished record under `root` and return its folder.
+    """Write a finished recording under ``root`` and return its folder.
 
-    The score of a training picture is START + GAIN (1 - exp(-step / learned)), less `decline` a step from half of the
-    cap on, with `noise` of its own; L_det falls by 2 % with the same time constant and `jitter` relative noise.
+    The score of a training image is START + GAIN (1 - exp(-step / learned)), minus ``decline`` for each step after half
+    of the cap, with noise of its own; L_det falls by 2 % with the same time constant.
+
+    Args:
+        noise: Standard deviation of the score of an image.
+        jitter: Relative standard deviation of a loss.
+        images: Images of each part at a scored step.
+        every: Steps between two values of the sparser series.
+        seconds: Seconds of an update.
     """
     random = np.random.default_rng([seed, *(method + concept).encode()])
     folder = root / method / concept / str(seed)
     folder.mkdir(parents=True, exist_ok=True)
     _trace(random, cap, learned, jitter, every, seconds).write(folder / "trace.jsonl")
-    _json(folder / "scores.json", _scores(random, cap, learned, noise, decline, pictures))
+    _json(folder / "scores.json", _scores(random, cap, learned, noise, decline, images))
     config = {"method": method, "preset": "mini", "max_train_steps": cap, "seed": seed, "train_batch_size": 4}
     config |= {"pretrained_model_name_or_path": "mini", "num_inference_steps": 25, "eval_batch_size": 8}
     _json(folder / "config.json", config)
@@ -61,7 +68,7 @@ def fake_record(
 
 
 def fake_sheets(folder: Path, steps: Iterable[int], count: int = 4, side: int = 16) -> None:
-    """Pictures of some scored steps, plain ones that grow lighter with the step; and a reference."""
+    """Write plain images of some scored steps, which grow lighter with the step, and a reference."""
     (folder / "pictures").mkdir(exist_ok=True)
     for place, step in enumerate(steps):
         sheet = Image.new("RGB", (side * count, 2 * side), (40 * place, 80, 120))
@@ -84,10 +91,10 @@ def _trace(random: np.random.Generator, cap: int, learned: float, jitter: float,
         if step:
             more |= {"train_loss": 0.06 * random.gamma(2.0), "grad_norm": random.gamma(3.0)}
         if step % every == 0:
-            drawn = random.integers(0, 1000, 8)
-            frozen = (0.2 + 3.0 * np.exp(-drawn / 200)) * random.uniform(0.5, 1.5, 8)
+            timesteps = random.integers(0, 1000, 8)
+            frozen = (0.2 + 3.0 * np.exp(-timesteps / 200)) * random.uniform(0.5, 1.5, 8)
             more |= {"fresh": (frozen * fall).tolist(), "frozen": frozen.tolist()}
-            more |= {"fresh_timesteps": drawn.tolist()}
+            more |= {"fresh_timesteps": timesteps.tolist()}
             spread = 1 + jitter * random.standard_normal(32)
             more["stratified"] = ((0.2 + 3.0 * np.exp(-held / 200)) * fall * spread).tolist()
             more["unseen"] = (level * fall * (1 + jitter * random.standard_normal(8))).tolist()
@@ -97,7 +104,7 @@ def _trace(random: np.random.Generator, cap: int, learned: float, jitter: float,
 
 
 def _scores(
-    random: np.random.Generator, cap: int, learned: float, noise: float, decline: float, pictures: int
+    random: np.random.Generator, cap: int, learned: float, noise: float, decline: float, images: int
 ) -> dict[str, Any]:
     rows = []
     for step in scored_steps(cap):
@@ -109,16 +116,16 @@ def _scores(
             ("validation", "clip_image"): 0.48 + 0.22 * gain - lost,
             ("validation", "clip_text"): 0.26 - 0.03 * gain - 0.02 * step / cap,
         }
-        row: dict[str, Any] = {"step": step, "train": {}, "validation": {}, "seconds": 0.5 * 2 * pictures}
+        row: dict[str, Any] = {"step": step, "train": {}, "validation": {}, "seconds": 0.5 * 2 * images}
         for (part, metric), value in curves.items():
-            row[part][metric] = (value + noise * random.standard_normal(pictures)).tolist()
+            row[part][metric] = (value + noise * random.standard_normal(images)).tolist()
         rows.append(row)
     header = {
         "pairing": "all pairs",
         "judges": {"clip": "the bundled scorer"},
         "train_prompts": ["a photo of <thing>"],
         "validation_prompts": ["a photo of <thing> on the beach"],
-        "seeds": list(range(pictures)),
+        "seeds": list(range(images)),
         "sampling_steps": 25,
         "guidance": 5.0,
         "references": 4,

@@ -1,4 +1,4 @@
-"""The gate before rules are ranked, on runs made up so that each figure is known."""
+"""Eligibility, on runs constructed so that each figure is known."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from fake_record import GAIN, START, fake_record
 
-from dvar.analysis.eligibility import ENOUGH, Eligibility, gate_of
+from dvar.analysis.eligibility import MIN_RUNS, Eligibility, judge_eligibility
 from dvar.recordings.archive import RecordingArchive
 
 STEPS, CAP = (0, 25, 50, 100), 100
-TUNING = tuple(f"tuning_{number}" for number in range(ENOUGH))
+TUNING = tuple(f"tuning_{number}" for number in range(MIN_RUNS))
 
 
 def loss(drop: float) -> np.ndarray:
@@ -21,17 +21,19 @@ def loss(drop: float) -> np.ndarray:
 
 
 def test_a_method_that_learns_early_passes_with_the_figures_it_has() -> None:
-    found = Eligibility.of(CAP, STEPS, [[0.1, 0.5, end, end] for end in (0.68, 0.70, 0.72)], [loss(0.1)] * 3, 0.9)
-    assert not found.failed
-    assert (found.start, found.end, found.early) == (pytest.approx(0.1), pytest.approx(0.7), pytest.approx(1.0))
-    assert found.errors == pytest.approx(0.6 / (0.02 / np.sqrt(3)))
-    assert found.way == pytest.approx(0.75)
+    eligibility = Eligibility.from_scores(
+        CAP, STEPS, [[0.1, 0.5, end, end] for end in (0.68, 0.70, 0.72)], [loss(0.1)] * 3, 0.9
+    )
+    assert not eligibility.failures
+    assert [eligibility.start, eligibility.end, eligibility.early] == pytest.approx([0.1, 0.7, 1.0])
+    assert eligibility.errors == pytest.approx(0.6 / (0.02 / np.sqrt(3)))
+    assert eligibility.way == pytest.approx(0.75)
     # Differences of the last tenth are +-0.001, five each way: a standard deviation of 0.001 or little less.
-    assert found.jitters == pytest.approx(0.1 / (0.001 / np.sqrt(2)), rel=0.02)
+    assert eligibility.jitters == pytest.approx(0.1 / (0.001 / np.sqrt(2)), rel=0.02)
 
 
 @pytest.mark.parametrize(
-    ("said", "scores", "drop"),
+    ("message", "scores", "drop"),
     [
         ("15 % of the way", [[0.1, 0.15, 0.22, 0.22]] * 3, 0.1),
         ("33 % of its gain by half", [[0.1, 0.1, 0.3, 0.7]] * 3, 0.1),
@@ -39,52 +41,56 @@ def test_a_method_that_learns_early_passes_with_the_figures_it_has() -> None:
         ("1.7 standard errors", [[0.1, 0.5, 0.7, 0.7], [0.1, 0.1, 0.1, 0.1], [0.1, 0.4, 0.4, 0.4]], 0.1),
     ],
 )
-def test_each_condition_can_fail_by_itself(said: str, scores: list[list[float]], drop: float) -> None:
-    failed = Eligibility.of(CAP, STEPS, scores, [loss(drop)] * 3, 0.9).failed
-    assert len(failed) == 1
-    assert said in failed[0]
+def test_each_condition_can_fail_by_itself(message: str, scores: list[list[float]], drop: float) -> None:
+    failures = Eligibility.from_scores(CAP, STEPS, scores, [loss(drop)] * 3, 0.9).failures
+    assert len(failures) == 1
+    assert message in failures[0]
 
 
-def test_one_run_cannot_fail_by_an_error_it_has_not() -> None:
-    assert np.isnan((found := Eligibility.of(CAP, STEPS, [[0.1, 0.5, 0.7, 0.7]], [loss(0.1)])).errors)
-    assert np.isnan(found.way)
-    assert not found.failed
+def test_one_run_cannot_fail_by_an_error_that_it_does_not_have() -> None:
+    eligibility = Eligibility.from_scores(CAP, STEPS, [[0.1, 0.5, 0.7, 0.7]], [loss(0.1)])
+    assert np.isnan(eligibility.errors)
+    assert np.isnan(eligibility.way)
+    assert not eligibility.failures
 
 
-def shelf(root: Path, tuning: int, **given: float) -> RecordingArchive:
+def archive(root: Path, tuning: int, learned: float = 60.0) -> RecordingArchive:
     for concept in TUNING[:tuning]:
-        fake_record(root, "custom-diffusion", concept, cap=700, **given)
+        fake_record(root, "custom-diffusion", concept, cap=700, learned=learned)
     fake_record(root, "custom-diffusion", "vase", cap=700)
     return RecordingArchive.open(root, TUNING)
 
 
-def test_enough_tuning_records_judge_the_method_up_to_baselines_cap(tmp_path: Path) -> None:
-    found = gate_of(shelf(tmp_path, ENOUGH, learned=40.0), "custom-diffusion")
-    assert found is not None
-    assert (found.runs, found.cap) == (ENOUGH, 500)  # records go on to 700
-    assert (found.start, found.end) == (pytest.approx(START), pytest.approx(START + GAIN, abs=1e-3))
-    assert not found.failed
-    late = gate_of(shelf(tmp_path / "late", ENOUGH, learned=400.0), "custom-diffusion")
+def test_enough_tuning_runs_judge_the_method_up_to_baselines_cap(tmp_path: Path) -> None:
+    eligibility = judge_eligibility(archive(tmp_path, MIN_RUNS, learned=40.0), "custom-diffusion")
+    assert eligibility is not None
+    assert (eligibility.runs, eligibility.cap) == (MIN_RUNS, 500)  # the runs go on to 700
+    assert eligibility.start == pytest.approx(START)
+    assert eligibility.end == pytest.approx(START + GAIN, abs=1e-3)
+    assert not eligibility.failures
+    late = judge_eligibility(archive(tmp_path / "late", MIN_RUNS, learned=400.0), "custom-diffusion")
     assert late is not None
-    assert "of its gain by half of the cap" in late.failed[0]
+    assert "of its gain by half of the cap" in late.failures[0]
 
 
-def test_with_fewer_the_bundled_model_has_its_own_and_another_model_has_none(tmp_path: Path) -> None:
-    few = shelf(tmp_path, ENOUGH - 1)
-    found = gate_of(few, "custom-diffusion")
-    assert found is not None
-    assert found.early == pytest.approx(0.614, abs=1e-3)  # measured when the settings were frozen
-    for record in few:
-        record.config["pretrained_model_name_or_path"] = "another"  # type: ignore[index]
-    assert gate_of(few, "custom-diffusion") is None
+def test_with_fewer_runs_the_bundled_model_has_its_measured_eligibility_and_another_model_none(tmp_path: Path) -> None:
+    few = archive(tmp_path, MIN_RUNS - 1)
+    eligibility = judge_eligibility(few, "custom-diffusion")
+    assert eligibility is not None
+    assert eligibility.early == pytest.approx(0.614, abs=1e-3)  # measured when the settings were frozen
+    for run in few:
+        run.config["pretrained_model_name_or_path"] = "another"  # type: ignore[index]
+    assert judge_eligibility(few, "custom-diffusion") is None
 
 
 def test_where_a_judge_knows_the_subjects_its_identity_is_what_counts(tmp_path: Path) -> None:
-    known = shelf(tmp_path, ENOUGH)
-    for record in known:
-        rise = 0.2 + 0.6 * (1 - np.exp(-record.scored_steps / 40))
-        record.pictures["train", "identity"] = np.tile(rise[:, None], 8)  # type: ignore[index]
-    found = gate_of(known, "custom-diffusion")
-    assert found is not None
-    assert (found.start, found.end, found.ceiling) == (pytest.approx(0.2), pytest.approx(0.8, abs=1e-3), 1.0)
-    assert found.way == pytest.approx(0.75, abs=1e-3)
+    judged = archive(tmp_path, MIN_RUNS)
+    for run in judged:
+        rise = 0.2 + 0.6 * (1 - np.exp(-run.scored_steps / 40))
+        run.image_scores["train", "identity"] = np.tile(rise[:, None], 8)  # type: ignore[index]
+    eligibility = judge_eligibility(judged, "custom-diffusion")
+    assert eligibility is not None
+    assert eligibility.start == pytest.approx(0.2)
+    assert eligibility.end == pytest.approx(0.8, abs=1e-3)
+    assert eligibility.ceiling == 1.0
+    assert eligibility.way == pytest.approx(0.75, abs=1e-3)

@@ -1,4 +1,4 @@
-"""Screens: wherever a rule stops, its screen lets it through; and it lets through little else."""
+"""The prefilter: it lets a rule through wherever it stops, and hardly anywhere else."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ MAKERS: dict[str, Callable[[float], Rule]] = {
 }
 
 
-def fallen(seed: int, gap: int, level: float, jitter: float) -> Trace:
-    """A noisy fall, evaluated every `gap` steps, with a metric at every third record."""
+def falling_trace(seed: int, gap: int, level: float, jitter: float) -> Trace:
+    """A noisy fall, evaluated every `gap` steps, with a metric at every third step record."""
     random, trace = np.random.default_rng(seed), Trace()
     for number in range(110):
         step = number * gap
@@ -53,25 +53,23 @@ def fallen(seed: int, gap: int, level: float, jitter: float) -> Trace:
     threshold=st.floats(0.01, 0.9),
 )
 @pytest.mark.parametrize("name", MAKERS)
-def test_no_stop_is_screened_away(
-    name: str, seed: int, gap: int, level: float, jitter: float, threshold: float
-) -> None:
-    whole, rule, grown = fallen(seed, gap, level, jitter), MAKERS[name](threshold), Trace()
-    may = Prefilter(whole)(rule)
-    assert may.shape == (len(whole),)
+def test_no_stop_is_filtered_out(name: str, seed: int, gap: int, level: float, jitter: float, threshold: float) -> None:
+    whole, rule, growing = falling_trace(seed, gap, level, jitter), MAKERS[name](threshold), Trace()
+    candidates = Prefilter(whole)(rule)
+    assert candidates.shape == (len(whole),)
     for number, row in enumerate(whole.records):
-        grown.record(**row)
-        assert may[number] or not rule(grown).stop, row["step"]
+        growing.record(**row)
+        assert candidates[number] or not rule(growing).stop, row["step"]
 
 
 @pytest.mark.parametrize("name", ["strict", "ddof", "sparse", "ema", "hall", "trend", "plateau", "falls", "cap"])
 @pytest.mark.parametrize("gap", [1, 3])
-def test_a_rule_without_doubts_is_asked_where_it_stops_alone(name: str, gap: int) -> None:
-    whole, rule, grown = fallen(0, gap, 1.0, 0.01), MAKERS[name](0.3), Trace()
+def test_a_rule_without_diagnoses_is_called_only_where_it_stops(name: str, gap: int) -> None:
+    whole, rule, growing = falling_trace(0, gap, 1.0, 0.01), MAKERS[name](0.3), Trace()
     stops = []
     for row in whole.records:
-        grown.record(**row)
-        verdict = rule(grown)
+        growing.record(**row)
+        verdict = rule(growing)
         stops.append(verdict.stop or verdict.reason in (Reason.STILL_FALLING, Reason.OUTLIER_DOMINATED))
     assert 0 < sum(stops) < len(stops)
     np.testing.assert_array_equal(Prefilter(whole)(rule), stops)

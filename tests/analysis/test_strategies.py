@@ -1,4 +1,4 @@
-"""Ways read off records: the same stop as live, a price for everything, and no stop where the record ends."""
+"""Strategies on recorded runs: the same stop as in training, every cost counted, no stop after the recording ends."""
 
 from __future__ import annotations
 
@@ -9,21 +9,11 @@ import numpy as np
 import pytest
 from fake_record import fake_record
 
-from dvar.analysis import strategies
-from dvar.analysis.stop_quality import LearningCurve, outcome
-from dvar.analysis.strategies import (
-    CLIP,
-    CONSTANT,
-    DVAR,
-    KINDS,
-    StopResult,
-    Strategy,
-    StrategyFamily,
-    read,
-    read_all,
-    tune,
-)
-from dvar.recordings.archive import RecordedRun
+from dvar.analysis import families, strategies
+from dvar.analysis.families import CLIP_FAMILY, CONSTANT_FAMILY, DVAR_FAMILY, FAMILIES, StrategyFamily, tune_family
+from dvar.analysis.stop_quality import LearningCurve, assess_stop
+from dvar.analysis.strategies import StopResult, Strategy, evaluate_strategies, evaluate_strategy
+from dvar.recordings.recorded_run import MEAN_SERIES, RecordedRun
 from dvar.stopping.diagnosis import Reason
 from dvar.stopping.rules import AllOf, AnyOf, AtMost, Dvar, FixedSteps, Hall, NotBefore, Plateau, Rule, Trend
 from dvar.stopping.trace import Trace
@@ -31,18 +21,18 @@ from dvar.stopping.verdict import Verdict
 
 
 @dataclass(frozen=True)
-class Another:
-    """A rule that the library knows nothing of, on two series at once."""
+class ForeignRule:
+    """A rule that the library does not know, on two series at once."""
 
     def __call__(self, trace: Trace) -> Verdict:
         stratified = trace.metric("stratified")[1]
         stop = len(trace.values) > 50 and trace.values[-1] < trace.values[:50].min() and stratified[-1] < stratified[0]
-        return Verdict(bool(stop), Reason.RUNNING, trace.last_step, "another's", {})
+        return Verdict(bool(stop), Reason.RUNNING, trace.last_step, "foreign", {})
 
 
 RULES: tuple[Rule, ...] = (
-    Another(),
-    AnyOf((Dvar(60, 1e-9), Another())),
+    ForeignRule(),
+    AnyOf((Dvar(60, 1e-9), ForeignRule())),
     Dvar(60, 0.15),
     Dvar(60, 0.15, strict_paper=True),
     Dvar(60, 0.15, metric="eval/first"),
@@ -58,128 +48,132 @@ RULES: tuple[Rule, ...] = (
 
 
 @pytest.fixture(scope="module")
-def record(tmp_path_factory: pytest.TempPathFactory) -> RecordedRun:
+def run(tmp_path_factory: pytest.TempPathFactory) -> RecordedRun:
     return RecordedRun.open(fake_record(tmp_path_factory.mktemp("records"), cap=400, learned=40.0, noise=0.005))
 
 
-def live(rule: Rule, record: RecordedRun) -> int | None:
-    """Where the rule stops a run: its own verdict after each record."""
-    trace = Trace(record.trace.header)
-    means = {name: dict(zip(*strategies._means(record, name), strict=True)) for name in strategies.EXTRA}
-    for row in record.trace.records:
-        found = {name: values.get(row["step"]) for name, values in means.items()}
-        trace.record(row["step"], row["eval"], **found)
+def live_stop(rule: Rule, run: RecordedRun) -> int | None:
+    """Return where the rule stops a run, by its own verdict after each step record."""
+    trace = Trace(run.trace.header)
+    means = {}
+    for name in MEAN_SERIES:
+        steps, values = run.series(name)
+        means[name] = dict(zip(steps.tolist(), values.mean(axis=1).tolist(), strict=True))
+    for row in run.trace.records:
+        metrics = {name: values.get(row["step"]) for name, values in means.items()}
+        trace.record(row["step"], row["eval"], **metrics)
         if rule(trace).stop:
             return trace.last_step
     return None
 
 
 @pytest.mark.parametrize("rule", RULES, ids=repr)
-def test_reading_is_running(record: RecordedRun, rule: Rule) -> None:
-    reading = read(Strategy("way", rule), record)
-    expected = live(rule, record)
-    assert (None if reading.censored else reading.stop) == expected
+def test_evaluating_is_running(run: RecordedRun, rule: Rule) -> None:
+    result = evaluate_strategy(Strategy("way", rule), run)
+    expected = live_stop(rule, run)
+    assert (None if result.censored else result.stop) == expected
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-def test_many_settings_read_at_once_stop_where_each_alone_does_live(record: RecordedRun, kind: StrategyFamily) -> None:
-    settings = kind.grid()[5::31]
-    for way, reading in read_all([kind.way(one, 400) for one in settings], record).items():
-        if way.every is None:
-            assert (None if reading.censored else reading.stop) == live(way.rule, record)
-        assert reading == read(way, record)
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_many_settings_at_once_stop_where_each_does_in_training(run: RecordedRun, family: StrategyFamily) -> None:
+    settings = family.settings()[5::31]
+    for strategy, result in evaluate_strategies([family.strategy(setting, 400) for setting in settings], run).items():
+        if strategy.sample_every is None:
+            assert (None if result.censored else result.stop) == live_stop(strategy.rule, run)
+        assert result == evaluate_strategy(strategy, run)
 
 
-def test_a_record_that_ends_first_censors(record: RecordedRun) -> None:
-    reading = read(Strategy("too long", FixedSteps(401)), record)
-    assert (reading.stop, reading.censored) == (400, True)
-    assert not read(Strategy("just", FixedSteps(400)), record).censored
+def test_a_recording_that_ends_first_censors(run: RecordedRun) -> None:
+    result = evaluate_strategy(Strategy("too long", FixedSteps(401)), run)
+    assert (result.stop, result.censored) == (400, True)
+    assert not evaluate_strategy(Strategy("just", FixedSteps(400)), run).censored
 
 
-def test_every_way_pays_for_its_own_probe(record: RecordedRun) -> None:
+def test_every_strategy_pays_for_its_own_probe(run: RecordedRun) -> None:
     def forwards(rule: Rule) -> int:
-        return read(Strategy("way", AnyOf((rule, FixedSteps(100)))), record).forwards
+        return evaluate_strategy(Strategy("way", AnyOf((rule, FixedSteps(100)))), run).forwards
 
-    assert read(Strategy("way", FixedSteps(100)), record).forwards == 0
+    assert evaluate_strategy(Strategy("way", FixedSteps(100)), run).forwards == 0
     assert forwards(Dvar(60, 1e-9)) == 101 * 8
     assert forwards(AllOf((Dvar(60, 1e-9), Dvar(60, 1e-9, metric="eval/first")))) == 101 * 8
     assert forwards(Dvar(60, 1e-9, metric="stratified")) == 21 * 32
     assert forwards(Dvar(60, 1e-9, metric="paired")) == 21 * 8 * 2  # both models
 
 
-def test_baseline_draws_pictures_to_its_own_cap_and_keeps_the_best(record: RecordedRun) -> None:
-    way = Strategy("Baseline", FixedSteps(300), every=100, best=True)
-    reading = read(way, record)
-    assert (reading.stop, reading.pictures, reading.forwards) == (300, 4 * 8, 0)
-    steps, values = strategies.measured(record, 100)
+def test_baseline_generates_images_to_its_own_cap_and_keeps_the_best(run: RecordedRun) -> None:
+    strategy = Strategy("Baseline", FixedSteps(300), sample_every=100, keep_best=True)
+    result = evaluate_strategy(strategy, run)
+    assert (result.stop, result.images, result.forwards) == (300, 4 * 8, 0)
+    steps, values = run.sample_scores(100)
     best = steps[steps <= 300][values[steps <= 300].argmax()]
-    assert reading.kept == best
+    assert result.kept_step == best
     assert (np.diff(steps) >= 50).all()
 
 
-def test_a_checkpoint_is_chosen_by_pictures_that_are_not_reported(tmp_path: Path) -> None:
-    record = RecordedRun.open(fake_record(tmp_path, cap=60, noise=0.01))
-    before = strategies.measured(record, 1)[1]
-    for values in record.pictures.values():
-        values[:, 1::2] = 0.0  # the odd pictures, which are reported
-    np.testing.assert_array_equal(strategies.measured(record, 1)[1], before)
+def test_a_checkpoint_is_chosen_by_images_that_are_not_reported(tmp_path: Path) -> None:
+    run = RecordedRun.open(fake_record(tmp_path, cap=60, noise=0.01))
+    before = run.sample_scores(1)[1]
+    for values in run.image_scores.values():
+        values[:, 1::2] = 0.0  # the odd images, which are reported
+    np.testing.assert_array_equal(run.sample_scores(1)[1], before)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-def test_every_kind_has_the_same_budget_and_can_be_read(record: RecordedRun, kind: StrategyFamily) -> None:
-    assert 20 <= len(kind.grid()) <= 100
-    assert len(set(kind.grid())) == len(kind.grid())
-    way = kind.way(kind.grid()[-1], 400)
-    assert strategies.readable(way.rule, record)
-    assert isinstance(read(way, record), StopResult)
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_every_family_has_the_same_budget_and_can_be_evaluated(run: RecordedRun, family: StrategyFamily) -> None:
+    assert 20 <= len(family.settings()) <= 100
+    assert len(set(family.settings())) == len(family.settings())
+    strategy = family.strategy(family.settings()[-1], 400)
+    assert strategies.can_evaluate(strategy.rule, run)
+    assert isinstance(evaluate_strategy(strategy, run), StopResult)
 
 
 def test_tuning_a_constant_finds_the_oracle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All concepts learn alike, so the fewest steps with 90 % of the gain are the oracle's, to one step of the grid."""
-    monkeypatch.setattr(strategies, "cap", lambda record: 600)
-    records = [RecordedRun.open(fake_record(tmp_path, concept=name, cap=600)) for name in "ab"]
-    setting = tune(CONSTANT, records)
+    monkeypatch.setattr(families, "baseline_cap", lambda run: 600)
+    runs = [RecordedRun.open(fake_record(tmp_path, concept=name, cap=600)) for name in "ab"]
+    setting = tune_family(CONSTANT_FAMILY, runs)
     assert setting is not None
-    stop = read(CONSTANT.way(setting, 600), records[0]).stop
-    oracle = LearningCurve.of(records[0]).reached()
+    stop = evaluate_strategy(CONSTANT_FAMILY.strategy(setting, 600), runs[0]).stop
+    oracle = LearningCurve.of_run(runs[0]).step_at()
     assert oracle <= stop <= 1.05 * oracle + 1
-    assert abs(outcome(records[0], stop).distance) < 0.1
+    assert abs(assess_stop(runs[0], stop).distance) < 0.1
 
 
 def test_tuning_keeps_enough_of_the_gain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(strategies, "cap", lambda record: 300)
-    records = [RecordedRun.open(fake_record(tmp_path, concept=name, cap=300, learned=30.0)) for name in "ab"]
-    for kind in (DVAR, CLIP):
-        setting = tune(kind, records)
+    monkeypatch.setattr(families, "baseline_cap", lambda run: 300)
+    runs = [RecordedRun.open(fake_record(tmp_path, concept=name, cap=300, learned=30.0)) for name in "ab"]
+    for family in (DVAR_FAMILY, CLIP_FAMILY):
+        setting = tune_family(family, runs)
         assert setting is not None
-        kept = [LearningCurve.of(one).at(read(kind.way(setting, 300), one).kept) for one in records]
-        assert np.mean(kept) >= 0.9
+        strategy = family.strategy(setting, 300)
+        gains = [LearningCurve.of_run(run).gain_at(evaluate_strategy(strategy, run).kept_step) for run in runs]
+        assert np.mean(gains) >= 0.9
 
 
 def test_without_anything_learned_nothing_is_tuned(tmp_path: Path) -> None:
-    record = RecordedRun.open(fake_record(tmp_path, cap=60, learned=1e12))
-    assert tune(DVAR, [record]) is None
-    assert tune(DVAR, []) is None
+    run = RecordedRun.open(fake_record(tmp_path, cap=60, learned=1e12))
+    assert tune_family(DVAR_FAMILY, [run]) is None
+    assert tune_family(DVAR_FAMILY, []) is None
 
 
 def test_minutes_are_counts_times_seconds() -> None:
-    reading = StopResult(stop=600, kept=600, censored=False, forwards=1200, pictures=30)
-    assert strategies.minutes(reading, {"train": 0.1, "forward": 0.05, "picture": 2.0}) == pytest.approx(3.0)
-    assert np.isnan(strategies.minutes(reading, {"train": 0.1}))
-    assert strategies.minutes(StopResult(600, 600, False, 0, 0), {"train": 0.1}) == pytest.approx(1.0)
+    result = StopResult(stop=600, kept_step=600, censored=False, forwards=1200, images=30)
+    assert strategies.estimate_minutes(result, {"train": 0.1, "forward": 0.05, "picture": 2.0}) == pytest.approx(3.0)
+    assert np.isnan(strategies.estimate_minutes(result, {"train": 0.1}))
+    assert strategies.estimate_minutes(StopResult(600, 600, False, 0, 0), {"train": 0.1}) == pytest.approx(1.0)
 
 
 def test_forward_equivalents_count_samples_and_passes() -> None:
-    reading = StopResult(stop=10, kept=10, censored=False, forwards=7, pictures=3)
+    result = StopResult(stop=10, kept_step=10, censored=False, forwards=7, images=3)
     config = {"train_batch_size": 4, "num_inference_steps": 25}
-    assert strategies.forward_equivalents(reading, config) == 10 * 4 * 2 + 7 + 3 * 2 * 25
-    assert strategies.forward_equivalents(reading, config | {"prior_loss_weight": 1.0}) == 10 * 8 * 2 + 7 + 150
+    assert strategies.count_forward_equivalents(result, config) == 10 * 4 * 2 + 7 + 3 * 2 * 25
+    assert strategies.count_forward_equivalents(result, config | {"prior_loss_weight": 1.0}) == 10 * 8 * 2 + 7 + 150
 
 
-def test_presets_are_shortened_as_the_training_is(record: RecordedRun) -> None:
+def test_presets_are_shortened_as_the_training_is(run: RecordedRun) -> None:
     # The bundled model's cap for Textual Inversion is shorter than the paper's 6100.
-    short = strategies.cap(record) / 6100
-    assert strategies.in_time(record) == pytest.approx(short)
-    assert strategies.paper_dvar(record, scaled=False).rule == Dvar(310, 0.15, strict_paper=True)
-    assert strategies.paper_dvar(record, scaled=True).rule == Dvar(round(310 * short), 0.15, strict_paper=True)
-    assert strategies.clip_s(record).every == round(50 * short)
+    short = strategies.baseline_cap(run) / 6100
+    assert strategies.time_scale(run) == pytest.approx(short)
+    assert strategies.paper_dvar_strategy(run, scaled=False).rule == Dvar(310, 0.15, strict_paper=True)
+    assert strategies.paper_dvar_strategy(run, scaled=True).rule == Dvar(round(310 * short), 0.15, strict_paper=True)
+    assert strategies.clip_s_strategy(run).sample_every == round(50 * short)

@@ -1,4 +1,4 @@
-"""What ships: a pipeline that stock diffusers loads and draws with, its figures, and the concepts."""
+"""What ships: a pipeline that stock diffusers loads and generates with, its figures, and the concepts."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ def judge() -> recogniser.Recogniser:
     return recogniser.load(HOME / "judges" / "recogniser.safetensors")
 
 
-def test_stock_diffusers_loads_it_and_draws_what_is_asked(
+def test_stock_diffusers_loads_it_and_generates_what_is_prompted(
     pipeline: StableDiffusionPipeline, judge: recogniser.Recogniser
 ) -> None:
     places = ("night", "snow", "beach", "red wall")
     prompts = [f"a photo of a house {PLACES[place].words}" for place in places]
     generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
-    drawn = pipeline(prompts, num_inference_steps=20, generator=generators, output_type="np").images
-    assert drawn.shape == (4, 64, 64, 3)
+    images = pipeline(prompts, num_inference_steps=20, generator=generators, output_type="np").images
+    assert images.shape == (4, 64, 64, 3)
     with torch.no_grad():
-        reading = judge(torch.from_numpy(drawn).permute(0, 3, 1, 2) * 2 - 1)
-    assert [list(PLACES)[answer] for answer in reading.best("place")] == list(places)
-    assert [list(CLASSES)[answer] for answer in reading.best("class")] == ["house"] * 4
+        recognition = judge(torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1)
+    assert [list(PLACES)[answer] for answer in recognition.best("place")] == list(places)
+    assert [list(CLASSES)[answer] for answer in recognition.best("class")] == ["house"] * 4
 
 
 def test_the_words_that_methods_start_from_are_one_token_each(pipeline: StableDiffusionPipeline) -> None:
@@ -72,32 +72,29 @@ def test_all_that_ships_is_small() -> None:
     assert megabytes(HOME / "judges") <= 15
 
 
-def test_every_held_out_subject_ships_as_it_is_drawn() -> None:
-    """The PNG files are what the world draws today: a change to a class would leave concepts that no longer exist."""
+def test_every_held_out_subject_ships_as_it_is_rendered() -> None:
+    """The PNG files are what the world renders today: a changed class would leave concepts that no longer exist."""
     assert set(mini.concepts()) == set(held_out())
     assert list(mini.concepts())[-4:] == sorted(mini.TUNING)
     for name, folder in mini.concepts().items():
-        pictures = sorted(folder.glob("*.png"))
-        assert 3 <= len(pictures) <= 5
+        paths = sorted(folder.glob("*.png"))
+        assert 3 <= len(paths) <= 5
         assert mini.noun(name) == held_out()[name].noun
-        for path, scene in zip(pictures, reference_scenes(name), strict=True):
+        for path, scene in zip(paths, reference_scenes(name), strict=True):
             assert np.array_equal(np.asarray(Image.open(path)), render(held_out()[name], scene))
 
 
 def test_the_recogniser_reads_the_classes_of_the_concepts(judge: recogniser.Recogniser) -> None:
-    pictures = [Image.open(path) for folder in mini.concepts().values() for path in sorted(folder.glob("*.png"))]
+    images = [Image.open(path) for folder in mini.concepts().values() for path in sorted(folder.glob("*.png"))]
     nouns = [held_out()[name].noun for name, folder in mini.concepts().items() for _ in folder.glob("*.png")]
-    x = (
-        torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2).float() / 127.5
-        - 1
-    )
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
     with torch.no_grad():
-        best = judge(x).best("class").tolist()
+        best = judge(pixels.float() / 127.5 - 1).best("class").tolist()
     right = np.mean([list(CLASSES)[answer] == noun for answer, noun in zip(best, nouns, strict=True)])
     assert right > 0.9
 
 
-def test_without_the_weights_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_the_weights_the_message_names_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(mini, "_HERE", tmp_path)
     with pytest.raises(RefusedInput, match="pip install dvar-mini"):
         mini.path()

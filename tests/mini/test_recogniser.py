@@ -1,4 +1,4 @@
-"""The recogniser's reading as arithmetic: what is near, what is likely, which subject it is."""
+"""The recogniser's arithmetic: surprise, identity, and the shapes of its answers."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from dvar.mini.recogniser import LEAST_SPREAD, RECOGNISED, Recogniser, Recogniti
 CLASSES, PARAMETERS = 25, 16
 
 
-def reading(mean: float, spread: float, pictures: int = 1) -> Recognition:
-    shape = (pictures, CLASSES, PARAMETERS)
+def uniform_recognition(mean: float, spread: float, images: int = 1) -> Recognition:
+    shape = (images, CLASSES, PARAMETERS)
     return Recognition({}, torch.full(shape, mean), torch.full(shape, spread))
 
 
@@ -29,56 +29,56 @@ def density(distance: float, spread: float) -> float:
 
 
 def test_surprise_is_the_negative_logarithm_of_a_gaussian_that_may_go_astray() -> None:
-    found = reading(0.5, 0.2).surprise(vector(0.6)[None], answer=3)
-    assert math.isclose(float(found), -16 * math.log(density(0.1, 0.2)), rel_tol=1e-5)
+    surprise = uniform_recognition(0.5, 0.2).surprise(vector(0.6)[None], answer=3)
+    assert math.isclose(float(surprise), -16 * math.log(density(0.1, 0.2)), rel_tol=1e-5)
 
 
 def test_one_parameter_that_is_far_off_costs_no_more_than_the_flat_tenth() -> None:
     near, far = vector(0.5), vector(0.5)
     far[0] = 1.0  # fifty spreads away
-    seen = reading(0.5, 0.01)
-    cost = float(seen.surprise(far[None], answer=0) - seen.surprise(near[None], answer=0))
+    recognition = uniform_recognition(0.5, 0.01)
+    cost = float(recognition.surprise(far[None], answer=0) - recognition.surprise(near[None], answer=0))
     assert math.isclose(cost, math.log(density(0, 0.01) / 0.1), rel_tol=1e-4)
 
 
 def test_identity_is_the_share_of_the_own_density_against_each_distractor() -> None:
     # The own subject at the mean; one distractor 0.1 off in each of 16 parameters, and one at the mean too.
-    found = reading(0.5, 0.2).identity(vector(0.5), torch.stack([vector(0.6), vector(0.5)]), answer=0)
+    identity = uniform_recognition(0.5, 0.2).identity(vector(0.5), torch.stack([vector(0.6), vector(0.5)]), answer=0)
     odds = (density(0, 0.2) / density(0.1, 0.2)) ** 16
-    assert math.isclose(float(found), (odds / (odds + 1) + 0.5) / 2, rel_tol=1e-5)
+    assert math.isclose(float(identity), (odds / (odds + 1) + 0.5) / 2, rel_tol=1e-5)
 
 
-def test_identity_of_a_reading_that_tells_nothing_is_chance() -> None:
+def test_identity_without_information_is_chance() -> None:
     others = torch.rand(99, PARAMETERS, generator=torch.Generator().manual_seed(0))
-    found = reading(0.5, 1e4, pictures=3).identity(vector(0.1), others, answer=0)
-    assert torch.allclose(found, torch.full((3,), 0.5), atol=1e-5)
+    identity = uniform_recognition(0.5, 1e4, images=3).identity(vector(0.1), others, answer=0)
+    assert torch.allclose(identity, torch.full((3,), 0.5), atol=1e-5)
 
 
 def test_identity_uses_the_class_it_is_asked_about() -> None:
     means = torch.zeros(1, CLASSES, PARAMETERS)
     means[:, 7] = 1.0
-    seen = Recognition({}, means, torch.full_like(means, 0.1))
-    assert float(seen.identity(vector(1.0), vector(0.0)[None], answer=7)) > 0.99
-    assert float(seen.identity(vector(1.0), vector(0.0)[None], answer=6)) < 0.01
+    recognition = Recognition({}, means, torch.full_like(means, 0.1))
+    assert float(recognition.identity(vector(1.0), vector(0.0)[None], answer=7)) > 0.99
+    assert float(recognition.identity(vector(1.0), vector(0.0)[None], answer=6)) < 0.01
 
 
-def test_the_network_answers_every_head_for_every_picture_and_is_never_too_sure() -> None:
+def test_the_network_answers_every_head_for_every_image_and_bounds_its_certainty() -> None:
     torch.manual_seed(0)
     answers = dict(zip(RECOGNISED, (CLASSES, 11, 4, 14), strict=True))
-    seen = Recogniser(answers, PARAMETERS, width=8, hidden=16)(torch.randn(3, 3, 64, 64))
-    assert {head: tuple(logits.shape) for head, logits in seen.logits.items()} == {
+    recognition = Recogniser(answers, PARAMETERS, width=8, hidden=16)(torch.randn(3, 3, 64, 64))
+    assert {head: tuple(logits.shape) for head, logits in recognition.logits.items()} == {
         h: (3, n) for h, n in answers.items()
     }
-    assert seen.means.shape == seen.spreads.shape == (3, CLASSES, PARAMETERS)
-    assert bool((seen.spreads >= LEAST_SPREAD * (1 - 1e-6)).all())
+    assert recognition.means.shape == recognition.spreads.shape == (3, CLASSES, PARAMETERS)
+    assert bool((recognition.spreads >= LEAST_SPREAD * (1 - 1e-6)).all())
 
 
 def test_a_recogniser_of_another_world_is_loaded_with_its_own_numbers_of_answers(tmp_path: Path) -> None:
     torch.manual_seed(0)
     trained = Recogniser(dict.fromkeys(RECOGNISED, 3) | {"class": 5}, parameters=7)
     save_file(trained.state_dict(), tmp_path / "recogniser.safetensors")
-    pictures = torch.randn(2, 3, 64, 64)
+    images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        expected, found = trained(pictures), load(tmp_path / "recogniser.safetensors")(pictures)
-    assert torch.equal(found.means, expected.means)
-    assert all(torch.equal(found.logits[name], expected.logits[name]) for name in RECOGNISED)
+        expected, loaded = trained(images), load(tmp_path / "recogniser.safetensors")(images)
+    assert torch.equal(loaded.means, expected.means)
+    assert all(torch.equal(loaded.logits[name], expected.logits[name]) for name in RECOGNISED)

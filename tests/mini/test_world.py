@@ -1,4 +1,4 @@
-"""The picture book: what is drawn is determined, captions are true, and held-out subjects stay out."""
+"""The picture book: rendering is deterministic, captions are true, and held-out subjects stay out."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ seeds = st.integers(0, 2**32 - 1)
 
 @given(seeds)
 @settings(max_examples=30, deadline=None)
-def test_a_seed_draws_one_picture_and_its_silhouette(seed: int) -> None:
+def test_a_seed_gives_one_image_and_its_silhouette(seed: int) -> None:
     first, second = (
         (sample_subject(rng), sample_scene(rng)) for rng in (np.random.default_rng(seed), np.random.default_rng(seed))
     )
     assert first == second
-    picture = render(*first)
-    assert picture.shape == (64, 64, 3)
-    assert picture.dtype == np.uint8
-    assert np.array_equal(picture, render(*second))
+    image = render(*first)
+    assert image.shape == (64, 64, 3)
+    assert image.dtype == np.uint8
+    assert np.array_equal(image, render(*second))
     share = silhouette(*first).mean()
     assert 0.03 < share < 0.6
 
@@ -61,17 +61,16 @@ def test_every_class_shows_all_of_its_colours(noun: str) -> None:
     rng = np.random.default_rng(3)
     scene = replace(sample_scene(rng, place="white wall", style="photo"), scale=0.36)
     subject = replace(sample_subject(rng, noun), colours=("red", "blue", "green"), pattern="striped")
-    for at, other in enumerate(("turquoise", "yellow", "purple")):
-        colours = (*subject.colours[:at], other, *subject.colours[at + 1 :])
-        changed = np.abs(render(subject, scene).astype(int) - render(replace(subject, colours=colours), scene)).max(
-            axis=2
-        )
-        assert (changed > 40).sum() >= 20, f"{noun}: colour {at} is hardly seen"
+    image = render(subject, scene).astype(int)
+    for number, colour in enumerate(("turquoise", "yellow", "purple")):
+        main, second, accent = (colour if index == number else own for index, own in enumerate(subject.colours))
+        other = render(replace(subject, colours=(main, second, accent)), scene)
+        assert (np.abs(image - other).max(axis=2) > 40).sum() >= 20, f"{noun}: colour {number} is hardly seen"
 
 
 @given(seeds)
 @settings(max_examples=200, deadline=None)
-def test_a_caption_is_true_of_its_picture_and_of_no_contrary_one(seed: int) -> None:
+def test_a_caption_is_true_of_its_image_and_of_no_contrary_one(seed: int) -> None:
     rng = np.random.default_rng(seed)
     subject, scene = sample_subject(rng), sample_scene(rng)
     truth = facts(subject, scene)
@@ -81,34 +80,35 @@ def test_a_caption_is_true_of_its_picture_and_of_no_contrary_one(seed: int) -> N
         contrary = truth.copy()
         contrary[fact] += 1
         assert not agrees(mentioned[None], contrary[None]).any()
-    # The words say what `mentioned` says.
-    said = {name: int(answer) for name, answer in zip(FACTS, mentioned, strict=True) if answer >= 0}
-    assert ("class" in said) == (subject.noun in text.split())
-    assert ("place" in said) == text.endswith(PLACES[scene.place].words)
-    assert "main colour" not in said or subject.colours[0] in text.split()
-    assert "second colour" not in said or subject.colours[1] in text.split()
+    # The words agree with `mentioned`.
+    claims = {name: int(answer) for name, answer in zip(FACTS, mentioned, strict=True) if answer >= 0}
+    assert ("class" in claims) == (subject.noun in text.split())
+    assert ("place" in claims) == text.endswith(PLACES[scene.place].words)
+    assert "main colour" not in claims or subject.colours[0] in text.split()
+    assert "second colour" not in claims or subject.colours[1] in text.split()
     main, _, accent = subject.colours
     accented = (f"{accent} {WORDS[subject.noun].accent}" in text, f"{main} and {accent} " in text)
-    assert ("accent colour" in said) == any(accented)
+    assert ("accent colour" in claims) == any(accented)
     assert not all(accented)
-    assert "pattern size" not in said or PATTERN_SIZES[said["pattern size"]] in text.split()
-    assert "size" not in said or SIZES[said["size"]] in text.split()
+    assert "pattern size" not in claims or PATTERN_SIZES[claims["pattern size"]] in text.split()
+    assert "size" not in claims or SIZES[claims["size"]] in text.split()
     for i, number in enumerate(subject.shape):
-        if (answer := said.get(f"shape {i}")) is not None:
+        if (answer := claims.get(f"shape {i}")) is not None:
             proportion = WORDS[subject.noun].shape[i]
+            assert proportion is not None
             word = {0: proportion.low, 2: proportion.high}[answer]
             assert f"{word} {proportion.part}".strip() in text
             assert number < 1 / 3 if answer == 0 else number >= 2 / 3
 
 
-def test_every_fact_that_has_words_is_said_sooner_or_later() -> None:
+def test_every_fact_that_has_words_is_mentioned_eventually() -> None:
     rng = np.random.default_rng(8)
     subject = replace(sample_subject(rng, "vase"), pattern="dotted", pattern_scale=0.9, shape=(0.1,) * SHAPES)
     scene = replace(sample_scene(rng, style="painting"), scale=0.37)
     truth = facts(subject, scene)
     assert (truth >= 0).all()
-    said = np.stack([caption(truth, rng)[1] for _ in range(300)])
-    assert (said.max(axis=0) == truth).all()
+    mentioned = np.stack([caption(truth, rng)[1] for _ in range(300)])
+    assert (mentioned.max(axis=0) == truth).all()
 
 
 @pytest.mark.parametrize("noun", CLASSES)
@@ -137,7 +137,7 @@ def test_the_neighbourhood_of_a_held_out_subject_is_not_trained_on(name: str) ->
     assert is_near_held_out(subject)
     nudged = replace(subject, shape=tuple(min(1.0, number + 0.1) for number in subject.shape))
     assert is_near_held_out(nudged)
-    # Other colours and jitter, but told by the same words: excluded too.
+    # Other colours and jitter, but described in the same words: excluded too.
     assert is_near_held_out(replace(subject, shape=tuple(1 - number for number in subject.shape), jitter=(0.0,) * 9))
 
 
@@ -157,12 +157,12 @@ def test_the_shipped_recogniser_has_an_answer_for_everything_there_is() -> None:
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_a_style_gives_a_picture_of_the_same_size(style: str) -> None:
+def test_a_style_gives_an_image_of_the_same_size(style: str) -> None:
     rng = np.random.default_rng(2)
-    picture = render(sample_subject(rng), sample_scene(rng, style=style))
-    assert picture.shape == (64, 64, 3)
-    assert picture.dtype == np.uint8
-    assert picture.std() > 5
+    image = render(sample_subject(rng), sample_scene(rng, style=style))
+    assert image.shape == (64, 64, 3)
+    assert image.dtype == np.uint8
+    assert image.std() > 5
 
 
 def test_a_plain_subject_does_not_depend_on_its_second_colour() -> None:

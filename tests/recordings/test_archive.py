@@ -1,4 +1,4 @@
-"""The reader of recorded runs: every series as it was written, and nothing that is not whole."""
+"""Reading recorded runs: every series as it was written, and nothing that is incomplete."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 from fake_record import GAIN, START, TIMESTEPS, fake_record, scored_steps
 
 from dvar.errors import RefusedInput
-from dvar.recordings.archive import RecordedRun, RecordingArchive, RescoredRun
+from dvar.recordings.archive import RecordingArchive
+from dvar.recordings.recorded_run import RecordedRun, RescoredRun
 
 
 @pytest.fixture
@@ -19,15 +20,15 @@ def folder(tmp_path: Path) -> Path:
     return fake_record(tmp_path, cap=100, every=10)
 
 
-def test_a_record_is_named_by_its_folder(folder: Path) -> None:
-    record = RecordedRun.open(folder)
-    assert (record.method, record.concept, record.seed, record.cap) == ("textual-inversion", "red_mug", 0, 100)
-    assert record.name == "textual-inversion/red_mug/0"
+def test_a_recorded_run_is_named_by_its_folder(folder: Path) -> None:
+    run = RecordedRun.open(folder)
+    assert (run.method, run.concept, run.seed, run.cap) == ("textual-inversion", "red_mug", 0, 100)
+    assert run.name == "textual-inversion/red_mug/0"
 
 
 def test_series_have_their_own_cadence_and_width(folder: Path) -> None:
-    record = RecordedRun.open(folder)
-    shapes = {name: record.series(name)[1].shape for name in ("eval", "train_loss", "stratified", "unseen", "drift")}
+    run = RecordedRun.open(folder)
+    shapes = {name: run.series(name)[1].shape for name in ("eval", "train_loss", "stratified", "unseen", "drift")}
     assert shapes == {
         "eval": (101, len(TIMESTEPS)),
         "train_loss": (100, 1),
@@ -35,22 +36,22 @@ def test_series_have_their_own_cadence_and_width(folder: Path) -> None:
         "unseen": (11, 8),
         "drift": (11, 1),
     }
-    assert record.series("stratified")[0].tolist() == list(range(0, 101, 10))
-    np.testing.assert_array_equal(record.series("eval")[1].mean(axis=1), record.trace.values)
+    assert run.series("stratified")[0].tolist() == list(range(0, 101, 10))
+    np.testing.assert_array_equal(run.series("eval")[1].mean(axis=1), run.trace.values)
 
 
 def test_paired_is_fresh_minus_frozen(folder: Path) -> None:
-    record = RecordedRun.open(folder)
-    steps, paired = record.series("paired")
-    fresh, frozen = record.series("fresh")[1], record.series("frozen")[1]
+    run = RecordedRun.open(folder)
+    steps, paired = run.series("paired")
+    fresh, frozen = run.series("fresh")[1], run.series("frozen")[1]
     np.testing.assert_array_equal(paired, fresh - frozen)
     assert not paired[0].any()  # the untouched model is the frozen one
     assert (paired[1:] < 0).all()
     assert len(steps) == 11
-    assert record.has("paired")
+    assert run.has_series("paired")
 
 
-def test_scores_are_one_per_picture(folder: Path) -> None:
+def test_each_image_has_a_score(folder: Path) -> None:
     steps, values = RecordedRun.open(folder).scores("train", "clip_image")
     assert steps.tolist() == scored_steps(100)
     np.testing.assert_allclose(values[0], START)
@@ -59,8 +60,8 @@ def test_scores_are_one_per_picture(folder: Path) -> None:
 
 
 def test_unit_seconds_are_medians(folder: Path) -> None:
-    # 0.2 s an update, 0.1 s for 8 held samples, 8 s for 16 pictures
-    assert RecordedRun.open(folder).seconds == pytest.approx({"train": 0.2, "forward": 0.0125, "picture": 0.5})
+    # 0.2 s an update, 0.1 s for 8 held samples, 8 s for 16 images
+    assert RecordedRun.open(folder).unit_seconds == pytest.approx({"train": 0.2, "forward": 0.0125, "picture": 0.5})
 
 
 @pytest.mark.parametrize("name", ["trace.jsonl", "scores.json"])
@@ -72,21 +73,21 @@ def test_what_was_changed_after_recording_is_refused(folder: Path, name: str) ->
 
 
 @pytest.mark.parametrize("name", ["done.json", "config.json"])
-def test_an_unfinished_record_is_refused(folder: Path, name: str) -> None:
+def test_an_unfinished_recording_is_refused(folder: Path, name: str) -> None:
     (folder / name).unlink()
     with pytest.raises(RefusedInput, match=f"{name} is missing"):
         RecordedRun.open(folder)
 
 
 def test_an_unknown_series_or_score_names_those_there_are(folder: Path) -> None:
-    record = RecordedRun.open(folder)
+    run = RecordedRun.open(folder)
     with pytest.raises(RefusedInput, match="no series 'evil': it has drift, eval, fresh"):
-        record.series("evil")
+        run.series("evil")
     with pytest.raises(RefusedInput, match="no score train dino: it has train clip_image, train clip_text"):
-        record.scores("train", "dino")
+        run.scores("train", "dino")
 
 
-def test_joined_shelves_read_a_run_from_the_first_that_has_it(tmp_path: Path) -> None:
+def test_joined_archives_take_a_run_from_the_first_that_has_it(tmp_path: Path) -> None:
     one, other = tmp_path / "one", tmp_path / "other"
     fake_record(one, concept="red_mug", cap=40)
     damaged = fake_record(one, concept="blue_dog", cap=40)
@@ -95,18 +96,20 @@ def test_joined_shelves_read_a_run_from_the_first_that_has_it(tmp_path: Path) ->
         fake_record(other, concept=concept, cap=60)
     (one / "seconds.json").write_text('{"textual-inversion": {"train": 1.0}}')
     (other / "seconds.json").write_text('{"textual-inversion": {"train": 2.0}, "custom-diffusion": {"train": 3.0}}')
-    anew = RescoredRun(np.array([3]), {("train", "clip_image"): np.ones((1, 8))})
+    rescored = RescoredRun(np.array([3]), {("train", "clip_image"): np.ones((1, 8))})
     whole = RecordingArchive.open(other)
-    whole = replace(whole, rescored={record.name: anew for record in whole})
-    shelf = RecordingArchive.joined([RecordingArchive.open(one), whole])
-    assert {record.concept: record.cap for record in shelf} == {"blue_dog": 60, "green_car": 60, "red_mug": 40}
-    assert not shelf.lost
-    assert shelf.seconds == {"textual-inversion": {"train": 1.0}, "custom-diffusion": {"train": 3.0}}
-    assert {name.split("/")[1] for name in shelf.rescored} == {"blue_dog", "green_car"}, "another run's are not its own"
-    assert [record.name for record in RecordingArchive.joined([whole])] == [record.name for record in whole]
+    whole = replace(whole, rescored={run.name: rescored for run in whole})
+    archive = RecordingArchive.join([RecordingArchive.open(one), whole])
+    assert {run.concept: run.cap for run in archive} == {"blue_dog": 60, "green_car": 60, "red_mug": 40}
+    assert not archive.unreadable
+    assert archive.measured_seconds == {"textual-inversion": {"train": 1.0}, "custom-diffusion": {"train": 3.0}}
+    assert {name.split("/")[1] for name in archive.rescored} == {"blue_dog", "green_car"}, (
+        "another run's are not its own"
+    )
+    assert [run.name for run in RecordingArchive.join([whole])] == [run.name for run in whole]
 
 
-def test_a_shelf_keeps_what_it_can_read_and_says_why_the_rest_is_lost(tmp_path: Path) -> None:
+def test_an_archive_has_every_run_that_can_be_read_and_names_why_the_others_cannot(tmp_path: Path) -> None:
     fake_record(tmp_path, cap=40)
     fake_record(tmp_path, "dreambooth-lora", cap=40)
     fake_record(tmp_path, concept="purple_cat", cap=40)
@@ -114,24 +117,24 @@ def test_a_shelf_keeps_what_it_can_read_and_says_why_the_rest_is_lost(tmp_path: 
     (damaged / "done.json").write_text("{")
     (failed / "done.json").unlink()
     (failed / "failed.json").write_text(json.dumps({"reason": "the loss was not finite at step 3"}))
-    shelf = RecordingArchive.open(tmp_path)
-    assert shelf.methods == ("textual-inversion", "dreambooth-lora")
-    assert [record.name for record in shelf.of("textual-inversion")] == ["textual-inversion/red_mug/0"]
-    assert [record.concept for record in shelf.for_tuning("textual-inversion")] == ["purple_cat"]
-    assert shelf.lost["textual-inversion/red_mug/2"] == "the loss was not finite at step 3"
-    assert shelf.lost["textual-inversion/red_mug/1"].startswith("done.json must be JSON")
-    assert len(shelf) == 3
+    archive = RecordingArchive.open(tmp_path)
+    assert archive.methods == ("textual-inversion", "dreambooth-lora")
+    assert [run.name for run in archive.runs_of("textual-inversion")] == ["textual-inversion/red_mug/0"]
+    assert [run.concept for run in archive.tuning_runs("textual-inversion")] == ["purple_cat"]
+    assert archive.unreadable["textual-inversion/red_mug/2"] == "the loss was not finite at step 3"
+    assert archive.unreadable["textual-inversion/red_mug/1"].startswith("done.json must be JSON")
+    assert len(archive) == 3
 
 
-def test_seconds_measured_apart_replace_the_medians(tmp_path: Path) -> None:
+def test_measured_seconds_replace_the_medians(tmp_path: Path) -> None:
     fake_record(tmp_path, cap=40, seconds=0.2)
     fake_record(tmp_path, concept="blue_cup", cap=40, seconds=0.4)
-    assert RecordingArchive.open(tmp_path).units("textual-inversion")["train"] == pytest.approx(0.3)
+    assert RecordingArchive.open(tmp_path).unit_seconds("textual-inversion")["train"] == pytest.approx(0.3)
     (tmp_path / "seconds.json").write_text(json.dumps({"textual-inversion": {"train": 0.1, "start_up": 3.0}}))
-    units = RecordingArchive.open(tmp_path).units("textual-inversion")
+    units = RecordingArchive.open(tmp_path).unit_seconds("textual-inversion")
     assert (units["train"], units["start_up"], units["picture"]) == (0.1, 3.0, 0.5)
 
 
-def test_a_folder_without_records_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_recordings_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RefusedInput, match="no recorded runs in"):
         RecordingArchive.open(tmp_path)

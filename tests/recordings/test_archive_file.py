@@ -1,4 +1,4 @@
-"""The public file of traces: the same records, in one small file."""
+"""The public file of traces: the same runs, in one small file."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from fake_record import fake_record
 
 from dvar.errors import RefusedInput
 from dvar.recordings import archive_file
-from dvar.recordings.archive import RecordingArchive, RescoredRun
+from dvar.recordings.archive import RecordingArchive
 from dvar.recordings.archive_file import read_traces, write_traces
+from dvar.recordings.recorded_run import RescoredRun
 
 
 @pytest.fixture
-def shelf(tmp_path: Path) -> RecordingArchive:
+def archive(tmp_path: Path) -> RecordingArchive:
     fake_record(tmp_path / "records", cap=120, learned=15.0, noise=0.01)
     fake_record(tmp_path / "records", concept="purple_cat", cap=120)
     return RecordingArchive.open(tmp_path / "records")
 
 
-def test_what_is_written_is_read(shelf: RecordingArchive, tmp_path: Path) -> None:
-    back = read_traces(write_traces(shelf, tmp_path / "traces.npz"))
-    assert [record.name for record in back] == [record.name for record in shelf]
-    for one, other in zip(shelf, back, strict=True):
+def test_what_is_written_is_read(archive: RecordingArchive, tmp_path: Path) -> None:
+    back = read_traces(write_traces(archive, tmp_path / "traces.npz"))
+    assert [run.name for run in back] == [run.name for run in archive]
+    for one, other in zip(archive, back, strict=True):
         assert (one.cap, one.header, one.trace.header) == (other.cap, other.header, other.trace.header)
         for name in ("eval", "stratified", "paired", "unseen", "drift", "train_loss", "grad_norm", "token_norm"):
             (steps, values), (same, near) = one.series(name), other.series(name)
@@ -34,51 +35,53 @@ def test_what_is_written_is_read(shelf: RecordingArchive, tmp_path: Path) -> Non
         np.testing.assert_allclose(
             one.scores("train", "clip_image")[1], other.scores("train", "clip_image")[1], rtol=1e-6
         )
-    assert back.units("textual-inversion") == pytest.approx(shelf.units("textual-inversion"))
-    assert back.tuning == shelf.tuning
+    assert back.unit_seconds("textual-inversion") == pytest.approx(archive.unit_seconds("textual-inversion"))
+    assert back.tuning_concepts == archive.tuning_concepts
 
 
-def test_what_was_scored_anew_goes_along(shelf: RecordingArchive, tmp_path: Path) -> None:
-    name = shelf.records[1].name
+def test_rescored_steps_are_in_the_file(archive: RecordingArchive, tmp_path: Path) -> None:
+    name = archive.runs[1].name
     values = np.random.default_rng(0).random((2, 8))
-    anew = RescoredRun(np.array([3, 70]), {("train", "clip_image"): values, ("validation", "clip_text"): values / 2})
-    back = read_traces(write_traces(replace(shelf, rescored={name: anew}), tmp_path / "traces.npz"))
+    rescored = RescoredRun(
+        np.array([3, 70]), {("train", "clip_image"): values, ("validation", "clip_text"): values / 2}
+    )
+    back = read_traces(write_traces(replace(archive, rescored={name: rescored}), tmp_path / "traces.npz"))
     assert back.rescored.keys() == {name}
-    found = back.rescored[name]
-    assert found.steps.tolist() == [3, 70]
-    assert found.pictures.keys() == anew.pictures.keys()
-    np.testing.assert_allclose(found.pictures["validation", "clip_text"], values / 2, rtol=1e-6)
-    assert found.mean(70, "train", "clip_image") == pytest.approx(values[1].mean())
-    assert back.records[1].pictures.keys() == shelf.records[1].pictures.keys()
+    stored = back.rescored[name]
+    assert stored.steps.tolist() == [3, 70]
+    assert stored.image_scores.keys() == rescored.image_scores.keys()
+    np.testing.assert_allclose(stored.image_scores["validation", "clip_text"], values / 2, rtol=1e-6)
+    assert stored.mean(70, "train", "clip_image") == pytest.approx(values[1].mean())
+    assert back.runs[1].image_scores.keys() == archive.runs[1].image_scores.keys()
 
 
 def test_losses_that_were_float32_come_back_bit_for_bit(tmp_path: Path) -> None:
-    shelf = RecordingArchive.open(fake_record(tmp_path / "records", cap=20).parents[2])
-    once = read_traces(write_traces(shelf, tmp_path / "one.npz"))
+    archive = RecordingArchive.open(fake_record(tmp_path / "records", cap=20).parents[2])
+    once = read_traces(write_traces(archive, tmp_path / "one.npz"))
     twice = read_traces(write_traces(once, tmp_path / "two.npz"))
     for one, other in zip(once, twice, strict=True):
         np.testing.assert_array_equal(one.series("eval")[1], other.series("eval")[1])
 
 
-def test_no_path_of_the_recording_machine_is_in_the_file(shelf: RecordingArchive, tmp_path: Path) -> None:
-    for record in shelf:
-        assert isinstance(record.config, dict)
-        record.config.update(output_dir="/home/someone/runs", instance_data_dir="/home/someone/pictures")
-    back = read_traces(write_traces(shelf, tmp_path / "traces.npz"))
-    assert all("someone" not in str(record.config) for record in back)
+def test_no_path_of_the_recording_machine_is_in_the_file(archive: RecordingArchive, tmp_path: Path) -> None:
+    for run in archive:
+        assert isinstance(run.config, dict)
+        run.config.update(output_dir="/home/someone/runs", instance_data_dir="/home/someone/pictures")
+    back = read_traces(write_traces(archive, tmp_path / "traces.npz"))
+    assert all("someone" not in str(run.config) for run in back)
 
 
 def test_a_file_that_would_be_too_large_is_refused(
-    shelf: RecordingArchive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    archive: RecordingArchive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(archive_file, "LIMIT", 1000)
+    monkeypatch.setattr(archive_file, "MAX_BYTES", 1000)
     with pytest.raises(RefusedInput, match="must fit in 1000 bytes, got"):
-        write_traces(shelf, tmp_path / "traces.npz")
+        write_traces(archive, tmp_path / "traces.npz")
     assert not list(tmp_path.glob("traces*"))
 
 
 def test_another_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "traces.npz"
     path.write_bytes(b"not an archive")
-    with pytest.raises(RefusedInput, match="is no file of traces"):
+    with pytest.raises(RefusedInput, match="is not a file of traces"):
         read_traces(path)

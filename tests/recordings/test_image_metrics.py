@@ -1,4 +1,4 @@
-"""Scores of pictures: cases worked out by hand, and the same numbers by an independent library."""
+"""Metrics of images: cases computed by hand, and the same numbers from an independent library."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def clip(folder: Path) -> Clip:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Image.Image]:
-    made = tiny_concept(tmp_path_factory.mktemp("concept"), pictures=5)
-    return [Image.open(path).convert("RGB") for path in sorted(made.glob("*.png"))]
+def images(tmp_path_factory: pytest.TempPathFactory) -> list[Image.Image]:
+    folder = tiny_concept(tmp_path_factory.mktemp("concept"), images=5)
+    return [Image.open(path).convert("RGB") for path in sorted(folder.glob("*.png"))]
 
 
 def test_pairings_worked_out_by_hand() -> None:
@@ -55,70 +55,70 @@ def test_similarity_is_torchmetrics_cosine() -> None:
     torch.testing.assert_close(similarity(of, to, "row by row"), every[torch.arange(7), torch.arange(7) % 3])
 
 
-def test_text_scores_are_torchmetrics_clip_score(clip: Clip, pictures: list[Image.Image]) -> None:
+def test_text_scores_are_torchmetrics_clip_score(clip: Clip, images: list[Image.Image]) -> None:
     texts = ["a photo of a mug", "a red mug", "a dog in the snow", "a cat at night", "one chair"]
     # torchmetrics 1.9 asks for bare features, which transformers 5 wraps.
-    bare = SimpleNamespace(
+    model: SimpleNamespace = SimpleNamespace(
         config=clip.model.config,
-        to=lambda device: bare,
+        to=lambda device: model,
         get_image_features=lambda pixels: clip.model.get_image_features(pixel_values=pixels).pooler_output,
         get_text_features=lambda ids, mask: clip.model.get_text_features(ids, mask).pooler_output,
     )
     processor = CLIPProcessor(clip.processor, clip.tokenizer)
-    shown = [torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures]
-    found = Scorer(clip, pictures[:1])(pictures, texts)["clip_text"]
-    for picture, text, score in zip(shown, texts, found, strict=True):
-        expected = clip_score(picture, text, model_name_or_path=lambda: (bare, processor))
+    tensors = [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]
+    scores = Scorer(clip, images[:1])(images, texts)["clip_text"]
+    for tensor, text, score in zip(tensors, texts, scores, strict=True):
+        expected = clip_score(tensor, text, model_name_or_path=lambda: (model, processor))
         assert max(100 * score, 0) == pytest.approx(float(expected), abs=1e-3)
 
 
-def test_a_picture_is_most_like_itself(clip: Clip, pictures: list[Image.Image]) -> None:
-    scores = Scorer(clip, pictures, pairing="row by row")(pictures, ["a mug"] * 5)
+def test_an_image_is_most_similar_to_itself(clip: Clip, images: list[Image.Image]) -> None:
+    scores = Scorer(clip, images, pairing="row by row")(images, ["a mug"] * 5)
     assert scores["clip_image"] == pytest.approx([1.0] * 5, abs=1e-5)
-    assert max(Scorer(clip, pictures)(pictures, ["a mug"] * 5)["clip_image"]) < 1 - 1e-4
+    assert max(Scorer(clip, images)(images, ["a mug"] * 5)["clip_image"]) < 1 - 1e-4
 
 
 def test_the_vectors_of_references_are_computed_once(
-    clip: Clip, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+    clip: Clip, images: list[Image.Image], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[int] = []
-    whole = Clip.of_pictures
+    counts: list[int] = []
+    embed = Clip.embed_images
 
-    def counted(self: Clip, shown: list[Image.Image]) -> torch.Tensor:
-        seen.append(len(shown))
-        return whole(self, shown)
+    def count(self: Clip, images: list[Image.Image]) -> torch.Tensor:
+        counts.append(len(images))
+        return embed(self, images)
 
-    monkeypatch.setattr(Clip, "of_pictures", counted)
-    scorer = Scorer(clip, pictures)
+    monkeypatch.setattr(Clip, "embed_images", count)
+    scorer = Scorer(clip, images)
     for _ in range(3):
-        scorer(pictures[:2], ["a mug"] * 2)
-    assert seen == [5, 2, 2, 2]
+        scorer(images[:2], ["a mug"] * 2)
+    assert counts == [5, 2, 2, 2]
 
 
-def test_pixels_are_those_of_the_processor_whatever_the_company(clip: Clip, pictures: list[Image.Image]) -> None:
-    large = [picture.resize((90, 70)) for picture in pictures]
-    together = clip.of_pictures(large)
-    torch.testing.assert_close(together, torch.cat([clip.of_pictures([picture]) for picture in large]))
+def test_pixels_are_those_of_the_processor_whatever_else_is_in_the_batch(clip: Clip, images: list[Image.Image]) -> None:
+    large = [image.resize((90, 70)) for image in images]
+    together = clip.embed_images(large)
+    torch.testing.assert_close(together, torch.cat([clip.embed_images([image]) for image in large]))
     pixels = clip.processor(large, return_tensors="pt").pixel_values
     expected = clip.model.get_image_features(pixel_values=pixels).pooler_output
     torch.testing.assert_close(together, torch.nn.functional.normalize(expected, dim=1))
     torch.testing.assert_close(together.norm(dim=1), torch.ones(5))
 
 
-def test_dino_reads_the_class_token(tmp_path: Path, clip: Clip, pictures: list[Image.Image]) -> None:
+def test_dino_reads_the_class_token(tmp_path: Path, clip: Clip, images: list[Image.Image]) -> None:
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     torch.manual_seed(0)
     ViTModel(ViTConfig(image_size=32, patch_size=8, **small), add_pooling_layer=False).save_pretrained(tmp_path)
     ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
     dino = Dino.load(tmp_path)
-    pixels = dino.processor(pictures, return_tensors="pt").pixel_values
+    pixels = dino.processor(images, return_tensors="pt").pixel_values
     first = dino.model(pixel_values=pixels).last_hidden_state[:, 0]
-    scores = Scorer(clip, pictures[:2], dino=dino)(pictures, ["a mug"] * 5)
+    scores = Scorer(clip, images[:2], dino=dino)(images, ["a mug"] * 5)
     torch.testing.assert_close(torch.tensor(scores["dino"]), pairwise_cosine_similarity(first, first[:2]).mean(dim=1))
-    assert Scorer(clip, pictures, dino=dino).names == {"clip": "clip", "dino": tmp_path.name}
+    assert Scorer(clip, images, dino=dino).names == {"clip": "clip", "dino": tmp_path.name}
 
 
-def broken(folder: Path, name: str, change: Callable[[dict[str, Any]], object]) -> None:
+def edit_json(folder: Path, name: str, change: Callable[[dict[str, Any]], object]) -> None:
     settings = json.loads((folder / name).read_text())
     change(settings)
     (folder / name).write_text(json.dumps(settings))
@@ -130,7 +130,9 @@ def test_a_clip_that_does_not_fit_is_refused(tmp_path: Path, tiny_model: Path) -
     with pytest.raises(ModelError, match=r"must be of type clip, .* is of type clip_text_model"):
         Clip.load(tiny_model / "text_encoder")
     crops = tiny_clip(tmp_path / "crops")
-    broken(crops, "preprocessor_config.json", lambda made: made.update(crop_size={"height": 16, "width": 16}))
+    edit_json(
+        crops, "preprocessor_config.json", lambda settings: settings.update(crop_size={"height": 16, "width": 16})
+    )
     with pytest.raises(ModelError, match="its processor makes 16x16, it reads 32"):
         Clip.load(crops)
     words = tiny_clip(tmp_path / "words", vocabulary=["mug"])
@@ -141,9 +143,9 @@ def test_a_clip_that_does_not_fit_is_refused(tmp_path: Path, tiny_model: Path) -
         Clip.load(crops)
 
 
-def test_wrong_asks_are_refused(clip: Clip, pictures: list[Image.Image]) -> None:
+def test_a_wrong_pairing_and_missing_references_are_refused(clip: Clip, images: list[Image.Image]) -> None:
     with pytest.raises(RefusedInput, match="pairing must be one of all pairs, row by row, got 'zip'"):
-        Scorer(clip, pictures, pairing="zip")  # type: ignore[arg-type]
+        Scorer(clip, images, pairing="zip")  # type: ignore[arg-type]
     with pytest.raises(RefusedInput, match="there must be a reference"):
         Scorer(clip, [])
     with pytest.raises(RefusedInput, match="knows the bundled concepts alone, got 'mug'"):
@@ -152,11 +154,11 @@ def test_wrong_asks_are_refused(clip: Clip, pictures: list[Image.Image]) -> None
 
 def test_the_bundled_judges_know_a_bundled_concept() -> None:
     name = "black_cat"
-    shown = [Image.open(path) for path in sorted(mini.concepts()[name].glob("*.png"))]
+    images = [Image.open(path) for path in sorted(mini.concepts()[name].glob("*.png"))]
     places = json.loads((mini.concepts()[name] / "concept.json").read_text())["places"]
     others = [Image.open(path) for path in sorted(mini.concepts()["brown_boot"].glob("*.png"))]
-    scorer = Scorer(Clip.scoring(), shown, judge=Judge(name))
-    own = scorer(shown, ["a photo of a cat"] * len(shown), places)
+    scorer = Scorer(Clip.scoring(), images, judge=Judge(name))
+    own = scorer(images, ["a photo of a cat"] * len(images), places)
     foreign = scorer(others, ["a photo of a cat"] * len(others))
     assert min(own["identity"]) > 0.9
     for head in ("class", "main colour", "pattern", "place"):
@@ -168,7 +170,7 @@ def test_the_bundled_judges_know_a_bundled_concept() -> None:
 
 
 def test_the_bundled_clip_s_processor_makes_the_pixels_it_was_trained_on() -> None:
-    shown = Image.open(next(iter(sorted(mini.concepts()["black_cat"].glob("*.png"))))).convert("RGB")
-    pixels = Clip.scoring().processor([shown], return_tensors="pt").pixel_values
-    expected = torch.from_numpy(np.array(shown)).permute(2, 0, 1).float() / 127.5 - 1
+    image = Image.open(next(iter(sorted(mini.concepts()["black_cat"].glob("*.png"))))).convert("RGB")
+    pixels = Clip.scoring().processor([image], return_tensors="pt").pixel_values
+    expected = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
     torch.testing.assert_close(pixels[0], expected, atol=1e-6, rtol=0)

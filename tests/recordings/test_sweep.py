@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -13,18 +14,34 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fake_record import fake_record
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dvar.errors import ModelError, RefusedInput
-from dvar.recordings import cost, sweep, worker_pool
-from dvar.recordings.archive import RecordedRun, RecordingArchive
-from dvar.recordings.cost import expected_seconds, seconds_left, time_left, unit_seconds
+from dvar.recordings import cost, sweep
+from dvar.recordings.archive import RecordingArchive
+from dvar.recordings.cost import (
+    ROUGH_UNITS,
+    estimate_seconds,
+    estimate_seconds_left,
+    extrapolate_seconds_left,
+    measure_unit_seconds,
+)
 from dvar.recordings.protocol import PROTOCOLS
-from dvar.recordings.spec import RecordingSpec, facts_of
-from dvar.recordings.sweep import RecordingStatus, check, described, grid, recorded, run_sweep, standing, table
-from dvar.recordings.worker_pool import slots
+from dvar.recordings.recorded_run import RecordedRun
+from dvar.recordings.spec import RecordingSpec, read_conditions
+from dvar.recordings.sweep import (
+    RecordingStatus,
+    format_protocol,
+    format_statuses,
+    read_status,
+    record_missing,
+    run_sweep,
+    validate_recordings,
+)
+from dvar.recordings.worker_pool import list_slots
 from dvar.testing import tiny_clip, tiny_concept
 
 SETTINGS: dict[str, Any] = {
@@ -40,20 +57,33 @@ SETTINGS: dict[str, Any] = {
 def base(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> RecordingSpec:
     folder = tmp_path_factory.mktemp("bench")
     for name in ("ball", "other"):
-        tiny_concept(folder / "concepts" / name, pictures=2)
+        tiny_concept(folder / "concepts" / name, images=2)
         (folder / "concepts" / name / "concept.json").write_text('{"noun": "mug"}')
-    told = {"model": str(tiny_model), "concepts": str(folder / "concepts"), "clip": str(tiny_clip(folder / "clip"))}
-    return RecordingSpec("textual-inversion", "ball", plan="quick", settings=tuple(SETTINGS.items()), **told)
+    paths: dict[str, Any] = {
+        "model": str(tiny_model),
+        "concepts": str(folder / "concepts"),
+        "clip": str(tiny_clip(folder / "clip")),
+    }
+    return RecordingSpec("textual-inversion", "ball", protocol="quick", settings=tuple(SETTINGS.items()), **paths)
 
 
-def fake(recording: RecordingSpec, status: int = 0, said: str = "") -> str:
-    """A program that stands in for a recording: it notes that it ran, says something and ends."""
-    return f"import sys; open({str(recording.folder / 'ran')!r}, 'a').write('x'); print({said!r}); sys.exit({status})"
+def four_runs(base: RecordingSpec, records: Path) -> list[RecordingSpec]:
+    """Two concepts with two seeds each, seed by seed."""
+    return [
+        replace(base, records=str(records), concept=concept, seed=seed)
+        for seed in (0, 1)
+        for concept in ("ball", "other")
+    ]
+
+
+def fake_program(recording: RecordingSpec, status: int = 0, output: str = "") -> str:
+    """A program in place of a recording: it marks that it ran, prints something and ends."""
+    return f"import sys; open({str(recording.folder / 'ran')!r}, 'a').write('x'); print({output!r}); sys.exit({status})"
 
 
 @contextmanager
-def handled(number: signal.Signals, handler: Any) -> Iterator[None]:
-    """A signal's handler, whatever these tests were started under, and that it is still there at the end."""
+def handle_signal(number: signal.Signals, handler: Any) -> Iterator[None]:
+    """Set a signal's handler, whatever these tests were started under, and check that it is still there at the end."""
     before = signal.signal(number, handler)
     try:
         yield
@@ -64,51 +94,51 @@ def handled(number: signal.Signals, handler: Any) -> Iterator[None]:
 
 @pytest.fixture
 def programs(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """Programs by the name of the run they stand in for."""
-    found: dict[str, str] = {}
+    """Programs by the name of the recording that they stand in for."""
+    programs: dict[str, str] = {}
     start = subprocess.Popen
 
-    def popen(command: list[str], **how: Any) -> subprocess.Popen[bytes]:
-        recording = RecordingSpec.told(command[-1])
-        return start([command[0], "-c", found[recording.name]], **how)
+    def popen(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        recording = RecordingSpec.from_json(command[-1])
+        return start([command[0], "-c", programs[recording.name]], **options)
 
     monkeypatch.setattr(subprocess, "Popen", popen)
-    return found
+    return programs
 
 
 @pytest.mark.slow
 def test_a_sweep_makes_what_is_missing_and_what_is_damaged_and_nothing_else(
     base: RecordingSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, told = replace(base, records=str(tmp_path)), list[str]()
-    rows = run_sweep([run], tell=told.append)
+    run, lines = replace(base, records=str(tmp_path)), list[str]()
+    rows = run_sweep([run], notify=lines.append)
     assert [row.state for row in rows] == ["done"], rows
-    assert told[-1].startswith("1 of 1 runs, 100 %")
+    assert lines[-1].startswith("1 of 1 runs, 100 %")
     assert len(RecordingArchive.open(tmp_path)) == 1
     with monkeypatch.context() as patch:
-        patch.setattr(sweep, "side_by_side", None)  # nothing may be made
+        patch.setattr(sweep, "run_workers", None)  # nothing may be made
         assert [row.state for row in run_sweep([run])] == ["done"]
-    made = (run.folder / "done.json").stat().st_mtime_ns
+    first_time = (run.folder / "done.json").stat().st_mtime_ns
     (run.folder / "scores.json").write_text("{}")
-    row = standing(run)
+    row = read_status(run)
     assert row.state == "missing"
     assert "scores.json is not what was recorded" in row.reason
     assert [row.state for row in run_sweep([run])] == ["done"]
-    assert (run.folder / "done.json").stat().st_mtime_ns > made
+    assert (run.folder / "done.json").stat().st_mtime_ns > first_time
     RecordedRun.open(run.folder)
 
 
 def test_a_run_that_fails_is_a_row_with_its_reason_and_is_tried_again(
     base: RecordingSpec, tmp_path: Path, programs: dict[str, str]
 ) -> None:
-    runs = grid(replace(base, records=str(tmp_path)), ["textual-inversion"], ["ball", "other"], [0, 1])
-    said = [
-        fake(runs[0], 1, "a note\ndvar: the loss was not finite"),
+    runs = four_runs(base, tmp_path)
+    programs_in_order = [
+        fake_program(runs[0], 1, "a note\ndvar: the loss was not finite"),
         "import os; os.kill(os.getpid(), 9)",
-        fake(runs[2], 130),
-        fake(runs[3], 3),
+        fake_program(runs[2], 130),
+        fake_program(runs[3], 3),
     ]
-    programs |= {run.name: program for run, program in zip(runs, said, strict=True)}
+    programs |= {run.name: program for run, program in zip(runs, programs_in_order, strict=True)}
     rows = run_sweep(runs, workers=2)
     assert [(row.state, row.reason) for row in rows[:2]] == [
         ("failed", "the loss was not finite"),
@@ -116,7 +146,7 @@ def test_a_run_that_fails_is_a_row_with_its_reason_and_is_tried_again(
     ]
     assert rows[2].state == "missing"
     assert (rows[3].state, rows[3].reason) == ("failed", "ended with status 3 and said nothing")
-    lines = list(table(rows))
+    lines = list(format_statuses(rows))
     assert lines[-1] == "3 failed, 1 missing"
     assert "textual-inversion/ball/0" in lines[0]
     assert "failed  the loss was not finite" in lines[0]
@@ -124,31 +154,31 @@ def test_a_run_that_fails_is_a_row_with_its_reason_and_is_tried_again(
     assert (runs[0].folder / "ran").read_text() == "xx"
 
 
-def test_prices_of_work_are_measured_before_a_sweep_and_kept_with_its_records(
+def test_unit_seconds_are_measured_before_a_sweep_and_kept_with_its_recordings(
     base: RecordingSpec, tmp_path: Path, programs: dict[str, str]
 ) -> None:
     root = tmp_path / "not" / "there yet"
-    run, told = replace(base, records=str(root)), list[str]()
-    programs |= {run.name: fake(run, 1)}
-    recorded([run], told.append, only_estimate=True)
+    run, lines = replace(base, records=str(root)), list[str]()
+    programs |= {run.name: fake_program(run, 1)}
+    record_missing([run], lines.append, only_estimate=True)
     assert not (root / "seconds.json").exists()
-    recorded([run], told.append)
+    record_missing([run], lines.append)
     prices = json.loads((root / "seconds.json").read_text())
     assert prices.keys() == {"textual-inversion"}
     assert prices["textual-inversion"].keys() == {"start_up", "train", "forward", "picture"}
     (root / "seconds.json").write_text('{"textual-inversion": {"train": 1.0}, "dreambooth-lora": {"train": 2.0}}')
-    recorded([run], told.append)
-    kept = json.loads((root / "seconds.json").read_text())
-    assert kept == {"textual-inversion": {"train": 1.0}, "dreambooth-lora": {"train": 2.0}}
+    record_missing([run], lines.append)
+    saved = json.loads((root / "seconds.json").read_text())
+    assert saved == {"textual-inversion": {"train": 1.0}, "dreambooth-lora": {"train": 2.0}}
 
 
 def test_a_sweep_under_nohup_outlives_its_terminal(
     base: RecordingSpec, tmp_path: Path, programs: dict[str, str]
 ) -> None:
     run = replace(base, records=str(tmp_path))
-    programs[run.name] = fake(run)
-    with handled(signal.SIGHUP, signal.SIG_IGN):
-        run_sweep([run], tell=lambda line: signal.raise_signal(signal.SIGHUP))
+    programs[run.name] = fake_program(run)
+    with handle_signal(signal.SIGHUP, signal.SIG_IGN):
+        run_sweep([run], notify=lambda line: signal.raise_signal(signal.SIGHUP))
     assert (run.folder / "ran").exists()
 
 
@@ -156,47 +186,47 @@ def test_a_sweep_under_nohup_outlives_its_terminal(
 def test_an_interrupted_sweep_asks_its_runs_to_save_and_starts_no_more(
     number: signal.Signals, base: RecordingSpec, tmp_path: Path, programs: dict[str, str]
 ) -> None:
-    runs = grid(replace(base, records=str(tmp_path)), ["textual-inversion"], ["ball", "other"], [0, 1])
+    runs = four_runs(base, tmp_path)
     asked = (
         "import signal, sys; signal.signal(15, lambda *_: (open({0!r}, 'w'), sys.exit(130))); print(1); signal.pause()"
     )
     programs |= {run.name: asked.format(str(run.folder / "asked")) for run in runs}
 
     def interrupt(line: str) -> None:
-        # Told after a second without an end: the first run has had the time to say that it listens.
+        # Called after a while without an end: the first run has had the time to report that it listens.
         while not (runs[0].folder / "record.log").read_text():
             pass
         signal.raise_signal(number)
 
     usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
-    with handled(number, usual), pytest.raises(KeyboardInterrupt):
-        run_sweep(runs, workers=1, tell=interrupt, every=0.2)
+    with handle_signal(number, usual), pytest.raises(KeyboardInterrupt):
+        run_sweep(runs, workers=1, notify=interrupt, every=0.2)
     assert [(run.folder / "asked").exists() for run in runs] == [True, False, False, False]
 
 
 def test_two_processes_do_not_record_one_run_at_once(base: RecordingSpec, tmp_path: Path) -> None:
-    from dvar.recordings.recorder import alone, record
+    from dvar.recordings.record import lock_folder, record_run
 
     run = replace(base, records=str(tmp_path))
-    with alone(run.folder), pytest.raises(RefusedInput, match="is being written by another process"):
-        record(run)
+    with lock_folder(run.folder), pytest.raises(RefusedInput, match="is being written by another process"):
+        record_run(run)
 
 
-def test_everything_that_is_wrong_is_told_before_the_first_run(base: RecordingSpec, tmp_path: Path) -> None:
-    wrong = [replace(base, concept="bal"), replace(base, method="lora"), replace(base, concept="balll")]
+def test_every_problem_is_named_before_the_first_run(base: RecordingSpec, tmp_path: Path) -> None:
+    specs = [replace(base, concept="bal"), replace(base, method="lora"), replace(base, concept="balll")]
     with pytest.raises(RefusedInput) as refused:
-        check(wrong)
+        validate_recordings(specs)
     assert len(refused.value.problems) == 3
     with pytest.raises(ModelError, match="does not load as a CLIP"):
-        check([replace(base, clip=str(tmp_path))])
-    check([base])
+        validate_recordings([replace(base, clip=str(tmp_path))])
+    validate_recordings([base])
 
 
-def test_the_judges_are_tried_on_the_pictures_of_the_first(base: RecordingSpec, tmp_path: Path) -> None:
-    tiny_concept(tmp_path / "more", pictures=4)
+def test_the_judges_are_tried_on_the_images_of_the_first_recording(base: RecordingSpec, tmp_path: Path) -> None:
+    tiny_concept(tmp_path / "more", images=4)
     (tmp_path / "more" / "concept.json").write_text('{"noun": "mug"}')
     shutil.copytree(str(base.concepts), tmp_path, dirs_exist_ok=True)
-    check([replace(base, concept=name, concepts=str(tmp_path)) for name in ("ball", "more")])
+    validate_recordings([replace(base, concept=name, concepts=str(tmp_path)) for name in ("ball", "more")])
 
 
 def test_an_estimate_counts_all_that_is_measured(
@@ -207,57 +237,60 @@ def test_an_estimate_counts_all_that_is_measured(
     plan, run = PROTOCOLS["quick"], replace(base, records=str(tmp_path), settings=longer)
     cap = run.config.max_train_steps
     assert cap == 20
-    assert expected_seconds(run, {**units, "start_up": 3.0}) == 3
-    assert expected_seconds(run, {**units, "train": 2.0}) == 2 * cap
+    assert estimate_seconds(run, {**units, "start_up": 3.0}) == 3
+    assert estimate_seconds(run, {**units, "train": 2.0}) == 2 * cap
     # 21 evaluations of 8; at steps 0 and 20 32, and 8 fresh ones by two models; at step 0 8 class pictures.
-    assert expected_seconds(run, {**units, "forward": 1.0}) == 21 * 8 + 2 * (32 + 16) + 8
+    assert estimate_seconds(run, {**units, "forward": 1.0}) == 21 * 8 + 2 * (32 + 16) + 8
     with_unseen = replace(run, model="mini", concepts=None, concept="black_cat")
-    assert expected_seconds(with_unseen, {**units, "forward": 1.0}) == 21 * 8 + 2 * (32 + 16 + 8) + 8
-    # 2 kinds, and the sample picture of the end, drawn in 2 steps for 10.
-    drawn = len(run.scored) * 2 * plan.prompts * plan.seeds
-    assert expected_seconds(run, {**units, "picture": 1.0}) == pytest.approx(drawn + 0.2)
-    # The same of all rounds; of a run that is there, only those that it lacks are still to be drawn.
+    assert estimate_seconds(with_unseen, {**units, "forward": 1.0}) == 21 * 8 + 2 * (32 + 16 + 8) + 8
+    # 2 parts, and the sample image of the end, generated in 2 steps instead of 10.
+    images = len(run.scored_steps) * 2 * plan.prompts * plan.seeds
+    assert estimate_seconds(run, {**units, "picture": 1.0}) == pytest.approx(images + 0.2)
+    # The same for all rounds; a finished run needs only those that it lacks.
     monkeypatch.setitem(PROTOCOLS, "quick", replace(plan, rounds=3))
-    assert expected_seconds(run, {**units, "picture": 1.0}) == pytest.approx(3 * drawn + 0.2)
-    assert seconds_left(run, {**units, "picture": 1.0}) == pytest.approx(3 * drawn + 0.2)
+    assert estimate_seconds(run, {**units, "picture": 1.0}) == pytest.approx(3 * images + 0.2)
+    assert estimate_seconds_left(run, {**units, "picture": 1.0}) == pytest.approx(3 * images + 0.2)
     with monkeypatch.context() as patch:
-        patch.setattr(cost, "_trained", lambda recording: 0.75)
-        left = seconds_left(run, {**units, "picture": 1.0, "train": 1.0, "start_up": 3.0})
-        assert left == pytest.approx(3 + 0.25 * (cap + drawn + 0.2) + 2 * drawn)
-        patch.setattr(cost, "_trained", lambda recording: 1.0)
-        assert seconds_left(run, {**units, "picture": 1.0, "train": 1.0, "start_up": 3.0}) == 2 * drawn + 3
-    measured = unit_seconds(run)
+        patch.setattr(cost, "_trained_share", lambda recording: 0.75)
+        left = estimate_seconds_left(run, {**units, "picture": 1.0, "train": 1.0, "start_up": 3.0})
+        assert left == pytest.approx(3 + 0.25 * (cap + images + 0.2) + 2 * images)
+        patch.setattr(cost, "_trained_share", lambda recording: 1.0)
+        assert estimate_seconds_left(run, {**units, "picture": 1.0, "train": 1.0, "start_up": 3.0}) == 2 * images + 3
+    measured = measure_unit_seconds(run)
     assert measured.keys() == units.keys()
     assert min(measured.values()) > 0
     assert not run.folder.exists()
 
 
 @given(st.floats(0, 1), st.floats(1, 1e5), st.integers(1, 8), st.floats(1, 100))
-def test_time_left_begins_as_expected_and_ends_as_seen(part: float, in_all: float, at_once: int, slow: float) -> None:
+def test_time_left_begins_as_estimated_and_ends_as_measured(
+    part: float, in_all: float, at_once: int, slow: float
+) -> None:
     done = part * in_all
-    assert time_left(done, in_all, done / at_once, at_once) == pytest.approx((in_all - done) / at_once)
-    seen, expected = slow * (in_all - done) / at_once, (in_all - done) / at_once
-    told = time_left(done, in_all, slow * done / at_once, at_once)
-    assert told is not None
-    assert expected * 0.999 <= told <= seen * 1.001
-    assert part < 0.5 or told == pytest.approx(seen, rel=0.1)
-    assert time_left(10, 1000, 100, 1) == 990 * (100 + 50) / (10 + 50)  # where the pace alone would say 9900
-    assert time_left(0, in_all, 60) is None
-    assert time_left(in_all / 2, in_all, 60) == pytest.approx(60)
+    assert extrapolate_seconds_left(done, in_all, done / at_once, at_once) == pytest.approx((in_all - done) / at_once)
+    measured, expected = slow * (in_all - done) / at_once, (in_all - done) / at_once
+    left = extrapolate_seconds_left(done, in_all, slow * done / at_once, at_once)
+    assert left is not None
+    assert expected * 0.999 <= left <= measured * 1.001
+    assert part < 0.5 or left == pytest.approx(measured, rel=0.1)
+    # The pace alone would say 9900.
+    assert extrapolate_seconds_left(10, 1000, 100, 1) == 990 * (100 + 50) / (10 + 50)
+    assert extrapolate_seconds_left(0, in_all, 60) is None
+    assert extrapolate_seconds_left(in_all / 2, in_all, 60) == pytest.approx(60)
 
 
-def test_a_run_that_must_be_made_anew_is_all_left(base: RecordingSpec, tmp_path: Path) -> None:
+def test_a_run_that_must_be_made_again_is_all_left(base: RecordingSpec, tmp_path: Path) -> None:
     run = replace(base, records=str(tmp_path))
     fake_record(tmp_path, run.method, run.concept, run.seed, cap=run.config.max_train_steps)
-    assert seconds_left(run, sweep.ALIKE) == sweep.ALIKE["start_up"]
+    assert estimate_seconds_left(run, ROUGH_UNITS) == ROUGH_UNITS["start_up"]
     (run.folder / "done.json").unlink()
-    assert seconds_left(run, sweep.ALIKE) == sweep.ALIKE["start_up"]  # trained, and not yet written down
+    assert estimate_seconds_left(run, ROUGH_UNITS) == ROUGH_UNITS["start_up"]  # trained, and not marked as done yet
     (run.folder / "done.json").write_text("{}")
-    assert seconds_left(run, sweep.ALIKE) == expected_seconds(run, sweep.ALIKE)
+    assert estimate_seconds_left(run, ROUGH_UNITS) == estimate_seconds(run, ROUGH_UNITS)
 
 
-def test_headers_name_pictures_sampling_steps_and_cadence(base: RecordingSpec) -> None:
-    said = described(base)
+def test_headers_name_images_sampling_steps_and_cadence(base: RecordingSpec) -> None:
+    line = format_protocol(base)
     for part in (
         "preset quick",
         "2 prompts x 2 seeds",
@@ -266,20 +299,20 @@ def test_headers_name_pictures_sampling_steps_and_cadence(base: RecordingSpec) -
         "all pairs",
         "12 %",
     ):
-        assert part in said
+        assert part in line
 
 
-def test_places_are_cores_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_pool.os, "sched_getaffinity", lambda _: set(range(6)))
-    assert slots(None, 2) == [""] * 3
-    assert slots(None, 8) == [""]
-    monkeypatch.setattr(worker_pool.torch.cuda, "device_count", lambda: 2)
-    assert slots(None, 1) == ["0", "1"]
-    assert slots(3, 1) == ["0", "1", "0"]
+def test_slots_are_cores_unless_a_number_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    assert list_slots(None, 2) == [""] * 3
+    assert list_slots(None, 8) == [""]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert list_slots(None, 1) == ["0", "1"]
+    assert list_slots(3, 1) == ["0", "1", "0"]
 
 
 def test_an_empty_folder_is_missing(base: RecordingSpec, tmp_path: Path) -> None:
     run = replace(base, records=str(tmp_path))
-    assert standing(run) == RecordingStatus(run, "missing")
-    assert facts_of(run.folder) is None
-    assert list(table([])) == ["nothing to record"]
+    assert read_status(run) == RecordingStatus(run, "missing")
+    assert read_conditions(run.folder) is None
+    assert list(format_statuses([])) == ["nothing to record"]

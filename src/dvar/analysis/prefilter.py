@@ -1,10 +1,9 @@
-"""Where a rule could stop, found for a whole trace and many thresholds at once.
+"""Prefilter: where a rule could stop, for a whole trace and many thresholds at once."""
 
-A rule is judged on the trace as it was at each record, which is exact and slow.  The number that it compares with its
-threshold is found for all records together from running sums, which is fast and exact but for rounding.  So a screen
-tells the records at which a rule need not be asked, and leaves the rest to the rule: what it lets through too much
-costs time, and never changes a stop.
-"""
+# A rule is called on the trace as it was at each step record, which is exact and slow.  The number that it compares
+# with its threshold is computed here for all step records together from running sums, which is fast and exact but for
+# rounding.  The prefilter names the step records at which a rule need not be called, and leaves the others to the rule:
+# if it lets too many through, that costs time, and never changes a stop.
 
 from __future__ import annotations
 
@@ -17,103 +16,113 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from dvar.stopping.curve import Curve
-from dvar.stopping.rule import SETTLED
+from dvar.stopping.rule import CONDITION_REASONS
 from dvar.stopping.rules import AllOf, Dvar, EmaPercentile, FixedSteps, Hall, Plateau, Rule, Trend
 from dvar.stopping.trace import Trace
 
 Floats = NDArray[np.float64]
+Steps = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 _SLACK, _ROUNDING = 1e-6, 1e-10
-"""How much nearer a number may be to its threshold than it seems: of itself, and of the range of the losses."""
+"""How much closer to its threshold a number may be than computed: relative to itself, and to the losses' range."""
 
 
 class Prefilter:
-    """What is known of one trace beforehand; called with a rule, it returns whether it could stop, [records]."""
+    """Finds where rules could stop on one trace; intermediate results are kept for the next rule."""
 
     def __init__(self, trace: Trace) -> None:
         self._trace = trace
-        self._steps = np.array([row["step"] for row in trace.records], np.int64)
-        self._known: dict[Any, Any] = {}
+        self._steps: Steps = np.array([row["step"] for row in trace.records], np.int64)
+        self._cache: dict[Any, Any] = {}
 
     def __call__(self, rule: Rule) -> Mask:
-        """Whether the rule could stop at each record; everywhere, for a rule that nothing is known of."""
+        """Return at which step records the rule could stop, [step records]; at all of them for an unknown rule."""
+        everywhere = np.ones(len(self._steps), np.bool_)
         if isinstance(rule, FixedSteps):
             return self._steps >= rule.max_steps
         if isinstance(rule, AllOf):
-            return np.logical_and.reduce([self(part) for part in rule.rules])
+            parts: Mask = np.logical_and.reduce([self(part) for part in rule.rules])
+            return parts
         if not isinstance(rule, Dvar | EmaPercentile | Hall | Trend | Plateau):
-            return np.ones(len(self._steps), np.bool_)
+            return everywhere
         first = 1 if isinstance(rule, Dvar) and rule.strict_paper else 0
-        found = self._once(("curve", rule.metric, first), lambda: _Running(Curve.of(self._trace, rule.metric, first)))
-        # Other stops than those for a condition that holds, or sums that mean nothing: the rule is asked everywhere.
-        if not set(rule.stop_on) <= set(SETTLED) or not found.plain:
-            return np.ones(len(self._steps), np.bool_)
+        sums = self._once(
+            ("curve", rule.metric, first), lambda: _RunningSums(Curve.from_trace(self._trace, rule.metric, first))
+        )
+        # The rule also stops for other reasons than its condition, or the sums mean nothing.
+        if not set(rule.stop_on) <= set(CONDITION_REASONS) or not sums.usable:
+            return everywhere
         if isinstance(rule, Plateau):
             best = self._once(
-                (rule.metric, rule.mode, rule.min_delta), lambda: found.improved(rule.mode, rule.min_delta)
+                (rule.metric, rule.mode, rule.min_delta), lambda: sums.last_improvement(rule.mode, rule.min_delta)
             )
-            may = found.curve.steps - best >= rule.patience
+            candidates = sums.curve.steps - best >= rule.patience
         else:
-            measure, settings = _MEASURES[type(rule)]
-            given = tuple(getattr(rule, name) for name in settings)
-            size, rounding = self._once((type(rule), rule.metric, first, *given), lambda: measure(found, *given))
-            may = (size < rule.threshold * (1 + _SLACK) + rounding) & (found.span >= rule.window)
-        return self._held(found.curve.steps, may)
+            measure, names = _MEASURES[type(rule)]
+            settings = tuple(getattr(rule, name) for name in names)
+            size, rounding = self._once((type(rule), rule.metric, first, *settings), lambda: measure(sums, *settings))
+            candidates = (size < rule.threshold * (1 + _SLACK) + rounding) & (sums.span >= rule.window)
+        return self._extend(sums.curve.steps, candidates)
 
-    def _held(self, steps: NDArray[np.int64], may: Mask) -> Mask:
-        """What holds at the last value holds until the next one."""
+    def _extend(self, steps: Steps, candidates: Mask) -> Mask:
+        """Return for each step record what holds at the last value of the curve before or at it."""
         last = np.searchsorted(steps, self._steps, side="right") - 1
-        return may[last] & (last >= 0)
+        mask: Mask = candidates[last] & (last >= 0)
+        return mask
 
-    def _once(self, name: Any, make: Callable[[], Any]) -> Any:
-        if name not in self._known:
-            self._known[name] = make()
-        return self._known[name]
+    def _once(self, key: Any, compute: Callable[[], Any]) -> Any:
+        if key not in self._cache:
+            self._cache[key] = compute()
+        return self._cache[key]
 
 
-class _Running:
-    """A curve and the running sums of it: of a window any sum is the difference of two."""
+class _RunningSums:
+    """A curve with its running sums: the sum over any window is the difference of two."""
 
     def __init__(self, curve: Curve) -> None:
         self.curve = curve
 
     @property
-    def plain(self) -> bool:
+    def usable(self) -> bool:
         """Whether there is anything to sum."""
         return len(self.curve) > 1 and bool(np.isfinite(self.curve.spread)) and self.curve.spread > 0
 
     @cached_property
-    def span(self) -> NDArray[np.int64]:
-        return self.curve.steps - self.curve.steps[0]
+    def span(self) -> Steps:
+        """Steps from the first value to each, [n]."""
+        span: Steps = self.curve.steps - self.curve.steps[0]
+        return span
 
     @cached_property
     def _scaled(self) -> Floats:
-        return (self.curve.values - self.curve.values[0]) / self.curve.spread
+        scaled: Floats = (self.curve.values - self.curve.values[0]) / self.curve.spread
+        return scaled
 
     def _sums(self, window: int | None, *factors: Floats) -> Floats:
-        """The weighted sum of the product of the factors over the window of each record, or over all before it."""
+        """Return the weighted sum of the product of the factors over the window before each value, or all before it."""
         values = np.prod(factors, axis=0) if factors else np.ones(len(self.curve))
-        sums = np.concatenate([[0.0], np.cumsum(self.curve.weights * values)])
+        sums: Floats = np.concatenate([[0.0], np.cumsum(self.curve.weights * values)])
         if window is None:
             return sums[1:]
         before = self.curve.steps - window
         start = np.searchsorted(self.curve.steps, before, side="right")
         cut = np.maximum(self.curve.weights[start] - (self.curve.steps[start] - before), 0.0)
-        return sums[1:] - sums[start] - cut * values[start]
+        windowed: Floats = sums[1:] - sums[start] - cut * values[start]
+        return windowed
 
     def variance(self, window: int | None, ddof: int) -> Floats:
-        """In units of the spread squared."""
+        """Return the variance in units of the squared spread, [n]."""
         x, count = self._scaled, self._sums(window)
         mean = self._sums(window, x) / count
         return (self._sums(window, x, x) / count - mean * mean) * count / np.maximum(count - ddof, 1.0)
 
     def ratio(self, window: int, ddof: int) -> tuple[Floats, Floats]:
-        """DVAR's, and how far rounding may have moved it."""
+        """Return DVAR's ratio of variances, [n], and how far rounding may have changed it."""
         total = np.maximum(self.variance(None, ddof), _ROUNDING * _ROUNDING)
         return self.variance(window, ddof) / total, _ROUNDING / total
 
     def change(self, window: int, alpha: float) -> tuple[Floats, float]:
-        """That of the moving average, as a share; 0 where it cannot be divided by."""
+        """Return the relative change of the moving average, [n], 0 where that is undefined, and the rounding."""
         values, gaps = self.curve.values, np.diff(self.curve.steps)
         average = [float(values[0])]
         for value, weight in zip(values[1:].tolist(), (1 - (1 - alpha) ** gaps).tolist(), strict=True):
@@ -123,38 +132,42 @@ class _Running:
         return change, _ROUNDING
 
     def range(self, window: int) -> tuple[Floats, float]:
-        """Highest less lowest over the highest: no more than over the mean.  0 where it cannot be divided by."""
-        every = np.arange(self.curve.steps[0], self.curve.steps[-1] + 1)
-        line = np.interp(every, self.curve.steps, self.curve.values)
-        seen = sliding_window_view(np.concatenate([np.full(window - 1, line[0]), line]), window)
-        high, low = seen.max(axis=1)[self.span], seen.min(axis=1)[self.span]
+        """Return (highest - lowest) / highest, [n], 0 where that is undefined, and the rounding.
+
+        Over the mean instead of the highest the quotient is no smaller.
+        """
+        steps = np.arange(self.curve.steps[0], self.curve.steps[-1] + 1)
+        line = np.interp(steps, self.curve.steps, self.curve.values)
+        windows = sliding_window_view(np.concatenate([np.full(window - 1, line[0]), line]), window)
+        high, low = windows.max(axis=1)[self.span], windows.min(axis=1)[self.span]
         return (high - low) / np.where(high > 0, high, np.inf), _ROUNDING
 
     def slope(self, window: int) -> tuple[Floats, float]:
-        """The size of that of the least-squares line."""
+        """Return the size of the slope of the least-squares line, [n], and the rounding."""
         length = float(self.span[-1])
         x, y, count = self.span / length, self._scaled, self._sums(window)
-        left, up = self._sums(window, x) / count, self._sums(window, y) / count
-        width = self._sums(window, x, x) / count - left * left
-        slope = (self._sums(window, x, y) / count - left * up) / np.maximum(width, _ROUNDING)
+        mean_x, mean_y = self._sums(window, x) / count, self._sums(window, y) / count
+        variance = self._sums(window, x, x) / count - mean_x * mean_x
+        slope = (self._sums(window, x, y) / count - mean_x * mean_y) / np.maximum(variance, _ROUNDING)
         unit = self.curve.spread / length
         return np.abs(slope) * unit, 1e-4 * unit
 
-    def improved(self, mode: str, min_delta: float) -> NDArray[np.int64]:
-        """The step of the last improvement before or at each record."""
+    def last_improvement(self, mode: str, min_delta: float) -> Steps:
+        """Return the step of the last improvement before or at each value, [n]."""
         values = (self.curve.values if mode == "max" else -self.curve.values).tolist()
-        best, at, found = values[0], 0, []
+        best, best_index, indices = values[0], 0, []
         for index, value in enumerate(values):
             if value > best + min_delta:
-                best, at = value, index
-            found.append(at)
-        return self.curve.steps[found]
+                best, best_index = value, index
+            indices.append(best_index)
+        steps: Steps = self.curve.steps[indices]
+        return steps
 
 
 _MEASURES: dict[type, tuple[Callable[..., Any], tuple[str, ...]]] = {
-    Dvar: (_Running.ratio, ("window", "ddof")),
-    EmaPercentile: (_Running.change, ("window", "alpha")),
-    Hall: (_Running.range, ("window",)),
-    Trend: (_Running.slope, ("window",)),
+    Dvar: (_RunningSums.ratio, ("window", "ddof")),
+    EmaPercentile: (_RunningSums.change, ("window", "alpha")),
+    Hall: (_RunningSums.range, ("window",)),
+    Trend: (_RunningSums.slope, ("window",)),
 }
-"""What each rule compares with its threshold, and the settings that it depends on beside the metric."""
+"""What each rule compares with its threshold, and the settings it depends on apart from the metric."""

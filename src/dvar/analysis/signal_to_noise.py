@@ -1,4 +1,4 @@
-"""How much a loss curve tells of learning: its fall against its jitter."""
+"""Signal-to-noise ratio of loss curves: how far they fall, relative to their jitter."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-CLEAR = 5.0
-"""Standard errors from which a fall counts as seen."""
-MANY = 10_000
-"""Steps from which a count says no more than that there are too many."""
+CLEAR_ERRORS = 5.0
+"""Standard errors from which a fall counts as detected."""
+MANY_STEPS = 10_000
+"""More steps than this are shown as too many, without their number."""
 
 
 @dataclass(frozen=True)
 class SignalToNoise:
-    """What a curve tells.
+    """The fall of a loss curve and its jitter: how much of learning it shows.
 
-    ``gain`` is the first tenth of its records, or the first one of a curve measured on held draws, less the mean of the
-    last tenth; ``jitter`` the standard deviation of one record about a curve that moves slowly.
+    Attributes:
+        gain: The fall of the curve. It starts at the mean of the first tenth of its values, or at the first value of a
+            curve with little jitter, and ends at the mean of the last tenth.
+        jitter: The standard deviation of one value about a curve that changes slowly.
+        cadence: Steps between two values.
     """
 
     gain: float
@@ -28,42 +31,45 @@ class SignalToNoise:
 
     @property
     def ratio(self) -> float:
-        """The gain in units of the jitter; infinite for a fall without any jitter, 0 without a fall."""
+        """The gain in units of the jitter; infinite for a fall without jitter, 0 without a fall."""
         if self.gain <= 0:
             return 0.0
         return self.gain / self.jitter if self.jitter else math.inf
 
     @property
     def steps_to_detect(self) -> float:
-        """Steps that must be averaged, before and after, to see the gain at `CLEAR` standard errors.
+        """Steps that must be averaged, before and after, to detect the gain; infinite without a fall.
 
-        Two means of n records differ by the gain with the standard error jitter sqrt(2 / n), so n = 2 (5 / ratio)^2,
-        and one record at least; infinite without a fall.
+        Two means of n values differ by the gain with the standard error jitter sqrt(2 / n), so that it takes
+        n = 2 (`CLEAR_ERRORS` / ratio)^2 values, and one at least.
         """
         if not self.ratio:
             return math.inf
-        return max(1.0, 2 * (CLEAR / self.ratio) ** 2) * self.cadence
+        return max(1.0, 2 * (CLEAR_ERRORS / self.ratio) ** 2) * self.cadence
 
     @property
-    def steps_told(self) -> str:
-        """The same for a table; a number that no run comes near is only said to be large."""
+    def steps_label(self) -> str:
+        """`steps_to_detect` for a table."""
         steps = self.steps_to_detect
-        return "never" if math.isinf(steps) else f"{steps:.0f}" if steps < MANY else f"over {MANY}"
+        return "never" if math.isinf(steps) else f"{steps:.0f}" if steps < MANY_STEPS else f"over {MANY_STEPS}"
 
 
-def information(steps: ArrayLike, values: ArrayLike) -> SignalToNoise:
-    """What a curve tells: its fall from the first to the last tenth, and its jitter from first differences.
+def measure_signal_to_noise(steps: ArrayLike, values: ArrayLike) -> SignalToNoise:
+    """Return how much a curve shows of learning.
 
-    The standard deviation of first differences over sqrt(2) is the noise of independent records about any trend that is
-    slow beside the cadence, so nothing has to be fitted.
+    The jitter is the standard deviation of first differences over sqrt(2): the noise of independent values about any
+    trend that is slow relative to the cadence, so that nothing has to be fitted.
+
+    Args:
+        steps: Steps, [n].
+        values: Losses, [n].
 
     Source: none; the paper's Figure 5 is judged by eye.
     """
-    at, y = np.asarray(steps, np.float64), np.asarray(values, np.float64)
+    x, y = np.asarray(steps, np.float64), np.asarray(values, np.float64)
     tenth = max(1, len(y) // 10)
     jitter = float(np.std(np.diff(y)) / math.sqrt(2)) if len(y) > 2 else math.nan
-    # The fall is fastest at its start: of a curve with little jitter the first record is the height it falls from.
+    # The fall is fastest at its start: a curve with little jitter falls from its first value.
     first = float(y[0]) if abs(float(y[0] - y[:tenth].mean())) > 3 * jitter else float(y[:tenth].mean())
-    return SignalToNoise(
-        first - float(y[-tenth:].mean()), jitter, float(np.median(np.diff(at))) if len(at) > 1 else 1.0
-    )
+    cadence = float(np.median(np.diff(x))) if len(x) > 1 else 1.0
+    return SignalToNoise(first - float(y[-tenth:].mean()), jitter, cadence)

@@ -1,55 +1,44 @@
-"""How good a stop was: the score's way up along a run, the step where it was nearly there, and means over concepts.
-
-The pictures of a record are two halves, even and odd, of the same prompts and other seeds.  Whatever chooses a step by
-looking at pictures looks at the even ones (`CHOOSE`); everything is reported on the odd ones (`REPORT`).  So no way
-gains from the luck of the pictures it chose by.
-"""
+"""How good a stop is: learning curves, oracles, and means over concepts with their intervals."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import isotonic_regression
 from scipy.stats import bootstrap
 
-from dvar.recordings.archive import Part, RecordedRun
+from dvar.recordings.recorded_run import REPORT, SCORE, Half, Part, RecordedRun
 
 Floats = NDArray[np.float64]
-Half = Literal[0, 1]
-CHOOSE: Half = 0
-REPORT: Half = 1
-SCORE = "clip_image"
-"""The score of training pictures that quality is made of: Train CLIP image, as in the paper."""
 ORACLE = 0.9
+"""Share of a run's gain at which its oracle is."""
 PREMATURE, WASTEFUL = 0.8, 2.0
-_CLEAR_DECLINE, _CLEAR_GAIN = 2.0, 3.0  # in standard deviations about the fit
+"""A stop is premature with less than this share of the gain, wasteful at more than this multiple of the oracle."""
 RESAMPLES = 2000
+_CLEAR_DECLINE, _CLEAR_GAIN = 2.0, 3.0  # in standard deviations about the fit
 
 
-def half(record: RecordedRun, part: Part, metric: str, which: Half) -> tuple[NDArray[np.int64], Floats]:
-    """Steps and the scores of one half of the pictures, [n, pictures / 2]; all of them where there is only one."""
-    steps, values = record.scores(part, metric)
-    return steps, values[:, which::2] if values.shape[1] > 1 else values
-
-
-def score(record: RecordedRun, step: float, part: Part, metric: str) -> float:
-    """The reported score at any step: the mean over `REPORT`, on the line between the scored steps around it."""
-    steps, values = half(record, part, metric, REPORT)
+def reported_score(run: RecordedRun, step: float, part: Part, metric: str) -> float:
+    """Return the mean score of the images in `REPORT` at any step, interpolated linearly between scored steps."""
+    steps, values = run.scores(part, metric, REPORT)
     return float(np.interp(step, steps, values.mean(axis=1)))
 
 
 @dataclass(frozen=True)
 class LearningCurve:
-    """The way up of a score: q = (score - start) / (plateau - start).
+    """The score of a run's training images over steps, and the gain q = (score - start) / (plateau - start).
 
-    ``start`` is the first score; ``plateau`` the mean, over steps, of an isotonic fit over the second half of what lies
-    before any decline; ``noise`` the standard deviation of the scores about a fit that rises and then falls.  A decline
-    begins where that fit has fallen two of these below its peak.
+    Attributes:
+        steps: Scored steps, [n].
+        values: The score at each, [n].
+        fit: An isotonic fit to what lies before any decline, [at most n].
+        plateau: The mean of the fit over the second half of its steps.
+        noise: The standard deviation of the scores about a fit that rises and then falls. A decline begins where that
+            fit has fallen two of these below its peak.
     """
 
     steps: Floats
@@ -60,38 +49,39 @@ class LearningCurve:
 
     @classmethod
     @cache
-    def of(cls, record: RecordedRun, which: Half = REPORT, metric: str = SCORE) -> LearningCurve:
-        """The climb of a record's training pictures, read on one half of them."""
-        steps, values = half(record, "train", metric, which)
-        return cls.through(steps, values.mean(axis=1))
+    def of_run(cls, run: RecordedRun, half: Half = REPORT, metric: str = SCORE) -> LearningCurve:
+        """Return the learning curve of a recorded run, computed from one half of its images."""
+        steps, values = run.scores("train", metric, half)
+        return cls.from_scores(steps, values.mean(axis=1))
 
     @classmethod
-    def through(cls, steps: ArrayLike, values: ArrayLike) -> LearningCurve:
-        """The climb of a curve with at least two points."""
+    def from_scores(cls, steps: ArrayLike, values: ArrayLike) -> LearningCurve:
+        """Return the learning curve through two or more scores, [n] each."""
         x, y = np.asarray(steps, np.float64), np.asarray(values, np.float64)
-        shape = _up_and_down(y)
+        shape = _fit_rise_and_fall(y)
         noise = float(np.std(y - shape))
-        high = shape >= shape.max() - _CLEAR_DECLINE * noise - 1e-12
-        end = int(np.flatnonzero(high)[-1]) + 1
+        before_decline = shape >= shape.max() - _CLEAR_DECLINE * noise - 1e-12
+        end = int(np.flatnonzero(before_decline)[-1]) + 1
         fit = isotonic_regression(y[:end]).x
         late = x[:end] >= x[end - 1] / 2
-        return cls(x, y, fit, _mean_over(x[:end][late], fit[late]), noise)
+        return cls(x, y, fit, _step_average(x[:end][late], fit[late]), noise)
 
     @property
     def start(self) -> float:
+        """The first score."""
         return float(self.values[0])
 
     @property
     def learned(self) -> bool:
-        """Whether there is a way up at all: a gain of three standard deviations of the noise."""
+        """Whether the run gained anything: three standard deviations of the noise or more."""
         return self.plateau - self.start > max(_CLEAR_GAIN * self.noise, 1e-9)
 
-    def at(self, step: float) -> float:
-        """q at any step, read on the scores themselves and not on the fit, which could not fall."""
+    def gain_at(self, step: float) -> float:
+        """Return q at any step, computed from the scores themselves: the fit could not fall."""
         return float((np.interp(step, self.steps, self.values) - self.start) / (self.plateau - self.start))
 
-    def reached(self, share: float = ORACLE) -> float:
-        """The first step at which the fit reaches q = `share`, between scored steps on the line between them."""
+    def step_at(self, share: float = ORACLE) -> float:
+        """Return the first step at which the fit reaches q = ``share``, interpolated between scored steps."""
         goal = self.start + share * (self.plateau - self.start)
         after = int(np.searchsorted(self.fit, goal - 1e-12))
         if after == 0:
@@ -103,10 +93,13 @@ class LearningCurve:
 
 @dataclass(frozen=True)
 class StopQuality:
-    """What a stop was worth, on one record.
+    """The quality of a stop, on one run.
 
-    ``gain_kept`` is q at the stop; ``distance`` log2(stop / oracle); ``context_lost`` by how much Validation CLIP text
-    lies below that of the untouched model.
+    Attributes:
+        gain_kept: q at the stop.
+        distance: log2(stop / oracle), in octaves.
+        context_lost: How far Validation CLIP text is below that of the untouched model; nan if it was not scored.
+        censored: Whether the run ended before the strategy stopped, which makes the other values bounds.
     """
 
     gain_kept: float
@@ -116,27 +109,28 @@ class StopQuality:
 
     @property
     def premature(self) -> bool:
+        """Whether the stop keeps less than `PREMATURE` of the gain."""
         return self.gain_kept < PREMATURE
 
     @property
     def wasteful(self) -> bool:
-        return self.distance > np.log2(WASTEFUL) + 1e-9
+        """Whether the stop is later than `WASTEFUL` times the oracle."""
+        return bool(self.distance > np.log2(WASTEFUL) + 1e-9)
 
 
-def outcome(record: RecordedRun, step: float, censored: bool = False) -> StopQuality:
-    """What stopping at `step` was worth; a censored one is taken at the end of the record, as a bound."""
-    climb = LearningCurve.of(record)
-    text = "clip_text"
+def assess_stop(run: RecordedRun, step: float, censored: bool = False) -> StopQuality:
+    """Return how good it is to stop a recorded run at ``step``, which for a censored stop is the run's last."""
+    curve = LearningCurve.of_run(run)
     lost = float("nan")
-    if ("validation", text) in record.pictures:
-        lost = score(record, 0, "validation", text) - score(record, step, "validation", text)
-    distance = float(np.log2(max(step, 1.0) / max(climb.reached(), 1.0)))
-    return StopQuality(climb.at(step), distance, lost, censored)
+    if ("validation", "clip_text") in run.image_scores:
+        lost = reported_score(run, 0, "validation", "clip_text") - reported_score(run, step, "validation", "clip_text")
+    distance = float(np.log2(max(step, 1.0) / max(curve.step_at(), 1.0)))
+    return StopQuality(curve.gain_at(step), distance, lost, censored)
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A mean over concepts with its 95 % interval; the interval is nan with fewer than two concepts."""
+class MeanInterval:
+    """A mean over concepts with its 95 % interval, which is nan for fewer than two concepts."""
 
     mean: float
     low: float
@@ -147,37 +141,38 @@ class Estimate:
         return f"{self.mean:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
-def over_concepts(records: Sequence[RecordedRun], values: Sequence[float]) -> Estimate:
-    """The mean of the concepts' means, with a percentile interval from resampling concepts.
+def mean_over_concepts(runs: Sequence[RecordedRun], values: Sequence[float]) -> MeanInterval:
+    """Return the mean of the concepts' means, with an interval from resampling concepts.
 
-    Seeds and methods of one concept are not independent, so it is concepts that are resampled.  Values that are not
-    finite are left out.
+    Concepts are resampled, as seeds and methods of one concept are not independent.
+
+    Args:
+        values: One for each run; those that are not finite are left out.
     """
     by_concept: dict[str, list[float]] = {}
-    for record, value in zip(records, values, strict=True):
+    for run, value in zip(runs, values, strict=True):
         if np.isfinite(value):
-            by_concept.setdefault(record.concept, []).append(value)
-    means = np.array([np.mean(found) for found in by_concept.values()])
-    return interval(means)
+            by_concept.setdefault(run.concept, []).append(value)
+    return bootstrap_mean(float(np.mean(group)) for group in by_concept.values())
 
 
-def interval(means: Iterable[float]) -> Estimate:
-    """The mean of independent values and its bootstrapped 95 % interval."""
-    kept = np.asarray(list(means), np.float64)
-    if not kept.size:
-        return Estimate(float("nan"), float("nan"), float("nan"), 0)
-    mean = float(kept.mean())
-    if kept.size < 2:
-        return Estimate(mean, float("nan"), float("nan"), 1)
-    if np.ptp(kept) == 0:
-        return Estimate(mean, mean, mean, kept.size)
-    found = bootstrap((kept,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0))
-    low, high = found.confidence_interval
-    return Estimate(mean, float(low), float(high), kept.size)
+def bootstrap_mean(values: Iterable[float]) -> MeanInterval:
+    """Return the mean of independent values with its bootstrapped 95 % percentile interval."""
+    sample = np.asarray(list(values), np.float64)
+    if not sample.size:
+        return MeanInterval(float("nan"), float("nan"), float("nan"), 0)
+    mean = float(sample.mean())
+    if sample.size < 2:
+        return MeanInterval(mean, float("nan"), float("nan"), 1)
+    if np.ptp(sample) == 0:
+        return MeanInterval(mean, mean, mean, sample.size)
+    result = bootstrap((sample,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0))
+    low, high = result.confidence_interval
+    return MeanInterval(mean, float(low), float(high), sample.size)
 
 
-def _up_and_down(values: Floats) -> Floats:
-    """The least-squares fit that rises to a peak and falls after it; of equally good peaks the last."""
+def _fit_rise_and_fall(values: Floats) -> Floats:
+    """Return the least-squares fit that rises to a peak and then falls; of equally good peaks the last one."""
     best, least = values, np.inf
     for peak in range(1, len(values) + 1):
         rising = isotonic_regression(values[:peak]).x
@@ -189,7 +184,8 @@ def _up_and_down(values: Floats) -> Floats:
     return best
 
 
-def _mean_over(steps: Floats, values: Floats) -> float:
+def _step_average(steps: Floats, values: Floats) -> float:
+    """Return the mean of a curve over steps, by the trapezoidal rule."""
     if len(steps) < 2:
         return float(values[-1])
     return float(np.trapezoid(values, steps) / (steps[-1] - steps[0]))

@@ -1,4 +1,4 @@
-"""The bundled model: a small, complete latent diffusion model of a picture book, and the concepts it never saw."""
+"""The bundled model, a small latent diffusion model of a world of its own, and the concepts that it never saw."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from dvar.errors import RefusedInput
 
 _HERE = Path(__file__).parent
 TUNING = ("pink_checked_house", "brown_boot", "purple_cat", "turquoise_dog")
-"""The four concepts on which settings are chosen; every table is made on the other 48."""
+"""The four concepts that settings are chosen on; every table is made on the other 48."""
 
 
 def path() -> Path:
-    """The model's folder, in the format of diffusers; ``StableDiffusionPipeline.from_pretrained`` loads it.
+    """Return the model's folder in the format of diffusers, for ``StableDiffusionPipeline.from_pretrained``.
 
-    Raises: RefusedInput when the weights, a distribution of their own, are not installed.
+    Raises:
+        RefusedInput: The weights, which are a distribution of their own, are not installed.
     """
     folder = _HERE / "model"
     if not (folder / "model_index.json").exists():
@@ -25,19 +26,22 @@ def path() -> Path:
 
 
 def judges() -> Path:
-    """The folder of what scores pictures and conditions nothing: a CLIP, and the recogniser.
+    """Return the folder of what scores images and conditions nothing: a CLIP, and the recogniser.
 
-    Raises: RefusedInput as `path` does.
+    Raises:
+        RefusedInput: As `path`.
     """
     path()
     return _HERE / "judges"
 
 
 def concepts() -> dict[str, Path]:
-    """Name to folder of all 52 held-out concepts, each three to five pictures and a ``concept.json``; the tuning
-    ones come last.
+    """Return the folders of all 52 held-out concepts by name, with the tuning concepts last.
 
-    Raises: RefusedInput as `path` does.
+    Each holds three to five images and a ``concept.json``.
+
+    Raises:
+        RefusedInput: As `path`.
     """
     path()
     folders = {folder.parent.name: folder.parent for folder in sorted((_HERE / "concepts").glob("*/concept.json"))}
@@ -45,17 +49,17 @@ def concepts() -> dict[str, Path]:
 
 
 def gates() -> dict[str, dict[str, Any]]:
-    """Return, by method, the figures of `dvar.analysis.eligibility.Eligibility`, as of when the model was frozen."""
+    """Return the `dvar.analysis.eligibility.Eligibility` of each method, measured when the model was frozen."""
     gates: dict[str, dict[str, Any]] = json.loads((_HERE / "gate.json").read_text(encoding="utf-8"))["gates"]
     return gates
 
 
 def noun(name: str) -> str:
-    """The class noun of a concept, as captions use it."""
+    """Return the class noun of a concept, as captions use it."""
     return str(json.loads((concepts()[name] / "concept.json").read_text(encoding="utf-8"))["noun"])
 
 
-def given(method: str, name: str) -> dict[str, str | Path]:
-    """What a method must be told to learn a concept: its pictures, a new word, the noun as the method asks for it."""
-    asked = "class_noun" if method == "custom-diffusion" else "initializer_token"
-    return {"instance_data_dir": concepts()[name], "placeholder_token": "<thing>", asked: noun(name)}
+def training_settings(method: str, name: str) -> dict[str, str | Path]:
+    """Return the settings by which a method learns a concept: its images, a new word, and its class noun."""
+    noun_setting = "class_noun" if method == "custom-diffusion" else "initializer_token"
+    return {"instance_data_dir": concepts()[name], "placeholder_token": "<thing>", noun_setting: noun(name)}

@@ -1,5 +1,4 @@
-"""A judge that never conditions anything: reads class, place, colour, pattern and the subject's parameters off a
-picture."""
+"""The bundled recogniser, a judge of images that never conditions anything."""
 
 from __future__ import annotations
 
@@ -13,17 +12,20 @@ from torch import Tensor, nn
 RECOGNISED = ("class", "main colour", "pattern", "place")
 """Facts of `dvar.mini.world.captions` that are recognised, their answers numbered as there."""
 ASTRAY = 0.1
-"""Share of parameters that a picture is taken to get wrong: anything in [0, 1], all alike."""
+"""Share of parameters that an image is assumed to get wrong: uniform in [0, 1]."""
 LEAST_SPREAD = 0.01
-"""No estimate is surer than this: a parameter in [0, 1] seen on 64 pixels."""
+"""The least standard deviation of an estimate: a parameter in [0, 1], seen on 64 pixels."""
 
 
 @dataclass(frozen=True)
 class Recognition:
-    """What is seen in n pictures.
+    """The subjects and places that are recognised in n images.
 
-    ``logits``: [n, answers] for each head.  ``means`` and ``spreads``: [n, classes, 16], the estimate of each parameter
-    and its standard deviation if the subject were of each class: a class gives its six shape parameters their meaning.
+    Attributes:
+        logits: [n, answers] for each head.
+        means: The estimate of each parameter if the subject were of each class, [n, classes, 16]: a class gives its
+            six shape parameters their meaning.
+        spreads: The standard deviations of these estimates, [n, classes, 16].
     """
 
     logits: dict[str, Tensor]
@@ -31,29 +33,40 @@ class Recognition:
     spreads: Tensor
 
     def best(self, head: str) -> Tensor:
-        """int64 [n]: the most likely answer."""
+        """Return the most likely answers, int64 [n]."""
         return self.logits[head].argmax(dim=1)
 
     def surprise(self, vectors: Tensor, answer: int) -> Tensor:
-        """[n, m]: -log of the density of each picture's subject, one of class number ``answer``, at each of ``vectors``
-        [m, 16], every parameter by itself: Gaussian, but for one in ten, which says nothing.
+        """Return -log of the density of each image's subject at each vector, [n, m].
 
-        Without that tenth a single wrong colour outweighs all that is right, and what a model draws has wrong ones.
+        The parameters are independent, each a Gaussian mixed with a tenth of a uniform density. Without that tenth a
+        single wrong colour outweighs everything that is right, and a model does get colours wrong.
+
+        Args:
+            vectors: Parameters of subjects, [m, 16].
+            answer: The number of their class.
         """
         mean, spread = self.means[:, answer, None], self.spreads[:, answer, None]
         density = (-(((vectors - mean) / spread) ** 2) / 2).exp() / (spread * math.sqrt(2 * math.pi))
         return -(ASTRAY + (1 - ASTRAY) * density).log().sum(dim=-1)
 
     def identity(self, own: Tensor, others: Tensor, answer: int) -> Tensor:
-        """[n] in [0, 1]: the probability that a picture shows the subject with parameters ``own`` [16] rather than a
-        distractor, mean over the distractors ``others`` [m, 16], all of class number ``answer``; 1/2 is chance."""
+        """Return the probability that an image shows a subject rather than a distractor, [n]; 1/2 is chance.
+
+        Args:
+            own: Parameters of the subject, [16].
+            others: Parameters of the distractors, [m, 16]; the result is the mean over them.
+            answer: The number of their class.
+        """
         return (self.surprise(others, answer) - self.surprise(own[None], answer)).sigmoid().mean(dim=1)
 
 
 class Recogniser(nn.Module):
-    """Four convolutional stages on float pictures [n, 3, 64, 64] in [-1, 1].
+    """A convolutional network of four stages, on float images [n, 3, 64, 64] in [-1, 1].
 
-    ``answers``: how many each of `RECOGNISED` has; ``parameters``: the length of `Subject.vector`.
+    Args:
+        answers: Number of answers of each of `RECOGNISED`.
+        parameters: Length of `Subject.vector`.
     """
 
     def __init__(self, answers: dict[str, int], parameters: int, width: int = 32, hidden: int = 384) -> None:
@@ -65,17 +78,18 @@ class Recogniser(nn.Module):
         self.heads = nn.ModuleDict({name.replace(" ", "_"): nn.Linear(hidden, answers[name]) for name in RECOGNISED})
         self.parameter_head = nn.Linear(hidden, math.prod(self.shape))
 
-    def forward(self, pictures: Tensor) -> Recognition:
+    def forward(self, images: Tensor) -> Recognition:
+        """Return what is recognised in images [n, 3, 64, 64]."""
         for stage in self.stages:
-            pictures = stage(pictures)
-        hidden = self.mixed(pictures)
+            images = stage(images)
+        hidden = self.mixed(images)
         logits = {name: self.heads[name.replace(" ", "_")](hidden) for name in RECOGNISED}
         means, logarithms = self.parameter_head(hidden).float().unflatten(1, self.shape).unbind(dim=2)
         return Recognition(logits, 0.5 + means, (logarithms - 1).clamp(min=math.log(LEAST_SPREAD)).exp())
 
 
 class ResidualStage(nn.Module):
-    """Half the side, ``out`` channels, and a residual convolution."""
+    """A strided convolution to half the side and ``out`` channels, and a residual convolution."""
 
     def __init__(self, before: int, out: int) -> None:
         super().__init__()
@@ -83,12 +97,14 @@ class ResidualStage(nn.Module):
         self.more = nn.Sequential(nn.Conv2d(out, out, 3, 1, 1), nn.GroupNorm(8, out), nn.SiLU())
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.halve(x)
-        return x + self.more(x)
+        """Return [n, out, side / 2, side / 2] for [n, before, side, side]."""
+        halved: Tensor = self.halve(x)
+        residual: Tensor = self.more(halved)
+        return halved + residual
 
 
 def load(path: Path) -> Recogniser:
-    """The shipped recogniser, frozen, in eval mode, in float32."""
+    """Return the recogniser in a file of weights, frozen, in evaluation mode, in float32."""
     tensors = load_file(path)
     answers = {name: len(tensors[f"heads.{name.replace(' ', '_')}.bias"]) for name in RECOGNISED}
     model = Recogniser(answers, parameters=len(tensors["parameter_head.bias"]) // (2 * answers["class"]))

@@ -1,16 +1,8 @@
-"""All recorded runs in one compact file, so that a stopping rule can be tried without a GPU, and its reader.
+"""Archives as one compact file, which makes stopping rules testable without a GPU."""
 
-    shelf = read_traces("traces.npz")
-    for record in shelf:
-        steps, losses = record.series("eval")            # [n], [n, samples]
-        steps, scores = record.scores("train", "clip_image")
-        way = Way("mine", MyRule())                      # any function of a dvar.Trace that returns a Verdict
-        print(record.name, ways.read(way, record).stop)
-
-The file is NumPy's own format without pickles: for each run its series, their steps and the scores of every picture,
-those of rescored checkpoints too, and one JSON text with what describes them.  Losses on held draws were computed in
-float32 and are kept so, bit for bit; all else is rounded to float32.
-"""
+# The file is NumPy's own format without pickles: for each run its series, their steps and the scores of every image,
+# those of rescored steps too, and one JSON text that describes them.  Losses on held draws were computed in float32 and
+# are stored so, bit for bit; everything else is rounded to float32.
 
 from __future__ import annotations
 
@@ -20,130 +12,147 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dvar.errors import RefusedInput
-from dvar.recordings.archive import RecordedRun, RecordingArchive, RescoredRun
+from dvar.files import staged_file
+from dvar.recordings.archive import RecordingArchive
+from dvar.recordings.recorded_run import Floats, RecordedRun, RescoredRun
 from dvar.stopping.trace import Trace
 
 FORMAT = 1
-LIMIT = 20_000_000
-"""Bytes that the public file may have."""
+MAX_BYTES = 20_000_000
+"""Size that the public file may have."""
 _INDEX = "index"
-_KEPT = ("eval", "stratified", "fresh", "frozen", "unseen", "drift", "train_loss", "grad_norm", "token_norm")
+_SERIES = ("eval", "stratified", "fresh", "frozen", "unseen", "drift", "train_loss", "grad_norm", "token_norm")
+
+Array = NDArray[Any]
 
 
-def write_traces(shelf: RecordingArchive, path: str | Path) -> Path:
-    """Write every record of a shelf into one file and return its path.
+def write_traces(archive: RecordingArchive, path: str | Path) -> Path:
+    """Write every run of an archive into one file and return its path.
 
-    Raises: RefusedInput when it would be larger than `LIMIT`, naming its size; nothing is then left behind.
+    Raises:
+        RefusedInput: The file would be larger than `MAX_BYTES`; none is left behind.
     """
     path = Path(path)
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, Array] = {}
+    methods = sorted({run.method for run in archive})
     index: dict[str, Any] = {
         "dvar_traces": FORMAT,
-        "tuning": list(shelf.tuning),
-        "seconds": _units(shelf),
+        "tuning": list(archive.tuning_concepts),
+        "seconds": {method: archive.unit_seconds(method) for method in methods},
         "records": [],
     }
-    for number, record in enumerate(shelf):
-        described, held = _packed(record, shelf.rescored.get(record.name))
-        index["records"].append(described)
-        arrays |= {f"{number}/{name}": values for name, values in held.items()}
+    for number, run in enumerate(archive):
+        description, run_arrays = _pack(run, archive.rescored.get(run.name))
+        index["records"].append(description)
+        arrays |= {f"{number}/{name}": values for name, values in run_arrays.items()}
     arrays[_INDEX] = np.frombuffer(json.dumps(index).encode(), np.uint8)
-    part = path.with_name(path.name + ".part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    with part.open("wb") as file:
-        np.savez_compressed(file, allow_pickle=False, **arrays)
-    if (size := part.stat().st_size) > LIMIT:
-        part.unlink()
-        problem = f"the traces must fit in {LIMIT} bytes, got {size}: record sparser series, or fewer runs"
-        raise RefusedInput([problem])
-    part.replace(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with staged_file(path) as staged:
+        with staged.open("wb") as file:
+            np.savez_compressed(file, allow_pickle=False, **arrays)
+        if (size := staged.stat().st_size) > MAX_BYTES:
+            staged.unlink()
+            problem = f"the traces must fit in {MAX_BYTES} bytes, got {size}: record sparser series, or fewer runs"
+            raise RefusedInput([problem])
     return path
 
 
 def read_traces(path: str | Path) -> RecordingArchive:
-    """Return the records of a file that `write_traces` made.
+    """Return the archive in a file that `write_traces` wrote.
 
-    Raises: RefusedInput when it is no such file.
+    Raises:
+        RefusedInput: It is not such a file.
+
+    Example:
+        >>> archive = read_traces("docs/traces.npz")
+        >>> for run in archive:
+        ...     steps, losses = run.series("eval")  # [n], [n, samples]
+        ...     steps, scores = run.scores("train", "clip_image")  # [n], [n, images]
     """
     try:
-        with np.load(path, allow_pickle=False) as held:
-            index = json.loads(held[_INDEX].tobytes())
-            read = [_unpacked(number, one, held) for number, one in enumerate(index["records"])]
+        with np.load(path, allow_pickle=False) as arrays:
+            index = json.loads(arrays[_INDEX].tobytes())
+            pairs = [_unpack(number, description, arrays) for number, description in enumerate(index["records"])]
     except (OSError, ValueError, KeyError) as error:
         raise RefusedInput(
-            [f"{path} is no file of traces ({error}): name one that dvar reproduce traces made"]
+            [f"{path} is not a file of traces ({error}): name one that dvar reproduce traces wrote"]
         ) from error
     return RecordingArchive(
-        tuple(record for record, _ in read),
-        tuning=tuple(index["tuning"]),
-        seconds=index["seconds"],
-        rescored={record.name: anew for record, anew in read if anew},
+        runs=tuple(run for run, _ in pairs),
+        tuning_concepts=tuple(index["tuning"]),
+        measured_seconds=index["seconds"],
+        rescored={run.name: rescored for run, rescored in pairs if rescored},
     )
 
 
-def _packed(record: RecordedRun, anew: RescoredRun | None) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    held: dict[str, np.ndarray] = {}
-    for name in _KEPT:
-        if record.has(name):
-            steps, values = record.series(name)
-            held[f"{name}/steps"], held[name] = steps.astype(np.int32), values.astype(np.float32)
-    held["scored"] = record.scored_steps.astype(np.int32)
-    held["scoring"] = record.scoring_seconds.astype(np.float32)
-    for (part, metric), values in record.pictures.items():
-        held[f"scores/{part}/{metric}"] = values.astype(np.float32)
-    if anew:
-        held["rescored"] = anew.steps.astype(np.int32)
-        held |= {f"rescored/{'/'.join(which)}": values.astype(np.float32) for which, values in anew.pictures.items()}
-    described = {
-        "method": record.method,
-        "concept": record.concept,
-        "seed": record.seed,
-        "config": {
-            name: value for name, value in record.config.items() if not str(name).endswith(("_dir", "versions"))
-        },
-        "header": dict(record.header),
-        "trace": record.trace.header,
-        "cap": record.cap,
-        "names": list(held),
+def _pack(run: RecordedRun, rescored: RescoredRun | None) -> tuple[dict[str, Any], dict[str, Array]]:
+    """Return a run's entry in the index and its arrays by name."""
+    arrays: dict[str, Array] = {}
+    for name in _SERIES:
+        if run.has_series(name):
+            steps, values = run.series(name)
+            arrays[f"{name}/steps"], arrays[name] = steps.astype(np.int32), values.astype(np.float32)
+    arrays["scored"] = run.scored_steps.astype(np.int32)
+    arrays["scoring"] = run.scoring_seconds.astype(np.float32)
+    for (part, metric), values in run.image_scores.items():
+        arrays[f"scores/{part}/{metric}"] = values.astype(np.float32)
+    if rescored:
+        arrays["rescored"] = rescored.steps.astype(np.int32)
+        for (part, metric), values in rescored.image_scores.items():
+            arrays[f"rescored/{part}/{metric}"] = values.astype(np.float32)
+    description = {
+        "method": run.method,
+        "concept": run.concept,
+        "seed": run.seed,
+        "config": {name: value for name, value in run.config.items() if not str(name).endswith(("_dir", "versions"))},
+        "header": dict(run.header),
+        "trace": run.trace.header,
+        "cap": run.cap,
+        "names": list(arrays),
     }
-    return described, held
+    return description, arrays
 
 
-def _unpacked(
-    number: int, described: Mapping[str, Any], held: Mapping[str, np.ndarray]
+def _unpack(
+    number: int, description: Mapping[str, Any], archive_arrays: Mapping[str, Array]
 ) -> tuple[RecordedRun, RescoredRun | None]:
-    arrays = {name: held[f"{number}/{name}"] for name in described["names"]}
-    trace = Trace(described["trace"])
-    for step, row in _rows(arrays, described["cap"]):
+    arrays = {name: archive_arrays[f"{number}/{name}"] for name in description["names"]}
+    trace = Trace(description["trace"])
+    for step, row in _step_records(arrays, description["cap"]):
         trace.record(step, row.pop("eval", None), **row)
-    record = RecordedRun(
-        method=described["method"],
-        concept=described["concept"],
-        seed=described["seed"],
-        config=described["config"],
+    run = RecordedRun(
+        method=description["method"],
+        concept=description["concept"],
+        seed=description["seed"],
+        config=description["config"],
         trace=trace,
-        header=described["header"],
+        header=description["header"],
         scored_steps=arrays["scored"].astype(np.int64),
-        pictures=_pictures(arrays, "scores"),
+        image_scores=_image_scores(arrays, "scores"),
         scoring_seconds=arrays["scoring"].astype(np.float64),
     )
     if "rescored" not in arrays:
-        return record, None
-    return record, RescoredRun(arrays["rescored"].astype(np.int64), _pictures(arrays, "rescored"))
+        return run, None
+    return run, RescoredRun(arrays["rescored"].astype(np.int64), _image_scores(arrays, "rescored"))
 
 
-def _pictures(arrays: Mapping[str, np.ndarray], kind: str) -> dict[tuple[str, str], np.ndarray]:
-    """The scores of pictures by (part, metric)."""
-    found = {tuple(name.split("/")): values for name, values in arrays.items()}
-    return {(of[1], of[2]): values.astype(np.float64) for of, values in found.items() if of[0] == kind and of[1:]}
+def _image_scores(arrays: Mapping[str, Array], kind: str) -> dict[tuple[str, str], Floats]:
+    """Return the scores of images by (part, metric), from arrays named kind/part/metric."""
+    scores = {}
+    for name, values in arrays.items():
+        first, *rest = name.split("/")
+        if first == kind and rest:
+            scores[rest[0], rest[1]] = values.astype(np.float64)
+    return scores
 
 
-def _rows(arrays: Mapping[str, np.ndarray], cap: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The records of a trace, step by step, from its series."""
+def _step_records(arrays: Mapping[str, Array], cap: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield each step of a trace with its values, from the arrays of its series."""
     rows: dict[int, dict[str, Any]] = {cap: {}}
-    for name in _KEPT:
+    for name in _SERIES:
         if name not in arrays:
             continue
         single = arrays[name].shape[1] == 1 and name != "eval"
@@ -151,7 +160,3 @@ def _rows(arrays: Mapping[str, np.ndarray], cap: int) -> Iterator[tuple[int, dic
         for step, value in zip(arrays[f"{name}/steps"].tolist(), values.astype(np.float64), strict=True):
             rows.setdefault(step, {})[name] = float(value) if single else value
     yield from sorted(rows.items())
-
-
-def _units(shelf: RecordingArchive) -> dict[str, dict[str, float]]:
-    return {method: shelf.units(method) for method in sorted({record.method for record in shelf})}

@@ -1,4 +1,4 @@
-"""The concepts that are recorded: their folders and class nouns."""
+"""Folders and class nouns of the concepts that are recorded."""
 
 from __future__ import annotations
 
@@ -11,23 +11,25 @@ from dvar.mini import TUNING
 
 
 def concept_folders(folder: str | None = None) -> dict[str, Path]:
-    """Return name to folder of the concepts in ``folder``, of the bundled ones without.
+    """Return the folder of each concept in ``folder``, by name; by default of the bundled concepts.
 
-    Raises: RefusedInput when there is none.
+    Raises:
+        RefusedInput: There is no concept in ``folder``.
     """
     if folder is None:
         return mini.concepts()
-    found = {path.parent.name: path.parent for path in sorted(Path(folder).expanduser().glob("*/concept.json"))}
-    if not found:
-        said = f"{folder} holds no concepts: each is a folder of pictures"
-        raise RefusedInput([f'{said} with a concept.json that says its class, {{"noun": "mug"}}'])
-    return found
+    folders = {path.parent.name: path.parent for path in sorted(Path(folder).expanduser().glob("*/concept.json"))}
+    if not folders:
+        rule = f"{folder} holds no concepts: each is a folder of images"
+        raise RefusedInput([f'{rule} with a concept.json that names its class, {{"noun": "mug"}}'])
+    return folders
 
 
-def noun_of(folder: Path) -> str:
+def read_noun(folder: Path) -> str:
     """Return the class noun of the concept in a folder.
 
-    Raises: RefusedInput when its concept.json holds none.
+    Raises:
+        RefusedInput: The folder's concept.json holds none.
     """
     try:
         return str(json.loads((folder / "concept.json").read_text(encoding="utf-8"))["noun"])
@@ -36,5 +38,5 @@ def noun_of(folder: Path) -> str:
 
 
 def laboratory_concepts(folder: str | None = None) -> list[str]:
-    """Return the concepts that tables are made on: all but the tuning ones."""
+    """Return the names of the concepts that tables count: all but the tuning concepts."""
     return [name for name in concept_folders(folder) if name not in TUNING]

@@ -1,15 +1,13 @@
-"""How good pictures are: like the references and like what was asked (CLIP, DINO), and on the bundled model what its
-own judge sees.
+"""Metrics of generated images: similarity to references and prompts (CLIP, DINO), and what the bundled judge sees."""
 
-A score is a number a picture, so that means, spreads and halves can be taken later.
-"""
+# A metric gives each image a score of its own, so that means, spreads and halves can be computed later.
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,24 +17,27 @@ from torch import Tensor
 from transformers import AutoModel
 
 from dvar import mini
-from dvar.diffusion.backbone import best_device
-from dvar.diffusion.clip import Clip, embedded, loading, sizes_differ, unit
+from dvar.diffusion.clip import Clip, embed_in_batches, image_size_problems, normalize
+from dvar.diffusion.devices import best_device
+from dvar.diffusion.loading import loading_errors
 from dvar.errors import ModelError, RefusedInput
+from dvar.recordings.protocol import PAIRINGS, Pairing
 
-Pairing = Literal["all pairs", "row by row"]
-PAIRINGS: tuple[Pairing, ...] = get_args(Pairing)
 DISTRACTORS = 99
 
 
 def similarity(of: Tensor, to: Tensor, pairing: Pairing = "all pairs") -> Tensor:
-    """Return the cosine of each of the vectors ``of`` [n, d] with those it is held against, ``to`` [m, d]: float32 [n].
+    """Return the cosine similarity of each vector to those it is compared with, float32 [n].
 
-    "all pairs" is the mean over all of ``to``; "row by row" takes row i mod m alone.
+    Args:
+        of: Vectors, [n, d].
+        to: What they are compared with, [m, d].
+        pairing: "all pairs" is the mean over all of ``to``; "row by row" compares row i with row i mod m.
 
     Source: the paper says "CLIP image-to-image similarity"; all pairs is what Textual Inversion and Custom Diffusion
     publish, row by row what the released code computes.
     """
-    cosines = unit(of) @ unit(to).T
+    cosines = normalize(of) @ normalize(to).T
     if pairing == "all pairs":
         return cosines.mean(dim=1)
     rows = torch.arange(len(of))
@@ -45,10 +46,10 @@ def similarity(of: Tensor, to: Tensor, pairing: Pairing = "all pairs") -> Tensor
 
 @dataclass(frozen=True)
 class Dino:
-    """A DINO: a vision transformer whose first output, that of the class token, tells individuals apart.
+    """A DINO: a vision transformer whose output for the class token distinguishes individuals.
 
     Source: the metric of DreamBooth, ViT-S/16.
-    Deviates: pixels are made as the model's own processor says; that paper's code resizes to 256 and crops 224.
+    Deviates: the model's own processor prepares the pixels; that paper's code resizes to 256 and crops 224.
     """
 
     name: str
@@ -59,29 +60,32 @@ class Dino:
     def load(cls, name: str | Path, *, device: str | None = None) -> Dino:
         """Return the model in a folder or behind a hub id, in float32.
 
-        Raises: ModelError when it cannot be loaded, or its processor makes pictures of another size.
+        Raises:
+            ModelError: It cannot be loaded, or its processor makes images of another size.
         """
-        with loading(name, "DINO"):
+        with loading_errors(name, "DINO"):
             processor = transformers.AutoImageProcessor.from_pretrained(name, backend="pil")
             model = AutoModel.from_pretrained(name, dtype=torch.float32)
             size = model.config.image_size
-        if problems := sizes_differ(processor, size):
+        if problems := image_size_problems(processor, size):
             raise ModelError(f"{name} does not fit: {'; '.join(problems)}: complete the folder or name another DINO")
         return cls(Path(name).name, model.to(device or best_device()).eval().requires_grad_(False), processor)
 
-    def of_pictures(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """Return the unit vectors of RGB pictures of any size, float32 [n, d] on the CPU."""
+    def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
+        """Return the unit vectors of RGB images of any size, float32 [n, d] on the CPU."""
 
         def embed(pixels: Tensor) -> Tensor:
-            return self.model(pixel_values=pixels).last_hidden_state[:, 0]
+            vectors: Tensor = self.model(pixel_values=pixels).last_hidden_state[:, 0]
+            return vectors
 
-        return embedded(pictures, self.processor, embed, self.model.device)
+        return embed_in_batches(images, self.processor, embed, self.model.device)
 
 
 class Judge:
-    """The bundled recogniser, told which concept it is to look for; distractors of its class are drawn once.
+    """The bundled recogniser, looking for one bundled concept among `DISTRACTORS` others of its class.
 
-    Raises: RefusedInput when the concept is not bundled, or what draws the bundled world is not installed.
+    Raises:
+        RefusedInput: The concept is not bundled, or what renders the bundled world is not installed.
     """
 
     def __init__(self, concept: str) -> None:
@@ -104,30 +108,43 @@ class Judge:
         self._model = recogniser.load(mini.judges() / "recogniser.safetensors")
         self._own, self._others = torch.from_numpy(subject.vector()).float(), torch.from_numpy(others).float()
         self._class, self._places = list(CLASSES).index(subject.noun), list(PLACES)
-        self._right = {
+        self._answers = {
             "class": self._class,
             "main colour": list(COLOURS).index(subject.colours[0]),
             "pattern": PATTERNS.index(subject.pattern),
         }
 
     @torch.no_grad()
-    def scores(self, pictures: Sequence[Image.Image], places: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """Return by name, [n] each: ``identity``, the probability that the subject is this one rather than another of
-        its class (1/2 is chance); ``class``, ``main colour`` and ``pattern``, 1 where read right and else 0; and
-        ``place`` likewise, where the ``places`` that were asked for are given.
+    def scores(self, images: Sequence[Image.Image], places: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Return the judge's scores of images, [n] each, by name.
+
+        Args:
+            places: The place that each prompt names.
+
+        Returns:
+            "identity", the probability that the subject is this one rather than another of its class (1/2 is chance);
+            "class", "main colour" and "pattern", 1 where they are recognised right and 0 elsewhere; with ``places``
+            also "place".
         """
-        pixels = torch.from_numpy(np.stack([np.asarray(picture.convert("RGB")) for picture in pictures]))
-        reading = self._model((pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous())
-        found = {"identity": reading.identity(self._own, self._others, self._class)}
-        found |= {head: (reading.best(head) == answer).float() for head, answer in self._right.items()}
+        pixels = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
+        recognition = self._model((pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous())
+        scores = {"identity": recognition.identity(self._own, self._others, self._class)}
+        scores |= {head: (recognition.best(head) == answer).float() for head, answer in self._answers.items()}
         if places is not None:
-            asked = torch.tensor([self._places.index(place) for place in places])
-            found["place"] = (reading.best("place") == asked).float()
-        return found
+            answers = torch.tensor([self._places.index(place) for place in places])
+            scores["place"] = (recognition.best("place") == answers).float()
+        return scores
 
 
 class Scorer:
-    """Scores pictures of one concept by all judges there are; the vectors of the references are computed once, here."""
+    """Scores images of one concept by every judge there is.
+
+    Args:
+        references: Images of the concept; their vectors are computed once.
+
+    Raises:
+        RefusedInput: The pairing is unknown, or there is no reference.
+    """
 
     def __init__(
         self,
@@ -141,34 +158,39 @@ class Scorer:
         if pairing not in PAIRINGS:
             raise RefusedInput([f"pairing must be one of {', '.join(PAIRINGS)}, got {pairing!r}"])
         if not references:
-            raise RefusedInput(["there must be a reference to hold pictures against, got none: name a concept"])
+            raise RefusedInput(["there must be a reference to compare images with, got none: name a concept"])
         self.pairing, self.clip, self.dino, self.judge = pairing, clip, dino, judge
-        self._clip_references = clip.of_pictures(references)
-        self._dino_references = dino.of_pictures(references) if dino else None
+        self._clip_references = clip.embed_images(references)
+        self._dino_references = dino.embed_images(references) if dino else None
 
     @property
     def names(self) -> dict[str, str]:
-        """Who judges, for the header of a table."""
+        """The judges, for the header of a table."""
         others = {"dino": self.dino.name} if self.dino else {}
         return {"clip": self.clip.name, **others, **({"recogniser": "the bundled recogniser"} if self.judge else {})}
 
     def __call__(
-        self, pictures: Sequence[Image.Image], texts: Sequence[str], places: Sequence[str] | None = None
+        self, images: Sequence[Image.Image], texts: Sequence[str], places: Sequence[str] | None = None
     ) -> dict[str, list[float]]:
-        """Return by metric a score for each picture, which was drawn for the text of the same number.
+        """Return a score of each image by each metric.
 
-        ``clip_image`` and, with a DINO, ``dino``: cosine with the references, paired as said; ``clip_text``: cosine
-        with the picture's own text; with a judge, all of `Judge.scores`.
+        Args:
+            texts: The text that each image was generated for.
+            places: As for `Judge.scores`.
+
+        Returns:
+            "clip_image" and, with a DINO, "dino": the similarity to the references; "clip_text": the similarity to the
+            image's own text; with a judge, all of `Judge.scores`.
 
         Source: Section 4.1, "Train CLIP img" and "Val CLIP txt".
         """
-        seen = self.clip.of_pictures(pictures)
+        vectors = self.clip.embed_images(images)
         scores = {
-            "clip_image": similarity(seen, self._clip_references, self.pairing),
-            "clip_text": similarity(seen, self.clip.of_texts(texts), "row by row"),
+            "clip_image": similarity(vectors, self._clip_references, self.pairing),
+            "clip_text": similarity(vectors, self.clip.embed_texts(texts), "row by row"),
         }
         if self.dino and self._dino_references is not None:
-            scores["dino"] = similarity(self.dino.of_pictures(pictures), self._dino_references, self.pairing)
+            scores["dino"] = similarity(self.dino.embed_images(images), self._dino_references, self.pairing)
         if self.judge:
-            scores |= self.judge.scores(pictures, places)
+            scores |= self.judge.scores(images, places)
         return {name: values.tolist() for name, values in scores.items()}

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
-PAST = {"textual-inversion": 1.0, "dreambooth-lora": 1.5, "custom-diffusion": 3.0}
+Pairing = Literal["all pairs", "row by row"]
+PAIRINGS: tuple[Pairing, ...] = get_args(Pairing)
+
+CAP_FACTORS = {"textual-inversion": 1.0, "dreambooth-lora": 1.5, "custom-diffusion": 3.0}
 """The recorded cap over the preset's: 6100, 1500 and 1500 steps where the paper's caps are 6100, 1000 and 500."""
 
-
 CHECKPOINTS = 8
-"""Whole checkpoints kept of a run, evenly: no step is further than an eighth of the cap from where a replay starts."""
-
+"""Checkpoints kept of a run, evenly spaced: a replay of any step trains at most an eighth of the cap."""
 
 STRATIFIED, FRESH, UNSEEN, DRIFT = "stratified", "fresh", "unseen", "drift"
-
-
-FORWARDS = {STRATIFIED: 32, FRESH: 16, UNSEEN: 8, DRIFT: 8}
-"""Samples that each series sends through the model: fresh draws go through the frozen one too."""
-
+SAMPLES = {STRATIFIED: 32, FRESH: 8, UNSEEN: 8, DRIFT: 8}
+"""Samples of each series."""
+FORWARDS = {**SAMPLES, FRESH: 2 * SAMPLES[FRESH]}
+"""Samples that each series sends through a model: fresh draws go through the frozen model too."""
 
 PLACES = {
     "beach": "on the beach",
@@ -39,59 +39,78 @@ PLACES = {
 
 @dataclass(frozen=True)
 class RecordingProtocol:
-    """How much is measured.
+    """The amount that a recording measures.
 
-    ``share`` of the recorded cap is trained; ``scored`` steps, log-spaced, have pictures: ``prompts`` times ``seeds``
-    of each kind, drawn in ``sampling_steps`` (the preset's own where None).  ``every`` gives the steps between two
-    values of a series; ``class_pictures`` are those of Custom Diffusion (the preset's number where None).  Pictures
-    are drawn in ``rounds``, each of other seeds: the first while training, the others from the weights that were kept.
+    Attributes:
+        share: Share of the recorded cap that is trained.
+        scored_steps: Number of log-spaced steps whose images are scored.
+        prompts: Prompts of each part, training and validation.
+        seeds: Images of each prompt.
+        sampling_steps: Sampling steps of an image; None for the preset's.
+        every: Steps between two values of each series.
+        class_images: Class images of Custom Diffusion; None for the preset's number.
+        rounds: Rounds of images, each from other seeds: the first is generated while training, the others from the
+            weights that were kept.
     """
 
     share: float
-    scored: int
+    scored_steps: int
     prompts: int
     seeds: int
     sampling_steps: int | None
     every: Mapping[str, int]
-    class_pictures: int | None = None
+    class_images: int | None = None
     rounds: int = 1
 
     @property
-    def pictures(self) -> int:
-        """Pictures of each kind at a scored step, those of all rounds."""
+    def image_count(self) -> int:
+        """Images of each part at a scored step, in all rounds."""
         return self.prompts * self.seeds * self.rounds
 
     @property
-    def facts(self) -> dict[str, Any]:
-        """The plan as plain values, but for the rounds: more of them make no other record."""
-        plain = {**asdict(replace(self, every={})), "every": dict(self.every)}
-        return {name: value for name, value in plain.items() if name != "rounds"}
+    def conditions(self) -> dict[str, Any]:
+        """The protocol as plain values, without the rounds: more of them do not make it another recording."""
+        return {
+            "share": self.share,
+            "scored": self.scored_steps,
+            "prompts": self.prompts,
+            "seeds": self.seeds,
+            "sampling_steps": self.sampling_steps,
+            "every": dict(self.every),
+            "class_pictures": self.class_images,
+        }
 
 
-def _every(stratified: int, fresh: int, unseen: int, drift: int) -> Mapping[str, int]:
+def _cadences(stratified: int, fresh: int, unseen: int, drift: int) -> Mapping[str, int]:
     return MappingProxyType({STRATIFIED: stratified, FRESH: fresh, UNSEEN: unseen, DRIFT: drift})
 
 
 PROTOCOLS = {
-    "quick": RecordingProtocol(0.12, 8, 2, 2, 10, _every(20, 20, 20, 50), class_pictures=16),
-    "cpu": RecordingProtocol(1.0, 30, 4, 2, 10, _every(10, 10, 20, 50), rounds=4),
-    "full": RecordingProtocol(1.0, 40, 8, 4, None, _every(5, 1, 5, 25)),
+    "quick": RecordingProtocol(0.12, 8, 2, 2, 10, _cadences(20, 20, 20, 50), class_images=16),
+    "cpu": RecordingProtocol(1.0, 30, 4, 2, 10, _cadences(10, 10, 20, 50), rounds=4),
+    "full": RecordingProtocol(1.0, 40, 8, 4, None, _cadences(5, 1, 5, 25)),
 }
-"""By name: a look in minutes; what two cores can do for many concepts; the issue's full size."""
+"""By name: minutes for each run; many concepts on two cores; everything, as densely as the paper's figures need it."""
 
 
-def log_spaced(cap: int, count: int, cadence: int = 1) -> list[int]:
-    """Return about ``count`` steps: 0, ``cap`` and steps between in equal ratios, rounded to multiples of a cadence."""
+def log_spaced_steps(cap: int, count: int, cadence: int = 1) -> list[int]:
+    """Return about ``count`` steps: 0, ``cap``, and steps in equal ratios between, in multiples of ``cadence``."""
     between = np.geomspace(min(4, cap), cap, max(count - 1, 2))
     return sorted({0, cap, *(min(cadence * round(step / cadence), cap) for step in between)})
 
 
 @dataclass(frozen=True)
 class ScoringPrompts:
-    """The pictures of one kind that every scored step draws: what the model reads, what the CLIP reads, and the seed.
+    """The prompts and seeds of the images of one part, the same at every scored step.
 
-    Prompt by prompt, each from several seeds in a row, no seed twice: even and odd pictures are two halves that share
-    their prompts.  ``places`` names what was asked for, where a judge can tell.
+    Images are ordered by prompt, with several seeds for each and no seed twice: even and odd images are two halves with
+    the same prompts.
+
+    Attributes:
+        prompts: The prompt of each image.
+        texts: The text that CLIP compares it with.
+        seeds: The seed of each image.
+        places: The place that each prompt names, where a judge can recognise it.
     """
 
     prompts: Sequence[str]
@@ -99,15 +118,20 @@ class ScoringPrompts:
     seeds: Sequence[int]
     places: tuple[str, ...] | None = None
 
-    def again(self, number: int) -> ScoringPrompts:
-        """Round ``number`` of the same, on the seeds that follow those of the rounds before it; 0 is this one."""
+    def for_round(self, number: int) -> ScoringPrompts:
+        """Return the same prompts with the seeds of a round, which follow those of the rounds before; 0 is this one."""
         return replace(self, seeds=tuple(number * len(self.seeds) + seed for seed in self.seeds))
 
     @classmethod
-    def of(
+    def for_prompts(
         cls, prompts: Sequence[str], subject: str, noun: str, seeds: int, places: Sequence[str] | None = None
     ) -> ScoringPrompts:
-        """``seeds`` pictures of each prompt; the CLIP knows no new word and reads the class noun for ``subject``."""
-        each = [prompt for prompt in prompts for _ in range(seeds)]
-        named = None if places is None else tuple(place for place in places for _ in range(seeds))
-        return cls(tuple(each), tuple(text.replace(subject, noun) for text in each), tuple(range(len(each))), named)
+        """Return ``seeds`` images of each prompt.
+
+        Args:
+            subject: How the prompts call the concept; CLIP, which does not know the new word, reads ``noun`` instead.
+        """
+        repeated = [prompt for prompt in prompts for _ in range(seeds)]
+        texts = tuple(text.replace(subject, noun) for text in repeated)
+        repeated_places = None if places is None else tuple(place for place in places for _ in range(seeds))
+        return cls(tuple(repeated), texts, tuple(range(len(repeated))), repeated_places)

@@ -1,8 +1,7 @@
-"""A recorded run taken up again: the pictures and weights that it kept, and any step of it trained once more."""
+"""Restoring recorded runs: their weights and images, and any step of them trained again."""
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -13,44 +12,45 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dvar import mini
-from dvar.config.training import TextualInversionConfig, restored
+from dvar.config.training import TextualInversionConfig
 from dvar.diffusion.backbone import Backbone
 from dvar.errors import CheckpointError, RefusedInput
+from dvar.files import read_json, staged_file
 from dvar.stopping.trace import Trace
-from dvar.training.checkpoint import Checkpoint, saved
-from dvar.training.personalise import prepared
+from dvar.training.checkpoint import Checkpoint
+from dvar.training.methods.registry import config_from_dict
+from dvar.training.personalise import prepare
 from dvar.training.run import TrainingRun
-from dvar.training.run_layout import CLASS_PICTURES
+from dvar.training.run_layout import CLASS_IMAGES, CONFIG, TRACE, checkpoint_paths, checkpoint_step, step_name
 
-WEIGHTS, SHEETS, ANEW = "weights", "pictures", "pictures-anew"
-"""Folders of what was kept at scored steps, and of the pictures of steps that were drawn anew afterwards."""
-
-
-def weights_at(folder: Path, step: int) -> Path:
-    """Return the file of what was learned at a step, where it was kept."""
-    return folder / WEIGHTS / f"step-{step:06d}.safetensors"
+WEIGHTS, SHEETS, RESCORED_SHEETS = "weights", "pictures", "pictures-anew"
+"""Folders of the weights and images of scored steps, and of the images of rescored steps."""
 
 
-def sheet_at(folder: Path, step: int, kind: str = SHEETS) -> Path:
-    """Return the file of a step's pictures, where they were kept."""
-    return folder / kind / f"step-{step:06d}.png"
+def weights_path(folder: Path, step: int) -> Path:
+    """Return the path of the trained weights of a step, which exists if they were kept."""
+    return folder / WEIGHTS / f"{step_name(step)}.safetensors"
+
+
+def sheet_path(folder: Path, step: int, kind: str = SHEETS) -> Path:
+    """Return the path of the images of a step, which exists if they were kept."""
+    return folder / kind / f"{step_name(step)}.png"
 
 
 def write_sheet(path: Path, rows: Sequence[Sequence[Image.Image]]) -> None:
-    """Write pictures of one size as one PNG, a row each; `read_sheet` gives them back bit for bit."""
+    """Write rows of square images of one size as one PNG; `read_sheet` returns them bit for bit."""
     side = rows[0][0].width
     sheet = Image.new("RGB", (side * max(map(len, rows)), side * len(rows)))
     for y, row in enumerate(rows):
-        for x, picture in enumerate(row):
-            sheet.paste(picture, (side * x, side * y))
+        for x, image in enumerate(row):
+            sheet.paste(image, (side * x, side * y))
     path.parent.mkdir(exist_ok=True)
-    part = path.with_suffix(".part")
-    sheet.save(part, format="PNG")
-    part.replace(path)
+    with staged_file(path) as staged:
+        sheet.save(staged, format="PNG")
 
 
 def read_sheet(path: Path, rows: int = 2) -> list[list[Image.Image]]:
-    """Return the pictures of a scored step: those of training prompts, then those of validation prompts."""
+    """Return the rows of images of a step: those of training prompts, then those of validation prompts."""
     with Image.open(path) as opened:
         sheet = opened.convert("RGB")
     side = sheet.height // rows
@@ -58,72 +58,84 @@ def read_sheet(path: Path, rows: int = 2) -> list[list[Image.Image]]:
     return [[sheet.crop(box) for box in row] for row in boxes]
 
 
-def learned_at(folder: str | Path, step: int) -> Backbone:
+def restore_model(folder: str | Path, step: int) -> Backbone:
     """Return the model of a recorded run as it was after ``step`` updates.
 
-    Raises: as `learned_along`.
+    Raises:
+        RefusedInput, CheckpointError: As `restore_runs`.
     """
-    return next(learned_along(folder, [step])).backbone
+    return next(restore_runs(folder, [step])).backbone
 
 
-def learned_along(folder: str | Path, steps: Sequence[int]) -> Iterator[TrainingRun]:
-    """Yield the run's job with its model as it was after each of ``steps``, from the first to the last: from weights
-    that were kept, or trained again from the nearest checkpoint or step before, which gives the very same weights (on
-    the same kind of CPU at equal thread count).
+def restore_runs(folder: str | Path, steps: Sequence[int]) -> Iterator[TrainingRun]:
+    """Yield the training run with its model as it was after each of ``steps``, from the first to the last.
 
-    It is the same job each time, and the folder is only read.
-    Raises: RefusedInput when it holds no recorded run, or a step is beyond its cap; CheckpointError when a replayed
-    loss differs from the recorded one.
+    The weights are those that were kept, or are trained again from the nearest checkpoint or step before, which gives
+    the same bits on the same kind of CPU with the same number of threads. The folder is only read.
+
+    Yields:
+        The same object each time.
+
+    Raises:
+        RefusedInput: The folder holds no recorded run, or a step is beyond its cap.
+        CheckpointError: There is no checkpoint to start from, or a replayed loss differs from the recorded one.
     """
     folder = Path(folder)
     try:
-        trace = Trace.read(folder / "trace.jsonl")
+        trace = Trace.read(folder / TRACE)
     except (OSError, ValueError) as error:
-        raise RefusedInput([f"{folder} is no recorded run ({error}): record it first"]) from error
-    if wrong := [step for step in steps if not 0 <= step <= trace.last_step]:
-        raise RefusedInput([f"step must lie between 0 and {trace.last_step}, where {folder} ends, got {wrong[0]}"])
-    with tempfile.TemporaryDirectory() as elsewhere:
-        job = rerun(folder, elsewhere)
-    recorded = {row["step"]: row.get("train_loss") for row in trace.records}
-    at = -1  # what the optimizer has seen too
+        raise RefusedInput([f"{folder} holds no recorded run ({error}): record it first"]) from error
+    if outside := [step for step in steps if not 0 <= step <= trace.last_step]:
+        raise RefusedInput([f"step must lie between 0 and {trace.last_step}, where {folder} ends, got {outside[0]}"])
+    with tempfile.TemporaryDirectory() as output:
+        run = prepare_rerun(folder, output)
+    losses = {row["step"]: row.get("train_loss") for row in trace.records}
+    current = -1  # the step of the weights and of the optimizer's state; -1 if they are of different steps
     for step in sorted(set(steps)):
-        kept = weights_at(folder, step)
-        if kept.exists():
-            job.method.load(load_file(kept))
-            at = -1
-            yield job
-            continue
-        checkpoints = {int(path.name.split("-")[1]): path for path in saved(folder)}
-        before = max((there for there in checkpoints if there <= step), default=None)
-        if before is None:
-            raise CheckpointError(f"{folder} holds no checkpoint before step {step}: record it again")
-        if at < before:
-            job.learner.restore(Checkpoint.read(checkpoints[before]))
-            at = before
-        for number in range(at + 1, step + 1):
-            update = job.learner.update(job.training_losses, number)
-            if job.backbone.device.type == "cpu" and update.train_loss != recorded[number]:
-                said = f"step {number} gave the loss {update.train_loss!r}, and {recorded[number]!r} was recorded"
-                same = "use its kind of CPU, its versions and its thread count"
-                raise CheckpointError(f"{folder} cannot be replayed here: {said}; {same}")
-        at = step
-        yield job
+        path = weights_path(folder, step)
+        if path.exists():
+            run.method.load(load_file(path))
+            current = -1
+        else:
+            _replay(run, folder, current, step, losses)
+            current = step
+        yield run
 
 
-def rerun(folder: Path, elsewhere: str | Path) -> TrainingRun:
-    """Return the recorded run of ``folder`` as it began, ready to be opened in another folder.
+def prepare_rerun(folder: Path, output: str | Path) -> TrainingRun:
+    """Return the recorded run in ``folder`` as it began, with ``output`` as its folder, which is not opened yet.
 
-    The pictures of a bundled concept are found where they lie now: another installation may have recorded it.
-    Raises: RefusedInput when the folder holds no recorded run; what stands in a run's way, as the trainer does.
+    The images of a bundled concept are taken from this installation: another one may have recorded the run.
+
+    Raises:
+        RefusedInput: The folder holds no recorded run.
+        DvarError: The run cannot be prepared, as in the trainer.
     """
     try:
-        config = restored(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        config = config_from_dict(read_json(folder / CONFIG))
     except (OSError, ValueError) as error:
-        raise RefusedInput([f"{folder} is no recorded run ({error}): record it first"]) from error
-    apart: dict[str, Any] = {"output_dir": str(elsewhere), "overwrite": False, "resume_from_checkpoint": None}
-    pictures, bundled = Path(config.instance_data_dir or ""), mini.concepts().get(folder.parent.name)
-    if bundled and pictures.parts[-3:] == bundled.parts[-3:]:
-        apart["instance_data_dir"] = str(bundled)
-    if not isinstance(config, TextualInversionConfig) and (folder / CLASS_PICTURES).exists():
-        apart["class_data_dir"] = str(folder / CLASS_PICTURES)
-    return prepared(replace(config, **apart))[0]
+        raise RefusedInput([f"{folder} holds no recorded run ({error}): record it first"]) from error
+    changes: dict[str, Any] = {"output_dir": str(output), "overwrite": False, "resume_from_checkpoint": None}
+    images, bundled = Path(config.instance_data_dir or ""), mini.concepts().get(folder.parent.name)
+    if bundled and images.parts[-3:] == bundled.parts[-3:]:
+        changes["instance_data_dir"] = str(bundled)
+    if not isinstance(config, TextualInversionConfig) and (folder / CLASS_IMAGES).exists():
+        changes["class_data_dir"] = str(folder / CLASS_IMAGES)
+    return prepare(replace(config, **changes))[0]
+
+
+def _replay(run: TrainingRun, folder: Path, current: int, step: int, losses: dict[int, float | None]) -> None:
+    """Train a run on to ``step``, from step ``current`` or from a later checkpoint, and compare the losses."""
+    checkpoints = {checkpoint_step(path): path for path in checkpoint_paths(folder)}
+    nearest = max((other for other in checkpoints if other <= step), default=None)
+    if nearest is None:
+        raise CheckpointError(f"{folder} holds no checkpoint before step {step}: record it again")
+    if current < nearest:
+        run.learner.restore(Checkpoint.read(checkpoints[nearest]))
+        current = nearest
+    for number in range(current + 1, step + 1):
+        update = run.learner.update(run.training_losses, number)
+        if run.backbone.device.type == "cpu" and update.train_loss != losses[number]:
+            rule = f"step {number} gave the loss {update.train_loss!r}, and {losses[number]!r} was recorded"
+            remedy = "use its kind of CPU, its versions and its thread count"
+            raise CheckpointError(f"{folder} cannot be replayed here: {rule}; {remedy}")

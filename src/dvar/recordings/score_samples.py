@@ -1,8 +1,7 @@
-"""The pictures that a run is judged by: drawn by its model as it stands, and scored; further rounds afterwards."""
+"""Generation and scoring of the images of recorded runs, further rounds of them included."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,82 +10,88 @@ from PIL import Image
 
 from dvar.diffusion.clip import Clip
 from dvar.diffusion.sampling import sample
-from dvar.files import write_json
-from dvar.recordings.archive import DONE, ROUNDS, rounds
+from dvar.files import read_json, write_json
 from dvar.recordings.image_metrics import Dino, Judge, Scorer
 from dvar.recordings.protocol import PROTOCOLS, ScoringPrompts
-from dvar.recordings.restore import learned_along
-from dvar.recordings.spec import RecordingSpec, shots
+from dvar.recordings.recorded_run import DONE, ROUNDS, read_rounds
+from dvar.recordings.restore import restore_runs
+from dvar.recordings.spec import RecordingSpec, scoring_prompts
 from dvar.training.dataset import Concept
 from dvar.training.run import TrainingRun
 
 
-def scorer_of(recording: RecordingSpec, concept: Concept) -> Scorer:
-    """Return what scores the pictures of a recording.
+def load_scorer(spec: RecordingSpec, concept: Concept) -> Scorer:
+    """Return what scores the images of a recording.
 
-    References are read from their files, as the CLIP's own processor wants them, not as training crops them.
-    Raises: ModelError and RefusedInput when a judge cannot be had.
+    The references are the image files as CLIP's own processor wants them, not the squares that training crops.
+
+    Raises:
+        ModelError, RefusedInput: A judge cannot be loaded.
     """
     references = []
     for name in concept.names:
-        with Image.open(recording.pictures / name) as picture:
-            references.append(picture.convert("RGB"))
+        with Image.open(spec.image_folder / name) as image:
+            references.append(image.convert("RGB"))
     return Scorer(
-        Clip.load(recording.clip) if recording.clip else Clip.scoring(),
+        Clip.load(spec.clip) if spec.clip else Clip.scoring(),
         references,
-        pairing=recording.pairing,
-        dino=Dino.load(recording.dino) if recording.dino else None,
-        judge=Judge(recording.concept) if recording.bundled else None,
+        pairing=spec.pairing,
+        dino=Dino.load(spec.dino) if spec.dino else None,
+        judge=Judge(spec.concept) if spec.bundled else None,
     )
 
 
-def drawn_and_scored(
-    job: TrainingRun, wanted: Mapping[str, ScoringPrompts], score: Scorer, steps: int
+def generate_and_score(
+    run: TrainingRun, prompts: Mapping[str, ScoringPrompts], scorer: Scorer, sampling_steps: int
 ) -> tuple[list[list[Image.Image]], dict[str, Any]]:
-    """Return the pictures of each kind by a job's model as it stands, and their scores by kind, with the "seconds" that
-    drawing took.
+    """Generate images by a run's model as it is now, and score them.
+
+    Returns:
+        The images of each part, and a dict of their scores by part with the "seconds" that generating them took.
     """
-    started = time.perf_counter()
-    pictures = {part: drawn(job, shot.prompts, shot.seeds, steps) for part, shot in wanted.items()}
-    seconds = time.perf_counter() - started
-    scores = {part: score(pictures[part], shot.texts, shot.places) for part, shot in wanted.items()}
-    return list(pictures.values()), {"seconds": seconds, **scores}
+    start = time.perf_counter()
+    images = {part: generate_images(run, of.prompts, of.seeds, sampling_steps) for part, of in prompts.items()}
+    seconds = time.perf_counter() - start
+    scores = {part: scorer(images[part], of.texts, of.places) for part, of in prompts.items()}
+    return list(images.values()), {"seconds": seconds, **scores}
 
 
-def drawn(job: TrainingRun, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> list[Image.Image]:
-    """Return the pictures of these prompts by a job's model as it stands, in so many sampling steps."""
-    config = job.config
+def generate_images(
+    run: TrainingRun, prompts: Sequence[str], seeds: Sequence[int], sampling_steps: int
+) -> list[Image.Image]:
+    """Return an image of each prompt from its seed, by a run's model as it is now."""
+    config = run.config
     return sample(
-        job.backbone,
+        run.backbone,
         prompts,
         seeds,
         size=config.resolution,
-        steps=steps,
+        steps=sampling_steps,
         guidance=config.guidance_scale,
         scheduler=config.validation_scheduler,
     )
 
 
-def lacking(recording: RecordingSpec) -> dict[int, list[int]]:
-    """Return, of a finished run, the rounds of pictures after the first that its plan asks for and that are not there:
-    the step to their numbers.
-    """
-    there = rounds(recording.folder)
-    found = {
-        step: [number for number in range(1, PROTOCOLS[recording.plan].rounds) if (step, number) not in there]
-        for step in recording.scored
-    }
-    return {step: numbers for step, numbers in found.items() if numbers}
+def find_missing_rounds(spec: RecordingSpec) -> dict[int, list[int]]:
+    """Return the rounds of images that a finished recording lacks by its protocol: step to their numbers."""
+    rounds = read_rounds(spec.folder)
+    numbers = range(1, PROTOCOLS[spec.protocol].rounds)
+    missing = {step: [number for number in numbers if (step, number) not in rounds] for step in spec.scored_steps}
+    return {step: numbers for step, numbers in missing.items() if numbers}
 
 
-def add_rounds(recording: RecordingSpec, concept: Concept, scorer: Scorer) -> None:
-    """Draw and score what is `lacking`, leaving it in the folder step by step."""
-    folder, wanted, missing = recording.folder, shots(recording, concept), lacking(recording)
-    rows = list(rounds(folder).values())
-    hashes = json.loads((folder / DONE).read_text(encoding="utf-8"))["hashes"]
-    for step, job in zip(missing, learned_along(folder, list(missing)) if missing else (), strict=True):
-        steps = PROTOCOLS[recording.plan].sampling_steps or job.config.num_inference_steps
+def score_missing_rounds(spec: RecordingSpec, concept: Concept, scorer: Scorer) -> None:
+    """Generate and score the rounds of images that a finished recording lacks, and write them step by step."""
+    missing = find_missing_rounds(spec)
+    if not missing:
+        return
+    folder, prompts = spec.folder, scoring_prompts(spec, concept)
+    rows = list(read_rounds(folder).values())
+    hashes = read_json(folder / DONE)["hashes"]
+    for step, run in zip(missing, restore_runs(folder, list(missing)), strict=True):
+        sampling_steps = PROTOCOLS[spec.protocol].sampling_steps or run.config.num_inference_steps
         for number in missing[step]:
-            again = {part: shot.again(number) for part, shot in wanted.items()}
-            rows.append({"step": step, "round": number, **drawn_and_scored(job, again, scorer, steps)[1]})
+            round_prompts = {part: of.for_round(number) for part, of in prompts.items()}
+            scores = generate_and_score(run, round_prompts, scorer, sampling_steps)[1]
+            rows.append({"step": step, "round": number, **scores})
         write_json(folder / ROUNDS, {"header": {"hashes": hashes}, "rows": rows})

@@ -1,45 +1,72 @@
-"""What is to be recorded: how much is measured, of which method, concept and seed, and what that costs."""
+"""Specifications of recordings: of which method, concept and seed, under which conditions."""
 
 from __future__ import annotations
 
 import json
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from hashlib import sha256
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from dvar import mini
+from dvar.config.fields import read_settings
 from dvar.config.presets import configure
-from dvar.config.training import BUNDLED_MODEL, CONFIGS, AnyConfig, CustomDiffusionConfig, restored, written
+from dvar.config.training import BUNDLED_MODEL, PAPER_METHODS, CustomDiffusionConfig, TrainingConfig
 from dvar.errors import RefusedInput, nearest
-from dvar.recordings.archive import digest
-from dvar.recordings.concepts import concept_folders, noun_of
-from dvar.recordings.image_metrics import Pairing
-from dvar.recordings.protocol import CHECKPOINTS, PAST, PLACES, PROTOCOLS, ScoringPrompts, log_spaced
-from dvar.training.dataset import Concept, read_concept
+from dvar.recordings.concepts import concept_folders, laboratory_concepts, read_noun
+from dvar.recordings.config import RecordConfig
+from dvar.recordings.protocol import (
+    CAP_FACTORS,
+    CHECKPOINTS,
+    PLACES,
+    PROTOCOLS,
+    Pairing,
+    ScoringPrompts,
+    log_spaced_steps,
+)
+from dvar.recordings.recorded_run import file_digest
+from dvar.training.dataset import Concept
+from dvar.training.methods.registry import config_from_dict
+from dvar.training.preflight import preflight
+from dvar.training.run_layout import CONFIG
 
-FACTS = "recording.json"
-_ELSEWHERE = ("instance_data_dir", "class_data_dir", "output_dir", "overwrite", "resume_from_checkpoint", "report_to")
-_WATCHED = ("window", "threshold", "validation_steps", "num_validation_images")
-"""When a run is judged and shown: a record is read by any rule, so these may change without making it another."""
+CONDITIONS = "recording.json"
+_LOCATION_SETTINGS = (
+    "instance_data_dir",
+    "class_data_dir",
+    "output_dir",
+    "overwrite",
+    "resume_from_checkpoint",
+    "report_to",
+)
+_MONITORING_SETTINGS = ("window", "threshold", "validation_steps", "num_validation_images")
+"""When a run is judged and sampled: any rule reads a recorded run, so these may change without making it another."""
 
 
 @dataclass(frozen=True)
 class RecordingSpec:
-    """One run to be recorded, and by what; all of it plain values, so that another process can be told.
+    """One run to record, as plain values that another process can be given.
 
-    ``records`` is the folder of all records.  ``concepts`` is a folder of concepts, each with a ``concept.json`` that
-    holds its "noun", and ``clip`` the CLIP that scores: the bundled ones where None.  ``dino`` is optional.
-    ``settings`` are of the method, by name, and come before its preset.
+    Attributes:
+        records: The folder of all recorded runs.
+        protocol: How much is measured, by its name in `PROTOCOLS`.
+        model: The base model: a hub id, a diffusers folder, or "mini".
+        concepts: A folder of concepts, each with a concept.json that holds its "noun"; None for the bundled concepts.
+        clip: The CLIP that scores; None for the bundled one.
+        dino: A DINO that scores too.
+        pairing: What an image is compared with, as in `dvar.recordings.image_metrics.similarity`.
+        threads: CPU threads of the run.
+        settings: Settings of the method by name, which take precedence over its preset.
     """
 
     method: str
     concept: str
     seed: int = 0
     records: str = "records"
-    plan: str = "cpu"
+    protocol: str = "cpu"
     model: str = BUNDLED_MODEL
     concepts: str | None = None
     clip: str | None = None
@@ -49,10 +76,14 @@ class RecordingSpec:
     settings: tuple[tuple[str, Any], ...] = ()
 
     @classmethod
-    def told(cls, text: str) -> RecordingSpec:
-        """Return the recording that was written as JSON, its fields by name."""
-        given = json.loads(text)
-        return cls(**{**given, "settings": tuple((name, value) for name, value in given.get("settings", ()))})
+    def from_json(cls, text: str) -> RecordingSpec:
+        """Return the specification that `to_json` wrote."""
+        values = json.loads(text)
+        return cls(**{**values, "settings": tuple((name, value) for name, value in values.get("settings", ()))})
+
+    def to_json(self) -> str:
+        """Return the specification as JSON, its fields by name."""
+        return json.dumps(asdict(self))
 
     @property
     def name(self) -> str:
@@ -62,138 +93,173 @@ class RecordingSpec:
 
     @property
     def folder(self) -> Path:
-        """Where it is recorded."""
+        """The folder of the recorded run."""
         return Path(self.records).expanduser() / self.method / self.concept / str(self.seed)
 
     @property
     def bundled(self) -> bool:
-        """Whether it is the bundled model on a bundled concept, where more can be known of a picture."""
+        """Whether this is the bundled model on a bundled concept, whose images can be judged further."""
         return self.model == BUNDLED_MODEL and self.concepts is None
 
     @cached_property
     def noun(self) -> str:
         """The class noun of the concept."""
-        return noun_of(self.pictures)
+        return read_noun(self.image_folder)
 
     @property
-    def pictures(self) -> Path:
-        """The folder of the concept's pictures."""
+    def image_folder(self) -> Path:
+        """The folder of the concept's images."""
         return concept_folders(self.concepts)[self.concept]
 
     @cached_property
-    def config(self) -> AnyConfig:
+    def config(self) -> TrainingConfig:
         """The settings of the run: the preset's, up to the recorded cap.
 
-        Raises: RefusedInput when the learning rate depends on the cap, so that a shorter run would be no prefix.
+        Raises:
+            RefusedInput: The learning rate depends on the cap, so that a shorter run would be another run.
         """
-        noun = self.noun
         own: dict[str, Any] = {"placeholder_token": "<thing>"} if self.method == "dreambooth-lora" else {}
+        protocol = PROTOCOLS[self.protocol]
         if self.method == CustomDiffusionConfig.method:
-            pictures = PROTOCOLS[self.plan].class_pictures
-            own |= {"class_noun": noun, **({"num_class_images": pictures} if pictures else {})}
+            own["class_noun"] = self.noun
+            if protocol.class_images:
+                own["num_class_images"] = protocol.class_images
         elif dict(self.settings).get("initializer", "manual") == "manual":
-            own["initializer_token"] = noun
-        given = {
+            own["initializer_token"] = self.noun
+        settings = {
             "pretrained_model_name_or_path": self.model,
-            "instance_data_dir": self.pictures,
+            "instance_data_dir": self.image_folder,
             "output_dir": self.folder,
             "seed": self.seed,
-            "probe_every": 1,  # a record is thinned when it is read
+            "probe_every": 1,  # sparser cadences are read off this one
             **own,
             **dict(self.settings),
         }
-        config, share = configure(given, self.method), PROTOCOLS[self.plan].share
+        config = configure(settings, PAPER_METHODS[self.method])
         if not config.lr_scheduler.startswith("constant"):
             raise RefusedInput([f"a recorded run needs a constant learning rate, got {config.lr_scheduler}: change it"])
-        cap = round(config.max_train_steps * PAST[self.method] * share)
+        cap = round(config.max_train_steps * CAP_FACTORS[self.method] * protocol.share)
         return replace(
             config,
             max_train_steps=cap,
-            window=max(round(config.window * share), 8),
+            window=max(round(config.window * protocol.share), 8),
             checkpointing_steps=max(1, cap // CHECKPOINTS),
         )
 
     @property
-    def scored(self) -> list[int]:
-        """The steps whose pictures are scored: 0, the cap, and log-spaced ones between; all of them evaluated."""
-        return log_spaced(self.config.max_train_steps, PROTOCOLS[self.plan].scored, self.config.probe_every)
+    def scored_steps(self) -> list[int]:
+        """The steps whose images are scored: 0, the cap, and log-spaced steps between, all with an evaluation."""
+        count = PROTOCOLS[self.protocol].scored_steps
+        return log_spaced_steps(self.config.max_train_steps, count, self.config.probe_every)
 
     @property
-    def facts(self) -> dict[str, Any]:
-        """What must be the same for a record to be this one: all but where it is kept and how it is computed."""
-        config = _asked(self.config)
+    def conditions(self) -> dict[str, Any]:
+        """The values that two recordings share if they are the same, whatever their folders and machines."""
         judged = {"clip": self.clip, "dino": self.dino, "pairing": self.pairing, "noun": self.noun}
         weights = {"weights": _bundled_weights()} if BUNDLED_MODEL in (self.model, self.clip or BUNDLED_MODEL) else {}
-        plan = {"plan": self.plan, **PROTOCOLS[self.plan].facts}
-        return {"concept": self.concept, "settings": config, "measured": plan, "judged": judged, **weights}
+        measured = {"plan": self.protocol, **PROTOCOLS[self.protocol].conditions}
+        settings = _identifying_settings(self.config)
+        return {"concept": self.concept, "settings": settings, "measured": measured, "judged": judged, **weights}
 
-    def foreign(self) -> str:
-        """What the folder holds that is not this recording, whole or in part; empty when it may be written."""
-        found = facts_of(self.folder)
-        if found is None:
-            there = (self.folder / "config.json").exists()
-            return f"{self.folder} holds a run that was not recorded: name another --records" if there else ""
-        found |= {"settings": _asked(restored(found.get("settings", {})))}  # one that is new here had its default then
-        differing = [name for name, value in self.facts.items() if found.get(name) != value]
-        said = f"{self.folder} was recorded under another {', '.join(differing)}"
-        return f"{said}: name another --records, or remove it" if differing else ""
+    def find_conflict(self) -> str:
+        """Return why this recording may not be written to its folder; empty if it may."""
+        conditions = read_conditions(self.folder)
+        if conditions is None:
+            occupied = (self.folder / CONFIG).exists()
+            return f"{self.folder} holds a run that was not recorded: name another --records" if occupied else ""
+        # A setting that is new since then had its default.
+        conditions |= {"settings": _identifying_settings(config_from_dict(conditions.get("settings", {})))}
+        changed = [name for name, value in self.conditions.items() if conditions.get(name) != value]
+        rule = f"{self.folder} was recorded under another {', '.join(changed)}"
+        return f"{rule}: name another --records, or remove it" if changed else ""
 
-    def check(self) -> Concept:
+    def validate(self) -> Concept:
         """Return the concept, read as the run will read it.
 
-        Raises: RefusedInput with all that is wrong with the method, the concept and the settings.
+        Raises:
+            RefusedInput: The method, the concept or the settings cannot be used; every problem is named.
         """
-        if self.method not in CONFIGS:
-            raise RefusedInput([f"method must be one of {', '.join(CONFIGS)}, got {self.method!r}"])
-        if self.plan not in PROTOCOLS:
-            raise RefusedInput([f"preset must be one of {', '.join(PROTOCOLS)}, got {self.plan!r}"])
-        known = concept_folders(self.concepts)
-        if self.concept not in known:
-            said = f"there is no concept {self.concept!r}, the nearest is {nearest(self.concept, known)}"
-            raise RefusedInput([f"{said}: see dvar concepts, or the folder given"])
+        if self.method not in PAPER_METHODS:
+            raise RefusedInput([f"method must be one of {', '.join(PAPER_METHODS)}, got {self.method!r}"])
+        if self.protocol not in PROTOCOLS:
+            raise RefusedInput([f"preset must be one of {', '.join(PROTOCOLS)}, got {self.protocol!r}"])
+        concepts = concept_folders(self.concepts)
+        if self.concept not in concepts:
+            rule = f"there is no concept {self.concept!r}, the nearest is {nearest(self.concept, concepts)}"
+            raise RefusedInput([f"{rule}: see dvar concepts, or the folder given"])
         with warnings.catch_warnings(action="ignore"):  # the run itself will warn
-            concept = read_concept(replace(self.config, overwrite=True))
-        if len(concept.pictures) < 2:
-            said = f"{self.pictures} holds one picture, and a concept that is scored needs two or more"
-            raise RefusedInput([f"{said}: a likeness to one picture rewards its background"])
+            concept = preflight(replace(self.config, overwrite=True), load_tokenizer=None)
+        if len(concept.images) < 2:
+            rule = f"{self.image_folder} holds one image, and a concept that is scored needs two or more"
+            raise RefusedInput([f"{rule}: similarity to one image rewards its background"])
         return concept
 
 
-def _asked(config: AnyConfig) -> dict[str, Any]:
-    """The settings that make a record another record."""
-    return {name: value for name, value in written(config).items() if name not in _ELSEWHERE + _WATCHED}
+def plan_recordings(config: RecordConfig) -> list[RecordingSpec]:
+    """Return the recordings of every method, concept and seed that a `dvar record` command asks for.
+
+    Seed by seed and concept by concept, so that an unfinished sweep covers all methods alike.
+
+    Raises:
+        RefusedInput: The settings file or the folder of concepts cannot be read.
+    """
+    method = config.methods[0]
+    settings = read_settings(config.config, PAPER_METHODS[method]) if config.config and method in PAPER_METHODS else {}
+    concepts = (config.concepts or laboratory_concepts(config.concepts_dir))[: config.first]
+    return [
+        RecordingSpec(
+            method=method,
+            concept=concept,
+            seed=seed,
+            records=config.records,
+            protocol=config.protocol,
+            model=config.model,
+            concepts=config.concepts_dir,
+            clip=config.clip,
+            dino=config.dino,
+            pairing=config.pairing,
+            settings=tuple(settings.items()),
+        )
+        for seed, concept, method in product(config.seeds, concepts, config.methods)
+    ]
 
 
-@cache
-def _bundled_weights() -> str:
-    """The SHA-256 of the bundled model and judges: records made with other weights are other records."""
-    sums = sha256()
-    for folder in (mini.path(), mini.judges()):
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            sums.update(digest(path).encode())
-    return sums.hexdigest()
-
-
-def shots(recording: RecordingSpec, concept: Concept) -> dict[str, ScoringPrompts]:
-    """Return what is drawn of training prompts, taken evenly from the run's captions, and of validation prompts.
+def scoring_prompts(spec: RecordingSpec, concept: Concept) -> dict[str, ScoringPrompts]:
+    """Return the scoring prompts by part: training prompts, evenly from the run's captions, and validation prompts.
 
     Source: Section 4.1: 8 samples of prompts used in training, and prompts that training never saw.
     Deviates: the paper's validation prompts go with its concepts; ours are `PLACES`, the same for every concept.
     """
-    config, plan = recording.config, PROTOCOLS[recording.plan]
-    captions = list(dict.fromkeys(text for index in range(len(concept.pictures)) for text in concept.texts(index)))
-    seen = [captions[index * len(captions) // plan.prompts] for index in range(plan.prompts)]
-    places = list(PLACES)[: plan.prompts]
+    config, protocol = spec.config, PROTOCOLS[spec.protocol]
+    captions = list(dict.fromkeys(text for index in range(len(concept.images)) for text in concept.texts(index)))
+    seen = [captions[index * len(captions) // protocol.prompts] for index in range(protocol.prompts)]
+    places = list(PLACES)[: protocol.prompts]
     unseen = [f"a photo of the {config.subject} {PLACES[place]}" for place in places]
     return {
-        "train": ScoringPrompts.of(seen, config.subject, recording.noun, plan.seeds),
-        "validation": ScoringPrompts.of(unseen, config.subject, recording.noun, plan.seeds, places),
+        "train": ScoringPrompts.for_prompts(seen, config.subject, spec.noun, protocol.seeds),
+        "validation": ScoringPrompts.for_prompts(unseen, config.subject, spec.noun, protocol.seeds, places),
     }
 
 
-def facts_of(folder: Path) -> dict[str, Any] | None:
-    """Return the `RecordingSpec.facts` that a folder was recorded under; None when nothing was recorded there."""
+def read_conditions(folder: Path) -> dict[str, Any] | None:
+    """Return the `RecordingSpec.conditions` of the recording in a folder; None if there is no recording."""
     try:
-        return dict(json.loads((folder / FACTS).read_text(encoding="utf-8")))
+        return dict(json.loads((folder / CONDITIONS).read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return None
+
+
+def _identifying_settings(config: TrainingConfig) -> dict[str, Any]:
+    """Return the settings whose change makes another recording."""
+    others = _LOCATION_SETTINGS + _MONITORING_SETTINGS
+    return {name: value for name, value in config.to_dict().items() if name not in others}
+
+
+@cache
+def _bundled_weights() -> str:
+    """Return the SHA-256 of the bundled model and judges: with other weights a recording is another one."""
+    digest = sha256()
+    for folder in (mini.path(), mini.judges()):
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            digest.update(file_digest(path).encode())
+    return digest.hexdigest()

@@ -1,40 +1,47 @@
-"""Many recordings: what is missing or damaged is made, several at once, each in a process of its own.
+"""Sweeps: many recordings, several at once, each in a process of its own."""
 
-The folders of the runs are all there is to a sweep: killed at any moment, the same command goes on, and a run that
-failed is a row with its reason.
-"""
+# The folders of the runs are the only state of a sweep: killed at any moment, the same command goes on, and a run that
+# failed is a status with its reason.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
-from itertools import product
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from dvar.errors import DvarError, RefusedInput
-from dvar.files import write_json
-from dvar.recordings.archive import SECONDS, RecordedRun
-from dvar.recordings.cost import ALIKE, estimate, expected, seconds_left, time_left
+from dvar.files import read_json, write_json
+from dvar.recordings.cost import (
+    ROUGH_UNITS,
+    UnitSeconds,
+    estimate_seconds_left,
+    extrapolate_seconds_left,
+    format_estimate,
+    measure_methods,
+)
 from dvar.recordings.protocol import PROTOCOLS
-from dvar.recordings.recorder import FAILED
-from dvar.recordings.score_samples import lacking, scorer_of
+from dvar.recordings.recorded_run import FAILED, SECONDS, RecordedRun, read_failure
+from dvar.recordings.score_samples import find_missing_rounds, load_scorer
 from dvar.recordings.spec import RecordingSpec
-from dvar.recordings.worker_pool import WorkerTask, side_by_side, slots
+from dvar.recordings.worker_pool import WorkerTask, list_slots, run_workers
 from dvar.training.dataset import Concept
-from dvar.training.progress import clock
+from dvar.training.progress import format_duration
 
 LOG = "record.log"
-Tell = Callable[[str], None]
+Notify = Callable[[str], None]
 State = Literal["done", "failed", "missing"]
 
 
 @dataclass(frozen=True)
 class RecordingStatus:
-    """How one run of a sweep stands; ``reason`` says why it failed, or what is wrong with what was found."""
+    """The state of one recording of a sweep.
+
+    Attributes:
+        reason: Why it failed, or what is wrong with the files in its folder.
+    """
 
     recording: RecordingSpec
     state: State
@@ -44,165 +51,167 @@ class RecordingStatus:
         return f"{self.recording.name:<48} {self.state}" + (f"  {self.reason}" if self.reason else "")
 
 
-def grid(
-    base: RecordingSpec, methods: Sequence[str], concepts: Sequence[str], seeds: Sequence[int]
-) -> list[RecordingSpec]:
-    """Return the recordings of every method, concept and seed, otherwise as ``base``: concept by concept, so that what
-    is there at any time covers all methods alike.
-    """
-    return [
-        replace(base, method=method, concept=concept, seed=seed)
-        for seed, concept, method in product(seeds, concepts, methods)
-    ]
+def validate_recordings(specs: Sequence[RecordingSpec]) -> None:
+    """Refuse at once what would otherwise fail after hours.
 
-
-def check(recordings: Sequence[RecordingSpec]) -> None:
-    """Refuse at once what would only fail after hours.
-
-    Raises: RefusedInput with everything that is wrong with methods, concepts, pictures and folders; ModelError when a
-    judge cannot be had or does not fit.
+    Raises:
+        RefusedInput: Methods, concepts, images or folders cannot be used; every problem is named.
+        ModelError: A judge cannot be loaded or does not fit.
     """
     problems: list[str] = []
-    known: list[Concept] = []
-    for recording in recordings:
+    concepts: list[Concept] = []
+    for spec in specs:
         try:
-            known.append(recording.check())
+            concepts.append(spec.validate())
         except RefusedInput as refused:
             problems += refused.problems
         else:
-            problems += [recording.foreign()] if recording.foreign() else []
+            problems += [conflict] if (conflict := spec.find_conflict()) else []
     if problems:
         raise RefusedInput(dict.fromkeys(problems))
-    if recordings:
-        scorer_of(recordings[0], known[0])
+    if specs:
+        load_scorer(specs[0], concepts[0])
 
 
-def standing(recording: RecordingSpec) -> RecordingStatus:
-    """Return how a run stands by what its folder holds; one that is damaged is missing, and the reason says so."""
-    if not recording.folder.exists():
-        return RecordingStatus(recording, "missing")
-    lost = ""
+def read_status(spec: RecordingSpec) -> RecordingStatus:
+    """Return the state of a recording by the files in its folder; a damaged one is missing, with the reason."""
+    if not spec.folder.exists():
+        return RecordingStatus(spec, "missing")
+    problem = ""
     try:
-        RecordedRun.open(recording.folder)
+        RecordedRun.open(spec.folder)
     except DvarError as error:
-        lost = str(error).splitlines()[0]
+        problem = str(error).splitlines()[0]
     else:
-        if missing := lacking(recording):
-            lost = f"pictures of {len(missing)} steps are still to be drawn"
-    failed = recording.folder / FAILED
-    if lost and failed.exists():
-        return RecordingStatus(recording, "failed", str(json.loads(failed.read_text(encoding="utf-8"))["reason"]))
-    if lost:
-        return RecordingStatus(recording, "missing", lost)
-    return RecordingStatus(recording, "done")
+        if missing := find_missing_rounds(spec):
+            problem = f"images of {len(missing)} steps are still to be generated"
+    if problem and (spec.folder / FAILED).exists():
+        return RecordingStatus(spec, "failed", read_failure(spec.folder))
+    return RecordingStatus(spec, "missing" if problem else "done", problem)
 
 
-def described(base: RecordingSpec) -> str:
-    """Return in one line what is measured, as every header says it."""
-    plan = PROTOCOLS[base.plan]
-    cadence = ", ".join(f"{name} every {every}" for name, every in plan.every.items())
-    shown = f"{plan.prompts} prompts x {plan.seeds * plan.rounds} seeds of each kind at about {plan.scored} steps"
-    drawn = f"{plan.sampling_steps or 'the preset number of'} sampling steps"
-    cap = "" if plan.share == 1 else f", trained to {100 * plan.share:.0f} % of the full length"
-    return f"preset {base.plan}: {shown}, {drawn}; {cadence}; {base.pairing}{cap}"
+def format_protocol(spec: RecordingSpec) -> str:
+    """Return in one line what a recording measures."""
+    protocol = PROTOCOLS[spec.protocol]
+    cadence = ", ".join(f"{name} every {every}" for name, every in protocol.every.items())
+    seeds = protocol.seeds * protocol.rounds
+    images = f"{protocol.prompts} prompts x {seeds} seeds of each part at about {protocol.scored_steps} steps"
+    sampling = f"{protocol.sampling_steps or 'the preset number of'} sampling steps"
+    cap = "" if protocol.share == 1 else f", trained to {100 * protocol.share:.0f} % of the full length"
+    return f"preset {spec.protocol}: {images}, {sampling}; {cadence}; {spec.pairing}{cap}"
 
 
-def recorded(
-    recordings: Sequence[RecordingSpec], tell: Tell, *, workers: int | None = None, only_estimate: bool = False
+def record_missing(
+    specs: Sequence[RecordingSpec], notify: Notify, *, workers: int | None = None, only_estimate: bool = False
 ) -> list[RecordingStatus]:
-    """Make what is missing of ``recordings``, telling first what is measured and how long it will take.
+    """Make the recordings that are missing, after reporting what is measured and how long it will take.
 
-    Raises: all that `check` and `estimate` do, before anything is made.
+    Args:
+        notify: Called with lines of progress.
+        workers: Processes at once, as for `list_slots`.
+        only_estimate: Report, and record nothing.
+
+    Returns:
+        The status of each recording.
+
+    Raises:
+        RefusedInput, ModelError: As `validate_recordings`; nothing has been recorded then.
     """
-    check(recordings)
-    missing = [recording for recording in recordings if standing(recording).state != "done"]
-    tell(f"{len(recordings)} runs, {len(missing)} of them to record; {described(recordings[0])}")
-    units = estimate(missing)
-    for line in expected(missing, units, workers):
-        tell(line)
+    validate_recordings(specs)
+    missing = [spec for spec in specs if read_status(spec).state != "done"]
+    notify(f"{len(specs)} runs, {len(missing)} of them to record; {format_protocol(specs[0])}")
+    units = measure_methods(missing)
+    for line in format_estimate(missing, units, workers):
+        notify(line)
     if only_estimate:
-        return [standing(recording) for recording in recordings]
-    for root in {Path(recording.records).expanduser() for recording in missing}:
-        _keep(root, {run.method: units[run.method] for run in missing if Path(run.records).expanduser() == root})
-    return run_sweep(recordings, workers=workers, units=units, tell=tell)
-
-
-def _keep(root: Path, units: Mapping[str, Mapping[str, float]]) -> None:
-    """Leave unit seconds, measured before the machine had other work, with the records that they price.
-
-    Those of a method that is there stay, so that all of its records have one price.
-    """
-    path = root / SECONDS
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    root.mkdir(parents=True, exist_ok=True)
-    write_json(path, {**units, **kept})
+        return [read_status(spec) for spec in specs]
+    for root in {Path(spec.records).expanduser() for spec in missing}:
+        methods = {spec.method for spec in missing if Path(spec.records).expanduser() == root}
+        _save_unit_seconds(root, {method: units[method] for method in units if method in methods})
+    return run_sweep(specs, workers=workers, units=units, notify=notify)
 
 
 def run_sweep(
-    recordings: Sequence[RecordingSpec],
+    specs: Sequence[RecordingSpec],
     *,
     workers: int | None = None,
-    units: Mapping[str, Mapping[str, float]] | None = None,
-    tell: Tell = lambda line: None,
+    units: Mapping[str, UnitSeconds] | None = None,
+    notify: Notify = lambda line: None,
     every: float = 60,
 ) -> list[RecordingStatus]:
-    """Make what is missing, damaged or failed of ``recordings``; return how all of them stand.
+    """Make the recordings that are missing, damaged or failed, each in a process that writes to `LOG` in its folder.
 
-    Each run is a process that writes to `LOG` in its folder.  ``units`` are those of `estimate`, for the time left;
-    progress is told when a run ends and every ``every`` seconds.  Interrupted, it asks each run under way to save.
+    Interrupted, it asks each run under way to save.
+
+    Args:
+        workers: Processes at once, as for `list_slots`.
+        units: The unit seconds of each method, for the time left.
+        notify: Called with lines of progress, whenever a run ends and every ``every`` seconds.
+
+    Returns:
+        The status of each recording.
     """
-    missing = [recording for recording in recordings if standing(recording).state != "done"]
+    missing = [spec for spec in specs if read_status(spec).state != "done"]
     if not missing:
-        return [standing(recording) for recording in recordings]
-    places = slots(workers, missing[0].threads)
-    progress = _SweepProgress(missing, units or {}, len(places))
-    with closing(side_by_side({recording: _work(recording) for recording in missing}, places, every)) as working:
-        for ended, running in working:
-            for recording, reason in ended.items():
+        return [read_status(spec) for spec in specs]
+    slots = list_slots(workers, missing[0].threads)
+    progress = _SweepProgress(missing, units or {}, len(slots))
+    with closing(run_workers({spec: _worker_task(spec) for spec in missing}, slots, every)) as events:
+        for ended, running in events:
+            for spec, reason in ended.items():
                 if reason:
-                    write_json(recording.folder / FAILED, {"reason": reason})
-                progress.ended(recording, failed=bool(reason))
-                tell(f"{standing(recording)}")
-            tell(progress.line(running))
-    return [standing(recording) for recording in recordings]
+                    write_json(spec.folder / FAILED, {"reason": reason})
+                progress.end(spec, failed=bool(reason))
+                notify(f"{read_status(spec)}")
+            notify(progress.format(running))
+    return [read_status(spec) for spec in specs]
 
 
-def table(rows: Iterable[RecordingStatus]) -> Iterator[str]:
-    """Yield a line for each row that is not done, and the count of each state."""
-    rows = list(rows)
-    yield from (str(row) for row in rows if row.state != "done")
-    counts = {state: sum(row.state == state for row in rows) for state in ("done", "failed", "missing")}
+def format_statuses(statuses: Iterable[RecordingStatus]) -> Iterator[str]:
+    """Yield a line for each recording that is not done, and one with the count of each state."""
+    statuses = list(statuses)
+    yield from (str(status) for status in statuses if status.state != "done")
+    counts = {state: sum(status.state == state for status in statuses) for state in ("done", "failed", "missing")}
     yield ", ".join(f"{count} {state}" for state, count in counts.items() if count) or "nothing to record"
 
 
 class _SweepProgress:
-    """How far a sweep is, in expected seconds of work, so that long runs count for more."""
+    """The progress of a sweep in estimated seconds of work, so that long runs count for more."""
 
-    def __init__(
-        self, recordings: Sequence[RecordingSpec], units: Mapping[str, Mapping[str, float]], at_once: int
-    ) -> None:
-        self.units, self.at_once, self.started = units, at_once, time.monotonic()
-        self.left = {recording: self._left(recording) for recording in recordings}
-        self.in_all, self.over = sum(self.left.values()), 0
+    def __init__(self, specs: Sequence[RecordingSpec], units: Mapping[str, UnitSeconds], workers: int) -> None:
+        self.units, self.workers, self.start = units, workers, time.monotonic()
+        self.left = {spec: self._seconds_left(spec) for spec in specs}
+        self.total, self.ended = sum(self.left.values()), 0
 
-    def ended(self, recording: RecordingSpec, failed: bool) -> None:
+    def end(self, spec: RecordingSpec, failed: bool) -> None:
+        """Count a run as ended."""
         if failed:
-            self.in_all -= self.left[recording]  # which nobody did
-        self.over, self.left[recording] = self.over + 1, 0.0
+            self.total -= self.left[spec]  # this work will not be done
+        self.ended, self.left[spec] = self.ended + 1, 0.0
 
-    def line(self, running: Sequence[RecordingSpec]) -> str:
-        self.left |= {recording: self._left(recording) for recording in running}
-        left, spent = sum(self.left.values()), time.monotonic() - self.started
-        done = self.in_all - left
-        share = 100 * done / self.in_all if self.in_all else 100
-        soon = time_left(done, self.in_all, spent, self.at_once if self.units else None)
-        told = "" if soon is None else f", about {clock(soon)} left"
-        return f"{self.over} of {len(self.left)} runs, {share:.0f} % in {clock(spent)}{told}"
+    def format(self, running: Sequence[RecordingSpec]) -> str:
+        """Return the progress in one line, with the runs under way as far as they are."""
+        self.left |= {spec: self._seconds_left(spec) for spec in running}
+        done, elapsed = self.total - sum(self.left.values()), time.monotonic() - self.start
+        share = 100 * done / self.total if self.total else 100
+        seconds = extrapolate_seconds_left(done, self.total, elapsed, self.workers if self.units else None)
+        time_left = "" if seconds is None else f", about {format_duration(seconds)} left"
+        return f"{self.ended} of {len(self.left)} runs, {share:.0f} % in {format_duration(elapsed)}{time_left}"
 
-    def _left(self, recording: RecordingSpec) -> float:
-        return seconds_left(recording, self.units.get(recording.method, ALIKE))
+    def _seconds_left(self, spec: RecordingSpec) -> float:
+        return estimate_seconds_left(spec, self.units.get(spec.method, ROUGH_UNITS))
 
 
-def _work(recording: RecordingSpec) -> WorkerTask:
-    told = json.dumps(asdict(recording))
-    return WorkerTask("dvar.recordings.recorder", told, recording.folder / LOG, recording.threads)
+def _save_unit_seconds(root: Path, units: Mapping[str, UnitSeconds]) -> None:
+    """Save unit seconds, measured while the machine was idle, beside the runs that they price.
+
+    Those of a method that is there stay, so that all of its runs have one price.
+    """
+    path = root / SECONDS
+    saved = read_json(path) if path.exists() else {}
+    root.mkdir(parents=True, exist_ok=True)
+    write_json(path, {**units, **saved})
+
+
+def _worker_task(spec: RecordingSpec) -> WorkerTask:
+    return WorkerTask("dvar.recordings.record", spec.to_json(), spec.folder / LOG, spec.threads)

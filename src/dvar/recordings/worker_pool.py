@@ -1,4 +1,4 @@
-"""Work in processes of their own, several at once: each has a place, a log, and a reason where it failed."""
+"""A pool of worker processes, each with a slot, a log and a reason where it failed."""
 
 from __future__ import annotations
 
@@ -18,12 +18,18 @@ from typing import TypeVar
 
 import torch
 
-Name = TypeVar("Name")
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
 class WorkerTask:
-    """What one process does: a module of this library, run with one argument; what it says goes to ``log``."""
+    """The work of one process.
+
+    Attributes:
+        module: A module of this library, which is run with ``argument``.
+        log: The file that its output goes to.
+        threads: CPU threads of the process.
+    """
 
     module: str
     argument: str
@@ -31,41 +37,48 @@ class WorkerTask:
     threads: int = 1
 
 
-def slots(workers: int | None, threads: int) -> list[str]:
-    """Return a place for each process under way: the GPU that it may see, or "" for the CPU.
+def list_slots(workers: int | None, threads: int) -> list[str]:
+    """Return a slot for each process that runs at once: the GPU that it may use, or "" for the CPU.
 
-    Without ``workers``: one a GPU, else as many as there are cores for.
+    Args:
+        workers: Number of slots; by default one for each GPU, or else as many as there are cores for.
+        threads: CPU threads of each process.
     """
     gpus = [str(number) for number in range(torch.cuda.device_count())]
     count = workers or len(gpus) or max(1, len(os.sched_getaffinity(0)) // threads)
     return [gpus[number % len(gpus)] if gpus else "" for number in range(count)]
 
 
-def side_by_side(
-    work: Mapping[Name, WorkerTask], places: Sequence[str], every: float = 60
-) -> Generator[tuple[dict[Name, str], list[Name]]]:
-    """Do the work, one process a place.
+def run_workers(
+    tasks: Mapping[Key, WorkerTask], slots: Sequence[str], every: float = 60
+) -> Generator[tuple[dict[Key, str], list[Key]]]:
+    """Run tasks, one process in each slot.
 
-    Yields, whenever some have ended and every ``every`` seconds, those that ended since, with why they failed, and
-    those under way; one that was asked to stop has not failed.  Closed early, it asks each of these to stop, starts no
-    more, and waits for them.  Meanwhile SIGTERM and the end of the terminal interrupt as Ctrl-C does, where they would
-    end this process: its own would go on without it.
+    Closed early, it asks the running processes to stop, starts no more, and waits for them. Meanwhile SIGTERM and the
+    end of the terminal interrupt as Ctrl-C does, where they would end this process: its workers would run on alone.
+
+    Args:
+        every: Seconds after which it yields even if no task has ended.
+
+    Yields:
+        The tasks that ended since, each with the reason why it failed or "", and the tasks that are running. A task
+        that was asked to stop has not failed.
     """
     free: queue.SimpleQueue[str] = queue.SimpleQueue()
-    for place in places:
-        free.put(place)
-    running: dict[Name, subprocess.Popen[bytes]] = {}
+    for slot in slots:
+        free.put(slot)
+    running: dict[Key, subprocess.Popen[bytes]] = {}
 
-    def done(name: Name) -> str:
-        place = free.get()
+    def run(key: Key) -> str:
+        slot = free.get()
         try:
-            return _done(work[name], place, lambda process: running.update({name: process}))
+            return _run_task(tasks[key], slot, lambda process: running.update({key: process}))
         finally:
-            running.pop(name, None)
-            free.put(place)
+            running.pop(key, None)
+            free.put(slot)
 
-    with _interrupted_by_the_end(), ThreadPoolExecutor(len(places)) as pool:
-        futures = {pool.submit(done, name): name for name in work}
+    with _signals_interrupt(), ThreadPoolExecutor(len(slots)) as pool:
+        futures = {pool.submit(run, key): key for key in tasks}
         left: set[Future[str]] = set(futures)
         try:
             while left:
@@ -80,47 +93,47 @@ def side_by_side(
 
 
 @contextmanager
-def _interrupted_by_the_end() -> Iterator[None]:
-    """Raise KeyboardInterrupt at a signal that is not handled and would end this process.  Main thread only."""
+def _signals_interrupt() -> Iterator[None]:
+    """Raise KeyboardInterrupt at a signal that has no handler and would end this process.  Main thread only."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
     main = threading.current_thread() is threading.main_thread()
-    ends = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]  # Windows has no terminal to lose
-    ending = [number for number in ends if main and signal.getsignal(number) is signal.SIG_DFL]
-    for number in ending:
+    signals = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]  # Windows has no SIGHUP
+    unhandled = [number for number in signals if main and signal.getsignal(number) is signal.SIG_DFL]
+    for number in unhandled:
         signal.signal(number, interrupt)
     try:
         yield
     finally:
-        for number in ending:
+        for number in unhandled:
             signal.signal(number, signal.SIG_DFL)
 
 
-def _done(work: WorkerTask, place: str, started: Callable[[subprocess.Popen[bytes]], None]) -> str:
-    """Do one piece of work and return why it failed, "" where it did not."""
-    work.log.parent.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(work.threads), "TOKENIZERS_PARALLELISM": "false"}
-    if place:
-        environment["CUDA_VISIBLE_DEVICES"] = place
-    with work.log.open("wb") as log:
+def _run_task(task: WorkerTask, slot: str, on_start: Callable[[subprocess.Popen[bytes]], None]) -> str:
+    """Run one task and return why it failed, or ""."""
+    task.log.parent.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(task.threads), "TOKENIZERS_PARALLELISM": "false"}
+    if slot:
+        environment["CUDA_VISIBLE_DEVICES"] = slot
+    with task.log.open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", work.module, work.argument],
+            [sys.executable, "-m", task.module, task.argument],
             stdout=log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             env=environment,
             start_new_session=True,  # the terminal's own interrupt must not reach it beside ours
         )
-        started(process)
+        on_start(process)
         status = process.wait()
     asked_to_stop = status in (130, -signal.SIGTERM)
-    return _reason(work.log, status) if status and not asked_to_stop else ""
+    return _failure_reason(task.log, status) if status and not asked_to_stop else ""
 
 
-def _reason(log: Path, status: int) -> str:
-    """Why a process ended: what it said last, or what killed it."""
+def _failure_reason(log: Path, status: int) -> str:
+    """Return why a process ended: the last line that it wrote, or the signal that killed it."""
     if status < 0:
         return f"killed by {signal.Signals(-status).name}"
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]

@@ -1,7 +1,6 @@
-"""The picture book: the world of the bundled model, drawn by code.
+"""The world of the bundled model, rendered by code."""
 
-Importing any of its rooms enters every class in `classes.CLASSES`.
-"""
+# Importing any of these modules registers every class in `classes.CLASSES`.
 
 from dvar.mini.world import animals, household, outdoors
 

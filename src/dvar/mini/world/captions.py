@@ -1,8 +1,7 @@
-"""What a caption says of a picture: some of what is there, so that every word comes to mean one thing.
+"""Captions of the bundled world's images, and the facts that they mention."""
 
-A caption mentions a random part of a picture's facts.  Two captions of one batch may both be true of one picture;
-`facts` and `mentions` say so in numbers.
-"""
+# A caption mentions a random part of an image's facts, so that every word comes to mean one thing.  Two captions of one
+# batch may both be true of one image; `facts` and what a caption mentions say so in numbers.
 
 from __future__ import annotations
 
@@ -19,11 +18,11 @@ FACTS = (
     *("place", "style", "size"),
 )
 SUBJECT = FACTS.index("place")
-"""This many facts, the first, are about the subject itself."""
+"""Number of facts, the first ones, that are about the subject itself."""
 SIZES = ("small", "medium", "large")
 PATTERN_SIZES = ("fine", "medium", "bold")
 THIRDS = (1 / 3, 2 / 3)
-"""Where a number in [0, 1] begins to be called middling, and great."""
+"""Where a parameter in [0, 1] begins to be called medium, and large."""
 UNSAYABLE = -2
 """A fact that no caption can be true of: a plain subject's second colour, a shape parameter without words."""
 ANSWERS = {
@@ -34,7 +33,7 @@ ANSWERS = {
     "style": len(STYLES),
     **dict.fromkeys(("size", "pattern size", *FACTS[6:SUBJECT]), 3),
 }
-"""How many answers each fact has."""
+"""Number of answers that each fact has."""
 _STYLE_WORDS = {
     "black and white": ("a black and white photo of {}", "a black and white picture of {}"),
     "sketch": ("a sketch of {}", "a pencil drawing of {}"),
@@ -53,15 +52,15 @@ _PATTERN_NOUNS = {"striped": "stripes", "dotted": "dots", "checked": "checks"}
 
 
 def size_of(scene: Scene) -> int:
-    """Index into `SIZES`: the smallest and the largest quarter of scales have a word, the rest have none."""
+    """Return the index into `SIZES`: the smallest and the largest quarter of scales are small and large."""
     return 0 if scene.scale < 0.29 else 2 if scene.scale > 0.35 else 1
 
 
 def facts(subject: Subject, scene: Scene) -> np.ndarray:
-    """int16 [15], in the order of `FACTS`: what is true of the picture, `UNSAYABLE` where there are no words for it."""
+    """Return what is true of an image, int16 [15] in the order of `FACTS`; `UNSAYABLE` where there are no words."""
     colours = list(COLOURS)
     plain = subject.pattern == "plain"
-    named = [proportion is not None for proportion in WORDS[subject.noun].shape]
+    has_words = [proportion is not None for proportion in WORDS[subject.noun].shape]
     return np.array(
         [
             list(CLASSES).index(subject.noun),
@@ -70,7 +69,7 @@ def facts(subject: Subject, scene: Scene) -> np.ndarray:
             UNSAYABLE if plain else colours.index(subject.colours[1]),
             colours.index(subject.colours[2]),
             UNSAYABLE if plain else np.digitize(subject.pattern_scale, THIRDS),
-            *np.where(named, np.digitize(subject.shape, THIRDS), UNSAYABLE),
+            *np.where(has_words, np.digitize(subject.shape, THIRDS), UNSAYABLE),
             list(PLACES).index(scene.place),
             list(STYLES).index(scene.style),
             size_of(scene),
@@ -80,7 +79,7 @@ def facts(subject: Subject, scene: Scene) -> np.ndarray:
 
 
 def caption(truth: np.ndarray, rng: np.random.Generator) -> tuple[str, np.ndarray]:
-    """A caption of a picture with these `facts`, and what it mentions: int16 [15], -1 where it is silent."""
+    """Return a random caption of an image with these `facts`, and what it mentions: int16 [15], -1 where nothing."""
     fact = dict(zip(FACTS, (int(value) for value in truth), strict=True))
     noun, pattern = list(CLASSES)[fact["class"]], PATTERNS[fact["pattern"]]
     place, style = list(PLACES.values())[fact["place"]].words, list(STYLES)[fact["style"]]
@@ -94,7 +93,7 @@ def caption(truth: np.ndarray, rng: np.random.Generator) -> tuple[str, np.ndarra
     if rng.uniform() < 0.04:
         mention("place")
         return f"{_pick(rng, ('a photo', 'a picture'))} {place}", mentioned
-    # Colours cannot be told from a black and white picture or a sketch, so its captions leave them out.
+    # Colours cannot be seen in a black and white image or a sketch, so its captions leave them out.
     grey = style in ("black and white", "sketch")
     words = [noun]
     parts: list[str] = []
@@ -143,10 +142,15 @@ def caption(truth: np.ndarray, rng: np.random.Generator) -> tuple[str, np.ndarra
 
 
 def agrees(mentioned: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """bool [captions, pictures]: whether all that a caption mentions ([captions, 15]) is true of a picture
-    ([pictures, 15])."""
-    said, true = mentioned[:, None, :], truth[None, :, :]
-    return ((said == -1) | (said == true)).all(axis=-1)
+    """Return whether everything that a caption mentions is true of an image, bool [captions, images].
+
+    Args:
+        mentioned: As from `caption`, [captions, 15].
+        truth: As from `facts`, [images, 15].
+    """
+    claims, true = mentioned[:, None, :], truth[None, :, :]
+    agreement: np.ndarray = ((claims == -1) | (claims == true)).all(axis=-1)
+    return agreement
 
 
 def _with_article(words: str) -> str:

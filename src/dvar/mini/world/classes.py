@@ -1,5 +1,4 @@
-"""The classes of the picture book: each a name, a short function that draws one subject of it, and words for its
-parts."""
+"""The classes of the bundled world: each a noun, a function that draws a subject, and words for its parts."""
 
 from __future__ import annotations
 
@@ -15,8 +14,7 @@ CLASSES: dict[str, Draw] = {}
 
 @dataclass(frozen=True)
 class Proportion:
-    """The words for a small and for a great value of a shape parameter: of a ``part``, or of the whole where there is
-    none."""
+    """The words for a small and for a large value of a shape parameter: of a ``part``, or of the whole if empty."""
 
     low: str
     high: str
@@ -25,8 +23,10 @@ class Proportion:
 
 @dataclass(frozen=True)
 class Words:
-    """What captions call the part in the accent colour, and each of the six shape parameters.  None for one that
-    a mirrored picture would belie, such as where the door is."""
+    """The words of captions for the part in the accent colour, and for each of the six shape parameters.
+
+    None stands for a parameter that a mirrored image would contradict, such as where the door is.
+    """
 
     accent: str
     shape: tuple[Proportion | None, ...]
@@ -37,15 +37,19 @@ WORDS: dict[str, Words] = {}
 
 
 def thing(noun: str, *, accent: str, shape: str) -> Callable[[Draw], Draw]:
-    """Enter a drawing function under the noun that captions use.  ``shape`` names the shape parameters in order,
-    ``low|high part`` each, with commas between."""
+    """Register a drawing function under the noun that captions use.
 
-    def enter(draw: Draw) -> Draw:
+    Args:
+        accent: What captions call the part in the accent colour.
+        shape: The words of the shape parameters in order, ``low|high part`` each, separated by commas.
+    """
+
+    def register(draw: Draw) -> Draw:
         CLASSES[noun] = draw
         WORDS[noun] = Words(accent, tuple(_proportion(text.strip()) for text in shape.split(",")))
         return draw
 
-    return enter
+    return register
 
 
 def _proportion(text: str) -> Proportion | None:

@@ -1,5 +1,4 @@
-"""The 52 held-out subjects: 48 for the laboratory, 4 for tuning, two or more of every class, never seen in
-pretraining."""
+"""The 52 held-out subjects that pretraining never sees: 48 for the laboratory and 4 for tuning."""
 
 from __future__ import annotations
 
@@ -14,13 +13,13 @@ from dvar.mini.world.scene import Scene, Subject, sample_scene, sample_subject
 TUNING = 4
 LABORATORY = 48
 RADIUS = 0.7
-"""Subjects nearer than this to a held-out one (Euclidean, `Subject.vector`; two random ones are about 1.6 apart)
-are not trained on."""
+"""Subjects closer than this to a held-out one are not trained on: the Euclidean distance of `Subject.vector`, which is
+about 1.6 for two random subjects."""
 
 
 @cache
 def held_out() -> dict[str, Subject]:
-    """Name to subject; the tuning concepts come last.  A name says colour, pattern and class: ``red_striped_mug``."""
+    """Return the subjects by name, as ``red_striped_mug``: two or more of every class, the tuning concepts last."""
     rng = np.random.default_rng(20230204841)
     nouns = list(CLASSES)
     subjects: dict[str, Subject] = {}
@@ -32,8 +31,7 @@ def held_out() -> dict[str, Subject]:
 
 
 def reference_scenes(name: str) -> list[Scene]:
-    """The three to five scenes of the pictures that a concept ships with: upright enough, in different places, in
-    the plain style."""
+    """Return the three to five scenes of the images that a concept ships with: in different places, as photos."""
     rng = np.random.default_rng([20230204841, list(held_out()).index(name)])
     places = rng.permutation(list(PLACES))[: int(rng.integers(3, 6))]
     return [sample_scene(rng, place=str(place), style="photo") for place in places]
@@ -45,7 +43,7 @@ def _vectors(noun: str) -> np.ndarray:
 
 
 def is_near_held_out(subject: Subject) -> bool:
-    """Whether a subject lies within `RADIUS` of a held-out one, or would be told by the same words."""
+    """Return whether a subject is within `RADIUS` of a held-out one, or would be described in the same words."""
     same_words = any(
         other.noun == subject.noun and other.colours[:2] == subject.colours[:2] and other.pattern == subject.pattern
         for other in held_out().values()
@@ -54,7 +52,7 @@ def is_near_held_out(subject: Subject) -> bool:
 
 
 def sample_trained_subject(rng: np.random.Generator) -> Subject:
-    """A subject that pretraining may see."""
+    """Return a random subject that pretraining may see."""
     while True:
         subject = sample_subject(rng)
         if not is_near_held_out(subject):

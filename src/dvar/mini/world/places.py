@@ -1,9 +1,8 @@
-"""The places of the picture book: each a name, the words captions use for it, and a function that draws it.
+"""The places of the bundled world: each a name, its words in captions, and a function that draws it."""
 
-A place is drawn in the unit square, (0, 0) top left; ``ground`` is the height of the horizon or of a table's back edge,
-and ``rng`` gives what differs between two pictures of one place (clouds, trees, stones).  What makes a place known lies
-at the sides, the top and the foot of the picture, since the subject stands in the middle.
-"""
+# A place is drawn in the unit square, (0, 0) top left; ``ground`` is the height of the horizon or of a table's back
+# edge, and ``rng`` draws what differs between two images of one place (clouds, trees, stones).  What identifies a place
+# is at the sides, the top and the bottom of the image, since the subject stands in the middle.
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ DrawPlace = Callable[[Pen, float, np.random.Generator], None]
 
 @dataclass(frozen=True)
 class Place:
-    """A context: ``words`` follow the subject in a caption; ``shadow`` is how dark a subject's shadow is there."""
+    """A place: ``words`` follow the subject in a caption; ``shadow`` is how dark a subject's shadow is there."""
 
     words: str
     draw: DrawPlace
@@ -30,26 +29,28 @@ PLACES: dict[str, Place] = {}
 
 
 def place(name: str, words: str, shadow: float = 0.35) -> Callable[[DrawPlace], DrawPlace]:
-    def enter(draw: DrawPlace) -> DrawPlace:
+    """Register a drawing function as a place; the arguments are those of `Place`."""
+
+    def register(draw: DrawPlace) -> DrawPlace:
         PLACES[name] = Place(words, draw, shadow)
         return draw
 
-    return enter
+    return register
 
 
 def _between(rng: np.random.Generator, a: Colour, b: Colour) -> Colour:
-    """A colour on the way from ``a`` to ``b``."""
+    """Return a random mixture of two colours."""
     return mix(a, b, float(rng.uniform()))
 
 
 def _side(rng: np.random.Generator, margin: float = 0.12) -> float:
-    """The x of a thing that stands near the left or the right edge."""
+    """Return a random x near the left or the right edge."""
     x = float(rng.uniform(margin * 0.7, margin * 1.2))
     return x if rng.uniform() < 0.5 else 1 - x
 
 
 def _sky(pen: Pen, ground: float, rng: np.random.Generator, clouds: int = 2) -> None:
-    """A day's sky down to the horizon."""
+    """Draw a daytime sky down to the horizon."""
     top = _between(rng, (0.28, 0.60, 0.92), (0.52, 0.76, 0.95))
     pen.gradient(box(0, 0, 1, ground + 0.02), top, lighter(top, 0.65))
     for i in range(clouds):
@@ -60,7 +61,7 @@ def _sky(pen: Pen, ground: float, rng: np.random.Generator, clouds: int = 2) -> 
 
 
 def _hills(pen: Pen, ground: float, rng: np.random.Generator, rise: float, top: Colour, bottom: Colour) -> None:
-    """Ground from a waving horizon, at most ``rise`` above ``ground``, to the foot of the picture."""
+    """Draw the ground from a wavy horizon, at most ``rise`` above ``ground``, to the bottom of the image."""
     ridge = [(x, ground - rise * rng.uniform()) for x in (-0.1, 0.18, 0.5, 0.82, 1.1)]
     pen.gradient(curve((-0.2, 1.1), (-0.2, ground), *ridge, (1.2, ground), (1.2, 1.1)), top, bottom)
 
@@ -73,7 +74,7 @@ def _fir(pen: Pen, x: float, foot: float, height: float, colour: Colour) -> None
 
 
 def _dome(pen: Pen, x: float, top: float, wide: float, high: float, colour: Colour) -> None:
-    """A round cap with a flat foot: a sunshade, a mushroom's hat."""
+    """Return a round cap with a flat bottom: a sunshade, a mushroom's cap."""
     foot, shoulder, half = top + high, top + high * 0.28, wide * 0.65
     pen.fill(curve((x - wide, foot), (x - half, shoulder), (x, top), (x + half, shoulder), (x + wide, foot)), colour)
 
@@ -261,7 +262,7 @@ def draw_street(pen: Pen, ground: float, rng: np.random.Generator) -> None:
 
 
 def _studio(colour: Colour) -> DrawPlace:
-    """A drawing function for a smooth backdrop of the colour."""
+    """Return a drawing function for a smooth backdrop of the colour."""
 
     def draw(pen: Pen, ground: float, rng: np.random.Generator) -> None:
         wall = mix(colour, _between(rng, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)), 0.08)

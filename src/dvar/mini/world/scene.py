@@ -1,7 +1,4 @@
-"""A picture: one subject of a class, in a place, drawn at 64 by 64 pixels.
-
-A subject is one parameter vector (`Subject`); everything that differs between two pictures of it is a `Scene`.
-"""
+"""Subjects, scenes, and their rendering as images of 64 by 64 pixels."""
 
 from __future__ import annotations
 
@@ -39,10 +36,15 @@ COLOURS: dict[str, tuple[Colour, Colour]] = {
 
 @dataclass(frozen=True)
 class Subject:
-    """One individual: what stays the same in every picture of it.
+    """One individual: what is the same in every image of it.
 
-    ``colours`` names the main, second and accent colour; ``jitter`` (three by three, in [-1, 1]) places each within its
-    name's range; ``shape`` holds six numbers in [0, 1] that its class gives a meaning to.
+    Attributes:
+        noun: Its class.
+        colours: The names of its main, second and accent colour.
+        pattern: One of `PATTERNS`.
+        jitter: Where each colour is in its name's range: three by three numbers in [-1, 1].
+        pattern_scale: In [0, 1].
+        shape: Six shape parameters in [0, 1], which its class gives a meaning to.
     """
 
     noun: str
@@ -53,12 +55,15 @@ class Subject:
     shape: tuple[float, ...]
 
     def look(self) -> Look:
+        """Return what its drawing function knows of it."""
         main, second, accent = (_colour(name, self.jitter[3 * i : 3 * i + 3]) for i, name in enumerate(self.colours))
         return Look(main, second, accent, self.pattern, self.pattern_scale, self.shape)
 
     def vector(self) -> np.ndarray:
-        """The subject as numbers: three RGB colours (second is the main colour when plain), pattern scale, shape;
-        all in [0, 1]."""
+        """Return the subject's parameters, all in [0, 1]: three RGB colours, pattern scale, shape.
+
+        The second colour of a plain subject is its main colour.
+        """
         look = self.look()
         plain = self.pattern == "plain"
         second = look.main if plain else look.second
@@ -67,8 +72,17 @@ class Subject:
 
 @dataclass(frozen=True)
 class Scene:
-    """What differs between two pictures of one subject.  ``x`` is the middle of its feet and ``scale`` half its
-    height, in pictures."""
+    """The differences between two images of one subject.
+
+    Attributes:
+        scale: Half of the subject's height, as a share of the image.
+        tilt: In degrees.
+        x: The middle of its feet, as a share of the width.
+        feet: The height of its feet, as a share of the image from the top.
+        ground: The height of the horizon.
+        light: Factor of the brightness.
+        detail: Seed of what else differs in a place.
+    """
 
     place: str
     scale: float = 0.30
@@ -89,7 +103,7 @@ def _colour(name: str, jitter: tuple[float, ...]) -> Colour:
 
 
 def sample_subject(rng: np.random.Generator, noun: str | None = None) -> Subject:
-    """A subject of the class, or of any class; its three colours differ in name."""
+    """Return a random subject of the class, or of any class; its three colours have different names."""
     noun = noun if noun is not None else str(rng.choice(list(CLASSES)))
     main, second, accent = (str(name) for name in rng.choice(list(COLOURS), 3, replace=False))
     pattern = str(rng.choice(PATTERNS, p=(0.34, 0.22, 0.22, 0.22)))
@@ -100,7 +114,7 @@ def sample_subject(rng: np.random.Generator, noun: str | None = None) -> Subject
 
 
 def sample_scene(rng: np.random.Generator, place: str | None = None, style: str | None = None) -> Scene:
-    """A scene in the place, or anywhere; in the style, or mostly (nine in ten) the plain one."""
+    """Return a random scene in the place, or any place, and in the style, or as a photo nine times in ten."""
     if style is None:
         style = "photo" if rng.uniform() < 0.9 else str(rng.choice([name for name in STYLES if name != "photo"]))
     scale = float(rng.uniform(0.26, 0.38))
@@ -119,12 +133,12 @@ def sample_scene(rng: np.random.Generator, place: str | None = None, style: str 
 
 
 def render(subject: Subject, scene: Scene, size: int = SIZE) -> np.ndarray:
-    """The picture as uint8 [size, size, 3]."""
+    """Return the image of a subject in a scene, uint8 [size, size, 3]."""
     return STYLES[scene.style](_paint(subject, scene, size, with_place=True)[..., :3])
 
 
 def silhouette(subject: Subject, scene: Scene, size: int = SIZE) -> np.ndarray:
-    """Where the subject (without its shadow) is: float32 [size, size] in [0, 1]."""
+    """Return where the subject is, without its shadow: float32 [size, size] in [0, 1]."""
     return _paint(subject, scene, size, with_place=False)[..., 3].astype(np.float32) / 255
 
 

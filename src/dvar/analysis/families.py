@@ -1,0 +1,129 @@
+"""Families of strategies, and the tuning of their settings on recorded runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dvar.analysis.stop_quality import ORACLE, LearningCurve
+from dvar.analysis.strategies import Strategy, baseline_cap, can_evaluate, evaluate_strategies
+from dvar.recordings.recorded_run import PAIRED, SCORE, RecordedRun
+from dvar.stopping.rules import AllOf, Dvar, EmaPercentile, FixedSteps, Hall, Plateau, Rule, Trend
+from dvar.stopping.trace import RELATIVE_LOSS
+
+Setting = tuple[float, float, float]
+"""Window and sampling cadence as shares of Baseline's steps, with the threshold between them."""
+
+
+@dataclass(frozen=True)
+class StrategyFamily:
+    """Strategies that differ in their settings.
+
+    Attributes:
+        rule: Makes the rule for a window, in steps, and a threshold.
+        thresholds: The thresholds to try.
+        window_shares: The windows to try, as shares of Baseline's steps.
+        sample_shares: The steps between two samples of images to try, as shares of Baseline's steps.
+        keep_best: As `Strategy.keep_best`.
+    """
+
+    name: str
+    rule: Callable[[int, float], Rule]
+    thresholds: tuple[float, ...]
+    window_shares: tuple[float, ...] = tuple(float(f"{share:.2g}") for share in np.geomspace(0.02, 0.5, 10))
+    sample_shares: tuple[float, ...] = ()
+    keep_best: bool = False
+
+    def settings(self) -> list[Setting]:
+        """Return every setting that is tried: at most 100."""
+        return [
+            (window, threshold, every)
+            for every in self.sample_shares or (0.0,)
+            for window in self.window_shares
+            for threshold in self.thresholds
+        ]
+
+    def strategy(self, setting: Setting, cap: int) -> Strategy:
+        """Return the strategy of a setting where Baseline trains ``cap`` steps."""
+        share, threshold, every = setting
+        window = max(8, round(share * cap))
+        sample_every = max(1, round(every * cap)) if every else None
+        return Strategy(self.name, self.rule(window, threshold), sample_every, self.keep_best)
+
+
+def _decades(low: float, high: float) -> tuple[float, ...]:
+    return tuple(float(f"{value:.2g}") for value in np.geomspace(low, high, 10))
+
+
+_VARIANCE_SHARES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8)
+DVAR_FAMILY = StrategyFamily("DVAR", lambda n, t: Dvar(n, t, strict_paper=True), _VARIANCE_SHARES)
+CLIP_FAMILY = StrategyFamily(
+    "CLIP-s",
+    lambda n, t: Plateau(SCORE, n, t, mode="max"),
+    (0.0, 0.005, 0.01, 0.02, 0.04),
+    window_shares=(0.02, 0.04, 0.08, 0.12, 0.2, 0.3),
+    sample_shares=(0.01, 0.02, 0.05),
+    keep_best=True,
+)
+CONSTANT_FAMILY = StrategyFamily(
+    "Best constant",
+    lambda n, _: FixedSteps(n),
+    (0.0,),
+    window_shares=tuple(float(f"{share:.3g}") for share in np.geomspace(0.02, 1.0, 100)),
+)
+FAMILIES = (
+    DVAR_FAMILY,
+    StrategyFamily("DVAR with diagnoses", lambda n, t: Dvar(n, t), _VARIANCE_SHARES),
+    StrategyFamily("DVAR, relative losses", lambda n, t: Dvar(n, t, metric=RELATIVE_LOSS), _VARIANCE_SHARES),
+    StrategyFamily("DVAR, 32 stratified draws", lambda n, t: Dvar(n, t, metric="stratified"), _VARIANCE_SHARES),
+    StrategyFamily("DVAR, fresh paired draws", lambda n, t: Dvar(n, t, metric=PAIRED), _VARIANCE_SHARES),
+    StrategyFamily(
+        "DVAR on both batches",
+        lambda n, t: AllOf((Dvar(n, t), Dvar(n, t, metric="stratified"))),
+        _VARIANCE_SHARES,
+    ),
+    StrategyFamily("EMA percentile", lambda n, t: EmaPercentile(n, t), _decades(1e-5, 1e-2)),
+    StrategyFamily("Hall", lambda n, t: Hall(n, t), _decades(2e-4, 5e-2)),
+    StrategyFamily("Trend", lambda n, t: Trend(n, t, metric=RELATIVE_LOSS), _decades(2e-7, 2e-4)),
+    StrategyFamily("Plateau of the loss", lambda n, t: Plateau(RELATIVE_LOSS, n, t), (0.0, *_decades(1e-5, 1e-2)[:9])),
+    CLIP_FAMILY,
+    CONSTANT_FAMILY,
+)
+"""Every family that is ranked.  A family may make combined rules too: any rule that is called on a trace."""
+
+
+def tune_family(family: StrategyFamily, runs: Sequence[RecordedRun]) -> Setting | None:
+    """Return the setting that keeps 90 % of the attainable gain in the fewest steps, by the means over the runs.
+
+    Every family has at most 100 settings, so that all are tuned alike.
+
+    Returns:
+        The setting that keeps the most where none keeps enough; None where no run can be evaluated or has a gain.
+    """
+    grids = [grid for run in runs if (grid := _evaluate_grid(family, run)) is not None]
+    if not grids:
+        return None
+    gains, steps = np.mean(grids, axis=0)
+    enough = gains >= ORACLE * min(1.0, float(gains.max()))
+    return family.settings()[int(np.where(enough, steps, np.inf).argmin())]
+
+
+@cache
+def _evaluate_grid(family: StrategyFamily, run: RecordedRun) -> NDArray[np.float64] | None:
+    """Return the gain kept and the steps trained for each setting, [2, settings]; None where neither is known."""
+    curve = LearningCurve.of_run(run)
+    strategies = [family.strategy(setting, baseline_cap(run)) for setting in family.settings()]
+    if not curve.learned or not can_evaluate(strategies[0].rule, run):
+        return None
+    results = evaluate_strategies(strategies, run)
+    return np.array(
+        [
+            [curve.gain_at(results[strategy].kept_step) for strategy in strategies],
+            [results[strategy].stop for strategy in strategies],
+        ],
+        np.float64,
+    )

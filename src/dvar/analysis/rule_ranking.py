@@ -1,0 +1,155 @@
+"""The ranking of rules by the distance of their stops from the oracle, compared with the oracle and two controls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from dvar.analysis import strategies
+from dvar.analysis.families import CONSTANT_FAMILY, FAMILIES, StrategyFamily, tune_family
+from dvar.analysis.stop_quality import (
+    ORACLE,
+    LearningCurve,
+    MeanInterval,
+    StopQuality,
+    assess_stop,
+    bootstrap_mean,
+)
+from dvar.analysis.strategies import StopResult, Strategy
+from dvar.recordings.recorded_run import CHOOSE, RecordedRun
+
+RANDOM_DRAWS = 20
+"""Random steps for each run."""
+CONTROL = CONSTANT_FAMILY.name
+ORACLE_NAME, RANDOM_NAME = "Oracle of the other half", "Random step"
+
+Setting = tuple[float, float, float]
+Settings = Mapping[str, Setting | None]
+"""The tuned setting of each strategy family, by its name; None where it could not be tuned."""
+
+
+@dataclass(frozen=True)
+class RankedRule:
+    """One rule on every run of a scope: what its stops are worth, and what deciding costs besides training.
+
+    Args:
+        rule: Name of the rule.
+        setting: How it was tuned.
+        runs: The run of each outcome; a random step has several outcomes for each run.
+        outcomes: The quality of each stop.
+        cost: Mean cost of deciding, in forward passes of one sample.
+        stops: The steps at which it stops.
+    """
+
+    rule: str
+    setting: str
+    runs: tuple[RecordedRun, ...]
+    outcomes: tuple[StopQuality, ...]
+    cost: float
+    stops: tuple[float, ...]
+
+    @property
+    def distances(self) -> list[float]:
+        """Return the oracle distance of each stop, in octaves."""
+        return [quality.distance for quality in self.outcomes]
+
+    @property
+    def errors(self) -> list[float]:
+        """Return how far each stop is from the oracle, in octaves, before or after it."""
+        return [abs(distance) for distance in self.distances]
+
+
+def tune_rules(runs: Sequence[RecordedRun]) -> dict[str, Setting | None]:
+    """Return the setting of every strategy family, by its name, tuned on these runs."""
+    return {family.name: tune_family(family, runs) for family in FAMILIES}
+
+
+def compute_ranking(runs: Sequence[RecordedRun], settings: Mapping[str, Settings]) -> list[RankedRule]:
+    """Return every rule on the runs, the nearest to the oracle first.
+
+    A family is left out when it could not be tuned for some run, or when some run lacks the series that it reads.
+
+    Args:
+        runs: Recorded runs that have learned.
+        settings: By method, the settings of the families.
+    """
+    by_name = {"Baseline": [strategies.baseline_strategy(run) for run in runs]}
+    descriptions = {"Baseline": "its own cap"}
+    for scaled in (False, True):
+        presets = [strategies.paper_dvar_strategy(run, scaled) for run in runs]
+        by_name[presets[0].name], descriptions[presets[0].name] = presets, "the paper's"
+    for family in FAMILIES:
+        chosen = [settings[run.method][family.name] for run in runs]
+        tuned = [
+            family.strategy(setting, strategies.baseline_cap(run))
+            for setting, run in zip(chosen, runs, strict=True)
+            if setting
+        ]
+        rules = [strategy.rule for strategy in tuned]
+        if len(tuned) == len(runs) and all(map(strategies.can_evaluate, rules, runs)):
+            by_name[family.name], descriptions[family.name] = tuned, _describe_setting(family, chosen)
+    results = [_read_stops(run, tuple(of_run)) for run, *of_run in zip(runs, *by_name.values(), strict=True)]
+    ranking = [_judge_oracle(runs), _judge_random_steps(runs)]
+    for index, name in enumerate(by_name):
+        ranking.append(_judge(name, descriptions[name], runs, [of_run[index] for of_run in results]))
+    return sorted(ranking, key=lambda rule: float(np.mean(rule.errors)))
+
+
+@cache
+def _read_stops(run: RecordedRun, chosen: tuple[Strategy, ...]) -> list[StopResult]:
+    results = strategies.evaluate_strategies(chosen, run)
+    return [results[strategy] for strategy in chosen]
+
+
+def _judge(name: str, setting: str, runs: Sequence[RecordedRun], results: Sequence[StopResult]) -> RankedRule:
+    pairs = list(zip(runs, results, strict=True))
+    outcomes = tuple(assess_stop(run, result.kept_step, result.censored) for run, result in pairs)
+    # Forward passes spent on deciding alone: no step is trained.
+    cost = [
+        strategies.count_forward_equivalents(StopResult(0, 0, False, result.forwards, result.images), run.config)
+        for run, result in pairs
+    ]
+    stops = tuple(float(result.stop) for result in results)
+    return RankedRule(name, setting, tuple(runs), outcomes, float(np.mean(cost)), stops)
+
+
+def _judge_oracle(runs: Sequence[RecordedRun]) -> RankedRule:
+    """Judge the oracle of one half of the images on the other: what no rule can be expected to beat."""
+    steps = tuple(LearningCurve.of_run(run, CHOOSE).step_at() for run in runs)
+    outcomes = tuple(assess_stop(run, step) for run, step in zip(runs, steps, strict=True))
+    return RankedRule(ORACLE_NAME, f"q ≥ {ORACLE}", tuple(runs), outcomes, float("nan"), steps)
+
+
+def _judge_random_steps(runs: Sequence[RecordedRun]) -> RankedRule:
+    """Judge steps drawn uniformly up to Baseline's cap, several for each run."""
+    random, repeated = np.random.default_rng(0), [run for run in runs for _ in range(RANDOM_DRAWS)]
+    stops = [int(random.integers(1, min(strategies.baseline_cap(run), run.cap) + 1)) for run in repeated]
+    outcomes = tuple(assess_stop(run, step) for run, step in zip(repeated, stops, strict=True))
+    steps = tuple(map(float, stops))
+    return RankedRule(RANDOM_NAME, "uniform to Baseline's cap", tuple(repeated), outcomes, 0.0, steps)
+
+
+def _describe_setting(family: StrategyFamily, chosen: Sequence[Setting | None]) -> str:
+    """Return a setting, its window as a share of the cap; settings that differ by method are in their own tables."""
+    texts = dict.fromkeys(
+        f"{100 * setting[0]:g} %" + (f", {setting[1]:g}" if len(family.thresholds) > 1 else "")
+        for setting in chosen
+        if setting
+    )
+    return "; ".join(texts) if len(texts) == 1 else "by method, below"
+
+
+def compare_errors(rule: RankedRule, other: RankedRule) -> MeanInterval:
+    """Return how much further ``rule`` is from the oracle than ``other``, in octaves, paired by concept."""
+    errors, others = _errors_by_concept(rule), _errors_by_concept(other)
+    return bootstrap_mean([errors[name] - others[name] for name in errors])
+
+
+def _errors_by_concept(rule: RankedRule) -> dict[str, float]:
+    errors: dict[str, list[float]] = {}
+    for run, error in zip(rule.runs, rule.errors, strict=True):
+        errors.setdefault(run.concept, []).append(error)
+    return {name: float(np.mean(of_concept)) for name, of_concept in errors.items()}

@@ -1,0 +1,54 @@
+"""Settings of `dvar record`, with their help, ranges and checks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dvar.config.fields import COUNT, Config, invalid_fields, setting
+from dvar.config.training import BUNDLED_MODEL, PAPER_METHODS
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordConfig(Config):
+    """Every setting of ``dvar record``; `dvar.recordings.spec.plan_recordings` turns it into recordings."""
+
+    methods: tuple[str, ...] = setting(tuple(PAPER_METHODS), "Methods by name.", section="What is recorded")
+    concepts: tuple[str, ...] | None = setting(None, "Concepts by name; by default all but the tuning concepts.")
+    first: int | None = setting(None, "Record only the first so many of these concepts.", COUNT)
+    seeds: tuple[int, ...] = setting((0,), "Seeds of the runs.")
+    model: str = setting(BUNDLED_MODEL, "A hub id, a diffusers folder, or 'mini', the bundled model.")
+    concepts_dir: str | None = setting(
+        None, "Folder of concepts, each a folder of images with a concept.json; by default the bundled concepts."
+    )
+    config: str | None = setting(None, "TOML file of settings of the method, where one method is recorded.")
+
+    preset: Literal["quick", "cpu", "full"] = setting("cpu", "How much is measured.", section="What is measured")
+    quick: bool = setting(False, "The same as --preset quick.")
+    clip: str | None = setting(None, "Folder or hub id of the CLIP that scores; by default the bundled one.")
+    dino: str | None = setting(None, "Folder or hub id of a DINO that scores too.")
+    pairing: Literal["all pairs", "row by row"] = setting(
+        "all pairs", "Compare an image with all references, or with the one in its row."
+    )
+
+    records: str = setting("records", "Folder of all recorded runs.", section="Where and how")
+    workers: int | None = setting(None, "Runs at once; by default one for each GPU, or else for each core.", COUNT)
+    estimate: bool = setting(False, "Only estimate how long it will take.")
+
+    @property
+    def protocol(self) -> str:
+        """The name of the protocol that is recorded."""
+        return "quick" if self.quick else self.preset
+
+
+def record_problems(config: RecordConfig) -> list[str]:
+    """Return everything wrong with these settings by themselves, one line each.
+
+    `dvar.recordings.spec.RecordingSpec.validate` looks up methods and concepts.
+    """
+    problems = [message for _, message in invalid_fields(config)]
+    if not problems and min(config.seeds) < 0:
+        problems.append(f"seeds must be at least 0, got {min(config.seeds)}")
+    if config.config and len(config.methods) > 1:
+        problems.append(f"settings are of one method, got {', '.join(config.methods)}: name one before --config")
+    return problems
