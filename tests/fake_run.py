@@ -1,8 +1,9 @@
-"""A run directory as the trainer leaves it, made without a model."""
+"""The folder of a run, written without a model."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ from dvar.stopping.trace import Trace
 from dvar.stopping.verdict import Verdict
 
 TIMESTEPS = (981, 37, 411, 266, 702, 843, 130, 555)
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "pretrained_model_name_or_path": "mini",
-    "instance_data_dir": "pictures/mug",
+    "instance_data_dir": "images/mug",
     "placeholder_token": "<thing>",
     "initializer_token": "mug",
     "num_vectors": 1,
@@ -33,20 +34,22 @@ CONFIG = {
 }
 
 
-def falling(step: int) -> float:
-    """An exponential fall of 1.5 % with a time constant of 70 steps."""
-    return 0.0426 * (1 + 0.015 * np.exp(-step / 70))
+def falling_loss(step: int) -> float:
+    """Return a loss that falls exponentially by 1.5 %, with a time constant of 70 steps."""
+    return 0.0426 * (1 + 0.015 * math.exp(-step / 70))
 
 
-def fake_trace(loss: Callable[[int], float] = falling, steps: int = 1000, probe_every: int = 1, seed: int = 0) -> Trace:
-    """The record of a run whose L_det follows `loss`, up to where the rule of `CONFIG` or the cap stops it."""
-    random = np.random.default_rng(seed)
+def fake_trace(
+    loss: Callable[[int], float] = falling_loss, steps: int = 1000, probe_every: int = 1, seed: int = 0
+) -> Trace:
+    """Return the trace of a run whose L_det follows ``loss`` until the rule of `CONFIG` stops it or its steps end."""
+    rng = np.random.default_rng(seed)
     level = np.array([0.2 + 3.0 * np.exp(-timestep / 200) for timestep in TIMESTEPS])
-    trace, rule = Trace({"timesteps": list(TIMESTEPS)}), _rule()
+    trace, rule = Trace({"timesteps": list(TIMESTEPS)}), _stopping_rule()
     for step in range(steps + 1):
         probed = step % probe_every == 0
-        jitter = 1 + 2e-4 * random.standard_normal(len(TIMESTEPS))
-        trained = {"train_loss": 0.06 * random.gamma(2.0), "grad_norm": random.gamma(3.0), "lr": 1e-2} if step else {}
+        jitter = 1 + 2e-4 * rng.standard_normal(len(TIMESTEPS))
+        trained = {"train_loss": 0.06 * rng.gamma(2.0), "grad_norm": rng.gamma(3.0), "lr": 1e-2} if step else {}
         seconds = {"train": 0.21 * bool(step), "probe": 0.12 * probed, "other": 0.01}
         trace.record(step, loss(step) * level / level.mean() * jitter if probed else None, seconds=seconds, **trained)
         if rule(trace).stop:
@@ -61,28 +64,28 @@ def write_run(
     finished: bool = True,
     verdict: Verdict | None = None,
     sampled_every: int = 60,
-    pictures: int = 4,
+    images: int = 4,
     side: int = 64,
     prompt: str = "a photo of <thing>",
     weights: Sequence[str] = ("learned_embeds.safetensors",),
     best_weights: Sequence[str] | None = None,
     **settings: Any,
 ) -> Path:
-    """Write a run directory with that trace; `settings` replace those of `CONFIG`."""
+    """Write the folder of a run with this trace; ``settings`` replace those of `CONFIG`."""
     folder.mkdir(parents=True, exist_ok=True)
-    _json(folder / "config.json", CONFIG | settings)
+    _write_json(folder / "config.json", CONFIG | settings)
     trace.write(folder / "trace.jsonl")
-    _noise(folder / "references", pictures, side, seed=1)
+    _write_noise(folder / "references", images, side, seed=1)
     for step in {*range(0, trace.last_step, sampled_every), trace.last_step} if sampled_every else ():
-        _noise(folder / "samples" / f"step-{step:06d}", pictures, side, seed=step)
-        _json(folder / "samples" / "prompts.json", [{"prompt": prompt, "seed": seed} for seed in range(pictures)])
+        _write_noise(folder / "samples" / f"step-{step:06d}", images, side, seed=step)
+        _write_json(folder / "samples" / "prompts.json", [{"prompt": prompt, "seed": seed} for seed in range(images)])
     if finished:
         names = {"weights": list(weights), "best_weights": list(best_weights or weights)}
-        _json(folder / "result.json", _result(trace, verdict or _rule()(trace)) | names)
+        _write_json(folder / "result.json", _result(trace, verdict or _stopping_rule()(trace)) | names)
     return folder
 
 
-def _rule() -> AnyOf:
+def _stopping_rule() -> AnyOf:
     return AnyOf((Dvar(CONFIG["window"], CONFIG["threshold"]), FixedSteps(CONFIG["max_train_steps"])))
 
 
@@ -100,13 +103,13 @@ def _result(trace: Trace, verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def _noise(folder: Path, count: int, side: int, seed: int) -> None:
+def _write_noise(folder: Path, count: int, side: int, seed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    random = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     for number in range(count):
-        coarse = Image.fromarray(random.integers(0, 256, (side // 8, side // 8, 3), dtype=np.uint8))
+        coarse = Image.fromarray(rng.integers(0, 256, (side // 8, side // 8, 3), dtype=np.uint8))
         coarse.resize((side, side), Image.Resampling.BICUBIC).save(folder / f"{number:02d}.png", compress_level=1)
 
 
-def _json(path: Path, content: object) -> None:
+def _write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content), encoding="utf-8")

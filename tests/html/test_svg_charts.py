@@ -13,9 +13,9 @@ from dvar.html.svg_charts import COLUMNS, UNITS, Scale, curve, panel
 numbers = st.floats(-1e6, 1e6, allow_subnormal=False)
 
 
-def _points(drawn: str) -> list[list[tuple[int, int]]]:
+def _points(svg: str) -> list[list[tuple[int, int]]]:
     """The points of a curve's path, one list for each unbroken piece."""
-    pieces = re.search(r' d="([^"]*)"', drawn)
+    pieces = re.search(r' d="([^"]*)"', svg)
     assert pieces
     pairs = [re.findall(r"(-?\d+) (-?\d+)", piece) for piece in pieces[1].split("M")[1:]]
     return [[(int(x), int(y)) for x, y in piece] for piece in pairs]
@@ -38,8 +38,8 @@ def test_ticks_are_round() -> None:
 
 
 def test_labels_have_the_decimals_that_tell_neighbours_apart() -> None:
-    drawn = panel(Scale(0, 100), Scale(0.04257, 0.04331), [], label="a loss", steps=False, tall=False)
-    assert re.findall(r">([\d.]+)</text>", drawn) == ["0.0426", "0.0428", "0.0430", "0.0432"]
+    svg = panel(Scale(0, 100), Scale(0.04257, 0.04331), [], label="a loss", steps=False, tall=False)
+    assert re.findall(r">([\d.]+)</text>", svg) == ["0.0426", "0.0428", "0.0430", "0.0432"]
 
 
 @settings(deadline=None)
@@ -75,10 +75,10 @@ def test_a_curve_of_nothing_is_empty() -> None:
 @given(seed=st.integers(0, 1000), count=st.integers(2 * COLUMNS + 1, 9000))
 def test_a_long_curve_is_thinned_but_keeps_its_ends_and_extremes(seed: int, count: int) -> None:
     values = np.random.default_rng(seed).uniform(0, 1, count)
-    [kept] = _points(curve(Scale(0, count - 1), Scale(0, 1), range(count), values, "a"))
-    across, down = [x for x, _ in kept], [y for _, y in kept]
-    assert len(kept) <= 2 * COLUMNS + 2
-    assert across == sorted(across)
-    assert kept[0] == (0, round(UNITS * (1 - values[0])))
-    assert kept[-1] == (UNITS, round(UNITS * (1 - values[-1])))
-    assert (min(down), max(down)) == (round(UNITS * (1 - values.max())), round(UNITS * (1 - values.min())))
+    [points] = _points(curve(Scale(0, count - 1), Scale(0, 1), range(count), values, "a"))
+    lefts, tops = [x for x, _ in points], [y for _, y in points]
+    assert len(points) <= 2 * COLUMNS + 2
+    assert lefts == sorted(lefts)
+    assert points[0] == (0, round(UNITS * (1 - values[0])))
+    assert points[-1] == (UNITS, round(UNITS * (1 - values[-1])))
+    assert (min(tops), max(tops)) == (round(UNITS * (1 - values.max())), round(UNITS * (1 - values.min())))

@@ -1,4 +1,4 @@
-"""A recorded curve judged again: as live, told in words, drawn, and refused where it cannot be judged."""
+"""Rules replayed on a recorded curve: their verdicts, the figure and the page, and what is refused."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pytest
 
 from dvar import Dvar, RefusedInput, Trace
-from dvar.runs.config import ReplayConfig, RuleName, replay_problems
-from dvar.runs.replay import RULES, ReplayOutcome, replayed, verdicts
-from dvar.runs.replay_figure import picture, ratios, write_picture
+from dvar.runs.config import ReplayConfig, problems
+from dvar.runs.replay import ReplayOutcome, compute_ratios, replay_rule, replay_rules
+from dvar.runs.replay_figure import plot_replay, write_replay
 from dvar.stopping.diagnosis import Reason
+from dvar.stopping.rule import build_rule
+from dvar.stopping.rules import RULES, FixedSteps, RuleEntry
 
 
 def traced(steps: int = 900, level: float = 0.04) -> Trace:
@@ -32,29 +33,28 @@ ALL = ReplayConfig(rule=("all",))
 
 def test_a_replay_stops_where_the_live_run_would_have() -> None:
     whole = traced()
-    for outcome in replayed(whole, ALL):
-        rule, live = RULES[outcome.name](ALL), Trace()
+    for outcome in replay_rules(whole, ALL):
+        rule, live = build_rule(outcome.name, vars(ALL)), Trace()
         for row in whole.records:
             live.record(**row)
             if (verdict := rule(live)).stop:
                 break
         assert outcome.verdict == verdict
         assert outcome.stop == (verdict.step if verdict.stop else None)
-        assert outcome.why == verdict.sentence
+        assert outcome.sentence == verdict.sentence
 
 
 def test_the_rules_come_once_in_the_order_of_the_table() -> None:
     config = ReplayConfig(rule=("hall", "dvar", "hall"))
-    assert [outcome.name for outcome in replayed(traced(), config)] == ["dvar", "hall"]
-    assert [outcome.name for outcome in replayed(traced(), ALL)] == list(RULES)
-    assert {*RULES, "all"} == set(get_args(RuleName))
+    assert [outcome.name for outcome in replay_rules(traced(), config)] == ["dvar", "hall"]
+    assert [outcome.name for outcome in replay_rules(traced(), ALL)] == list(RULES)
 
 
 def test_each_setting_reaches_its_rule() -> None:
     config = ReplayConfig(
         window=20, threshold=0.3, ema_threshold=0.5, hall_threshold=0.6, trend_threshold=0.7, patience=8, min_delta=0.9
     )
-    assert [repr(make(config)) for make in RULES.values()] == [
+    assert [repr(build_rule(name, vars(config))) for name in RULES] == [
         "Dvar(window=20, threshold=0.3)",
         "Dvar(window=20, threshold=0.3, strict_paper=True)",
         "EmaPercentile(window=20, threshold=0.5)",
@@ -64,72 +64,73 @@ def test_each_setting_reaches_its_rule() -> None:
     ]
 
 
+def test_a_rule_of_another_package_is_replayed_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RULES, "_items", dict(RULES))
+    RULES.register("half", RuleEntry("stop after half a window", ("window",), lambda window: FixedSteps(window // 2)))
+    config = ReplayConfig(rule=("half",), window=80)
+    assert problems(config) == []
+    (outcome,) = replay_rules(traced(), config)
+    assert (outcome.name, outcome.stop) == ("half", 40)
+    RULES.register("unfit", RuleEntry("takes what replay does not have", ("pace",), lambda pace: FixedSteps(pace)))
+    with pytest.raises(RefusedInput, match="the rule 'unfit' takes a setting 'pace', got only rule, window, "):
+        replay_rules(traced(), ReplayConfig(rule=("unfit",)))
+
+
 def test_a_short_curve_says_how_much_is_missing() -> None:
-    (outcome,) = replayed(traced(steps=50), ReplayConfig())
+    (outcome,) = replay_rules(traced(steps=50), ReplayConfig())
     assert outcome.stop is None
-    assert outcome.why == "go on at step 50: warming up, 50 of 310 steps and 51 records in the window"
+    assert outcome.sentence == "go on at step 50: warming up, 50 of 310 steps and 51 records in the window"
 
 
 def test_a_rule_that_cannot_judge_a_curve_says_so_beside_those_that_can() -> None:
     trace = Trace()
     for step in range(500):
         trace.record(step, -1 + math.exp(-step / 50))
-    outcomes = {outcome.name: outcome for outcome in replayed(trace, ALL)}
+    outcomes = {outcome.name: outcome for outcome in replay_rules(trace, ALL)}
     assert outcomes["hall"].verdict is None
-    assert "Hall divides by the level of the loss" in outcomes["hall"].why
+    assert "Hall divides by the level of the loss" in outcomes["hall"].sentence
     assert outcomes["dvar"].verdict is not None
     with pytest.raises(RefusedInput, match="Hall divides by the level"):
-        replayed(trace, ReplayConfig(rule=("hall",)))
-    assert "cannot judge" in picture(trace, list(outcomes.values()), 310, 0.15)
+        replay_rules(trace, ReplayConfig(rule=("hall",)))
+    assert "cannot judge" in plot_replay(trace, list(outcomes.values()), 310, 0.15)
 
 
 def test_the_settings_of_all_rules_are_refused_at_once() -> None:
     with pytest.raises(RefusedInput) as refused:
-        replayed(traced(), ReplayConfig(rule=("all",), window=3, threshold=2.0))
+        replay_rules(traced(), ReplayConfig(rule=("all",), window=3, threshold=2.0))
     assert [problem.partition(" must")[0] for problem in refused.value.problems] == ["window", "threshold"]
-
-
-def test_settings_are_refused_by_name() -> None:
-    config = ReplayConfig(rule=("dvra",), hall_threshold=0.0, patience=0, output="replay.png")  # type: ignore[arg-type]
-    assert replay_problems(config) == [
-        "rule must be one of dvar, paper, ema, hall, trend, plateau, all, got ('dvra',)",
-        "hall_threshold must be above 0, got 0.0",
-        "patience must be at least 1, got 0",
-        "output must end in .svg or .html, got 'replay.png': name a picture or a page",
-    ]
-    assert replay_problems(ReplayConfig()) == []
 
 
 def test_ratios_are_the_rules_and_nan_while_it_has_none() -> None:
     trace = traced()
-    found = ratios(trace, Dvar(310, 0.15))
-    assert np.isnan(found[:310]).all()
-    said = [verdict.metrics["ratio"] for verdict in verdicts(trace, Dvar(310, 0.15))]
-    np.testing.assert_array_equal(found[310:], said[310:])
+    ratios = compute_ratios(trace, Dvar(310, 0.15))
+    assert np.isnan(ratios[:310]).all()
+    expected = [verdict.metrics["ratio"] for verdict in replay_rule(trace, Dvar(310, 0.15))]
+    np.testing.assert_array_equal(ratios[310:], expected[310:])
 
 
-# --- the picture ----------------------------------------------------------------------------------------------------
+# --- the figure -----------------------------------------------------------------------------------------------------
 
 
-def _texts(drawn: str) -> list[str]:
-    return [node.text or "" for node in ElementTree.fromstring(drawn).iter("{http://www.w3.org/2000/svg}text")]
+def _svg_texts(svg: str) -> list[str]:
+    return [node.text or "" for node in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
 
 
-def test_the_picture_names_the_curve_and_every_rule_with_its_stop() -> None:
+def test_the_figure_names_the_curve_and_every_rule_with_its_stop() -> None:
     trace = traced()
-    outcomes = replayed(trace, ALL)
-    texts = _texts(picture(trace, outcomes, 310, 0.15))
+    outcomes = replay_rules(trace, ALL)
+    texts = _svg_texts(plot_replay(trace, outcomes, 310, 0.15))
     assert "val <loss>" in texts
     for outcome in outcomes:
         assert outcome.name in texts
         assert f"{outcome.stop or 'goes on'}, {outcome.verdict.reason.value}" in texts  # type: ignore[union-attr]
 
 
-def test_the_stop_is_drawn_at_its_step() -> None:
+def test_the_stop_is_plotted_at_its_step() -> None:
     trace = traced()
-    (outcome,) = replayed(trace, ReplayConfig())
+    (outcome,) = replay_rules(trace, ReplayConfig())
     lines = re.findall(
-        r'<line x1="([\d.]+)%" x2="\1%" y1="0" y2="100%" class="stop">', picture(trace, [outcome], 310, 0.15)
+        r'<line x1="([\d.]+)%" x2="\1%" y1="0" y2="100%" class="stop">', plot_replay(trace, [outcome], 310, 0.15)
     )
     assert outcome.stop
     at = 100 * outcome.stop / (900 * 1.03)
@@ -137,16 +138,16 @@ def test_the_stop_is_drawn_at_its_step() -> None:
 
 
 @pytest.mark.parametrize("values", [[math.nan] * 20, [1.0] * 20, [0.5], [math.inf, 1.0, 0.5]])
-def test_any_curve_can_be_drawn(values: list[float]) -> None:
+def test_any_curve_can_be_plotted(values: list[float]) -> None:
     trace = Trace()
     for step, value in enumerate(values):
         trace.record(step, value)
-    outcomes = replayed(trace, ReplayConfig(rule=("all",), window=8, patience=8))
-    assert _texts(picture(trace, outcomes, 8, 0.15))[0] == "L_det"
+    outcomes = replay_rules(trace, ReplayConfig(rule=("all",), window=8, patience=8))
+    assert _svg_texts(plot_replay(trace, outcomes, 8, 0.15))[0] == "L_det"
 
 
-class _Checked(HTMLParser):
-    """Every start has its end, nothing is fetched, no script."""
+class _StrictParser(HTMLParser):
+    """A parser that refuses scripts, references to other files and tags that do not nest."""
 
     VOID = frozenset({"meta", "br", "img"})
 
@@ -165,31 +166,32 @@ class _Checked(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_a_page_holds_the_picture_and_the_sentences_and_loads_nothing(tmp_path: Path) -> None:
+def test_a_page_holds_the_figure_and_the_sentences_and_loads_nothing(tmp_path: Path) -> None:
     trace = traced()
-    outcomes = replayed(trace, ALL)
-    path = write_picture(tmp_path / "replay.html", "logs <& curves>", trace, outcomes, ALL)
+    outcomes = replay_rules(trace, ALL)
+    path = write_replay(tmp_path / "replay.html", "logs <& curves>", trace, outcomes, ALL)
     page = path.read_text()
-    assert _Checked(page).open == []
+    assert _StrictParser(page).open == []
+    assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'" in page
     assert "logs &lt;&amp; curves&gt;" in page
-    assert all(outcome.why in page for outcome in outcomes)
-    assert picture(trace, outcomes, 310, 0.15) in page
+    assert all(outcome.sentence in page for outcome in outcomes)
+    assert plot_replay(trace, outcomes, 310, 0.15) in page
 
 
-def test_writing_replaces_an_older_picture_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+def test_writing_replaces_an_older_figure_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
     trace, path = traced(), tmp_path / "replay.svg"
     path.write_text("old")
-    write_picture(path, "a log", trace, [ReplayOutcome("dvar", None, "cannot")], ReplayConfig())
+    write_replay(path, "a log", trace, [ReplayOutcome("dvar", None, "cannot")], ReplayConfig())
     ElementTree.fromstring(path.read_text())
     assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(RefusedInput, match="choose another place"):
-        write_picture(tmp_path / "no" / "replay.svg", "a log", trace, [], ReplayConfig())
+        write_replay(tmp_path / "no" / "replay.svg", "a log", trace, [], ReplayConfig())
 
 
-def test_a_loss_that_was_not_finite_is_told() -> None:
+def test_a_loss_that_is_not_finite_is_marked() -> None:
     trace = traced(steps=400)
     trace.record(401, math.nan)
-    (outcome,) = replayed(trace, ReplayConfig(threshold=1e-3))
+    (outcome,) = replay_rules(trace, ReplayConfig(threshold=1e-3))
     assert outcome.verdict is not None
     assert outcome.verdict.reason is Reason.NON_FINITE
-    assert 'class="lost"' in picture(trace, [outcome], 310, 1e-3)
+    assert 'class="lost"' in plot_replay(trace, [outcome], 310, 1e-3)

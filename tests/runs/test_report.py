@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_run import CONFIG, fake_trace, falling, write_run
+from fake_run import CONFIG, fake_trace, falling_loss, write_run
 
 from dvar.errors import RefusedInput
 from dvar.runs.report import write_report
@@ -50,14 +50,15 @@ class Page(HTMLParser):
 
     @property
     def text(self) -> str:
-        shown = "".join(data for tag, data in self.pieces if tag != "style")
-        return shown.replace("\u00a0", " ")
+        """The visible text, with white space collapsed as in a browser."""
+        text = "".join(data for tag, data in self.pieces if tag != "style")
+        return " ".join(text.split())
 
     def of(self, tag: str) -> list[str]:
         return [data for holder, data in self.pieces if holder == tag]
 
     def with_class(self, name: str) -> list[tuple[str, dict[str, str | None]]]:
-        return [found for found in self.elements if name in (found[1].get("class") or "").split()]
+        return [element for element in self.elements if name in (element[1].get("class") or "").split()]
 
 
 def report(folder: Path, trace: Trace, **run: Any) -> Page:
@@ -72,37 +73,37 @@ def test_the_page_of_a_stopped_run_holds_every_section_in_order(run_folder: Path
     assert page.of("h2") == [
         "The losses",
         "The stopping rule",
-        "How <thing> grew",
-        "Input by input",
+        "<thing> during training",
+        "Held inputs",
         "How to use it",
     ]
     assert page.of("summary") == ["Settings", "Versions"]
-    assert "learned from 4 pictures, starting from “mug”" in page.text
+    assert "learned from 4 images, starting from “mug”" in page.text
 
 
-def test_the_verdict_is_said_in_full(run_folder: Path) -> None:
+def test_the_verdict_is_quoted_in_full(run_folder: Path) -> None:
     verdict = json.loads((run_folder / "result.json").read_text())["verdict"]
     page = Page(write_report(run_folder))
-    assert verdict["sentence"][1:] in page.text
-    assert "Stop at step 224:" in page.text
+    assert f"Stopped at step 224: {verdict['sentence'].partition(': ')[2]}" in page.text
     # 160 / sqrt(0.15) = 413.1, and 413 - 224 = 189
-    assert "in a straight line passes the threshold, at step 413. This run stopped 189 steps before that." in page.text
+    assert "in a straight line passes the threshold at step 413; this run stopped 189 steps earlier." in page.text
+    assert "Next: Check the sample images, then use the result as shown below." in page.text
 
 
 def test_key_numbers(run_folder: Path) -> None:
     text = Page(write_report(run_folder)).text
-    assert "steps224of at most 1000" in text
+    assert "steps 224 of at most 1000" in text
     # 224 * 0.21 + 225 * 0.12 + 225 * 0.01 = 47.04 + 27 + 2.25 = 76.29 s
-    assert "spent1 min 16 strain 62 % · probe 35 % · other 3 %" in text
+    assert "time 1 min 16 s train 62 % · probe 35 % · other 3 %" in text
     # (47.04 + 2.25) / 224 * 1000 = 220.04 s to the cap without the probe, less 76.29 s
-    assert "saved2 min 24 s1000 steps without the probe: about 3 min 40 s" in text
+    assert "time saved 2 min 24 s 1000 steps without the probe take about 3 min 40 s" in text
 
 
 def test_stop_and_window_are_marked_on_both_losses_and_the_stop_on_the_ratio(run_folder: Path) -> None:
     page = Page(write_report(run_folder))
-    lines = [found for found in page.with_class("stop") if found[0] == "line"]
+    lines = [attributes for tag, attributes in page.with_class("stop") if tag == "line"]
     assert len(lines) == 3
-    assert len({found[1]["x1"] for found in lines}) == 1
+    assert len({attributes["x1"] for attributes in lines}) == 1
     assert len(page.with_class("window")) == 2
     assert page.of("text").count("stop 224") == 2
     assert "threshold 15 %" in page.of("text")
@@ -111,17 +112,17 @@ def test_stop_and_window_are_marked_on_both_losses_and_the_stop_on_the_ratio(run
 
 
 def test_single_inputs_are_ordered_by_timestep(run_folder: Path) -> None:
-    found = re.findall(r"t = (\d+)", Page(write_report(run_folder)).text)
-    assert found == ["37", "130", "266", "411", "555", "702", "843", "981"]
+    timesteps = re.findall(r"t = (\d+)", Page(write_report(run_folder)).text)
+    assert timesteps == ["37", "130", "266", "411", "555", "702", "843", "981"]
 
 
-def test_pictures_are_in_the_page_with_what_they_show(run_folder: Path) -> None:
+def test_images_are_in_the_page_with_what_they_show(run_folder: Path) -> None:
     page = Page(write_report(run_folder))
-    pictures = [attributes for tag, attributes in page.elements if tag == "img"]
-    # 3 + 3 at the top, 5 steps of 4 pictures, 4 references beside them
-    assert len(pictures) == 30
-    assert all((picture["src"] or "").startswith("data:image/png;base64,") for picture in pictures)
-    assert all(picture["class"] == "pixels" and picture["alt"] for picture in pictures)
+    images = [attributes for tag, attributes in page.elements if tag == "img"]
+    # 3 + 3 at the top, 5 steps of 4 images, 4 references beside them
+    assert len(images) == 30
+    assert all((image["src"] or "").startswith("data:image/png;base64,") for image in images)
+    assert all(image["class"] == "pixels" and image["alt"] for image in images)
     assert [head for head in page.of("th") if head.startswith("step ")] == [
         "step 0",
         "step 60",
@@ -132,12 +133,12 @@ def test_pictures_are_in_the_page_with_what_they_show(run_folder: Path) -> None:
 
 
 def test_the_word_is_shown_as_it_was_exported(tmp_path: Path) -> None:
-    trace = fake_trace(lambda step: 0.03 if step == 60 else math.nan if step == 90 else falling(step), steps=90)
+    trace = fake_trace(lambda step: 0.03 if step == 60 else math.nan if step == 90 else falling_loss(step), steps=90)
     verdict = Verdict(True, Reason.NON_FINITE, 90, "rule", {"non_finite_step": 90, "ratio": 1.0})
     page = report(tmp_path, trace, verdict=verdict, sampled_every=30)
-    pictures = [(found["alt"] or "", found["src"]) for tag, found in page.elements if tag == "img"]
-    on_top = [source for says, source in pictures if says == "What <thing> draws now"]
-    assert on_top == [source for says, source in pictures if says.endswith("step 60")][:3]
+    images = [(image["alt"] or "", image["src"]) for tag, image in page.elements if tag == "img"]
+    final = [source for alt, source in images if alt == "<thing> after training"]
+    assert final == [source for alt, source in images if alt.endswith("step 60")][:3]
 
 
 def test_of_many_steps_the_first_and_the_last_are_among_the_six_shown(tmp_path: Path) -> None:
@@ -146,10 +147,10 @@ def test_of_many_steps_the_first_and_the_last_are_among_the_six_shown(tmp_path: 
     assert (len(heads), heads[0], heads[-1]) == (6, "step 0", "step 224")
 
 
-def test_large_pictures_are_shrunk_so_that_the_page_stays_small(tmp_path: Path) -> None:
-    page = report(tmp_path, fake_trace(), sampled_every=40, pictures=8, side=512)
-    pictures = [attributes for tag, attributes in page.elements if tag == "img"]
-    assert all((picture["src"] or "").startswith("data:image/jpeg;base64,") for picture in pictures)
+def test_large_images_are_shrunk_so_that_the_page_stays_small(tmp_path: Path) -> None:
+    page = report(tmp_path, fake_trace(), sampled_every=40, images=8, side=512)
+    images = [attributes for tag, attributes in page.elements if tag == "img"]
+    assert all((image["src"] or "").startswith("data:image/jpeg;base64,") for image in images)
     assert not page.with_class("pixels")
     assert len(page.source) < 2_000_000
 
@@ -170,7 +171,7 @@ def test_the_page_asks_nothing_of_the_network_and_runs_nothing(run_folder: Path)
         for name in {"src", "srcset", "href", "xlink:href", "data", "action"} & attributes.keys():
             assert (attributes[name] or "").startswith("data:image/")
     assert not re.search(r"https?:|url\(|@import", page.source)
-    policy = next(found["content"] for tag, found in page.elements if found.get("http-equiv"))
+    policy = next(attributes["content"] for _, attributes in page.elements if attributes.get("http-equiv"))
     assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
@@ -210,7 +211,7 @@ def test_the_code_shown_is_code(tmp_path: Path) -> None:
     command, program = page.of("code")[-2:]
     prompt = "a photo of <o'mug> on the beach"
     assert shlex.split(command) == ["dvar", "generate", "runs/my \"mug\" 'o'", "--prompt", prompt]
-    compile(program, "shown", "exec")
+    compile(program, "report", "exec")
     assert "import dvar.mini\n" in program
     assert json.dumps(prompt) in program
 
@@ -228,14 +229,14 @@ def test_another_model_is_loaded_by_its_name(tmp_path: Path) -> None:
             {"method": "dreambooth-lora", "placeholder_token": None, "instance_prompt": "a photo of sks mug"},
             "DreamBooth-LoRA",
             "a photo of sks mug",
-            "a low-rank change of the U-Net's attention for the bundled model, learned from 4 pictures",
+            "A low-rank change of the U-Net's attention for the bundled model, learned from 4 images",
             ["load_lora_weights"],
         ),
         (
             {"method": "custom-diffusion", "class_noun": "mug"},
             "Custom Diffusion",
             "<thing> mug",
-            "a new word and new keys and values of cross-attention for the bundled model",
+            "A new word and new keys and values of cross-attention for the bundled model",
             ["load_textual_inversion", "load_state_dict"],
         ),
     ],
@@ -251,65 +252,69 @@ def test_a_run_of_another_method_says_what_it_learned_and_how_to_load_it(
     assert learned in page.text
     program = page.of("code")[-1]
     assert [line for line in files if line in program] == loading
-    compile(program, "shown", "exec")
+    compile(program, "report", "exec")
     assert f"{subject} on the beach" in program
 
 
-def test_the_vectors_of_the_lowest_step_are_named_where_they_are_kept(tmp_path: Path) -> None:
-    trace, beside = (
-        fake_trace(lambda step: 0.03 if step == 100 else falling(step)),
-        "learned_embeds-steps-100.safetensors",
-    )
-    assert "is kept as well" not in Page(write_report(write_run(tmp_path / "one", trace))).text
-    assert beside in Page(write_report(write_run(tmp_path / "two", trace, best_weights=[beside]))).text
+def test_the_weights_of_the_lowest_step_are_named_where_they_are_saved(tmp_path: Path) -> None:
+    trace = fake_trace(lambda step: 0.03 if step == 100 else falling_loss(step))
+    best_weights = "learned_embeds-steps-100.safetensors"
+    assert "are saved too" not in Page(write_report(write_run(tmp_path / "one", trace))).text
+    assert best_weights in Page(write_report(write_run(tmp_path / "two", trace, best_weights=[best_weights]))).text
+
+
+def test_a_run_that_stops_after_a_straight_line_would_says_what_that_means(tmp_path: Path) -> None:
+    trace = fake_trace(lambda step: falling_loss(step // 6))
+    assert trace.last_step > 413
+    assert "at step 413; this run stopped no earlier, so its ratio alone does not show" in report(tmp_path, trace).text
 
 
 def test_a_straight_line_runs_to_the_cap_with_a_warning(tmp_path: Path) -> None:
     page = report(tmp_path, fake_trace(lambda step: 0.0426 * (1 - 3e-4 * step)))
     assert "Still falling: " in page.text
-    assert "The cap ended this run, not the rule" in page.text
-    assert "Nothing speaks against it" not in page.text
+    assert "The cap ended this run before the stopping rule did" in page.text
+    assert "No warning signs" not in page.text
 
 
 def test_a_run_that_reached_its_cap_says_so_and_claims_no_saving(tmp_path: Path) -> None:
     page = report(tmp_path, fake_trace(lambda step: 0.0426))
-    assert "Stop at step 1000: the cap of 1000 steps is reached" in page.text
-    assert "The cap ended this run, not the rule" in page.text
-    assert "saved" not in page.of("dt")
+    assert "Stopped at step 1000: the cap of 1000 steps is reached" in page.text
+    assert "The cap ended this run before the stopping rule did" in page.text
+    assert "time saved" not in page.of("dt")
     assert not page.with_class("window")
 
 
 def test_an_unfinished_run_says_how_to_go_on_and_claims_no_result(tmp_path: Path) -> None:
     page = report(tmp_path, fake_trace(steps=120), finished=False)
-    assert "Go on at step 120: warming up, 120 of 160 steps" in page.text
-    assert "120 of at most 1000 steps are recorded. If nothing is training it now" in page.text
+    assert "No stop at step 120: warming up, 120 of 160 steps" in page.text
+    assert "120 of at most 1000 steps are recorded. If it is no longer training" in page.text
     assert "--resume_from_checkpoint latest" in page.of("code")
     assert not page.with_class("stop")
     assert "How to use it" not in page.of("h2")
-    assert "saved" not in page.of("dt")
+    assert "time saved" not in page.of("dt")
 
 
 def test_a_run_without_samples_has_no_grid(tmp_path: Path) -> None:
-    page = report(tmp_path, fake_trace(), sampled_every=0, pictures=0)
+    page = report(tmp_path, fake_trace(), sampled_every=0, images=0)
     assert "img" not in [tag for tag, _ in page.elements]
-    assert "How <thing> grew" not in page.of("h2")
+    assert "<thing> during training" not in page.of("h2")
 
 
 def test_a_run_that_has_only_begun_has_a_page(tmp_path: Path) -> None:
-    page = report(tmp_path, Trace(), finished=False, sampled_every=0, pictures=0)
+    page = report(tmp_path, Trace(), finished=False, sampled_every=0, images=0)
     assert "Nothing has been recorded yet." in page.text
     assert page.of("h2") == ["The losses"]
 
 
-def test_a_loss_that_was_lost_ends_the_run_and_is_shown(tmp_path: Path) -> None:
-    trace = fake_trace(lambda step: math.nan if step == 90 else falling(step), steps=90)
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_marked(tmp_path: Path) -> None:
+    trace = fake_trace(lambda step: math.nan if step == 90 else falling_loss(step), steps=90)
     verdict = Verdict(True, Reason.NON_FINITE, 90, "rule", {"non_finite_step": 90, "ratio": 1.0})
     page = report(tmp_path, trace, verdict=verdict)
-    assert "Stop at step 90: the loss is not finite at step 90" in page.text
-    assert "What was exported is what was learned by step " in page.text
-    assert "A loss was not finite at step 90 (dotted lines)." in page.text
+    assert "Stopped at step 90: the loss is not finite at step 90" in page.text
+    assert "The exported weights are those of step " in page.text
+    assert "Dotted lines: a loss was not finite at step 90." in page.text
     assert len(page.with_class("lost")) == 2
-    assert "saved" not in page.of("dt")
+    assert "time saved" not in page.of("dt")
     assert not re.search(r"\bnan\b", page.source.partition("</style>")[2])
 
 
@@ -329,14 +334,17 @@ def test_a_loss_that_was_lost_ends_the_run_and_is_shown(tmp_path: Path) -> None:
 def test_no_curve_is_too_strange_for_a_page(tmp_path: Path, loss: Callable[[int], float], steps: int) -> None:
     page = report(tmp_path, fake_trace(loss, steps=steps), finished=False, sampled_every=0)
     numbers = [
-        value for tag, found in page.elements for name, value in found.items() if name in {"x1", "y1", "cx", "cy", "d"}
+        value
+        for _, attributes in page.elements
+        for name, value in attributes.items()
+        if name in {"x1", "y1", "cx", "cy", "d"}
     ]
     assert numbers
     assert not any(re.search("nan|inf", value or "") for value in numbers)
 
 
-def test_a_picture_that_cannot_be_read_or_is_missing_leaves_an_empty_frame(run_folder: Path) -> None:
-    (run_folder / "samples" / "step-000060" / "01.png").write_bytes(b"no picture")
+def test_an_image_that_cannot_be_read_or_is_missing_leaves_an_empty_frame(run_folder: Path) -> None:
+    (run_folder / "samples" / "step-000060" / "01.png").write_bytes(b"no image")
     (run_folder / "samples" / "step-000120" / "03.png").unlink()
     page = Page(write_report(run_folder))
     assert len(page.with_class("none")) == 2
@@ -353,8 +361,16 @@ def test_a_trace_torn_by_a_crash_is_shown_up_to_its_last_whole_line(run_folder: 
 
 def test_a_run_probed_now_and_then_has_the_same_page(tmp_path: Path) -> None:
     page = report(tmp_path, fake_trace(probe_every=10))
-    assert "Stop at step 230:" in page.text
+    assert "Stopped at step 230:" in page.text
     assert len(page.with_class("panel")) == 3
+
+
+def test_a_report_goes_where_it_is_asked_to(run_folder: Path, tmp_path: Path) -> None:
+    path = write_report(run_folder, tmp_path / "page.html")
+    assert path == tmp_path / "page.html"
+    assert path.read_bytes() == write_report(run_folder).read_bytes()
+    with pytest.raises(RefusedInput, match="choose another place"):
+        write_report(run_folder, tmp_path / "missing" / "page.html")
 
 
 def test_a_folder_without_a_run_is_refused_and_nothing_is_written(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_run import CONFIG, fake_trace, falling, write_run
+from fake_run import CONFIG, fake_trace, falling_loss, write_run
 
 from dvar.errors import RefusedInput, TraceError
 from dvar.runs.run_folder import RunFolder
@@ -23,7 +23,7 @@ def test_a_finished_run_is_read_back_whole(run_folder: Path) -> None:
     assert run.config == CONFIG
     assert [path.name for path in run.references] == ["00.png", "01.png", "02.png", "03.png"]
     assert list(run.samples) == [*range(0, run.steps, 60), run.steps]
-    assert {len(pictures) for pictures in run.samples.values()} == {4}
+    assert {len(images) for images in run.samples.values()} == {4}
     assert [prompt["seed"] for prompt in run.prompts] == [0, 1, 2, 3]
 
 
@@ -36,7 +36,7 @@ def test_an_unfinished_run_is_judged_by_its_settings_on_what_it_has_recorded(tmp
 
 
 def test_a_run_that_has_written_only_its_settings_is_empty(tmp_path: Path) -> None:
-    write_run(tmp_path, Trace(), finished=False, sampled_every=0, pictures=0)
+    write_run(tmp_path, Trace(), finished=False, sampled_every=0, images=0)
     (tmp_path / "trace.jsonl").unlink()
     run = RunFolder.open(tmp_path)
     assert (run.steps, len(run.trace), run.samples, run.references, run.best) == (0, 0, {}, (), None)
@@ -53,7 +53,7 @@ def test_the_replayed_ratios_are_those_of_the_live_rule(tmp_path: Path) -> None:
 
 
 def test_there_is_no_ratio_from_a_lost_value_on(tmp_path: Path) -> None:
-    trace = fake_trace(lambda step: math.nan if step == 170 else falling(step), steps=180)
+    trace = fake_trace(lambda step: math.nan if step == 170 else falling_loss(step), steps=180)
     ratios = RunFolder.open(write_run(tmp_path, trace, finished=False)).ratios
     assert np.isfinite(ratios[160:170]).all()
     assert np.isnan(ratios[170:]).all()
@@ -97,7 +97,7 @@ def test_a_damaged_trace_is_refused(run_folder: Path) -> None:
 
 
 def test_a_result_of_an_older_version_is_refused_with_what_to_do(tmp_path: Path) -> None:
-    """Until its reasons had numbers, a verdict kept its diagnoses as sentences."""
+    """Older verdicts hold their diagnoses as sentences, without numbers."""
     folder = write_run(tmp_path, fake_trace())
     result = json.loads((folder / "result.json").read_text())
     for damage in ({"diagnoses": ["still falling: ..."]}, {"reason": "unheard of"}, {"diagnoses": None}):

@@ -1,4 +1,4 @@
-"""Tables from descriptions of their columns, so that a row is written once for every format."""
+"""Tables described by their columns, for every format."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Column(Generic[T]):
-    """One column: its title, the value of a row, and how that value is written.
+    """A column of a table.
 
-    Args:
+    Attributes:
         title: Head of the column.
         value: Name of an attribute of a row, or a function of the row.
-        format: From a value to its text. A value of None is written as an empty cell.
+        format: Function from a value to its text; the text of None is empty.
     """
 
     title: str

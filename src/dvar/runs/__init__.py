@@ -1,1 +1,1 @@
-"""What can be done with a finished run: load, generate, export, replay, report."""
+"""Runs after training: reading, loading, generating, exporting, replaying and reporting."""

@@ -1,46 +1,99 @@
-"""Settings of `dvar replay`, with their help, ranges and checks."""
+"""Settings of `dvar generate`, `export`, `report` and `replay`, with their help, ranges and checks."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from dvar.config.fields import COUNT, NOT_NEGATIVE, POSITIVE, Config, faults, setting
-from dvar.config.training import TrainingConfig
+from dvar.config.fields import COUNT, NOT_NEGATIVE, POSITIVE, Config, invalid_fields, replace_invalid_fields, setting
+from dvar.config.training import Sampler, TrainingConfig
+from dvar.stopping.rules import RULES
 
-RuleName = Literal["dvar", "paper", "ema", "hall", "trend", "plateau", "all"]
+ALL_RULES = "all"
+"""The name that stands for every rule of `RULES`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(Config):
+    """Every setting of ``dvar generate``."""
+
+    prompt: str | None = setting(None, "Text of the images; write the learned word where the subject goes.")
+    num_images: int = setting(4, "Number of images.", COUNT)
+    seed: int = setting(0, "Seed of the first image; each further one has the next.", NOT_NEGATIVE)
+    guidance_scale: float | None = setting(None, "Classifier-free guidance; the run's own by default.", NOT_NEGATIVE)
+    num_inference_steps: int | None = setting(None, "Denoising steps; the run's own by default.", COUNT)
+    scheduler: Sampler | None = setting(None, "Scheduler that samples; the run's own by default.")
+    output: str | None = setting(None, "Folder for the images; 'generated' in the run's folder by default.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(Config):
+    """Every setting of ``dvar export``."""
+
+    merged: str | None = setting(
+        None, "New folder for a whole diffusers pipeline: the base model with what was learned merged into it."
+    )
+    kohya: str | None = setting(
+        None,
+        "New file, NAME.safetensors, for the LoRA of a dreambooth-lora run under the names that ComfyUI, AUTOMATIC1111 "
+        "and kohya's scripts read.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig(Config):
+    """Every setting of ``dvar report``."""
+
+    output: str | None = setting(None, "Page to write; report.html in the run's folder by default.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayConfig(Config):
     """Every setting of ``dvar replay``.
 
-    Source: window and threshold are Textual Inversion's; Appendix E gives no threshold for its rules, and none for a
-    plateau of the loss: those defaults are ours, for a loss that falls by a few per cent in all.
+    Source: window and threshold are those of Textual Inversion. Appendix E gives no threshold for its rules, and none
+        for a plateau of the loss: those defaults are ours, for a loss that falls by a few per cent in all.
     """
 
-    rule: tuple[RuleName, ...] = setting(
-        ("dvar",), "A rule to replay; give it again for another. 'paper' is DVAR as published.", section="Rules"
+    rule: tuple[str, ...] = setting(
+        ("dvar",),
+        "Rule to replay: dvar, paper (DVAR as published), ema, hall, trend, plateau, one of an installed package, or "
+        "all; repeat the flag for another.",
+        section="Rules",
     )
-    window: int = setting(TrainingConfig.window, "Steps over which a rule looks back.")
+    window: int = setting(TrainingConfig.window, "Number of past steps that a rule uses.")
     threshold: float = setting(TrainingConfig.threshold, "DVAR's alpha: stop when recent / whole variance is below it.")
-    ema_threshold: float = setting(1e-3, "Share by which the moving average changes over the window.", POSITIVE)
-    hall_threshold: float = setting(1e-2, "Share of its maximum over which the loss ranges in the window.", POSITIVE)
-    trend_threshold: float = setting(1e-6, "Slope a step, as a share of the first loss.", POSITIVE)
-    patience: int = setting(TrainingConfig.window, "Steps that a plateau may last.", COUNT)
-    min_delta: float = setting(0.0, "Fall of the loss that ends a plateau.", NOT_NEGATIVE)
+    ema_threshold: float = setting(1e-3, "Relative change of the moving average over the window.", POSITIVE)
+    hall_threshold: float = setting(1e-2, "Range of the loss in the window, relative to its maximum.", POSITIVE)
+    trend_threshold: float = setting(1e-6, "Slope per step, relative to the first loss.", POSITIVE)
+    patience: int = setting(TrainingConfig.window, "Number of steps without improvement that end a run.", COUNT)
+    min_delta: float = setting(0.0, "Smallest decrease of the loss that counts as improvement.", NOT_NEGATIVE)
 
     metric: str | None = setting(
-        None, "Curve in the log; by default the one loss on fixed inputs, if there is just one.", section="The log"
+        None, "Curve in the log; by default the only loss on fixed inputs, if there is just one.", section="Log"
     )
     step_column: str | None = setting(None, "Column of steps in a table; found by its name by default.")
-    output: str | None = setting(None, "Picture of the replay to write: a file that ends in .svg or .html.")
+    output: str | None = setting(None, "Figure of the replay to write: a file that ends in .svg or .html.")
 
 
-def replay_problems(config: ReplayConfig) -> list[str]:
-    """Everything wrong with these settings by themselves; the rules' own are the rules' to judge."""
-    problems = [said for _, said in faults(config)]
-    if config.output and Path(config.output).suffix not in (".svg", ".html"):
-        problems.append(f"output must end in .svg or .html, got {config.output!r}: name a picture or a page")
-    return problems
+RunsConfig = GenerateConfig | ExportConfig | ReportConfig | ReplayConfig
+
+
+def problems(config: RunsConfig) -> list[str]:
+    """Return everything that is wrong with these settings, without the run or log they apply to.
+
+    The settings of rules are checked by the rules themselves.
+    """
+    messages = [message for _, message in invalid_fields(config)]
+    if isinstance(config, ReplayConfig) and not {*replace_invalid_fields(config).rule} <= {*RULES, ALL_RULES}:
+        messages.insert(0, f"rule must be one of {', '.join([*RULES, ALL_RULES])}, got {config.rule!r}")
+    match config:
+        case GenerateConfig(prompt=None):
+            messages.append("prompt is missing: give --prompt the text of the images, with the learned word in it")
+        case ExportConfig(merged=None, kohya=None):
+            messages.append("export needs --merged or --kohya, got neither: name what to write")
+        case ReportConfig(output=str(output)) if not output.endswith(".html"):
+            messages.append(f"output must end in .html, got {output!r}: name a page")
+        case ReplayConfig(output=str(output)) if Path(output).suffix not in (".svg", ".html"):
+            messages.append(f"output must end in .svg or .html, got {output!r}: name a figure or a page")
+    return messages

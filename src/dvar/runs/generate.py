@@ -1,9 +1,9 @@
-"""The pictures that a run drew, each with its prompt and seed: those of training, and those asked for afterwards."""
+"""Images generated with a run's weights: those of its last samples and those generated afterwards."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import count
@@ -13,16 +13,26 @@ from typing import TYPE_CHECKING
 from dvar.config.training import Sampler
 from dvar.errors import RefusedInput
 from dvar.runs.run_folder import RunFolder
+from dvar.training.run_layout import GENERATED, GENERATED_LIST
 
 if TYPE_CHECKING:
     from dvar.diffusion.backbone import Backbone
 
-GENERATED, LIST = "generated", "drawings.jsonl"
-
 
 @dataclass(frozen=True)
 class GeneratedImage:
-    """One picture: equal prompt, seed and manner start it from equal noise, whatever the run."""
+    """An image and what it was generated from; equal prompts, seeds and sampling settings start from equal noise.
+
+    Attributes:
+        path: The image.
+        prompt: The prompt.
+        seed: The seed of its initial noise.
+        num_inference_steps: Denoising steps.
+        guidance_scale: Scale of classifier-free guidance.
+        result: `hash_result` of the run at that time, so that images of an earlier training in the same folder are
+            recognised; empty for a sample image.
+        scheduler: The scheduler.
+    """
 
     path: Path
     prompt: str
@@ -30,39 +40,32 @@ class GeneratedImage:
     num_inference_steps: int
     guidance_scale: float
     result: str = ""
-    """Which result drew it: a run that was trained anew in its folder disowns the pictures of the one before."""
     scheduler: Sampler = "model"
 
     @property
-    def manner(self) -> tuple[int, float, Sampler]:
+    def sampling_settings(self) -> tuple[int, float, Sampler]:
         """Steps, guidance and scheduler."""
         return self.num_inference_steps, self.guidance_scale, self.scheduler
 
 
-def drawings(run: RunFolder) -> tuple[GeneratedImage, ...]:
-    """Return what a run drew with the weights it exported: its last sample pictures, then what `draw` left in it.
+def list_generated_images(run: RunFolder) -> tuple[GeneratedImage, ...]:
+    """Return the images of a run's exported weights: its last samples, then those of `generate_images` in its folder.
 
-    Raises: RefusedInput when the list of the generated pictures is damaged.
+    Raises:
+        RefusedInput: The list of generated images is damaged.
     """
-    sampled = run.samples.get(run.exported_step, ()) if run.exported_step is not None else ()
-    config = run.settings
-    steps, guidance, scheduler = config.num_inference_steps, float(config.guidance_scale), config.validation_scheduler
-    found = [
-        GeneratedImage(path, str(item["prompt"]), int(item["seed"]), steps, guidance, scheduler=scheduler)
-        for path, item in zip(sampled, run.prompts, strict=False)
-    ]
-    listed = run.folder / GENERATED / LIST
-    if not listed.exists():
-        return tuple(found)
-    try:
-        rows = [json.loads(line) for line in listed.read_text(encoding="utf-8").splitlines()]
-        listed_here = [GeneratedImage(**{**row, "path": listed.parent / Path(row["path"]).name}) for row in rows]
-    except (ValueError, KeyError, TypeError) as error:
-        raise RefusedInput([f"{listed} is damaged ({error}): delete it, and draw the pictures again"]) from error
-    return (*found, *(drawing for drawing in listed_here if drawing.result == _result(run)))
+    images, path = _list_samples(run), run.folder / GENERATED / GENERATED_LIST
+    if path.exists():
+        try:
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            listed = [GeneratedImage(**{**row, "path": path.parent / Path(row["path"]).name}) for row in rows]
+        except (ValueError, KeyError, TypeError) as error:
+            raise RefusedInput([f"{path} is damaged ({error}): delete it and generate the images again"]) from error
+        images += [image for image in listed if image.result == hash_result(run)]
+    return tuple(images)
 
 
-def draw(
+def generate_images(
     run: RunFolder,
     prompts: Sequence[str],
     seeds: Sequence[int],
@@ -72,40 +75,55 @@ def draw(
     num_inference_steps: int | None = None,
     scheduler: Sampler | None = None,
 ) -> tuple[GeneratedImage, ...]:
-    """Return one new picture for each prompt and seed, drawn by a finished run's model and listed beside it.
+    """Generate one image for each prompt and seed with the model of a finished run, and list them beside the images.
 
-    They go to "generated" in the run's folder unless another is given; what is there already is kept. Steps,
-    guidance and scheduler are the run's own unless given.
+    Args:
+        run: The finished run.
+        prompts: One prompt for each image.
+        seeds: One seed for each image.
+        folder: Where the images go, beside those that are there already; ``generated`` in the run's folder by default.
+        guidance_scale: Scale of classifier-free guidance; the run's own by default.
+        num_inference_steps: Denoising steps; the run's own by default.
+        scheduler: The scheduler; the run's own by default.
 
-    Raises: RefusedInput when the run has not finished; ModelError when its model cannot be loaded.
+    Raises:
+        RefusedInput: The run has not finished.
+        ModelError: Its base model cannot be loaded.
     """
     from dvar.diffusion.sampling import sample
-    from dvar.runs.load_model import personalised
+    from dvar.runs.load_model import load_personalised_backbone
 
-    backbone: Backbone = personalised(run.folder)
+    backbone: Backbone = load_personalised_backbone(run.folder)
     steps = num_inference_steps or run.settings.num_inference_steps
     guidance = float(run.settings.guidance_scale if guidance_scale is None else guidance_scale)
-    way = scheduler or run.settings.validation_scheduler
-    drawn = sample(
-        backbone, prompts, seeds, size=run.settings.resolution, steps=steps, guidance=guidance, scheduler=way
+    scheduler = scheduler or run.settings.validation_scheduler
+    samples = sample(
+        backbone, prompts, seeds, size=run.settings.resolution, steps=steps, guidance=guidance, scheduler=scheduler
     )
     folder = folder or run.folder / GENERATED
     folder.mkdir(parents=True, exist_ok=True)
-    found = []
-    for picture, prompt, seed in zip(drawn, prompts, seeds, strict=True):
+    images = []
+    for sample_image, prompt, seed in zip(samples, prompts, seeds, strict=True):
         path = next(path for number in count() if not (path := folder / f"{number:02d}.png").exists())
-        picture.save(path)
-        found.append(GeneratedImage(path, prompt, seed, steps, guidance, _result(run), way))
-    _list(folder / LIST, found)
-    return tuple(found)
+        sample_image.save(path)
+        images.append(GeneratedImage(path, prompt, seed, steps, guidance, hash_result(run), scheduler))
+    with (folder / GENERATED_LIST).open("a", encoding="utf-8") as file:
+        for image in images:
+            file.write(json.dumps({**vars(image), "path": image.path.name}, ensure_ascii=False) + "\n")
+    return tuple(images)
 
 
-def _result(run: RunFolder) -> str:
-    """A digest of what the run ended with."""
+def hash_result(run: RunFolder) -> str:
+    """Return a digest of the run's result.json, which differs for each training."""
     return sha256(json.dumps(run.result, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _list(path: Path, drawn: Iterable[GeneratedImage]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        for drawing in drawn:
-            file.write(json.dumps({**vars(drawing), "path": drawing.path.name}, ensure_ascii=False) + "\n")
+def _list_samples(run: RunFolder) -> list[GeneratedImage]:
+    """Return the sample images of the exported step."""
+    paths = run.samples.get(run.exported_step, ()) if run.exported_step is not None else ()
+    config = run.settings
+    steps, guidance, scheduler = config.num_inference_steps, float(config.guidance_scale), config.validation_scheduler
+    return [
+        GeneratedImage(path, str(item["prompt"]), int(item["seed"]), steps, guidance, scheduler=scheduler)
+        for path, item in zip(paths, run.prompts, strict=False)
+    ]

@@ -1,8 +1,7 @@
-"""Loads the model of a finished run, with what the run learned."""
+"""Loading the model of a run with what the run learned."""
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,61 +11,75 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dvar.config.training import AnyConfig, restored
-from dvar.diffusion.backbone import Backbone
+from dvar.config.training import TrainingConfig
+from dvar.diffusion.backbone import Backbone, load_backbone
 from dvar.diffusion.tokens import model_path
 from dvar.errors import RefusedInput
+from dvar.files import read_json
 from dvar.training.checkpoint import Checkpoint
-from dvar.training.run import assembled
-from dvar.training.run_layout import RESULT
+from dvar.training.methods.registry import build_method, config_from_dict
+from dvar.training.run_layout import CONFIG, RESULT, checkpoint_name
 
 
-def finished(folder: str | Path) -> tuple[AnyConfig, dict[str, Any]]:
-    """Return the settings of a finished run and what its result.json tells.
+def load_personalised_backbone(folder: str | Path, *, step: int | None = None, **options: Any) -> Backbone:
+    """Return the base model of a run with what the run learned.
 
-    Raises: RefusedInput when the folder holds no finished run.
-    """
-    folder = Path(folder)
-    try:
-        config, result = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("config.json", RESULT))
-        return restored(config), result
-    except (OSError, ValueError) as error:
-        raise RefusedInput([f"{folder} is no finished run: it must hold config.json and {RESULT} ({error})"]) from error
+    Warns when the base model is not the one that the run was trained on.
 
+    Args:
+        folder: Folder of the run.
+        step: The step whose checkpoint is loaded, also of an unfinished run; the exported weights of a finished run by
+            default.
+        options: Passed to `Backbone.load`.
 
-def personalised(folder: str | Path, *, step: int | None = None, **loading: Any) -> Backbone:
-    """Return the model of a finished run with what was learned; ``loading`` goes to `Backbone.load`.
-
-    With a ``step`` it is what was learned by then, from the checkpoint of that step; the run need not have finished.
-    Warns when the base model is no longer the one that was trained on.
-
-    Raises: RefusedInput when the folder holds no finished run; CheckpointError when it has no such checkpoint;
-    ModelError.
+    Raises:
+        RefusedInput: The folder holds no finished run, or weights that do not fit its config.
+        CheckpointError: There is no such checkpoint.
+        ModelError: The base model cannot be loaded.
     """
     folder = Path(folder)
     if step is None:
-        config, result = finished(folder)
-        base, files = result["base_sha256"], read_weights(folder, result["weights"])
-        learned = {name: tensor for file in files for name, tensor in file.items()}
+        config, result = load_result(folder)
+        digest, files = result["base_sha256"], load_weights(folder, result["weights"])
+        weights = {name: tensor for file in files for name, tensor in file.items()}
     else:
-        checkpoint = Checkpoint.read(folder / f"checkpoint-{step}")
-        config, base, learned = restored(checkpoint.facts["config"]), checkpoint.facts["base"], checkpoint.state
-    backbone = Backbone.load(model_path(config.pretrained_model_name_or_path), **loading)
-    if backbone.digest != base:
-        said = f"{config.pretrained_model_name_or_path} is not what {folder} was trained on"
-        warnings.warn(f"{said}: its pictures will differ", stacklevel=2)
+        checkpoint = Checkpoint.read(folder / checkpoint_name(step))
+        config, digest, weights = (
+            config_from_dict(checkpoint.facts["config"]),
+            checkpoint.facts["base"],
+            checkpoint.state,
+        )
+    backbone = load_backbone(model_path(config.pretrained_model_name_or_path), **options)
+    if backbone.digest != digest:
+        change = f"{config.pretrained_model_name_or_path} is not what {folder} was trained on"
+        warnings.warn(f"{change}: its images will differ", stacklevel=2)
     try:
-        assembled(config, backbone).load(learned)
+        build_method(config, backbone).load(weights)
     except (KeyError, RuntimeError) as error:
-        said = f"{folder} holds other weights than its config.json tells of ({error})"
-        raise RefusedInput([f"{said}: restore them or train again"]) from error
+        mismatch = f"the weights in {folder} do not fit its {CONFIG} ({error})"
+        raise RefusedInput([f"{mismatch}: restore them or train again"]) from error
     return backbone
 
 
-def read_weights(folder: Path, names: Sequence[str]) -> list[dict[str, Tensor]]:
-    """Return what is in each of these weight files of a finished run.
+def load_result(folder: str | Path) -> tuple[TrainingConfig, dict[str, Any]]:
+    """Return the config and the result of a finished run.
 
-    Raises: RefusedInput when one is missing, or is no whole safetensors file; a pickle is never read.
+    Raises:
+        RefusedInput: The folder holds no finished run.
+    """
+    folder = Path(folder)
+    try:
+        config, result = (read_json(folder / name) for name in (CONFIG, RESULT))
+        return config_from_dict(config), result
+    except (OSError, ValueError) as error:
+        raise RefusedInput([f"{folder} is no finished run: it must hold {CONFIG} and {RESULT} ({error})"]) from error
+
+
+def load_weights(folder: Path, names: Sequence[str]) -> list[dict[str, Tensor]]:
+    """Return the tensors of each of these weight files by name. Only safetensors files are read, never pickles.
+
+    Raises:
+        RefusedInput: A file is missing or damaged.
     """
     try:
         return [load_file(folder / name) for name in names]

@@ -1,192 +1,170 @@
-"""The figure and the page of a replayed log."""
+"""The figure and the page of a replay."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
+from markupsafe import Markup
 from numpy.typing import NDArray
 
-from dvar.errors import RefusedInput
 from dvar.html import svg_charts
-from dvar.html.elements import Html, element, join, page_head
 from dvar.html.svg_charts import Scale
+from dvar.html.svg_elements import element, join
+from dvar.html.templates import read_stylesheet, render, write_page
 from dvar.runs.config import ReplayConfig
-from dvar.runs.replay import ReplayOutcome, verdicts
+from dvar.runs.replay import ReplayOutcome, compute_ratios
 from dvar.stopping.rules import Dvar
 from dvar.stopping.trace import Trace
 
-WIDTH, LEFT, RIGHT = 860, 76, 20  # of a picture and its margins
+WIDTH, LEFT, RIGHT = 860, 76, 20  # of the figure and its margins
+TOP, GAP, BOTTOM = 34, 46, 30
+LOSS_HEIGHT, RATIO_HEIGHT, LANE_HEIGHT = 190, 130, 26
 
 
-LOSS_HEIGHT, RATIO_HEIGHT, LANE = 190, 130, 26
+def write_replay(path: Path, title: str, trace: Trace, outcomes: Sequence[ReplayOutcome], config: ReplayConfig) -> Path:
+    """Write a replay as a figure (.svg), or as a page with the figure and the sentences (.html), and return its path.
 
-
-TOP, BETWEEN, BELOW = 34, 46, 30
-
-
-def ratios(trace: Trace, rule: Dvar) -> NDArray[np.float64]:
-    """Return the ratio after each evaluation of the trace; nan where the rule had none yet."""
-    said = (verdict.metrics for verdict in verdicts(trace, rule))
-    return np.array([metrics["ratio"] if "total_var" in metrics else np.nan for metrics in said])
-
-
-def write_picture(
-    path: Path, title: str, trace: Trace, outcomes: Sequence[ReplayOutcome], config: ReplayConfig
-) -> Path:
-    """Return the path, to which the replay was written: a picture (.svg), or a page with it and the sentences (.html).
-
-    Raises: RefusedInput when the folder cannot be written to.
+    Raises:
+        RefusedInput: The file cannot be written there.
     """
-    shown = picture(trace, outcomes, config.window, config.threshold)
-    page = _page(title, f"{_curve_name(trace)}, {len(trace.steps)} records to step {trace.last_step}", shown, outcomes)
-    text = shown if path.suffix == ".svg" else f"<!doctype html>\n{page}"
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_text(text + "\n", encoding="utf-8", newline="\n")
-        os.replace(part, path)
-    except OSError as error:
-        raise RefusedInput([f"output {path}: {error.strerror or error}; choose another place"]) from error
-    return path
+    figure = plot_replay(trace, outcomes, config.window, config.threshold)
+    if path.suffix == ".svg":
+        return write_page(path, figure + "\n")
+    context = {"title": title, "curve": _curve_name(trace), "trace": trace, "figure": figure, "outcomes": outcomes}
+    return write_page(path, render("dvar.runs", "replay.html", **context))
 
 
-def picture(trace: Trace, outcomes: Sequence[ReplayOutcome], window: int, threshold: float) -> Html:
-    """Return a drawing that stands by itself: the loss, DVAR's ratio, and where each rule stops.
+def plot_replay(trace: Trace, outcomes: Sequence[ReplayOutcome], window: int, threshold: float) -> Markup:
+    """Return a figure of the loss, DVAR's ratio and the step at which each rule stops, as an SVG of its own.
 
-    The ratio is drawn when DVAR is among the rules; shaded is the window behind its verdict.  Dotted is the ratio of a
-    straight line; grey, where it is warming up.
+    The ratio is plotted when DVAR is among the rules. The window behind DVAR's verdict is shaded, the ratio of a
+    straight line dotted, and the steps without a ratio are grey.
     """
     x = Scale(0.0, max(trace.last_step, 1) * 1.03)
-    y = Scale.around(trace.values, room=0.12)
-    spoken = next((outcome for outcome in outcomes if outcome.name in ("dvar", "paper")), None)
-    marks = [
-        svg_charts.upright(x, outcome.stop, "stop" if outcome is spoken else "stop other")
-        for outcome in sorted(outcomes, key=lambda outcome: outcome is spoken)
+    dvar = next((outcome for outcome in outcomes if outcome.name in ("dvar", "paper")), None)
+    stops = [
+        svg_charts.upright(x, outcome.stop, "stop" if outcome is dvar else "stop other")
+        for outcome in sorted(outcomes, key=lambda outcome: outcome is dvar)
         if outcome.stop is not None
     ]
-    behind: list[Html] = []
-    if spoken and spoken.verdict and "total_var" in spoken.verdict.metrics:
-        behind = [svg_charts.band(x, spoken.verdict.step - window, spoken.verdict.step, "window")]
-    line = svg_charts.curve(x, y, trace.steps, trace.values, "signal")
-    top, drawn = TOP, [_title(_curve_name(trace), TOP)]
-    drawn.append(_panel(x, y, [*behind, *_lost(x, trace), *marks, line], "Loss", top, LOSS_HEIGHT))
-    top += LOSS_HEIGHT + BETWEEN
-    if spoken:
-        drawn.append(_title("Recent variance ÷ whole variance", top))
-        drawn.append(_ratio(x, trace, marks, window, threshold, top))
-        top += RATIO_HEIGHT + BETWEEN
-    drawn += [_title("Where each rule stops", top), _lanes(x, outcomes, top)]
-    height = top + LANE * len(outcomes) + BELOW
-    style = element("style", Html(_style("charts.css")))
-    paper = element("rect", width=WIDTH, height=height, class_="paper")
-    says = "; ".join(f"{outcome.name}: {outcome.why}" for outcome in outcomes)
+    parts, top = _plot_loss(x, trace, [*_shade_window(x, dvar, window), *_mark_non_finite(x, trace), *stops]), TOP
+    top += LOSS_HEIGHT + GAP
+    if dvar:
+        parts += _plot_ratio(x, trace, stops, window, threshold, top)
+        top += RATIO_HEIGHT + GAP
+    parts += _plot_lanes(x, outcomes, top)
+    height = top + LANE_HEIGHT * len(outcomes) + BOTTOM
     return element(
         "svg",
-        *(style, paper, *drawn),
+        element("style", read_stylesheet(("charts.css",))),
+        element("rect", width=WIDTH, height=height, class_="paper"),
+        *parts,
         xmlns="http://www.w3.org/2000/svg",
         viewBox=f"0 0 {WIDTH} {height}",
         width=WIDTH,
         height=height,
         role="img",
-        aria_label=says,
+        aria_label="; ".join(f"{outcome.name}: {outcome.sentence}" for outcome in outcomes),
     )
 
 
-def _lost(x: Scale, trace: Trace) -> Iterator[Html]:
-    """Where the loss was not finite: a line where that begins, and the stretch in grey."""
-    lost = np.flatnonzero(~np.isfinite(trace.values))
-    for run in np.split(lost, np.flatnonzero(np.diff(lost) > 1) + 1) if lost.size else ():
-        first, last = int(trace.steps[run[0]]), int(trace.steps[run[-1]])
+def layer_ratios(
+    x: Scale, trace: Trace, ratios: NDArray[np.float64], window: int, threshold: float, stops: Sequence[Markup]
+) -> tuple[Scale, list[Markup]]:
+    """Return the scale and the layers of a panel of DVAR's ratio, with that of a straight line and the threshold.
+
+    Args:
+        x: Scale of the steps.
+        trace: The trace behind the ratios.
+        ratios: Ratio after each evaluation, nan where there is none.
+        window: DVAR's window.
+        threshold: DVAR's threshold.
+        stops: Marks of stops, from `svg_charts.upright`.
+    """
+    positive = ratios[np.isfinite(ratios) & (ratios > 0)]
+    y = Scale(min([threshold, *positive]) / 1.4, max([1.0, *positive]) * 1.15, log=True)
+    first = trace.first_step
+    line_steps = np.arange(first + window, max(x.high, first + window + 1))
+    return y, [
+        svg_charts.band(x, first, first + window, "warming"),
+        *stops,
+        svg_charts.curve(x, y, line_steps, (window / (line_steps - first)) ** 2, "null"),
+        svg_charts.level(y, threshold, "threshold", f"threshold {100 * threshold:g} %"),
+        svg_charts.curve(x, y, trace.steps, np.maximum(ratios, y.low), "signal"),
+    ]
+
+
+def _plot_loss(x: Scale, trace: Trace, marks: Sequence[Markup]) -> list[Markup]:
+    y = Scale.around(trace.values, room=0.12)
+    line = svg_charts.curve(x, y, trace.steps, trace.values, "signal")
+    return [_title(_curve_name(trace), TOP), _panel(x, y, [*marks, line], "Loss", TOP, LOSS_HEIGHT)]
+
+
+def _shade_window(x: Scale, outcome: ReplayOutcome | None, window: int) -> Iterator[Markup]:
+    """Shade the window behind the verdict of DVAR, if it had a ratio."""
+    if outcome and outcome.verdict and "total_var" in outcome.verdict.metrics:
+        yield svg_charts.band(x, outcome.verdict.step - window, outcome.verdict.step, "window")
+
+
+def _mark_non_finite(x: Scale, trace: Trace) -> Iterator[Markup]:
+    """Mark each stretch where the loss was not finite: grey, with a line where it begins."""
+    indices = np.flatnonzero(~np.isfinite(trace.values))
+    for stretch in np.split(indices, np.flatnonzero(np.diff(indices) > 1) + 1) if indices.size else ():
+        first, last = int(trace.steps[stretch[0]]), int(trace.steps[stretch[-1]])
         yield join([svg_charts.band(x, first, last, "warming"), svg_charts.upright(x, first, "lost")])
 
 
-def _ratio(x: Scale, trace: Trace, marks: Sequence[Html], window: int, threshold: float, top: int) -> Html:
-    values = ratios(trace, Dvar(window, threshold))
-    reached = values[np.isfinite(values) & (values > 0)]
-    y = Scale(min([threshold, *reached]) / 1.4, max([1.0, *reached]) * 1.15, log=True)
-    first = trace.first_step
-    straight = np.arange(first + window, max(x.high, first + window + 1))
-    layers = [
-        svg_charts.band(x, first, first + window, "warming"),
-        *marks,
-        svg_charts.curve(x, y, straight, (window / (straight - first)) ** 2, "null"),
-        svg_charts.level(y, threshold, "threshold", f"threshold {100 * threshold:g} %"),
-        svg_charts.curve(x, y, trace.steps, np.maximum(values, y.low), "signal"),
-    ]
-    return _panel(x, y, layers, "Ratio of the variances", top, RATIO_HEIGHT)
+def _plot_ratio(
+    x: Scale, trace: Trace, stops: Sequence[Markup], window: int, threshold: float, top: int
+) -> list[Markup]:
+    ratios = compute_ratios(trace, Dvar(window, threshold))
+    y, layers = layer_ratios(x, trace, ratios, window, threshold, stops)
+    title = _title("Recent variance ÷ whole variance", top)
+    return [title, _panel(x, y, layers, "Ratio of the variances", top, RATIO_HEIGHT)]
 
 
-def _lanes(x: Scale, outcomes: Sequence[ReplayOutcome], top: int) -> Html:
-    """A line for each rule, from the first step to its stop, over the axis of steps."""
-    lanes = [_lane(x, outcome, LANE * (row + 0.5)) for row, outcome in enumerate(outcomes)]
-    return svg_charts.panel(
-        x,
-        None,
-        lanes,
-        label="Stops",
-        steps=True,
-        box=(LEFT, top, WIDTH - LEFT - RIGHT, LANE * len(outcomes)),
+def _plot_lanes(x: Scale, outcomes: Sequence[ReplayOutcome], top: int) -> list[Markup]:
+    """Return a line for each rule, from the first step to its stop, over the axis of steps."""
+    lanes = [_plot_lane(x, outcome, LANE_HEIGHT * (row + 0.5)) for row, outcome in enumerate(outcomes)]
+    box = (LEFT, top, WIDTH - LEFT - RIGHT, LANE_HEIGHT * len(outcomes))
+    return [_title("Where each rule stops", top), svg_charts.panel(x, None, lanes, label="Stops", steps=True, box=box)]
+
+
+def _plot_lane(x: Scale, outcome: ReplayOutcome, y: float) -> Markup:
+    stop = outcome.stop
+    share = float(x.place(x.high / 1.03 if stop is None else stop))
+    end, before = f"{100 * share:.4g}%", share > 0.75  # a label before the end stands above the line, clear of it
+    label = (
+        f"{'goes on' if stop is None else stop}, {outcome.verdict.reason.value}" if outcome.verdict else "cannot judge"
+    )
+    return join(
+        [
+            element("text", outcome.name, x=0, dx=-10, y=y, dy="0.35em", text_anchor="end"),
+            element("line", x1="0", x2=end, y1=y, y2=y, class_="noise" if stop is None else "stop"),
+            None if stop is None else element("circle", cx=end, cy=y, r=3.5, class_="best"),
+            element(
+                "text",
+                label,
+                x=end,
+                y=y,
+                dx=-10 if before else 10,
+                dy="-0.45em" if before else "0.35em",
+                text_anchor="end" if before else "start",
+                class_="note" if stop is None else "note stop",
+            ),
+        ]
     )
 
 
-def _lane(x: Scale, outcome: ReplayOutcome, height: float) -> Html:
-    end, stop = float(x.place(x.high / 1.03)), outcome.stop
-    share = end if stop is None else float(x.place(stop))
-    name = element("text", outcome.name, x=0, dx=-10, y=height, dy="0.35em", text_anchor="end")
-    line = element(
-        "line", x1="0", x2=f"{100 * share:.4g}%", y1=height, y2=height, class_="noise" if stop is None else "stop"
-    )
-    said = (
-        "cannot judge"
-        if not outcome.verdict
-        else f"{'goes on' if stop is None else stop}, {outcome.verdict.reason.value}"
-    )
-    mark = None if stop is None else element("circle", cx=f"{100 * share:.4g}%", cy=height, r=3.5, class_="best")
-    before = share > 0.75  # then above the line, which would run through it
-    text = element(
-        "text",
-        said,
-        x=f"{100 * share:.4g}%",
-        y=height,
-        dx=-10 if before else 10,
-        dy="-0.45em" if before else "0.35em",
-        text_anchor="end" if before else "start",
-        class_="note" if stop is None else "note stop",
-    )
-    return join([name, line, mark, text])
+def _panel(x: Scale, y: Scale, layers: Sequence[Markup], label: str, top: int, height: int) -> Markup:
+    return svg_charts.panel(x, y, layers, label=label, steps=False, box=(LEFT, top, WIDTH - LEFT - RIGHT, height))
 
 
-def _panel(x: Scale, y: Scale, layers: Sequence[Html], says: str, top: int, height: int) -> Html:
-    return svg_charts.panel(x, y, layers, label=says, steps=False, box=(LEFT, top, WIDTH - LEFT - RIGHT, height))
-
-
-def _title(text: str, top: int) -> Html:
+def _title(text: str, top: int) -> Markup:
     return element("text", text, x=LEFT, y=top - 12, class_="title")
 
 
 def _curve_name(trace: Trace) -> str:
     return str(trace.header.get("log", {}).get("metric", "L_det"))
-
-
-def _page(title: str, curve: str, shown: Html, outcomes: Sequence[ReplayOutcome]) -> Html:
-    head = page_head(f"{title} · dvar replay", _style("charts.css") + _style("style.css"), images=False)
-    rows = [element("tr", element("th", outcome.name, scope="row"), element("td", outcome.why)) for outcome in outcomes]
-    body = element(
-        "main",
-        element(
-            "header",
-            element("p", "dvar replay", class_="eyebrow"),
-            element("h1", title),
-            element("p", curve, class_="standfirst"),
-        ),
-        element("section", element("div", shown, class_="replay")),
-        element("section", element("table", element("tbody", *rows), class_="outcomes")),
-    )
-    return element("html", head, element("body", body), lang="en")
-
-
-def _style(name: str) -> str:
-    return files("dvar.html").joinpath(name).read_text(encoding="utf-8")

@@ -1,8 +1,7 @@
-"""A run directory, read back as one value."""
+"""The folder of a run, read back as one value."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,22 +11,31 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dvar.config.training import AnyConfig, restored
+from dvar.config.training import TrainingConfig
 from dvar.errors import RefusedInput
-from dvar.runs.replay_figure import ratios
-from dvar.stopping.rules import Dvar
+from dvar.files import read_json
+from dvar.runs.replay import compute_ratios
+from dvar.stopping.rules import CONDITION_REASONS, Dvar
 from dvar.stopping.trace import Trace
 from dvar.stopping.verdict import Verdict
+from dvar.training.methods.registry import config_from_dict
+from dvar.training.run_layout import CONFIG, REFERENCES, RESULT, SAMPLE_PROMPTS, SAMPLES, TRACE
 
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """What a run left in its folder, finished or not.
+    """The files that a run, finished or not, has written into its folder.
 
-    ``result`` is None until the run has finished. ``samples`` maps a step to its pictures, in the order of ``prompts``,
-    whose items hold "prompt" and "seed".
+    Attributes:
+        folder: The folder.
+        config: Settings as config.json holds them, with the versions of the software.
+        trace: Everything measured so far.
+        result: What result.json holds; None until the run has finished.
+        references: Copies of instance images.
+        samples: Step to its sample images, in the order of ``prompts``.
+        prompts: "prompt" and "seed" of each sample image.
     """
 
     folder: Path
@@ -40,58 +48,64 @@ class RunFolder:
 
     @classmethod
     def open(cls, folder: str | Path) -> RunFolder:
-        """Return the run in a folder. What an unfinished run has not written yet is empty or None.
+        """Read the folder of a run. What an unfinished run has not written yet is empty or None.
 
-        Raises: RefusedInput when the folder holds no run or one of its JSON files is damaged; TraceError when
-        `trace.jsonl` is damaged.
+        Raises:
+            RefusedInput: The folder holds no run, or one of its JSON files is damaged.
+            TraceError: The trace is damaged.
         """
         folder = Path(folder)
-        config, trace = _json(folder / "config.json"), folder / "trace.jsonl"
+        config, trace = _read_json(folder / CONFIG), folder / TRACE
         if config is None:
-            raise RefusedInput([f"a run folder holds config.json, {folder} does not: name the --output_dir of a run"])
+            raise RefusedInput([f"a run folder holds {CONFIG}, {folder} does not: name the --output_dir of a run"])
         return cls(
             folder=folder,
             config=config,
             trace=Trace.read(trace) if trace.exists() else Trace(),
-            result=_json(folder / "result.json"),
-            references=_pictures(folder / "references"),
-            samples={int(at.name.removeprefix("step-")): _pictures(at) for at in sorted(folder.glob("samples/step-*"))},
-            prompts=tuple(_json(folder / "samples" / "prompts.json") or ()),
+            result=_read_json(folder / RESULT),
+            references=_list_images(folder / REFERENCES),
+            samples={
+                int(path.name.removeprefix("step-")): _list_images(path)
+                for path in sorted((folder / SAMPLES).glob("step-*"))
+            },
+            prompts=tuple(_read_json(folder / SAMPLES / SAMPLE_PROMPTS) or ()),
         )
 
     @cached_property
-    def settings(self) -> AnyConfig:
-        """The run's settings as the class of its method.
+    def settings(self) -> TrainingConfig:
+        """The settings as the config class of the run's method.
 
-        Raises: RefusedInput when the method is not known here.
+        Raises:
+            RefusedInput: The method is unknown.
         """
-        return restored(self.config)
+        return config_from_dict(self.config)
 
     @cached_property
     def verdict(self) -> Verdict:
-        """The verdict a finished run ended with; of any other, the rule's verdict on its trace so far.
+        """The verdict that a finished run ended with, or DVAR's verdict on the trace of an unfinished one.
 
-        Raises: RefusedInput when the result is of an older version, whose verdicts cannot be read any more.
+        Raises:
+            RefusedInput: Another version wrote result.json, with a verdict that this one cannot read.
         """
         if not self.result:
             return self._rule(self.trace)
         try:
             return Verdict.from_json(self.result["verdict"])
         except RefusedInput as error:
+            remedy = f"use `dvar replay {self.folder}`, or move that file away and use `dvar report` again"
             raise RefusedInput(
-                [
-                    f"{self.folder / 'result.json'}: {problem}: `dvar replay {self.folder}` does, and with that file "
-                    "moved away `dvar report` does too"
-                    for problem in error.problems
-                ]
+                [f"{self.folder / RESULT}: {problem}: {remedy}" for problem in error.problems]
             ) from error
 
     @property
+    def stopped_by_condition(self) -> bool:
+        """Whether the condition of the stopping rule ended the run, rather than the cap, a fault or a person."""
+        return self.verdict.stop and self.verdict.reason in CONDITION_REASONS
+
+    @property
     def steps(self) -> int:
-        """Updates made, by the result or else by the last record."""
-        if self.result:
-            return int(self.result["steps"])
-        return self.trace.last_step
+        """Updates made."""
+        return int(self.result["steps"]) if self.result else self.trace.last_step
 
     @property
     def exported_step(self) -> int | None:
@@ -100,47 +114,55 @@ class RunFolder:
 
     @cached_property
     def seconds(self) -> dict[str, float]:
-        """Seconds by kind of work ("train", "probe", "other"), by the result or else summed over the records."""
+        """Seconds by kind of work: "train", "probe" and "other"."""
         if self.result:
             return dict(self.result["seconds"])
         return {kind: float(self.trace.metric(f"seconds.{kind}")[1].sum()) for kind in ("train", "probe", "other")}
 
     @property
     def seconds_to_cap(self) -> float:
-        """Seconds that all steps to the cap would have taken without the probe, at this run's pace."""
+        """Seconds that training to the cap would have taken without the probe, at the pace of this run."""
         pace = (self.seconds["train"] + self.seconds["other"]) / max(self.steps, 1)
         return pace * int(self.config["max_train_steps"])
 
     @property
     def straight_line_step(self) -> float:
-        """The step at which the rule would stop a loss that falls in a straight line: window / sqrt(threshold)."""
+        """The step at which DVAR would stop a loss that falls in a straight line: window / sqrt(threshold)."""
         return float(self.config["window"] / np.sqrt(self.config["threshold"]))
 
     @property
     def best(self) -> tuple[int, float] | None:
-        """Step and value of the least finite L_det; None when there is none."""
+        """Step and value of the lowest finite L_det; None when there is none."""
         finite = np.isfinite(self.trace.values)
         if not finite.any():
             return None
-        at = int(np.where(finite, self.trace.values, np.inf).argmin())
-        return int(self.trace.steps[at]), float(self.trace.values[at])
+        index = int(np.where(finite, self.trace.values, np.inf).argmin())
+        return int(self.trace.steps[index]), float(self.trace.values[index])
+
+    @cached_property
+    def non_finite_steps(self) -> list[int]:
+        """The steps at which the training loss or L_det was not finite."""
+        steps, losses = self.trace.metric("train_loss")
+        fixed_steps, fixed_losses = self.trace.steps, self.trace.values
+        both = np.concatenate([steps[~np.isfinite(losses)], fixed_steps[~np.isfinite(fixed_losses)]])
+        return [int(step) for step in np.unique(both)]
 
     @cached_property
     def ratios(self) -> Floats:
-        """The rule's ratio after each evaluation, the rule replayed over the trace; nan where the rule had none."""
-        return ratios(self.trace, self._rule)
+        """DVAR's ratio after each evaluation; nan where it had none."""
+        return compute_ratios(self.trace, self._rule)
 
     @property
     def _rule(self) -> Dvar:
         return Dvar(window=self.config["window"], threshold=self.config["threshold"])
 
 
-def _json(path: Path) -> Any:
+def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return read_json(path) if path.exists() else None
     except ValueError as error:
         raise RefusedInput([f"{path} must be JSON, and is not ({error}): restore it or train again"]) from error
 
 
-def _pictures(folder: Path) -> tuple[Path, ...]:
+def _list_images(folder: Path) -> tuple[Path, ...]:
     return tuple(sorted(folder.glob("[0-9]*.png")))

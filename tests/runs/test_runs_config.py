@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import pytest
+
+from dvar.runs.config import ExportConfig, GenerateConfig, ReplayConfig, ReportConfig, RunsConfig, problems
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GenerateConfig(prompt="a mug"),
+        GenerateConfig(prompt="a mug", scheduler="model", guidance_scale=0.0, num_inference_steps=1),
+        ExportConfig(merged="whole"),
+        ReportConfig(),
+        ReportConfig(output="report.html"),
+        ReplayConfig(),
+        ReplayConfig(output="replay.svg"),
+    ],
+)
+def test_sound_settings_have_no_problem(config: RunsConfig) -> None:
+    assert problems(config) == []
+
+
+def test_settings_are_refused_by_name_and_all_at_once() -> None:
+    assert problems(
+        GenerateConfig(
+            num_images=0,
+            seed=-1,
+            guidance_scale=-1.0,
+            num_inference_steps=0,
+            scheduler="DDIM",  # type: ignore[arg-type]
+        )
+    ) == [
+        "num_images must be at least 1, got 0",
+        "seed must be at least 0, got -1",
+        "guidance_scale must be at least 0, got -1.0",
+        "num_inference_steps must be at least 1, got 0",
+        "scheduler must be one of model, DPMSolverMultistepScheduler, UniPCMultistepScheduler, DDIMScheduler, "
+        "got 'DDIM'",
+        "prompt is missing: give --prompt the text of the images, with the learned word in it",
+    ]
+    assert problems(ExportConfig()) == ["export needs --merged or --kohya, got neither: name what to write"]
+    assert problems(ReportConfig(output="report.pdf")) == ["output must end in .html, got 'report.pdf': name a page"]
+
+
+def test_the_settings_of_a_replay_are_refused_by_name() -> None:
+    config = ReplayConfig(rule=("dvra",), hall_threshold=0.0, patience=0, output="replay.png")
+    assert problems(config) == [
+        "rule must be one of dvar, paper, ema, hall, trend, plateau, all, got ('dvra',)",
+        "hall_threshold must be above 0, got 0.0",
+        "patience must be at least 1, got 0",
+        "output must end in .svg or .html, got 'replay.png': name a figure or a page",
+    ]
