@@ -1,4 +1,4 @@
-"""The survey in a real browser, under load, and killed in the middle: from the command to the votes in the file."""
+"""The survey in a real browser, under load, and killed while serving: from the command to the votes in the file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fake_survey import small_survey
 
 pytest.importorskip("uvicorn", reason="needs the extra: pip install 'dvar[survey]'")
 
-from dvar.survey.survey import VOTES, Survey
+from dvar.survey.survey import VOTES_FILE, Survey
 from dvar.survey.vote_store import VoteStore
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -33,18 +33,18 @@ TIMEOUT = 120.0
 
 @contextmanager
 def served(folder: Path, port: int = 0) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """A server of its own process, and its port."""
+    """Serve a survey in a process of its own; yield the process and its port."""
     program = f"from dvar.cli.main import main; main(['survey', 'serve', {str(folder)!r}, '--port', '{port}'])"
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env={**os.environ})
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
-        found = re.match(r"survey    http://127\.0\.0\.1:(\d+)/$", line)
-        assert found, line
-        yield process, int(found[1])
+        match = re.match(r"survey    http://127\.0\.0\.1:(\d+)/$", line)
+        assert match, line
+        yield process, int(match[1])
     finally:
         process.kill()
-        process.wait(TIMEOUT)
+        process.communicate(timeout=TIMEOUT)
 
 
 class Visitor:
@@ -62,8 +62,8 @@ class Visitor:
             text = answer.read().decode()
         finally:
             connection.close()
-        if kept := answer.getheader("set-cookie"):
-            self.cookie = kept.partition(";")[0]
+        if cookie := answer.getheader("set-cookie"):
+            self.cookie = cookie.partition(";")[0]
         return answer.status, text
 
     def page(self, path: str) -> tuple[dict[str, str], str]:
@@ -78,33 +78,33 @@ class Visitor:
         assert self.ask("POST", "/join", {**hidden, "name": ""})[0] == 303
 
     def press(self, answer: str) -> int | None:
-        """Answer the open task; return its number once the answer is acknowledged, None when all is done."""
+        """Answer the open task and return its number, None when all is done."""
         hidden, text = self.page("/task")
         if "Thank you" in text:
             return None
-        status, said = self.ask("POST", "/vote", {**hidden, "answer": answer})
-        assert status == 303, said
+        status, text = self.ask("POST", "/vote", {**hidden, "answer": answer})
+        assert status == 303, text
         return int(hidden["task"])
 
 
-def trained(visitor: Visitor, presses: int) -> list[int]:
-    """Press all three buttons in turn, so that training is passed; return the acknowledged numbers."""
-    seen = []
+def press_in_turn(visitor: Visitor, presses: int) -> list[int]:
+    """Press all three buttons in turn, so that training is passed; return the numbers of the acknowledged tasks."""
+    numbers = []
     for turn in range(presses):
         number = visitor.press(("left", "right", "equal")[turn % 3])
         if number is None:
             break
-        seen.append(number)
-    return seen
+        numbers.append(number)
+    return numbers
 
 
-def pressed(box: VoteStore) -> Counter[int]:
-    """How many presses the file has of each task that was shown."""
-    rows = box._db.execute("select id, answer, misses from assignment").fetchall()
+def count_presses(store: VoteStore) -> Counter[int]:
+    """Return the number of presses in the file for each assignment."""
+    rows = store._connection.execute("select id, answer, misses from assignment").fetchall()
     return +Counter({row["id"]: row["misses"] + (row["answer"] is not None) for row in rows})
 
 
-def test_fifty_people_at_once_lose_and_double_no_vote(tmp_path: Path) -> None:
+def test_fifty_raters_at_once_lose_and_duplicate_no_vote(tmp_path: Path) -> None:
     folder, survey = small_survey(tmp_path, overlap=100)
     faults: list[BaseException] = []
     acknowledged: list[int] = []
@@ -115,7 +115,7 @@ def test_fifty_people_at_once_lose_and_double_no_vote(tmp_path: Path) -> None:
             try:
                 visitor = Visitor(port)
                 visitor.begin()
-                acknowledged.extend(trained(visitor, 8))
+                acknowledged.extend(press_in_turn(visitor, 8))
             except BaseException as error:
                 faults.append(error)
 
@@ -126,14 +126,14 @@ def test_fifty_people_at_once_lose_and_double_no_vote(tmp_path: Path) -> None:
             person.join(TIMEOUT)
         assert not any(person.is_alive() for person in people)
     assert faults == []
-    box = VoteStore(folder / VOTES, survey)
-    votes = box.votes()
-    assert len({vote.worker for vote in votes}) == 50
-    assert max(Counter((vote.worker, vote.task.id) for vote in votes).values()) == 1
-    assert Counter(acknowledged) == pressed(box), "each acknowledged press once: a vote, or a miss in training"
+    store = VoteStore(folder / VOTES_FILE, survey)
+    votes = store.load_votes()
+    assert len({vote.rater for vote in votes}) == 50
+    assert max(Counter((vote.rater, vote.task.id) for vote in votes).values()) == 1
+    assert Counter(acknowledged) == count_presses(store), "each acknowledged press once: a vote, or a miss in training"
 
 
-def test_a_killed_server_has_kept_every_acknowledged_vote(tmp_path: Path) -> None:
+def test_a_killed_server_has_stored_every_acknowledged_vote(tmp_path: Path) -> None:
     folder, survey = small_survey(tmp_path, overlap=100)
     visitors: list[Visitor] = []
     acknowledged: list[list[int]] = [[] for _ in range(4)]
@@ -163,17 +163,17 @@ def test_a_killed_server_has_kept_every_acknowledged_vote(tmp_path: Path) -> Non
         process.send_signal(signal.SIGKILL)
         for person in people:
             person.join(TIMEOUT)
-    box = VoteStore(folder / VOTES, survey)
-    kept = pressed(box)
+    store = VoteStore(folder / VOTES_FILE, survey)
+    presses = count_presses(store)
     for numbers in acknowledged:
         for number, times in Counter(numbers).items():
-            assert kept[number] >= times, "every acknowledged press is in the file"
-    assert box._db.execute("pragma integrity_check").fetchone()[0] == "ok"
+            assert presses[number] >= times, "every acknowledged press is in the file"
+    assert store._connection.execute("pragma integrity_check").fetchone()[0] == "ok"
     with served(folder) as (_, port):
-        again = visitors[0]
-        again.port = port
-        _, text = again.page("/task")
-        assert "recorded" in text or "of at most" in text, "the same cookie goes on"
+        returning = visitors[0]
+        returning.port = port
+        _, text = returning.page("/task")
+        assert "recorded" in text or "of at most" in text, "the same cookie continues"
 
 
 # In a browser
@@ -190,18 +190,18 @@ def browser() -> Iterator[Any]:
 
 
 def _patient(new_context: Any) -> Any:
-    def make(**given: Any) -> Any:
-        context = new_context(**given)
+    def new_patient_context(**options: Any) -> Any:
+        context = new_context(**options)
         context.set_default_timeout(500 * TIMEOUT)
         return context
 
-    return make
+    return new_patient_context
 
 
-def right_button(page: Any, survey: Survey) -> str | None:
-    """The right answer to what the page shows, if it is a training or control task."""
-    shown = [page.get_attribute(f"img[alt='{side} picture']", "src") for side in ("Left", "Right")]
-    left, right = (str(source).removeprefix("/pictures/").removesuffix(".png") for source in shown)
+def right_key(page: Any, survey: Survey) -> str | None:
+    """Return the key of the right answer, if the page shows a training or control task."""
+    sources = [page.get_attribute(f"img[alt='{side} image']", "src") for side in ("Left", "Right")]
+    left, right = (str(source).removeprefix("/pictures/").removesuffix(".png") for source in sources)
     for task in survey.tasks:
         if task.role != "pair" and {left, right} == {task.first, task.second}:
             return "0" if left == right else "1" if left == task.first else "2"
@@ -210,7 +210,7 @@ def right_button(page: Any, survey: Survey) -> str | None:
 
 @needs_browser
 @pytest.mark.parametrize("scripts", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["keys", "no scripts"])
-def test_the_whole_way_in_a_browser(tmp_path: Path, browser: Any, scripts: bool) -> None:
+def test_a_rater_completes_the_survey_in_a_browser(tmp_path: Path, browser: Any, scripts: bool) -> None:
     folder, survey = small_survey(tmp_path)
     buttons = {"1": "Left is better", "2": "Right is better", "0": "Equal"}
     with served(folder) as (_, port):
@@ -219,7 +219,7 @@ def test_the_whole_way_in_a_browser(tmp_path: Path, browser: Any, scripts: bool)
         problems: list[str] = []
         page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
         page.goto(f"http://127.0.0.1:{port}/")
-        page.get_by_label("A name").fill("Grace <b>")
+        page.get_by_label("Your name").fill("Grace <b>")
         with page.expect_navigation():
             page.get_by_role("button", name="Begin").click()
         count = 0
@@ -232,7 +232,7 @@ def test_the_whole_way_in_a_browser(tmp_path: Path, browser: Any, scripts: bool)
                     page.get_by_role("button", name=buttons[key]).click()
 
         while page.get_by_role("heading", name="Thank you").count() == 0:
-            right = right_button(page, survey)
+            right = right_key(page, survey)
             if count == 0:
                 answer(next(key for key in "120" if key != right))
                 assert "Not quite" in str(page.get_by_role("status").text_content())
@@ -244,16 +244,16 @@ def test_the_whole_way_in_a_browser(tmp_path: Path, browser: Any, scripts: bool)
             if count == 3:
                 wide = "document.documentElement.scrollWidth"
                 if scripts:
-                    assert page.evaluate(wide) <= 360, "nothing sticks out on a phone"
-                box = page.get_by_role("button", name="Left is better").bounding_box()
-                assert box["height"] >= 44, "a finger finds it"
-            answer(right_button(page, survey) or "1")
+                    assert page.evaluate(wide) <= 360, "nothing overflows on a phone"
+                store = page.get_by_role("button", name="Left is better").bounding_box()
+                assert store["height"] >= 44, "large enough for a finger"
+            answer(right_key(page, survey) or "1")
             count += 1
             assert count < 50
         context.close()
     assert problems == []
-    votes = VoteStore(folder / VOTES, survey).votes()
+    votes = VoteStore(folder / VOTES_FILE, survey).load_votes()
     assert len(votes) == count
-    assert {vote.worker for vote in votes} == {"1 Grace <b>"}
+    assert {vote.rater for vote in votes} == {"1 Grace <b>"}
     assert all(vote.answer == vote.task.expected or vote.task.role == "pair" for vote in votes)
     assert all(vote.answer == vote.left_side for vote in votes if vote.task.role == "pair")

@@ -1,4 +1,4 @@
-"""The survey's pages: a person's way through them without scripts, and a table of attacks that are all refused."""
+"""The pages of the survey: a rater's way through them without scripts, and a table of attacks that are all refused."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ import pytest
 from fake_survey import small_survey
 
 pytest.importorskip("starlette", reason="needs the extra: pip install 'dvar[survey]'")
+import uvicorn
 from starlette.testclient import TestClient
 
 from dvar.errors import RefusedInput
 from dvar.survey import server
-from dvar.survey.config import SurveyServeConfig, survey_problems
+from dvar.survey.config import SurveyServeConfig, problems
 from dvar.survey.rate_limit import RateLimiter
-from dvar.survey.scoring import Score, score
-from dvar.survey.server import BODY, admin_token, application, read_secret, serve
-from dvar.survey.survey import PICTURES, SECRET, VOTES, Survey
-from dvar.survey.vote_store import VoteStore
+from dvar.survey.scoring import Score, score_votes
+from dvar.survey.server import MAX_BODY, admin_token, create_app, read_secret, serve_survey
+from dvar.survey.survey import IMAGE_FOLDER, SECRET_FILE, VOTES_FILE, Survey
+from dvar.survey.vote_store import Vote, VoteStore
 
 KEY = "k" * 40
 HOME = "http://127.0.0.1:8000"
@@ -31,7 +32,7 @@ NASTY = "<script>alert(1)</script>\"'>&lt;"
 
 @dataclass
 class Page(HTMLParser):
-    """What a page holds: its text, elements and hidden fields."""
+    """The text, elements and hidden fields of a page."""
 
     source: str
     text: str = ""
@@ -43,18 +44,18 @@ class Page(HTMLParser):
         self.feed(self.source)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        given = dict(attrs)
-        self.elements.append((tag, given))
+        attributes = dict(attrs)
+        self.elements.append((tag, attributes))
         if tag == "form":
-            self.forms[given.get("action") or ""] = {}
-        elif tag == "input" and given.get("type") == "hidden":
-            next(reversed(self.forms.values()))[str(given["name"])] = str(given["value"])
+            self.forms[attributes.get("action") or ""] = {}
+        elif tag == "input" and attributes.get("type") == "hidden":
+            next(reversed(self.forms.values()))[str(attributes["name"])] = str(attributes["value"])
 
     def handle_data(self, data: str) -> None:
         self.text += data
 
-    def of(self, tag: str) -> list[dict[str, str | None]]:
-        return [found for name, found in self.elements if name == tag]
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
 
     @property
     def hidden(self) -> dict[str, str]:
@@ -62,7 +63,7 @@ class Page(HTMLParser):
         return next(iter(self.forms.values()))
 
 
-class Someone:
+class Visitor:
     """A browser without scripts."""
 
     def __init__(self, app: Any) -> None:
@@ -79,11 +80,11 @@ class Someone:
         return Page(answer.text)
 
     def send(self, path: str, page: Page, **fields: str) -> Any:
-        """Press the button of the page's form that goes to a path."""
+        """Press the button of the form that goes to a path."""
         return self.http.post(path, data={**page.forms[path], **fields}, follow_redirects=False)
 
     def progress(self) -> Page:
-        """The page of progress, opened with its token."""
+        """Open the progress page with its token."""
         page = Page(self.http.get("/admin").text)
         assert self.send("/admin", page, token=f" {admin_token(KEY)}").headers["location"] == "/admin"
         return self.page("/admin")
@@ -99,37 +100,37 @@ class Place:
     app: Any
 
     @property
-    def ballots(self) -> VoteStore:
-        return VoteStore(self.folder / VOTES, self.survey)
+    def store(self) -> VoteStore:
+        return VoteStore(self.folder / VOTES_FILE, self.survey)
 
     @property
-    def votes(self) -> tuple[Any, ...]:
-        return self.ballots.votes()
+    def votes(self) -> tuple[Vote, ...]:
+        return self.store.load_votes()
 
     @property
-    def scored(self) -> Score:
-        return score(self.survey, self.votes)
+    def score(self) -> Score:
+        return score_votes(self.survey, self.votes)
 
 
 @pytest.fixture
 def place(tmp_path: Path) -> Place:
     folder, survey = small_survey(tmp_path)
-    return Place(folder, survey, application(folder, survey, KEY))
+    return Place(folder, survey, create_app(folder, survey, KEY))
 
 
-def own_link(page: Page) -> str:
-    return next(str(f["href"]) for f in page.of("a") if str(f["href"]).startswith("/resume/"))
+def personal_link(page: Page) -> str:
+    return next(str(f["href"]) for f in page.all("a") if str(f["href"]).startswith("/resume/"))
 
 
-def kept(place: Place) -> bytes:
-    """All bytes on the disk of what people answered."""
-    return b"".join(path.read_bytes() for path in sorted(place.folder.glob(f"{VOTES}*")))
+def stored_bytes(place: Place) -> bytes:
+    """Return everything on disk about raters and answers."""
+    return b"".join(path.read_bytes() for path in sorted(place.folder.glob(f"{VOTES_FILE}*")))
 
 
 def expected(place: Place, page: Page) -> str | None:
-    """The right button of a training or control task, as its pictures tell."""
-    left = next(str(f["src"]) for f in page.of("img") if f.get("alt") == "Left picture")
-    right = next(str(f["src"]) for f in page.of("img") if f.get("alt") == "Right picture")
+    """Return the right button of a training or control task, found by its images."""
+    left = next(str(f["src"]) for f in page.all("img") if f.get("alt") == "Left image")
+    right = next(str(f["src"]) for f in page.all("img") if f.get("alt") == "Right image")
     for task in place.survey.tasks:
         if task.role != "pair" and {left, right} == {f"/pictures/{task.first}.png", f"/pictures/{task.second}.png"}:
             if task.first == task.second:
@@ -138,59 +139,59 @@ def expected(place: Place, page: Page) -> str | None:
     return None
 
 
-def test_a_person_goes_from_the_first_page_to_thanks_without_scripts(place: Place) -> None:
-    someone = Someone(place.app)
-    page, seen = someone.begin(), 0
+def test_a_rater_goes_from_the_first_page_to_the_last_without_scripts(place: Place) -> None:
+    visitor = Visitor(place.app)
+    page, seen = visitor.begin(), 0
     while "Thank you" not in page.text:
         answer = expected(place, page) or "left"
         if seen == 0:
             wrong = next(word for word in ("left", "right", "equal") if word != answer)
-            assert someone.press(page, wrong).status_code == 303
-            page = someone.page()
+            assert visitor.press(page, wrong).status_code == 303
+            page = visitor.page()
             assert re.search("<title>Not quite. 1 of at most ", page.source)
             assert "Please answer again." in page.text
-        told = someone.press(page, answer)
-        assert (told.status_code, told.headers["location"]) == (303, "/task")
-        page, seen = someone.page(), seen + 1
+        response = visitor.press(page, answer)
+        assert (response.status_code, response.headers["location"]) == (303, "/task")
+        page, seen = visitor.page(), seen + 1
         if "Thank you" not in page.text:
-            assert [f["value"] for f in page.of("progress")] == [f"{seen}"]
+            assert [f["value"] for f in page.all("progress")] == [f"{seen}"]
         assert seen < 50
     assert (
         seen
         == len(place.votes)
-        == sum(place.survey.longest(question) for question in ("reconstruction", "customization"))
+        == sum(place.survey.max_tasks(question) for question in ("reconstruction", "customization"))
     )
     assert f"Your {seen} answers are recorded" in page.text
-    assert {vote.worker for vote in place.votes} == {"1 Ada"}
+    assert {vote.rater for vote in place.votes} == {"1 Ada"}
 
 
-def test_reload_back_and_another_tab_show_the_task_that_is_open(place: Place) -> None:
-    someone = Someone(place.app)
-    first = someone.begin()
-    assert someone.page().hidden["task"] == first.hidden["task"] == someone.page().hidden["task"]
-    assert "Go on" in someone.page("/").text
-    assert someone.press(first, expected(place, first) or "left").status_code == 303
-    assert someone.press(first, expected(place, first) or "left").status_code == 303, "pressed twice: no harm"
+def test_reloading_going_back_and_another_tab_show_the_open_task(place: Place) -> None:
+    visitor = Visitor(place.app)
+    first = visitor.begin()
+    assert visitor.page().hidden["task"] == first.hidden["task"] == visitor.page().hidden["task"]
+    assert "Continue" in visitor.page("/").text
+    assert visitor.press(first, expected(place, first) or "left").status_code == 303
+    assert visitor.press(first, expected(place, first) or "left").status_code == 303, "pressed twice, without harm"
     assert len(place.votes) == 1
-    assert someone.page().hidden["task"] != first.hidden["task"]
+    assert visitor.page().hidden["task"] != first.hidden["task"]
 
 
-def test_the_own_link_goes_on_in_another_browser(place: Place) -> None:
-    someone = Someone(place.app)
-    page = someone.begin()
-    link = own_link(page)
-    elsewhere = Someone(place.app)
+def test_the_personal_link_continues_in_another_browser(place: Place) -> None:
+    visitor = Visitor(place.app)
+    page = visitor.begin()
+    link = personal_link(page)
+    elsewhere = Visitor(place.app)
     asked = elsewhere.page(link)
-    assert "Go on as Ada?" in asked.text
-    assert elsewhere.http.get("/task").url.path == "/", "a link alone makes nobody of anyone"
+    assert "Continue as Ada?" in asked.text
+    assert elsewhere.http.get("/task").url.path == "/", "following a link alone changes nothing"
     answer = elsewhere.http.post(link, data=asked.hidden)
     assert Page(answer.text).hidden["task"] == page.hidden["task"]
-    assert someone.http.get(link).url.path == "/task", "who it is goes on at once"
+    assert visitor.http.get(link).url.path == "/task", "the rater continues at once"
 
 
-def test_a_link_of_someone_else_takes_nothing_from_who_opens_it(place: Place) -> None:
-    someone, other = Someone(place.app), Someone(place.app)
-    link, page = own_link(someone.begin()), other.begin("Eve")
+def test_a_link_of_someone_else_does_not_change_the_visitor(place: Place) -> None:
+    visitor, other = Visitor(place.app), Visitor(place.app)
+    link, page = personal_link(visitor.begin()), other.begin("Eve")
     asked = other.page(link)
     assert other.page().hidden["task"] == page.hidden["task"]
     assert other.http.post(link, data={"ticket": page.hidden["ticket"]}).status_code == 403
@@ -198,197 +199,210 @@ def test_a_link_of_someone_else_takes_nothing_from_who_opens_it(place: Place) ->
     assert other.page().hidden["task"] == page.hidden["task"]
 
 
-def test_who_wants_is_forgotten_and_nobody_else(place: Place) -> None:
-    someone, other = Someone(place.app), Someone(place.app)
-    page = someone.begin("Zerubbabel")
+def test_a_rater_who_asks_for_it_is_deleted_and_nobody_else(place: Place) -> None:
+    visitor, other = Visitor(place.app), Visitor(place.app)
+    page = visitor.begin("Zerubbabel")
     other_page = other.begin("Other")
-    for visitor, shown in ((someone, page), (other, other_page)):
-        assert visitor.press(shown, expected(place, shown) or "left").status_code == 303
-    old_page, old_form, link = someone.page(), someone.page("/").hidden, own_link(page)
-    old_cookies = dict(someone.http.cookies)
-    asked = someone.page("/forget")
+    for rater, shown in ((visitor, page), (other, other_page)):
+        assert rater.press(shown, expected(place, shown) or "left").status_code == 303
+    old_page, old_form, link = visitor.page(), visitor.page("/").hidden, personal_link(page)
+    old_cookies = dict(visitor.http.cookies)
+    asked = visitor.page("/forget")
     assert "your 1 answer will be deleted" in asked.text
     assert len(place.votes) == 2, "asking deletes nothing"
-    assert b"Zerubbabel" in kept(place)
-    told = someone.http.post("/forget", data=asked.hidden)
-    assert "Your name and your 1 answer are deleted." in Page(told.text).text
-    assert "deleted" not in someone.page("/").text.partition("A name")[0], "said once"
-    assert {vote.worker for vote in place.votes} == {"2 Other"}
-    assert b"Zerubbabel" not in kept(place)
-    # Neither the link nor an old cookie with an old form is anyone's now, and nobody gets the number.
-    assert someone.http.get(link).status_code == 410
-    assert someone.http.post("/join", data=old_form).status_code == 403, "nothing of the old cookie is left"
-    new = someone.begin("New")
-    ghost = Someone(place.app)
+    assert b"Zerubbabel" in stored_bytes(place)
+    response = visitor.http.post("/forget", data=asked.hidden)
+    assert "Your name and your 1 answer have been deleted." in Page(response.text).text
+    assert "deleted" not in visitor.page("/").text.partition("Your name (optional)")[0], "shown once"
+    assert {vote.rater for vote in place.votes} == {"2 Other"}
+    assert b"Zerubbabel" not in stored_bytes(place)
+    # Neither the link nor an old cookie with an old form works now, and the number is not used again.
+    assert visitor.http.get(link).status_code == 410
+    assert visitor.http.post("/join", data=old_form).status_code == 403, "the old cookie is gone"
+    new = visitor.begin("New")
+    ghost = Visitor(place.app)
     ghost.http.cookies.update(old_cookies)
     assert ghost.press(old_page, "left").status_code == 403
     assert ghost.http.get("/task").url.path == "/"
-    assert someone.http.get(link).status_code == 410
+    assert visitor.http.get(link).status_code == 410
     assert int(new.hidden["task"]) > int(old_page.hidden["task"])
-    assert Someone(place.app).http.get("/forget").url.path == "/", "who is nobody has nothing to delete"
+    assert Visitor(place.app).http.get("/forget").url.path == "/", "a visitor who has not joined has nothing to delete"
 
 
-def test_the_secret_decides_who_is_shown_what(place: Place) -> None:
-    def roles(secret: str, folder: Path) -> list[list[str]]:
-        box = server.SurveyPages(folder, place.survey, secret).ballots
-        found = []
-        for worker in [box.join() for _ in range(6)]:
-            found.append([])
-            while shown := box.current(worker):
-                found[-1].append(shown.task.role)
-                for word in ("left", "right", "equal"):
-                    box.vote(worker, shown.id, word)
-        return found
+def test_the_secret_decides_the_order_of_tasks(place: Place) -> None:
+    def roles_shown(secret: str, folder: Path) -> list[list[str]]:
+        store = server.SurveyPages(folder, place.survey, secret).store
+        roles = list[list[str]]()
+        for rater in [store.add_rater() for _ in range(6)]:
+            roles.append([])
+            while shown := store.current_assignment(rater):
+                roles[-1].append(shown.task.role)
+                for button in ("left", "right", "equal"):
+                    store.record_vote(rater, shown.id, button)
+        return roles
 
     folders = [place.folder.parent / name for name in "abc"]
     for folder in folders:
         folder.mkdir()
-    one, same, other = (roles(secret, folder) for secret, folder in zip((KEY, KEY, "o" * 40), folders, strict=True))
-    assert one == same != other
+    first, same, other = (
+        roles_shown(secret, folder) for secret, folder in zip((KEY, KEY, "o" * 40), folders, strict=True)
+    )
+    assert first == same != other
 
 
-def test_what_is_signed_for_one_purpose_is_signed_for_no_other(place: Place) -> None:
+def test_a_signature_is_for_one_purpose_only(place: Place) -> None:
     pages = server.SurveyPages(place.folder, place.survey, KEY)
     signed = {pages.signer(purpose).dumps(1) for purpose in ("worker", "ticket")}
     assert len(signed) == 2
 
 
 def test_keys_can_be_turned_off_and_on(place: Place) -> None:
-    someone = Someone(place.app)
-    page = someone.begin()
+    visitor = Visitor(place.app)
+    page = visitor.begin()
     for keys in (False, True):
-        assert someone.send("/keys", page).status_code == 303
-        page = someone.page()
-        assert len(page.of("script")) == len(page.of("kbd")) / 3 == keys
+        assert visitor.send("/keys", page).status_code == 303
+        page = visitor.page()
+        assert len(page.all("script")) == len(page.all("kbd")) / 3 == keys
         assert ("Turn the keys off" in page.text) == keys
 
 
-def test_one_address_sends_only_so_many_people_and_who_is_in_goes_on(place: Place) -> None:
-    app = application(place.folder, place.survey, KEY, door=RateLimiter(2))
-    first, second, third = (Someone(app) for _ in range(3))
+def test_arrivals_from_one_address_are_limited_and_raters_continue(place: Place) -> None:
+    app = create_app(place.folder, place.survey, KEY, limiter=RateLimiter(2))
+    first, second, third = (Visitor(app) for _ in range(3))
     first.begin()
     second.begin()
     refused = third.send("/join", third.page("/"), name="Eve")
     assert refused.status_code == 429
     assert 3590 < int(refused.headers["retry-after"]) <= 3600
-    assert "come back within the hour" in refused.text
+    assert "Please come back in an hour." in refused.text
     assert first.send("/join", first.page("/")).status_code == 303
     assert first.page().hidden
     assert third.http.get("/task").url.path == "/"
-    unlimited = application(place.folder, place.survey, KEY)
-    assert all(Someone(unlimited).begin().hidden for _ in range(3))
+    unlimited = create_app(place.folder, place.survey, KEY)
+    assert all(Visitor(unlimited).begin().hidden for _ in range(3))
 
 
-@pytest.mark.parametrize(("public_url", "most"), [(None, None), ("https://survey.example.org", 7)])
-def test_a_public_survey_has_a_door(place: Place, monkeypatch: pytest.MonkeyPatch, public_url: Any, most: Any) -> None:
-    given: list[Any] = []
-    monkeypatch.setattr(server, "application", lambda *parts: given.append(parts[-1]))
-    monkeypatch.setattr(server.uvicorn.Server, "run", lambda *_, **__: None)
-    said: list[str] = []
-    serve(place.folder, SurveyServeConfig(port=0, public_url=public_url, joins_per_hour=7), said.append)
-    assert [door and door.most for door in given] == [most]
+@pytest.mark.parametrize(("public_url", "limit"), [(None, None), ("https://survey.example.org", 7)])
+def test_a_public_survey_limits_arrivals(
+    place: Place, monkeypatch: pytest.MonkeyPatch, public_url: Any, limit: Any
+) -> None:
+    limiters: list[Any] = []
+    monkeypatch.setattr(server, "create_app", lambda *arguments: limiters.append(arguments[-1]))
+    monkeypatch.setattr(uvicorn.Server, "run", lambda *_, **__: None)
+    lines: list[str] = []
+    serve_survey(place.folder, SurveyServeConfig(port=0, public_url=public_url, joins_per_hour=7), lines.append)
+    assert [limiter and limiter.limit for limiter in limiters] == [limit]
     token = admin_token(read_secret(place.folder))
-    assert said[-1] == f"token     {token}"
-    assert not any(token in line for line in said[:-1]), "in no address"
+    assert lines[-1] == f"token     {token}"
+    assert not any(token in line for line in lines[:-1]), "in no address"
 
 
-def test_a_name_has_no_signs_that_cannot_be_seen(place: Place) -> None:
-    Someone(place.app).begin("A\u202eda\x1b[31m  B\n\u0000" + "x" * 100)
-    (name,) = place.ballots.known("web")
+def test_a_name_keeps_printable_characters_only(place: Place) -> None:
+    Visitor(place.app).begin("A\u202eda\x1b[31m  B\n\u0000" + "x" * 100)
+    (name,) = place.store.raters_from("web")
     assert name == ("Ada[31m B " + "x" * 100)[:60]
 
 
-def test_a_restarted_server_knows_everyone(place: Place) -> None:
-    someone = Someone(place.app)
-    page = someone.begin()
-    someone.http.app = application(place.folder, place.survey, KEY)  # type: ignore[assignment]
-    again = Someone(someone.http.app)
-    again.http.cookies = someone.http.cookies
+def test_a_restarted_server_knows_every_rater(place: Place) -> None:
+    visitor = Visitor(place.app)
+    page = visitor.begin()
+    visitor.http.app = create_app(place.folder, place.survey, KEY)
+    again = Visitor(visitor.http.app)
+    again.http.cookies = visitor.http.cookies
     assert again.page().hidden["task"] == page.hidden["task"]
 
 
-def test_pages_have_what_a_screen_reader_and_a_keyboard_need(place: Place) -> None:
-    someone = Someone(place.app)
-    pages = [someone.page("/"), Page(someone.http.get("/admin").text), someone.begin(), someone.page("/forget")]
-    pages += [Someone(place.app).page(own_link(pages[2]))]
+def test_pages_can_be_used_with_a_screen_reader_and_a_keyboard(place: Place) -> None:
+    visitor = Visitor(place.app)
+    pages = [visitor.page("/"), Page(visitor.http.get("/admin").text), visitor.begin(), visitor.page("/forget")]
+    pages += [Visitor(place.app).page(personal_link(pages[2]))]
     for page in pages:
-        assert page.of("html")[0]["lang"] == "en"
-        assert len(page.of("h1")) == 1
-        assert len(page.of("main")) == 1
-        assert all(found.get("alt") for found in page.of("img"))
-        named = {found["for"] for found in page.of("label")}
-        fields = [f for f in [*page.of("input"), *page.of("progress")] if f.get("type") != "hidden"]
-        assert {found["id"] for found in fields} <= named
+        assert page.all("html")[0]["lang"] == "en"
+        assert len(page.all("h1")) == 1
+        assert len(page.all("main")) == 1
+        assert all(image.get("alt") for image in page.all("img"))
+        labelled = {label["for"] for label in page.all("label")}
+        fields = [f for f in [*page.all("input"), *page.all("progress")] if f.get("type") != "hidden"]
+        assert {item["id"] for item in fields} <= labelled
     titles = [re.findall("<title>(.*)</title>", page.source)[0] for page in pages]
-    assert len(set(titles)) == len(titles), "every page says at once which it is"
-    buttons = pages[2].of("button")[:3]
-    assert [(found["value"], found["data-key"]) for found in buttons] == [("left", "1"), ("right", "2"), ("equal", "0")]
+    assert len(set(titles)) == len(titles), "every page has a title of its own"
+    buttons = pages[2].all("button")[:3]
+    assert [(button["value"], button["data-key"]) for button in buttons] == [
+        ("left", "1"),
+        ("right", "2"),
+        ("equal", "0"),
+    ]
 
 
-def test_the_instructions_decide_in_the_order_of_appendix_g(place: Place) -> None:
-    someone, told = Someone(place.app), dict[str, str]()
-    page = someone.begin()
+def test_the_instructions_follow_the_order_of_appendix_g(place: Place) -> None:
+    visitor, instructions = Visitor(place.app), dict[str, str]()
+    page = visitor.begin()
     while "Thank you" not in page.text:
-        told[re.findall("<h1[^>]*>(.*)</h1>", page.source)[0]] = page.text.partition("How to decide")[2]
-        someone.press(page, expected(place, page) or "left")
-        page = someone.page()
+        instructions[re.findall("<h1[^>]*>(.*)</h1>", page.source)[0]] = page.text.partition("How to decide")[2]
+        visitor.press(page, expected(place, page) or "left")
+        page = visitor.page()
     orders = {
-        "Which picture looks more like the reference object?": ["kind of thing", "shape", "colours", "patterns, parts"],
-        "Which picture fits the description better?": ["“something”", "Forget the references", "this object", "equal"],
+        "Which image looks more like the reference object?": ["kind of thing", "shape", "colours", "patterns, parts"],
+        "Which image fits the description better?": ["“something”", "Ignore the references", "this object", "equal"],
     }
-    for asks, words in orders.items():
-        places = [told[asks].index(word) for word in words]
+    for question, words in orders.items():
+        places = [instructions[question].index(word) for word in words]
         assert places == sorted(places)
 
 
-def test_pages_name_no_method_no_rival_and_no_path(place: Place) -> None:
-    someone = Someone(place.app)
-    page = someone.begin()
+def test_pages_name_no_method_no_run_and_no_path(place: Place) -> None:
+    visitor = Visitor(place.app)
+    page = visitor.begin()
     words = {"textual", "inversion", "stopped", "full", "dvar", "baseline", "control", str(place.folder), "mug"}
     for _ in range(8):
-        low = page.source.lower()
-        assert not [word for word in words if word.lower() in low]
-        someone.press(page, expected(place, page) or "right")
-        page = someone.page()
-    picture = someone.http.get(str(page.of("img")[0]["src"]))
-    assert picture.headers["content-type"] == "image/png"
-    assert not {"last-modified", "etag"} & set(picture.headers)
+        # Signatures are random letters, which may spell a short word.
+        tokens = [fields["ticket"] for fields in page.forms.values()] + [personal_link(page)]
+        text = page.source.lower()
+        for token in tokens:
+            assert token.lower() in text
+            text = text.replace(token.lower(), "")
+        assert not [word for word in words if word.lower() in text]
+        visitor.press(page, expected(place, page) or "right")
+        page = visitor.page()
+    response = visitor.http.get(str(page.all("img")[0]["src"]))
+    assert response.headers["content-type"] == "image/png"
+    assert not {"last-modified", "etag"} & set(response.headers)
 
 
-def test_what_people_and_prompts_say_is_shown_and_never_carried_out(place: Place) -> None:
-    someone, shown = Someone(place.app), ""
-    page = someone.begin(NASTY)
+def test_names_and_prompts_are_shown_as_text_and_never_executed(place: Place) -> None:
+    visitor, shown = Visitor(place.app), ""
+    page = visitor.begin(NASTY)
     while "Thank you" not in page.text:
         shown += page.source
-        assert [f.get("src") for f in page.of("script")] == ["/static/keys.js"]
-        someone.press(page, expected(place, page) or "left")
-        page = someone.page()
+        assert [f.get("src") for f in page.all("script")] == ["/static/keys.js"]
+        visitor.press(page, expected(place, page) or "left")
+        page = visitor.page()
     assert "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;" in shown, "a scene of the survey"
-    admin = someone.progress()
-    assert not admin.of("script")
+    admin = visitor.progress()
+    assert not admin.all("script")
     assert NASTY in admin.text
 
 
-def test_the_page_of_progress_needs_its_token_and_tells_who_fails(place: Place) -> None:
-    someone = Someone(place.app)
-    page = someone.begin("Careless")
+def test_the_progress_page_needs_its_token_and_shows_who_fails(place: Place) -> None:
+    visitor = Visitor(place.app)
+    page = visitor.begin("Careless")
     while "Thank you" not in page.text:
         right = expected(place, page)
-        someone.press(page, "equal")
+        visitor.press(page, "equal")
         if right not in (None, "equal"):
-            someone.press(page, str(right))  # of training; a control's second answer is refused
-        page = someone.page()
-    assert someone.http.get("/admin").status_code == 403
-    other = Someone(place.app)
+            visitor.press(page, str(right))  # of training; a control's second answer is refused
+        page = visitor.page()
+    assert visitor.http.get("/admin").status_code == 403
+    other = Visitor(place.app)
     page = other.begin("Careful")
     while "Thank you" not in page.text:
         other.press(page, expected(place, page) or "left")
         page = other.page()
-    admin = someone.progress()
-    assert "Careless (left out)" in admin.text
-    assert "Careful (left out)" not in admin.text
-    assert "2 people, 16 answers to pairs of 80 wanted" in admin.text
-    for row in place.scored.before:
+    admin = visitor.progress()
+    assert "Careless (excluded)" in admin.text
+    assert "Careful (excluded)" not in admin.text
+    assert "2 people, 16 of 80 answers to pairs" in admin.text
+    for row in place.score.all_results:
         assert row.alpha is not None
         assert f"<td>{row.alpha:.2f}</td></tr>".replace("-", "−") in admin.source, "the agreement of each question"
     assert admin_token(KEY) not in admin.source
@@ -397,77 +411,76 @@ def test_the_page_of_progress_needs_its_token_and_tells_who_fails(place: Place) 
 # Attacks
 
 
-def forged(place: Place, someone: Someone, page: Page) -> Any:
+def forged(place: Place, visitor: Visitor, page: Page) -> Any:
     fields = {**page.hidden, "answer": "left"}
     head, signature = fields["ticket"].rsplit(".", 1)
-    return someone.http.post("/vote", data={**fields, "ticket": f"{head}.{signature[::-1]}"})
+    return visitor.http.post("/vote", data={**fields, "ticket": f"{head}.{signature[::-1]}"})
 
 
-def other_key(place: Place, someone: Someone, page: Page) -> Any:
-    evil = Someone(application(place.folder, place.survey, "e" * 40))
-    return someone.http.post("/vote", data={**evil.begin().hidden, "task": page.hidden["task"], "answer": "left"})
+def other_key(place: Place, visitor: Visitor, page: Page) -> Any:
+    evil = Visitor(create_app(place.folder, place.survey, "e" * 40))
+    return visitor.http.post("/vote", data={**evil.begin().hidden, "task": page.hidden["task"], "answer": "left"})
 
 
-def other_person(place: Place, someone: Someone, page: Page) -> Any:
-    thief = Someone(place.app)
+def other_person(place: Place, visitor: Visitor, page: Page) -> Any:
+    thief = Visitor(place.app)
     thief.begin("Thief")
     return thief.http.post("/vote", data={**page.hidden, "answer": "left"})
 
 
-def other_task(place: Place, someone: Someone, page: Page) -> Any:
-    return someone.http.post("/vote", data={**page.hidden, "task": str(int(page.hidden["task"]) + 1), "answer": "left"})
+def other_task(place: Place, visitor: Visitor, page: Page) -> Any:
+    return visitor.http.post("/vote", data={**page.hidden, "task": str(int(page.hidden["task"]) + 1), "answer": "left"})
 
 
-def other_purpose(place: Place, someone: Someone, page: Page) -> Any:
-    ticket = someone.page("/").hidden["ticket"]
-    return someone.http.post("/vote", data={**page.hidden, "ticket": ticket, "answer": "left"})
+def other_purpose(place: Place, visitor: Visitor, page: Page) -> Any:
+    ticket = visitor.page("/").hidden["ticket"]
+    return visitor.http.post("/vote", data={**page.hidden, "ticket": ticket, "answer": "left"})
 
 
-def forged_cookie(place: Place, someone: Someone, page: Page) -> Any:
-    thief = Someone(place.app)
+def forged_cookie(place: Place, visitor: Visitor, page: Page) -> Any:
+    thief = Visitor(place.app)
     thief.http.cookies.set("survey", "eyJ3b3JrZXIiOiAxfQ==.aaaaaa.bbbbbbbbbbbbbbbbbbbbbbbbbbb")
     return thief.http.post("/vote", data={**page.hidden, "answer": "left"})
 
 
-def replayed(place: Place, someone: Someone, page: Page) -> Any:
+def replayed(place: Place, visitor: Visitor, page: Page) -> Any:
     right = expected(place, page) or "left"
-    assert someone.press(page, right).status_code == 303
-    return someone.press(page, "right" if right == "left" else "left")
+    assert visitor.press(page, right).status_code == 303
+    return visitor.press(page, "right" if right == "left" else "left")
 
 
-def wrong_token(token: str) -> Callable[[Place, Someone, Page], Any]:
-    def attack(place: Place, someone: Someone, page: Page) -> Any:
-        return someone.send("/admin", Page(someone.http.get("/admin").text), token=token)
-
-    return attack
-
-
-def no_button(place: Place, someone: Someone, page: Page) -> Any:
-    return someone.press(page, "first")
-
-
-def posted(path: str = "/vote", **request: Any) -> Callable[[Place, Someone, Page], Any]:
-    def attack(place: Place, someone: Someone, page: Page) -> Any:
-        given = {"data": {**page.hidden, "answer": "left"}, **request}
-        return someone.http.post(path, **given)
+def wrong_token(token: str) -> Callable[[Place, Visitor, Page], Any]:
+    def attack(place: Place, visitor: Visitor, page: Page) -> Any:
+        return visitor.send("/admin", Page(visitor.http.get("/admin").text), token=token)
 
     return attack
 
 
-def fetched(path: str, **headers: str) -> Callable[[Place, Someone, Page], Any]:
-    return lambda place, someone, page: someone.http.get(path, headers=headers)
+def no_button(place: Place, visitor: Visitor, page: Page) -> Any:
+    return visitor.press(page, "first")
 
 
-def endless(place: Place, someone: Someone, page: Page) -> Any:
+def posted(path: str = "/vote", **request: Any) -> Callable[[Place, Visitor, Page], Any]:
+    def attack(place: Place, visitor: Visitor, page: Page) -> Any:
+        return visitor.http.post(path, **{"data": {**page.hidden, "answer": "left"}, **request})
+
+    return attack
+
+
+def fetched(path: str, **headers: str) -> Callable[[Place, Visitor, Page], Any]:
+    return lambda place, visitor, page: visitor.http.get(path, headers=headers)
+
+
+def endless(place: Place, visitor: Visitor, page: Page) -> Any:
     def parts() -> Any:
         for _ in range(100):
-            yield b"x" * BODY
+            yield b"x" * MAX_BODY
 
-    return someone.http.post("/vote", content=parts(), headers={"content-type": "application/x-www-form-urlencoded"})
+    return visitor.http.post("/vote", content=parts(), headers={"content-type": "application/x-www-form-urlencoded"})
 
 
 FORM = {"content-type": "application/x-www-form-urlencoded"}
-ATTACKS: dict[str, tuple[Callable[[Place, Someone, Page], Any], set[int]]] = {
+ATTACKS: dict[str, tuple[Callable[[Place, Visitor, Page], Any], set[int]]] = {
     "a forged ticket": (forged, {403}),
     "no ticket": (posted(data={"task": "1", "answer": "left"}), {403}),
     "a ticket of another secret": (other_key, {403}),
@@ -475,15 +488,15 @@ ATTACKS: dict[str, tuple[Callable[[Place, Someone, Page], Any], set[int]]] = {
     "a ticket of another task": (other_task, {403}),
     "a ticket of another purpose": (other_purpose, {403}),
     "a forged cookie": (forged_cookie, {403}),
-    "an answer replayed with another word": (replayed, {409}),
+    "an answer replayed with another button": (replayed, {409}),
     "a post from another site": (posted(headers={"origin": "https://evil.example"}), {403}),
     "a post from a page without a site": (posted(headers={"origin": "null"}), {403}),
     "a post that the browser calls cross-site": (posted(headers={"sec-fetch-site": "cross-site"}), {403}),
     "joining from another site": (posted("/join", headers={"origin": "https://evil.example"}), {403}),
     "joining without a ticket": (posted("/join", data={"name": "Eve"}), {403}),
-    "an answer that is no button": (no_button, {409}),
+    "an answer that is not a button": (no_button, {409}),
     "an empty form": (posted(data={}, headers=FORM), {403}),
-    "a body that is too large": (posted(content=b"a=" + b"x" * BODY, data=None, headers=FORM), {413}),
+    "a body that is too large": (posted(content=b"a=" + b"x" * MAX_BODY, data=None, headers=FORM), {413}),
     "a body without end": (endless, {413}),
     "a thousand fields": (posted(content=b"a=1&" * 900, data=None, headers=FORM), {400}),
     "bytes that are no text": (posted(content=b"\xff\xfe=%ff", data=None, headers=FORM), {400}),
@@ -505,8 +518,8 @@ ATTACKS: dict[str, tuple[Callable[[Place, Someone, Page], Any], set[int]]] = {
     "progress with no token": (wrong_token(""), {403}),
     "progress with a token that is no ASCII": (wrong_token("é"), {403}),
     "progress from another site": (posted("/admin", data={"token": admin_token(KEY)}), {403}),
-    "forgetting someone from another site": (posted("/forget", data={}, headers=FORM), {403}),
-    "forgetting someone with the ticket of a vote": (posted("/forget"), {403}),
+    "deleting a rater from another site": (posted("/forget", data={}, headers=FORM), {403}),
+    "deleting a rater with the ticket of a vote": (posted("/forget"), {403}),
     "turning keys off from another site": (posted("/keys", data={}, headers=FORM), {403}),
     "a link with another number": (fetched("/resume/Mg.sN6GYKedNg0_wlLLJBeQt1OcWQI"), {403}),
     "another host's name": (fetched("/task", host="evil.example"), {400}),
@@ -516,9 +529,9 @@ ATTACKS: dict[str, tuple[Callable[[Place, Someone, Page], Any], set[int]]] = {
 @pytest.mark.parametrize("name", ATTACKS)
 def test_an_attack_is_refused_and_changes_nothing(place: Place, name: str) -> None:
     attack, statuses = ATTACKS[name]
-    someone = Someone(place.app)
-    page = someone.begin()
-    answer = attack(place, someone, page)
+    visitor = Visitor(place.app)
+    page = visitor.begin()
+    answer = attack(place, visitor, page)
     assert answer.status_code in statuses, answer.text
     allowed = 1 if name.startswith("an answer replayed") else 0
     assert len(place.votes) == allowed
@@ -530,30 +543,28 @@ def test_an_attack_is_refused_and_changes_nothing(place: Place, name: str) -> No
     assert answer.headers["x-content-type-options"] == "nosniff"
 
 
-def test_every_page_has_the_headers_and_the_cookie_is_out_of_reach(place: Place) -> None:
-    someone = Someone(place.app)
+def test_every_page_has_the_security_headers_and_a_protected_cookie(place: Place) -> None:
+    visitor = Visitor(place.app)
     policy = {
         "default-src": "'none'",
         **dict.fromkeys(("img-src", "style-src", "script-src", "form-action"), "'self'"),
         **dict.fromkeys(("base-uri", "frame-ancestors"), "'none'"),
     }
-    picture = f"/pictures/{place.survey.pictures[0]}.png"
-    for path in ("/", "/static/survey.css", "/static/keys.js", picture, "/nothing"):
-        answer = someone.http.get(path)
+    image = f"/pictures/{place.survey.image_ids[0]}.png"
+    for path in ("/", "/static/survey.css", "/static/keys.js", image, "/nothing"):
+        answer = visitor.http.get(path)
         assert answer.status_code == (404 if path == "/nothing" else 200)
-        given = (part.strip().partition(" ") for part in answer.headers["content-security-policy"].split(";"))
-        assert {name: value for name, _, value in given} == policy
+        directives = (part.strip().partition(" ") for part in answer.headers["content-security-policy"].split(";"))
+        assert {name: value for name, _, value in directives} == policy
         assert answer.headers["x-content-type-options"] == "nosniff"
         assert answer.headers["x-robots-tag"] == "noindex"
-        assert answer.headers["cache-control"] == (
-            "private, max-age=86400, immutable" if path == picture else "no-store"
-        )
+        assert answer.headers["cache-control"] == ("private, max-age=86400, immutable" if path == image else "no-store")
         for name in ("referrer-policy", "cross-origin-opener-policy", "cross-origin-resource-policy"):
             assert answer.headers[name] == "same-origin"
-    cookie = Someone(place.app).http.get("/").headers["set-cookie"].lower()
+    cookie = Visitor(place.app).http.get("/").headers["set-cookie"].lower()
     assert "httponly" in cookie
     assert "samesite=lax" in cookie
-    https = Someone(application(place.folder, place.survey, KEY, "https://survey.example.org"))
+    https = Visitor(create_app(place.folder, place.survey, KEY, "https://survey.example.org"))
     https.http.headers["host"] = "survey.example.org"
     cookie = https.http.get("/").headers["set-cookie"].lower()
     assert "secure" in cookie
@@ -562,25 +573,25 @@ def test_every_page_has_the_headers_and_the_cookie_is_out_of_reach(place: Place)
     assert "domain" not in cookie
 
 
-def test_a_proxy_may_call_the_server_by_another_name(place: Place) -> None:
-    someone = Someone(application(place.folder, place.survey, KEY, "http://survey.example.org"))
-    page = someone.page("/")
+def test_a_proxy_may_use_another_host_name(place: Place) -> None:
+    visitor = Visitor(create_app(place.folder, place.survey, KEY, "http://survey.example.org"))
+    page = visitor.page("/")
     for origin, status in (("http://survey.example.org", 303), ("http://survey.example", 403)):
-        given = {"data": page.hidden, "headers": {"origin": origin}, "follow_redirects": False}
-        assert someone.http.post("/join", **given).status_code == status  # type: ignore[arg-type]
+        response = visitor.http.post("/join", data=page.hidden, headers={"origin": origin}, follow_redirects=False)
+        assert response.status_code == status
 
 
-def test_a_body_that_is_too_large_ends_the_connection(place: Place) -> None:
-    answer = Someone(place.app).http.post("/join", content=b"a=" + b"x" * BODY, headers=FORM)
+def test_a_body_that_is_too_large_closes_the_connection(place: Place) -> None:
+    answer = Visitor(place.app).http.post("/join", content=b"a=" + b"x" * MAX_BODY, headers=FORM)
     assert (answer.status_code, answer.headers["connection"]) == (413, "close")
 
 
-def test_the_secret_is_made_once_for_its_owner_alone(tmp_path: Path) -> None:
+def test_the_secret_is_created_once_and_readable_by_its_owner_only(tmp_path: Path) -> None:
     folder, _ = small_survey(tmp_path)
     secret = read_secret(folder)
     assert len(secret) >= 32
     assert read_secret(folder) == secret
-    assert (folder / SECRET).stat().st_mode & 0o077 == 0
+    assert (folder / SECRET_FILE).stat().st_mode & 0o077 == 0
     assert secret not in admin_token(secret)
     (tmp_path / "short").write_text("abc")
     for name in ("short", "missing"):
@@ -589,7 +600,7 @@ def test_the_secret_is_made_once_for_its_owner_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("settings", "names"),
     [
         ({}, []),
         ({"host": "::1"}, []),
@@ -603,11 +614,11 @@ def test_the_secret_is_made_once_for_its_owner_alone(tmp_path: Path) -> None:
         ({"joins_per_hour": -1}, ["joins_per_hour"]),
     ],
 )
-def test_others_reach_it_only_when_asked_for(given: dict[str, Any], said: list[str]) -> None:
-    assert [problem.split()[0] for problem in survey_problems(SurveyServeConfig(**given))] == said
+def test_other_machines_reach_the_survey_only_when_asked_for(settings: dict[str, Any], names: list[str]) -> None:
+    assert [problem.split()[0] for problem in problems(SurveyServeConfig(**settings))] == names
 
 
 def test_a_folder_without_a_survey_is_refused_before_anything_listens(tmp_path: Path) -> None:
     with pytest.raises(RefusedInput, match=r"survey\.json"):
-        serve(tmp_path, SurveyServeConfig())
-    assert not (tmp_path / PICTURES).exists()
+        serve_survey(tmp_path, SurveyServeConfig())
+    assert not (tmp_path / IMAGE_FOLDER).exists()

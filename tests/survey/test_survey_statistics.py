@@ -1,8 +1,9 @@
-"""The statistics against independent ones: definitions, closed forms, another library, textbook numbers."""
+"""The statistics against independent references: definitions, closed forms, another library, textbooks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, Literal
 
 import krippendorff as reference
 import numpy as np
@@ -13,12 +14,12 @@ from hypothesis import strategies as st
 from dvar.survey.statistics import (
     MISSING,
     Interval,
-    clustered,
-    davidson,
-    krippendorff,
-    nominal,
-    ordered,
-    wilson,
+    clustered_interval,
+    fit_davidson,
+    krippendorff_alpha,
+    nominal_distance,
+    squared_distance,
+    wilson_interval,
 )
 
 Z95 = 1.959963984540054
@@ -34,9 +35,9 @@ def shown(better: tuple[int, int], equal: tuple[int, int], worse: tuple[int, int
 
 
 @given(st.integers(1, 400), st.data())
-def test_wilsons_ends_are_the_shares_from_which_the_votes_are_just_not_too_far(count: int, data: st.DataObject) -> None:
+def test_wilsons_ends_are_the_shares_at_which_a_score_test_just_rejects(count: int, data: st.DataObject) -> None:
     hits = data.draw(st.integers(0, count))
-    interval = wilson(hits, count)
+    interval = wilson_interval(hits, count)
     for end in (interval.low, interval.high):
         assert 0 <= end <= 1
         if 0 < end < 1:
@@ -46,65 +47,65 @@ def test_wilsons_ends_are_the_shares_from_which_the_votes_are_just_not_too_far(c
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 400), st.floats(0.5, 0.999), st.data())
-def test_wilson_is_that_of_scipy(count: int, confidence: float, data: st.DataObject) -> None:
+def test_wilsons_interval_equals_scipys(count: int, confidence: float, data: st.DataObject) -> None:
     stats = pytest.importorskip("scipy.stats", reason="needs the extra: pip install 'dvar[lab]'")
     hits = data.draw(st.integers(0, count))
     expected = stats.binomtest(hits, count).proportion_ci(confidence, method="wilson")
-    found = wilson(hits, count, confidence)
-    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    interval = wilson_interval(hits, count, confidence)
+    assert (interval.low, interval.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
-def test_two_intervals_together_reach_from_the_lowest_end_to_the_highest() -> None:
+def test_the_union_of_two_intervals_holds_both() -> None:
     assert Interval(0.2, 0.4) | Interval(0.3, 0.7) == Interval(0.2, 0.7)
     assert Interval(0.3, 0.4) | Interval(0.1, 0.7) == Interval(0.1, 0.7)
 
 
-def test_wilson_of_a_textbook() -> None:
+def test_wilsons_interval_matches_published_values() -> None:
     # Newcombe (1998), Table I, method 3: 81 of 263 and 15 of 148.
     for hits, count, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611)):
-        found = wilson(hits, count)
-        assert (round(found.low, 4), round(found.high, 4)) == (low, high)
-    assert wilson(0, 0) == Interval(0.0, 1.0)
+        interval = wilson_interval(hits, count)
+        assert (round(interval.low, 4), round(interval.high, 4)) == (low, high)
+    assert wilson_interval(0, 0) == Interval(0.0, 1.0)
 
 
-def test_clusters_of_one_vote_are_a_plain_bootstrap_and_copies_of_a_vote_tell_nothing_new() -> None:
+def test_clusters_of_one_vote_give_a_plain_bootstrap_and_copies_of_a_vote_add_nothing() -> None:
     random = np.random.default_rng(0)
     hits = random.random(200) < 0.7
-    alone = np.arange(200)
-    one = np.zeros(200, np.int64)
-    plain = clustered(hits, alone, one)
+    raters = np.arange(200)
+    concept = np.zeros(200, np.int64)
+    plain = clustered_interval(hits, raters, concept)
     spread = np.sqrt(hits.mean() * (1 - hits.mean()) / 200)
     assert plain.low == pytest.approx(hits.mean() - Z95 * spread, abs=0.015)
     assert plain.high == pytest.approx(hits.mean() + Z95 * spread, abs=0.015)
-    copied = clustered(np.repeat(hits, 10), np.repeat(alone, 10), np.repeat(one, 10))
+    copied = clustered_interval(np.repeat(hits, 10), np.repeat(raters, 10), np.repeat(concept, 10))
     assert copied == plain
-    both = clustered(np.repeat(hits, 10), np.repeat(alone, 10), np.tile(np.arange(10), 200))
+    both = clustered_interval(np.repeat(hits, 10), np.repeat(raters, 10), np.tile(np.arange(10), 200))
     assert both.low == pytest.approx(plain.low, abs=0.02)
 
 
-def test_the_clustered_interval_is_that_of_drawing_people_and_concepts_by_hand() -> None:
+def test_the_clustered_interval_equals_resampling_raters_and_concepts_by_hand() -> None:
     random = np.random.default_rng(3)
-    people, concepts = np.repeat(np.arange(8), 6), np.tile(np.arange(6), 8)
+    raters, concepts = np.repeat(np.arange(8), 6), np.tile(np.arange(6), 8)
     hits = random.random(48) < 0.4 + 0.4 * (concepts % 2)
     table = hits.reshape(8, 6)
     shares = [table[random.integers(0, 8, 8)][:, random.integers(0, 6, 6)].mean() for _ in range(4000)]
-    found = clustered(hits, people, concepts, resamples=4000)
-    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(shares, [0.025, 0.975])), abs=0.025)
-    wide = clustered(hits, people, concepts, resamples=4000, confidence=0.99)
-    assert wide.low < found.low < found.high < wide.high
-    assert clustered(hits[:0], people[:0], concepts[:0]) == Interval(0.0, 1.0)
+    interval = clustered_interval(hits, raters, concepts, resamples=4000)
+    assert (interval.low, interval.high) == pytest.approx(tuple(np.quantile(shares, [0.025, 0.975])), abs=0.025)
+    wide = clustered_interval(hits, raters, concepts, resamples=4000, confidence=0.99)
+    assert wide.low < interval.low < interval.high < wide.high
+    assert clustered_interval(hits[:0], raters[:0], concepts[:0]) == Interval(0.0, 1.0)
 
 
-def test_davidson_without_a_favourite_side_is_its_closed_form() -> None:
+def test_davidson_without_an_effect_of_the_side_has_its_closed_form() -> None:
     # With b better, w worse, e equal: pi1/pi2 = b/w and nu = e / sqrt(b w) (Davidson 1970, two objects).
-    strength = davidson(*shown((30, 30), (12, 12), (15, 15)))
+    strength = fit_davidson(*shown((30, 30), (12, 12), (15, 15)))
     assert strength is not None
     assert strength.advantage == pytest.approx(np.log(60 / 30), abs=1e-9)
     assert strength.ties == pytest.approx(24 / np.sqrt(60 * 30), abs=1e-9)
     assert strength.left == pytest.approx(0, abs=1e-9)
-    assert strength.chances() == pytest.approx((60 / 114, 24 / 114, 30 / 114))
+    assert strength.probabilities() == pytest.approx((60 / 114, 24 / 114, 30 / 114))
     # Without ties it is Bradley and Terry's, whose variance of the log odds is 1/b + 1/w.
-    untied = davidson(*shown((30, 30), (0, 0), (15, 15)))
+    untied = fit_davidson(*shown((30, 30), (0, 0), (15, 15)))
     assert untied is not None
     assert untied.ties == 0
     half = Z95 * np.sqrt(1 / 60 + 1 / 30)
@@ -116,9 +117,9 @@ counts = st.tuples(st.integers(1, 40), st.integers(1, 40))
 
 @settings(max_examples=15, deadline=None)
 @given(counts, counts, counts)
-def test_no_other_strength_is_more_likely(better, equal, worse) -> None:  # type: ignore[no-untyped-def]
+def test_the_fitted_strength_maximises_the_likelihood(better, equal, worse) -> None:  # type: ignore[no-untyped-def]
     votes, left = shown(better, equal, worse)
-    strength = davidson(votes, left)
+    strength = fit_davidson(votes, left)
     assert strength is not None
 
     def likelihood(advantage: float, side: float, ties: float) -> float:
@@ -130,9 +131,9 @@ def test_no_other_strength_is_more_likely(better, equal, worse) -> None:  # type
         return float(np.log(chance).sum())
 
     optimize = pytest.importorskip("scipy.optimize", reason="needs the extra: pip install 'dvar[lab]'")
-    found = optimize.minimize(lambda at: -likelihood(at[0], at[1], np.exp(at[2])), np.zeros(3), tol=1e-10)
+    optimum = optimize.minimize(lambda at: -likelihood(at[0], at[1], np.exp(at[2])), np.zeros(3), tol=1e-10)
     fitted = (strength.advantage, strength.left, np.log(strength.ties))
-    assert fitted == pytest.approx(tuple(found.x), abs=1e-3)
+    assert fitted == pytest.approx(tuple(optimum.x), abs=1e-3)
     spread = Z95 * np.sqrt(1 / _curvature(lambda change: likelihood(fitted[0] + change, fitted[1], strength.ties)))
     assert strength.interval.high - strength.advantage >= spread * 0.999, "the others are estimated as well"
     best = likelihood(strength.advantage, strength.left, strength.ties)
@@ -147,12 +148,12 @@ def _curvature(of: Callable[[float], float], step: float = 1e-3) -> float:
     return -(of(step) - 2 * of(0) + of(-step)) / step**2
 
 
-def test_davidsons_interval_is_that_of_fishers_information_by_hand() -> None:
+def test_davidsons_interval_follows_from_the_fisher_information() -> None:
     # With the sides even, the side does not bear on the others; advantage and log nu remain. Their information is n
     # times the covariance of (p1 - p3) / 2 and of "equal".
-    strength = davidson(*shown((30, 30), (12, 12), (15, 15)))
+    strength = fit_davidson(*shown((30, 30), (12, 12), (15, 15)))
     assert strength is not None
-    better, _, worse = strength.chances()
+    better, _, worse = strength.probabilities()
     count, equal = 114, 24 / 114
     information = np.array(
         [
@@ -164,21 +165,21 @@ def test_davidsons_interval_is_that_of_fishers_information_by_hand() -> None:
     assert strength.interval.high - strength.advantage == pytest.approx(half, rel=1e-6)
 
 
-def test_other_confidences_and_seeds_give_other_intervals() -> None:
+def test_the_confidence_and_the_seed_change_the_intervals() -> None:
     votes = shown((20, 12), (6, 8), (10, 15))
-    some, most = davidson(*votes), davidson(*votes, 0.99)
+    some, most = fit_davidson(*votes), fit_davidson(*votes, 0.99)
     assert some is not None
     assert most is not None
     for narrow, wide in ((some.interval, most.interval), (some.left_interval, most.left_interval)):
         assert wide.high - wide.low == pytest.approx((narrow.high - narrow.low) * 2.5758293 / Z95, rel=1e-6)
-    hits, people = np.arange(60) % 3 == 0, np.arange(60) % 7
-    one, same, other = (clustered(hits, people, people, seed=seed) for seed in (1, 1, 2))
-    assert one == same != other
+    hits, raters = np.arange(60) % 3 == 0, np.arange(60) % 7
+    first, same, other = (clustered_interval(hits, raters, raters, seed=seed) for seed in (1, 1, 2))
+    assert first == same != other
 
 
-def test_a_favourite_side_is_told_apart_from_a_favourite_rival() -> None:
+def test_an_effect_of_the_side_is_not_mistaken_for_a_better_candidate() -> None:
     # Everyone presses left: no rival is better.
-    strength = davidson(*shown((40, 5), (6, 6), (5, 40)))
+    strength = fit_davidson(*shown((40, 5), (6, 6), (5, 40)))
     assert strength is not None
     assert strength.advantage == pytest.approx(0, abs=1e-9)
     assert 0.0 not in strength.left_interval
@@ -188,26 +189,27 @@ def test_a_favourite_side_is_told_apart_from_a_favourite_rival() -> None:
 @pytest.mark.parametrize(
     "votes", [((5, 5), (2, 2), (0, 0)), ((0, 0), (3, 3), (0, 0)), ((5, 0), (1, 1), (0, 5)), ((0, 0), (0, 0), (0, 0))]
 )
-def test_where_no_strength_is_most_likely_none_is_told(votes) -> None:  # type: ignore[no-untyped-def]
-    assert davidson(*shown(*votes)) is None
+def test_without_a_maximum_of_the_likelihood_there_is_no_strength(votes) -> None:  # type: ignore[no-untyped-def]
+    assert fit_davidson(*shown(*votes)) is None
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.lists(st.sampled_from([1, 0, -1, None, None]), min_size=6, max_size=6), min_size=2, max_size=6))
-def test_alpha_is_the_one_of_another_library(rows: list[list[int | None]]) -> None:
+def test_alpha_equals_another_librarys(rows: list[list[int | None]]) -> None:
     ours = np.array([[MISSING if value is None else value for value in row] for row in rows], np.int64)
     theirs = np.array([[np.nan if value is None else value for value in row] for row in rows], float)
     rated_twice = np.isfinite(theirs).sum(axis=0) > 1
     kinds = np.unique(theirs[:, rated_twice][np.isfinite(theirs[:, rated_twice])])
     if len(kinds) < 2:
-        assert krippendorff(ours) is None
+        assert krippendorff_alpha(ours) is None
         return
-    for distance, level in ((nominal, "nominal"), (ordered, "interval")):
+    levels: dict[Literal["nominal", "interval"], Any] = {"nominal": nominal_distance, "interval": squared_distance}
+    for level, distance in levels.items():
         expected = reference.alpha(reliability_data=theirs[:, rated_twice], level_of_measurement=level)
-        assert krippendorff(ours, distance) == pytest.approx(expected, abs=1e-9)
+        assert krippendorff_alpha(ours, distance) == pytest.approx(expected, abs=1e-9)
 
 
-def test_alpha_of_the_textbook() -> None:
+def test_alpha_matches_published_values() -> None:
     # Krippendorff (2011), "Computing Krippendorff's Alpha-Reliability", section C: nominal, four observers, 0.743.
     observers = [
         "1 2 3 3 2 1 4 1 2 * * *",
@@ -218,11 +220,11 @@ def test_alpha_of_the_textbook() -> None:
     ratings = np.array(
         [[MISSING if mark == "*" else int(mark) for mark in line.split()] for line in observers], np.int64
     )
-    assert round(krippendorff(ratings) or 0, 3) == 0.743
-    assert round(krippendorff(ratings, ordered) or 0, 3) == 0.849
+    assert round(krippendorff_alpha(ratings) or 0, 3) == 0.743
+    assert round(krippendorff_alpha(ratings, squared_distance) or 0, 3) == 0.849
 
 
-def test_alpha_of_random_votes_is_near_nothing() -> None:
+def test_alpha_of_random_votes_is_near_zero() -> None:
     random = np.random.default_rng(0).integers(-1, 2, (10, 300))
-    assert krippendorff(random) == pytest.approx(0, abs=0.03)
-    assert krippendorff(np.repeat(random[:1], 4, axis=0)) == 1
+    assert krippendorff_alpha(random) == pytest.approx(0, abs=0.03)
+    assert krippendorff_alpha(np.repeat(random[:1], 4, axis=0)) == 1

@@ -1,9 +1,8 @@
-"""A survey, built from run folders: pairs of pictures, controls with an obvious answer, a training round."""
+"""Building a survey from finished runs: pairs of images, controls with an obvious answer, training tasks."""
 
 from __future__ import annotations
 
 import random
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -15,21 +14,21 @@ from PIL import Image
 
 from dvar.config.training import Sampler
 from dvar.errors import RefusedInput
-from dvar.runs.generate import GeneratedImage, draw, drawings
+from dvar.files import staged_folder
+from dvar.runs.generate import GeneratedImage, generate_images, list_generated_images
 from dvar.runs.run_folder import RunFolder
 from dvar.survey.config import SurveyBuildConfig
 from dvar.survey.questions import LESSONS
-from dvar.survey.survey import PICTURES, QUESTIONS, Survey, Task, controls, key
-from dvar.training.dataset import prompts
+from dvar.survey.survey import IMAGE_FOLDER, QUESTIONS, Survey, Task, count_controls, stable_hash
 
-SHOWN = 4  # reference pictures beside a question
-SMALL = 128  # pictures up to this side are enlarged, pixel by pixel, so that every screen shows them alike
-ENLARGED = 4
-TILES = 4  # the broken picture of a control is cut into this many rows and columns
-PADDING = b"paDd"  # a chunk of our own; its small letters tell readers that they may skip it
-PNG_END = 12  # bytes of a PNG's last chunk
-KEPT = 7 / 8  # of a picture's width and height stay in a control, so that its pictures are in no other task
-# Places that a first-time reader sees before them, and that the bundled model knows as well.
+REFERENCES_SHOWN = 4
+SMALL_SIDE = 128  # images up to this side are enlarged pixel by pixel, so that every screen shows them alike
+ENLARGEMENT = 4
+GRID = 4  # a scrambled image is cut into this many rows and columns
+CROP_SHARE = 7 / 8  # of width and height; controls are crops, so that their images are in no other task
+PADDING_CHUNK = b"paDd"  # a private PNG chunk; its lower-case letters tell readers that they may skip it
+PNG_END_LENGTH = 12  # bytes of the last chunk of a PNG
+# Places that are easy to imagine, and that the bundled model knows.
 SCENES = (
     "on the beach",
     "in the snow",
@@ -40,101 +39,115 @@ SCENES = (
     "at night",
     "on the street",
 )
+ImageSettings = tuple[str, int, tuple[int, float, Sampler]]  # prompt pattern, seed, and how it was sampled
 
 
 @dataclass(frozen=True)
 class RunPair:
-    """Two finished runs of one concept whose pictures are compared."""
+    """Two finished runs of one concept whose images are compared.
+
+    Args:
+        method: The method of both runs.
+        concept: Name of the concept.
+        candidate: The run that was named first.
+        baseline: The run that was named second.
+    """
 
     method: str
     concept: str
     candidate: RunFolder
     baseline: RunFolder
 
-    @property
-    def likeness(self) -> str:
-        """What tells the concept from another of the same name."""
-        return _likeness(self.candidate)
 
+def build_survey(runs: Sequence[str | Path], config: SurveyBuildConfig) -> Survey:
+    """Build a survey of ``runs`` in ``config.output_dir`` and return it.
 
-def build(runs: Sequence[str | Path], config: SurveyBuildConfig) -> Survey:
-    """Return the survey of these runs, written into ``config.output_dir``.
+    Two runs of one method and one concept are compared; the one named first is the candidate. Two of their images with
+    the same prompt, seed, steps, guidance and scheduler form a pair. A pair whose prompt was used in training asks
+    about likeness, any other about the description. Missing images are generated first, unless ``config.generate`` is
+    off.
 
-    Runs of one method and one concept (equal reference pictures) are rivals: the one named first is the candidate.
-    Their pictures of equal prompt, seed, steps and guidance make a pair; a prompt that training saw asks about
-    likeness, any other about the description. What is missing is drawn first, unless ``config.draw`` is off.
-
-    Raises: RefusedInput, before anything is drawn, naming every run that is unfinished, alone or without references,
-    and an output folder in use.
+    Raises:
+        RefusedInput: The output folder is in use, or some runs are unfinished, have no counterpart or have no
+            reference images; all such runs are named before any image is generated.
     """
     output = Path(config.output_dir)
     if output.exists() and any(output.iterdir()):
-        raise RefusedInput([f"{output} holds files already: name another --output_dir, or remove it"])
-    found = rivals([RunFolder.open(folder) for folder in runs])
-    if config.draw:
-        for pair in found:
+        raise RefusedInput([f"{output} already holds files: name another --output_dir, or remove it"])
+    pairs = pair_runs([RunFolder.open(folder) for folder in runs])
+    if config.generate:
+        for pair in pairs:
             for run in (pair.candidate, pair.baseline):
-                _draw_missing(run, config)
-    staged = output.with_name(f".{output.name}.part")
-    shutil.rmtree(staged, ignore_errors=True)
-    (staged / PICTURES).mkdir(parents=True)
-    survey = _planned(found, ImageStore(staged / PICTURES), config)
-    _equally_long(staged / PICTURES)
-    survey.write(staged)
-    if output.exists():
-        output.rmdir()
-    staged.replace(output)
+                _generate_missing(run, config)
+    with staged_folder(output) as staging:
+        (staging / IMAGE_FOLDER).mkdir()
+        survey = _plan_survey(pairs, ImageStore(staging / IMAGE_FOLDER), config)
+        _pad_to_equal_length(staging / IMAGE_FOLDER)
+        survey.save(staging)
+        if output.exists():
+            output.rmdir()  # fails if something has been put into it meanwhile
     return survey
 
 
-def rivals(runs: Sequence[RunFolder]) -> tuple[RunPair, ...]:
-    """Return the runs two by two, in the order given.
+def pair_runs(runs: Sequence[RunFolder]) -> tuple[RunPair, ...]:
+    """Return the pairs of runs to compare, in the order of ``runs``.
 
-    Two runs of one concept are rivals, too, when they are the only ones of it and of different methods.
+    Two runs of one concept and one method form a pair. If a concept has only two runs, they form a pair even when
+    their methods differ.
 
-    Raises: RefusedInput naming every run that cannot be compared.
+    Raises:
+        RefusedInput: Some runs cannot be compared; all are named.
     """
     problems, concepts = [], dict[str, list[RunFolder]]()
     for run in runs:
         if run.result is None:
             problems.append(f"a survey compares finished runs, {run.folder} has no result.json: finish it first")
         elif not run.references:
-            problems.append(f"a survey shows reference pictures, {run.folder} has none: train it again")
+            problems.append(f"a survey shows reference images, {run.folder} has none: train it again")
         else:
-            concepts.setdefault(_likeness(run), []).append(run)
-    found = []
+            concepts.setdefault(_concept_id(run), []).append(run)
+    pairs = []
     names = dict[str, str]()
-    for likeness, same in concepts.items():
-        name = Path(same[0].config["instance_data_dir"] or same[0].folder).name
-        name = name if names.setdefault(name, likeness) == likeness else f"{name} {likeness[:4]}"
-        methods = dict[str, list[RunFolder]]()
-        for run in same:
-            methods.setdefault(run.settings.method, []).append(run)
-        groups = {" against ".join(methods): same} if len(same) == 2 else methods
-        for method, group in groups.items():
+    for concept_id, concept_runs in concepts.items():
+        name = Path(concept_runs[0].config["instance_data_dir"] or concept_runs[0].folder).name
+        name = name if names.setdefault(name, concept_id) == concept_id else f"{name} {concept_id[:4]}"
+        for method, group in _group_by_method(concept_runs).items():
             if len(group) == 2:
-                found.append(RunPair(method, name, *group))
+                pairs.append(RunPair(method, name, *group))
             else:
-                named = ", ".join(str(run.folder) for run in group)
-                said = f"two runs of a method and a concept are compared, {method} has {len(group)} here ({named})"
-                problems.append(f"{said}: name its rival, of the same pictures, or leave it out")
-    if problems or not found:
+                folders = ", ".join(str(run.folder) for run in group)
+                problem = (
+                    f"a survey compares two runs of a method and a concept, got {len(group)} of {method} ({folders})"
+                )
+                problems.append(f"{problem}: name exactly two with the same reference images")
+    if problems or not pairs:
         raise RefusedInput(problems or ["a survey compares two runs of one concept, got none: name them"])
-    return tuple(found)
+    return tuple(pairs)
+
+
+def _group_by_method(runs: Sequence[RunFolder]) -> Mapping[str, Sequence[RunFolder]]:
+    methods = dict[str, list[RunFolder]]()
+    for run in runs:
+        methods.setdefault(run.settings.method, []).append(run)
+    return {" against ".join(methods): runs} if len(runs) == 2 else methods
 
 
 class ImageStore:
-    """The pictures of a survey, encoded anew under names that only their pixels decide."""
+    """The images of a survey, re-encoded under names that depend on their pixels alone.
+
+    Args:
+        folder: Folder of the images.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.enlarged = set[str]()
 
-    def keep(self, picture: Image.Image) -> str:
-        """Return the id of a picture, written as a plain RGB PNG without any note of its origin."""
-        plain = picture.convert("RGB")
-        if small := max(plain.size) <= SMALL:
-            plain = plain.resize((plain.width * ENLARGED, plain.height * ENLARGED), Image.Resampling.NEAREST)
+    def add(self, image: Image.Image) -> str:
+        """Write an image as a plain RGB PNG without metadata, and return its id."""
+        plain = image.convert("RGB")
+        if small := max(plain.size) <= SMALL_SIDE:
+            plain = plain.resize((plain.width * ENLARGEMENT, plain.height * ENLARGEMENT), Image.Resampling.NEAREST)
         digest = blake2b(repr(plain.size).encode() + plain.tobytes(), digest_size=12)
         plain = Image.frombytes("RGB", plain.size, plain.tobytes())
         path = self.folder / f"{digest.hexdigest()}.png"
@@ -144,26 +157,20 @@ class ImageStore:
             self.enlarged.add(path.stem)
         return path.stem
 
-    def picture(self, name: str) -> Image.Image:
-        """Return the picture of an id, in the size it was given in."""
-        kept = _opened(self.folder / f"{name}.png")
-        return kept.reduce(ENLARGED) if name in self.enlarged else kept
+    def load(self, image_id: str) -> Image.Image:
+        """Return an image in its original size."""
+        image = _open_image(self.folder / f"{image_id}.png")
+        return image.reduce(ENLARGEMENT) if image_id in self.enlarged else image
 
 
-def _planned(found: Sequence[RunPair], album: ImageStore, config: SurveyBuildConfig) -> Survey:
-    pairs = list[Task]()
-    for pair in found:
-        tasks = _pairs(pair, album)
-        if not tasks:
-            said = f"{pair.candidate.folder} and {pair.baseline.folder} have no picture of the same prompt and seed"
-            raise RefusedInput([f"{said}, steps and guidance: draw some with dvar generate, or leave out --no-draw"])
-        pairs += tasks
-    others = list[Task]()
+def _plan_survey(pairs: Sequence[RunPair], store: ImageStore, config: SurveyBuildConfig) -> Survey:
+    pair_tasks = [task for pair in pairs for task in _pair_tasks(pair, store)]
+    other_tasks = list[Task]()
     for question in QUESTIONS:
-        asked = [task for task in pairs if task.question == question]
-        if asked:
-            others += _training(asked, album)
-            others += _controls(asked, album, config)
+        tasks = [task for task in pair_tasks if task.question == question]
+        if tasks:
+            other_tasks += _training_tasks(tasks, store)
+            other_tasks += _control_tasks(tasks, store, config)
     return Survey(
         candidate=config.candidate,
         baseline=config.baseline,
@@ -171,7 +178,7 @@ def _planned(found: Sequence[RunPair], album: ImageStore, config: SurveyBuildCon
         per_person=config.per_person,
         control_every=config.control_every,
         seed=config.seed,
-        tasks=(*others, *pairs),
+        tasks=(*other_tasks, *pair_tasks),
         runs=tuple(
             {
                 "method": pair.method,
@@ -179,114 +186,120 @@ def _planned(found: Sequence[RunPair], album: ImageStore, config: SurveyBuildCon
                 "candidate": str(pair.candidate.folder),
                 "baseline": str(pair.baseline.folder),
             }
-            for pair in found
+            for pair in pairs
         ),
     )
 
 
-def _pairs(pair: RunPair, album: ImageStore) -> list[Task]:
-    """What both rivals drew alike, a task each."""
-    ours, theirs = _alike(pair.candidate), _alike(pair.baseline)
-    seen = {_pattern(prompt, run) for run in (pair.candidate, pair.baseline) for prompt in prompts(run.settings)}
-    references = tuple(album.keep(_opened(path)) for path in pair.candidate.references[:SHOWN])
+def _pair_tasks(pair: RunPair, store: ImageStore) -> list[Task]:
+    """Return a task for each two images that were generated with the same settings."""
+    candidate_images, baseline_images = _images_by_settings(pair.candidate), _images_by_settings(pair.baseline)
+    runs = (pair.candidate, pair.baseline)
+    trained_patterns = {_prompt_pattern(prompt, run) for run in runs for prompt in run.settings.caption_templates}
+    references = tuple(store.add(_open_image(path)) for path in pair.candidate.references[:REFERENCES_SHOWN])
+    concept_id = _concept_id(pair.candidate)
     tasks = []
-    for same in [same for same in ours if same in theirs]:
-        pattern, seed, *_ = same
-        first, second = _level(_opened(ours[same].path), _opened(theirs[same].path))
+    for settings in [settings for settings in candidate_images if settings in baseline_images]:
+        pattern, seed, _ = settings
+        first, second = (_open_image(images[settings].path) for images in (candidate_images, baseline_images))
+        first, second = _match_sizes(first, second)
         tasks.append(
             Task(
-                id=_name(pair.method, pair.likeness, *same),
-                question="reconstruction" if pattern in seen else "customization",
+                id=_task_id(pair.method, concept_id, *settings),
+                question="reconstruction" if pattern in trained_patterns else "customization",
                 role="pair",
                 method=pair.method,
                 concept=pair.concept,
                 prompt=pattern,
                 seed=seed,
                 references=references,
-                first=album.keep(first),
-                second=album.keep(second),
+                first=store.add(first),
+                second=store.add(second),
             )
         )
+    if not tasks:
+        problem = f"{pair.candidate.folder} and {pair.baseline.folder} have no image of the same prompt and seed"
+        raise RefusedInput([f"{problem}, steps and guidance: run dvar generate, or leave out --no-generate"])
     return tasks
 
 
-def _training(asked: Sequence[Task], album: ImageStore) -> Iterator[Task]:
-    """The training round of a question: one picture in pieces, the same picture twice, and another object if any."""
-    broken = replace(_broken(asked[0], 0, album), role="training", lesson=LESSONS["broken"])
-    yield replace(broken, id=_name("training", broken.id))
-    same = replace(asked[len(asked) // 2], role="training", expected="equal", lesson=LESSONS["same"])
-    yield replace(same, id=_name("same", same.id), second=same.first)
-    another = next((task for task in asked if task.references != asked[0].references), None)
-    if another and asked[0].question == "reconstruction":
-        other = replace(asked[0], role="training", expected="first", lesson=LESSONS["other"])
-        yield replace(other, id=_name("other", other.id), first=other.references[-1], second=another.references[-1])
+def _training_tasks(tasks: Sequence[Task], store: ImageStore) -> Iterator[Task]:
+    """Yield the training of a question: a scrambled image, the same image twice, and another object if there is one."""
+    broken = replace(_control_task(tasks[0], 0, store), role="training", lesson=LESSONS["broken"])
+    yield replace(broken, id=_task_id("training", broken.id))
+    same = replace(tasks[len(tasks) // 2], role="training", expected="equal", lesson=LESSONS["same"])
+    yield replace(same, id=_task_id("same", same.id), second=same.first)
+    another = next((task for task in tasks if task.references != tasks[0].references), None)
+    if another and tasks[0].question == "reconstruction":
+        other = replace(tasks[0], role="training", expected="first", lesson=LESSONS["other"])
+        first, second = other.references[-1], another.references[-1]
+        yield replace(other, id=_task_id("other", other.id), first=first, second=second)
 
 
-def _controls(asked: Sequence[Task], album: ImageStore, config: SurveyBuildConfig) -> Iterator[Task]:
-    """As many controls as one person can meet, spread over the pairs."""
-    wanted = controls(min(config.per_person, len(asked)), config.control_every)
-    for number in range(wanted):
-        yield _broken(asked[number * len(asked) // wanted], number + 1, album)
+def _control_tasks(tasks: Sequence[Task], store: ImageStore, config: SurveyBuildConfig) -> Iterator[Task]:
+    """Yield as many controls as one rater can meet, spread over the pairs."""
+    count = count_controls(min(config.per_person, len(tasks)), config.control_every)
+    for number in range(count):
+        yield _control_task(tasks[number * len(tasks) // count], number + 1, store)
 
 
-def _broken(task: Task, number: int, album: ImageStore) -> Task:
-    """A control: a picture of the pair, or of the object where likeness is asked, against that picture in pieces.
+def _control_task(task: Task, number: int, store: ImageStore) -> Task:
+    """Return a control: an image against a scrambled one, from a reference where likeness is asked.
 
-    Either is a cutting of its own, so that no picture of a control is in another task, and none has the other's pixels.
+    Both are crops of their own, so that no image of a control is in another task and the two differ in their pixels.
     """
     source = task.references[number % len(task.references)] if task.question == "reconstruction" else task.first
-    whole, other = _cuttings(album.picture(source), number, key(0, source))
+    intact, other = _crops(store.load(source), number, stable_hash(0, source))
     return replace(
         task,
-        id=_name("control", task.id, number),
+        id=_task_id("control", task.id, number),
         role="control",
-        first=album.keep(whole),
-        second=album.keep(_in_pieces(other, number)),
+        first=store.add(intact),
+        second=store.add(_scramble(other, number)),
         expected="first",
     )
 
 
-def _name(*parts: object) -> str:
-    """The id of a task, of which nothing can be read."""
-    return f"{key(0, *parts):016x}"
+def _task_id(*parts: object) -> str:
+    """Return an id that reveals nothing about the task."""
+    return f"{stable_hash(0, *parts):016x}"
 
 
-def _cuttings(picture: Image.Image, number: int, seed: int) -> Iterator[Image.Image]:
-    """Two parts of the picture, in its size; another ``number`` gives others."""
-    wide, high = round(picture.width * KEPT), round(picture.height * KEPT)
-    corners = list(product(range(picture.width - wide + 1), range(picture.height - high + 1)))
+def _crops(image: Image.Image, number: int, seed: int) -> Iterator[Image.Image]:
+    """Yield two crops of an image, resized to its size; each ``number`` gives different ones."""
+    width, height = round(image.width * CROP_SHARE), round(image.height * CROP_SHARE)
+    corners = list(product(range(image.width - width + 1), range(image.height - height + 1)))
     random.Random(seed).shuffle(corners)
-    for at in (2 * number, 2 * number + 1):
-        left, top = corners[at % len(corners)]
-        part = picture.crop((left, top, left + wide, top + high))
-        yield part.resize(picture.size, Image.Resampling.BICUBIC)
+    for index in (2 * number, 2 * number + 1):
+        left, top = corners[index % len(corners)]
+        crop = image.crop((left, top, left + width, top + height))
+        yield crop.resize(image.size, Image.Resampling.BICUBIC)
 
 
-def _in_pieces(picture: Image.Image, number: int) -> Image.Image:
-    """The picture cut into squares that have all changed places."""
-    wide, high = picture.width // TILES, picture.height // TILES
-    corners = [(column * wide, row * high) for row in range(TILES) for column in range(TILES)]
-    order = list(corners)
-    random.Random(number).shuffle(order)
-    moved = picture.copy()
-    for at, source in zip(order, order[1:] + order[:1], strict=True):
-        moved.paste(picture.crop((*source, source[0] + wide, source[1] + high)), at)
-    return moved
+def _scramble(image: Image.Image, seed: int) -> Image.Image:
+    """Return the image cut into tiles, none of which is in its place."""
+    width, height = image.width // GRID, image.height // GRID
+    corners = [(column * width, row * height) for row in range(GRID) for column in range(GRID)]
+    random.Random(seed).shuffle(corners)
+    scrambled = image.copy()
+    for target, source in zip(corners, corners[1:] + corners[:1], strict=True):
+        scrambled.paste(image.crop((*source, source[0] + width, source[1] + height)), target)
+    return scrambled
 
 
-def _equally_long(folder: Path) -> None:
-    """Pad every PNG of a folder to one length, in a chunk that readers skip, so that no length tells what is shown."""
+def _pad_to_equal_length(folder: Path) -> None:
+    """Pad every PNG of a folder to the same length, so that no length reveals what an image shows."""
     paths = sorted(folder.iterdir())
     longest = max(path.stat().st_size for path in paths)
     for path in paths:
         content = path.read_bytes()
-        chunk = PADDING + random.Random(key(0, path.stem)).randbytes(longest - len(content))
-        framed = (len(chunk) - len(PADDING)).to_bytes(4, "big") + chunk + crc32(chunk).to_bytes(4, "big")
-        path.write_bytes(content[:-PNG_END] + framed + content[-PNG_END:])
+        chunk = PADDING_CHUNK + random.Random(stable_hash(0, path.stem)).randbytes(longest - len(content))
+        framed = (len(chunk) - len(PADDING_CHUNK)).to_bytes(4, "big") + chunk + crc32(chunk).to_bytes(4, "big")
+        path.write_bytes(content[:-PNG_END_LENGTH] + framed + content[-PNG_END_LENGTH:])
 
 
-def _level(first: Image.Image, second: Image.Image) -> tuple[Image.Image, Image.Image]:
-    """Both pictures at the smaller size of the two, so that a size never tells who drew which."""
+def _match_sizes(first: Image.Image, second: Image.Image) -> tuple[Image.Image, Image.Image]:
+    """Return both images at the smaller of the two sizes, so that no size reveals which run is which."""
     size = min(first.size, second.size)
     return (
         first if first.size == size else first.resize(size, Image.Resampling.LANCZOS),
@@ -294,21 +307,21 @@ def _level(first: Image.Image, second: Image.Image) -> tuple[Image.Image, Image.
     )
 
 
-def _draw_missing(run: RunFolder, config: SurveyBuildConfig) -> None:
-    """Draw the run's plain prompt and the scenes, each at every seed, where it has not."""
-    there = {(drawing.prompt, drawing.seed) for drawing in drawings(run)}
+def _generate_missing(run: RunFolder, config: SurveyBuildConfig) -> None:
+    """Generate the images of the plain prompt and of each scene that the run does not have yet."""
+    existing = {(image.prompt, image.seed) for image in list_generated_images(run)}
     plain = run.settings.plain_prompt
-    wanted = [
+    missing = [
         (prompt, seed)
-        for prompt in (plain, *(f"{plain} {scene}" for scene in _scenes(config)))
-        for seed in range(config.pictures_per_prompt)
-        if (prompt, seed) not in there
+        for prompt in (plain, *(f"{plain} {scene}" for scene in _read_scenes(config)))
+        for seed in range(config.images_per_prompt)
+        if (prompt, seed) not in existing
     ]
-    if wanted:
-        draw(run, [prompt for prompt, _ in wanted], [seed for _, seed in wanted])
+    if missing:
+        generate_images(run, [prompt for prompt, _ in missing], [seed for _, seed in missing])
 
 
-def _scenes(config: SurveyBuildConfig) -> Sequence[str]:
+def _read_scenes(config: SurveyBuildConfig) -> Sequence[str]:
     if config.scenes is None:
         return SCENES
     try:
@@ -318,28 +331,28 @@ def _scenes(config: SurveyBuildConfig) -> Sequence[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-def _alike(run: RunFolder) -> Mapping[tuple[str, int, tuple[int, float, Sampler]], GeneratedImage]:
-    """What a run drew by all that must be equal in a pair; of two alike the first."""
-    found = dict[tuple[str, int, tuple[int, float, Sampler]], GeneratedImage]()
-    for drawing in drawings(run):
-        found.setdefault((_pattern(drawing.prompt, run), drawing.seed, drawing.manner), drawing)
-    return found
+def _images_by_settings(run: RunFolder) -> Mapping[ImageSettings, GeneratedImage]:
+    """Return the images of a run by everything that must be equal in a pair; of two equal ones, the first."""
+    images = dict[ImageSettings, GeneratedImage]()
+    for image in list_generated_images(run):
+        images.setdefault((_prompt_pattern(image.prompt, run), image.seed, image.sampling_settings), image)
+    return images
 
 
-def _pattern(prompt: str, run: RunFolder) -> str:
-    """The prompt with {} in place of what it calls the subject."""
+def _prompt_pattern(prompt: str, run: RunFolder) -> str:
+    """Return the prompt with {} in place of the subject."""
     return prompt.replace(run.settings.subject, "{}")
 
 
-def _likeness(run: RunFolder) -> str:
-    """What tells one concept from another: the pixels of its reference pictures, in any order."""
-    pixels = sorted(blake2b(_opened(path).tobytes()).hexdigest() for path in run.references)
+def _concept_id(run: RunFolder) -> str:
+    """Return a digest of the reference images, in any order: it tells concepts of the same name apart."""
+    pixels = sorted(blake2b(_open_image(path).tobytes()).hexdigest() for path in run.references)
     return blake2b("".join(pixels).encode()).hexdigest()
 
 
-def _opened(path: Path) -> Image.Image:
+def _open_image(path: Path) -> Image.Image:
     try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
+        with Image.open(path) as image:
+            return image.convert("RGB")
     except OSError as error:
-        raise RefusedInput([f"{path} must be a picture, and cannot be read ({error}): restore it"]) from error
+        raise RefusedInput([f"{path} must be an image, and cannot be read ({error}): restore it"]) from error

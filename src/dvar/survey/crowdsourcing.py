@@ -1,170 +1,192 @@
-"""A survey's tasks as a table for platforms that find people to answer, and their answers back as votes.
-
-A row's ``ticket`` stands for a task and a side and follows from the secret: a table can be answered anywhere, no answer
-can be made up for a task that was not asked, and neither a ticket nor its place in the table tells what is a control.
-Each task is two rows, its sides swapped.
-"""
+"""A survey's tasks as a table for crowdsourcing platforms, and their answers as votes."""
 
 from __future__ import annotations
 
 import csv
 import hmac
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
 from dvar.errors import RefusedInput
-from dvar.survey.questions import THE_OBJECT, WORDING
-from dvar.survey.survey import QUESTIONS, VOTES, Answer, Question, Survey, Task
+from dvar.survey.questions import QUESTION_TEXTS, THE_OBJECT
+from dvar.survey.survey import QUESTIONS, VOTES_FILE, Answer, Question, Role, Survey, Task
 from dvar.survey.vote_store import Assignment, Side, VoteStore
 
-SIDES: tuple[Side, Side] = ("first", "second")
-# What platforms call the three columns, once prefixes such as "Input." and "OUTPUT:" and underscores are off.
-COLUMNS = {"ticket": ("ticket",), "worker": ("worker", "workerid"), "answer": ("answer",)}
-TOLD = 10  # problems of a table that are told at once
+ROLES: tuple[Role, ...] = ("training", "control", "pair")
+SIDES: tuple[Side, ...] = ("first", "second")
+BUTTONS = ("left", "right", "equal")
+SOURCE = "table"  # of the raters in the vote store
+# Column names of the platforms, without prefixes such as "Input." and "OUTPUT:" and without underscores.
+COLUMN_NAMES = {"ticket": ("ticket",), "worker": ("worker", "workerid"), "answer": ("answer",)}
+PROBLEMS_SHOWN = 10
 
 
 @dataclass(frozen=True)
 class ImportedAnswer:
-    """One row of a table of answers, understood."""
+    """One row of a table of answers."""
 
-    worker: str
+    rater: str
     task: Task
     side: Side
     answer: Answer
 
 
-def write_tasks(folder: Path, path: Path, question: Question, secret: str, pictures: str) -> int:
-    """Return the number of rows written: every task of a question twice, with ``pictures`` before each picture's name.
+def write_tasks(folder: Path, path: Path, question: Question, secret: str, image_url: str) -> int:
+    """Write every task of a question as two rows of a CSV table, one for each side.
 
-    ``people`` is how many are wanted for a row; ``role`` and ``expected`` are for whoever sets up the platform's own
-    controls, not for those who answer.
+    A row's ticket is signed and stands for a task and a side. Rows are sorted by ticket, so neither the ticket nor the
+    place of a row reveals which tasks are controls. The columns "role" and "expected" are for the platform's own
+    quality checks and must not be shown to raters; "people" is the number of raters wanted for the row.
 
-    Raises: RefusedInput when the survey has no such question, or the file is there already.
+    Args:
+        folder: Folder of the survey.
+        path: New file.
+        question: The question whose tasks are written.
+        secret: Secret that signs the tickets.
+        image_url: Address of the survey's image folder.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        RefusedInput: The survey has no such question, or the file exists.
     """
-    survey = Survey.open(folder)
-    tasks = [task for role in ("training", "control", "pair") for task in survey.of(question, role)]
+    survey = Survey.load(folder)
+    tasks = [task for role in ROLES for task in survey.select(question, role)]
     if not tasks:
-        raise RefusedInput([f"{folder} has no task of {question}: it has {', '.join(_asked(survey))}"])
+        raise RefusedInput([f"{folder} has no task of {question}: it has {', '.join(_questions_of(survey))}"])
     if path.exists():
-        raise RefusedInput([f"{path} is there already: name another --output, or remove it"])
-    shown = max(len(task.references) for task in tasks)
-    rows = sorted(
-        (
-            _row(survey, task, number, secret, pictures.rstrip("/"), shown)
-            for task in tasks
-            for number in range(1 if task.first == task.second else len(SIDES))
-        ),
-        key=lambda row: row["ticket"],
-    )
+        raise RefusedInput([f"{path} exists already: name another --output, or remove it"])
+    reference_count = max(len(task.references) for task in tasks)
+    rows = [
+        _task_row(survey, task, side, secret, image_url.rstrip("/"), reference_count)
+        for task in tasks
+        for side in (SIDES[:1] if task.first == task.second else SIDES)
+    ]
     with path.open("w", encoding="utf-8", newline="") as file:
-        table = csv.DictWriter(file, list(rows[0]))
-        table.writeheader()
-        table.writerows({name: _harmless(value) for name, value in row.items()} for row in rows)
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        for row in sorted(rows, key=lambda row: row["ticket"]):
+            writer.writerow({name: _escape_formula(value) for name, value in row.items()})
     return len(rows)
 
 
-def read_answers(folder: Path, path: Path, secret: str) -> tuple[int, int]:
-    """Enter a table of answers into the survey's votes; return how many were new and how many stood already.
+def import_answers(folder: Path, path: Path, secret: str) -> tuple[int, int]:
+    """Add the answers in a table to the survey's votes; the same table may be imported again.
 
-    The columns ticket, worker and answer are found under the names that platforms give them. Answers are left, right
-    and equal. The same table may be read again.
+    Args:
+        folder: Folder of the survey.
+        path: Table, separated by commas or tabs, with the columns ticket, worker and answer, also under the names
+            that platforms give them. An answer is left, right or equal.
+        secret: Secret that signed the tickets.
 
-    Raises: RefusedInput, before anything is entered, naming the rows that are wrong.
+    Returns:
+        The number of new answers, and of answers that were there already.
+
+    Raises:
+        RefusedInput: Some rows are wrong; they are named, and nothing is imported.
     """
-    survey = Survey.open(folder)
+    survey = Survey.load(folder)
+    rows = _read_table(path)
+    columns = _find_columns(path, list(rows[0]) if rows else [])
+    tickets = {_sign_row(secret, task, side): (task, side) for task in survey.tasks for side in SIDES}
+    problems, answers = [], list[ImportedAnswer]()
+    for number, row in enumerate(rows, start=2):
+        try:
+            answers.append(_parse_answer(tickets, {name: (row[columns[name]] or "").strip() for name in COLUMN_NAMES}))
+        except ValueError as error:
+            problems.append(f"{path}, line {number}: {error}")
+    store = VoteStore(folder / VOTES_FILE, survey)
+    problems += _find_contradictions(path, answers, store)
+    if problems:
+        more = [f"and {len(problems) - PROBLEMS_SHOWN} more"] if len(problems) > PROBLEMS_SHOWN else []
+        raise RefusedInput([*problems[:PROBLEMS_SHOWN], *more])
+    new = sum(store.import_vote(item.rater, SOURCE, item.task, item.side, item.answer) for item in answers)
+    return new, len(answers) - new
+
+
+def _task_row(
+    survey: Survey, task: Task, side: Side, secret: str, image_url: str, reference_count: int
+) -> dict[str, str]:
+    assignment = Assignment(0, 0, task, side, 0)
+    left, right = assignment.image_ids
+    text = QUESTION_TEXTS[task.question]
+    half = survey.overlap // 2
+    references = [*task.references, *[""] * (reference_count - len(task.references))]
+    buttons = {assignment.answer_for(button): button for button in BUTTONS}
+    return {
+        "ticket": _sign_row(secret, task, side),
+        "question": text.sentence,
+        "description": task.prompt.replace("{}", THE_OBJECT) if task.question == "customization" else "",
+        **{f"reference_{n}": f"{image_url}/{name}.png" if name else "" for n, name in enumerate(references, start=1)},
+        "left": f"{image_url}/{left}.png",
+        "right": f"{image_url}/{right}.png",
+        "people": str(survey.overlap - half if side == SIDES[0] else half),
+        "role": task.role,
+        "expected": buttons[task.expected] if task.expected else "",
+    }
+
+
+def _read_table(path: Path) -> list[dict[str, str]]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             head = file.readline()
             file.seek(0)
-            rows = list(csv.DictReader(file, delimiter="\t" if "\t" in head else ","))
+            return list(csv.DictReader(file, delimiter="\t" if "\t" in head else ","))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise RefusedInput([f"answers are a table, {path} cannot be read ({error}): check its name"]) from error
-    columns = _columns(path, list(rows[0]) if rows else [])
-    asked = {_ticket(secret, task, side): (task, side) for task in survey.tasks for side in SIDES}
-    problems, given = [], list[ImportedAnswer]()
-    for number, row in enumerate(rows, start=2):
-        try:
-            given.append(_understood(asked, {name: (row[columns[name]] or "").strip() for name in COLUMNS}))
-        except ValueError as error:
-            problems.append(f"{path}, line {number}: {error}")
-    ballots = VoteStore(folder / VOTES, survey)
-    source = "table"
-    problems += _contradictions(path, given, ballots, source)
-    if problems:
-        more = [f"and {len(problems) - TOLD} more"] if len(problems) > TOLD else []
-        raise RefusedInput([*problems[:TOLD], *more])
-    new = sum(ballots.enter(one.worker, source, one.task, one.side, one.answer) for one in given)
-    return new, len(given) - new
+        raise RefusedInput([f"answers must be a table, {path} cannot be read ({error}): check its name"]) from error
 
 
-def _row(survey: Survey, task: Task, number: int, secret: str, pictures: str, shown: int) -> dict[str, str]:
-    side = SIDES[number]
-    at = Assignment(0, 0, task, side, 0)
-    half = survey.overlap // 2
-    words = WORDING[task.question]
-    references = {
-        f"reference_{place + 1}": f"{pictures}/{name}.png" if name else ""
-        for place, name in enumerate([*task.references, *[""] * (shown - len(task.references))])
+def _find_columns(path: Path, names: Sequence[str]) -> dict[str, str]:
+    """Return the table's own name of each of our columns."""
+    plain = {re.split(r"[.:]", name)[-1].strip().lower().replace("_", ""): name for name in reversed(names)}
+    columns = {
+        column: next((plain[name] for name in spellings if name in plain), "")
+        for column, spellings in COLUMN_NAMES.items()
     }
-    pressed = {at.answer(word): word for word in ("left", "right", "equal")}
-    return {
-        "ticket": _ticket(secret, task, side),
-        "question": words.asks,
-        "description": task.prompt.replace("{}", THE_OBJECT) if task.question == "customization" else "",
-        **references,
-        "left": f"{pictures}/{at.pictures[0]}.png",
-        "right": f"{pictures}/{at.pictures[1]}.png",
-        "people": str(half if number else survey.overlap - half),
-        "role": task.role,
-        "expected": pressed[task.expected] if task.expected else "",
-    }
+    missing = [column for column, name in columns.items() if not name]
+    if missing:
+        problem = f"a table of answers has the columns {', '.join(COLUMN_NAMES)}; {path} has no {missing[0]}"
+        raise RefusedInput([f"{problem}: add it"])
+    return columns
 
 
-def _understood(asked: Mapping[str, tuple[Task, Side]], row: Mapping[str, str]) -> ImportedAnswer:
-    """Raises: ValueError that says what is wrong with the row."""
-    if row["ticket"] not in asked:
-        raise ValueError(f"its ticket {row['ticket'][:20]!r} is not one of this survey's")
-    task, side = asked[row["ticket"]]
-    answer = Assignment(0, 0, task, side, 0).answer(row["answer"].lower())
+def _parse_answer(tickets: Mapping[str, tuple[Task, Side]], row: Mapping[str, str]) -> ImportedAnswer:
+    """Return the answer in a row; raise ValueError when it is none."""
+    if row["ticket"] not in tickets:
+        raise ValueError(f"the ticket {row['ticket'][:20]!r} is not of this survey")
+    task, side = tickets[row["ticket"]]
+    answer = Assignment(0, 0, task, side, 0).answer_for(row["answer"].lower())
     if answer is None:
         raise ValueError(f"an answer is left, right or equal, got {row['answer']!r}")
     if not row["worker"]:
-        raise ValueError("its worker is missing")
+        raise ValueError("the worker is missing")
     return ImportedAnswer(row["worker"], task, side, answer)
 
 
-def _contradictions(path: Path, given: list[ImportedAnswer], ballots: VoteStore, source: str) -> Iterator[str]:
-    """Two answers of one person to one task, in the table or already counted, that are not the same."""
-    stands = {(vote.worker, vote.task.id): vote.answer for vote in ballots.votes()}
-    said = dict[tuple[str, str], Answer]()
-    names = ballots.known(source)
-    for one in given:
-        before = said.setdefault((one.worker, one.task.id), one.answer)
-        before = stands.get((names.get(one.worker, ""), one.task.id), before)
-        if before != one.answer:
-            yield f"{path}: {one.worker} answers a task twice, {before} and {one.answer}: keep one of them"
+def _find_contradictions(path: Path, answers: Sequence[ImportedAnswer], store: VoteStore) -> Iterator[str]:
+    """Yield a problem for each answer that differs from another of the same rater to the same task."""
+    stored = {(vote.rater, vote.task.id): vote.answer for vote in store.load_votes()}
+    labels = store.raters_from(SOURCE)
+    first_answers = dict[tuple[str, str], Answer]()
+    for item in answers:
+        first = first_answers.setdefault((item.rater, item.task.id), item.answer)
+        first = stored.get((labels.get(item.rater, ""), item.task.id), first)
+        if first != item.answer:
+            yield f"{path}: {item.rater} answers a task twice, {first} and {item.answer}: keep one of them"
 
 
-def _columns(path: Path, names: list[str]) -> dict[str, str]:
-    plain = {re.split(r"[.:]", name)[-1].strip().lower().replace("_", ""): name for name in reversed(names)}
-    found = {want: next((plain[name] for name in known if name in plain), "") for want, known in COLUMNS.items()}
-    missing = [name for name, column in found.items() if not column]
-    if missing:
-        raise RefusedInput([f"a table of answers has the columns {', '.join(COLUMNS)}; {path} lacks {missing[0]}"])
-    return found
+def _questions_of(survey: Survey) -> list[str]:
+    return [question for question in QUESTIONS if survey.select(question, "pair")]
 
 
-def _asked(survey: Survey) -> list[str]:
-    return [question for question in QUESTIONS if survey.of(question, "pair")]
-
-
-def _harmless(value: str) -> str:
-    """The text so that no spreadsheet takes it for a formula."""
+def _escape_formula(value: str) -> str:
+    """Return the text such that no spreadsheet takes it for a formula."""
     return f"'{value}" if value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
 
 
-def _ticket(secret: str, task: Task, side: Side) -> str:
+def _sign_row(secret: str, task: Task, side: Side) -> str:
     return hmac.new(secret.encode(), f"row {task.id} {side}".encode(), sha256).hexdigest()[:32]

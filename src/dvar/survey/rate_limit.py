@@ -1,4 +1,4 @@
-"""The door of a public survey: one address sends only so many people an hour.  Nothing of it is written down."""
+"""A limit on how many raters one network address may send to a public survey."""
 
 from __future__ import annotations
 
@@ -8,37 +8,48 @@ from collections.abc import Callable
 from ipaddress import IPv6Address, ip_address
 
 HOUR = 3600.0
-NETWORK = 64  # bits of an IPv6 address that name a network; who has one address there has them all
+PREFIX_BITS = 64  # bits of an IPv6 address that name its network; who has one address of a network has them all
 
 
 class RateLimiter:
-    """Lets at most ``most`` people of one address in within any hour, and forgets an address an hour after its last."""
+    """A limit on arrivals per address within any hour, kept in memory only.
 
-    def __init__(self, most: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self.most, self.clock = most, clock
-        self.came: dict[str, deque[float]] = {}
+    An address is forgotten one hour after its last arrival.
 
-    def wait(self, address: str) -> float:
-        """Let someone of an address in and return 0, or return the seconds until the next of it may come."""
+    Args:
+        limit: Maximum number of arrivals from one address within an hour.
+        clock: Returns the time in seconds.
+    """
+
+    def __init__(self, limit: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.limit, self.clock = limit, clock
+        self.arrivals: dict[str, deque[float]] = {}
+
+    def admit(self, address: str) -> float:
+        """Count an arrival and return 0, or return the seconds until the address may send the next one."""
         now = self.clock()
-        for place, times in list(self.came.items()):
-            while times and times[0] <= now - HOUR:
-                times.popleft()
-            if not times:
-                del self.came[place]
-        times = self.came.get(place := _place(address), deque())
-        if len(times) >= self.most:
+        self._forget_before(now - HOUR)
+        network = _network_of(address)
+        times = self.arrivals.get(network, deque())
+        if len(times) >= self.limit:
             return times[0] + HOUR - now if times else HOUR
-        self.came.setdefault(place, times).append(now)
+        self.arrivals.setdefault(network, times).append(now)
         return 0.0
 
+    def _forget_before(self, time: float) -> None:
+        for network, times in list(self.arrivals.items()):
+            while times and times[0] <= time:
+                times.popleft()
+            if not times:
+                del self.arrivals[network]
 
-def _place(address: str) -> str:
-    """What is limited together: an address, or the network of one that has very many."""
+
+def _network_of(address: str) -> str:
+    """Return what is limited as one: an IPv4 address, or the network of an IPv6 address."""
     try:
-        found = ip_address(address)
+        parsed = ip_address(address)
     except ValueError:
         return address
-    if isinstance(found, IPv6Address):
-        return str(found.ipv4_mapped or int(found) >> 128 - NETWORK)
-    return str(found)
+    if isinstance(parsed, IPv6Address):
+        return str(parsed.ipv4_mapped or int(parsed) >> 128 - PREFIX_BITS)
+    return str(parsed)

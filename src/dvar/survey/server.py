@@ -1,16 +1,10 @@
-"""The survey as a web application: plain pages and forms, no script needed, nothing taken on trust.
-
-A person's cookie is signed and holds their number and a nonce.  Every form carries a ticket, signed for that nonce, for
-one purpose and for one task, so that a form of another site, of another person or of another task is refused.  A link
-alone never changes whose answers are given or kept: that takes a button.  Pictures are served from the plan's list, and
-a body of more than `BODY` bytes is not read.
-"""
+"""The survey as a web application: plain pages and forms that need no script."""
 
 from __future__ import annotations
 
 import hmac
 import secrets
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from hashlib import sha256
 from math import ceil
 from pathlib import Path
@@ -18,7 +12,6 @@ from urllib.parse import parse_qsl, urlsplit
 
 import uvicorn
 from itsdangerous import BadSignature, URLSafeSerializer
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -32,19 +25,21 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dvar.errors import RefusedInput
+from dvar.html.templates import render
 from dvar.survey.config import LOOPBACK, SurveyScoreConfig, SurveyServeConfig
-from dvar.survey.questions import SOMETHING, THE_OBJECT, WORDING
+from dvar.survey.questions import QUESTION_TEXTS, SOMETHING, THE_OBJECT
 from dvar.survey.rate_limit import RateLimiter
-from dvar.survey.result_page import named
-from dvar.survey.scoring import Score, score
-from dvar.survey.survey import PICTURES, SECRET, VOTES, Survey
+from dvar.survey.result_page import PROGRESS_COLUMNS, RATER_COLUMNS
+from dvar.survey.scoring import Score, score_votes
+from dvar.survey.survey import IMAGE_FOLDER, SECRET_FILE, VOTES_FILE, Survey
 from dvar.survey.vote_store import VoteStore
 
-BODY = 4096
-SECRET_LENGTH = 32
-NAME_LENGTH = 60
+MAX_BODY = 4096  # bytes of a form
+MIN_SECRET_LENGTH = 32
+MAX_NAME_LENGTH = 60
 COOKIE_DAYS = 60
-HEADERS = {
+TASKS_PER_MINUTE = 6
+SECURITY_HEADERS = {
     "content-security-policy": "default-src 'none'; img-src 'self'; style-src 'self'; script-src 'self'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
@@ -54,71 +49,84 @@ HEADERS = {
     "x-robots-tag": "noindex",
 }
 
-Handler = Callable[[Request], Awaitable[Response]]
 
+def serve_survey(folder: str | Path, config: SurveyServeConfig, notify: Callable[[str], None] = print) -> None:
+    """Serve a survey until interrupted.
 
-def serve(folder: str | Path, config: SurveyServeConfig, say: Callable[[str], None] = print) -> None:
-    """Serve a survey until interrupted; ``say`` is told the addresses once it listens.
+    Args:
+        folder: Folder of the survey.
+        config: Address, port and secret.
+        notify: Called with a line for each address and for the token, once the server listens.
 
-    Raises: RefusedInput when the folder holds no survey or the secret is missing or short.
+    Raises:
+        RefusedInput: The folder holds no survey, or the secret is missing or short.
     """
     folder = Path(folder)
-    survey = Survey.open(folder)
+    survey = Survey.load(folder)
     secret = read_secret(folder, config.secret_file)
-    door = RateLimiter(config.joins_per_hour) if config.public_url else None
-    app = application(folder, survey, secret, config.public_url, None if config.host in LOOPBACK else config.host, door)
+    limiter = RateLimiter(config.joins_per_hour) if config.public_url else None
+    own_host = None if config.host in LOOPBACK else config.host
+    app = create_app(folder, survey, secret, config.public_url, own_host, limiter)
     settings = uvicorn.Config(app, host=config.host, port=config.port, log_level="warning", access_log=False)
     server = uvicorn.Server(settings)
-    listening = settings.bind_socket()
-    listening.listen(settings.backlog)  # whoever reads the address below is not turned away
-    port = listening.getsockname()[1]
+    socket = settings.bind_socket()
+    socket.listen(settings.backlog)  # from here on, nobody who opens the address below is turned away
+    port = socket.getsockname()[1]
     host = f"[{config.host}]" if ":" in config.host else config.host
     base = (config.public_url or f"http://{host}:{port}").rstrip("/")
-    say(f"survey    {base}/")
-    say(f"progress  {base}/admin")
-    say(f"token     {admin_token(secret)}")
-    server.run(sockets=[listening])
+    notify(f"survey    {base}/")
+    notify(f"progress  {base}/admin")
+    notify(f"token     {admin_token(secret)}")
+    with socket:
+        server.run(sockets=[socket])
 
 
 def read_secret(folder: Path, path: str | None = None) -> str:
-    """Return the secret in a file; without a path that of the survey's folder, made at the first call.
+    """Return the secret in a file; without ``path``, the one of the survey's folder, created by the first call.
 
-    Raises: RefusedInput when the folder holds no survey, or the named file cannot be read or is too short.
+    Raises:
+        RefusedInput: The folder holds no survey, or the file cannot be read or is too short.
     """
-    kept = Path(path) if path else folder / SECRET
-    if not path and not kept.exists():
-        Survey.open(folder)
-        kept.touch(mode=0o600)
-        kept.write_text(secrets.token_urlsafe(SECRET_LENGTH) + "\n", encoding="utf-8")
+    file = Path(path) if path else folder / SECRET_FILE
+    if not path and not file.exists():
+        Survey.load(folder)
+        file.touch(mode=0o600)
+        file.write_text(secrets.token_urlsafe(MIN_SECRET_LENGTH) + "\n", encoding="utf-8")
     try:
-        secret = kept.read_text(encoding="utf-8").strip()
+        secret = file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise RefusedInput([f"secret_file {kept} cannot be read ({error}): check --secret_file"]) from error
-    if len(secret) < SECRET_LENGTH:
-        said = f"a secret has at least {SECRET_LENGTH} characters, {kept} has {len(secret)}"
-        raise RefusedInput([f"{said}: write a longer one, such as openssl rand -hex 32 prints"])
+        raise RefusedInput([f"secret_file {file} cannot be read ({error}): check --secret_file"]) from error
+    if len(secret) < MIN_SECRET_LENGTH:
+        problem = f"a secret has at least {MIN_SECRET_LENGTH} characters, {file} has {len(secret)}"
+        raise RefusedInput([f"{problem}: write a longer one, such as openssl rand -hex 32 prints"])
     return secret
 
 
 def admin_token(secret: str) -> str:
-    """The token of the page about progress: it follows from the secret and does not tell it."""
+    """Return the token of the progress page, which depends on the secret and does not reveal it."""
     return hmac.new(secret.encode(), b"admin", sha256).hexdigest()[:32]
 
 
-def application(
+def create_app(
     folder: Path,
     survey: Survey,
     secret: str,
     public_url: str | None = None,
     host: str | None = None,
-    door: RateLimiter | None = None,
+    limiter: RateLimiter | None = None,
 ) -> Starlette:
-    """Return the application of a survey; only this machine's own names and ``public_url``'s reach it.
+    """Return the web application of a survey.
 
-    Without a ``door`` nothing limits how many people one address sends.
+    Args:
+        folder: Folder of the survey.
+        survey: The survey.
+        secret: Signs cookies, links and forms.
+        public_url: Address that raters open.
+        host: Another host name that requests may carry, besides those of this machine and of ``public_url``.
+        limiter: Limits the arrivals from one address; without one nothing does.
     """
     public = urlsplit(public_url or "")
-    pages = SurveyPages(folder, survey, secret, public.netloc, door)
+    pages = SurveyPages(folder, survey, secret, public.netloc, limiter)
     hosts = [*LOOPBACK[:2], "[::1]", *filter(None, (public.hostname, host))]
     https = public.scheme == "https"
     return Starlette(
@@ -130,7 +138,7 @@ def application(
             Route("/resume/{token}", pages.resume, methods=["GET", "POST"]),
             Route("/forget", pages.forget, methods=["GET", "POST"]),
             Route("/keys", pages.keys, methods=["POST"]),
-            Route("/pictures/{name}.png", pages.picture),
+            Route("/pictures/{name}.png", pages.image),
             Route("/admin", pages.admin, methods=["GET", "POST"]),
             Mount("/static", StaticFiles(packages=[("dvar.survey", "static")])),
         ],
@@ -146,224 +154,249 @@ def application(
                 https_only=https,
             ),
         ],
-        exception_handlers={HTTPException: pages.refused},
+        exception_handlers={HTTPException: pages.error},
     )
 
 
 class SecurityHeaders:
-    """Puts the protecting headers on every answer, and lets nothing be cached that is not said to be."""
+    """Middleware that adds the security headers to every response, and lets nothing be cached by default."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def guarded(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                there = {name.lower() for name, _ in message["headers"]}
-                extra = {**HEADERS, "cache-control": "no-store"}
+                present = {name.lower() for name, _ in message["headers"]}
+                headers = {**SECURITY_HEADERS, "cache-control": "no-store"}
                 message["headers"] += [
-                    (name.encode(), value.encode()) for name, value in extra.items() if name.encode() not in there
+                    (name.encode(), value.encode()) for name, value in headers.items() if name.encode() not in present
                 ]
             await send(message)
 
-        await self.app(scope, receive, guarded)
+        await self.app(scope, receive, send_with_headers)
 
 
 class SurveyPages:
-    """The pages of one survey."""
+    """The pages of one survey.
+
+    A rater's cookie is signed and holds their number and a nonce. Every form carries a ticket, signed for that nonce,
+    one purpose and one task, so that a form of another site, another rater or another task is refused. Following a
+    link never changes whose answers are given or deleted; that takes a button. Images are served from the survey's
+    list, and a body of more than `MAX_BODY` bytes is not read.
+
+    Args:
+        folder: Folder of the survey.
+        survey: The survey.
+        secret: Signs cookies, links and forms.
+        site: Host and port of the public address.
+        limiter: Limits the arrivals from one address.
+    """
 
     def __init__(
-        self, folder: Path, survey: Survey, secret: str, site: str = "", door: RateLimiter | None = None
+        self, folder: Path, survey: Survey, secret: str, site: str = "", limiter: RateLimiter | None = None
     ) -> None:
-        self.survey, self.secret, self.site, self.door = survey, secret, site, door
-        self.ballots = VoteStore(folder / VOTES, survey, secret=secret)
-        self.pictures = {name: folder / PICTURES / f"{name}.png" for name in survey.pictures}
-        self.environment = Environment(
-            loader=PackageLoader("dvar.survey"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-        )
-        asked = [WORDING[question] for question in WORDING if survey.longest(question)]
-        self.environment.globals |= {
-            "wording": WORDING,
-            "named": named,
-            "asked": asked,
-            "something": SOMETHING,
-            "the_object": THE_OBJECT,
-            "minutes": max(2, round(sum(survey.longest(question) for question in WORDING) / 6)),
-        }
+        self.survey, self.secret, self.site, self.limiter = survey, secret, site, limiter
+        self.store = VoteStore(folder / VOTES_FILE, survey, secret=secret)
+        self.images = {name: folder / IMAGE_FOLDER / f"{name}.png" for name in survey.image_ids}
 
     async def welcome(self, request: Request) -> Response:
-        """What the survey is, and the form that begins it; who has begun goes on."""
-        worker = await self.worker(request)
-        forgotten = request.session.pop("forgotten", None)
-        ticket = self.ticket(request, "join")
-        return self.page("welcome.html", joined=worker is not None, forgotten=forgotten, ticket=ticket)
+        """Show what the survey is, with a form to begin or to go on."""
+        rater = await self.current_rater(request)
+        tasks = sum(self.survey.max_tasks(question) for question in QUESTION_TEXTS)
+        return self.page(
+            "welcome.html",
+            joined=rater is not None,
+            deleted=request.session.pop("forgotten", None),
+            texts=[text for question, text in QUESTION_TEXTS.items() if self.survey.max_tasks(question)],
+            minutes=max(2, round(tasks / TASKS_PER_MINUTE)),
+            ticket=self.sign_ticket(request, "join"),
+        )
 
     async def join(self, request: Request) -> Response:
-        """Take a person in; one who is in already goes on."""
-        given = await form(request)
-        self.checked(request, given, "join")
-        if await self.worker(request) is None:
-            if wait := self.door.wait(request.client.host if request.client else "") if self.door else 0:
-                said = "Too many people have joined from your address: come back within the hour."
-                raise HTTPException(429, said, {"retry-after": str(ceil(wait))})
-            name = "".join(sign for sign in " ".join(given.get("name", "").split()) if sign.isprintable())[:NAME_LENGTH]
-            request.session["worker"] = await run_in_threadpool(self.ballots.join, name)
-        return see("/task")
+        """Add a rater, unless this visitor is one already."""
+        fields = await read_form(request)
+        self.validate_form(request, fields, "join")
+        if await self.current_rater(request) is None:
+            self.limit_arrivals(request)
+            words = " ".join(fields.get("name", "").split())
+            name = "".join(letter for letter in words if letter.isprintable())[:MAX_NAME_LENGTH]
+            request.session["worker"] = await run_in_threadpool(self.store.add_rater, name)
+        return redirect_to("/task")
 
     async def resume(self, request: Request) -> Response:
-        """Ask whether to go on as the person whose link this is, and do so."""
+        """Ask whether to go on as the rater whose link this is, and do so."""
         try:
-            worker = int(self.signer("worker").loads(request.path_params["token"]))
+            rater = int(self.signer("worker").loads(request.path_params["token"]))
         except (BadSignature, ValueError, TypeError) as error:
-            raise HTTPException(403, "This link is not one of ours: it may have been cut off.") from error
-        name = await run_in_threadpool(self.ballots.name, worker)
+            raise HTTPException(403, "This link is not valid. It may have been cut off.") from error
+        name = await run_in_threadpool(self.store.rater_name, rater)
         if name is None:
-            raise HTTPException(410, "Whoever had this link has deleted their answers.")
+            raise HTTPException(410, "The answers that belong to this link have been deleted.")
         if request.method == "POST":
-            self.checked(request, await form(request), f"resume {worker}")
-            request.session["worker"] = worker
-        if request.session.get("worker") == worker:
-            return see("/task")
-        done, _ = await run_in_threadpool(self.ballots.progress, worker)
-        return self.page("resume.html", name=name, done=done, ticket=self.ticket(request, f"resume {worker}"))
+            self.validate_form(request, await read_form(request), f"resume {rater}")
+            request.session["worker"] = rater
+        if request.session.get("worker") == rater:
+            return redirect_to("/task")
+        done, _ = await run_in_threadpool(self.store.progress, rater)
+        return self.page("resume.html", name=name, done=done, ticket=self.sign_ticket(request, f"resume {rater}"))
 
     async def forget(self, request: Request) -> Response:
-        """Ask whether to delete all that a person has answered, and do so."""
-        worker = await self.worker(request)
+        """Ask whether to delete everything that a rater has answered, and do so."""
+        rater = await self.current_rater(request)
         if request.method == "POST":
-            self.checked(request, await form(request), f"forget {worker}")
-        if worker is None:
-            return see("/")
+            self.validate_form(request, await read_form(request), f"forget {rater}")
+        if rater is None:
+            return redirect_to("/")
         if request.method == "POST":
-            gone = await run_in_threadpool(self.ballots.forget, worker)
+            count = await run_in_threadpool(self.store.delete_rater, rater)
             request.session.clear()
-            request.session["forgotten"] = gone or 0
-            return see("/")
-        done, _ = await run_in_threadpool(self.ballots.progress, worker)
-        return self.page("forget.html", done=done, ticket=self.ticket(request, f"forget {worker}"))
+            request.session["forgotten"] = count or 0
+            return redirect_to("/")
+        done, _ = await run_in_threadpool(self.store.progress, rater)
+        return self.page("forget.html", done=done, ticket=self.sign_ticket(request, f"forget {rater}"))
 
     async def keys(self, request: Request) -> Response:
-        """Turn the keys off or on again, for this browser."""
-        self.checked(request, await form(request), "keys")
+        """Turn the keys on or off for this browser."""
+        self.validate_form(request, await read_form(request), "keys")
         request.session["keys"] = not request.session.get("keys", True)
-        return see("/task")
+        return redirect_to("/task")
 
     async def task(self, request: Request) -> Response:
-        """The task to answer now, or thanks when all is done."""
-        worker = await self.worker(request)
-        if worker is None:
-            return see("/")
-        shown = await run_in_threadpool(self.ballots.current, worker)
-        done, most = await run_in_threadpool(self.ballots.progress, worker)
-        resume = self.signer("worker").dumps(worker)
-        if shown is None:
+        """Show the task to answer now, or thanks when all is done."""
+        rater = await self.current_rater(request)
+        if rater is None:
+            return redirect_to("/")
+        assignment = await run_in_threadpool(self.store.current_assignment, rater)
+        done, total = await run_in_threadpool(self.store.progress, rater)
+        resume = self.signer("worker").dumps(rater)
+        if assignment is None:
             return self.page("done.html", done=done, resume=resume)
+        outcome, lesson = request.session.pop("told", None) or ("", "")
         return self.page(
             "task.html",
-            shown=shown,
+            assignment=assignment,
+            text=QUESTION_TEXTS[assignment.task.question],
+            something=SOMETHING,
+            the_object=THE_OBJECT,
             done=done,
-            most=most,
+            total=total,
             resume=resume,
-            told=request.session.pop("told", None),
-            ticket=self.ticket(request, f"vote {shown.id}"),
+            outcome=outcome,
+            lesson=lesson,
+            ticket=self.sign_ticket(request, f"vote {assignment.id}"),
             keys=request.session.get("keys", True),
-            keys_ticket=self.ticket(request, "keys"),
+            keys_ticket=self.sign_ticket(request, "keys"),
         )
 
     async def vote(self, request: Request) -> Response:
         """Record an answer."""
-        given = await form(request)
-        worker = await self.worker(request)
-        number = given.get("task", "")
-        if worker is None or not (number.isascii() and number.isdigit() and len(number) < 16):
+        fields = await read_form(request)
+        rater = await self.current_rater(request)
+        number = fields.get("task", "")
+        if rater is None or not (number.isascii() and number.isdigit() and len(number) < 16):
             raise HTTPException(403, "This answer belongs to nobody who takes part.")
-        self.checked(request, given, f"vote {number}")
-        outcome, task = await run_in_threadpool(self.ballots.vote, worker, int(number), given.get("answer", ""))
+        self.validate_form(request, fields, f"vote {number}")
+        button = fields.get("answer", "")
+        outcome, task = await run_in_threadpool(self.store.record_vote, rater, int(number), button)
         if outcome == "refused" or task is None:
-            raise HTTPException(409, "This answer is not counted: the first one to a task stands.")
+            raise HTTPException(409, "This answer does not count: only the first answer to a task does.")
         request.session["told"] = [outcome, task.lesson]
-        return see("/task")
+        return redirect_to("/task")
 
-    async def picture(self, request: Request) -> Response:
-        """A picture of the survey, by its id."""
-        path = self.pictures.get(request.path_params["name"])
+    async def image(self, request: Request) -> Response:
+        """Return an image of the survey."""
+        path = self.images.get(request.path_params["name"])
         if path is None:
-            raise HTTPException(404, "There is no such picture.")
-        # Bytes alone: a file's date would tell in which order the pictures were written.
+            raise HTTPException(404, "There is no such image.")
+        # Bytes only: the date of a file would reveal the order in which the images were written.
         content = await run_in_threadpool(path.read_bytes)
         return Response(content, media_type="image/png", headers={"cache-control": "private, max-age=86400, immutable"})
 
     async def admin(self, request: Request) -> Response:
-        """Progress, agreement and people who fail the controls, for who has the token."""
+        """Show progress, agreement, and who fails the controls, to those who have the token."""
         if request.method == "POST":
-            given = await form(request)
-            self.checked(request, given, "admin")
-            if not hmac.compare_digest(given.get("token", "").strip().encode(), admin_token(self.secret).encode()):
+            fields = await read_form(request)
+            self.validate_form(request, fields, "admin")
+            token = fields.get("token", "").strip()
+            if not hmac.compare_digest(token.encode(), admin_token(self.secret).encode()):
                 raise HTTPException(403, "This token is not the one that dvar survey serve printed.")
             request.session["admin"] = True
-            return see("/admin")
+            return redirect_to("/admin")
         if not request.session.get("admin"):
-            return self.page("token.html", 403, ticket=self.ticket(request, "admin"))
-        return self.page("admin.html", score=await run_in_threadpool(self.scored))
+            return self.page("token.html", 403, ticket=self.sign_ticket(request, "admin"))
+        score = await run_in_threadpool(self.score_so_far)
+        return self.page("admin.html", score=score, columns=PROGRESS_COLUMNS, rater_columns=RATER_COLUMNS)
 
-    def scored(self) -> Score:
-        """The votes so far, read as `dvar survey score` reads them."""
-        return score(self.survey, self.ballots.votes(), SurveyScoreConfig(resamples=200))
-
-    async def refused(self, request: Request, error: Exception) -> Response:
-        """Say what was wrong, and where to go on."""
+    async def error(self, request: Request, error: Exception) -> Response:
+        """Show what was wrong, and where to go on."""
         status = getattr(error, "status_code", 500)
-        said = getattr(error, "detail", "")
-        said = "There is no such page." if said in ("Not Found", "Method Not Allowed") else said
-        answer = self.page("refused.html", status, said=said)
-        answer.headers.update(getattr(error, "headers", None) or {})
-        return answer
+        message = getattr(error, "detail", "")
+        message = "There is no such page." if message in ("Not Found", "Method Not Allowed") else message
+        response = self.page("refused.html", status, message=message)
+        response.headers.update(getattr(error, "headers", None) or {})
+        return response
 
-    def page(self, name: str, status: int = 200, /, **known: object) -> HTMLResponse:
-        return HTMLResponse(self.environment.get_template(name).render(known), status)
+    def score_so_far(self) -> Score:
+        """Return the score of the votes so far, with few resamples."""
+        return score_votes(self.survey, self.store.load_votes(), SurveyScoreConfig(resamples=200))
 
-    async def worker(self, request: Request) -> int | None:
-        """The number of the person whose signed cookie this is, if the survey knows them."""
-        worker = request.session.get("worker")
-        if isinstance(worker, int) and await run_in_threadpool(self.ballots.name, worker) is not None:
-            return worker
+    def page(self, template: str, status: int = 200, /, **context: object) -> HTMLResponse:
+        """Return a page from a template."""
+        return HTMLResponse(render("dvar.survey", template, **context), status)
+
+    async def current_rater(self, request: Request) -> int | None:
+        """Return the number in the visitor's signed cookie, None when the survey has no such rater."""
+        rater = request.session.get("worker")
+        if isinstance(rater, int) and await run_in_threadpool(self.store.rater_name, rater) is not None:
+            return rater
         return None
 
+    def limit_arrivals(self, request: Request) -> None:
+        """Raise HTTPException when the visitor's address has sent too many raters."""
+        address = request.client.host if request.client else ""
+        wait = self.limiter.admit(address) if self.limiter else 0
+        if wait:
+            message = "Too many people have joined from your network. Please come back in an hour."
+            raise HTTPException(429, message, {"retry-after": str(ceil(wait))})
+
     def signer(self, purpose: str) -> URLSafeSerializer:
+        """Return what signs values for one purpose."""
         return URLSafeSerializer(self.secret, salt=f"dvar survey {purpose}")
 
-    def ticket(self, request: Request, purpose: str) -> str:
-        """A signed word that lets this visitor, and nobody else, send one form."""
+    def sign_ticket(self, request: Request, purpose: str) -> str:
+        """Return a signed ticket with which this visitor, and nobody else, can send one form."""
         nonce = request.session.setdefault("nonce", secrets.token_urlsafe(12))
         return str(self.signer("ticket").dumps([nonce, purpose]))
 
-    def checked(self, request: Request, given: Mapping[str, str], purpose: str) -> None:
-        """Raises: HTTPException unless the form is of our own page, for this visitor and this purpose."""
+    def validate_form(self, request: Request, fields: Mapping[str, str], purpose: str) -> None:
+        """Raise HTTPException unless the form comes from our own page, for this visitor and this purpose."""
         origin = request.headers.get("origin")
         if origin is not None and urlsplit(origin).netloc not in (request.headers.get("host"), self.site or None):
             raise HTTPException(403, "This form was sent from another site.")
         if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
             raise HTTPException(403, "This form was sent from another site.")
         try:
-            ticket = self.signer("ticket").loads(given.get("ticket", ""))
+            ticket = self.signer("ticket").loads(fields.get("ticket", ""))
         except BadSignature as error:
-            raise HTTPException(403, "This form is not one of ours.") from error
+            raise HTTPException(403, "This form does not belong to this survey.") from error
         if ticket != [request.session.get("nonce"), purpose]:
-            raise HTTPException(403, "This form was made for someone else, or for another task.")
+            raise HTTPException(403, "This form belongs to someone else, or to another task.")
 
 
-async def form(request: Request) -> dict[str, str]:
-    """The fields of a small form; of a field given twice the first.
+async def read_form(request: Request) -> dict[str, str]:
+    """Return the fields of a small form; of a field that is there twice, the first.
 
-    Raises: HTTPException for a body that is too large or is no form.
+    Raises:
+        HTTPException: The body is too large or not a form.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/x-www-form-urlencoded":
-        raise HTTPException(415, "Only plain forms are taken.")
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != "application/x-www-form-urlencoded":
+        raise HTTPException(415, "Only plain forms are accepted.")
     body = b""
     async for part in request.stream():
         body += part
-        if len(body) > BODY:
+        if len(body) > MAX_BODY:
             raise HTTPException(413, "This form is too large.", {"connection": "close"})
     try:
         fields = parse_qsl(body.decode("ascii"), keep_blank_values=True, max_num_fields=16, errors="strict")
@@ -372,6 +405,6 @@ async def form(request: Request) -> dict[str, str]:
     return dict(reversed(fields))
 
 
-def see(where: str) -> RedirectResponse:
-    """Go to a page of our own by a plain request."""
-    return RedirectResponse(where, 303)
+def redirect_to(path: str) -> RedirectResponse:
+    """Return a redirection to one of our pages, by a GET request."""
+    return RedirectResponse(path, 303)

@@ -1,7 +1,4 @@
-"""The statistics of votes that may be ties: intervals, a model of strength, agreement.  Pure: numpy and the counts.
-
-Votes are numbers here: 1 where the candidate is better, 0 for equal, -1 where the baseline is.
-"""
+"""Statistics of votes with ties: intervals of shares, Davidson's model, Krippendorff's alpha."""
 
 from __future__ import annotations
 
@@ -14,15 +11,16 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Votes = NDArray[np.int64]
-BETTER, EQUAL, WORSE = 1, 0, -1
-ROUNDS = 100
-MISSING = -9
-"""What stands in a table of ratings where a person was not asked."""
+BETTER, EQUAL, WORSE = 1, 0, -1  # a vote as a number, from the candidate's point of view
+MISSING = -9  # in a matrix of ratings, where a rater was not asked
+MAX_NEWTON_STEPS = 100
+CONVERGED = 1e-10  # a Newton step below this changes nothing
+MAX_LOG_ODDS = 20  # a larger estimate has run away: the likelihood has no maximum
 
 
 @dataclass(frozen=True)
 class Interval:
-    """From ``low`` to ``high``, both in it."""
+    """A closed interval from ``low`` to ``high``."""
 
     low: float
     high: float
@@ -31,14 +29,15 @@ class Interval:
         return self.low <= value <= self.high
 
     def __or__(self, other: Interval) -> Interval:
-        """The interval from the lower of both ends to the higher."""
+        """Return the smallest interval that holds both."""
         return Interval(min(self.low, other.low), max(self.high, other.high))
 
 
-def wilson(hits: int, count: int, confidence: float = 0.95) -> Interval:
-    """Return Wilson's interval of a share: every p from which ``hits`` of ``count`` is not too far by the normal law.
+def wilson_interval(hits: int, count: int, confidence: float = 0.95) -> Interval:
+    """Return the Wilson score interval of the share ``hits / count``, [0, 1] when ``count`` is 0.
 
-    It takes each vote for independent of all others. Without votes it is [0, 1].
+    Votes are taken as independent.
+
     Source: Wilson (1927).
     """
     if not count:
@@ -50,49 +49,66 @@ def wilson(hits: int, count: int, confidence: float = 0.95) -> Interval:
     return Interval(float(low), float(high))
 
 
-def clustered(
+def clustered_interval(
     hits: NDArray[np.bool_],
-    people: Votes,
+    raters: Votes,
     concepts: Votes,
     *,
     confidence: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """Return the percentile interval of a share when both people and concepts are drawn again, with replacement.
+    """Return the bootstrap percentile interval of a share when raters and concepts are both resampled.
 
-    Votes of one person are alike, and so are votes about one concept: an interval that forgets it is too narrow. Each
-    sample weighs a vote by how often its person and its concept were drawn; of a single concept, people alone are
-    drawn. Without votes it is [0, 1].
+    Votes of one rater are correlated, and so are votes about one concept; an interval that ignores this is too narrow.
+    Each resample weighs a vote by how often its rater and its concept were drawn. With a single concept, only raters
+    are resampled.
+
+    Args:
+        hits: Whether each vote counts towards the share: bool [votes].
+        raters: The rater of each vote: int64 [votes].
+        concepts: The concept of each vote: int64 [votes].
+        confidence: Share of resamples within the interval.
+        resamples: Number of resamples.
+        seed: Seed of the resamples.
+
+    Returns:
+        The interval, [0, 1] without votes.
 
     Source: the pigeonhole bootstrap, Owen (2007), which errs on the wide side.
     """
     if not len(hits):
         return Interval(0.0, 1.0)
-    persons, of_person = np.unique(people, return_inverse=True)
-    things, of_concept = np.unique(concepts, return_inverse=True)
-    cells = np.zeros((2, len(persons), len(things)))
-    np.add.at(cells[0], (of_person, of_concept), hits)
-    np.add.at(cells[1], (of_person, of_concept), 1)
-    draws = np.random.default_rng(seed)
-    drawn_people = _drawn(draws, len(persons), resamples)
-    drawn_concepts = _drawn(draws, len(things), resamples) if len(things) > 1 else np.ones((resamples, 1))
-    hit, total = (((drawn_people @ part) * drawn_concepts).sum(axis=1) for part in cells)
+    unique_raters, rater_index = np.unique(raters, return_inverse=True)
+    unique_concepts, concept_index = np.unique(concepts, return_inverse=True)
+    cells = np.zeros((2, len(unique_raters), len(unique_concepts)))
+    np.add.at(cells[0], (rater_index, concept_index), hits)
+    np.add.at(cells[1], (rater_index, concept_index), 1)
+    generator = np.random.default_rng(seed)
+    rater_weights = _draw_weights(generator, len(unique_raters), resamples)
+    several = len(unique_concepts) > 1
+    concept_weights = _draw_weights(generator, len(unique_concepts), resamples) if several else np.ones((resamples, 1))
+    hit, total = (((rater_weights @ part) * concept_weights).sum(axis=1) for part in cells)
     shares = hit[total > 0] / total[total > 0]
     low, high = np.quantile(shares, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(float(low), float(high))
 
 
-def _drawn(draws: np.random.Generator, clusters: int, resamples: int) -> Floats:
-    """How often each cluster is drawn in each sample: float64 [resamples, clusters]."""
-    return draws.multinomial(clusters, np.full(clusters, 1 / clusters), size=resamples).astype(np.float64)
+def _draw_weights(generator: np.random.Generator, clusters: int, resamples: int) -> Floats:
+    """Draw how often each cluster is in each resample: float64 [resamples, clusters]."""
+    return generator.multinomial(clusters, np.full(clusters, 1 / clusters), size=resamples).astype(np.float64)
 
 
 @dataclass(frozen=True)
 class Strength:
-    """Davidson's model of two rivals: ``advantage`` is the log of how often the candidate is better for each time that
-    the baseline is, where each stands on either side equally often; ``left`` is the same of the left side over the
-    right one; ``ties`` is Davidson's nu.
+    """Davidson's model of two rivals, fitted.
+
+    Args:
+        advantage: Log of the odds that the candidate is better rather than worse, when the side has no effect.
+        left: Log of the odds that the left image is better rather than worse, when the two are equally good.
+        ties: Davidson's nu.
+        interval: Interval of ``advantage``.
+        left_interval: Interval of ``left``.
     """
 
     advantage: float
@@ -101,43 +117,67 @@ class Strength:
     interval: Interval
     left_interval: Interval
 
-    def chances(self) -> tuple[float, float, float]:
-        """The chances of better, equal and worse, without regard to the side."""
+    def probabilities(self) -> tuple[float, float, float]:
+        """Return the probabilities of better, equal and worse when the side has no effect."""
         up, down = np.exp(self.advantage / 2), np.exp(-self.advantage / 2)
         total = up + self.ties + down
         return float(up / total), float(self.ties / total), float(down / total)
 
 
-def davidson(votes: Votes, on_left: NDArray[np.bool_], confidence: float = 0.95) -> Strength | None:
-    """Return the most likely strength given votes and whether the candidate stood on the left.
+def fit_davidson(votes: Votes, on_left: NDArray[np.bool_], confidence: float = 0.95) -> Strength | None:
+    """Return the maximum-likelihood fit of Davidson's model, None where the likelihood has no maximum.
 
-    None where no most likely one exists: one of the rivals, or one of the sides, was never better.
+    It has none when one of the rivals, or one of the sides, was never better.
+
+    Args:
+        votes: `BETTER`, `EQUAL` or `WORSE` for each vote: int64 [votes].
+        on_left: Whether the candidate was on the left: bool [votes].
+        confidence: Coverage of the intervals.
 
     Source: Davidson (1970) for ties, Davidson and Beaver (1977) for the order of presentation; two rivals.
-    Deviates: fitted by Newton's method, intervals from the curvature, each vote independent of all others.
+    Deviates: fitted by Newton's method, with intervals from the curvature; votes are taken as independent.
     """
     side = np.where(on_left, 1.0, -1.0)
     decided = votes != EQUAL
-    ahead, leftward = votes[decided], (votes * side)[decided]
-    if not ({1, -1} <= set(ahead.tolist()) and {1.0, -1.0} <= set(leftward.tolist())):
+    candidate_votes, left_votes = votes[decided], (votes * side)[decided]
+    if not ({1, -1} <= set(candidate_votes.tolist()) and {1.0, -1.0} <= set(left_votes.tolist())):
         return None
-    # Three outcomes with the scores (a + s l)/2, log nu and -(a + s l)/2: a multinomial logit, so its maximum is one.
-    tied = bool((~decided).any())
+    ties = bool((~decided).any())
+    design = _design_matrix(side, ties)
     outcome = 1 - votes  # 0 better, 1 equal, 2 worse
+    chosen = design[np.arange(len(votes)), outcome if ties else outcome // 2]
+    values, curvature = _maximise_likelihood(design, chosen)
+    if np.abs(values[:2]).max() > MAX_LOG_ODDS or np.linalg.matrix_rank(curvature) < len(values):
+        return None
+    errors = np.sqrt(np.diag(np.linalg.inv(curvature))) * NormalDist().inv_cdf(0.5 + confidence / 2)
+    intervals = [
+        Interval(float(value - error), float(value + error)) for value, error in zip(values, errors, strict=True)
+    ]
+    nu = float(np.exp(values[2])) if ties else 0.0
+    return Strength(float(values[0]), float(values[1]), nu, intervals[0], intervals[1])
+
+
+def _design_matrix(side: Floats, ties: bool) -> Floats:
+    """Return the coefficients of advantage, left and log nu in each outcome's score: [votes, outcomes, parameters].
+
+    The scores of better, equal and worse are (a + s l) / 2, log nu and -(a + s l) / 2: a multinomial logit, so the
+    likelihood has one maximum. Without ties, the outcome and the parameter of ties are left out.
+    """
     zero, half = np.zeros_like(side), side / 2
     rows = [
         np.stack([np.full_like(side, 0.5), half, zero], axis=1),
         np.stack([zero, zero, np.ones_like(side)], axis=1),
         np.stack([np.full_like(side, -0.5), -half, zero], axis=1),
     ]
-    design = np.stack(rows, axis=1)  # [votes, outcomes, parameters]
-    seen = np.array([True, tied, True])
-    design, free = design[:, seen, :], np.array([True, True, tied])
-    design = design[:, :, free]
-    chosen = design[np.arange(len(votes)), outcome if tied else outcome // 2]
-    values = np.zeros(int(free.sum()))
+    design = np.stack(rows, axis=1)[:, np.array([True, ties, True]), :]
+    return design[:, :, np.array([True, True, ties])]
+
+
+def _maximise_likelihood(design: Floats, chosen: Floats) -> tuple[Floats, Floats]:
+    """Return the parameters of a multinomial logit and the curvature of its likelihood, by Newton's method."""
+    values = np.zeros(design.shape[2])
     curvature = np.eye(len(values))
-    for _ in range(ROUNDS):
+    for _ in range(MAX_NEWTON_STEPS):
         scores = design @ values
         chances = np.exp(scores - scores.max(axis=1, keepdims=True))
         chances /= chances.sum(axis=1, keepdims=True)
@@ -147,31 +187,32 @@ def davidson(votes: Votes, on_left: NDArray[np.bool_], confidence: float = 0.95)
         curvature = np.einsum("vo,vop,voq->pq", chances, spread, spread)
         step = np.linalg.lstsq(curvature, gradient, rcond=None)[0]
         values = values + np.clip(step, -2.0, 2.0)
-        if np.abs(step).max() < 1e-10:
+        if np.abs(step).max() < CONVERGED:
             break
-    if np.abs(values[:2]).max() > 20 or np.linalg.matrix_rank(curvature) < len(values):
-        return None
-    errors = np.sqrt(np.diag(np.linalg.inv(curvature))) * NormalDist().inv_cdf(0.5 + confidence / 2)
-    around = [Interval(float(value - error), float(value + error)) for value, error in zip(values, errors, strict=True)]
-    ties = float(np.exp(values[2])) if tied else 0.0
-    return Strength(float(values[0]), float(values[1]), ties, around[0], around[1])
+    return values, curvature
 
 
-def nominal(first: Votes, second: Votes) -> Floats:
-    """1 where two ratings differ, else 0."""
-    return (first != second).astype(np.float64)
+def nominal_distance(first: Votes, second: Votes) -> Floats:
+    """Return 1 where two ratings differ, else 0."""
+    return np.not_equal(first, second).astype(np.float64)
 
 
-def ordered(first: Votes, second: Votes) -> Floats:
-    """The squared difference of two ratings: better and worse are further apart than either is from equal."""
+def squared_distance(first: Votes, second: Votes) -> Floats:
+    """Return the squared difference of two ratings, by which better and worse are furthest apart."""
     return (first - second).astype(np.float64) ** 2
 
 
-def krippendorff(ratings: Votes, distance: Callable[[Votes, Votes], Floats] = nominal) -> float | None:
-    """Return Krippendorff's alpha of int64 [people, tasks] with `MISSING` where a person was not asked.
+def krippendorff_alpha(ratings: Votes, distance: Callable[[Votes, Votes], Floats] = nominal_distance) -> float | None:
+    """Return Krippendorff's alpha: 1 for full agreement, 0 for agreement by chance.
 
-    1 is full agreement, 0 that of chance. None where no task was rated twice or all ratings are one and the same.
-    Source: Krippendorff (2004), by coincidences: each task counts its pairs of ratings over its raters less one.
+    Args:
+        ratings: The ratings, with `MISSING` where a rater was not asked: int64 [raters, tasks].
+        distance: Distance of two ratings.
+
+    Returns:
+        The alpha, None when no task was rated twice or all ratings are the same.
+
+    Source: Krippendorff (2004), by coincidences: each task counts its pairs of ratings, divided by its raters less one.
     """
     kinds = np.unique(ratings[ratings != MISSING])
     counts = np.stack([(ratings == kind).sum(axis=0) for kind in kinds]) if len(kinds) else np.zeros((0, 0))
@@ -179,8 +220,8 @@ def krippendorff(ratings: Votes, distance: Callable[[Votes, Votes], Floats] = no
     if not counts.size:
         return None
     raters = counts.sum(axis=0)
-    together = (counts / (raters - 1)) @ counts.T - np.diag((counts / (raters - 1)).sum(axis=1))
-    apart = distance(kinds[:, None], kinds[None, :])
-    total = together.sum(axis=1)
-    expected = (np.outer(total, total) * apart).sum() / (total.sum() - 1)
-    return float(1 - (together * apart).sum() / expected) if expected else None
+    coincidences = (counts / (raters - 1)) @ counts.T - np.diag((counts / (raters - 1)).sum(axis=1))
+    distances = distance(kinds[:, None], kinds[None, :])
+    total = coincidences.sum(axis=1)
+    expected = (np.outer(total, total) * distances).sum() / (total.sum() - 1)
+    return float(1 - (coincidences * distances).sum() / expected) if expected else None

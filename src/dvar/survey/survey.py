@@ -1,8 +1,4 @@
-"""What a survey asks: its tasks and pictures, as one frozen value and as a folder that says nothing of who drew what.
-
-A survey's folder holds ``survey.json``, ``pictures/<id>.png`` and, once it is served, ``votes.sqlite`` and ``secret``.
-Only ``survey.json`` knows which picture is whose; the pages know ids alone.
-"""
+"""The plan of a survey: its tasks, and the folder that holds them."""
 
 from __future__ import annotations
 
@@ -22,16 +18,27 @@ Answer = Literal["first", "second", "equal"]
 QUESTIONS: tuple[Question, ...] = ("reconstruction", "customization")
 ANSWERS: tuple[Answer, ...] = ("first", "second", "equal")
 FORMAT = 1
-PLAN, PICTURES, VOTES, SECRET = "survey.json", "pictures", "votes.sqlite", "secret"
+# Only the survey file says which run generated which image; the pages know nothing but ids.
+SURVEY_FILE, IMAGE_FOLDER, VOTES_FILE, SECRET_FILE = "survey.json", "pictures", "votes.sqlite", "secret"
 
 
 @dataclass(frozen=True)
 class Task:
-    """One question about two pictures; ``id`` is 16 hexadecimal digits that tell nothing.
+    """A question about two images.
 
-    ``first`` and ``second`` are ids of pictures, as are ``references``: in a pair the candidate's and the baseline's.
-    ``prompt`` has {} where the subject stands.  ``expected`` is the right answer of a control or a training task, and
-    ``lesson`` what a training task teaches.
+    Args:
+        id: 16 hexadecimal digits that reveal nothing about the task.
+        question: What is asked.
+        role: A comparison of two runs, a control with an obvious answer, or a training task.
+        method: The method of both runs.
+        concept: The concept of both runs.
+        prompt: The prompt of both images, with {} where the subject stands.
+        seed: The seed of both images.
+        references: Ids of the reference images.
+        first: Id of the first image; in a pair, the candidate's.
+        second: Id of the second image; in a pair, the baseline's.
+        expected: The right answer to a control or a training task.
+        lesson: What a training task teaches.
     """
 
     id: str
@@ -50,10 +57,17 @@ class Task:
 
 @dataclass(frozen=True)
 class Survey:
-    """The plan of a survey: who is compared, how often, and every task.
+    """A survey: which runs are compared, in which tasks, and how often.
 
-    ``overlap`` votes are asked of different people for each pair; one person is asked at most ``per_person`` pairs of
-    each question, with a control among every ``control_every`` tasks.  ``seed`` draws orders and sides.
+    Args:
+        candidate: Name of the run that is named first in each pair.
+        baseline: Name of the run that is named second.
+        overlap: Number of raters for each pair.
+        per_person: Maximum number of pairs of each question for one rater.
+        control_every: One task in this many is a control.
+        seed: Seed of orders and sides.
+        tasks: Every task.
+        runs: For each pair of runs: method, concept, and the folders of candidate and baseline.
     """
 
     candidate: str
@@ -66,71 +80,76 @@ class Survey:
     runs: tuple[Mapping[str, str], ...] = ()
 
     @classmethod
-    def open(cls, folder: str | Path) -> Survey:
-        """Return the survey in a folder.
+    def load(cls, folder: str | Path) -> Survey:
+        """Return the survey in ``folder``.
 
-        Raises: RefusedInput when there is none, it is damaged, or it lacks pictures.
+        Raises:
+            RefusedInput: The folder holds no survey, the survey is damaged, or images are missing.
         """
-        path = Path(folder) / PLAN
+        path = Path(folder) / SURVEY_FILE
         try:
-            read = json.loads(path.read_text(encoding="utf-8"))
-            if read.pop("format") != FORMAT:
-                raise RefusedInput([f"{path} was written by another version of dvar: build the survey anew"])
-            tasks = tuple(Task(**{**task, "references": tuple(task["references"])}) for task in read.pop("tasks"))
-            survey = cls(**{**read, "tasks": tasks, "runs": tuple(read["runs"])})
+            survey = cls._parse(path)
         except OSError as error:
-            said = f"a survey's folder holds {PLAN}, {folder} does not: name the folder that dvar survey build wrote"
-            raise RefusedInput([said]) from error
+            problem = f"a survey's folder holds {SURVEY_FILE}, {folder} does not"
+            raise RefusedInput([f"{problem}: name the folder that dvar survey build wrote"]) from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, RefusedInput):
                 raise
-            raise RefusedInput([f"{path} is damaged ({error}): restore it or build the survey anew"]) from error
-        missing = [name for name in survey.pictures if not (Path(folder) / PICTURES / f"{name}.png").is_file()]
+            raise RefusedInput([f"{path} is damaged ({error}): restore it or build the survey again"]) from error
+        missing = [name for name in survey.image_ids if not (Path(folder) / IMAGE_FOLDER / f"{name}.png").is_file()]
         if missing:
-            said = f"{folder} lacks {len(missing)} of its pictures, the first is {missing[0]}.png: restore them"
-            raise RefusedInput([said])
+            problem = f"{len(missing)} images are missing from {folder}, the first is {missing[0]}.png"
+            raise RefusedInput([f"{problem}: restore them"])
         return survey
 
-    def write(self, folder: Path) -> None:
-        """Write ``survey.json`` into a folder."""
+    @classmethod
+    def _parse(cls, path: Path) -> Survey:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.pop("format") != FORMAT:
+            raise RefusedInput([f"{path} was written by another version of dvar: build the survey again"])
+        tasks = tuple(Task(**{**task, "references": tuple(task["references"])}) for task in content.pop("tasks"))
+        return cls(**{**content, "tasks": tasks, "runs": tuple(content["runs"])})
+
+    def save(self, folder: Path) -> None:
+        """Write the survey file into ``folder``."""
         text = json.dumps({"format": FORMAT, **asdict(self)}, indent=1, ensure_ascii=False)
-        (folder / PLAN).write_text(text + "\n", encoding="utf-8")
+        (folder / SURVEY_FILE).write_text(text + "\n", encoding="utf-8")
 
     @cached_property
-    def by_id(self) -> Mapping[str, Task]:
+    def task_by_id(self) -> Mapping[str, Task]:
         """Every task by its id."""
         return {task.id: task for task in self.tasks}
 
     @cached_property
-    def pictures(self) -> tuple[str, ...]:
-        """The ids of all pictures, sorted."""
+    def image_ids(self) -> tuple[str, ...]:
+        """The ids of all images, sorted."""
         return tuple(sorted({name for task in self.tasks for name in (task.first, task.second, *task.references)}))
 
-    def of(self, question: Question, role: Role) -> tuple[Task, ...]:
-        """The tasks of one question and role, in the order of the plan."""
-        return self._by_kind.get((question, role), ())
+    def select(self, question: Question, role: Role) -> tuple[Task, ...]:
+        """Return the tasks of one question and role, in the order of the plan."""
+        return self._groups.get((question, role), ())
 
     @cached_property
-    def _by_kind(self) -> Mapping[tuple[Question, Role], tuple[Task, ...]]:
-        kinds = dict.fromkeys((task.question, task.role) for task in self.tasks)
-        return {kind: tuple(task for task in self.tasks if (task.question, task.role) == kind) for kind in kinds}
+    def _groups(self) -> Mapping[tuple[Question, Role], tuple[Task, ...]]:
+        keys = dict.fromkeys((task.question, task.role) for task in self.tasks)
+        return {key: tuple(task for task in self.tasks if (task.question, task.role) == key) for key in keys}
 
-    def longest(self, question: Question) -> int:
-        """The most tasks that one person meets under a question: training, pairs and the controls among them."""
-        pairs = min(self.per_person, len(self.of(question, "pair")))
-        return len(self.of(question, "training")) + pairs + self.controls(question) if pairs else 0
+    def max_tasks(self, question: Question) -> int:
+        """Return the maximum number of tasks of a question for one rater: training, pairs and controls."""
+        pairs = min(self.per_person, len(self.select(question, "pair")))
+        return len(self.select(question, "training")) + pairs + self.control_count(question) if pairs else 0
 
-    def controls(self, question: Question) -> int:
-        """How many controls go with the pairs that one person meets: one in every ``control_every`` tasks."""
-        return controls(min(self.per_person, len(self.of(question, "pair"))), self.control_every)
+    def control_count(self, question: Question) -> int:
+        """Return how many controls one rater meets among the pairs of a question."""
+        return count_controls(min(self.per_person, len(self.select(question, "pair"))), self.control_every)
 
 
-def controls(pairs: int, every: int) -> int:
-    """The number of controls among ``pairs`` pairs when one task in ``every`` is a control, at least one."""
+def count_controls(pairs: int, every: int) -> int:
+    """Return the number of controls among ``pairs`` pairs: one task in ``every``, and at least one."""
     return max(1, round(pairs / (every - 1))) if pairs else 0
 
 
-def key(seed: int, *parts: Any) -> int:
-    """A number in [0, 2**64) that seed and parts alone decide: the same on every machine, unlike `hash()`."""
-    written = "\0".join(str(part) for part in (seed, *parts))
-    return int.from_bytes(blake2b(written.encode(), digest_size=8).digest(), "big")
+def stable_hash(seed: int, *parts: Any) -> int:
+    """Return a number in [0, 2**64) that depends on ``seed`` and ``parts`` alone; unlike `hash`, on every machine."""
+    text = "\0".join(str(part) for part in (seed, *parts))
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big")

@@ -1,8 +1,4 @@
-"""The votes of a survey in one SQLite file: who was shown what on which side, and what they answered.
-
-Every change is one transaction that is on the disk before it is acknowledged, so that a killed server loses no vote it
-has confirmed; a task has one place for each person, so that no vote counts twice.
-"""
+"""The votes of a survey in one SQLite file: what each rater was shown on which side, and the answers."""
 
 from __future__ import annotations
 
@@ -15,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dvar.survey.survey import QUESTIONS, Answer, Question, Survey, Task, key
+from dvar.survey.survey import QUESTIONS, Answer, Question, Survey, Task, stable_hash
 
-IDLE = 1800.0  # seconds after which a task that was shown and not answered is offered to others
-BUSY = 30.0  # seconds to wait for another writer
-# No number is given twice: an old link or an old form must not become another person's.
+IDLE_SECONDS = 1800.0  # after which a task that was shown and not answered is offered to others
+LOCK_TIMEOUT = 30.0  # seconds to wait for another writer
+# "autoincrement": an id is never used again, so that an old link or form cannot become another rater's.
 TABLES = """
 create table if not exists worker (
     id integer primary key autoincrement,
@@ -44,40 +40,57 @@ create table if not exists assignment (
 create index if not exists assignment_task on assignment (question, role, task, given, answered);
 """
 
-PERSON = "trim(w.id || ' ' || w.name)"  # what tells people apart among the votes: a name alone may not be one's own
+RATER_LABEL = "trim(w.id || ' ' || w.name)"  # two raters may have the same name
 
 Side = Literal["first", "second"]
-Outcome = Literal["counted", "again", "repeated", "refused"]
+VoteOutcome = Literal["counted", "again", "repeated", "refused"]
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """A task as one person is shown it: ``left_side`` is the picture on the left, ``misses`` wrong training answers."""
+    """A task as one rater is shown it.
+
+    Args:
+        id: Number of the assignment.
+        rater: Number of the rater.
+        task: The task.
+        left_side: Which image of the task is on the left.
+        misses: Number of wrong answers to a training task so far.
+    """
 
     id: int
-    worker: int
+    rater: int
     task: Task
     left_side: Side
     misses: int
 
     @property
-    def pictures(self) -> tuple[str, str]:
-        """The ids of the left and of the right picture."""
-        both = self.task.first, self.task.second
-        return both if self.left_side == "first" else (both[1], both[0])
+    def image_ids(self) -> tuple[str, str]:
+        """The ids of the left and of the right image."""
+        ids = self.task.first, self.task.second
+        return ids if self.left_side == "first" else (ids[1], ids[0])
 
-    def answer(self, pressed: str) -> Answer | None:
-        """What "left", "right" or "equal" means here; None for any other word."""
-        other: Side = "second" if self.left_side == "first" else "first"
-        said: dict[str, Answer] = {"left": self.left_side, "right": other, "equal": "equal"}
-        return said.get(pressed)
+    def answer_for(self, button: str) -> Answer | None:
+        """Return the answer that "left", "right" or "equal" stands for here, None for any other button."""
+        right_side: Side = "second" if self.left_side == "first" else "first"
+        answers: dict[str, Answer] = {"left": self.left_side, "right": right_side, "equal": "equal"}
+        return answers.get(button)
 
 
 @dataclass(frozen=True)
 class Vote:
-    """One answer; ``seconds`` from the showing to the answer."""
+    """One answer of a rater.
 
-    worker: str
+    Args:
+        rater: Label of the rater: number and name.
+        task: The task that was answered.
+        left_side: Which image of the task was on the left.
+        answer: The answer.
+        seconds: Time from the last showing of the task to the answer.
+        misses: Number of wrong answers to a training task before this one.
+    """
+
+    rater: str
     task: Task
     left_side: Side
     answer: Answer
@@ -86,64 +99,77 @@ class Vote:
 
 
 class VoteStore:
-    """The votes on a survey, in a file that one server writes and anyone may read at the same time.
+    """The votes on a survey, in a file that one server writes and others may read at the same time.
 
-    Each thread keeps one connection. The path ":memory:" keeps the votes of one thread until it ends. Orders and sides
-    are drawn from the survey's seed and a ``secret``: without one, who knows this code can tell where controls come.
+    Each change is one transaction, on disk before it is acknowledged, so that a killed server loses no confirmed vote.
+    A rater has one assignment for each task, so that no vote counts twice. Each thread keeps one connection.
+
+    Args:
+        path: The SQLite file; ":memory:" keeps the votes of one thread until it ends.
+        survey: The survey that is voted on.
+        clock: Returns the time in seconds.
+        secret: Decides orders and sides together with the seed of the survey. Without it, whoever knows this code can
+            work out which tasks are controls.
     """
 
     def __init__(
         self, path: Path | str, survey: Survey, clock: Callable[[], float] = time.time, secret: str = ""
     ) -> None:
         self.path, self.survey, self.clock, self.secret = path, survey, clock, secret
-        self.connections = threading.local()
-        self._db.executescript(TABLES)
+        self._local = threading.local()
+        self._connection.executescript(TABLES)
 
-    def join(self, name: str = "") -> int:
-        """Return the number of a new person; two people may have one name, or none."""
-        with self._change() as db:
-            made = db.execute("insert into worker (name, joined) values (?, ?)", (name, self.clock()))
-        return int(made.lastrowid or 0)
+    def add_rater(self, name: str = "") -> int:
+        """Return the number of a new rater; names need not be unique."""
+        with self._transaction() as db:
+            cursor = db.execute("insert into worker (name, joined) values (?, ?)", (name, self.clock()))
+        return int(cursor.lastrowid or 0)
 
-    def name(self, worker: int) -> str | None:
-        """The name of a person; None when there is no such person."""
-        row = self._db.execute("select name from worker where id = ?", (worker,)).fetchone()
+    def rater_name(self, rater: int) -> str | None:
+        """Return the name of a rater, None when there is no such rater."""
+        row = self._connection.execute("select name from worker where id = ?", (rater,)).fetchone()
         return row[0] if row else None
 
-    def current(self, worker: int) -> Assignment | None:
-        """Return what a person is to answer now; None when all is done.
+    def raters_from(self, source: str) -> dict[str, str]:
+        """Return the raters of a source: the label among the votes by the name in the source."""
+        query = f"select name, {RATER_LABEL} as label from worker w where source = ?"
+        return {row["name"]: row["label"] for row in self._connection.execute(query, (source,))}
 
-        The same until it is answered. Then, for each question: the training round, and pairs with controls among them,
-        the pairs with the fewest answers first.
+    def current_assignment(self, rater: int) -> Assignment | None:
+        """Return what a rater is to answer now, None when all is done.
+
+        The assignment stays the same until it is answered. For each question, training comes first, then pairs with
+        controls among them; pairs with the fewest answers come first.
         """
-        with self._change() as db:
-            open_one = db.execute(
-                "select * from assignment where worker = ? and answer is null order by id limit 1", (worker,)
-            ).fetchone()
-            if open_one:
-                db.execute("update assignment set given = ? where id = ?", (self.clock(), open_one["id"]))
-                return self._assignment(open_one)
-            task = self._next(db, worker)
+        with self._transaction() as db:
+            unanswered = "select * from assignment where worker = ? and answer is null order by id limit 1"
+            row = db.execute(unanswered, (rater,)).fetchone()
+            if row:
+                db.execute("update assignment set given = ? where id = ?", (self.clock(), row["id"]))
+                return self._read_assignment(row)
+            task = self._next_task(db, rater)
             if task is None:
                 return None
-            place = task.question, task.role, task.id
-            of = "select left_side, count(*) from assignment where question = ? and role = ? and task = ? group by 1"
-            shown = {"first": 0, "second": 0, **dict(db.execute(of, place).fetchall())}
-            drawn = ("first", "second")[self._drawn("side", task.id) % 2]
-            side = min(shown, key=lambda side: (shown[side], side != drawn))
-            return self._assignment(_assign(db, worker, task, side, self.clock()))
+            return self._read_assignment(_insert_assignment(db, rater, task, self._left_side(db, task), self.clock()))
 
-    def vote(self, worker: int, assignment: int, pressed: str) -> tuple[Outcome, Task | None]:
-        """Record an answer: "left", "right" or "equal".
+    def record_vote(self, rater: int, assignment: int, button: str) -> tuple[VoteOutcome, Task | None]:
+        """Record an answer.
 
-        Returns the task, if it is this person's, and "counted"; "again" when a training task was answered wrongly and
-        is asked again; "repeated" when the very answer stands already; "refused" when it is not theirs to give or
-        contradicts what stands.
+        Args:
+            rater: Number of the rater.
+            assignment: Number of the assignment.
+            button: "left", "right" or "equal".
+
+        Returns:
+            What became of the answer, and the task if it is this rater's. "counted": the vote is recorded. "again":
+            the answer to a training task is wrong, and the task is asked again. "repeated": the same answer is
+            recorded already. "refused": the task is not theirs, or has another answer.
         """
-        with self._change() as db:
-            row = db.execute("select * from assignment where id = ? and worker = ?", (assignment, worker)).fetchone()
-            shown = self._assignment(row) if row else None
-            answer = shown.answer(pressed) if shown else None
+        with self._transaction() as db:
+            query = "select * from assignment where id = ? and worker = ?"
+            row = db.execute(query, (assignment, rater)).fetchone()
+            shown = self._read_assignment(row) if row else None
+            answer = shown.answer_for(button) if shown else None
             if shown is None or answer is None:
                 return "refused", shown.task if shown else None
             if row["answer"]:
@@ -151,66 +177,55 @@ class VoteStore:
             if shown.task.role == "training" and answer != shown.task.expected:
                 db.execute("update assignment set misses = misses + 1 where id = ?", (assignment,))
                 return "again", shown.task
-            _answered(db, assignment, answer, self.clock())
+            _write_answer(db, assignment, answer, self.clock())
         return "counted", shown.task
 
-    def enter(self, name: str, source: str, task: Task, side: Side, answer: Answer) -> bool:
-        """Record an answer that was given elsewhere; return whether it is new.
+    def import_vote(self, name: str, source: str, task: Task, side: Side, answer: Answer) -> bool:
+        """Record an answer that was given elsewhere, and return whether it is new.
 
-        Raises: ValueError when the same person gave another answer to this task before.
+        Raises:
+            ValueError: The same rater gave another answer to this task before.
         """
-        with self._change() as db:
+        with self._transaction() as db:
             now = self.clock()
-            person = "select id from worker where source = ? and name = ?"
-            known = db.execute(person, (source, name)).fetchone()
-            if not known:
-                db.execute("insert into worker (name, source, joined) values (?, ?, ?)", (name, source, now))
-                known = db.execute(person, (source, name)).fetchone()
-            stands = db.execute(
-                "select answer from assignment where worker = ? and task = ?", (known[0], task.id)
-            ).fetchone()
-            if stands:
-                if stands[0] != answer:
-                    raise ValueError(f"{name} answered {stands[0]} before")
-                return False
-            row = _assign(db, known[0], task, side, now)
-            _answered(db, row["id"], answer, now)
-        return True
+            rater = _find_or_insert_rater(db, name, source, now)
+            query = "select answer from assignment where worker = ? and task = ?"
+            row = db.execute(query, (rater, task.id)).fetchone()
+            if row is None:
+                _write_answer(db, _insert_assignment(db, rater, task, side, now)["id"], answer, now)
+            elif row["answer"] != answer:
+                raise ValueError(f"{name} answered {row['answer']} before")
+        return row is None
 
-    def forget(self, worker: int) -> int | None:
-        """Delete a person with all they answered, also from the disk; return how many answers, None for no such person.
+    def delete_rater(self, rater: int) -> int | None:
+        """Delete a rater and their answers, also from the disk; the number is never used again.
 
-        Their number is never given to another.
+        Returns:
+            The number of answers deleted, None when there is no such rater.
         """
-        with self._change() as db:
-            gone = db.execute("select count(answer) from assignment where worker = ?", (worker,)).fetchone()[0]
-            if not db.execute("delete from worker where id = ?", (worker,)).rowcount:
+        with self._transaction() as db:
+            count = db.execute("select count(answer) from assignment where worker = ?", (rater,)).fetchone()[0]
+            if not db.execute("delete from worker where id = ?", (rater,)).rowcount:
                 return None
-        self._db.execute("pragma wal_checkpoint(truncate)")  # the log still has what was deleted
-        return int(gone)
+        self._connection.execute("pragma wal_checkpoint(truncate)")  # the log still holds what was deleted
+        return int(count)
 
-    def known(self, source: str) -> dict[str, str]:
-        """The people of a source: their name there to their name among the votes."""
-        rows = self._db.execute(f"select name, {PERSON} as person from worker w where source = ?", (source,)).fetchall()
-        return {row["name"]: row["person"] for row in rows}
+    def progress(self, rater: int) -> tuple[int, int]:
+        """Return how many tasks a rater has answered, and the maximum number that they will meet."""
+        query = "select count(*) from assignment where worker = ? and answer is not null"
+        done = self._connection.execute(query, (rater,)).fetchone()[0]
+        return int(done), sum(self.survey.max_tasks(question) for question in QUESTIONS)
 
-    def progress(self, worker: int) -> tuple[int, int]:
-        """How many tasks a person has answered, and how many they will meet at most."""
-        done = self._db.execute(
-            "select count(*) from assignment where worker = ? and answer is not null", (worker,)
-        ).fetchone()[0]
-        return int(done), sum(self.survey.longest(question) for question in QUESTIONS)
-
-    def votes(self) -> tuple[Vote, ...]:
-        """Every vote on a task of the survey, in the order of casting."""
-        rows = self._db.execute(
-            f"select {PERSON} as person, a.* from assignment a join worker w on w.id = a.worker "
+    def load_votes(self) -> tuple[Vote, ...]:
+        """Return every vote on a task of the survey, in the order of voting."""
+        rows = self._connection.execute(
+            f"select {RATER_LABEL} as label, a.* from assignment a join worker w on w.id = a.worker "
             "where answer is not null order by answered, a.id"
         ).fetchall()
-        tasks = self.survey.by_id
+        tasks = self.survey.task_by_id
         return tuple(
             Vote(
-                worker=row["person"],
+                rater=row["label"],
                 task=tasks[row["task"]],
                 left_side=row["left_side"],
                 answer=row["answer"],
@@ -221,69 +236,88 @@ class VoteStore:
             if row["task"] in tasks
         )
 
-    def _next(self, db: sqlite3.Connection, worker: int) -> Task | None:
-        met = {row["task"] for row in db.execute("select task from assignment where worker = ?", (worker,))}
-        for question in sorted(QUESTIONS, key=lambda q: (QUESTIONS.index(q) + worker) % len(QUESTIONS)):
-            had, every = sum(task.id in met for task in self.survey.of(question, "pair")), self.survey.control_every
-            pair = self._fairest(db, worker, question, met, had)
-            training = [task for task in self.survey.of(question, "training") if task.id not in met]
+    def _next_task(self, db: sqlite3.Connection, rater: int) -> Task | None:
+        seen = {row["task"] for row in db.execute("select task from assignment where worker = ?", (rater,))}
+        for question in sorted(QUESTIONS, key=lambda q: (QUESTIONS.index(q) + rater) % len(QUESTIONS)):
+            pairs_seen = sum(task.id in seen for task in self.survey.select(question, "pair"))
+            pair = self._least_answered_pair(db, rater, question, seen, pairs_seen)
+            training = [task for task in self.survey.select(question, "training") if task.id not in seen]
             if pair and training:
                 return training[0]
-            controls = self.survey.of(question, "control")
-            left = [task for task in controls if task.id not in met]
-            met_controls = len(controls) - len(left)
-            stretch, place = divmod(had + met_controls, every)
-            # One control in each stretch of tasks, where its own draw puts it; one at the end if there was none.
-            due = (
-                met_controls < self.survey.controls(question)
-                and met_controls <= stretch
-                and place >= self._drawn("control", worker, question, stretch) % every
-            )
-            if left and (pair or had) and (due or not (pair or met_controls)):
-                return left[0]
+            if control := self._due_control(rater, question, seen, pairs_seen, last=pair is None):
+                return control
             if pair:
                 return pair
         return None
 
-    def _fairest(self, db: sqlite3.Connection, worker: int, question: Question, met: set[str], had: int) -> Task | None:
-        """The pair that has been answered least and that this person has not met; None when there is none for them."""
-        if had >= self.survey.per_person:
+    def _due_control(self, rater: int, question: Question, seen: set[str], pairs_seen: int, last: bool) -> Task | None:
+        """Return the next control if one is due.
+
+        Each stretch of ``control_every`` tasks has one control, at a place that depends on the rater; when no pair is
+        left and there was no control, one comes at the end.
+        """
+        controls = self.survey.select(question, "control")
+        unseen = [task for task in controls if task.id not in seen]
+        controls_seen = len(controls) - len(unseen)
+        stretch, place = divmod(pairs_seen + controls_seen, self.survey.control_every)
+        due = (
+            controls_seen < self.survey.control_count(question)
+            and controls_seen <= stretch
+            and place >= self._hash("control", rater, question, stretch) % self.survey.control_every
+        )
+        possible = bool(unseen) and (not last or pairs_seen > 0)
+        return unseen[0] if possible and (due or (last and not controls_seen)) else None
+
+    def _least_answered_pair(
+        self, db: sqlite3.Connection, rater: int, question: Question, seen: set[str], pairs_seen: int
+    ) -> Task | None:
+        """Return the pair with the fewest answers that this rater has not met, None when there is none for them."""
+        if pairs_seen >= self.survey.per_person:
             return None
-        counted = db.execute(
+        rows = db.execute(
             "select task, count(*) from assignment where question = ? and role = 'pair' "
             "and (answered is not null or given > ?) group by task",
-            (question, self.clock() - IDLE),
+            (question, self.clock() - IDLE_SECONDS),
         )
-        asked = {task: int(number) for task, number in counted}
-        open_ones = [
+        counts = {task: int(count) for task, count in rows}
+        pairs = [
             task
-            for task in self.survey.of(question, "pair")
-            if task.id not in met and asked.get(task.id, 0) < self.survey.overlap
+            for task in self.survey.select(question, "pair")
+            if task.id not in seen and counts.get(task.id, 0) < self.survey.overlap
         ]
-        own = self._drawn("order", worker)  # another order for each person
-        return min(open_ones, key=lambda task: (asked.get(task.id, 0), int(task.id, 16) ^ own), default=None)
+        order = self._hash("order", rater)  # a different order for each rater
+        return min(pairs, key=lambda task: (counts.get(task.id, 0), int(task.id, 16) ^ order), default=None)
 
-    def _drawn(self, *parts: object) -> int:
-        return key(self.survey.seed, self.secret, *parts)
+    def _left_side(self, db: sqlite3.Connection, task: Task) -> Side:
+        """Return the side that was on the left less often; the hash of the task decides a tie."""
+        query = "select left_side, count(*) from assignment where question = ? and role = ? and task = ? group by 1"
+        counts = dict[str, int](db.execute(query, (task.question, task.role, task.id)).fetchall())
+        sides: tuple[Side, Side] = ("first", "second")
+        preferred = sides[self._hash("side", task.id) % 2]
+        return min(sides, key=lambda side: (counts.get(side, 0), side != preferred))
 
-    def _assignment(self, row: sqlite3.Row) -> Assignment:
-        return Assignment(row["id"], row["worker"], self.survey.by_id[row["task"]], row["left_side"], row["misses"])
+    def _hash(self, *parts: object) -> int:
+        return stable_hash(self.survey.seed, self.secret, *parts)
+
+    def _read_assignment(self, row: sqlite3.Row) -> Assignment:
+        task = self.survey.task_by_id[row["task"]]
+        return Assignment(row["id"], row["worker"], task, row["left_side"], row["misses"])
 
     @property
-    def _db(self) -> sqlite3.Connection:
-        """This thread's connection; a vote is on the disk once its transaction is committed."""
-        db: sqlite3.Connection | None = getattr(self.connections, "db", None)
+    def _connection(self) -> sqlite3.Connection:
+        """The connection of this thread."""
+        db: sqlite3.Connection | None = getattr(self._local, "connection", None)
         if db is None:
-            db = self.connections.db = sqlite3.connect(self.path, timeout=BUSY, isolation_level=None)
+            db = self._local.connection = sqlite3.connect(self.path, timeout=LOCK_TIMEOUT, isolation_level=None)
             db.row_factory = sqlite3.Row
             for setting in ("journal_mode = wal", "synchronous = full", "foreign_keys = on", "secure_delete = on"):
                 db.execute(f"pragma {setting}")
         return db
 
     @contextmanager
-    def _change(self) -> Iterator[sqlite3.Connection]:
-        """One transaction, alone from its first read on; on the disk when the scope is left."""
-        db = self._db
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """Hold the write lock from the first read on; commit to disk at the end, roll back on an error."""
+        db = self._connection
         db.execute("begin immediate")
         try:
             yield db
@@ -293,14 +327,22 @@ class VoteStore:
         db.execute("commit")
 
 
-def _answered(db: sqlite3.Connection, assignment: int, answer: Answer, now: float) -> None:
-    db.execute("update assignment set answer = ?, answered = ? where id = ?", (answer, now, assignment))
+def _find_or_insert_rater(db: sqlite3.Connection, name: str, source: str, now: float) -> int:
+    row = db.execute("select id from worker where source = ? and name = ?", (source, name)).fetchone()
+    if row:
+        return int(row["id"])
+    cursor = db.execute("insert into worker (name, source, joined) values (?, ?, ?)", (name, source, now))
+    return int(cursor.lastrowid or 0)
 
 
-def _assign(db: sqlite3.Connection, worker: int, task: Task, side: str, now: float) -> sqlite3.Row:
-    made = db.execute(
+def _insert_assignment(db: sqlite3.Connection, rater: int, task: Task, side: Side, now: float) -> sqlite3.Row:
+    cursor = db.execute(
         "insert into assignment (worker, task, question, role, left_side, given) values (?, ?, ?, ?, ?, ?) returning *",
-        (worker, task.id, task.question, task.role, side, now),
+        (rater, task.id, task.question, task.role, side, now),
     )
-    row: sqlite3.Row = made.fetchone()
+    row: sqlite3.Row = cursor.fetchone()
     return row
+
+
+def _write_answer(db: sqlite3.Connection, assignment: int, answer: Answer, now: float) -> None:
+    db.execute("update assignment set answer = ?, answered = ? where id = ?", (answer, now, assignment))
