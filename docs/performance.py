@@ -1,4 +1,4 @@
-"""The page docs/performance.md and its picture: ``python docs/performance.py`` writes them from the benchmarks' files.
+"""The page docs/performance.md and its figure: ``python docs/performance.py`` writes them from the benchmarks' files.
 
 Every number on the page comes from the JSON files in docs/performance; the page names the command that makes each.
 """
@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib
 from matplotlib.figure import Figure
 
+from dvar.html.tables import Column, cells
 from dvar.paper.style import COLOURS, NOISE, SOFT, STYLE
+
+T = TypeVar("T")
 
 HERE = Path(__file__).parent
 FOLDER = HERE / "performance"
@@ -22,9 +26,9 @@ LOOPS = {"plain": "a plain script", "dvar": "dvar"}
 PARTS, PROBE = ("data", "encode", "text", "U-Net forward", "backward", "optimizer", "other"), "probe"
 TEXT = """# How fast it is, and what the probe costs
 
-Measured on two shared cores of a server without an accelerator, so the ratios count, not the milliseconds: both sides
-take turns in one process. `make docs` writes this page from the files in `docs/performance/`; each was made by the
-command above its table.
+Measured on two shared cores of a server without an accelerator. Read the ratios, not the milliseconds: both sides of a
+comparison take turns in one process. `make docs` writes this page from the files in `docs/performance/`; each was
+written by the command above its table.
 
 ## A step, part by part
 
@@ -32,16 +36,16 @@ command above its table.
 python benchmarks/step.py --threads 1 --output docs/performance/step.json
 ```
 
-![Where the milliseconds of a step go]({picture})
+![Where the milliseconds of a step go]({figure})
 
 {steps}
 
-*A plain script* is `benchmarks/reference.py`: it does what public scripts do (opens and encodes its pictures at each
-step, puts the whole embedding table into the optimizer and back, waits for the device to read the loss) and reads the
-held batch after every step, as the paper does. Batch, precision, threads, captions and attention are the same on both
-sides. *Ceiling* is what a step would gain if it were nothing but the networks: the plain script's step over its text
-encoder, U-Net and backward pass alone. On a CPU there is no more to be had without other arithmetic;
-a ratio above its ceiling is the noise of a shared machine.
+*A plain script* is `benchmarks/reference.py`. It does what public scripts do: it opens and encodes its images at each
+step, optimizes the whole embedding table and restores the rest of it, and waits for the device to read the loss. It
+evaluates the held batch after every step, as the paper does. Batch, precision, threads, captions and attention are the
+same on both sides. *Its ceiling* is the speed-up of a step that consists of the networks only: the plain script's step
+over its text encoder, U-Net and backward pass. On a CPU nothing more can be gained without other arithmetic; a ratio
+above its ceiling is noise of the shared machine.
 
 ## What a cheaper probe does to the stop
 
@@ -50,10 +54,11 @@ python benchmarks/cadence.py record --concepts pink_checked_house brown_boot
 python benchmarks/cadence.py table --output docs/performance/cadence.json
 ```
 
-DVAR at its preset on {runs} runs of the bundled model, each read at every step. *Kept* counts the runs whose stop is
-at most 2 % earlier and at most max(2 %, one cadence) later than that of 8 held samples read at every step, or that go
-to the cap by both; then the mean and the extremes of the difference in steps. A cadence moves the stop by little;
-another batch is another curve, and stops elsewhere. Every 40 steps is not there: a window would hold too few readings.
+DVAR with its preset on {runs} runs of the bundled model, each recorded at every step. The reference is the stop with 8
+held samples, evaluated at every step. *Same stop* counts the runs that stop at most 2 % before the reference and at
+most max(2 %, one cadence) after it, and those that reach the cap in both cases. The other columns are the mean and the
+extremes of the difference, in percent of the reference. A sparser cadence moves the stop little; a different batch has
+a different curve, and stops elsewhere. A cadence of 40 steps is missing, since a window would hold too few evaluations.
 
 {cadences}
 
@@ -63,71 +68,94 @@ another batch is another curve, and stops elsewhere. Every 40 steps is not there
 python benchmarks/time_to_quality.py --output docs/performance/quality.json
 ```
 
-From the command to the saved result: start-up, encoding, training, samples, export. The CLIP score is that of 16
-pictures on fresh seeds against the concept's own, by the bundled CLIP that conditions nothing. One concept, one thread,
-and the other core had work of its own.
+From the command to the saved result: start-up, encoding, training, sample images, export. The CLIP score compares 16
+images on fresh seeds with those of the concept, by the bundled CLIP that conditions nothing. One concept, one thread;
+the other core was busy.
 
 {quality}
 
-## What was tried without gain
+## What was tried and did not help
 
 {tried}
 """
-TRIED = """- Channels-last weights of the U-Net: 1.00 (forward) to 1.16 (forward and backward) times the time in
-  float32, 1.05 to 1.24 in bfloat16 (one thread, one process).
-- Plain matrix products for attention: 0.98 (forward and backward) to 1.03 of the fused kernel's time in float32; 0.82
-  in bfloat16.
-- `--mixed_precision bf16` on a CPU with native bfloat16: forward and backward of the U-Net in 0.76 to 0.93 of the
-  time. It is left off: settings were frozen in float32.
-- Compiling the bundled U-Net: a hundred seconds for 11 % (LOG.md)."""
+TRIED = """\
+- Channels-last weights of the U-Net take 1.00 (forward) to 1.16 (forward and backward) times as long in float32, and
+  1.05 to 1.24 times in bfloat16 (one thread, one process).
+- Plain matrix products for attention take 0.98 (forward and backward) to 1.03 times as long as the fused kernel in
+  float32, and 0.82 times in bfloat16.
+- `--mixed_precision bf16` on a CPU with native bfloat16: forward and backward pass of the U-Net take 0.76 to 0.93 times
+  as long. It is off by default, because settings were tuned in float32.
+- Compiling the bundled U-Net costs a hundred seconds and makes it 11 % faster (LOG.md)."""
 
 
-def read(name: str) -> Any:
+def read_benchmark(name: str) -> Any:
+    """Return the content of a benchmark's file."""
     return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
+def format_table(columns: Sequence[Column[T]], rows: Sequence[T], *, left: int) -> str:
+    """Return a table in Markdown, with the first ``left`` columns aligned to the left."""
+    head = [column.title for column in columns]
+    rule = ["---" if place < left else "---:" for place in range(len(columns))]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *cells(columns, rows)))
 
 
-def steps_table(told: dict[str, Any]) -> str:
-    methods = told["methods"].values()
-
-    def line(name: str, say: Callable[[dict[str, Any]], str]) -> str:
-        return row(name, *map(say, methods))
-
-    lines = [row("ms a step", *told["methods"]), row("---", *["---:"] * len(methods))]
-    for name, wording in LOOPS.items():
-        for part in PARTS:
-            lines.append(
-                line(f"{wording}: {part}", lambda found, of=name, part=part: f"{found['parts'][of][part]:.1f}")
-            )
-        for what, key in (("a step", name), ("a probe", f"{name} probe")):
-            lines.append(line(f"**{wording}: {what}**", lambda found, key=key: f"{found['whole'][key]:.1f}"))
-    lines.append(line("**step, probe off**", lambda found: f"{found['ratios']['step']:.2f} x"))
-    lines.append(line("its ceiling", lambda found: f"{ceiling(found):.2f} x"))
-    lines.append(line("dvar's cadence", lambda found: f"{found['cadence']} steps"))
-    lines.append(line("**whole loop**", lambda found: f"{found['ratios']['loop']:.2f} x"))
-    lines.append(line("**probe, share of dvar's time**", lambda found: f"{found['ratios']['probe share']:.1%}"))
-    return "\n".join(lines)
+Measurements = Mapping[str, Any]
+"""What benchmarks/step.py measured of one method."""
+StepLine = tuple[str, Callable[[Measurements], str]]
+"""One line of the table of a step: its label, and its text for a method."""
 
 
-def ceiling(found: dict[str, Any]) -> float:
-    plain = found["parts"]["plain"]
-    return sum(plain.values()) / (plain["text"] + plain["U-Net forward"] + plain["backward"])
+def ceiling(method: Measurements) -> float:
+    """Return the speed-up of a step that consists of the networks only."""
+    plain = method["parts"]["plain"]
+    return float(sum(plain.values()) / (plain["text"] + plain["U-Net forward"] + plain["backward"]))
 
 
-def steps_picture(told: dict[str, Any]) -> str:
-    """One bar a loop and method: the parts of a step, and the probe's share of one at its cadence."""
+def step_lines() -> list[StepLine]:
+    """Return the lines of the table of a step."""
+
+    def part_line(loop: str, part: str) -> StepLine:
+        return f"{LOOPS[loop]}: {part}", lambda method: f"{method['parts'][loop][part]:.1f}"
+
+    def whole_line(label: str, key: str) -> StepLine:
+        return f"**{label}**", lambda method: f"{method['whole'][key]:.1f}"
+
+    lines: list[StepLine] = []
+    for loop, title in LOOPS.items():
+        lines += [part_line(loop, part) for part in PARTS]
+        lines += [whole_line(f"{title}: a step", loop), whole_line(f"{title}: a probe", f"{loop} probe")]
+    return [
+        *lines,
+        ("**step, probe off**", lambda method: f"{method['ratios']['step']:.2f} x"),
+        ("its ceiling", lambda method: f"{ceiling(method):.2f} x"),
+        ("dvar's cadence", lambda method: f"{method['cadence']} steps"),
+        ("**whole loop**", lambda method: f"{method['ratios']['loop']:.2f} x"),
+        ("**probe, share of dvar's time**", lambda method: f"{method['ratios']['probe share']:.1%}"),
+    ]
+
+
+def format_steps(methods: Mapping[str, Measurements]) -> str:
+    """Return the table of a step, with a column for each method."""
+
+    def method_column(name: str) -> Column[StepLine]:
+        return Column(name, lambda line: line[1](methods[name]))
+
+    columns = [Column[StepLine]("ms a step", lambda line: line[0]), *map(method_column, methods)]
+    return format_table(columns, step_lines(), left=1)
+
+
+def plot_steps(methods: Mapping[str, Measurements]) -> str:
+    """Return an SVG with a bar for each loop and method: the parts of a step, and the probe's share of it."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.5, 3.4), layout="constrained")
         axes = figure.subplots()
         bars: list[tuple[str, dict[str, float]]] = []
-        for method, found in told["methods"].items():
-            for name, wording in LOOPS.items():
-                every = 1 if name == "plain" else found["cadence"]
-                parts = dict(found["parts"][name]) | {PROBE: found["whole"][f"{name} probe"] / every}
-                bars.append((f"{method}, {wording}", parts))
+        for name, method in methods.items():
+            for loop, title in LOOPS.items():
+                cadence = 1 if loop == "plain" else method["cadence"]
+                parts = dict(method["parts"][loop]) | {PROBE: method["whole"][f"{loop} probe"] / cadence}
+                bars.append((f"{name}, {title}", parts))
         left = [0.0] * len(bars)
         for index, part in enumerate((*PARTS, PROBE)):
             widths = [parts[part] for _, parts in bars]
@@ -141,50 +169,54 @@ def steps_picture(told: dict[str, Any]) -> str:
         axes.grid(axis="y", visible=False)
         axes.set_xlabel("milliseconds a step, probe included")
         figure.legend(loc="outside lower center", ncols=8, handlelength=1, columnspacing=1)
-        written = io.StringIO()
-        figure.savefig(written, format="svg", metadata={"Date": None})
-    return written.getvalue()
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
 
 
-def cadence_table(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        row("method", "batch", "every", "probe's share", "kept", "mean", "earliest", "latest"),
-        row("---", "---", "---:", "---:", "---:", "---:", "---:", "---:"),
-    ]
-    for found in rows:
-        off = [100 * value for value in found["off"]]
-        spread = [f"{sum(off) / len(off):+.1f} %", f"{min(off):+.1f} %", f"{max(off):+.1f} %"] if off else ["–"] * 3
-        kept = f"{found['within']} of {found['of']}"
-        lines.append(
-            row(found["method"], found["batch"], str(found["cadence"]), f"{found['share']:.1%}", kept, *spread)
-        )
-    return "\n".join(lines)
+def _format_difference(statistic: Callable[[Sequence[float]], float]) -> Callable[[Sequence[float]], str]:
+    """Return a function that writes a statistic of differences; a dash where there are none."""
+    return lambda differences: f"{100 * statistic(differences):+.1f} %" if differences else "–"
 
 
-def quality_table(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        row("method", "way", "minutes", "steps", "CLIP score", "training, s", "probe, s"),
-        row("---", "---", "---:", "---:", "---:", "---:", "---:"),
-    ]
-    for found in rows:
-        seconds = found["seconds"]
-        numbers = (f"{found['minutes']:.2f}", str(found["steps"]), f"{found['clip']:.3f}")
-        lines.append(row(found["method"], found["way"], *numbers, f"{seconds['train']:.0f}", f"{seconds['probe']:.0f}"))
-    return "\n".join(lines)
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+Row = Mapping[str, Any]
+CADENCE_COLUMNS = (
+    Column[Row]("method", itemgetter("method")),
+    Column[Row]("batch", itemgetter("batch")),
+    Column[Row]("every", itemgetter("cadence")),
+    Column[Row]("probe's share", itemgetter("share"), "{:.1%}".format),
+    Column[Row]("same stop", lambda row: f"{row['within']} of {row['of']}"),
+    Column[Row]("mean", itemgetter("off"), _format_difference(_mean)),
+    Column[Row]("earliest", itemgetter("off"), _format_difference(min)),
+    Column[Row]("latest", itemgetter("off"), _format_difference(max)),
+)
+QUALITY_COLUMNS = (
+    Column[Row]("method", itemgetter("method")),
+    Column[Row]("training ends", itemgetter("way")),
+    Column[Row]("minutes", itemgetter("minutes"), "{:.2f}".format),
+    Column[Row]("steps", itemgetter("steps")),
+    Column[Row]("CLIP score", itemgetter("clip"), "{:.3f}".format),
+    Column[Row]("training, s", lambda row: row["seconds"]["train"], "{:.0f}".format),
+    Column[Row]("probe, s", lambda row: row["seconds"]["probe"], "{:.0f}".format),
+)
 
 
 def pages() -> dict[Path, str]:
-    """Each file's text, by its path."""
-    told, cadences, quality = read("step"), read("cadence"), read("quality")
+    """Return the text of each file, by its path."""
+    methods, cadences, quality = read_benchmark("step")["methods"], read_benchmark("cadence"), read_benchmark("quality")
     page = TEXT.format(
-        picture="performance/step.svg",
-        steps=steps_table(told),
-        runs=sum({found["method"]: found["of"] for found in cadences}.values()),
-        cadences=cadence_table(cadences),
-        quality=quality_table(quality),
+        figure="performance/step.svg",
+        steps=format_steps(methods),
+        runs=sum({row["method"]: row["of"] for row in cadences}.values()),
+        cadences=format_table(CADENCE_COLUMNS, cadences, left=2),
+        quality=format_table(QUALITY_COLUMNS, quality, left=2),
         tried=TRIED,
     )
-    return {HERE / "performance.md": page, FOLDER / "step.svg": steps_picture(told)}
+    return {HERE / "performance.md": page, FOLDER / "step.svg": plot_steps(methods)}
 
 
 if __name__ == "__main__":

@@ -1,107 +1,131 @@
-"""The page docs/reference.md, from the docstrings: ``python docs/reference.py`` writes it anew.
+"""The page docs/reference.md, from the docstrings: ``python docs/reference.py`` writes it.
 
-It holds the public face, `dvar.*`, and what else the rooms of the stopper offer by name.
+It holds the public names, `dvar.*`, and what else the modules of the stopper offer.
 """
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import dvar
+from dvar.stopping import combinators, curve, diagnosis, probe, rules, trace, verdict
+from dvar.stopping.logs import reader
 
 PAGE = Path(__file__).with_suffix(".md")
 LONG, MANY = 88, 20  # characters of a line; settings that `dvar train --help` lists better
-ROOMS = ("rules", "combinators", "curve", "diagnosis", "verdict", "trace", "probe", "logs.reader")
+MODULES = (rules, combinators, curve, diagnosis, verdict, trace, probe, reader)
+SECTIONS = ("Args", "Attributes", "Returns", "Yields", "Raises")
 OPENING = """# Reference
 
 <!-- written by docs/reference.py -->
 
-`dvar.*` is the public face; whatever of the stopper is not there is imported from its room. The stopper needs NumPy
-alone, but for its probes. `Source` names the place in the paper, `Deviates` where we differ from it.
+`dvar.*` are the public names; everything else of the stopper is imported from its module. The stopper needs NumPy only,
+except for its probes. `Source` names the place in the paper, `Deviates` what we do differently.
 """
 
 
 def page() -> str:
-    """The whole page."""
-    face = {name: getattr(dvar, name) for name in dvar.__all__ if name != "__version__"}
-    parts = [OPENING, "## dvar", _text(dvar), *(_entry(f"dvar.{name}", found) for name, found in face.items())]
-    for name in ROOMS:
-        room = importlib.import_module(f"dvar.stopping.{name}")
-        found = {own: value for own, value in _own(room) if value not in face.values()}
-        parts += [f"## {room.__name__}", _text(room)]
-        parts += [_entry(f"{room.__name__}.{own}", value) for own, value in found.items()]
+    """Return the whole page."""
+    public = {name: getattr(dvar, name) for name in dvar.__all__ if name != "__version__"}
+    parts = [OPENING, "## dvar", format_docstring(dvar)]
+    parts += [format_entry(f"dvar.{name}", item) for name, item in public.items()]
+    for module in MODULES:
+        own = {name: item for name, item in find_own_items(module) if item not in public.values()}
+        parts += [f"## {module.__name__}", format_docstring(module)]
+        parts += [format_entry(f"{module.__name__}.{name}", item) for name, item in own.items()]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
-def _own(room: ModuleType) -> Iterator[tuple[str, type]]:
-    """The classes and functions that a room itself defines and offers."""
-    for name, value in vars(room).items():
-        defined = (inspect.isclass(value) or inspect.isfunction(value)) and value.__module__ == room.__name__
+def find_own_items(module: ModuleType) -> Iterator[tuple[str, Any]]:
+    """Yield the public classes and functions that a module defines itself."""
+    for name, item in vars(module).items():
+        defined = (inspect.isclass(item) or inspect.isfunction(item)) and item.__module__ == module.__name__
         if defined and not name.startswith("_"):
-            yield name, value
+            yield name, item
 
 
-def _entry(name: str, found: type) -> str:
-    title, text = f"### {name}", _text(found)
-    if inspect.isclass(found) and issubclass(found, BaseException | str):
-        return f"{title}\n\n{text}"
-    parts = [title, f"```python\n{name.rpartition('.')[2]}{_call(found)}\n```", text]
-    if inspect.isclass(found):
-        parts += [_member(found, own, value) for own, value in vars(found).items() if _is_member(own, value)]
+def format_entry(name: str, item: Any) -> str:
+    """Return the section of a class or function: its signature, its docstring, and its members."""
+    heading, text = f"### {name}", format_docstring(item)
+    if inspect.isclass(item) and issubclass(item, BaseException | str):
+        return f"{heading}\n\n{text}"
+    parts = [heading, f"```python\n{name.rpartition('.')[2]}{format_signature(item)}\n```", text]
+    if inspect.isclass(item):
+        parts += [_format_member(item, name, member) for name, member in vars(item).items() if _is_member(name, member)]
     return "\n\n".join(part for part in parts if part)
 
 
-def _is_member(name: str, value: object) -> bool:
-    called = isinstance(value, property | classmethod) or inspect.isfunction(value)
-    return called and not name.startswith("_") and bool(inspect.getdoc(value))
-
-
-def _member(owner: type, name: str, value: object) -> str:
-    signature = "" if isinstance(value, property) else str(_signature(getattr(owner, name)))
-    return f"- `.{name}{signature}`: {inspect.cleandoc(str(inspect.getdoc(value)))}".replace("\n", "\n  ")
-
-
-class _Written(str):
-    """An annotation as it stands in the source, without the quotes of a string."""
-
-    __repr__ = str.__str__
-
-
-def _signature(found: object) -> inspect.Signature:
-    signature = inspect.signature(found)  # type: ignore[arg-type]
-    kept = [
-        parameter.replace(annotation=_written(parameter.annotation))
-        for parameter in signature.parameters.values()
-        if parameter.name != "self"
-    ]
-    return signature.replace(parameters=kept, return_annotation=_written(signature.return_annotation))
-
-
-def _written(annotation: object) -> object:
-    return _Written(annotation) if isinstance(annotation, str) else annotation
-
-
-def _call(found: type) -> str:
-    """The signature, a setting a line where it is long; of very many settings, where to find them."""
-    signature = _signature(found)
+def format_signature(item: Callable[..., Any]) -> str:
+    """Return a signature, one setting a line where it is long; of very many settings, where to find them."""
+    signature = _read_signature(item)
     if len(str(signature)) <= LONG:
         return str(signature)
     if len(signature.parameters) > MANY:
         return "(\n    ...,  # one keyword for each flag of the command\n)"
     lines = "".join(f"    {parameter},\n" for parameter in signature.parameters.values())
-    plain = signature.replace(parameters=())
-    return f"(\n{lines}{str(plain)[1:]}"
+    rest = signature.replace(parameters=())
+    return f"(\n{lines}{str(rest)[1:]}"
 
 
-def _text(found: object) -> str:
-    """The docstring as Markdown: its closing lines as a list, everything else as it stands."""
-    text = inspect.getdoc(found) or ""
-    return re.sub(r"(?m)^(Raises|Source|Deviates): ", r"\n- **\1:** ", text)
+def format_docstring(item: object) -> str:
+    """Return a docstring as Markdown: its sections as lists, everything else as it is."""
+    lines: list[str] = []
+    section = ""
+    for line in (inspect.getdoc(item) or "").splitlines():
+        if line.removesuffix(":") in SECTIONS:
+            section = line.removesuffix(":")
+            lines += [f"**{section}**", ""]
+        elif section and line.startswith("    "):
+            lines.append(_format_section_line(section, line[4:]))
+        else:
+            section = section if not line else ""
+            lines.append(re.sub(r"^(Raises|Source|Deviates): ", r"\n- **\1:** ", line))
+    return "\n".join(lines)
+
+
+def _format_section_line(section: str, line: str) -> str:
+    """Return a line of a section: an item of its list, or the continuation of one."""
+    name, colon, description = line.partition(": ")
+    if section in ("Returns", "Yields"):
+        return line
+    return f"- `{name}`: {description}" if colon and re.fullmatch(r"\*{0,2}[\w., *]+", name) else f"  {line.strip()}"
+
+
+def _is_member(name: str, member: object) -> bool:
+    documented = isinstance(member, property | classmethod) or inspect.isfunction(member)
+    return documented and not name.startswith("_") and bool(inspect.getdoc(member))
+
+
+def _format_member(owner: type, name: str, member: object) -> str:
+    signature = "" if isinstance(member, property) else str(_read_signature(getattr(owner, name)))
+    lines = f"- `.{name}{signature}`: {format_docstring(member)}".splitlines()
+    return "\n".join(lines[:1] + [f"  {line}".rstrip() for line in lines[1:]])
+
+
+class _SourceText(str):
+    """An annotation as it is in the source, without quotes."""
+
+    __repr__ = str.__str__
+
+
+def _read_signature(item: Callable[..., Any]) -> inspect.Signature:
+    """Return the signature of ``item`` without ``self``, its annotations as they are in the source."""
+    signature = inspect.signature(item)
+    parameters = [
+        parameter.replace(annotation=_unquote(parameter.annotation))
+        for parameter in signature.parameters.values()
+        if parameter.name != "self"
+    ]
+    return signature.replace(parameters=parameters, return_annotation=_unquote(signature.return_annotation))
+
+
+def _unquote(annotation: object) -> object:
+    return _SourceText(annotation) if isinstance(annotation, str) else annotation
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""``dvar reproduce`` from its words to its files and refusals."""
+"""``dvar reproduce`` from its arguments to its files and refusals."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from dvar.mini import TUNING
 from dvar.paper import reproduce
 from dvar.paper.config import ReproduceConfig
 from dvar.recordings import rescore, sweep
-from dvar.recordings.archive import RecordedRun, RecordingArchive, RescoredRun
+from dvar.recordings.archive import RecordingArchive
 from dvar.recordings.archive_file import write_traces
+from dvar.recordings.recorded_run import RecordedRun, RescoredRun
 from dvar.recordings.spec import RecordingSpec
 from dvar.recordings.sweep import RecordingStatus
 
@@ -26,16 +27,16 @@ METHODS = ("textual-inversion", "dreambooth-lora", "custom-diffusion")
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[RecordingSpec]:
-    """What was asked to be recorded; each is there at once, and a fake."""
+    """The recordings that were asked for; each is replaced by a fake run at once."""
     asked: list[RecordingSpec] = []
 
-    def record(recordings: Sequence[RecordingSpec], tell: object, **_: object) -> list[RecordingStatus]:
+    def record(recordings: Sequence[RecordingSpec], notify: object, **_: object) -> list[RecordingStatus]:
         asked.extend(recordings)
-        for one in recordings:
-            fake_record(Path(one.records), one.method, one.concept, one.seed, cap=60, learned=8.0)
-        return [RecordingStatus(one, "done") for one in recordings]
+        for spec in recordings:
+            fake_record(Path(spec.records), spec.method, spec.concept, spec.seed, cap=60, learned=8.0)
+        return [RecordingStatus(spec, "done") for spec in recordings]
 
-    monkeypatch.setattr(sweep, "recorded", record)
+    monkeypatch.setattr(sweep, "record_missing", record)
     return asked
 
 
@@ -43,9 +44,9 @@ def test_one_figure_is_made_from_records(tmp_path: Path, capsys: pytest.CaptureF
     fake_record(tmp_path / "records", cap=60, learned=8.0)
     out = tmp_path / "out"
     assert main(["reproduce", "figure1", "--records", str(tmp_path / "records"), "--output_dir", str(out)]) == 0
-    told = capsys.readouterr()
-    assert told.out.strip() == str(out / "report.html")
-    assert "dvar: figure1: Figure 1" in told.err
+    output = capsys.readouterr()
+    assert output.out.strip() == str(out / "report.html")
+    assert "dvar: figure1: Figure 1" in output.err
     assert {path.name for path in out.iterdir()} == {
         "report.html",
         "report.json",
@@ -54,21 +55,23 @@ def test_one_figure_is_made_from_records(tmp_path: Path, capsys: pytest.CaptureF
     }
 
 
-def test_table_1_has_its_checkpoints_scored_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_table_1_has_its_checkpoints_scored_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for concept in ("cup", "mug"):
         fake_record(tmp_path / "records", concept=concept, cap=60, learned=8.0)
 
-    def anew(shelf: RecordingArchive, wanted: Mapping[RecordedRun, set[int]], tell: object) -> RecordingArchive:
-        def scored(record: RecordedRun, steps: list[int]) -> RescoredRun:
-            return RescoredRun(np.array(steps), {of: np.ones((len(steps), 8)) for of in record.pictures})
+    def rescore_runs(
+        archive: RecordingArchive, wanted: Mapping[RecordedRun, set[int]], notify: object
+    ) -> RecordingArchive:
+        def score(run: RecordedRun, steps: list[int]) -> RescoredRun:
+            return RescoredRun(np.array(steps), {of: np.ones((len(steps), 8)) for of in run.image_scores})
 
-        return replace(shelf, rescored={one.name: scored(one, sorted(steps)) for one, steps in wanted.items()})
+        return replace(archive, rescored={run.name: score(run, sorted(steps)) for run, steps in wanted.items()})
 
-    monkeypatch.setattr(rescore, "with_rescored", anew)
+    monkeypatch.setattr(rescore, "rescore_archive", rescore_runs)
     words = ["reproduce", "table1", "--records", str(tmp_path / "records"), "--output_dir", str(tmp_path / "out")]
     assert main(words) == 0
     table = json.loads((tmp_path / "out" / "table1.json").read_text(encoding="utf-8"))["tables"][0]
-    assert "drawn anew on as many seeds that chose nothing, for all ways alike." in table["caption"]
+    assert "on new images of as many seeds that chose nothing, the same for all strategies." in table["caption"]
     assert {row["Train CLIP img mean"] for row in table["rows"]} == {1.0}
 
 
@@ -90,13 +93,13 @@ def test_a_quick_report_records_what_it_needs_where_there_are_no_records(
     records, out = tmp_path / "records", tmp_path / "out"
     words = ["reproduce", "figure2", "--quick", "--records", str(records), "--output_dir", str(out)]
     assert main(words) == 0
-    assert {one.plan for one in recorded} == {"quick"}
-    assert {Path(one.records) for one in recorded} == {records / "quick"}
-    by_method = {method: [one.concept for one in recorded if one.method == method] for method in METHODS}
+    assert {spec.protocol for spec in recorded} == {"quick"}
+    assert {Path(spec.records) for spec in recorded} == {records / "quick"}
+    by_method = {method: [spec.concept for spec in recorded if spec.method == method] for method in METHODS}
     for concepts in by_method.values():
         assert [concept in TUNING for concept in concepts] == [False, False, True]
     assert "dvar: 9 done" in capsys.readouterr().err
-    # And the second time it goes through them again, which makes what is missing.
+    # The second time it goes through them again, which records what is missing.
     recorded.clear()
     assert main(words) == 0
     assert len(recorded) == 9
@@ -106,18 +109,18 @@ def test_what_changes_nothing_is_recorded_once_for_tables_and_variants(
     tmp_path: Path, recorded: list[RecordingSpec]
 ) -> None:
     config = ReproduceConfig(quick=True, records=(str(tmp_path / "records"),), output_dir=str(tmp_path / "out"))
-    reproduce._record(config, ["table1", "initial", "sam"], lambda line: None)
-    varied = [one for one in recorded if dict(one.settings)]
-    assert [dict(one.settings).get("initializer", "sam") for one in varied] == ["random", "clip", "sam"]
-    usual = [one for one in recorded if one not in varied]
-    assert len({(one.method, one.concept) for one in usual}) == len(usual) == 9
-    assert len({one.records for one in usual}) == 1
+    reproduce.record_missing_runs(replace(config, names=("table1", "initial", "sam")), lambda line: None)
+    varied = [spec for spec in recorded if dict(spec.settings)]
+    assert [dict(spec.settings).get("initializer", "sam") for spec in varied] == ["random", "clip", "sam"]
+    usual = [spec for spec in recorded if spec not in varied]
+    assert len({(spec.method, spec.concept) for spec in usual}) == len(usual) == 9
+    assert len({spec.records for spec in usual}) == 1
     recorded.clear()
-    reproduce._record(config, ["sam"], lambda line: None)  # which reads no records, and makes its own
-    assert [one.records.endswith("runs/variants/usual/quick") for one in recorded] == [True, False]
+    reproduce.record_missing_runs(replace(config, names=("sam",)), lambda line: None)  # which records its own
+    assert [spec.records.endswith("runs/variants/usual/quick") for spec in recorded] == [True, False]
 
 
-def test_a_quick_report_of_whole_records_reads_a_few_and_records_none(
+def test_a_quick_report_of_whole_recordings_reads_a_few_and_records_none(
     tmp_path: Path, recorded: list[RecordingSpec], capsys: pytest.CaptureFixture[str]
 ) -> None:
     for concept in ("cup", "jar", "jug", "mug", "owl", "pot", "vase", TUNING[0]):
@@ -132,21 +135,21 @@ def test_quick_leaves_out_no_run_that_settings_are_tuned_on(tmp_path: Path) -> N
     for seed in range(reproduce.QUICK + 1):
         fake_record(tmp_path, concept=TUNING[0], seed=seed, cap=60, learned=8.0)
     fake_record(tmp_path, concept="cup", cap=60, learned=8.0)
-    found = reproduce.opened(ReproduceConfig(names=("rules",), quick=True, records=(str(tmp_path),)))
-    assert len(found.for_tuning("textual-inversion")) == reproduce.QUICK + 1
+    archive = reproduce.open_archive(ReproduceConfig(names=("rules",), quick=True, records=(str(tmp_path),)))
+    assert len(archive.tuning_runs("textual-inversion")) == reproduce.QUICK + 1
 
 
 def test_records_may_stand_in_several_places(tmp_path: Path) -> None:
     for concept in ("cup", "mug"):
         fake_record(tmp_path / "old", concept=concept, cap=60, learned=8.0)
-    fake_record(tmp_path / "new", concept="mug", cap=60, learned=8.0, pictures=16)
+    fake_record(tmp_path / "new", concept="mug", cap=60, learned=8.0, images=16)
     fake_record(tmp_path / "new", concept="owl", cap=60, learned=8.0)
     traces, out = write_traces(RecordingArchive.open(tmp_path / "old"), tmp_path / "traces.npz"), tmp_path / "out"
     words = ["reproduce", "figure14", "--records", str(tmp_path / "new"), "--records", str(traces)]
     assert main([*words, "--output_dir", str(out)]) == 0
     facts = json.loads((out / "report.json").read_text(encoding="utf-8"))["facts"]
     assert "Concepts: 3;" in facts[0]
-    assert "8 or 16 pictures of each kind" in facts[0]
+    assert "8 or 16 images of each kind" in facts[0]
 
 
 def test_what_reads_no_record_records_none(tmp_path: Path, recorded: list[RecordingSpec]) -> None:

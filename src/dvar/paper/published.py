@@ -1,4 +1,4 @@
-"""Numbers of the paper that ours are set beside.  Source: arXiv 2302.04841, Tables 1, 2 and 3."""
+"""Numbers that the paper prints, for comparison."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
+# Source: arXiv 2302.04841, Tables 1, 2 and 3.
+
 
 @dataclass(frozen=True)
 class PaperRow:
-    """A row of Table 1 as printed: mean ± standard deviation over 48 concepts; a dash where nothing is legible."""
+    """A row of Table 1 as printed: mean ± standard deviation over 48 concepts; a dash where it is illegible."""
 
-    way: str
+    strategy: str
     train_image: str
     validation_image: str
     validation_text: str
@@ -56,7 +58,7 @@ TABLE_2: Mapping[tuple[str, Literal["reconstruction", "customization"]], float] 
         ("custom-diffusion", "customization"): 0.938,
     }
 )
-"""The share of votes in which DVAR was better or equal; the paper does not say how much of it was equal."""
+"""The share of votes in which DVAR was better or equal; the paper does not report how much of it was equal."""
 
 TABLE_3: Mapping[tuple[str, str], tuple[float, float, float, float]] = MappingProxyType(
     {
@@ -66,4 +68,4 @@ TABLE_3: Mapping[tuple[str, str], tuple[float, float, float, float]] = MappingPr
         ("validation", "clip_image"): (-0.58, -0.60, -0.53, -0.56),
     }
 )
-"""Pearson correlation with L_det over timesteps of the beginning, the middle, the end, and all; 9 concepts pooled."""
+"""Pearson correlation with L_det on timesteps of the beginning, the middle, the end, and all; 9 concepts pooled."""

@@ -1,4 +1,4 @@
-"""A table or figure of the paper as a value, and its files: data (JSON, CSV), pictures (SVG, PNG), a page section."""
+"""Results of experiments as values, and their files: data as JSON and CSV, figures as SVG and PNG."""
 
 from __future__ import annotations
 
@@ -6,26 +6,36 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from dvar.config.training import BUNDLED_MODEL, CONFIGS
+from dvar.config.training import BUNDLED_MODEL
+from dvar.html.tables import Column, cells
 from dvar.paper.style import DOTS, STYLE
-from dvar.recordings.archive import RecordedRun
+from dvar.recordings.recorded_run import RecordedRun
+from dvar.training.methods.registry import METHODS
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table as it is shown, cell by cell, and the numbers behind it, one mapping a row.
+    """A table: the text of its cells, and the numbers behind it.
 
-    A row of one cell is a heading; ``bold`` are (row, column).
+    Args:
+        name: Its part of the file name.
+        caption: What it shows, on what.
+        columns: Titles of the columns.
+        rows: Text of the cells; a row of one cell is a heading.
+        data: The numbers of each row, by name.
+        bold: The cells in bold, as (row, column).
     """
 
     name: str
@@ -38,21 +48,19 @@ class Table:
 
 @dataclass(frozen=True, eq=False)
 class Plot:
-    """A drawn figure, what it shows in words, and the numbers behind it."""
+    """A figure, its caption, and the numbers behind it."""
 
     name: str
     caption: str
-    drawn: Figure
+    figure: Figure
     data: Any = None
 
 
 @dataclass(frozen=True)
 class ExperimentResult:
-    """One experiment's result: what it says, and its tables and figures; or, in ``missing``, why there is none."""
+    """The paragraphs, tables and figures of an experiment; or, in ``missing``, why there are none."""
 
-    name: str
-    title: str
-    says: tuple[str, ...] = ()
+    paragraphs: tuple[str, ...] = ()
     tables: tuple[Table, ...] = ()
     plots: tuple[Plot, ...] = ()
     missing: str = ""
@@ -60,83 +68,139 @@ class ExperimentResult:
 
 @dataclass(frozen=True)
 class Provenance:
-    """What every figure must state: base model, concepts, seeds, how pictures were scored, and what deviates."""
+    """The facts that every caption must state: base model, concepts, seeds, how images were scored, and what deviates.
+
+    Args:
+        models: Base models.
+        concepts: Names of the concepts.
+        fewer: Methods that were recorded on some of these concepts only, each with their number.
+        seeds: Seeds of the runs.
+        pairing: What an image is compared with.
+        images: Images of each kind at a scored step.
+        scored: Median number of scored steps.
+        sampling_steps: Steps in which an image is generated.
+        share: Length of the training, as a share of the full length.
+        halves: What the two halves of the images are used for.
+    """
 
     models: tuple[str, ...]
     concepts: tuple[str, ...]
     fewer: tuple[tuple[str, int], ...]
-    """Methods that were recorded on some of these concepts only, and on how many."""
     seeds: tuple[int, ...]
     pairing: str
-    pictures: tuple[int, ...]
+    images: tuple[int, ...]
     scored: int
     sampling_steps: int
     share: float = 1.0
     halves: str = "the even half chooses, the odd half is reported"
 
     @classmethod
-    def of(cls, records: Sequence[RecordedRun]) -> Provenance:
-        """The provenance of what is made from these records."""
-        header = records[0].header
-        concepts = tuple(sorted({r.concept for r in records}))
-        of = {r.method: len({one.concept for one in records if one.method == r.method}) for r in records}
+    def of(cls, runs: Sequence[RecordedRun]) -> Provenance:
+        """Return the provenance of what is made from ``runs``."""
+        header = runs[0].header
+        concepts = tuple(sorted({run.concept for run in runs}))
+        counts = {run.method: len({other.concept for other in runs if other.method == run.method}) for run in runs}
         return cls(
-            models=tuple(sorted({str(r.config.get("pretrained_model_name_or_path", "?")) for r in records})),
+            models=tuple(sorted({str(run.config.get("pretrained_model_name_or_path", "?")) for run in runs})),
             concepts=concepts,
-            fewer=tuple((method, count) for method, count in of.items() if count < len(concepts)),
-            seeds=tuple(sorted({r.seed for r in records})),
-            pairing=str(header.get("pairing", "not said")),
-            pictures=tuple(sorted({record.count for record in records})),
-            scored=int(np.median([len(r.scored_steps) for r in records])),
+            fewer=tuple((method, count) for method, count in counts.items() if count < len(concepts)),
+            seeds=tuple(sorted({run.seed for run in runs})),
+            pairing=str(header.get("pairing", "in an unknown way")),
+            images=tuple(sorted({run.image_count for run in runs})),
+            scored=int(np.median([len(run.scored_steps) for run in runs])),
             sampling_steps=int(header.get("sampling_steps", 0)),
             share=float(header.get("share", 1.0)),
         )
 
     def __str__(self) -> str:
         model = ", ".join("the bundled model" if name == BUNDLED_MODEL else name for name in self.models)
-        pictures = " or ".join(map(str, self.pictures))
-        fewer = ", ".join(f"{count} of {title(method)}" for method, count in self.fewer)
+        images = " or ".join(map(str, self.images))
+        fewer = ", ".join(f"{count} of {method_title(method)}" for method, count in self.fewer)
         concepts = f"{len(self.concepts)} ({fewer})" if fewer else f"{len(self.concepts)}"
-        small = "" if self.share == 1 else f"Trained to {100 * self.share:g} % of the full length, Baseline's cap too. "
+        length = (
+            "" if self.share == 1 else f"Trained to {100 * self.share:g} % of the full length, Baseline's cap too. "
+        )
         return (
-            f"Base model: {model}. Concepts: {concepts}; seeds: {len(self.seeds)}. {small}"
-            f"CLIP similarity paired {self.pairing}; {pictures} pictures of each kind at {self.scored} steps, "
+            f"Base model: {model}. Concepts: {concepts}; seeds: {len(self.seeds)}. {length}"
+            f"CLIP similarity paired {self.pairing}; {images} images of each kind at {self.scored} steps, "
             f"{self.sampling_steps} sampling steps; {self.halves}."
         )
 
 
-def title(method: str) -> str:
-    """A method's name for people."""
-    return CONFIGS[method].title if method in CONFIGS else method
+def build_table(
+    name: str,
+    caption: str,
+    columns: Sequence[Column[T]],
+    rows: Sequence[T],
+    *,
+    data: Iterable[Mapping[str, Any]],
+    heading: Callable[[T], str] | None = None,
+    bold: Collection[tuple[int, int]] = (),
+) -> Table:
+    """Return the table that ``columns`` describe, with one line for each of ``rows``.
+
+    Args:
+        name: Its part of the file name.
+        caption: What it shows, on what.
+        columns: Descriptions of the columns.
+        rows: What the lines are about.
+        data: The numbers that are saved, by name.
+        heading: From a row to the heading of its group; a heading is a line of its own above the group.
+        bold: The cells in bold, as (row, column), headings not counted.
+    """
+    lines, strong, group = list[tuple[str, ...]](), set[tuple[int, int]](), None
+    for index, (row, texts) in enumerate(zip(rows, cells(columns, rows), strict=True)):
+        if heading and heading(row) != group:
+            group = heading(row)
+            lines.append((group,))
+        strong |= {(len(lines), column) for place, column in bold if place == index}
+        lines.append(tuple(texts))
+    return Table(name, caption, tuple(column.title for column in columns), tuple(lines), tuple(data), frozenset(strong))
 
 
-def compared(claim: str, holds: bool) -> str:
-    """A pattern of the paper, in words that say whether it is found here."""
-    return f"As in the paper, {claim}." if holds else f"Unlike in the paper, it is not so here that {claim}."
+def method_title(method: str) -> str:
+    """Return a method's name for people."""
+    return METHODS[method].title if method in METHODS else method
 
 
-def number(value: float, digits: int = 3) -> str:
-    """A number for a table; a dash where there is none."""
+def compare_with_paper(holds: bool, claim: str, negation: str) -> str:
+    """Return the sentence that a pattern of the paper is found here, or that it is not.
+
+    Args:
+        holds: Whether the pattern is found.
+        claim: The pattern, as a clause.
+        negation: The same clause, negated.
+    """
+    return f"As in the paper, {claim}." if holds else f"Unlike in the paper, {negation}."
+
+
+def format_number(value: float, digits: int = 3) -> str:
+    """Return a number for a table; a dash where it is not finite."""
     return "–" if not math.isfinite(value) else f"{value:.{digits}f}".replace("-", "−")
 
 
-def spread(values: Iterable[float], digits: int = 3) -> str:
-    """Mean ± standard deviation over concepts (ddof 0); one value has no spread; a dash where there is nothing."""
-    found = np.array([value for value in values if math.isfinite(value)])
-    if found.size < 2:
-        return number(float(found[0]), digits) if found.size else "–"
-    return f"{number(float(found.mean()), digits)} ± {number(float(found.std()), digits)}"
+def format_mean_sd(values: Iterable[float], digits: int = 3) -> str:
+    """Return mean ± standard deviation (ddof 0) of the finite values; the value alone where there is only one."""
+    finite = np.array([value for value in values if math.isfinite(value)])
+    if finite.size < 2:
+        return format_number(float(finite[0]), digits) if finite.size else "–"
+    return f"{format_number(float(finite.mean()), digits)} ± {format_number(float(finite.std()), digits)}"
 
 
-def save(exhibit: ExperimentResult, folder: Path) -> list[Path]:
-    """Write the exhibit's files into `folder` and return their paths: one JSON, a CSV a table, SVG and PNG a figure."""
+def format_percent(share: float) -> str:
+    """Return a share as whole percent."""
+    return f"{100 * share:.0f} %"
+
+
+def save_result(name: str, title: str, result: ExperimentResult, folder: Path) -> list[Path]:
+    """Write a result under ``name`` and return the paths: one JSON, a CSV for each table, an SVG and a PNG a figure."""
     folder.mkdir(parents=True, exist_ok=True)
-    written = [folder / f"{exhibit.name}.json"]
+    paths = [folder / f"{name}.json"]
     content = {
-        "name": exhibit.name,
-        "title": exhibit.title,
-        "says": exhibit.says,
-        "missing": exhibit.missing,
+        "name": name,
+        "title": title,
+        "says": result.paragraphs,
+        "missing": result.missing,
         "tables": [
             {
                 "name": table.name,
@@ -144,46 +208,47 @@ def save(exhibit: ExperimentResult, folder: Path) -> list[Path]:
                 "rows": table.data,
                 "shown": {"columns": table.columns, "cells": table.rows, "bold": sorted(table.bold)},
             }
-            for table in exhibit.tables
+            for table in result.tables
         ],
-        "plots": [{"name": plot.name, "caption": plot.caption, "data": plot.data} for plot in exhibit.plots],
+        "plots": [{"name": plot.name, "caption": plot.caption, "data": plot.data} for plot in result.plots],
     }
-    written[0].write_text(json.dumps(_plain(content), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    for table in exhibit.tables:
-        written.append(folder / f"{exhibit.name}-{table.name}.csv")
-        _csv(written[-1], table.data)
-    for plot in exhibit.plots:
-        for kind in ("svg", "png"):
-            written.append(folder / f"{exhibit.name}-{plot.name}.{kind}")
-            written[-1].write_bytes(_drawn(plot, kind))
-    return written
+    paths[0].write_text(json.dumps(_to_json(content), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    for table in result.tables:
+        paths.append(folder / f"{name}-{table.name}.csv")
+        _write_csv(paths[-1], table.data)
+    for plot in result.plots:
+        for format in ("svg", "png"):
+            paths.append(folder / f"{name}-{plot.name}.{format}")
+            paths[-1].write_bytes(render_plot(plot, format))
+    return paths
 
 
-@cache  # the file and the page hold the same picture, which takes a second
-def _drawn(plot: Plot, kind: str) -> bytes:
+@cache  # the file and the page hold the same image, which takes a second
+def render_plot(plot: Plot, format: Literal["svg", "png"]) -> bytes:
+    """Return a figure as an image file; equal figures give equal files."""
     buffer = io.BytesIO()
-    metadata = {"Date": None} if kind == "svg" else {"Software": None}
-    with matplotlib.rc_context(STYLE):  # the salt of the names inside an SVG, so that equal figures are equal files
-        plot.drawn.savefig(buffer, format=kind, dpi=DOTS, metadata=metadata)
+    metadata = {"Date": None} if format == "svg" else {"Software": None}
+    with matplotlib.rc_context(STYLE):  # which holds the salt of the names inside an SVG
+        plot.figure.savefig(buffer, format=format, dpi=DOTS, metadata=metadata)
     return buffer.getvalue()
 
 
-def _csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     columns = list(dict.fromkeys(name for row in rows for name in row))
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
-        writer.writerows({name: _plain(value) for name, value in row.items()} for row in rows)
+        writer.writerows({name: _to_json(value) for name, value in row.items()} for row in rows)
 
 
-def _plain(value: Any) -> Any:
-    """Numbers as JSON has them; what is not finite becomes null."""
+def _to_json(value: Any) -> Any:
+    """Return ``value`` as JSON has it; a number that is not finite becomes null."""
     if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
+        return {str(name): _to_json(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_to_json(item) for item in value]
     if isinstance(value, np.generic | np.ndarray):
-        return _plain(value.tolist())
+        return _to_json(value.tolist())
     if hasattr(value, "__dataclass_fields__"):
-        return _plain(asdict(value))
+        return _to_json(asdict(value))
     return None if isinstance(value, float) and not math.isfinite(value) else value

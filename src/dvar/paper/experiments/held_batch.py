@@ -1,113 +1,167 @@
-"""Figure 8: L_det on held batches of 1, 2, 4 and 8, read from the losses that the record keeps sample by sample."""
+"""Figure 8: L_det on held batches of 1, 2, 4 and 8 samples, from the recorded losses of single samples."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 
 from dvar.analysis import strategies
-from dvar.analysis.signal_to_noise import information
-from dvar.paper.result import ExperimentResult, Plot, Provenance, Table, compared, spread, title
+from dvar.analysis.signal_to_noise import measure_signal_to_noise
+from dvar.html.tables import Column
+from dvar.paper.result import (
+    ExperimentResult,
+    Plot,
+    Provenance,
+    Table,
+    build_table,
+    compare_with_paper,
+    format_mean_sd,
+    format_percent,
+    method_title,
+)
 from dvar.paper.style import COLOURS, axes
-from dvar.recordings.archive import RecordedRun, RecordingArchive
+from dvar.recordings.archive import RecordingArchive
+from dvar.recordings.recorded_run import Floats, RecordedRun, Steps
 from dvar.stopping.trace import Trace
 
 SIZES = (1, 2, 4, 8)
 SHOWN = 3
+"""Concepts in the figure."""
 
 
-def make(shelf: RecordingArchive) -> ExperimentResult:
-    """L_det by batch size on some concepts; over all, what its curve tells and how far its stops lie apart."""
-    method = shelf.methods[0]
-    records = shelf.of(method)
-    examples = shelf.examples(method, SHOWN)
-    drawn, panels = axes(len(SIZES), len(examples), width=3.2 * len(examples) + 0.8, height=1.25, sharex="col")
-    data = []
-    for column, record in enumerate(examples):
-        for row, size in enumerate(SIZES):
-            panel = panels[row][column]
-            for batch, colour in zip(_batches(record, size), COLOURS, strict=False):
-                steps, values = _mean(record, batch)
-                panel.plot(steps, 100 * (values / values[0] - 1), color=colour, linewidth=0.9)
-                data.append({"record": record.name, "size": size, "samples": batch, "step": steps, "value": values})
-            panel.set_ylabel(f"B = {size}, %" if not column else "")
-        panels[0][column].set_title(record.concept.replace("_", " "))
-        panels[-1][column].set_xlabel("step")
-    caption = (
-        f"{title(method)}: L_det on batches of each size, in percent of its first value, less 100; a line is a batch, "
-        f"and the 8 recorded draws make 8, 4, 2 and 1 of them. Each panel has a scale of its own. "
-        f"{Provenance.of(examples)} Deviates from the paper: the batches share 8 draws, and are not drawn anew."
-    )
-    table = _table(records, method)
+@dataclass(frozen=True)
+class BatchSizeSummary:
+    """The fall of L_det as batches of one size show it; lists hold a value for each run.
+
+    Args:
+        size: Samples in a batch.
+        ratios: Median fall of L_det over its jitter.
+        stops: Mean step at which DVAR stops; runs on which no batch stops are left out.
+        octaves: Octaves between the earliest and the latest stop, where at least two batches stop.
+        never: Share of batches on which DVAR never stops.
+    """
+
+    size: int
+    ratios: list[float]
+    stops: list[float]
+    octaves: list[float]
+    never: list[float]
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """Return the means, by name."""
+        return {
+            "size": self.size,
+            "ratio": float(np.mean(self.ratios)),
+            "stop": float(np.mean(self.stops)) if self.stops else None,
+            "octaves": float(np.mean(self.octaves)) if self.octaves else None,
+            "never": float(np.mean(self.never)),
+        }
+
+
+COLUMNS = (
+    Column[BatchSizeSummary]("Samples", "size"),
+    Column[BatchSizeSummary]("Fall over jitter", "ratios", partial(format_mean_sd, digits=1)),
+    Column[BatchSizeSummary]("DVAR stops at", "stops", partial(format_mean_sd, digits=0)),
+    Column[BatchSizeSummary]("Octaves between stops", "octaves", partial(format_mean_sd, digits=2)),
+    Column[BatchSizeSummary]("Never stops", lambda row: np.mean(row.never), format_percent),
+)
+
+
+def figure_8(archive: RecordingArchive) -> ExperimentResult:
+    """Plot L_det by batch size on some concepts, and summarise curves and stops over all of them."""
+    method = archive.methods[0]
+    summaries = [_summarise_size(archive.runs_of(method), size) for size in SIZES]
     return ExperimentResult(
-        "figure8",
-        "Figure 8: smaller held batches",
-        (_pattern(table),),
-        (table,),
-        (Plot("batches", caption, drawn, data),),
+        (_compare_stops(summaries),),
+        (_table_of_sizes(summaries, method, archive.runs_of(method)),),
+        (_plot_batches(archive.example_runs(method, SHOWN), method),),
     )
 
 
-def _table(records: tuple[RecordedRun, ...], method: str) -> Table:
-    lines, data = [], []
-    for size in SIZES:
-        ratios, stops, apart, never = [], [], [], []
-        for record in records:
-            found = [_read(record, batch) for batch in _batches(record, size)]
-            ratios.append(float(np.median([ratio for ratio, _ in found])))
-            ended = [stop for _, stop in found if stop is not None]
-            never.append(1 - len(ended) / len(found))
-            stops += [float(np.mean(ended))] if ended else []
-            apart += [float(np.ptp(np.log2(ended)))] if len(ended) > 1 else []
-        lines.append(
-            (f"{size}", spread(ratios, 1), spread(stops, 0), spread(apart, 2), f"{100 * np.mean(never):.0f} %")
-        )
-        data.append(
-            {
-                "size": size,
-                "ratio": float(np.mean(ratios)),
-                "stop": float(np.mean(stops)) if stops else None,
-                "octaves": float(np.mean(apart)) if apart else None,
-                "never": float(np.mean(never)),
-            }
-        )
-    columns = ("Inputs", "Fall over jitter", "DVAR stops at", "Stops lie apart, octaves", "Never stops")
-    caption = (
-        f"{title(method)}, mean ± standard deviation over {len(records)} records. Stops are of the paper's preset, "
-        "scaled in time; an octave is a factor of two between the earliest and the latest batch of a size. With 8 "
-        f"inputs there is one batch. {Provenance.of(records)}"
-    )
-    return Table("sizes", caption, columns, tuple(lines), tuple(data))
+def split_batches(run: RecordedRun, size: int) -> list[list[int]]:
+    """Return the held samples of ``run`` in batches of ``size``, as their indices."""
+    count = run.series("eval")[1].shape[1]
+    return [list(range(first, first + size)) for first in range(0, count - size + 1, size)]
 
 
-def _pattern(table: Table) -> str:
-    """Whether smaller batches agree less on where to stop, as Section 4.5 says."""
-    apart = {row["size"]: row["octaves"] for row in table.data if row["octaves"] is not None}
-    if len(apart) < 2:
-        return "Too few batches stopped to say how far their stops lie apart."
-    smallest, largest = min(apart), max(apart)
-    told = (
-        f"{apart[smallest]:.2f} octaves for {smallest} input{'s' * (smallest > 1)}, {apart[largest]:.2f} for {largest}"
-    )
-    claim = f"the smaller the batch, the further its stops lie apart ({told})"
-    return compared(claim, apart[smallest] > apart[largest])
+def mean_loss(run: RecordedRun, batch: Sequence[int]) -> tuple[Steps, Floats]:
+    """Return the steps [n] and L_det [n] on some of the held samples."""
+    steps, values = run.series("eval")
+    return steps, values[:, list(batch)].mean(axis=1)
 
 
-def _batches(record: RecordedRun, size: int) -> list[list[int]]:
-    width = record.series("eval")[1].shape[1]
-    return [list(range(first, first + size)) for first in range(0, width - size + 1, size)]
+def _summarise_size(runs: Sequence[RecordedRun], size: int) -> BatchSizeSummary:
+    summary = BatchSizeSummary(size, [], [], [], [])
+    for run in runs:
+        results = [_evaluate_batch(run, batch) for batch in split_batches(run, size)]
+        stops = [stop for _, stop in results if stop is not None]
+        summary.ratios.append(float(np.median([ratio for ratio, _ in results])))
+        summary.never.append(1 - len(stops) / len(results))
+        if stops:
+            summary.stops.append(float(np.mean(stops)))
+        if len(stops) > 1:
+            summary.octaves.append(float(np.ptp(np.log2(stops))))
+    return summary
 
 
-def _mean(record: RecordedRun, batch: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    steps, values = record.series("eval")
-    return steps, values[:, batch].mean(axis=1)
-
-
-def _read(record: RecordedRun, batch: list[int]) -> tuple[float, int | None]:
-    """The fall over the jitter of a batch's L_det, and where DVAR stops on it."""
-    steps, values = _mean(record, batch)
-    rule, trace = strategies.paper_dvar(record, scaled=True).rule, Trace()
+def _evaluate_batch(run: RecordedRun, batch: Sequence[int]) -> tuple[float, int | None]:
+    """Return the fall of a batch's L_det over its jitter, and the step at which DVAR stops on it."""
+    steps, values = mean_loss(run, batch)
+    rule, trace = strategies.paper_dvar_strategy(run, scaled=True).rule, Trace()
     for step, value in zip(steps.tolist(), values.tolist(), strict=True):
         trace.record(step, value)
         if rule(trace).stop:
-            return information(steps, values).ratio, step
-    return information(steps, values).ratio, None
+            return measure_signal_to_noise(steps, values).ratio, step
+    return measure_signal_to_noise(steps, values).ratio, None
+
+
+def _compare_stops(summaries: Sequence[BatchSizeSummary]) -> str:
+    """Say whether smaller batches agree less on where to stop, as in Section 4.5 of the paper."""
+    distances = {row.size: float(np.mean(row.octaves)) for row in summaries if row.octaves}
+    if len(distances) < 2:
+        return "Too few batches stopped to say how far apart their stops are."
+    smallest, largest = min(distances), max(distances)
+    detail = (
+        f"{distances[smallest]:.2f} octaves for {smallest} sample{'s' * (smallest > 1)}, {distances[largest]:.2f} for "
+        f"{largest}"
+    )
+    return compare_with_paper(
+        distances[smallest] > distances[largest],
+        f"stops are further apart on smaller batches ({detail})",
+        f"stops are not further apart on smaller batches ({detail})",
+    )
+
+
+def _table_of_sizes(summaries: Sequence[BatchSizeSummary], method: str, runs: Sequence[RecordedRun]) -> Table:
+    caption = (
+        f"{method_title(method)}, mean ± standard deviation over {len(runs)} recorded runs. Stops are those of the "
+        "paper's preset, scaled in time; an octave is a factor of two between the earliest and the latest stop on "
+        f"batches of one size. Of 8 samples there is one batch. {Provenance.of(runs)}"
+    )
+    return build_table("sizes", caption, COLUMNS, summaries, data=[summary.data for summary in summaries])
+
+
+def _plot_batches(runs: Sequence[RecordedRun], method: str) -> Plot:
+    figure, panels = axes(len(SIZES), len(runs), width=3.2 * len(runs) + 0.8, height=1.25, sharex="col")
+    data = []
+    for column, run in enumerate(runs):
+        for row, size in enumerate(SIZES):
+            panel = panels[row][column]
+            for batch, colour in zip(split_batches(run, size), COLOURS, strict=False):
+                steps, values = mean_loss(run, batch)
+                panel.plot(steps, 100 * (values / values[0] - 1), color=colour, linewidth=0.9)
+                data.append({"record": run.name, "size": size, "samples": batch, "step": steps, "value": values})
+            panel.set_ylabel(f"B = {size}, %" if not column else "")
+        panels[0][column].set_title(run.concept.replace("_", " "))
+        panels[-1][column].set_xlabel("step")
+    caption = (
+        f"{method_title(method)}: change of L_det since the first step, in percent, on batches of each size; a line is "
+        "a batch, and the 8 recorded draws make 8, 4, 2 and 1 of them. Each panel has its own scale. "
+        f"{Provenance.of(runs)} Deviates from the paper: the batches are parts of the same 8 draws."
+    )
+    return Plot("batches", caption, figure, data)

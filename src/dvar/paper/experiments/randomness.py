@@ -1,8 +1,8 @@
-"""Figure 5: L_det with one of its five random factors drawn anew at each evaluation, on batches of growing size."""
+"""Figure 5: L_det with one of its five random factors drawn again at each evaluation, on batches of growing size."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,12 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dvar.analysis.signal_to_noise import SignalToNoise, information
+from dvar.analysis.signal_to_noise import SignalToNoise, measure_signal_to_noise
 from dvar.diffusion.objective import Draws
-from dvar.paper.extra_runs import ExtraRuns, trained
-from dvar.paper.result import ExperimentResult, Plot, Table, compared
+from dvar.html.tables import Column
+from dvar.paper.extra_runs import ExtraRuns, train_to_cap
+from dvar.paper.result import ExperimentResult, Plot, Table, build_table, compare_with_paper
 from dvar.paper.style import NOISE, SIGNAL, axes
-from dvar.stopping.probe import undisturbed
+from dvar.recordings.recorded_run import Floats, Steps
+from dvar.stopping.probe import preserve_state
 from dvar.stopping.trace import Trace
 from dvar.training.loop import Series, Stopwatch
 from dvar.training.run import TrainingRun
@@ -30,173 +32,173 @@ FACTORS: Mapping[str, tuple[str, ...]] = {
     "t": ("timesteps",),
     "all": ("moments", "input_ids", "vae_noise", "noise", "timesteps"),
 }
-"""What is drawn anew, by the paper's letters, and the fields of `Draws` that it is."""
+"""What is drawn again, by the paper's letters, and the fields of `Draws` that hold it."""
 ROWS = (*FACTORS, PAIRED)
+TITLES = {HELD: "nothing (L_det)", PAIRED: "t, less the frozen model's loss", "all": "all of them"}
+LABELS = {HELD: "nothing", PAIRED: "t, paired"}
+"""Names of rows in the table and in the figure; the others go by their letter."""
 SERIES = "factors"
-LETTERS = "x: the pictures; y: their captions; E(x): the autoencoder's sample; ε: the noise; t: the timesteps"
+LETTERS = "x: the images; y: their captions; E(x): the autoencoder's sample; ε: the noise; t: the timesteps"
 _PART = 32
 """Samples in one forward pass; larger batches are accumulated."""
 SHOWN = 2500 / 6100
-"""Of the cap, what the paper's figure shows and what is trained here."""
+"""The share of the cap that the paper's figure shows, and that is trained here."""
 _SIZES = {True: (8, 32), False: (8, 32, 128, 512)}
 _STEPS, _EVERY = {True: 120, False: None}, {True: 5, False: 10}
-Curves = Mapping[str, np.ndarray]
+Curves = Mapping[str, Floats]
+"""Losses [steps, samples] of each row."""
+Signals = Mapping[tuple[str, int], SignalToNoise]
+"""By row and batch size."""
 
 
-def make(bench: ExtraRuns) -> ExperimentResult:
-    """The curves, and in a table what each tells."""
-    sizes, every, steps = _SIZES[bench.quick], _EVERY[bench.quick], _STEPS[bench.quick]
-    planned = bench.planned("figure5")
+def figure_5(extra_runs: ExtraRuns) -> ExperimentResult:
+    """Train a run, plot its loss with each factor drawn again, and summarise what each curve shows."""
+    sizes, every, steps = _SIZES[extra_runs.quick], _EVERY[extra_runs.quick], _STEPS[extra_runs.quick]
+    spec = extra_runs.recording_spec("figure5")
     config = replace(
-        planned.config,
-        output_dir=str(planned.folder),
-        max_train_steps=steps or round(planned.config.max_train_steps * SHOWN),
+        spec.config,
+        output_dir=str(spec.folder),
+        max_train_steps=steps or round(spec.config.max_train_steps * SHOWN),
         checkpointing_steps=20,
         probe_every=every,
-        window=8 * every,  # of a rule that is not asked
+        window=8 * every,  # of a rule that is not evaluated
     )
-    trace = trained(config, lambda job: redrawn(job, sizes[-1], every), bench.tell)
-    at, curves = read(trace)
-    stated = (
-        f"{bench.stated(planned)} Here {config.max_train_steps} steps were trained, and each curve evaluated every "
+    trace = train_to_cap(config, lambda run: measure_factors(run, sizes[-1], every), extra_runs.notify)
+    at, curves = read_factors(trace)
+    description = (
+        f"{extra_runs.describe(spec)} {config.max_train_steps} steps were trained, and each curve was evaluated every "
         f"{every} of them."
     )
-    found = {(row, size): told(at, curves, row, size) for row in ROWS for size in sizes}
+    signals = {(row, size): compute_signal(at, curves, row, size) for row in ROWS for size in sizes}
     return ExperimentResult(
-        "figure5",
-        "Figure 5: which randomness hides convergence",
-        (_pattern(found, sizes),),
-        (_table(found, sizes, stated),),
-        (_plot(at, curves, sizes, stated),),
+        (_compare_factors(signals, sizes[0]),),
+        (_table_of_factors(signals, sizes, description),),
+        (_plot_curves(at, curves, sizes, description),),
     )
 
 
-def redrawn(job: TrainingRun, count: int, every: int) -> Series:
-    """What is measured: the losses of ``count`` samples with each factor drawn anew, and the frozen model's with t.
+def measure_factors(run: TrainingRun, count: int, every: int) -> Series:
+    """Return what is measured: the losses with each factor drawn again, and the frozen model's with new timesteps.
 
-    The first samples of the held batch are those of L_det itself, since a draw's key is its sample's number.
+    The first samples of the held batch are those of L_det itself, since a draw's key is the index of its sample.
+
+    Args:
+        run: A run whose model is untouched.
+        count: Samples of the held batch.
+        every: Steps between measurements.
     """
-    held = replace(job.drawn(job.examples, "held", 0, 0, count), mask=None)
-    untouched = job.method.state
+    held = replace(run.draw(run.examples, "held", 0, 0, count), mask=None)
+    untouched = run.method.state
 
     def losses(draws: Draws) -> list[float]:
-        parts = [job.losses(_part(draws, first)) for first in range(0, count, _PART)]
+        parts = [run.losses(_slice_draws(draws, first)) for first in range(0, count, _PART)]
         return [float(loss) for loss in torch.cat(parts)]
 
     def series(step: int, watch: Stopwatch) -> dict[str, Any]:
         if step % every:
             return {}
-        with watch(SERIES), undisturbed(job.backbone.modules, job.config.seed), torch.no_grad():
-            fresh = job.drawn(job.examples, SERIES, step, 0, count)
-            found = {name: losses(_with(held, fresh, names)) for name, names in FACTORS.items()}
-            learned = job.method.state
-            job.method.load(untouched)
+        with watch(SERIES), preserve_state(run.backbone.modules, run.config.seed), torch.no_grad():
+            fresh = run.draw(run.examples, SERIES, step, 0, count)
+            values = {name: losses(mix_draws(held, fresh, fields)) for name, fields in FACTORS.items()}
+            learned = run.method.state
+            run.method.load(untouched)
             try:
-                found[FROZEN] = losses(_with(held, fresh, FACTORS["t"]))
+                values[FROZEN] = losses(mix_draws(held, fresh, FACTORS["t"]))
             finally:
-                job.method.load(learned)
-        return {SERIES: found}
+                run.method.load(learned)
+        return {SERIES: values}
 
     return series
 
 
-def read(trace: Trace) -> tuple[np.ndarray, Curves]:
-    """Steps [n] and for each row its losses [n, samples]; the paired one is that with t less the frozen model's."""
-    rows = [row for row in trace.records if SERIES in row]
-    curves = {name: np.array([row[SERIES][name] for row in rows]) for name in (*FACTORS, FROZEN)}
-    return np.array([row["step"] for row in rows]), {**curves, PAIRED: curves["t"] - curves[FROZEN]}
+def mix_draws(held: Draws, fresh: Draws, fields: Sequence[str]) -> Draws:
+    """Return the held draws with some fields of the fresh ones."""
+    replaced: dict[str, Tensor] = {name: getattr(fresh, name) for name in fields}
+    return replace(held, **replaced)
 
 
-def told(at: np.ndarray, curves: Curves, row: str, size: int) -> SignalToNoise:
-    """What a curve tells of the fall that there is: that of L_det on the largest batch, the same for all."""
-    there = information(at, curves[HELD].mean(axis=1))
-    return replace(information(at, curves[row][:, :size].mean(axis=1)), gain=there.gain)
+def read_factors(trace: Trace) -> tuple[Steps, Curves]:
+    """Return the steps [n] and the losses [n, samples] of each row; "t, paired" is "t" less the frozen model's."""
+    records = [record for record in trace.records if SERIES in record]
+    curves = {name: np.array([record[SERIES][name] for record in records]) for name in (*FACTORS, FROZEN)}
+    return np.array([record["step"] for record in records]), {**curves, PAIRED: curves["t"] - curves[FROZEN]}
 
 
-def _part(draws: Draws, first: int) -> Draws:
+def compute_signal(at: Steps, curves: Curves, row: str, size: int) -> SignalToNoise:
+    """Return the jitter of a curve against the fall of L_det on the largest batch, which is the same for all rows."""
+    fall = measure_signal_to_noise(at, curves[HELD].mean(axis=1))
+    return replace(measure_signal_to_noise(at, curves[row][:, :size].mean(axis=1)), gain=fall.gain)
+
+
+def _slice_draws(draws: Draws, first: int) -> Draws:
     names = ("moments", "vae_noise", "noise", "timesteps", "input_ids")
     return Draws(**{name: getattr(draws, name)[first : first + _PART] for name in names})
 
 
-def _with(held: Draws, fresh: Draws, names: tuple[str, ...]) -> Draws:
-    anew: dict[str, Tensor] = {name: getattr(fresh, name) for name in names}
-    return replace(held, **anew)
+def _table_of_factors(signals: Signals, sizes: Sequence[int], description: str) -> Table:
+    def ratio_column(size: int) -> Column[str]:
+        return Column(f"Fall / jitter, B = {size}", lambda row: signals[row, size].ratio, _format_ratio)
 
+    def steps_column(size: int) -> Column[str]:
+        return Column(f"Steps to see it, B = {size}", lambda row: signals[row, size].steps_label)
 
-def _name(row: str) -> str:
-    if row == HELD:
-        return "nothing (L_det)"
-    return "t, less the frozen model's loss" if row == PAIRED else "all of them" if row == "all" else row
-
-
-def _table(found: Mapping[tuple[str, int], SignalToNoise], sizes: tuple[int, ...], stated: str) -> Table:
-    lines = tuple(
-        (
-            _name(row),
-            *(_short(found[row, size].ratio) for size in sizes),
-            *(found[row, size].steps_told for size in sizes),
-        )
-        for row in ROWS
-    )
-    data = tuple(
-        {"drawn anew": row, "batch": size, "fall over jitter": one.ratio, "steps to detect": one.steps_to_detect}
-        for (row, size), one in found.items()
-    )
-    columns = (
-        "Drawn anew",
-        *(f"Fall / jitter, B = {size}" for size in sizes),
-        *(f"Steps to see it, B = {size}" for size in sizes),
-    )
+    title = Column[str]("Drawn again", lambda row: TITLES.get(row, row))
+    columns = (title, *map(ratio_column, sizes), *map(steps_column, sizes))
+    data = [
+        {"drawn anew": row, "batch": size, "fall over jitter": signal.ratio, "steps to detect": signal.steps_to_detect}
+        for (row, size), signal in signals.items()
+    ]
     caption = (
-        f"{stated} The fall is that of L_det on the largest batch, the same for every row; the jitter is the standard "
-        "deviation of a row's first differences over √2. Steps to see it: as many as must be averaged before and after "
-        "for the fall to be five standard errors. The last row is not the paper's: timesteps drawn anew, and the "
-        "untouched model's loss on the very same draws taken off."
+        f"{description} The fall is that of L_det on the largest batch, the same for every row; the jitter is the "
+        "standard deviation of a row's first differences over √2. Steps to see it: how many must be averaged before "
+        "and after for the fall to be five standard errors. The last row is not in the paper: timesteps are drawn "
+        "again, and the untouched model's loss on the same draws is subtracted."
     )
-    return Table("informativeness", caption, columns, lines, data)
+    return build_table("informativeness", caption, columns, ROWS, data=data)
 
 
-def _short(ratio: float) -> str:
-    return (
-        "no fall"
-        if not ratio
-        else "no jitter"
-        if np.isinf(ratio)
-        else f"{ratio:.1f}"
-        if ratio < 100
-        else f"{ratio:.0f}"
-    )
+def _format_ratio(ratio: float) -> str:
+    if not ratio:
+        return "no fall"
+    if np.isinf(ratio):
+        return "no jitter"
+    return f"{ratio:.1f}" if ratio < 100 else f"{ratio:.0f}"
 
 
-def _plot(at: np.ndarray, curves: Curves, sizes: tuple[int, ...], stated: str) -> Plot:
-    drawn, panels = axes(len(ROWS), len(sizes), width=2.6 * len(sizes) + 1.4, height=0.95, sharex=True)
+def _plot_curves(at: Steps, curves: Curves, sizes: Sequence[int], description: str) -> Plot:
+    figure, panels = axes(len(ROWS), len(sizes), width=2.6 * len(sizes) + 1.4, height=0.95, sharex=True)
     data = []
     for line, row in enumerate(ROWS):
         for column, size in enumerate(sizes):
             panel, values = panels[line][column], curves[row][:, :size].mean(axis=1)
             level = curves[HELD][0, :size].mean()
-            shown = 100 * (values / level - (row != PAIRED))
-            panel.plot(at, shown, color=SIGNAL if row in (HELD, PAIRED) else NOISE, linewidth=1.0)
+            change = 100 * (values / level - (row != PAIRED))
+            panel.plot(at, change, color=SIGNAL if row in (HELD, PAIRED) else NOISE, linewidth=1.0)
             data.append({"drawn anew": row, "batch": size, "step": at, "loss": values})
-            panel.set_ylabel({HELD: "nothing", PAIRED: "t, paired"}.get(row, row) if not column else "")
+            panel.set_ylabel(LABELS.get(row, row) if not column else "")
             panel.set_title(f"B = {size}" if not line else "")
     for panel in panels[-1]:
         panel.set_xlabel("step")
-    drawn.supylabel("loss, % of the first $L_{det}$, less 100", fontsize=9)
+    figure.supylabel("loss, % of the first $L_{det}$, less 100", fontsize=9)
     caption = (
-        f"{stated} The loss in percent of L_det's first value, less 100, with what a row names drawn anew at each "
-        f"evaluation ({LETTERS}); each panel has a scale of its own. The smaller batches "
-        "are the first samples of the largest."
+        f"{description} The loss in percent of L_det's first value, less 100, with what a row names drawn again at "
+        f"each evaluation ({LETTERS}); each panel has its own scale. The smaller batches are the first samples of the "
+        "largest."
     )
-    return Plot("factors", caption, drawn, data)
+    return Plot("factors", caption, figure, data)
 
 
-def _pattern(found: Mapping[tuple[str, int], SignalToNoise], sizes: tuple[int, ...]) -> str:
-    single = {row: found[row, sizes[0]].jitter for row in ("x", "y", "E(x)", "ε", "t")}
-    worst = max(single, key=lambda row: single[row])
-    others = ", ".join(f"{row} {jitter:.2g}" for row, jitter in single.items() if row != "t")
-    told = f"jitter {single['t']:.2g} on {sizes[0]} inputs; {others}"
-    most = compared(f"timesteps drawn anew hide the fall most ({told})", worst == "t")
-    paired, alone = found[PAIRED, sizes[0]], found["t", sizes[0]]
-    times = alone.jitter / paired.jitter if paired.jitter else float("inf")
-    return f"{most} Taking off the untouched model's loss on the same draws leaves a jitter {times:.0f} times smaller."
+def _compare_factors(signals: Signals, size: int) -> str:
+    jitters = {row: signals[row, size].jitter for row in ("x", "y", "E(x)", "ε", "t")}
+    others = ", ".join(f"{row} {jitter:.2g}" for row, jitter in jitters.items() if row != "t")
+    detail = f"jitter {jitters['t']:.2g} on {size} samples; {others}"
+    most = compare_with_paper(
+        max(jitters, key=lambda row: jitters[row]) == "t",
+        f"drawing timesteps again hides the fall most ({detail})",
+        f"drawing timesteps again does not hide the fall most ({detail})",
+    )
+    paired = signals[PAIRED, size].jitter
+    times = jitters["t"] / paired if paired else float("inf")
+    return (
+        f"{most} Subtracting the untouched model's loss on the same draws makes the jitter {times:.0f} times smaller."
+    )

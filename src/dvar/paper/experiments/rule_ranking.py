@@ -1,350 +1,281 @@
-"""Which rule stops best?  Every rule of the library on recorded runs, beside the oracle and two controls."""
+"""Every stopping rule, ranked on recorded runs: tables, figures and what they show."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 
-from dvar.analysis import strategies
-from dvar.analysis.eligibility import EARLY, ENOUGH, ERRORS, JITTERS, WAY, Eligibility, gate_of
+from dvar.analysis.eligibility import (
+    MIN_EARLY,
+    MIN_ERRORS,
+    MIN_JITTERS,
+    MIN_RUNS,
+    MIN_WAY,
+    Eligibility,
+    judge_eligibility,
+)
+from dvar.analysis.rule_ranking import (
+    CONTROL,
+    ORACLE_NAME,
+    RANDOM_NAME,
+    RankedRule,
+    compare_errors,
+    compute_ranking,
+    tune_rules,
+)
 from dvar.analysis.stop_quality import (
-    CHOOSE,
     ORACLE,
     PREMATURE,
-    Estimate,
     LearningCurve,
-    StopQuality,
-    half,
-    interval,
-    outcome,
-    over_concepts,
+    MeanInterval,
+    mean_over_concepts,
 )
-from dvar.analysis.strategies import CONSTANT, KINDS, StopResult, Strategy, StrategyFamily
 from dvar.errors import RefusedInput
-from dvar.paper.result import ExperimentResult, Plot, Provenance, Table, number, title
+from dvar.html.tables import Column
+from dvar.paper.result import (
+    ExperimentResult,
+    Plot,
+    Provenance,
+    Table,
+    build_table,
+    format_number,
+    format_percent,
+    method_title,
+)
 from dvar.paper.style import INK, NOISE, SIGNAL, SOFT, axes
-from dvar.recordings.archive import RecordedRun, RecordingArchive
+from dvar.recordings.archive import RecordingArchive
+from dvar.recordings.recorded_run import CHOOSE, RecordedRun
 
 OTHER_SHARES = (0.8, 0.95)
-RANDOM_DRAWS = 20
-CONTROL = CONSTANT.name
-ORACLE_NAME = "Oracle of the other half"
+_CONTROLS = frozenset({ORACLE_NAME, RANDOM_NAME, "Baseline", CONTROL})
 
 
-@dataclass(frozen=True)
-class RankedRule:
-    """One rule on every record of a scope: what its stops were worth, and what deciding cost beside the training.
+def rank_rules(archive: RecordingArchive) -> ExperimentResult:
+    """Rank all rules with one setting for each method, with one setting for all, and on each method separately.
 
-    There is a record for each outcome; a random step has several outcomes a record.  ``cost`` is in forward passes of
-    one sample; ``setting`` says how it was tuned.
+    Methods that are not eligible are left out; those that cannot be judged are not.
     """
-
-    rule: str
-    setting: str
-    records: tuple[RecordedRun, ...]
-    outcomes: tuple[StopQuality, ...]
-    cost: float
-    stops: tuple[float, ...]
-
-    @property
-    def errors(self) -> list[float]:
-        """How far each stop lies from the oracle, in octaves, before or after."""
-        return [abs(one.distance) for one in self.outcomes]
-
-
-def make(shelf: RecordingArchive) -> ExperimentResult:
-    """The ranking, with one setting per method and with one for all, and for each method alone, of the methods that
-    pass the gate or could not be put to it.
-    """
-    gates = {method: gate_of(shelf, method) for method in shelf.methods}
-    methods = [method for method, gate in gates.items() if not (gate and gate.failed)]
+    verdicts = {method: judge_eligibility(archive, method) for method in archive.methods}
+    methods = [method for method, verdict in verdicts.items() if not (verdict and verdict.failures)]
     if not methods:
-        raise RefusedInput(["rules are ranked on no method here: " + " ".join(_kept_out(gates))])
-    records = tuple(r for method in methods for r in shelf.of(method) if LearningCurve.of(r).learned)
-    if not records:
+        raise RefusedInput(["rules are ranked on no method here: " + " ".join(_describe_ineligible(verdicts))])
+    runs = tuple(run for method in methods for run in archive.runs_of(method) if LearningCurve.of_run(run).learned)
+    if not runs:
         raise RefusedInput(["no recorded run has learned anything that its scores show: record longer runs"])
-    own = {method: tuned(shelf.for_tuning(method)) for method in methods}
-    common = dict.fromkeys(own, tuned(tuple(r for method in methods for r in shelf.for_tuning(method))))
-    found = {
-        "one setting per method": ranking(records, own),
-        "one setting, in shares of Baseline's cap, for all methods": ranking(records, common),
+    own = {method: tune_rules(archive.tuning_runs(method)) for method in methods}
+    common = dict.fromkeys(own, tune_rules(tuple(run for method in methods for run in archive.tuning_runs(method))))
+    scopes = {
+        "one setting per method": compute_ranking(runs, own),
+        "one setting, in shares of Baseline's cap, for all methods": compute_ranking(runs, common),
     }
-    told = [line for how, ranked in found.items() for line in _told(how, ranked)]
+    comparisons = [line for scope, ranking in scopes.items() for line in _compare_with_constant(scope, ranking)]
     for method in methods if len(methods) > 1 else ():
-        alone = tuple(record for record in records if record.method == method)
-        found |= {f"{title(method)} alone, its own setting": ranking(alone, own)} if alone else {}
-    tables = tuple(_table(f"scope-{number}", how, ranked) for number, (how, ranked) in enumerate(found.items()))
-    plots = tuple(_plot(f"scope-{number}", how, ranked) for number, (how, ranked) in enumerate(found.items()))
-    unlearned = sum(len(shelf.of(method)) for method in methods) - len(records)
-    said = (_ceiling(records), *_kept_out(gates), *_skipped(shelf, methods, unlearned), *told)
-    return ExperimentResult("rules", "Which rule stops best?", said, (*tables, _gates(gates, records)), plots[:2])
-
-
-def tuned(records: Sequence[RecordedRun]) -> dict[str, tuple[float, float, float] | None]:
-    """The setting of every kind of rule, by its name, tuned on these records."""
-    return {kind.name: strategies.tune(kind, records) for kind in KINDS}
-
-
-def ranking(
-    records: Sequence[RecordedRun], settings: Mapping[str, Mapping[str, tuple[float, float, float] | None]]
-) -> list[RankedRule]:
-    """Every rule on the records, the nearest to the oracle first; `settings` by method and kind.
-
-    A kind is left out that some record could not be tuned for, or does not hold the series of.
-    """
-    made: dict[str, list[Strategy]] = {"Baseline": [strategies.baseline(record) for record in records]}
-    told = {"Baseline": "its own cap"}
-    for scaled in (False, True):
-        presets = [strategies.paper_dvar(record, scaled) for record in records]
-        made[presets[0].name], told[presets[0].name] = presets, "the paper's"
-    for kind in KINDS:
-        chosen = [settings[record.method][kind.name] for record in records]
-        found = [kind.way(one, strategies.cap(record)) for one, record in zip(chosen, records, strict=True) if one]
-        if len(found) == len(records) and all(map(strategies.readable, [way.rule for way in found], records)):
-            made[kind.name], told[kind.name] = found, _setting(kind, chosen)
-    read = [_read(record, tuple(of)) for record, *of in zip(records, *made.values(), strict=True)]
-    judged = [_oracle(records), _random(records)]
-    judged += [_judged(name, told[name], records, [of[place] for of in read]) for place, name in enumerate(made)]
-    return sorted(judged, key=lambda one: float(np.mean(one.errors)))
-
-
-@cache
-def _read(record: RecordedRun, made: tuple[Strategy, ...]) -> list[StopResult]:
-    readings = strategies.read_all(made, record)
-    return [readings[way] for way in made]
-
-
-def _judged(name: str, setting: str, records: Sequence[RecordedRun], readings: Sequence[StopResult]) -> RankedRule:
-    pairs = list(zip(records, readings, strict=True))
-    outcomes = tuple(outcome(record, reading.kept, reading.censored) for record, reading in pairs)
-    # Forward passes spent on deciding alone.
-    cost = [
-        strategies.forward_equivalents(StopResult(0, 0, False, reading.forwards, reading.pictures), record.config)
-        for record, reading in pairs
-    ]
-    stops = tuple(float(reading.stop) for reading in readings)
-    return RankedRule(name, setting, tuple(records), outcomes, float(np.mean(cost)), stops)
-
-
-def _oracle(records: Sequence[RecordedRun]) -> RankedRule:
-    """The oracle found on one half of the pictures and judged on the other: what no rule can be expected to beat."""
-    steps = tuple(LearningCurve.of(record, CHOOSE).reached() for record in records)
-    outcomes = tuple(outcome(record, step) for record, step in zip(records, steps, strict=True))
-    return RankedRule(ORACLE_NAME, f"q ≥ {ORACLE}", tuple(records), outcomes, float("nan"), steps)
-
-
-def _random(records: Sequence[RecordedRun]) -> RankedRule:
-    """A step drawn evenly up to Baseline's cap, several times a record."""
-    random, each = np.random.default_rng(0), [record for record in records for _ in range(RANDOM_DRAWS)]
-    stops = [int(random.integers(1, min(strategies.cap(record), record.cap) + 1)) for record in each]
-    outcomes = tuple(outcome(record, step) for record, step in zip(each, stops, strict=True))
-    return RankedRule("Random step", "uniform to Baseline's cap", tuple(each), outcomes, 0.0, tuple(map(float, stops)))
-
-
-def _setting(kind: StrategyFamily, chosen: Sequence[tuple[float, float, float] | None]) -> str:
-    """A setting, its window as a share of the cap; those of several methods stand in their own tables."""
-    told = dict.fromkeys(
-        f"{100 * share:g} %" + (f", {threshold:g}" if len(kind.thresholds) > 1 else "")
-        for share, threshold, _ in (one for one in chosen if one)
+        of_method = tuple(run for run in runs if run.method == method)
+        if of_method:
+            scopes[f"only {method_title(method)}, with its own setting"] = compute_ranking(of_method, own)
+    unlearned = sum(len(archive.runs_of(method)) for method in methods) - len(runs)
+    paragraphs = (
+        _describe_ceiling(runs),
+        *_describe_ineligible(verdicts),
+        *_describe_omissions(archive, methods, unlearned),
+        *comparisons,
     )
-    return "; ".join(told) if len(told) == 1 else "by method, below"
+    tables = [_table_of_rules(f"scope-{index}", *scope) for index, scope in enumerate(scopes.items())]
+    plots = [_plot_distances(f"scope-{index}", *scope) for index, scope in enumerate(list(scopes.items())[:2])]
+    return ExperimentResult(paragraphs, (*tables, _table_of_eligibility(verdicts, runs)), tuple(plots))
 
 
-def _difference(one: RankedRule, other: RankedRule) -> Estimate:
-    """How much further from the oracle than the other, paired by concept."""
-    means, others = _by_concept(one), _by_concept(other)
-    return interval([means[name] - others[name] for name in means])
-
-
-def _by_concept(one: RankedRule) -> dict[str, float]:
-    found: dict[str, list[float]] = {}
-    for record, error in zip(one.records, one.errors, strict=True):
-        found.setdefault(record.concept, []).append(error)
-    return {name: float(np.mean(errors)) for name, errors in found.items()}
-
-
-def _figures(one: RankedRule, control: RankedRule | None) -> dict[str, Any]:
-    distances = [outcome_.distance for outcome_ in one.outcomes]
-    low, middle, high = np.percentile(distances, (10, 50, 90))
+def _summarise_rule(rule: RankedRule, control: RankedRule | None) -> dict[str, Any]:
+    """Return the numbers of one line of the ranking."""
+    low, median, high = np.percentile(rule.distances, (10, 50, 90))
     return {
-        "rule": one.rule,
-        "setting": one.setting,
-        "error": over_concepts(one.records, one.errors),
-        "against control": _difference(one, control) if control and control is not one else None,
-        "median": float(middle),
+        "rule": rule.rule,
+        "setting": rule.setting,
+        "error": mean_over_concepts(rule.runs, rule.errors),
+        "against control": compare_errors(rule, control) if control and control is not rule else None,
+        "median": float(median),
         "low": float(low),
         "high": float(high),
-        "gain kept": over_concepts(one.records, [outcome_.gain_kept for outcome_ in one.outcomes]),
-        "context lost": over_concepts(one.records, [outcome_.context_lost for outcome_ in one.outcomes]),
-        "premature": float(np.mean([outcome_.premature for outcome_ in one.outcomes])),
-        "wasteful": float(np.mean([outcome_.wasteful for outcome_ in one.outcomes])),
-        "censored": float(np.mean([outcome_.censored for outcome_ in one.outcomes])),
-        "steps": float(np.mean(one.stops)),
-        "cost": one.cost,
+        "gain kept": mean_over_concepts(rule.runs, [quality.gain_kept for quality in rule.outcomes]),
+        "context lost": mean_over_concepts(rule.runs, [quality.context_lost for quality in rule.outcomes]),
+        "premature": float(np.mean([quality.premature for quality in rule.outcomes])),
+        "wasteful": float(np.mean([quality.wasteful for quality in rule.outcomes])),
+        "censored": float(np.mean([quality.censored for quality in rule.outcomes])),
+        "steps": float(np.mean(rule.stops)),
+        "cost": rule.cost,
     }
 
 
-def _table(name: str, how: str, found: Sequence[RankedRule]) -> Table:
-    records = found[0].records if found[0].rule != "Random step" else found[1].records
-    control = next((one for one in found if one.rule == CONTROL), None)
-    data = [_figures(one, control) for one in found]
-    lines = []
-    for one in data:
-        against = one["against control"]
-        lines.append(
-            (
-                one["rule"],
-                one["setting"],
-                _shown(one["error"]),
-                _shown(against) if against else "–",
-                f"{number(one['median'], 2)} ({number(one['low'], 2)} … {number(one['high'], 2)})",
-                _shown(one["gain kept"]),
-                number(one["context lost"].mean, 3),
-                " · ".join(f"{100 * one[share]:.0f}" for share in ("premature", "wasteful", "censored")),
-                f"{one['steps']:.0f}",
-                number(one["cost"] / 1000, 1),
-            )
-        )
-    columns = (
-        "Rule",
-        "Setting",
-        "Octaves from the oracle",
-        f"Against {CONTROL.lower()}",
-        "log₂(stop / oracle), median (10–90 %)",
-        "Gain kept",
-        "Context lost",
-        "Premature · wasteful · censored, %",
-        "Steps",
-        "Thousand forwards to decide",
-    )
-    caption = (
-        f"{how[0].upper() + how[1:]}; {len(records)} runs, ranked by how far the stop lies from the oracle, the first "
-        f"step with {100 * ORACLE:.0f} % of the gain in Train CLIP image. In brackets: 95 % interval from resampling "
-        f"concepts; differences are paired by concept, below 0 is better. Premature: less than {100 * PREMATURE:.0f} % "
-        "of the gain; wasteful: more than twice the oracle; censored runs count with the record's last step. Settings "
-        "are windows as shares of Baseline's cap and thresholds, tuned on the tuning concepts, 100 points each. "
-        f"{Provenance.of(records)}"
-    )
-    bold = frozenset({(0, 2)}) if found[0].rule != ORACLE_NAME else frozenset({(1, 2)})
-    return Table(name, caption, columns, tuple(lines), tuple(data), bold)
-
-
-def _shown(found: Estimate) -> str:
-    if not np.isfinite(found.mean):
+def _format_estimate(estimate: MeanInterval | None) -> str:
+    """Return a mean with its interval where there is one."""
+    if estimate is None or not np.isfinite(estimate.mean):
         return "–"
-    if not np.isfinite(found.low):
-        return number(found.mean, 2)
-    return f"{number(found.mean, 2)} [{number(found.low, 2)}, {number(found.high, 2)}]"
+    if not np.isfinite(estimate.low):
+        return format_number(estimate.mean, 2)
+    return f"{format_number(estimate.mean, 2)} [{format_number(estimate.low, 2)}, {format_number(estimate.high, 2)}]"
 
 
-def _plot(name: str, how: str, found: Sequence[RankedRule]) -> Plot:
-    records = found[0].records if found[0].rule != "Random step" else found[1].records
-    drawn, panels = axes(1, 1, width=8.0, height=0.3 * len(found) + 0.3)
+def _format_range(row: Mapping[str, Any]) -> str:
+    low, median, high = (format_number(row[name], 2) for name in ("low", "median", "high"))
+    return f"{median} ({low} … {high})"
+
+
+def _format_shares(row: Mapping[str, Any]) -> str:
+    return " · ".join(f"{100 * row[share]:.0f}" for share in ("premature", "wasteful", "censored"))
+
+
+COLUMNS: tuple[Column[Mapping[str, Any]], ...] = (
+    Column("Rule", itemgetter("rule")),
+    Column("Setting", itemgetter("setting")),
+    Column("Octaves from the oracle", itemgetter("error"), _format_estimate),
+    Column(f"Against {CONTROL.lower()}", lambda row: _format_estimate(row["against control"])),
+    Column("log₂(stop / oracle), median (10–90 %)", lambda row: row, _format_range),
+    Column("Gain kept", itemgetter("gain kept"), _format_estimate),
+    Column("Context lost", lambda row: row["context lost"].mean, format_number),
+    Column("Premature · wasteful · censored, %", lambda row: row, _format_shares),
+    Column("Steps", itemgetter("steps"), "{:.0f}".format),
+    Column("Thousand forwards to decide", lambda row: row["cost"] / 1000, partial(format_number, digits=1)),
+)
+
+
+def _table_of_rules(name: str, scope: str, ranking: Sequence[RankedRule]) -> Table:
+    runs = _ranked_runs(ranking)
+    control = next((rule for rule in ranking if rule.rule == CONTROL), None)
+    data = [_summarise_rule(rule, control) for rule in ranking]
+    caption = (
+        f"{scope[0].upper() + scope[1:]}; {len(runs)} runs. Rules are ranked by the distance of their stops from the "
+        f"oracle, the first step with {100 * ORACLE:.0f} % of the gain in Train CLIP image. In brackets: 95 % interval "
+        "from resampling concepts; differences are paired by concept, and below 0 is better. Premature: less than "
+        f"{100 * PREMATURE:.0f} % of the gain; wasteful: more than twice the oracle; censored runs count with their "
+        "last recorded step. Settings are windows as shares of Baseline's cap and thresholds, tuned on the tuning "
+        f"concepts from at most 100 points each. {Provenance.of(runs)}"
+    )
+    best = 1 if ranking[0].rule == ORACLE_NAME else 0
+    return build_table(name, caption, COLUMNS, data, data=data, bold=[(best, 2)])
+
+
+def _ranked_runs(ranking: Sequence[RankedRule]) -> tuple[RecordedRun, ...]:
+    """Return the runs of a ranking, each once."""
+    return next(rule.runs for rule in ranking if rule.rule != RANDOM_NAME)
+
+
+def _plot_distances(name: str, scope: str, ranking: Sequence[RankedRule]) -> Plot:
+    runs = _ranked_runs(ranking)
+    figure, panels = axes(1, 1, width=8.0, height=0.3 * len(ranking) + 0.3)
     panel = panels[0][0]
-    for place, one in enumerate(found):
-        distances = [outcome_.distance for outcome_ in one.outcomes]
-        low, middle, high = np.percentile(distances, (10, 50, 90))
-        colour = SIGNAL if one.rule.startswith("DVAR") else INK if one.rule not in _CONTROLS else NOISE
+    for place, rule in enumerate(ranking):
+        low, median, high = np.percentile(rule.distances, (10, 50, 90))
+        colour = SIGNAL if rule.rule.startswith("DVAR") else INK if rule.rule not in _CONTROLS else NOISE
         panel.plot([low, high], [place, place], color=colour, linewidth=2.2, solid_capstyle="round")
-        panel.plot([middle], [place], "o", color=colour, markersize=5)
+        panel.plot([median], [place], "o", color=colour, markersize=5)
     panel.axvline(0, color=SOFT, linewidth=0.8)
-    panel.set_yticks(range(len(found)), [one.rule for one in found])
+    panel.set_yticks(range(len(ranking)), [rule.rule for rule in ranking])
     panel.invert_yaxis()
     panel.grid(axis="y", visible=False)
     panel.set_xlabel("octaves from the oracle: too early to the left, too late to the right")
     caption = (
-        f"{how[0].upper() + how[1:]}: median and 10–90 % range over {len(records)} runs of log2(stop / oracle), the "
-        f"nearest to the oracle above. Grey: the oracle and controls. {Provenance.of(records)}"
+        f"{scope[0].upper() + scope[1:]}: median and 10–90 % range over {len(runs)} runs of log2(stop / oracle), the "
+        f"nearest to the oracle at the top. Grey: the oracle and controls. {Provenance.of(runs)}"
     )
-    data = [{"rule": one.rule, "distances": [outcome_.distance for outcome_ in one.outcomes]} for one in found]
-    return Plot(name, caption, drawn, data)
+    data = [{"rule": rule.rule, "distances": rule.distances} for rule in ranking]
+    return Plot(name, caption, figure, data)
 
 
-_CONTROLS = frozenset({ORACLE_NAME, "Random step", "Baseline", CONTROL})
-
-
-def _ceiling(records: Sequence[RecordedRun]) -> str:
-    agreements = []
+def _describe_ceiling(runs: Sequence[RecordedRun]) -> str:
+    distances = []
     for share in (ORACLE, *OTHER_SHARES):
-        pairs = [(LearningCurve.of(r, CHOOSE).reached(share), LearningCurve.of(r).reached(share)) for r in records]
-        apart = [abs(float(np.log2(max(one, 1.0) / max(other, 1.0)))) for one, other in pairs]
-        agreements.append(f"{np.mean(apart):.2f} octaves at q ≥ {share}")
-    pictures = half(records[0], "train", "clip_image", CHOOSE)[1].shape[1]
+        pairs = [
+            (LearningCurve.of_run(run, CHOOSE).step_at(share), LearningCurve.of_run(run).step_at(share)) for run in runs
+        ]
+        octaves = [abs(float(np.log2(max(step, 1.0) / max(other, 1.0)))) for step, other in pairs]
+        distances.append(f"{np.mean(octaves):.2f} octaves apart at q ≥ {share}")
+    images = runs[0].scores("train", "clip_image", CHOOSE)[1].shape[1]
     return (
         "The oracle of a run is the first step with a share q of its gain in Train CLIP image; distances are in "
-        f"octaves, factors of two in steps. Two oracles, each from its own {pictures} pictures of the same run, "
-        f"lie apart by {', '.join(agreements)}: no rule can be seen to do better than that."
+        f"octaves, factors of two in steps. Two oracles of the same run, each from {images} images of its own, are "
+        f"{', '.join(distances)}: no rule can be shown to do better than that."
     )
 
 
-def _kept_out(gates: Mapping[str, Eligibility | None]) -> list[str]:
-    """A sentence for each method that rules are not ranked on, and one for those that nobody could judge."""
-    said = [
-        f"{title(method)} does not pass the gate, so that rules are not ranked on it: {'; '.join(gate.failed)}."
-        for method, gate in gates.items()
-        if gate and gate.failed
+def _describe_ineligible(verdicts: Mapping[str, Eligibility | None]) -> list[str]:
+    """Return a sentence for each method that rules are not ranked on, and one for those that could not be judged."""
+    sentences = [
+        f"{method_title(method)} is not eligible, so rules are not ranked on it: {'; '.join(verdict.failures)}."
+        for method, verdict in verdicts.items()
+        if verdict and verdict.failures
     ]
-    unknown = [title(method) for method, gate in gates.items() if not gate]
+    unknown = [method_title(method) for method, verdict in verdicts.items() if not verdict]
     if unknown:
-        said.append(f"Fewer than {ENOUGH} tuning runs: {', '.join(unknown)} could not be put to the gate.")
-    return said
+        sentences.append(f"Fewer than {MIN_RUNS} tuning runs: the eligibility of {', '.join(unknown)} is unknown.")
+    return sentences
 
 
-def _gates(gates: Mapping[str, Eligibility | None], ranked: Sequence[RecordedRun]) -> Table:
-    lines = []
-    for method, gate in gates.items():
-        figures = ["–"] * 7
-        if gate:
-            ceiling = f" of {number(gate.ceiling, 2)}" if np.isfinite(gate.ceiling) else ""
-            figures = [
-                f"{gate.runs}",
-                f"{gate.cap}",
-                f"{number(gate.start, 2)} → {number(gate.end, 2)}{ceiling}",
-                number(gate.errors, 1),
-                f"{100 * gate.way:.0f} %" if np.isfinite(gate.way) else "–",
-                f"{100 * gate.early:.0f} %",
-                number(gate.jitters, 0),
-            ]
-        lines.append((title(method), *figures, "not judged" if not gate else "no" if gate.failed else "yes"))
-    columns = (
-        *("Method", "Runs", "Cap", "Score, start → end", "Gain, standard errors", "Way to the ceiling"),
-        *("Of the gain by half the cap", "Fall of L_det over its jitter", "Rules are ranked"),
-    )
+EligibilityRow = tuple[str, Eligibility | None]
+"""A method and its eligibility, where it could be judged."""
+
+
+def _figure_column(title: str, text: Callable[[Eligibility], str]) -> Column[EligibilityRow]:
+    """Return a column of text about an eligibility, with a dash where there is none."""
+    return Column(title, lambda row: text(row[1]) if row[1] else "–")
+
+
+def _format_gain(verdict: Eligibility) -> str:
+    ceiling = f" of {format_number(verdict.ceiling, 2)}" if np.isfinite(verdict.ceiling) else ""
+    return f"{format_number(verdict.start, 2)} → {format_number(verdict.end, 2)}{ceiling}"
+
+
+ELIGIBILITY_COLUMNS: tuple[Column[EligibilityRow], ...] = (
+    Column("Method", lambda row: method_title(row[0])),
+    _figure_column("Runs", lambda verdict: f"{verdict.runs}"),
+    _figure_column("Cap", lambda verdict: f"{verdict.cap}"),
+    _figure_column("Score, start → end", _format_gain),
+    _figure_column("Gain, standard errors", lambda verdict: format_number(verdict.errors, 1)),
+    _figure_column(
+        "Way to the ceiling", lambda verdict: format_percent(verdict.way) if np.isfinite(verdict.way) else "–"
+    ),
+    _figure_column("Of the gain by half the cap", lambda verdict: format_percent(verdict.early)),
+    _figure_column("Fall of L_det over its jitter", lambda verdict: format_number(verdict.jitters, 0)),
+    Column("Rules are ranked", lambda row: "not judged" if not row[1] else "no" if row[1].failures else "yes"),
+)
+
+
+def _table_of_eligibility(verdicts: Mapping[str, Eligibility | None], ranked: Sequence[RecordedRun]) -> Table:
     caption = (
-        "The gate: rules can be told apart only where a method learns, early, and L_det sees it. Runs of the tuning "
-        f"concepts up to Baseline's cap; the score is the judge's identity, or else Train CLIP image. Bars: {ERRORS:g} "
-        f"standard errors, {100 * WAY:.0f} % of the way where the ceiling is known, {100 * EARLY:.0f} % of the gain by "
-        f"half of the cap, {JITTERS:g} jitters. What was ranked: {Provenance.of(ranked)}"
+        "Eligibility: rules can be told apart only where a method learns, early, and L_det shows it. Runs of the "
+        "tuning concepts up to Baseline's cap; the score is the recogniser's identity where it is known, else Train "
+        f"CLIP image. Bars: {MIN_ERRORS:g} standard errors, {100 * MIN_WAY:.0f} % of the way where the ceiling is "
+        f"known, {100 * MIN_EARLY:.0f} % of the gain by half of the cap, {MIN_JITTERS:g} jitters. What was ranked: "
+        f"{Provenance.of(ranked)}"
     )
-    return Table(
-        "gate",
-        caption,
-        columns,
-        tuple(lines),
-        tuple({"method": m, **(asdict(g) if g else {})} for m, g in gates.items()),
-    )
+    data = [{"method": method, **(asdict(verdict) if verdict else {})} for method, verdict in verdicts.items()]
+    return build_table("gate", caption, ELIGIBILITY_COLUMNS, list(verdicts.items()), data=data)
 
 
-def _skipped(shelf: RecordingArchive, methods: Sequence[str], unlearned: int) -> tuple[str, ...]:
-    said = []
+def _describe_omissions(archive: RecordingArchive, methods: Sequence[str], unlearned: int) -> list[str]:
+    sentences = []
     if unlearned:
-        said.append(f"{unlearned} runs gained less than three standard deviations of their scores, and are left out.")
-    bare = [title(method) for method in methods if not shelf.for_tuning(method)]
-    if bare:
-        said.append(f"No tuning concept was recorded for {', '.join(bare)}: tuned rules are left out there.")
-    return tuple(said)
+        sentences.append(f"{unlearned} runs gained less than three standard deviations of their scores; left out.")
+    untuned = [method_title(method) for method in methods if not archive.tuning_runs(method)]
+    if untuned:
+        sentences.append(f"No tuning concept was recorded for {', '.join(untuned)}: tuned rules are left out there.")
+    return sentences
 
 
-def _told(how: str, found: Sequence[RankedRule]) -> tuple[str, ...]:
-    by_name = {one.rule: one for one in found}
+def _compare_with_constant(scope: str, ranking: Sequence[RankedRule]) -> tuple[str, ...]:
+    """Say whether DVAR stops nearer to the oracle than one number of steps does."""
+    by_name = {rule.rule: rule for rule in ranking}
     if CONTROL not in by_name or "DVAR" not in by_name:
         return ()
-    difference = _difference(by_name["DVAR"], by_name[CONTROL])
-    better = "nearer to" if difference.mean < 0 else "further from"
-    sure = "" if difference.high < 0 or difference.low > 0 else ", a difference that may be chance"
-    apart = f"{abs(difference.mean):.2f} octaves {better} the oracle"
-    return (f"With {how}, DVAR stops {apart} than one number of steps, tuned alike ({_shown(difference)}){sure}.",)
+    difference = compare_errors(by_name["DVAR"], by_name[CONTROL])
+    direction = "nearer to" if difference.mean < 0 else "further from"
+    chance = "" if difference.high < 0 or difference.low > 0 else "; the difference may be due to chance"
+    octaves = f"{abs(difference.mean):.2f} octaves {direction} the oracle"
+    return (
+        f"With {scope}, DVAR stops {octaves} than a constant number of steps that was tuned in the same way "
+        f"({_format_estimate(difference)}){chance}.",
+    )

@@ -1,120 +1,155 @@
-"""Figure 12: what the model draws where DVAR ends the training, beside where Baseline does."""
+"""Figure 12: images of the model where DVAR ends the training, next to those where Baseline does."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from PIL import Image
 
+from dvar.analysis.strategy_costs import CostRow, best_dvar, cost_rows
 from dvar.errors import RefusedInput
-from dvar.paper.experiments.cost import CostRow, rows
-from dvar.paper.result import ExperimentResult, Plot, Provenance, title
+from dvar.paper.result import ExperimentResult, Plot, Provenance, method_title
 from dvar.paper.style import INK, SOFT, axes
-from dvar.recordings.archive import RecordedRun, RecordingArchive
-from dvar.recordings.restore import ANEW, SHEETS, read_sheet, sheet_at
+from dvar.recordings.archive import RecordingArchive
+from dvar.recordings.recorded_run import RecordedRun
+from dvar.recordings.restore import RESCORED_SHEETS, SHEETS, read_sheet, sheet_path
+from dvar.training.run_layout import REFERENCES
 
 SHOWN = 4
 """Concepts of each method."""
 EACH = 2
-"""Pictures of either kind."""
+"""Images of training prompts, and as many of validation prompts."""
 
 
-def make(shelf: RecordingArchive) -> ExperimentResult:
-    """A figure for every method; recorded runs keep their pictures, and a file of traces does not."""
-    plots, says = [], []
-    for method in shelf.methods:
-        kept = [record for record in shelf.examples(method, len(shelf)) if _sheets(record)]
-        if kept:
-            plots.append(_plot(shelf, method, kept[:SHOWN]))
+@dataclass(frozen=True)
+class ShownImages:
+    """The images that stand for a strategy on a run.
+
+    Args:
+        kept_step: The step that the strategy keeps.
+        step: The step of the images.
+        sheet: The file with the images.
+    """
+
+    kept_step: int
+    step: int
+    sheet: Path
+
+    @property
+    def octaves(self) -> float:
+        """Return how far the step that is shown is from the step that is kept."""
+        return abs(float(np.log2((self.step + 1) / (self.kept_step + 1))))
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the images were generated again, on fresh seeds, at the step that is kept."""
+        return self.sheet.parent.name == RESCORED_SHEETS
+
+
+def figure_12(archive: RecordingArchive) -> ExperimentResult:
+    """Return a figure for each method; recorded runs keep their images, and a file of traces does not."""
+    plots, missing = [], []
+    for method in archive.methods:
+        runs = [run for run in archive.example_runs(method, len(archive)) if _sheet_steps(run)]
+        if runs:
+            plots.append(_plot_images(archive, method, runs[:SHOWN]))
         else:
-            says.append(f"No pictures of {title(method)} were kept.")
+            missing.append(f"No images of {method_title(method)} were kept.")
     if not plots:
-        raise RefusedInput(["no recorded run has kept its pictures: name a folder of records, not a file of traces"])
-    return ExperimentResult("figure12", "Figure 12: side by side", tuple(says), plots=tuple(plots))
+        raise RefusedInput(
+            ["no recorded run has kept its images: name a folder of recorded runs, not a file of traces"]
+        )
+    return ExperimentResult(tuple(missing), plots=tuple(plots))
 
 
-def shown_step(record: RecordedRun, step: int) -> int:
-    """The step with pictures that lies nearest to `step`, in octaves."""
-    steps = np.array(_sheets(record))
+def nearest_sheet_step(run: RecordedRun, step: int) -> int:
+    """Return the step with images that is nearest to ``step``, in octaves."""
+    steps = np.array(_sheet_steps(run))
     return int(steps[np.abs(np.log2((steps + 1) / (step + 1))).argmin()])
 
 
-def _sheets(record: RecordedRun) -> list[int]:
-    """Steps whose pictures a record has kept."""
-    if record.folder is None:
+def _sheet_steps(run: RecordedRun) -> list[int]:
+    """Return the steps whose images a run has kept."""
+    if run.folder is None:
         return []
-    return sorted(int(path.stem.removeprefix("step-")) for path in (record.folder / SHEETS).glob("step-*.png"))
+    return sorted(int(path.stem.removeprefix("step-")) for path in (run.folder / SHEETS).glob("step-*.png"))
 
 
-def _plot(shelf: RecordingArchive, method: str, records: Sequence[RecordedRun]) -> Plot:
-    found = {row.way: row for row in rows(shelf, method)}
-    dvar = next(name for name in ("DVAR (tuned)", "DVAR (preset scaled in time)") if name in found)
+def _plot_images(archive: RecordingArchive, method: str, runs: Sequence[RecordedRun]) -> Plot:
+    rows = {row.strategy: row for row in cost_rows(archive, method)}
+    names = (best_dvar(rows), "Baseline")
     columns = 1 + 4 * EACH
-    drawn, panels = axes(len(records), columns, width=0.95 * columns, height=1.15)
-    data: list[dict[str, Any]] = []
-    for line, record in enumerate(records):
-        _show(panels[line][0], _reference(record))
-        panels[line][0].set_ylabel("\n".join(record.concept.rsplit("_", 1)).replace("_", " "), color=INK)
-        steps = {way: _kept(found[way], record) for way in (dvar, "Baseline")}
-        sheets = _sheets_of(record, steps)
-        for place, (way, kept) in enumerate(steps.items()):
-            step, sheet = sheets[way]
-            data.append({"record": record.name, "way": way, "kept": kept, "shown": step, "from": sheet.parent.name})
-            train, validation = read_sheet(sheet)
+    figure, panels = axes(len(runs), columns, width=0.95 * columns, height=1.15)
+    shown: list[tuple[RecordedRun, str, ShownImages]] = []
+    for line, run in enumerate(runs):
+        _show_image(panels[line][0], _reference_image(run))
+        panels[line][0].set_ylabel("\n".join(run.concept.rsplit("_", 1)).replace("_", " "), color=INK)
+        for place, (name, images) in enumerate(_select_images(run, [rows[name] for name in names]).items()):
+            shown.append((run, name, images))
+            train, validation = read_sheet(images.sheet)
             first = 1 + 2 * EACH * place
-            for number, picture in enumerate((*train[:EACH], *validation[:EACH])):
-                _show(panels[line][first + number], picture)
-            panels[line][first].set_xlabel(f"step {kept}", loc="left", color=SOFT, fontsize=8)
-    for place, way in enumerate((dvar, "Baseline")):
-        panels[0][1 + 2 * EACH * place].set_title(way)
+            for offset, image in enumerate((*train[:EACH], *validation[:EACH])):
+                _show_image(panels[line][first + offset], image)
+            panels[line][first].set_xlabel(f"step {images.kept_step}", loc="left", color=SOFT, fontsize=8)
+    for place, name in enumerate(names):
+        panels[0][1 + 2 * EACH * place].set_title(name)
     panels[0][0].set_title("reference")
     caption = (
-        f"{title(method)}. One reference, and of each way {EACH} pictures of training prompts, then {EACH} of "
-        f"validation prompts, the first there are and the same seeds for both. Named is the step that a way keeps; "
-        f"shown are {_shown(data)}. "
-        f"{Provenance.of(records)} Concepts are the first by name."
+        f"{method_title(method)}. One reference image, then for each strategy {EACH} images of training prompts and "
+        f"{EACH} of validation prompts: the first prompts, with the same seeds for both. The step under the images is "
+        f"the one that a strategy keeps; shown are {_describe_images([images for *_, images in shown])}. "
+        f"{Provenance.of(runs)} Concepts are the first by name."
     )
-    return Plot(f"pictures-{method}", caption, drawn, data)
+    data = [
+        {
+            "record": run.name,
+            "way": name,
+            "kept": images.kept_step,
+            "shown": images.step,
+            "from": images.sheet.parent.name,
+        }
+        for run, name, images in shown
+    ]
+    return Plot(f"pictures-{method}", caption, figure, data)
 
 
-def _sheets_of(record: RecordedRun, steps: Mapping[str, int]) -> dict[str, tuple[int, Path]]:
-    """For each way the step that is shown, and its pictures: those of the very step where all ways' were drawn anew."""
-    assert record.folder
-    anew = {way: (step, sheet_at(record.folder, step, ANEW)) for way, step in steps.items()}
-    if all(sheet.exists() for _, sheet in anew.values()):
-        return anew
-    near = {way: shown_step(record, step) for way, step in steps.items()}
-    return {way: (step, sheet_at(record.folder, step)) for way, step in near.items()}
+def _select_images(run: RecordedRun, rows: Sequence[CostRow]) -> Mapping[str, ShownImages]:
+    """Return the images of each strategy: those of the steps that are kept where all were generated again."""
+    assert run.folder
+    kept_steps = {row.strategy: row.results[row.runs.index(run)].kept_step for row in rows}
+    fresh = {
+        name: ShownImages(step, step, sheet_path(run.folder, step, RESCORED_SHEETS))
+        for name, step in kept_steps.items()
+    }
+    if all(images.sheet.exists() for images in fresh.values()):
+        return fresh
+    nearest = {name: nearest_sheet_step(run, step) for name, step in kept_steps.items()}
+    return {name: ShownImages(kept_steps[name], step, sheet_path(run.folder, step)) for name, step in nearest.items()}
 
 
-def _shown(data: Sequence[dict[str, Any]]) -> str:
-    anew = [one["from"] == ANEW for one in data]
-    if all(anew):
-        return "its pictures on fresh seeds"
-    nearest = f"the pictures of the scored step nearest to it (up to {_apart(data):.2f} octaves away)"
-    return f"{nearest}, where it was not drawn anew" if any(anew) else nearest
+def _describe_images(shown: Sequence[ShownImages]) -> str:
+    if all(images.fresh for images in shown):
+        return "its images on fresh seeds"
+    octaves = max(images.octaves for images in shown)
+    nearest = f"the images of the nearest scored step (up to {octaves:.2f} octaves away)"
+    if any(images.fresh for images in shown):
+        return f"its images on fresh seeds where they were generated, else {nearest}"
+    return nearest
 
 
-def _kept(row: CostRow, record: RecordedRun) -> int:
-    return row.readings[row.records.index(record)].kept
+def _reference_image(run: RecordedRun) -> Image.Image | None:
+    paths = sorted((run.folder / REFERENCES).glob("*.png")) if run.folder else []
+    return Image.open(paths[0]).convert("RGB") if paths else None
 
 
-def _apart(data: Sequence[dict[str, Any]]) -> float:
-    return max(abs(float(np.log2((one["shown"] + 1) / (one["kept"] + 1)))) for one in data)
-
-
-def _reference(record: RecordedRun) -> Image.Image | None:
-    found = sorted((record.folder / "references").glob("*.png")) if record.folder else []
-    return Image.open(found[0]).convert("RGB") if found else None
-
-
-def _show(panel: Any, picture: Image.Image | None) -> None:
+def _show_image(panel: Axes, image: Image.Image | None) -> None:
     panel.set(xticks=[], yticks=[])
     for side in panel.spines.values():
         side.set_visible(False)
     panel.grid(visible=False)
-    if picture is not None:
-        panel.imshow(np.asarray(picture), interpolation="nearest")
+    if image is not None:
+        panel.imshow(np.asarray(image), interpolation="nearest")

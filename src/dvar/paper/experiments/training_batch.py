@@ -1,107 +1,119 @@
-"""Figure 9: the training loss and the gradient's norm on training batches of growing size."""
+"""Figure 9: the training loss and the gradient norm on training batches of growing size."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 
-from dvar.analysis.signal_to_noise import SignalToNoise, information
-from dvar.paper.extra_runs import ExtraRuns, trained
-from dvar.paper.result import ExperimentResult, Plot, Table, compared, number
+from dvar.analysis.signal_to_noise import SignalToNoise, measure_signal_to_noise
+from dvar.html.tables import Column
+from dvar.paper.extra_runs import ExtraRuns, train_to_cap
+from dvar.paper.result import ExperimentResult, Plot, Table, build_table, compare_with_paper, format_number
 from dvar.paper.style import NOISE, SIGNAL, axes
 from dvar.stopping.trace import Trace
 
 SIZES = {True: (4, 16, 64), False: (4, 16, 64, 128)}
 STEPS = {True: 24, False: 200}
-"""By whether the runs are to be small.  Of every size the same number of steps is trained."""
+"""By whether the runs are small. Every size is trained for the same number of steps."""
 
 
-def make(bench: ExtraRuns) -> ExperimentResult:
-    """The curves, and in a table what each tells."""
-    sizes, steps = SIZES[bench.quick], STEPS[bench.quick]
+@dataclass(frozen=True)
+class BatchSummary:
+    """The measurements of a run with one batch size.
+
+    Args:
+        size: Samples in a batch.
+        samples: Samples trained on.
+        signal: The fall of L_det against the jitter of the training loss.
+        first_norm: Median gradient norm of the first fifth of the steps.
+        last_norm: Median gradient norm of the last fifth.
+    """
+
+    size: int
+    samples: int
+    signal: SignalToNoise
+    first_norm: float
+    last_norm: float
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """Return the numbers by name."""
+        return {
+            "batch": self.size,
+            "samples": self.samples,
+            "jitter": self.signal.jitter,
+            "fall over jitter": self.signal.ratio,
+            "steps to detect": self.signal.steps_to_detect,
+            "gradient norm, first fifth": self.first_norm,
+            "gradient norm, last fifth": self.last_norm,
+        }
+
+
+COLUMNS = (
+    Column[BatchSummary]("Batch", "size"),
+    Column[BatchSummary]("Samples trained", "samples"),
+    Column[BatchSummary]("Jitter of the training loss", lambda row: row.signal.jitter, "{:.2g}".format),
+    Column[BatchSummary]("Fall of L_det / jitter", lambda row: row.signal.ratio, partial(format_number, digits=2)),
+    Column[BatchSummary]("Steps to see it", lambda row: row.signal.steps_label),
+    Column[BatchSummary]("Gradient norm, first fifth", "first_norm", "{:.2g}".format),
+    Column[BatchSummary]("Gradient norm, last fifth", "last_norm", "{:.2g}".format),
+)
+
+
+def figure_9(extra_runs: ExtraRuns) -> ExperimentResult:
+    """Train with each batch size, plot the curves, and summarise what each shows."""
+    sizes, steps = SIZES[extra_runs.quick], STEPS[extra_runs.quick]
     traces: dict[int, Trace] = {}
     for size in sizes:
-        bench.tell(f"batches of {size}")
-        planned = bench.planned(f"figure9/batch-{size}")
-        each = planned.config.train_batch_size
+        extra_runs.notify(f"batches of {size}")
+        spec = extra_runs.recording_spec(f"figure9/batch-{size}")
+        part = spec.config.train_batch_size
         config = replace(
-            planned.config,
-            output_dir=str(planned.folder),
+            spec.config,
+            output_dir=str(spec.folder),
             max_train_steps=steps,
-            gradient_accumulation_steps=max(1, size // each),
+            gradient_accumulation_steps=max(1, size // part),
             checkpointing_steps=10,
-            window=8,  # of a rule that is not asked
+            window=8,  # of a rule that is not evaluated
         )
-        traces[size] = trained(config, lambda job: lambda step, watch: {}, bench.tell)
-    stated = (
-        f"{bench.stated(planned)} Batches of {_list(sizes)}, accumulated {each} at a time; {steps} updates each, at "
-        "one learning rate."
+        traces[size] = train_to_cap(config, lambda run: lambda step, watch: {}, extra_runs.notify)
+    description = (
+        f"{extra_runs.describe(spec)} Batches of {_join(sizes)}, accumulated {part} at a time; {steps} updates each, "
+        "with the same learning rate."
     )
-    told = {size: _told(trace) for size, trace in traces.items()}
+    summaries = [_summarise_trace(size, size * steps, trace) for size, trace in traces.items()]
     return ExperimentResult(
-        "figure9",
-        "Figure 9: larger training batches",
-        (_pattern(told),),
-        (_table(told, steps, stated),),
-        (_plot(traces, stated),),
+        (_compare_largest_batch(summaries[-1]),),
+        (_table_of_batches(summaries, description),),
+        (_plot_traces(traces, description),),
     )
 
 
-def _told(trace: Trace) -> tuple[SignalToNoise, float, float]:
-    """What the training loss tells of the fall of L_det, and the gradient's norm at the beginning and at the end."""
-    fall = information(trace.steps, trace.values).gain
+def _summarise_trace(size: int, samples: int, trace: Trace) -> BatchSummary:
+    fall = measure_signal_to_noise(trace.steps, trace.values).gain
     norms = trace.metric("grad_norm")[1]
     fifth = max(1, len(norms) // 5)
     first, last = (float(np.median(part)) for part in (norms[:fifth], norms[-fifth:]))
-    return replace(information(*trace.metric("train_loss")), gain=fall), first, last
-
-
-def _table(told: Mapping[int, tuple[SignalToNoise, float, float]], steps: int, stated: str) -> Table:
-    lines, data = [], []
-    for size, (noisy, first, last) in told.items():
-        lines.append(
-            (
-                f"{size}",
-                f"{size * steps}",
-                f"{noisy.jitter:.2g}",
-                number(noisy.ratio, 2),
-                noisy.steps_told,
-                f"{first:.2g}",
-                f"{last:.2g}",
-            )
-        )
-        data.append(
-            {
-                "batch": size,
-                "samples": size * steps,
-                "jitter": noisy.jitter,
-                "fall over jitter": noisy.ratio,
-                "steps to detect": noisy.steps_to_detect,
-                "gradient norm, first fifth": first,
-                "gradient norm, last fifth": last,
-            }
-        )
-    columns = (
-        "Batch",
-        "Samples trained",
-        "Jitter of the training loss",
-        "Fall of L_det / jitter",
-        "Steps to see it",
-        "Gradient norm, first fifth",
-        "Gradient norm, last fifth",
+    return BatchSummary(
+        size, samples, replace(measure_signal_to_noise(*trace.metric("train_loss")), gain=fall), first, last
     )
+
+
+def _table_of_batches(summaries: Sequence[BatchSummary], description: str) -> Table:
     caption = (
-        f"{stated} The fall is that of L_det in the same run; the jitter is the standard deviation of the training "
-        "loss's first differences over √2. Steps to see it: as many as must be averaged before and after for the fall "
-        "to be five standard errors. Gradient norms are medians."
+        f"{description} The fall is that of L_det in the same run; the jitter is the standard deviation of the "
+        "training loss's first differences over √2. Steps to see it: how many must be averaged before and after for "
+        "the fall to be five standard errors. Gradient norms are medians."
     )
-    return Table("batches", caption, columns, tuple(lines), tuple(data))
+    return build_table("batches", caption, COLUMNS, summaries, data=[summary.data for summary in summaries])
 
 
-def _plot(traces: Mapping[int, Trace], stated: str) -> Plot:
-    drawn, panels = axes(3, len(traces), width=2.4 * len(traces) + 1.2, height=1.25, sharex=True, sharey="row")
+def _plot_traces(traces: Mapping[int, Trace], description: str) -> Plot:
+    figure, panels = axes(3, len(traces), width=2.4 * len(traces) + 1.2, height=1.25, sharex=True, sharey="row")
     data = []
     for column, (size, trace) in enumerate(traces.items()):
         curves = {
@@ -118,19 +130,30 @@ def _plot(traces: Mapping[int, Trace], stated: str) -> Plot:
         panels[0][column].set_title(f"B = {size}")
         panels[-1][column].set_xlabel("step")
     caption = (
-        f"{stated} Below, for comparison, L_det of each run on its 8 held inputs. Deviates from the paper: the "
-        f"smallest batch is {min(traces)} and not 2, and the steps are fewer, as the whole training here is shorter."
+        f"{description} At the bottom, for comparison, L_det of each run on its 8 held samples. Deviates from the "
+        f"paper: the smallest batch is {min(traces)} and not 2, and there are fewer steps, as the whole training is "
+        "shorter here."
     )
-    return Plot("batches", caption, drawn, data)
+    return Plot("batches", caption, figure, data)
 
 
-def _pattern(told: Mapping[int, tuple[SignalToNoise, float, float]]) -> str:
-    largest = max(told)
-    noisy, first, last = told[largest]
-    hidden = f"the training loss still hides the fall with batches of {largest} ({noisy.ratio:.2g} times its jitter)"
-    falls = f"the gradient's norm falls with them ({first:.2g} at first, {last:.2g} at the end)"
-    return f"{compared(hidden, noisy.ratio < 3)} {compared(falls, last < first)}"
+def _compare_largest_batch(row: BatchSummary) -> str:
+    fall = f"the fall with batches of {row.size} ({row.signal.ratio:.2g} times its jitter)"
+    norms = f"({row.first_norm:.2g} at first, {row.last_norm:.2g} at the end)"
+    sentences = (
+        compare_with_paper(
+            row.signal.ratio < 3,
+            f"the training loss still hides {fall}",
+            f"the training loss no longer hides {fall}",
+        ),
+        compare_with_paper(
+            row.last_norm < row.first_norm,
+            f"their gradient norm falls {norms}",
+            f"their gradient norm does not fall {norms}",
+        ),
+    )
+    return " ".join(sentences)
 
 
-def _list(sizes: tuple[int, ...]) -> str:
+def _join(sizes: Sequence[int]) -> str:
     return f"{', '.join(map(str, sizes[:-1]))} and {sizes[-1]}"

@@ -1,9 +1,11 @@
-"""The paper's first version: which word the new token starts from, and SAM in place of AdamW."""
+"""The paper's first version: which word the placeholder token starts from, and SAM instead of AdamW."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -11,165 +13,232 @@ from typing import Any
 import numpy as np
 
 from dvar.analysis import strategies
-from dvar.analysis.stop_quality import REPORT, LearningCurve, half, score
+from dvar.analysis.stop_quality import LearningCurve, reported_score
+from dvar.html.tables import Column
 from dvar.paper.extra_runs import ExtraRuns
-from dvar.paper.result import ExperimentResult, Plot, Provenance, Table, compared, spread
+from dvar.paper.result import (
+    ExperimentResult,
+    Plot,
+    Provenance,
+    Table,
+    build_table,
+    compare_with_paper,
+    format_mean_sd,
+)
 from dvar.paper.style import COLOURS, axes
-from dvar.recordings.archive import Part, RecordedRun
 from dvar.recordings.concepts import laboratory_concepts
+from dvar.recordings.recorded_run import REPORT, Part, RecordedRun
 from dvar.recordings.spec import RecordingSpec
 from dvar.training.run_layout import INITIALIZER
 
-USUAL = "class noun"
-STARTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {USUAL: {}, "random word": {"initializer": "random"}, "best word by CLIP": {"initializer": "clip"}}
+Variants = Mapping[str, Mapping[str, Any]]
+"""The settings that each variant changes, by its name."""
+CLASS_NOUN = "class noun"
+INITIALIZERS: Variants = MappingProxyType(
+    {CLASS_NOUN: {}, "random word": {"initializer": "random"}, "best word by CLIP": {"initializer": "clip"}}
 )
-OPTIMIZERS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+OPTIMIZERS: Variants = MappingProxyType(
     {"AdamW": {}, "SAM": {"optimizer": "sam", "learning_rate": 0.3, "max_grad_norm": 0.05}}
 )
-"""What each variant changes in the settings.  SAM steps by the gradient itself, which is small: at AdamW's rate it
-would not move; the rate is one whose first steps are as long as AdamW's, and rare large gradients are cut."""
+"""SAM's updates are proportional to the gradient, which is small: with AdamW's learning rate it would not move. Its
+rate gives first updates as long as AdamW's, and rare large gradients are clipped."""
 CONCEPTS = {True: 1, False: 3}
-"""By whether the runs are to be small."""
+"""By whether the runs are small."""
 SCORES: tuple[tuple[str, Part, str], ...] = (
     ("Train CLIP img", "train", "clip_image"),
     ("Val CLIP txt", "validation", "clip_text"),
     ("Identity", "train", "identity"),
 )
-_CLOSE = 0.02
+_EQUAL_WITHIN = 0.02
 
 
-def initial(bench: ExtraRuns) -> ExperimentResult:
-    """The three ways to choose the first word."""
-    found = _recorded(bench, STARTS)
-    ends = {name: _mean(records, "train", "clip_image") for name, records in found.items()}
-    claims = [
-        compared(f"the {name} ends as well as the class noun ({ends[name]:.3f} against {ends[USUAL]:.3f})", close)
-        for name, close in ((name, ends[name] > ends[USUAL] - _CLOSE) for name in STARTS if name != USUAL)
-    ]
-    said = f"By Train CLIP image at the last step, where {_CLOSE} less counts as equal. {' '.join(claims)}"
-    heading = "First version of the paper: the initial word"
-    return _exhibit("initial", heading, said, found, "Class noun: the word for the concept's class, given by hand.")
+@dataclass(frozen=True)
+class VariantSummary:
+    """The measurements of the runs of one variant; lists hold a value for each run.
+
+    Args:
+        name: Name of the variant.
+        words: The words that the placeholder tokens start from.
+        first: Train CLIP image of the untouched model.
+        last: Scores at the last step, by title.
+        oracle: Steps with 90 % of the gain.
+        stops: Steps at which DVAR stops.
+        censored: Number of runs that DVAR would stop only after their recording ends.
+    """
+
+    name: str
+    words: list[str]
+    first: list[float]
+    last: Mapping[str, list[float]]
+    oracle: list[float]
+    stops: list[int]
+    censored: int
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """Return the numbers by name."""
+        return {
+            "variant": self.name,
+            "words": self.words,
+            "first": self.first,
+            "oracle": self.oracle,
+            "stop": self.stops,
+            "censored": self.censored,
+            **self.last,
+        }
 
 
-def sam(bench: ExtraRuns) -> ExperimentResult:
-    """The two optimisers."""
-    found = _recorded(bench, OPTIMIZERS)
-    ends = {name: _mean(records, "train", "clip_image") for name, records in found.items()}
-    claim = f"SAM ends with the higher Train CLIP image ({ends['SAM']:.3f}; AdamW {ends['AdamW']:.3f})"
+def compare_initializers(extra_runs: ExtraRuns) -> ExperimentResult:
+    """Compare the three ways to choose the initializer token."""
+    runs = _record_variants(extra_runs, INITIALIZERS)
+    ends = {name: _mean_end(of_variant) for name, of_variant in runs.items()}
+    claims = [_compare_end(name, ends[name], ends[CLASS_NOUN]) for name in INITIALIZERS if name != CLASS_NOUN]
+    finding = f"By Train CLIP image at the last step, where {_EQUAL_WITHIN} less counts as equal. {' '.join(claims)}"
+    return _compare_variants(runs, finding, "Class noun: the word for the concept's class, given by hand.")
+
+
+def compare_optimizers(extra_runs: ExtraRuns) -> ExperimentResult:
+    """Compare AdamW and SAM."""
+    runs = _record_variants(extra_runs, OPTIMIZERS)
+    sam, adam = (_mean_end(runs[name]) for name in ("SAM", "AdamW"))
+    means = f"({sam:.3f}; AdamW {adam:.3f})"
+    finding = compare_with_paper(
+        sam > adam,
+        f"SAM ends with the higher Train CLIP image {means}",
+        f"SAM does not end with the higher Train CLIP image {means}",
+    )
     settings = OPTIMIZERS["SAM"]
-    how = (
-        f"SAM: radius 0.05 over SGD with momentum 0.9, learning rate {settings['learning_rate']}, gradients cut at "
+    details = (
+        f"SAM: radius 0.05 over SGD with momentum 0.9, learning rate {settings['learning_rate']}, gradients clipped at "
         f"norm {settings['max_grad_norm']}; not tuned further."
     )
-    said = compared(claim, ends["SAM"] > ends["AdamW"])
-    return _exhibit("sam", "First version of the paper: SAM in place of AdamW", said, found, how)
+    return _compare_variants(runs, finding, details)
 
 
-def planned(bench: ExtraRuns, variants: Mapping[str, Mapping[str, Any]]) -> dict[str, list[RecordingSpec]]:
-    """The recordings of each variant; what changes nothing is the same run for all, and may be a record already."""
-    concepts = laboratory_concepts(bench.concepts)[: CONCEPTS[bench.quick]]
+def variant_recordings(extra_runs: ExtraRuns, variants: Variants) -> list[RecordingSpec]:
+    """Return the recordings of all variants, in order."""
+    return [spec for specs in plan_variants(extra_runs, variants).values() for spec in specs]
+
+
+def plan_variants(extra_runs: ExtraRuns, variants: Variants) -> dict[str, list[RecordingSpec]]:
+    """Return the recordings of each variant.
+
+    The variant without changes is the same run in every experiment, and may be among the recorded runs already.
+    """
+    concepts = laboratory_concepts(extra_runs.concepts)[: CONCEPTS[extra_runs.quick]]
     return {
         name: [
-            bench.found(bench.planned(f"variants/{_place(name, changes)}", concept, **changes)) for concept in concepts
+            extra_runs.reuse_recorded(
+                extra_runs.recording_spec(f"variants/{_folder_name(name, changes)}", concept, **changes)
+            )
+            for concept in concepts
         ]
         for name, changes in variants.items()
     }
 
 
-def _place(name: str, changes: Mapping[str, Any]) -> str:
+def _folder_name(name: str, changes: Mapping[str, Any]) -> str:
     return name.lower().replace(" ", "-") if changes else "usual"
 
 
-def _recorded(bench: ExtraRuns, variants: Mapping[str, Mapping[str, Any]]) -> dict[str, list[RecordedRun]]:
-    wanted = planned(bench, variants)
-    records = iter(bench.recorded([one for of in wanted.values() for one in of]))
-    return {name: [next(records) for _ in of] for name, of in wanted.items()}
+def _record_variants(extra_runs: ExtraRuns, variants: Variants) -> dict[str, list[RecordedRun]]:
+    plan = plan_variants(extra_runs, variants)
+    runs = iter(extra_runs.record([spec for specs in plan.values() for spec in specs]))
+    return {name: [next(runs) for _ in specs] for name, specs in plan.items()}
 
 
-def _exhibit(
-    name: str, heading: str, said: str, found: Mapping[str, Sequence[RecordedRun]], how: str
-) -> ExperimentResult:
-    every = [record for records in found.values() for record in records]
-    stated = f"Textual Inversion. {how} {Provenance.of(every)} The runs differ in nothing else."
-    return ExperimentResult(name, heading, (said,), (_table(found, stated),), (_plot(found, stated),))
+def _compare_end(name: str, end: float, usual: float) -> str:
+    means = f"({end:.3f} against {usual:.3f})"
+    return compare_with_paper(
+        end > usual - _EQUAL_WITHIN,
+        f"the {name} ends as well as the class noun {means}",
+        f"the {name} does not end as well as the class noun {means}",
+    )
 
 
-def _table(found: Mapping[str, Sequence[RecordedRun]], stated: str) -> Table:
-    shown = [one for one in SCORES if all(one[1:] in r.pictures for records in found.values() for r in records)]
-    lines, data = [], []
-    for name, records in found.items():
-        reached = [LearningCurve.of(record).reached() for record in records]
-        stops = [strategies.read(strategies.paper_dvar(record, scaled=True), record) for record in records]
-        ends = {label: [score(r, r.cap, part, metric) for r in records] for label, part, metric in shown}
-        first = [score(record, 0, "train", "clip_image") for record in records]
-        censored = sum(reading.censored for reading in stops)
-        lines.append(
-            (
-                name,
-                ", ".join(_word(record) for record in records),
-                spread(first),
-                *(spread(values) for values in ends.values()),
-                spread(reached, 0),
-                spread([reading.stop for reading in stops], 0) + (f" ({censored} had not stopped)" if censored else ""),
-            )
-        )
-        data.append(
-            {
-                "variant": name,
-                "words": [_word(record) for record in records],
-                "first": first,
-                "oracle": reached,
-                "stop": [reading.stop for reading in stops],
-                "censored": censored,
-                **ends,
-            }
-        )
+def _compare_variants(runs: Mapping[str, Sequence[RecordedRun]], finding: str, details: str) -> ExperimentResult:
+    provenance = Provenance.of([run for of_variant in runs.values() for run in of_variant])
+    description = f"Textual Inversion. {details} {provenance} The runs differ in nothing else."
+    return ExperimentResult((finding,), (_table_of_variants(runs, description),), (_plot_variants(runs, description),))
+
+
+def _table_of_variants(runs: Mapping[str, Sequence[RecordedRun]], description: str) -> Table:
+    every = [run for of_variant in runs.values() for run in of_variant]
+    scores = [
+        (name, part, metric) for name, part, metric in SCORES if all((part, metric) in r.image_scores for r in every)
+    ]
+    summaries = [_summarise_variant(name, of_variant, scores) for name, of_variant in runs.items()]
     columns = (
-        "Variant",
-        "Starts from",
-        "Train CLIP img, first",
-        *(f"{label}, last" for label, *_ in shown),
-        "90 % of the gain at step",
-        "DVAR stops at",
+        Column[VariantSummary]("Variant", "name"),
+        Column[VariantSummary]("Starts from", "words", ", ".join),
+        Column[VariantSummary]("Train CLIP img, first", "first", format_mean_sd),
+        *(_last_column(title) for title, *_ in scores),
+        Column[VariantSummary]("90 % of the gain at step", "oracle", partial(format_mean_sd, digits=0)),
+        Column[VariantSummary]("DVAR stops at", lambda row: row, _format_stops),
     )
     caption = (
-        f"{stated} Mean ± standard deviation over concepts; first and last are the untouched model and the last "
-        "recorded step. DVAR is by the paper's preset, scaled in time."
+        f"{description} Mean ± standard deviation over concepts; first and last are the untouched model and the last "
+        "recorded step. DVAR has the paper's preset, scaled in time."
     )
-    return Table("variants", caption, columns, tuple(lines), tuple(data))
+    return build_table("variants", caption, columns, summaries, data=[summary.data for summary in summaries])
 
 
-def _plot(found: Mapping[str, Sequence[RecordedRun]], stated: str) -> Plot:
-    concepts = list(dict.fromkeys(record.concept for records in found.values() for record in records))
-    drawn, panels = axes(2, len(concepts), width=max(6.5, 3.6 * len(concepts)), height=1.9, sharex="col")
+def _last_column(title: str) -> Column[VariantSummary]:
+    return Column(f"{title}, last", lambda row: row.last[title], format_mean_sd)
+
+
+def _summarise_variant(
+    name: str, runs: Sequence[RecordedRun], scores: Sequence[tuple[str, Part, str]]
+) -> VariantSummary:
+    results = [strategies.evaluate_strategy(strategies.paper_dvar_strategy(run, scaled=True), run) for run in runs]
+    return VariantSummary(
+        name,
+        words=[_initializer_word(run) for run in runs],
+        first=[reported_score(run, 0, "train", "clip_image") for run in runs],
+        last={title: [reported_score(run, run.cap, part, metric) for run in runs] for title, part, metric in scores},
+        oracle=[LearningCurve.of_run(run).step_at() for run in runs],
+        stops=[result.stop for result in results],
+        censored=sum(result.censored for result in results),
+    )
+
+
+def _format_stops(row: VariantSummary) -> str:
+    return format_mean_sd(row.stops, 0) + (f" ({row.censored} had not stopped)" if row.censored else "")
+
+
+def _plot_variants(runs: Mapping[str, Sequence[RecordedRun]], description: str) -> Plot:
+    concepts = list(dict.fromkeys(run.concept for of_variant in runs.values() for run in of_variant))
+    figure, panels = axes(2, len(concepts), width=max(6.5, 3.6 * len(concepts)), height=1.9, sharex="col")
     data = []
-    for (name, records), colour in zip(found.items(), COLOURS, strict=False):
-        for record in records:
-            column = concepts.index(record.concept)
-            at, seen = half(record, "train", "clip_image", REPORT)
-            steps, losses = record.series("eval")
-            curve = 100 * (losses.mean(axis=1) / losses[0].mean() - 1)
-            panels[0][column].plot(at, seen.mean(axis=1), "o-", color=colour, markersize=3, linewidth=1.2, label=name)
-            panels[1][column].plot(steps, curve, color=colour, linewidth=1)
-            panels[0][column].set_title(record.concept.replace("_", " "))
-            data.append({"variant": name, "record": record.name, "step": steps, "L_det, %": curve})
+    for (name, of_variant), colour in zip(runs.items(), COLOURS, strict=False):
+        for run in of_variant:
+            column = concepts.index(run.concept)
+            scored, values = run.scores("train", "clip_image", REPORT)
+            steps, losses = run.series("eval")
+            change = 100 * (losses.mean(axis=1) / losses[0].mean() - 1)
+            panels[0][column].plot(
+                scored, values.mean(axis=1), "o-", color=colour, markersize=3, linewidth=1.2, label=name
+            )
+            panels[1][column].plot(steps, change, color=colour, linewidth=1)
+            panels[0][column].set_title(run.concept.replace("_", " "))
+            data.append({"variant": name, "record": run.name, "step": steps, "L_det, %": change})
     panels[0][0].set_ylabel("Train CLIP image")
     panels[1][0].set_ylabel(r"$L_{det}$, %")
     for panel in panels[-1]:
         panel.set_xlabel("step")
-    drawn.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(found))
-    caption = f"{stated} Below, L_det in percent of each run's first value, less 100."
-    return Plot("variants", caption, drawn, data)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(runs))
+    caption = f"{description} At the bottom, the change of L_det since each run's first step, in percent."
+    return Plot("variants", caption, figure, data)
 
 
-def _word(record: RecordedRun) -> str:
-    """The word that a run started from, as it was given, drawn or found."""
-    chosen = record.folder / INITIALIZER if record.folder else Path(INITIALIZER)
-    if chosen.exists():
-        return str(json.loads(chosen.read_text(encoding="utf-8"))[0]["initializer_token"])
-    return str(record.config.get("initializer_token") or "–")
+def _initializer_word(run: RecordedRun) -> str:
+    """Return the word that the placeholder token started from, whether it was given, drawn or chosen by CLIP."""
+    path = run.folder / INITIALIZER if run.folder else Path(INITIALIZER)
+    if path.exists():
+        return str(json.loads(path.read_text(encoding="utf-8"))[0]["initializer_token"])
+    return str(run.config.get("initializer_token") or "–")
 
 
-def _mean(records: Sequence[RecordedRun], part: Part, metric: str) -> float:
-    return float(np.mean([score(record, record.cap, part, metric) for record in records]))
+def _mean_end(runs: Sequence[RecordedRun]) -> float:
+    """Return the mean Train CLIP image at the last step."""
+    return float(np.mean([reported_score(run, run.cap, "train", "clip_image") for run in runs]))
