@@ -1,17 +1,20 @@
-# `make demo` and `make test` do all of their own set-up, in .venv, from the package registries alone; the second time it takes no time.
-# On a machine with a GPU: make demo TORCH="torch --index-url ..." (any build of torch >= 2.6).
+# Every target installs what it needs into .venv, from the package registries alone; later calls find it there.
+# On a machine with a GPU, choose the build of torch: make demo TORCH="torch --index-url ..." (any torch >= 2.6).
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
-# Two cores are shared by pytest-xdist's workers: more threads than cores make everything slower.
+# The workers of pytest-xdist share two cores: more threads than cores make everything slower.
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo survey test test-all check docs results setup clean
+.PHONY: help demo survey test test-all coverage check snapshots docs results setup clean
 
-setup: $(VENV)/.ready
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.ready ## create .venv and install dvar for development
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dvar needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Set PYTHON=... to another one.")'
@@ -20,11 +23,11 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: setup
+demo: setup ## personalise a bundled concept on the bundled model, in a few minutes
 	env -u OMP_NUM_THREADS $(RUN)/dvar demo
 
-# The same mug learned by DVAR and up to the cap, and the two compared in a browser; the first time it trains for some 15 minutes.
-# Interrupted, it goes on from the last checkpoint.
+# One mug, learned until DVAR stops and up to the cap. The first time this trains for about 15 minutes; when
+# interrupted, the next call continues from the last checkpoint.
 MUG = --instance_data_dir src/dvar/mini/concepts/red_striped_mug --initializer_token mug
 runs/survey-%/result.json: | setup
 	env -u OMP_NUM_THREADS $(RUN)/dvar train textual-inversion $(MUG) --output_dir $(@D) $(FLAGS) \
@@ -33,35 +36,41 @@ runs/survey-full/result.json: FLAGS = --threshold 1e-9 --probe_every 25
 runs/survey/survey.json: runs/survey-stopped/result.json runs/survey-full/result.json
 	env -u OMP_NUM_THREADS $(RUN)/dvar survey build $(^D) --output_dir $(@D) --baseline "full training"
 
-survey: runs/survey/survey.json
+survey: runs/survey/survey.json ## train two runs and serve a survey that compares them
 	$(RUN)/dvar survey serve $(<D)
 
-test: setup
+test: setup ## run the tests, without the slow ones
 	$(RUN)/python -m pytest -n 2 -m "not slow"
 
-test-all: setup
+test-all: setup ## run all tests
 	$(RUN)/python -m pytest -n 2
 
-check: setup
+coverage: setup ## run the tests and print the lines and branches that they reach
+	$(RUN)/python -m pytest -n 2 -m "not slow" --cov --cov-report=term
+
+check: setup ## run ruff, mypy and the rules of imports and language
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 	$(RUN)/python -m pytest tests/test_house.py
 
-docs: setup
+snapshots: setup ## write tests/snapshots/ again, after a message was changed on purpose
+	DVAR_REWRITE_SNAPSHOTS=1 $(RUN)/python -m pytest tests/test_messages.py
+
+docs: setup ## write the generated pages of docs/ again
 	$(RUN)/python docs/verdicts.py
 	$(RUN)/python docs/reference.py
 	$(RUN)/python docs/performance.py
 
-# The page of results, and the runs that it is read off: made once, in the folder "records", eleven core-minutes a run, and gone on
-# with after a kill.  The runs that experiments make of their own take three hours more, the true runs a quarter of one.
+# The recorded runs go to the folder "records" and are recorded once, in eleven core-minutes each; when interrupted, the
+# next call continues. The experiments' own runs take three hours more, the true runs a quarter of an hour.
 TUNING = brown_boot pink_checked_house purple_cat turquoise_dog
-results: setup
+results: setup ## record runs, reproduce the paper's tables and figures, and write docs/results.md
 	$(RUN)/dvar record --first 6
 	$(RUN)/dvar record --concepts $(TUNING) --seeds 0 1 2
 	$(RUN)/dvar reproduce all
 	$(RUN)/python docs/results.py runs/laboratory
 	cp runs/laboratory/traces.npz docs/traces.npz
 
-clean:
+clean: ## remove .venv and all caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,9 +1,10 @@
-"""Every example in the documentation is run, as it stands, against the real library."""
+"""The examples in the documentation run, and its commands and links are valid."""
 
 from __future__ import annotations
 
 import ast
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,20 @@ from typing import Any
 import pytest
 
 from dvar import Reason, Trace, Verdict
+from dvar.cli.main import build_app
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "add-it-to-your-trainer.md"
-SHARED = "The lines that all hosts share"
-OURS = re.compile(r"dvar|watch|probe|stop|verdict|judged|Dvar", re.IGNORECASE)
+SHARED = "The code that all examples share"
+OURS = re.compile(r"dvar|monitor|probe|stop|verdict|judge|Dvar", re.IGNORECASE)
 
 
 def examples(page: Path) -> dict[str, str]:
-    """The Python block of each section that has one, by its heading."""
+    """Return the Python block of each section that has one, by its heading."""
     sections = re.split(r"^## (.+)\n", page.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
     blocks = {name: re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S) for name, text in _pairs(sections)}
-    assert all(len(found) <= 1 for found in blocks.values())
-    return {name: found[0] for name, found in blocks.items() if found}
+    assert all(len(texts) <= 1 for texts in blocks.values())
+    return {name: texts[0] for name, texts in blocks.items() if texts}
 
 
 def _pairs(parts: list[str]) -> Any:
@@ -69,43 +71,74 @@ def test_an_example_runs_and_stops_by_itself(
 
 
 @pytest.mark.parametrize("section", HOSTS)
-def test_a_host_takes_ten_lines_at_most(section: str) -> None:
-    """The lines that are there for dvar, the few of `SHARED` that build the watch apart."""
+def test_a_host_needs_ten_lines_at_most(section: str) -> None:
+    """Count the lines for dvar, without those of `SHARED` that build the monitor."""
     ours = [line for line in SECTIONS[section].splitlines() if OURS.search(line)]
     assert len(ours) <= 10
 
 
 def test_every_integration_has_its_section() -> None:
-    shown = {
+    imported = {
         node.module
         for text in SECTIONS.values()
         for node in ast.walk(ast.parse(text))
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("dvar.stopping.integrations.")
     }
-    there = (ROOT / "src" / "dvar" / "stopping" / "integrations").glob("[!_]*.py")
-    assert shown == {f"dvar.stopping.integrations.{path.stem}" for path in there}
+    modules = (ROOT / "src" / "dvar" / "stopping" / "integrations").glob("[!_]*.py")
+    assert imported == {f"dvar.stopping.integrations.{path.stem}" for path in modules}
 
 
-def test_what_the_page_shows_of_the_whole_programs_is_in_them() -> None:
-    """Each piece is in the programs that its section names; these are run by `test_example_scripts.py`."""
-    shown = 0
+def test_the_excerpts_on_the_page_are_in_the_programs() -> None:
+    """Each excerpt is in the programs that its section names; `test_example_scripts.py` runs these."""
+    excerpts = 0
     for section in re.split(r"^## ", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE):
         programs = [
             (PAGE.parent / path).read_text(encoding="utf-8") for path in re.findall(r"\]\((.*?\.py)\)", section)
         ]
-        for piece in re.findall(r"^```text\n(.*?)^```$", section, re.M | re.S):
+        for excerpt in re.findall(r"^```text\n(.*?)^```$", section, re.M | re.S):
             assert programs
-            assert [program for program in programs if piece not in program] == []
-            shown += 1
-    assert shown == 2
+            assert [program for program in programs if excerpt not in program] == []
+            excerpts += 1
+    assert excerpts == 2
 
 
 def test_every_program_is_on_the_page() -> None:
-    there = {path.name for path in (ROOT / "examples").glob("*.py")}
-    assert set(re.findall(r"\(\.\./examples/(.*?\.py)\)", PAGE.read_text(encoding="utf-8"))) == there
+    programs = {path.name for path in (ROOT / "examples").glob("*.py")}
+    assert set(re.findall(r"\(\.\./examples/(.*?\.py)\)", PAGE.read_text(encoding="utf-8"))) == programs
 
 
 def test_links_between_pages_lead_somewhere() -> None:
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def commands_in_documentation() -> list[str]:
+    """Return every `dvar` command in a block of shell commands, whole lines without comments."""
+    pages = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    blocks = [
+        block
+        for page in pages
+        for block in re.findall(
+            r"^```(?:bash|sh|shell|console)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S
+        )
+    ]
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if line.startswith("dvar ")]
+
+
+@pytest.mark.parametrize("line", commands_in_documentation())
+def test_every_command_in_the_documentation_parses(line: str) -> None:
+    words = shlex.split(line, comments=True)[1:]
+    build_app(words).parse_args(words, exit_on_error=False, print_error=False)
+
+
+def test_the_documentation_shows_most_commands() -> None:
+    assert len(commands_in_documentation()) >= 15
+
+
+def test_the_loop_in_the_readme_is_that_of_the_example() -> None:
+    (loop,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    program = (ROOT / "examples" / "drop_in.py").read_text(encoding="utf-8")
+    lines = [line.partition("  #")[0] for line in loop.splitlines()]
+    assert [line for line in lines if line.strip() != "..." and line not in program.splitlines()] == []

@@ -6,15 +6,15 @@
     if (verdict := stop(trace)).stop:
         break
 
-These names are all there is to import from here.  The stopper's need numpy alone and are loaded with the package; the
+These names are the whole public interface. Those of the stopper need numpy alone and are loaded with the package; the
 others need torch and are loaded when first used.
 """
 
-import importlib as _importlib
 import typing as _typing
 
 from dvar._version import __version__
 from dvar.errors import DvarError, RefusedInput
+from dvar.extras import install_command as _install_command
 from dvar.stopping.diagnosis import Reason
 from dvar.stopping.monitor import StopMonitor
 from dvar.stopping.rules import AnyOf, Dvar, FixedSteps, Rule
@@ -23,7 +23,7 @@ from dvar.stopping.verdict import Verdict
 
 if _typing.TYPE_CHECKING:
     from dvar.config.training import CustomDiffusionConfig, DreamBoothLoraConfig, TextualInversionConfig
-    from dvar.diffusion.backbone import Backbone
+    from dvar.diffusion.backbone import Backbone, load_backbone
     from dvar.runs.report import write_report
     from dvar.stopping.probe import Probe
     from dvar.training.personalise import personalise
@@ -45,31 +45,43 @@ __all__ = [
     "Trace",
     "Verdict",
     "__version__",
+    "load_backbone",
     "personalise",
     "write_report",
 ]
-
-_ROOMS = {
-    "Backbone": "dvar.diffusion.backbone",
-    "CustomDiffusionConfig": "dvar.config.training",
-    "DreamBoothLoraConfig": "dvar.config.training",
-    "Probe": "dvar.stopping.probe",
-    "TextualInversionConfig": "dvar.config.training",
-    "personalise": "dvar.training.personalise",
-    "write_report": "dvar.runs.report",
-}
 
 
 def __dir__() -> list[str]:
     return list(__all__)
 
 
-if not _typing.TYPE_CHECKING:  # or a type checker would believe in any name
+if not _typing.TYPE_CHECKING:  # or a type checker would accept any name
 
     def __getattr__(name: str) -> object:
-        if name not in _ROOMS:
+        if name not in __all__:
             raise AttributeError(f"module 'dvar' has no attribute {name!r}")
         try:
-            return getattr(_importlib.import_module(_ROOMS[name]), name)
+            return _load(name)
         except ModuleNotFoundError as error:
-            raise ImportError(f"dvar.{name} needs {error.name}: pip install 'dvar[train]'", name=error.name) from error
+            message = f"dvar.{name} needs {error.name}: {_install_command(str(error.name))}"
+            raise ImportError(message, name=error.name) from error
+
+    def _load(name: str) -> object:
+        match name:
+            case "Backbone":
+                from dvar.diffusion.backbone import Backbone as value
+            case "CustomDiffusionConfig":
+                from dvar.config.training import CustomDiffusionConfig as value
+            case "DreamBoothLoraConfig":
+                from dvar.config.training import DreamBoothLoraConfig as value
+            case "Probe":
+                from dvar.stopping.probe import Probe as value
+            case "TextualInversionConfig":
+                from dvar.config.training import TextualInversionConfig as value
+            case "load_backbone":
+                from dvar.diffusion.backbone import load_backbone as value
+            case "personalise":
+                from dvar.training.personalise import personalise as value
+            case "write_report":
+                from dvar.runs.report import write_report as value
+        return value

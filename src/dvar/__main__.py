@@ -1,4 +1,4 @@
-"""Runs the command line as `python -m dvar`."""
+"""The entry point of `python -m dvar`."""
 
 import sys
 

@@ -1,9 +1,7 @@
-"""The command line, from a person's words to what they see: flags, precedence, refusals, and a whole run."""
+"""The commands: flags, their precedence, refused input, and a whole run."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import math
 import subprocess
@@ -14,65 +12,51 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
+from command_line import Answer, dvar
 from PIL import Image, ImageChops
 
-from dvar import mini
-from dvar.cli.main import main
+from dvar import __version__, mini
 from dvar.config.training import (
-    CONFIGS,
-    AnyConfig,
     CustomDiffusionConfig,
     DreamBoothLoraConfig,
     TextualInversionConfig,
-    settings_problems,
+    TrainingConfig,
+    problems,
 )
-from dvar.errors import DvarError, ModelError, NonFiniteLoss, RefusedInput
-from dvar.runs.config import ReplayConfig
+from dvar.errors import DvarError
 from dvar.testing import tiny_concept, tiny_pipeline
 
 TRAIN = ("train", "textual-inversion")
-HINTS = get_type_hints(TextualInversionConfig)
-
-
-@dataclass(frozen=True)
-class Told:
-    """What a command answered."""
-
-    status: int
-    out: str
-    err: str
-
-
-def dvar(*words: str | Path) -> Told:
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = main([str(word) for word in words])
-    return Told(status, out.getvalue(), err.getvalue())
+HINTS = {
+    name: hint
+    for name, hint in get_type_hints(TextualInversionConfig).items()
+    if name in {field.name for field in fields(TextualInversionConfig)}
+}
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[TextualInversionConfig]:
-    """The settings that commands would have trained with; each ends in a failure instead."""
-    seen: list[TextualInversionConfig] = []
+def configs(monkeypatch: pytest.MonkeyPatch) -> list[TextualInversionConfig]:
+    """Collect the settings that commands would have trained with; each command fails instead."""
+    collected: list[TextualInversionConfig] = []
 
     def personalise(config: TextualInversionConfig, consumers: Sequence[Any], **_: Any) -> None:
-        seen.append(config)
+        collected.append(config)
         raise DvarError("not in this test")
 
-    monkeypatch.setattr("dvar.training.dataset.read_concept", lambda *_: None)
+    monkeypatch.setattr("dvar.training.preflight.preflight", lambda *_: None)
     monkeypatch.setattr("dvar.training.personalise.personalise", personalise)
-    return seen
+    return collected
 
 
 # Flags
 
 
-def value_for(name: str) -> tuple[str, Any]:
-    """A flag's value other than its default, as written and as meant."""
+def example_value(name: str) -> tuple[str, Any]:
+    """Return a value of a flag other than its default, as text and as a value."""
     hint, default = HINTS[name], getattr(TextualInversionConfig(), name)
     if get_origin(hint) is Literal:
-        other = next(choice for choice in get_args(hint) if choice != default)
-        return other, other
+        choice = next(choice for choice in get_args(hint) if choice != default)
+        return choice, choice
     if name == "preset":
         return "paper", "paper"
     if float in (hint, *get_args(hint)):
@@ -83,23 +67,24 @@ def value_for(name: str) -> tuple[str, Any]:
 @pytest.mark.parametrize("name", [name for name, hint in HINTS.items() if hint is not bool])
 @pytest.mark.parametrize("hyphens", [False, True])
 def test_every_setting_is_a_flag_in_both_spellings(
-    asked: list[TextualInversionConfig], name: str, hyphens: bool
+    configs: list[TextualInversionConfig], name: str, hyphens: bool
 ) -> None:
-    written, meant = value_for(name)
-    told = dvar(*TRAIN, f"--{name.replace('_', '-') if hyphens else name}", written)
-    assert (told.status, told.err.splitlines()[-1]) == (1, "dvar: not in this test")
-    assert getattr(asked[0], name) == meant
+    text, value = example_value(name)
+    answer = dvar(*TRAIN, f"--{name.replace('_', '-') if hyphens else name}", text)
+    assert (answer.status, answer.err.splitlines()[-1]) == (1, "dvar: not in this test")
+    assert getattr(configs[0], name) == value
 
 
 @pytest.mark.parametrize("name", [name for name, hint in HINTS.items() if hint is bool])
 @pytest.mark.parametrize("off", [False, True])
-def test_a_switch_can_be_turned_on_and_off(asked: list[TextualInversionConfig], name: str, off: bool) -> None:
+def test_a_switch_can_be_turned_on_and_off(configs: list[TextualInversionConfig], name: str, off: bool) -> None:
+    dvar(*TRAIN, f"--{'no_' * off}{name}")
     dvar(*TRAIN, f"--{'no-' * off}{name}")
     dvar(*TRAIN, f"--{'no-' * off}{name.replace('_', '-')}")
-    assert [getattr(config, name) for config in asked] == [not off, not off]
+    assert [getattr(config, name) for config in configs] == [not off] * 3
 
 
-def test_the_flags_of_diffusers_script_are_all_there() -> None:
+def test_every_flag_of_the_diffusers_script_is_there() -> None:
     names = {item.name for item in fields(TextualInversionConfig)}
     assert names >= {
         "pretrained_model_name_or_path",
@@ -131,58 +116,49 @@ def test_the_flags_of_diffusers_script_are_all_there() -> None:
 
 
 @pytest.mark.parametrize("flag", ["--train_data_dir", "--train-data-dir", "--instance-data-dir"])
-def test_the_folder_of_pictures_has_two_names(asked: list[TextualInversionConfig], flag: str) -> None:
+def test_the_folder_of_images_has_two_names(configs: list[TextualInversionConfig], flag: str) -> None:
     dvar(*TRAIN, flag, "here")
-    assert asked[0].instance_data_dir == "here"
+    assert configs[0].instance_data_dir == "here"
 
 
-def test_a_flag_overrides_the_file_and_the_file_the_preset(asked: list[TextualInversionConfig], tmp_path: Path) -> None:
+def test_a_flag_overrides_the_file_and_the_file_the_preset(
+    configs: list[TextualInversionConfig], tmp_path: Path
+) -> None:
     path = tmp_path / "run.toml"
-    path.write_text('learning-rate = 0.5\nseed = 5\ntrain_data_dir = "pictures"\n', encoding="utf-8")
+    path.write_text('learning-rate = 0.5\nseed = 5\ntrain_data_dir = "images"\n', encoding="utf-8")
     dvar(*TRAIN, "--config", path, "--seed", "7")
-    config = asked[0]
-    assert (config.seed, config.learning_rate, config.instance_data_dir) == (7, 0.5, "pictures")
+    config = configs[0]
+    assert (config.seed, config.learning_rate, config.instance_data_dir) == (7, 0.5, "images")
     assert (config.preset, config.resolution) == ("mini", 64)
     assert config.adam_beta1 == TextualInversionConfig().adam_beta1
 
 
-def test_every_method_has_its_command_its_flags_and_its_preset(asked: list[AnyConfig], tmp_path: Path) -> None:
+def test_every_method_has_its_command_its_flags_and_its_preset(configs: list[TrainingConfig], tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text("rank = 8\n", encoding="utf-8")
     dvar("train", "dreambooth-lora", "--config", path, "--instance-prompt", "a photo of sks dog")
     dvar("train", "custom-diffusion", "--modifier_token", "<m>", "--class_noun", "mug", "--freeze_model", "crossattn")
-    lora, custom = asked
+    lora, custom = configs
     assert isinstance(lora, DreamBoothLoraConfig)
     assert (lora.rank, lora.placeholder_token, lora.instance_prompt) == (8, None, "a photo of sks dog")
     assert isinstance(custom, CustomDiffusionConfig)
     assert (custom.placeholder_token, custom.class_noun, custom.freeze_model) == ("<m>", "mug", "crossattn")
-    assert [(config.preset, config.resolution) for config in asked] == [("mini", 64)] * 2
+    assert [(config.preset, config.resolution) for config in configs] == [("mini", 64)] * 2
 
 
-@pytest.mark.parametrize("method", CONFIGS)
-def test_the_help_of_every_method_shows_its_own_flags(method: str) -> None:
-    told = dvar("train", method, "--help")
-    text = " ".join(told.out.replace("│", " ").split())
-    assert told.status == 0
-    # Longer names are broken over two lines.
-    assert all(f"--{item.name[:24]}" in text for item in fields(CONFIGS[method]))
-    titles = ["Model and pictures", "Training", "Stopping", "Sample pictures", "The run"]
-    assert [text.count(f" {title} ─") for title in titles] == [1] * len(titles)
-
-
-def test_a_file_may_name_the_preset_and_a_flag_another(asked: list[TextualInversionConfig], tmp_path: Path) -> None:
+def test_a_file_may_name_the_preset_and_a_flag_another(configs: list[TextualInversionConfig], tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text('preset = "paper"\n', encoding="utf-8")
     dvar(*TRAIN, "--config", path)
     dvar(*TRAIN, "--config", path, "--preset", "mini")
-    assert [config.window for config in asked] == [310, 200]
+    assert [config.window for config in configs] == [310, 200]
 
 
-# Refusals
+# Refused input
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ([*TRAIN, "--learnin_rate", "1"], "unknown flag --learnin_rate: the nearest known one is --learning_rate"),
         ([*TRAIN, "--learnin-rate=1"], "unknown flag --learnin-rate"),
@@ -192,7 +168,7 @@ def test_a_file_may_name_the_preset_and_a_flag_another(asked: list[TextualInvers
         ([*TRAIN, "--lr_scheduler", "wavy"], "constant_with_warmup"),
         ([*TRAIN, "--seed", "1", "--seed", "2"], "--seed specified multiple times"),
         ([*TRAIN, "--train_data_dir", "a", "--instance_data_dir", "b"], "specified multiple times"),
-        ([*TRAIN, "pictures"], "pictures"),
+        ([*TRAIN, "images"], "images"),
         ([*TRAIN, "--config", "nowhere.toml"], "settings file nowhere.toml"),
         ([*TRAIN, "--preset", "papr"], "preset must be one of lean, mini, paper, got 'papr': try paper"),
         (["train", "dreambooth"], "dreambooth-lora"),
@@ -202,88 +178,51 @@ def test_a_file_may_name_the_preset_and_a_flag_another(asked: list[TextualInvers
         (["generat"], 'Did you mean "generate"?'),
         (["generate"], "RUN"),
         (["generate", "run"], "--prompt"),
-        (["generate", "run", "--prompt", "x", "--num_images", "0"], "--num_images"),
+        (["generate", "run", "--prompt", "x", "--num_images", "0"], "num_images must be at least 1, got 0"),
         (["generate", "nowhere", "--prompt", "x"], "nowhere"),
         (["report", "nowhere"], "nowhere"),
         (["demo", "--concept", "red_mugg"], "concept 'red_mugg' is not bundled, the nearest is"),
     ],
 )
-def test_wrong_words_are_refused_in_one_line(words: list[str], said: str) -> None:
-    told = dvar(*words)
-    assert told.status == 2
-    assert told.out == ""
-    assert len(told.err.splitlines()) == 1
-    assert told.err.startswith("dvar: ")
-    assert said in told.err
+def test_wrong_input_is_refused_in_one_line(words: list[str], message: str) -> None:
+    answer = dvar(*words)
+    assert answer.status == 2
+    assert answer.out == ""
+    assert len(answer.err.splitlines()) == 1
+    assert answer.err.startswith("dvar: ")
+    assert message in answer.err
 
 
 def test_every_unknown_key_of_a_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text("widow = 3\nlearnin_rate = 1\n", encoding="utf-8")
-    told = dvar(*TRAIN, "--config", path)
-    assert told.status == 2
-    assert [line.rsplit(" ", 1)[-1] for line in told.err.splitlines()] == ["window", "learning_rate"]
+    answer = dvar(*TRAIN, "--config", path)
+    assert answer.status == 2
+    assert [line.rsplit(" ", 1)[-1] for line in answer.err.splitlines()] == ["window", "learning_rate"]
 
 
 def test_every_problem_of_a_run_is_a_line_before_a_model_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_pipeline(tmp_path / "model")
-    monkeypatch.setattr("dvar.diffusion.backbone.Backbone.load", lambda *_, **__: pytest.fail("a model was loaded"))
-    pictures = tiny_concept(tmp_path / "pictures")
-    (pictures / "notes.pdf").write_bytes(b"%PDF")
-    told = dvar(
+    monkeypatch.setattr(
+        "dvar.diffusion.stable_diffusion.StableDiffusion.load", lambda *_, **__: pytest.fail("a model was loaded")
+    )
+    images = tiny_concept(tmp_path / "images")
+    (images / "notes.pdf").write_bytes(b"%PDF")
+    answer = dvar(
         *TRAIN,
-        *("--pretrained_model_name_or_path", model, "--train_data_dir", pictures, "--resolution", "32"),
+        *("--pretrained_model_name_or_path", model, "--train_data_dir", images, "--resolution", "32"),
         *("--initializer_token", "red mug", "--placeholder_token", "vase", "--threshold", "1.5"),
     )
-    assert told.status == 2
-    lines = [line.split()[1] for line in told.err.splitlines() if not line.startswith("dvar: loading")]
+    assert answer.status == 2
+    lines = [line.split()[1] for line in answer.err.splitlines() if not line.startswith("dvar: loading")]
     assert lines == ["threshold", "notes.pdf", "placeholder_token", "initializer_token"]
 
 
-@pytest.mark.parametrize(
-    ("error", "status", "lines"),
-    [
-        (RefusedInput(["first", "second"]), 2, ["dvar: first", "dvar: second"]),
-        (ModelError("no model"), 2, ["dvar: no model"]),
-        (NonFiniteLoss("lost"), 1, ["dvar: lost"]),
-        (KeyboardInterrupt(), 130, ["dvar: interrupted"]),
-    ],
-)
-def test_a_failure_has_its_own_status_and_no_traceback(
-    monkeypatch: pytest.MonkeyPatch, error: BaseException, status: int, lines: list[str]
-) -> None:
-    def fail(*_: object) -> None:
-        raise error
-
-    monkeypatch.setattr("dvar.runs.report.write_report", fail)
-    told = dvar("report", "run")
-    assert (told.status, told.err.splitlines()) == (status, lines)
+# Commands that need no run
 
 
-# What needs no run
-
-
-def test_help_is_there_and_loads_nothing_slow() -> None:
-    code = "import sys; from dvar.cli.main import main; main(['--help']); print(*sys.modules, file=sys.stderr)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    for command in ("train", "generate", "report", "demo", "concepts"):
-        assert command in done.stdout
-    slow = {"torch", "PIL", "diffusers", "transformers", "matplotlib", "rich.live", "dvar.training.personalise"}
-    assert not slow & set(done.stderr.split())
-
-
-def test_the_help_of_a_command_shows_each_flag_with_its_default() -> None:
-    told = dvar(*TRAIN, "--help")
-    assert told.status == 0
-    text = " ".join(told.out.replace("│", " ").split())
-    for part in ("--train_data_dir", "--no-center_crop", "[default: 310]", "Sample pictures", "fp16"):
-        assert part in text
-
-
-def test_the_version_is_the_packages() -> None:
-    import dvar as package
-
-    assert dvar("--version").out.strip() == package.__version__
+def test_the_version_is_that_of_the_package() -> None:
+    assert dvar("--version").out.strip() == __version__
 
 
 def test_the_bundled_concepts_are_listed_with_their_nouns() -> None:
@@ -292,13 +231,13 @@ def test_the_bundled_concepts_are_listed_with_their_nouns() -> None:
     assert all(line.split()[1] == mini.noun(line.split()[0]) for line in lines)
 
 
-def test_the_demo_takes_a_bundled_concept_and_may_replace_its_own_folder(asked: list[TextualInversionConfig]) -> None:
+def test_the_demo_takes_a_bundled_concept_and_may_replace_its_own_folder(configs: list[TextualInversionConfig]) -> None:
     name = list(mini.concepts())[1]
     dvar("demo")
     dvar("demo", "--concept", name, "--output_dir", "elsewhere")
     dvar("demo", "--resume_from_checkpoint", "latest")
-    default, chosen, resumed = asked
-    assert [settings_problems(config) for config in asked] == [[]] * 3
+    default, chosen, resumed = configs
+    assert [problems(config) for config in configs] == [[]] * 3
     assert (resumed.resume_from_checkpoint, resumed.overwrite) == ("latest", False)
     assert resumed.output_dir == default.output_dir
     assert default.overwrite
@@ -313,40 +252,32 @@ def test_the_demo_takes_a_bundled_concept_and_may_replace_its_own_folder(asked: 
 @dataclass(frozen=True)
 class Trained:
     folder: Path
-    told: Told
+    answer: Answer
     words: tuple[str, ...]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    place = tmp_path_factory.mktemp("cli")
-    pictures = tiny_concept(place / "pictures")
-    (pictures / "00.txt").write_text("a photo of my <thing>", encoding="utf-8")
+    folder = tmp_path_factory.mktemp("cli")
+    images = tiny_concept(folder / "images")
+    (images / "00.txt").write_text("a photo of my <thing>", encoding="utf-8")
     words = (
-        *(*TRAIN, "--pretrained-model-name-or-path", str(tiny_pipeline(place / "model"))),
-        *("--train_data_dir", str(pictures), "--initializer_token", "mug", "--output_dir", str(place / "my run")),
+        *(*TRAIN, "--pretrained-model-name-or-path", str(tiny_pipeline(folder / "model"))),
+        *("--train_data_dir", str(images), "--initializer_token", "mug", "--output_dir", str(folder / "my run")),
         *("--resolution", "32", "--max_train_steps", "12", "--window", "8", "--probe_every", "1"),
-        *(
-            "--checkpointing_steps",
-            "6",
-            "--validation_steps",
-            "12",
-            "--num_validation_images",
-            "1",
-            "--num_inference_steps",
-            "2",
-        ),
+        *("--checkpointing_steps", "6", "--validation_steps", "12"),
+        *("--num_validation_images", "1", "--num_inference_steps", "2"),
     )
-    return Trained(place / "my run", dvar(*words), words)
+    return Trained(folder / "my run", dvar(*words), words)
 
 
-def test_a_run_ends_with_its_verdict_and_says_where_to_look(trained: Trained) -> None:
-    assert trained.told.status == 0, trained.told.err
-    lines = trained.told.out.splitlines()
+def test_a_run_ends_with_its_verdict_and_where_to_look(trained: Trained) -> None:
+    assert trained.answer.status == 0, trained.answer.err
+    lines = trained.answer.out.splitlines()
     saved = json.loads((trained.folder / "result.json").read_text(encoding="utf-8"))
     assert lines[0] == saved["verdict"]["sentence"]
     assert [line for line in lines if line.startswith("note: ")] == [
-        f"note: {found['reason']}: {found['sentence']}" for found in saved["verdict"]["diagnoses"]
+        f"note: {diagnosis['reason']}: {diagnosis['sentence']}" for diagnosis in saved["verdict"]["diagnoses"]
     ]
     assert lines[-3:] == [
         f"report    {trained.folder / 'report.html'}",
@@ -357,40 +288,32 @@ def test_a_run_ends_with_its_verdict_and_says_where_to_look(trained: Trained) ->
     assert (trained.folder / "learned_embeds.safetensors").is_file()
 
 
-def test_a_run_into_a_log_leaves_plain_lines(trained: Trained) -> None:
-    before, lines = trained.told.err.splitlines()[:2], trained.told.err.splitlines()[2:]
-    assert [line[:14] for line in before] == ["dvar: loading ", "dvar: about 2."], "what it loads, and how much memory"
+def test_a_run_prints_plain_lines_into_a_log(trained: Trained) -> None:
+    loading, *lines = trained.answer.err.splitlines()
+    assert loading.startswith("dvar: loading ")
     assert all(line.startswith("step") for line in lines)
-    assert "\x1b" not in trained.told.err
+    assert "\x1b" not in trained.answer.err
     assert lines[0].startswith("step  0/12  L_det ")
 
 
 def test_a_second_run_never_overwrites_the_first(trained: Trained) -> None:
     before = (trained.folder / "result.json").read_bytes()
-    told = dvar(*trained.words)
-    assert told.status == 2
-    assert "holds another run" in told.err
+    answer = dvar(*trained.words)
+    assert answer.status == 2
+    assert "holds another run" in answer.err
     assert (trained.folder / "result.json").read_bytes() == before
 
 
-def test_generate_draws_the_learned_word_and_never_overwrites(trained: Trained, tmp_path: Path) -> None:
-    words = [
-        "generate",
-        trained.folder,
-        "--num_images",
-        "2",
-        "--num_inference_steps",
-        "2",
-        "--output",
-        tmp_path / "out",
-    ]
-    told = dvar(*words, "--prompt", "a photo of <thing>", "--seed", "3")
-    assert told.status == 0, told.err
-    first = [Path(line) for line in told.out.splitlines()]
+def test_generate_shows_the_learned_word_and_never_overwrites(trained: Trained, tmp_path: Path) -> None:
+    words = ["generate", trained.folder, "--num_images", "2", "--num_inference_steps", "2"]
+    words += ["--output", tmp_path / "out"]
+    answer = dvar(*words, "--prompt", "a photo of <thing>", "--seed", "3")
+    assert answer.status == 0, answer.err
+    first = [Path(line) for line in answer.out.splitlines()]
     assert first == [tmp_path / "out" / "00.png", tmp_path / "out" / "01.png"]
     again = [Path(line) for line in dvar(*words, "--prompt", "a photo of <thing>", "--seed", "4").out.splitlines()]
     assert again == [tmp_path / "out" / "02.png", tmp_path / "out" / "03.png"]
-    # The second picture of seed 3 is the first of seed 4, and the seeds differ.
+    # The second image of seed 3 is the first of seed 4, and the seeds differ.
     assert first[1].read_bytes() == again[0].read_bytes()
     assert first[0].read_bytes() != first[1].read_bytes()
     other = Path(dvar(*words, "--prompt", "a photo of mug", "--seed", "3").out.splitlines()[0])
@@ -399,22 +322,22 @@ def test_generate_draws_the_learned_word_and_never_overwrites(trained: Trained, 
         assert ImageChops.difference(learned, plain).getbbox() is not None
 
 
-def test_generate_goes_into_the_run_by_default_with_its_settings(trained: Trained) -> None:
-    told = dvar("generate", trained.folder, "--prompt", "<thing>", "--num_images", "1")
-    assert told.out.splitlines() == [str(trained.folder / "generated" / "00.png")]
+def test_generate_writes_into_the_run_by_default_with_its_settings(trained: Trained) -> None:
+    answer = dvar("generate", trained.folder, "--prompt", "<thing>", "--num_images", "1")
+    assert answer.out.splitlines() == [str(trained.folder / "generated" / "00.png")]
 
 
-def test_generate_draws_by_another_scheduler_and_lists_it(trained: Trained, tmp_path: Path) -> None:
+def test_generate_samples_with_another_scheduler_and_lists_it(trained: Trained, tmp_path: Path) -> None:
     words = ["generate", trained.folder, "--prompt", "<thing>", "--num_images", "1", "--output", tmp_path]
     assert dvar(*words).status == 0
     assert dvar(*words, "--scheduler", "DPMSolverMultistepScheduler").status == 0
     assert (tmp_path / "00.png").read_bytes() != (tmp_path / "01.png").read_bytes()
-    listed = [json.loads(line) for line in (tmp_path / "drawings.jsonl").read_text().splitlines()]
-    assert [item["scheduler"] for item in listed] == ["model", "DPMSolverMultistepScheduler"]
+    records = [json.loads(line) for line in (tmp_path / "generated.jsonl").read_text().splitlines()]
+    assert [record["scheduler"] for record in records] == ["model", "DPMSolverMultistepScheduler"]
     assert "DPMSolverMultistepScheduler" in dvar(*words, "--scheduler", "dpm").err
 
 
-# --- replay ---------------------------------------------------------------------------------------------------------
+# Replay
 
 
 @pytest.fixture
@@ -425,86 +348,93 @@ def log(tmp_path: Path) -> Path:
     return path
 
 
-def test_replay_tells_in_a_table_when_each_rule_would_have_stopped_and_why(log: Path, tmp_path: Path) -> None:
-    told = dvar("replay", log, "--rule", "dvar", "--rule", "ema", "--window", "310", "--threshold", "0.15")
-    assert told.status == 0
-    assert told.err == ""
-    lines = [line.split(None, 2) for line in told.out.splitlines()]
+def test_replay_prints_when_each_rule_would_have_stopped_and_why(log: Path, tmp_path: Path) -> None:
+    answer = dvar("replay", log, "--rule", "dvar", "--rule", "ema", "--window", "310", "--threshold", "0.15")
+    assert answer.status == 0
+    assert answer.err == ""
+    lines = [line.split(None, 2) for line in answer.out.splitlines()]
     assert lines[0][:2] == ["rule", "stops"]
     assert lines[1][:2] == ["dvar", "406"]
-    assert lines[1][2].startswith("stop at step 406: variance of the last 310 steps is ")
+    assert lines[1][2].startswith("stop at step 406: the variance of the last 310 steps is ")
     assert lines[2][:2] == ["ema", "–"]
     assert len(lines) == 3
 
 
-def test_replay_writes_its_picture(log: Path, tmp_path: Path) -> None:
-    told = dvar("replay", log, "--output", tmp_path / "replay.svg")
-    assert told.out.splitlines()[-1] == f"picture   {tmp_path / 'replay.svg'}"
+def test_replay_writes_its_figure(log: Path, tmp_path: Path) -> None:
+    answer = dvar("replay", log, "--output", tmp_path / "replay.svg")
+    assert answer.out.splitlines()[-1] == f"figure    {tmp_path / 'replay.svg'}"
     assert (tmp_path / "replay.svg").read_text().startswith("<svg")
 
 
-def test_replay_warns_of_a_training_loss_and_refuses_wrong_words(log: Path) -> None:
-    told = dvar("replay", log, "--metric", "loss")
-    assert told.status == 0
-    assert told.err.startswith("warning: loss: this is a training loss with random timesteps")
-    told = dvar("replay", log, "--rule", "dvra")
-    assert told.status == 2
-    assert "dvra" in told.err
-    told = dvar("replay", log, "--window", "3", "--threshold", "2", "--rule", "all")
-    assert told.status == 2
-    assert [line.partition(" must")[0] for line in told.err.splitlines()] == ["dvar: window", "dvar: threshold"]
-    told = dvar("replay", log.with_name("nothing.csv"))
-    assert (told.status, told.out) == (2, "")
-    assert "does not exist" in told.err
-
-
-def test_every_setting_of_a_replay_is_a_flag_in_its_help() -> None:
-    told = dvar("replay", "--help").out
-    assert all(f"--{item.name} " in told for item in fields(ReplayConfig))
+@pytest.mark.filterwarnings("default")
+def test_replay_warns_of_a_training_loss_and_refuses_wrong_input(log: Path) -> None:
+    answer = dvar("replay", log, "--metric", "loss")
+    assert answer.status == 0
+    assert answer.err.startswith("warning: loss: this is a training loss with random timesteps")
+    answer = dvar("replay", log, "--rule", "dvra")
+    assert answer.status == 2
+    assert "dvra" in answer.err
+    answer = dvar("replay", log, "--window", "3", "--threshold", "2", "--rule", "all")
+    assert answer.status == 2
+    assert [line.partition(" must")[0] for line in answer.err.splitlines()] == ["dvar: window", "dvar: threshold"]
+    answer = dvar("replay", log.with_name("nothing.csv"))
+    assert (answer.status, answer.out) == (2, "")
+    assert "does not exist" in answer.err
 
 
 def test_replay_of_a_table_needs_no_extra(log: Path) -> None:
-    """In an interpreter where every package of the extras is missing; training then names the extra."""
+    """Hide every package of the extras from an interpreter: replay works, and training names its extra."""
     hidden = ("torch", "diffusers", "transformers", "accelerate", "peft", "PIL", "safetensors", "tensorboard")
     program = (
         f"import sys; sys.modules.update(dict.fromkeys({hidden})); from dvar.cli.main import main; sys.exit(main())"
     )
     words = [sys.executable, "-c", program]
-    done = subprocess.run([*words, "replay", log, "--rule", "all"], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    done = subprocess.run([*words, "demo", "--output_dir", log.parent / "run"], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("dvar: this command needs ")
-    assert done.stderr.splitlines()[-1].endswith(": pip install 'dvar[train]'")
+    process = subprocess.run([*words, "replay", log, "--rule", "all"], capture_output=True, text=True)
+    assert (process.returncode, process.stderr) == (0, "")
+    process = subprocess.run([*words, "demo", "--output_dir", log.parent / "run"], capture_output=True, text=True)
+    assert process.returncode == 1
+    assert process.stderr.splitlines()[-1].startswith("dvar: this command needs ")
+    assert process.stderr.splitlines()[-1].endswith(": pip install 'dvar[train]'")
 
 
 def test_report_writes_the_page_again(trained: Trained) -> None:
     (trained.folder / "report.html").unlink()
-    told = dvar("report", trained.folder)
-    assert (told.status, told.out.strip()) == (0, str(trained.folder / "report.html"))
+    answer = dvar("report", trained.folder)
+    assert (answer.status, answer.out.strip()) == (0, str(trained.folder / "report.html"))
     assert (trained.folder / "report.html").is_file()
 
 
 def test_export_writes_what_is_asked_for_and_refuses_what_is_not_there(trained: Trained, tmp_path: Path) -> None:
-    told = dvar("export", trained.folder, "--merged", tmp_path / "whole")
-    assert (told.status, told.out.strip()) == (0, str(tmp_path / "whole"))
+    answer = dvar("export", trained.folder, "--merged", tmp_path / "whole")
+    assert (answer.status, answer.out.strip()) == (0, str(tmp_path / "whole"))
     assert (tmp_path / "whole" / "model_index.json").is_file()
-    told = dvar("export", trained.folder)
-    assert (told.status, told.err) == (2, "dvar: export needs --merged or --kohya, got neither: name what to write\n")
-    told = dvar("export", trained.folder, "--kohya", tmp_path / "lora.safetensors")
-    assert told.status == 2
-    assert "is of textual-inversion" in told.err
+    answer = dvar("export", trained.folder)
+    assert (answer.status, answer.err) == (
+        2,
+        "dvar: export needs --merged or --kohya, got neither: name what to write\n",
+    )
+    answer = dvar("export", trained.folder, "--kohya", tmp_path / "lora.safetensors")
+    assert answer.status == 2
+    assert "is of textual-inversion" in answer.err
     assert not (tmp_path / "lora.safetensors").exists()
 
 
-def test_record_refuses_what_it_cannot_record_before_long_work(tmp_path: Path) -> None:
-    told = dvar("record", "textual-inversion", "--concepts", "blak_cat", "red_mugg", "--records", tmp_path)
-    assert told.status == 2
-    assert "there is no concept 'blak_cat', the nearest is black_cat" in told.err
-    assert "there is no concept 'red_mugg'" in told.err
-    told = dvar("record", "textual", "--first", "1", "--records", tmp_path)
-    assert told.status == 2
-    assert "method must be one of textual-inversion, dreambooth-lora, custom-diffusion, got 'textual'" in told.err
-    told = dvar("record", "--config", tmp_path / "settings.toml", "--records", tmp_path)
-    assert (told.status, told.err) == (2, "dvar: settings are of one method: name it before --config\n")
+def test_record_refuses_bad_input_before_long_work(tmp_path: Path) -> None:
+    answer = dvar("record", "textual-inversion", "--concepts", "blak_cat", "red_mugg", "--records", tmp_path)
+    assert answer.status == 2
+    assert "there is no concept 'blak_cat', the nearest is black_cat" in answer.err
+    assert "there is no concept 'red_mugg'" in answer.err
+    answer = dvar("record", "textual", "--first", "1", "--records", tmp_path)
+    assert answer.status == 2
+    assert "method must be one of textual-inversion, dreambooth-lora, custom-diffusion, got 'textual'" in answer.err
+    answer = dvar("record", "--config", tmp_path / "settings.toml", "--records", tmp_path)
+    assert answer.status == 2
+    methods = "textual-inversion, dreambooth-lora, custom-diffusion"
+    assert answer.err == f"dvar: settings are of one method, got {methods}: name one before --config\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_report_writes_the_page_where_it_is_asked_to(trained: Trained, tmp_path: Path) -> None:
+    answer = dvar("report", trained.folder, "--output", tmp_path / "page.html")
+    assert (answer.status, answer.out.strip()) == (0, str(tmp_path / "page.html"))
+    assert (tmp_path / "page.html").is_file()

@@ -1,63 +1,105 @@
-"""Flags of a command from the fields of a settings class."""
+"""Flags of a command from the fields of its config class."""
 
 from __future__ import annotations
 
 import inspect
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import Field, fields
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 from cyclopts import Group, Parameter, Token, convert
 
+from dvar.cli.help_pages import print_panel
 from dvar.config.fields import aliases
+from dvar.errors import RefusedInput
 
 if TYPE_CHECKING:
     from dvar.config.fields import Config
 
-
-def whole(kind: Any, tokens: Sequence[Token]) -> Any:
-    """A whole number as it was written; by itself Cyclopts reads 1.5 as 2."""
-    if "." in tokens[0].value:
-        raise ValueError(f"must be a whole number, got {tokens[0].value}")
-    return convert(kind, tokens)
+Command = Callable[..., int]
 
 
-def with_flags_of(settings: type[Config]) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Give a command a flag for each field of a settings class; its keyword arguments are then the flags given.
+def with_flags_of(
+    config: type[Config], defaults: Config | None = None, several: Collection[str] = ()
+) -> Callable[[Command], Command]:
+    """Return a decorator that gives a command one flag for each field of a config class.
 
-    A field that the command takes itself, under the same name, gets none.
+    The command's keyword arguments are then the flags that were given, and no others: a preset or a file may set the
+    rest. A field that the command takes itself, under the same name, gets no flag.
+
+    Args:
+        config: The config class.
+        defaults: The values that the help page shows; those of the class by default.
+        several: Fields whose flag takes all values that follow it; the flag of other tuples is repeated.
     """
 
-    def decorate(command: Callable[..., int]) -> Callable[..., int]:
+    def decorate(command: Command) -> Command:
         own = inspect.signature(command, eval_str=True).parameters.values()
-        flags = [parameter for parameter in own if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
-        taken = {parameter.name for parameter in flags}
-        hints, others, groups = get_type_hints(settings), aliases(settings), dict[str, Group]()
-        title = ""
-        for item in (item for item in fields(settings) if item.name not in taken):
-            title = item.metadata["section"] or title
-            group = groups.setdefault(title, Group(title, sort_key=len(flags)))
-            names = [item.name, *(alias for alias, name in others.items() if name == item.name)]
-            hint = hints[item.name]
-            shown = Parameter(
-                name=[f"--{name}" for name in names],
-                help=item.metadata["help"],
-                group=group,
-                negative_iterable=(),
-                converter=whole if int in (hint, *get_args(hint)) else None,
-                show_default=", ".join if isinstance(item.default, tuple) else None,
-            )
-            flag = inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=item.default)
-            flags.append(flag.replace(annotation=Annotated[hint, shown]))
-        command.__signature__ = inspect.Signature(flags)  # type: ignore[attr-defined]
+        parameters = [parameter for parameter in own if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
+        taken = {parameter.name for parameter in parameters}
+        hints, other_names, section = get_type_hints(config), aliases(config), ""
+        groups: dict[str, Group] = {}
+        for field in fields(config):
+            section = field.metadata["section"] or section
+            if field.name in taken:
+                continue
+            names = [field.name, *(alias for alias, name in other_names.items() if name == field.name)]
+            group = groups.setdefault(section, _group(section, len(groups)))
+            default = getattr(defaults or config, field.name, inspect.Parameter.empty)  # none: the flag is required
+            flag = _flag(field, names, hints[field.name], group, default, field.name in several)
+            parameter = inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default)
+            parameters.append(parameter.replace(annotation=Annotated[hints[field.name], flag]))
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         return command
 
     return decorate
 
 
-REFUSED, FAILED, INTERRUPTED = 2, 1, 130
+def convert_whole(hint: Any, tokens: Sequence[Token]) -> Any:
+    """Convert whole numbers as they are written; Cyclopts by itself reads 1.5 as 2."""
+    for token in tokens:
+        if "." in token.value:
+            raise ValueError(f"must be a whole number, got {token.value}")
+    return convert(hint, tokens)
 
 
-def say(line: str) -> None:
-    print(f"dvar: {line}", file=sys.stderr, flush=True)
+def raise_problems(problems: Sequence[str]) -> None:
+    """Raise `RefusedInput` if there are any problems; call it before anything slow is imported."""
+    if problems:
+        raise RefusedInput(problems)
+
+
+def option_value(tokens: Sequence[str], name: str) -> str | None:
+    """Return the value that a command line gives to an option, spelled with underscores or hyphens; None if none."""
+    words = iter(tokens)
+    for word in words:
+        flag, _, value = word.partition("=")
+        if flag.replace("-", "_") == f"__{name}":
+            return value or next(words, None)
+    return None
+
+
+def _group(section: str, place: int) -> Group:
+    return Group(section or "Options", sort_key=place, help_formatter=print_panel)
+
+
+def _flag(
+    field: Field[Any], names: Sequence[str], hint: Any, group: Group, default: object, several: bool
+) -> Parameter:
+    return Parameter(
+        name=[f"--{name}" for name in names],
+        help=field.metadata["help"],
+        group=group,
+        negative=[f"--no_{field.name}"] if hint is bool else (),
+        converter=convert_whole if _holds_whole_numbers(hint) else None,
+        consume_multiple=several,
+        show_default=False if default is None or default is False else _format_default,
+    )
+
+
+def _holds_whole_numbers(hint: Any) -> bool:
+    return hint is int or any(_holds_whole_numbers(part) for part in get_args(hint))
+
+
+def _format_default(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -5,98 +5,68 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from cyclopts import Parameter
-from cyclopts.types import NonNegativeFloat, NonNegativeInt, PositiveInt
-
-from dvar.cli.options import whole, with_flags_of
-from dvar.config.training import Sampler
-from dvar.errors import RefusedInput
-from dvar.runs.config import ReplayConfig, replay_problems
+from dvar.cli.options import raise_problems, with_flags_of
+from dvar.runs.config import ExportConfig, GenerateConfig, ReplayConfig, ReportConfig, problems
 
 if TYPE_CHECKING:
     from dvar.runs.replay import ReplayOutcome
 
 
-PLAIN_WIDTH = 200  # of a table that goes into a file or a pipe
+PLAIN_WIDTH = 200  # of a table that is written into a file or a pipe
 
 
-def generate(
-    run: Path,
-    /,
-    *,
-    prompt: str,
-    num_images: Annotated[PositiveInt, Parameter(converter=whole)] = 4,
-    seed: Annotated[NonNegativeInt, Parameter(converter=whole)] = 0,
-    guidance_scale: NonNegativeFloat | None = None,
-    num_inference_steps: Annotated[PositiveInt | None, Parameter(converter=whole)] = None,
-    scheduler: Sampler | None = None,
-    output: Path | None = None,
-) -> int:
-    """Draw pictures of a learned word.
+@with_flags_of(GenerateConfig)
+def generate(run: Path, /, **flags: Any) -> int:
+    """Generate images of a learned word.
 
     Parameters
     ----------
     run
         Folder of a finished run.
-    prompt
-        What to draw; write the learned word where the subject goes.
-    num_images
-        How many pictures.
-    seed
-        Seed of the first picture; each further one has the next.
-    guidance_scale
-        Classifier-free guidance; the run's own by default.
-    num_inference_steps
-        Denoising steps; the run's own by default.
-    scheduler
-        Scheduler that draws; the run's own by default.
-    output
-        Folder for the pictures; "generated" in the run's folder by default.
     """
-    from dvar.runs.generate import draw
+    config = GenerateConfig(**flags)
+    raise_problems(problems(config))
+    from dvar.runs.generate import generate_images
     from dvar.runs.run_folder import RunFolder
 
-    drawn = draw(
+    images = generate_images(
         RunFolder.open(run),
-        [prompt] * num_images,
-        range(seed, seed + num_images),
-        folder=output,
-        guidance_scale=guidance_scale,
-        num_inference_steps=num_inference_steps,
-        scheduler=scheduler,
+        [str(config.prompt)] * config.num_images,
+        range(config.seed, config.seed + config.num_images),
+        folder=Path(config.output) if config.output else None,
+        guidance_scale=config.guidance_scale,
+        num_inference_steps=config.num_inference_steps,
+        scheduler=config.scheduler,
     )
-    for drawing in drawn:
-        print(drawing.path)
+    for image in images:
+        print(image.path)
     return 0
 
 
-def export(run: Path, /, *, merged: Path | None = None, kohya: Path | None = None) -> int:
-    """Write a finished run in the forms that other software reads.
+@with_flags_of(ExportConfig)
+def export(run: Path, /, **flags: Any) -> int:
+    """Write a finished run in the formats that other software reads.
 
     Parameters
     ----------
     run
         Folder of a finished run.
-    merged
-        New folder for a whole diffusers pipeline: the base model with what was learned merged into it.
-    kohya
-        New file, NAME.safetensors, for the LoRA of a dreambooth-lora run under the names that ComfyUI, AUTOMATIC1111
-        and kohya's scripts read.
     """
-    if not (merged or kohya):
-        raise RefusedInput(["export needs --merged or --kohya, got neither: name what to write"])
-    from dvar.runs.export import write_kohya, write_merged
+    config = ExportConfig(**flags)
+    raise_problems(problems(config))
+    from dvar.runs.export import write_kohya_lora, write_merged_pipeline
 
-    if kohya:
-        print(write_kohya(run, kohya))
-    if merged:
-        print(write_merged(run, merged))
+    if config.kohya:
+        print(write_kohya_lora(run, Path(config.kohya)))
+    if config.merged:
+        print(write_merged_pipeline(run, Path(config.merged)))
     return 0
 
 
-def report(run: Path, /) -> int:
+@with_flags_of(ReportConfig)
+def report(run: Path, /, **flags: Any) -> int:
     """Write the report of a run, finished or not, as one page.
 
     Parameters
@@ -104,41 +74,42 @@ def report(run: Path, /) -> int:
     run
         Folder of the run.
     """
+    config = ReportConfig(**flags)
+    raise_problems(problems(config))
     from dvar.runs.report import write_report
 
-    print(write_report(run))
+    print(write_report(run, config.output))
     return 0
 
 
 @with_flags_of(ReplayConfig)
-def replay(log: Path, /, **given: Any) -> int:
-    """Tell when each rule would have stopped a recorded run, and why.
+def replay(log: Path, /, **flags: Any) -> int:
+    """Say when each rule would have stopped a recorded run, and why.
 
-    Reads trace.jsonl, CSV, JSON lines, W&B's exported history, SimpleTuner's and ai-toolkit's logs.
+    Reads trace.jsonl, CSV, JSON lines, the exported history of W&B, and the logs of SimpleTuner and ai-toolkit.
     With dvar[tensorboard] it reads event files too.
 
     Parameters
     ----------
     log
-        File of a curve over steps, or a folder with one.
+        File of a curve over steps, or a folder that holds one.
     """
-    config = ReplayConfig(**given)
-    if problems := replay_problems(config):
-        raise RefusedInput(problems)
-    from dvar.runs.replay import replayed
-    from dvar.runs.replay_figure import write_picture
+    config = ReplayConfig(**flags)
+    raise_problems(problems(config))
+    from dvar.runs.replay import replay_rules
+    from dvar.runs.replay_figure import write_replay
     from dvar.stopping.logs.reader import read_log
 
     trace = read_log(log, config.metric, config.step_column)
-    outcomes = replayed(trace, config)
+    outcomes = replay_rules(trace, config)
     _print_outcomes(outcomes)
     if config.output:
-        print(f"picture   {write_picture(Path(config.output), log.name, trace, outcomes, config)}")
+        print(f"figure    {write_replay(Path(config.output), log.name, trace, outcomes, config)}")
     return 0
 
 
 def _print_outcomes(outcomes: Iterable[ReplayOutcome]) -> None:
-    """Print a table of the rules, wrapped to the terminal; plain lines where there is none."""
+    """Print a table of the rules, wrapped to the width of the terminal; plain lines elsewhere."""
     from rich.console import Console
     from rich.table import Table
 
@@ -147,5 +118,5 @@ def _print_outcomes(outcomes: Iterable[ReplayOutcome]) -> None:
     table.add_column("stops at", justify="right", no_wrap=True)
     table.add_column("why", overflow="fold")
     for outcome in outcomes:
-        table.add_row(outcome.name, "–" if outcome.stop is None else f"{outcome.stop}", outcome.why)
+        table.add_row(outcome.name, "–" if outcome.stop is None else f"{outcome.stop}", outcome.sentence)
     Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH).print(table)

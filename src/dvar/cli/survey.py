@@ -1,54 +1,68 @@
-"""The commands of ``dvar survey``: parse, call, print, as `dvar.cli.main`."""
+"""The commands of `dvar survey`."""
 
 from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from cyclopts import App
 from cyclopts.types import PositiveInt
 
-from dvar.cli.options import with_flags_of
+from dvar.cli.options import raise_problems, with_flags_of
 from dvar.errors import RefusedInput
-from dvar.survey.config import SurveyBuildConfig, SurveyScoreConfig, SurveyServeConfig, survey_problems
+from dvar.survey.config import (
+    SurveyBuildConfig,
+    SurveyExportConfig,
+    SurveyImportConfig,
+    SurveyScoreConfig,
+    SurveyServeConfig,
+    problems,
+)
 
-survey = App(name="survey", help="Ask people which of two runs draws better pictures, and read their answers.")
+
+def build_survey_app() -> App:
+    """Return the app of `dvar survey`."""
+    app = App(name="survey", help="Ask people which of two runs generates better images, and evaluate their answers.")
+    app.command(build)
+    app.command(serve)
+    app.command(export_tasks, name="export")
+    app.command(import_table, name="import")
+    app.command(forget_people, name="forget")
+    app.command(score)
+    return app
 
 
-@survey.command
 @with_flags_of(SurveyBuildConfig)
-def build(*runs: Path, **given: Any) -> int:
-    """Pair the pictures of finished runs into a survey.
+def build(*runs: Path, **flags: Any) -> int:
+    """Pair the images of finished runs into a survey.
 
     Runs of one method and one concept are compared: the one named first is the candidate.
-    What they have not drawn yet is drawn first.
+    Images that the runs lack are generated first.
 
     Parameters
     ----------
     runs
         Folders of finished runs, two for each concept.
     """
-    config = SurveyBuildConfig(**given)
-    if problems := survey_problems(config):
-        raise RefusedInput(problems)
-    from dvar.survey.build import build
+    config = SurveyBuildConfig(**flags)
+    raise_problems(problems(config))
+    from dvar.survey.build import build_survey
     from dvar.survey.survey import QUESTIONS
 
-    made = build(runs, config)
-    for pair in made.runs:
-        told = f"{pair['candidate']} ({made.candidate}) against {pair['baseline']} ({made.baseline})"
-        print(f"compares  {pair['method']}, {pair['concept']}: {told}")
+    survey = build_survey(runs, config)
+    for pair in survey.runs:
+        versus = f"{pair['candidate']} ({survey.candidate}) against {pair['baseline']} ({survey.baseline})"
+        print(f"compares  {pair['method']}, {pair['concept']}: {versus}")
     for question in QUESTIONS:
-        print(f"asks      {len(made.of(question, 'pair'))} pairs about {question}")
+        print(f"asks      {len(survey.select(question, 'pair'))} pairs about {question}")
     print(f"survey    {config.output_dir}")
     print(f"next      dvar survey serve {shlex.quote(config.output_dir)}")
     return 0
 
 
-@survey.command
 @with_flags_of(SurveyServeConfig)
-def serve(folder: Path, /, **given: Any) -> int:
+def serve(folder: Path, /, **flags: Any) -> int:
     """Serve a survey to people's browsers until interrupted.
 
     Parameters
@@ -56,50 +70,36 @@ def serve(folder: Path, /, **given: Any) -> int:
     folder
         Folder of the survey.
     """
-    config = SurveyServeConfig(**given)
-    if problems := survey_problems(config):
-        raise RefusedInput(problems)
-    from dvar.survey.server import serve
+    config = SurveyServeConfig(**flags)
+    raise_problems(problems(config))
+    from dvar.survey.server import serve_survey
 
-    serve(folder, config, lambda line: print(line, flush=True))
+    serve_survey(folder, config, lambda line: print(line, flush=True))
     return 0
 
 
-@survey.command(name="export")
-def export_tasks(
-    folder: Path,
-    /,
-    *,
-    question: Literal["reconstruction", "customization"],
-    pictures: str,
-    output: Path,
-    secret_file: Path | None = None,
-) -> int:
-    """Write the tasks of one question as a table for a platform that finds people to answer.
+@with_flags_of(SurveyExportConfig)
+def export_tasks(folder: Path, /, **flags: Any) -> int:
+    """Write the tasks of one question as a table for a crowdsourcing platform.
 
     Parameters
     ----------
     folder
         Folder of the survey.
-    question
-        Which of the two surveys.
-    pictures
-        Address at which the survey's folder of pictures can be read, such as https://survey.example.org/pictures.
-    output
-        New file, comma-separated.
-    secret_file
-        File with the secret that signs the rows; by default the one in the survey's folder.
     """
+    config = SurveyExportConfig(**flags)
+    raise_problems(problems(config))
     from dvar.survey.crowdsourcing import write_tasks
     from dvar.survey.server import read_secret
 
-    secret = read_secret(folder, str(secret_file) if secret_file else None)
-    print(f"rows      {write_tasks(folder, output, question, secret, pictures)} in {output}")
+    secret = read_secret(folder, config.secret_file)
+    count = write_tasks(folder, Path(config.output), config.question, secret, config.images_url)
+    print(f"rows      {count} in {config.output}")
     return 0
 
 
-@survey.command(name="import")
-def import_answers(folder: Path, answers: Path, /, *, secret_file: Path | None = None) -> int:
+@with_flags_of(SurveyImportConfig)
+def import_table(folder: Path, answers: Path, /, **flags: Any) -> int:
     """Count the answers in a table with the columns ticket, worker and answer among the survey's votes.
 
     Parameters
@@ -108,22 +108,21 @@ def import_answers(folder: Path, answers: Path, /, *, secret_file: Path | None =
         Folder of the survey.
     answers
         Table, separated by commas or tabs; reading it again changes nothing.
-    secret_file
-        File with the secret that signed the rows; by default the one in the survey's folder.
     """
-    from dvar.survey.crowdsourcing import read_answers
+    config = SurveyImportConfig(**flags)
+    raise_problems(problems(config))
+    from dvar.survey.crowdsourcing import import_answers
     from dvar.survey.server import read_secret
 
-    new, known = read_answers(folder, answers, read_secret(folder, str(secret_file) if secret_file else None))
-    print(f"answers   {new} new, {known} counted before")
+    added, duplicates = import_answers(folder, answers, read_secret(folder, config.secret_file))
+    print(f"answers   {added} new, {duplicates} counted before")
     return 0
 
 
-@survey.command(name="forget")
 def forget_people(folder: Path, /, *people: PositiveInt) -> int:
-    """Delete people and all that they answered, for good; the numbers are on the page of progress.
+    """Delete people and all their answers, for good; their numbers are on the progress page.
 
-    Answers that came by import come back when their table is read again.
+    Answers that came by import return when their table is read again.
 
     Parameters
     ----------
@@ -132,45 +131,40 @@ def forget_people(folder: Path, /, *people: PositiveInt) -> int:
     people
         Numbers of people.
     """
-    from dvar.survey.survey import VOTES, Survey
+    from dvar.survey.survey import VOTES_FILE, Survey
     from dvar.survey.vote_store import VoteStore
 
-    ballots = VoteStore(folder / VOTES, Survey.open(folder))
-    unknown = [str(number) for number in people if ballots.name(number) is None]
-    if unknown or not people:
-        said = (
-            f"numbers of people of {folder} are needed, it has no {', '.join(unknown)}"
-            if unknown
-            else "people are needed, got none"
-        )
-        raise RefusedInput([f"{said}: see the page of progress"])
+    votes = VoteStore(folder / VOTES_FILE, Survey.load(folder))
+    if not people:
+        raise RefusedInput(["people are needed, got none: see the progress page for their numbers"])
+    if unknown := [str(number) for number in people if votes.rater_name(number) is None]:
+        problem = f"people must have answered the survey, and {folder} has no {', '.join(unknown)}"
+        raise RefusedInput([f"{problem}: see the progress page for their numbers"])
     for number in people:
-        print(f"forgotten {number}: {ballots.forget(number)} answers")
+        print(f"forgotten {number}: {votes.delete_rater(number)} answers")
     return 0
 
 
-@survey.command(name="score")
 @with_flags_of(SurveyScoreConfig)
-def score_votes(folder: Path, /, **given: Any) -> int:
-    """Tell what the votes say, and write it as a page.
+def score(folder: Path, /, **flags: Any) -> int:
+    """Evaluate the votes, and write the result as a page.
 
     Parameters
     ----------
     folder
         Folder of the survey.
     """
-    config = SurveyScoreConfig(**given)
-    if problems := survey_problems(config):
-        raise RefusedInput(problems)
-    from dvar.survey.result_page import write_page
-    from dvar.survey.scoring import score
-    from dvar.survey.survey import VOTES, Survey
+    config = SurveyScoreConfig(**flags)
+    raise_problems(problems(config))
+    from dvar.survey.result_page import write_result_page
+    from dvar.survey.scoring import score_votes
+    from dvar.survey.survey import VOTES_FILE, Survey
     from dvar.survey.vote_store import VoteStore
 
-    asked = Survey.open(folder)
-    found = score(asked, VoteStore(folder / VOTES, asked).votes(), config)
-    for row in found.after:
+    survey = Survey.load(folder)
+    result = score_votes(survey, VoteStore(folder / VOTES_FILE, survey).load_votes(), config)
+    for row in result.results:
         print(f"{row.method}, {row.question}: {row}")
-    print(f"people    {len(found.people)}, {len(found.excluded)} left out for failing the controls")
-    print(f"page      {write_page(folder, found, Path(config.output or folder / 'score.html'))}")
+    print(f"people    {len(result.raters)}, {len(result.excluded)} excluded for failing the controls")
+    print(f"page      {write_result_page(folder, result, Path(config.output or folder / 'score.html'))}")
     return 0
