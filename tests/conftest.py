@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from fake_run import fake_trace, write_run
 
 
 @pytest.fixture(scope="session")
@@ -27,4 +26,6 @@ def tiny_pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
     """A finished run that DVAR stopped, with samples."""
+    from fake_run import fake_trace, write_run
+
     return write_run(tmp_path / "run", fake_trace())

@@ -19,6 +19,7 @@ HOUSE = Path(dvar.__file__).parent
 FLOORS = {
     "_version": 0,
     "errors": 0,
+    "extras": 0,
     "files": 0,
     "registry": 1,
     "html": 1,
@@ -39,9 +40,14 @@ FLOORS = {
 }
 PURE = (
     "errors",
+    "files",
+    "registry",
     "config.fields",
+    "config.templates",
     "config.training",
     "paper.config",
+    "recordings.config",
+    "recordings.protocol",
     "runs.config",
     "survey.config",
     "stopping.combinators",
@@ -67,6 +73,7 @@ HEAVY = (
     "cyclopts",
     "skia",
 )
+IMPORTERS = ("import_module", "__import__", "import_string", "resolve_name")
 TORCH_PICKLERS = ("load", "save", "hub")
 PICKLERS = ("pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
 
@@ -159,6 +166,47 @@ def unpickling(house: Path) -> list[str]:
     return found
 
 
+def resolving_strings(house: Path) -> list[str]:
+    """The places that import what a string names."""
+    found = []
+    for name, tree in modules(house).items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Name | ast.Attribute) and ast.unparse(node).split(".")[-1] in IMPORTERS:
+                found.append(f"{name} uses {ast.unparse(node)}")
+            elif isinstance(node, ast.alias) and node.name.split(".")[-1] in IMPORTERS:
+                found.append(f"{name} imports {node.name}")
+    return found
+
+
+def circles(house: Path) -> list[set[str]]:
+    """The groups of modules of which each imports the others, directly or through one another."""
+    targets: dict[str, set[str]] = {}
+    for name, target in all_imports(house):
+        targets.setdefault(name, set()).add(own(target) or "")
+
+    def reached(start: str) -> set[str]:
+        seen: set[str] = set()
+        waiting = set(targets.get(start, ()))
+        while waiting:
+            name = waiting.pop()
+            seen.add(name)
+            waiting |= targets.get(name, set()) - seen
+        return seen
+
+    reaches = {name: reached(name) for name in targets}
+    groups = [{other for other in targets if other in reaches[name] and name in reaches[other]} for name in targets]
+    return [group for index, group in enumerate(groups) if len(group) > 1 and group not in groups[:index]]
+
+
+def shares(house: Path) -> dict[str, float]:
+    """The share of all lines that each package has."""
+    lines: dict[str, int] = {}
+    for path in house.rglob("*.py"):
+        package = path.relative_to(house).parts[0]
+        lines[package] = lines.get(package, 0) + path.read_text(encoding="utf-8").count("\n")
+    return {package: count / sum(lines.values()) for package, count in lines.items()}
+
+
 def loaded_by(statement: str, *paths: Path) -> set[str]:
     """The heavy packages that a fresh interpreter has loaded after `statement`."""
     program = f"import sys\n{statement}\nprint(*[name for name in {HEAVY!r} if name in sys.modules])"
@@ -194,6 +242,18 @@ def test_nothing_unpickles() -> None:
     assert unpickling(HOUSE) == []
 
 
+def test_nothing_is_resolved_by_importing_a_string() -> None:
+    assert resolving_strings(HOUSE) == []
+
+
+def test_no_modules_import_one_another_in_a_circle() -> None:
+    assert circles(HOUSE) == []
+
+
+def test_no_package_outgrows_the_others() -> None:
+    assert {package: share for package, share in shares(HOUSE).items() if share > 0.15} == {}
+
+
 def test_importing_dvar_loads_nothing_heavy() -> None:
     assert loaded_by("import dvar; dvar.Dvar(310, 0.15)(dvar.Trace())") == set()
 
@@ -201,12 +261,13 @@ def test_importing_dvar_loads_nothing_heavy() -> None:
 def test_the_public_face_is_exactly_all() -> None:
     tree = modules(HOUSE)["__init__"]
     imported = {
-        alias.asname or alias.name
+        alias.name
         for node in ast.walk(tree)
         if isinstance(node, ast.Import | ast.ImportFrom)
         for alias in node.names
+        if not (alias.asname or "").startswith("_")
     }
-    assert {name for name in imported if not name.startswith("_")} | {"__version__"} == set(dvar.__all__)
+    assert imported - {"annotations"} == set(dvar.__all__)
     assert dvar.__all__ == sorted(dvar.__all__) == dir(dvar)
     assert len(set(dvar.__all__)) == len(dvar.__all__)
 
@@ -218,7 +279,7 @@ def test_every_public_name_is_there(name: str) -> None:
 
 def test_a_name_that_does_not_exist_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
-        dvar.nonsense  # noqa: B018
+        dvar.nonsense  # type: ignore[attr-defined]  # noqa: B018
 
 
 def test_a_name_whose_package_is_missing_tells_what_to_install() -> None:
@@ -313,6 +374,36 @@ def test_a_door_that_loads_a_room_is_found(tmp_path: Path) -> None:
 def test_unpickling_is_found(tmp_path: Path, offence: str) -> None:
     assert len(unpickling(planted(tmp_path, training__checkpoint=offence))) == 1
     assert unpickling(planted(tmp_path, training__checkpoint="import numpy\nnumpy.load('x', allow_pickle=False)")) == []
+
+
+@pytest.mark.parametrize(
+    "offence",
+    [
+        "from importlib import import_module",
+        "import importlib\nimportlib.import_module('dvar.stopping.rules')",
+        "found = __import__('dvar')",
+        "from pkgutil import resolve_name",
+    ],
+)
+def test_importing_a_string_is_found(tmp_path: Path, offence: str) -> None:
+    assert len(resolving_strings(planted(tmp_path, paper__reproduce=offence))) == 1
+    assert resolving_strings(planted(tmp_path, paper__reproduce="import importlib.resources")) == []
+
+
+def test_a_circle_is_found(tmp_path: Path) -> None:
+    house = planted(tmp_path, training__run="import dvar.training.loop", training__loop="", errors="")
+    assert circles(house) == []
+    planted(
+        tmp_path,
+        training__loop="from dvar.training.dataset import read",
+        training__dataset="def later():\n import dvar.training.run",
+    )
+    assert circles(house) == [{"training.run", "training.loop", "training.dataset"}]
+
+
+def test_a_package_that_outgrows_the_others_is_found(tmp_path: Path) -> None:
+    house = planted(tmp_path, paper__page="x = 1\n" * 20, errors="x = 1\n" * 80)
+    assert shares(house) == {"paper": 0.2, "errors.py": 0.8}
 
 
 def test_a_heavy_import_is_found(tmp_path: Path) -> None:

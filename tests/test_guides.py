@@ -1,0 +1,70 @@
+"""The guides for contributors: every name and path they mention exists, and their prose wraps at 120 columns."""
+
+from __future__ import annotations
+
+import re
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+GUIDES = ("CONTRIBUTING.md", "SECURITY.md", "CODE_OF_CONDUCT.md", "docs/architecture.md", "docs/glossary.md")
+WRAPPED = sorted({*GUIDES, "LOG.md", "README.md", *(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md"))})
+# These two are generated, a paragraph a line.
+WRAPPED = [page for page in WRAPPED if page not in ("docs/results.md", "docs/reference.md")]
+PACKAGE = ROOT / "src" / "dvar"
+
+
+def resolves(name: str) -> bool:
+    """Whether a dotted name, such as dvar.stopping.rules.RULES, is a module or something in one."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        try:
+            thing = import_module(".".join(parts[:end]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[end:]:
+            if not hasattr(thing, part):
+                return False
+            thing = getattr(thing, part)
+        return True
+    return False
+
+
+def long_lines(text: str) -> list[str]:
+    """The lines of prose above 120 columns; tables, code, images and lines of one word may be longer."""
+    prose = re.sub(r"^ *```.*?^ *```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    return [
+        line
+        for line in prose.splitlines()
+        if len(line) > 120 and not line.lstrip().startswith(("|", "![", "<", "[")) and " " in line.strip()[:118]
+    ]
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_every_name_in_a_guide_exists(guide: str) -> None:
+    names = set(re.findall(r"`(dvar(?:\.\w+)+)", (ROOT / guide).read_text(encoding="utf-8")))
+    groups = {"dvar.rules", "dvar.methods", "dvar.backbones", "dvar.log_formats", "dvar.experiments"}  # entry points
+    assert [name for name in sorted(names - groups) if not resolves(name)] == []
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_every_path_in_a_guide_exists(guide: str) -> None:
+    text = (ROOT / guide).read_text(encoding="utf-8")
+    paths = set(re.findall(r"`((?:[\w.-]+/)+[\w.-]*)`", text)) | set(re.findall(r"\]\(((?!http)[^)#]+)", text))
+    places = (ROOT, PACKAGE, (ROOT / guide).parent)
+    assert [path for path in sorted(paths) if not any((place / path).exists() for place in places)] == []
+
+
+@pytest.mark.parametrize("page", WRAPPED)
+def test_prose_wraps_at_120_columns(page: str) -> None:
+    assert long_lines((ROOT / page).read_text(encoding="utf-8")) == []
+
+
+def test_a_name_and_a_line_that_are_wrong_are_seen() -> None:
+    assert resolves("dvar.stopping.rules.Dvar")
+    assert not resolves("dvar.stopping.rules.Nonsense")
+    assert not resolves("dvar.nonsense.Dvar")
+    assert long_lines("word " * 30) == ["word " * 30]
+    assert long_lines("| " + "cell " * 30) == []
