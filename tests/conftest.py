@@ -1,4 +1,4 @@
-"""A tiny model and pictures to train it on, made once for all tests."""
+"""Fixtures that all tests share: a tiny model, images to train it on, a finished run."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with four pictures of one subject, 64 pixels a side."""
+def tiny_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with four images of one subject, 64 pixels a side."""
     from dvar.testing import tiny_concept
 
-    return tiny_concept(tmp_path_factory.mktemp("tiny") / "pictures")
+    return tiny_concept(tmp_path_factory.mktemp("tiny") / "images")
 
 
 @pytest.fixture

@@ -35,12 +35,12 @@ def test_both_loops_are_timed_part_by_part(
     benchmark: Callable[[str], Any],
     monkeypatch: pytest.MonkeyPatch,
     tiny_model: Path,
-    tiny_pictures: Path,
+    tiny_images: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     output = tmp_path / "step.json"
-    flags = ["--model", tiny_model, "--images", tiny_pictures, "--resolution", "32", "--method", method]
+    flags = ["--model", tiny_model, "--images", tiny_images, "--resolution", "32", "--method", method]
     monkeypatch.setattr(sys, "argv", ["step.py", *map(str, flags), "--rounds", "1", "--output", str(output)])
     benchmark("step").main()
     found = json.loads(output.read_text())["methods"][method]

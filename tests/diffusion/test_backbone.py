@@ -32,8 +32,8 @@ def test_everything_is_frozen_and_in_eval_mode(backbone: StableDiffusion) -> Non
         assert not any(part.training for part in network.modules())
 
 
-def test_moments_are_those_of_each_picture_alone(backbone: StableDiffusion, tiny_pictures: Path) -> None:
-    shown = pictures(tiny_pictures)
+def test_moments_are_those_of_each_picture_alone(backbone: StableDiffusion, tiny_images: Path) -> None:
+    shown = pictures(tiny_images)
     moments = backbone.encode(shown)
     assert moments.shape == (4, 8, 8, 8)
     assert moments.dtype == torch.float32
@@ -61,11 +61,11 @@ def test_prediction_is_that_of_the_stock_pipelines_networks(backbone: StableDiff
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_still_gives_float32_losses_and_gradients(
-    backbone: StableDiffusion, tiny_model: Path, tiny_pictures: Path, precision: str
+    backbone: StableDiffusion, tiny_model: Path, tiny_images: Path, precision: str
 ) -> None:
     half = StableDiffusion.load(tiny_model, device="cpu", mixed_precision=precision)
     assert half.unet.dtype != torch.float32
-    examples = Encoded(half.encode(pictures(tiny_pictures)).unsqueeze(1), [half.tokenize(["a mug"])] * 4)
+    examples = Encoded(half.encode(pictures(tiny_images)).unsqueeze(1), [half.tokenize(["a mug"])] * 4)
     drawn = draw(examples, timesteps=1000, seed=0, stream="train", first=0, count=4)
     losses = denoising_loss(half.predict, drawn, half.schedule)
     assert losses.dtype == torch.float32

@@ -14,14 +14,14 @@ from dvar.training.personalise import personalise
 
 
 @pytest.fixture
-def config(tiny_model: Path, tiny_pictures: Path, tmp_path: Path) -> TextualInversionConfig:
-    return short_run(tiny_model, tiny_pictures, tmp_path / "run")
+def config(tiny_model: Path, tiny_images: Path, tmp_path: Path) -> TextualInversionConfig:
+    return short_run(tiny_model, tiny_images, tmp_path / "run")
 
 
 @pytest.fixture(scope="session")
-def straight(tiny_model: Path, tiny_pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+def straight(tiny_model: Path, tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """The outcome of a run that nothing befell."""
-    config = short_run(tiny_model, tiny_pictures, tmp_path_factory.mktemp("straight") / "run")
+    config = short_run(tiny_model, tiny_images, tmp_path_factory.mktemp("straight") / "run")
     return Outcome.of(personalise(config).folder)
 
 

@@ -369,9 +369,9 @@ def runner() -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.fixture
-def place(tmp_path: Path, tiny_model: Path, tiny_pictures: Path) -> Path:
+def place(tmp_path: Path, tiny_model: Path, tiny_images: Path) -> Path:
     """A folder with a model, pictures and an empty folder, to be spoiled."""
-    for name, source in (("model", tiny_model), ("pictures", tiny_pictures)):
+    for name, source in (("model", tiny_model), ("pictures", tiny_images)):
         shutil.copytree(source, tmp_path / name)
     (tmp_path / "empty").mkdir()
     return tmp_path

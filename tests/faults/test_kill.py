@@ -21,8 +21,8 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.slow
-def test_fifty_kills_at_random_moments_change_nothing(tiny_model: Path, tiny_pictures: Path, tmp_path: Path) -> None:
-    driver = [sys.executable, str(HERE / "kill_driver.py"), str(tiny_model), str(tiny_pictures), str(tmp_path)]
+def test_fifty_kills_at_random_moments_change_nothing(tiny_model: Path, tiny_images: Path, tmp_path: Path) -> None:
+    driver = [sys.executable, str(HERE / "kill_driver.py"), str(tiny_model), str(tiny_images), str(tmp_path)]
     done = subprocess.run([*driver, str(KILLS)], capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-2000:]
     kills, finished = map(int, done.stdout.split()[-2:])

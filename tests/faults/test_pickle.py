@@ -78,8 +78,8 @@ def test_a_model_with_code_of_its_own(tmp_path: Path, tiny_model: Path, run: Pat
 
 
 @pytest.mark.parametrize("how", [pickle.dump, torch.save])
-def test_a_lora_to_export(tmp_path: Path, tiny_model: Path, tiny_pictures: Path, run: Path, how: Any) -> None:
-    short = short_run(tiny_model, tiny_pictures, tmp_path / "run")
+def test_a_lora_to_export(tmp_path: Path, tiny_model: Path, tiny_images: Path, run: Path, how: Any) -> None:
+    short = short_run(tiny_model, tiny_images, tmp_path / "run")
     shared = {name: value for name, value in asdict(short).items() if name not in ("initializer_token", "output_dir")}
     config = DreamBoothLoraConfig(
         **shared | {"placeholder_token": None}, instance_prompt="a dog", output_dir=short.output_dir

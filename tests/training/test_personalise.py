@@ -44,10 +44,10 @@ CAP = 12
 
 
 @pytest.fixture
-def config(tiny_model: Path, tiny_pictures: Path, tmp_path: Path) -> TextualInversionConfig:
+def config(tiny_model: Path, tiny_images: Path, tmp_path: Path) -> TextualInversionConfig:
     return TextualInversionConfig(
         pretrained_model_name_or_path=str(tiny_model),
-        instance_data_dir=str(tiny_pictures),
+        instance_data_dir=str(tiny_images),
         initializer_token="mug",
         resolution=32,
         max_train_steps=CAP,
@@ -165,10 +165,10 @@ STEPS = [pytest.param(step, marks=() if step in (0, 3, 4, 11) else pytest.mark.s
 
 
 @pytest.fixture(scope="module")
-def straight(tiny_model: Path, tiny_pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def straight(tiny_model: Path, tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run of the settings of `config`."""
     folder = tmp_path_factory.mktemp("straight")
-    settings = config.__wrapped__(tiny_model, tiny_pictures, folder)  # type: ignore[attr-defined]
+    settings = config.__wrapped__(tiny_model, tiny_images, folder)  # type: ignore[attr-defined]
     return personalise(settings).folder
 
 

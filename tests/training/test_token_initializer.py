@@ -54,10 +54,10 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def config(tiny_model: Path, tiny_pictures: Path, clip_folder: Path, tmp_path: Path) -> TextualInversionConfig:
+def config(tiny_model: Path, tiny_images: Path, clip_folder: Path, tmp_path: Path) -> TextualInversionConfig:
     return TextualInversionConfig(
         pretrained_model_name_or_path=str(tiny_model),
-        instance_data_dir=str(tiny_pictures),
+        instance_data_dir=str(tiny_images),
         initializer="clip",
         clip_model=str(clip_folder),
         resolution=32,
@@ -71,7 +71,7 @@ def config(tiny_model: Path, tiny_pictures: Path, clip_folder: Path, tmp_path: P
     )
 
 
-def test_vectors_are_unit_and_those_of_the_model(clip_folder: Path, tiny_pictures: Path) -> None:
+def test_vectors_are_unit_and_those_of_the_model(clip_folder: Path, tiny_images: Path) -> None:
     clip = Clip.load(clip_folder, device="cpu")
     texts = ["a photo of mug", "a dark cat", "mug " * 90]
     found = clip.embed_texts(texts)
@@ -81,7 +81,7 @@ def test_vectors_are_unit_and_those_of_the_model(clip_folder: Path, tiny_picture
     ids = clip.tokenizer(texts[:1], return_tensors="pt")
     raw = model.get_text_features(**ids).pooler_output
     torch.testing.assert_close(found[:1], raw / raw.norm())
-    pictures = [Image.open(path).convert("RGB") for path in sorted(tiny_pictures.iterdir())]
+    pictures = [Image.open(path).convert("RGB") for path in sorted(tiny_images.iterdir())]
     seen = clip.embed_images(pictures)
     raw = model.get_image_features(clip.processor(pictures, return_tensors="pt").pixel_values).pooler_output
     torch.testing.assert_close(seen, raw / raw.norm(dim=1, keepdim=True))
@@ -106,9 +106,9 @@ def test_the_vocabulary_is_every_entry_by_a_name_that_finds_it(tiny_model: Path)
     assert {"mug", "cat", "th"} <= set(names)
 
 
-def test_a_word_scores_by_the_mean_cosine_over_sentences_and_pictures(clip_folder: Path, tiny_pictures: Path) -> None:
+def test_a_word_scores_by_the_mean_cosine_over_sentences_and_pictures(clip_folder: Path, tiny_images: Path) -> None:
     clip = Clip.load(clip_folder, device="cpu")
-    pictures = [Image.open(path).convert("RGB") for path in sorted(tiny_pictures.iterdir())[:3]]
+    pictures = [Image.open(path).convert("RGB") for path in sorted(tiny_images.iterdir())[:3]]
     words, sentences = ["mug", "cat"], ["a photo of {}", "a dark {}"]
     found = score_words(clip, words, sentences, pictures)
     for word, score in zip(words, found, strict=True):
@@ -161,13 +161,13 @@ def test_a_given_word_is_left_alone(config: TextualInversionConfig) -> None:
 
 
 def test_each_word_is_found_by_its_own_pictures(
-    config: TextualInversionConfig, tiny_pictures: Path, tmp_path: Path
+    config: TextualInversionConfig, tiny_images: Path, tmp_path: Path
 ) -> None:
     plain = tmp_path / "plain"
     plain.mkdir()
     Image.new("RGB", (32, 32), (0, 0, 255)).save(plain / "0.png")
     subjects = [
-        {"instance_prompt": "a <new1>", "instance_data_dir": str(tiny_pictures)},
+        {"instance_prompt": "a <new1>", "instance_data_dir": str(tiny_images)},
         {"instance_prompt": "a <new2>", "instance_data_dir": str(plain)},
     ]
     (tmp_path / "list.json").write_text(json.dumps(subjects))

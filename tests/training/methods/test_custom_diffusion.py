@@ -29,10 +29,10 @@ def backbone(tiny_model: Path) -> Backbone:
 
 
 @pytest.fixture
-def config(tiny_model: Path, tiny_pictures: Path, tmp_path: Path) -> CustomDiffusionConfig:
+def config(tiny_model: Path, tiny_images: Path, tmp_path: Path) -> CustomDiffusionConfig:
     return CustomDiffusionConfig(
         pretrained_model_name_or_path=str(tiny_model),
-        instance_data_dir=str(tiny_pictures),
+        instance_data_dir=str(tiny_images),
         class_noun="mug",
         num_class_images=3,
         resolution=32,
@@ -233,11 +233,11 @@ def listed(config: CustomDiffusionConfig, path: Path, *entries: Any) -> CustomDi
 
 
 def test_several_subjects_are_read_with_their_own_pictures_captions_and_classes(
-    several: CustomDiffusionConfig, tiny_pictures: Path, tmp_path: Path
+    several: CustomDiffusionConfig, tiny_images: Path, tmp_path: Path
 ) -> None:
     cats = tiny_concept(tmp_path / "cats", images=2)
     (cats / "01.txt").write_text("<new2> asleep")
-    mugs, first = str(tiny_pictures), {"instance_prompt": "photo of a <new1> mug", "class_prompt": "mug"}
+    mugs, first = str(tiny_images), {"instance_prompt": "photo of a <new1> mug", "class_prompt": "mug"}
     second = {"instance_prompt": "photo of a <new2> cat", "class_prompt": "cat", "class_data_dir": mugs}
     config = listed(
         several,
@@ -278,11 +278,11 @@ GOOD = {"instance_prompt": "a <new1> <new2>", "class_prompt": "mug", "instance_d
     ],
 )
 def test_a_bad_list_of_subjects_is_the_one_problem_named(
-    several: CustomDiffusionConfig, tiny_pictures: Path, tmp_path: Path, written: Any, said: str
+    several: CustomDiffusionConfig, tiny_images: Path, tmp_path: Path, written: Any, said: str
 ) -> None:
     path = tmp_path / "list.json"
     path.write_text(
-        written if isinstance(written, str) else json.dumps(written).replace("{pictures}", str(tiny_pictures))
+        written if isinstance(written, str) else json.dumps(written).replace("{pictures}", str(tiny_images))
     )
     with pytest.raises(RefusedInput) as refused:
         read_concept(replace(several, concepts_list=str(path)))

@@ -92,8 +92,8 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def config(name: str, tiny_model: Path, tiny_pictures: Path, tmp_path: Path) -> TrainingConfig:
-    return settings(name, tiny_model, tiny_pictures, tmp_path / "run")
+def config(name: str, tiny_model: Path, tiny_images: Path, tmp_path: Path) -> TrainingConfig:
+    return settings(name, tiny_model, tiny_images, tmp_path / "run")
 
 
 def settings(name: str, model: Path, pictures: Path, folder: Path) -> TrainingConfig:
@@ -126,13 +126,13 @@ def both(pictures: Path, path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def straight(tiny_model: Path, tiny_pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def straight(tiny_model: Path, tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """An uninterrupted run of each method, made when it is first asked for."""
     place = tmp_path_factory.mktemp("straight")
 
     class Made(dict[str, Path]):
         def __missing__(self, name: str) -> Path:
-            result = personalise(settings(name, tiny_model, tiny_pictures, place / name))
+            result = personalise(settings(name, tiny_model, tiny_images, place / name))
             assert result.verdict.reason is Reason.CAP
             self[name] = result.folder
             return result.folder
@@ -237,14 +237,14 @@ def test_a_run_killed_at_any_step_goes_on_bit_for_bit(
 
 
 def test_a_checkpoint_of_another_method_is_refused_with_the_difference(
-    tiny_model: Path, tiny_pictures: Path, tmp_path: Path
+    tiny_model: Path, tiny_images: Path, tmp_path: Path
 ) -> None:
-    first, second = (settings(name, tiny_model, tiny_pictures, tmp_path) for name in ("dreambooth-lora", "lora-alone"))
+    first, second = (settings(name, tiny_model, tiny_images, tmp_path) for name in ("dreambooth-lora", "lora-alone"))
     with pytest.raises(Killed):
         personalise(first, [kill])
     with pytest.raises(CheckpointError, match="placeholder_token was '<thing>' and is None"):
         personalise(replace(second, resume_from_checkpoint="latest"))
-    custom = settings("custom-diffusion", tiny_model, tiny_pictures, tmp_path)
+    custom = settings("custom-diffusion", tiny_model, tiny_images, tmp_path)
     with pytest.raises(CheckpointError, match="method was 'dreambooth-lora' and is 'custom-diffusion'"):
         personalise(replace(custom, resume_from_checkpoint="latest"))
 
@@ -299,12 +299,12 @@ def test_a_merged_pipeline_draws_our_picture_by_itself(
 
 @pytest.mark.parametrize(("name", "alpha"), [("lora-alone", None), ("lora-alone", 3), ("lora-with-prior", None)])
 def test_a_kohya_file_read_by_stock_diffusers_draws_our_picture(
-    tiny_model: Path, tiny_pictures: Path, straight: dict[str, Path], tmp_path: Path, name: str, alpha: int | None
+    tiny_model: Path, tiny_images: Path, straight: dict[str, Path], tmp_path: Path, name: str, alpha: int | None
 ) -> None:
     folder, prompt = straight[name], "a photo of white dog"
     if alpha:
         given: dict[str, Any] = {"lora_alpha": alpha}
-        scaled = replace(settings(name, tiny_model, tiny_pictures, tmp_path / "run"), **given)
+        scaled = replace(settings(name, tiny_model, tiny_images, tmp_path / "run"), **given)
         folder = personalise(replace(scaled, max_train_steps=9, validation_steps=100)).folder
     path = write_kohya_lora(folder, tmp_path / "kohya.safetensors")
     kept, matrices = load_file(path), load_file(folder / LORA)
