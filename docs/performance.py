@@ -93,10 +93,10 @@ def read_benchmark(name: str) -> Any:
     return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def format_table(columns: Sequence[Column[T]], rows: Sequence[T], *, left: int) -> str:
-    """Return a table in Markdown, with the first ``left`` columns aligned to the left."""
+def format_table(columns: Sequence[Column[T]], rows: Sequence[T], *, left_columns: int) -> str:
+    """Return a table in Markdown, with the first ``left_columns`` columns aligned to the left."""
     head = [column.title for column in columns]
-    rule = ["---" if place < left else "---:" for place in range(len(columns))]
+    rule = ["---" if place < left_columns else "---:" for place in range(len(columns))]
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *cells(columns, rows)))
 
 
@@ -142,7 +142,7 @@ def format_steps(methods: Mapping[str, Measurements]) -> str:
         return Column(name, lambda line: line[1](methods[name]))
 
     columns = [Column[StepLine]("ms a step", lambda line: line[0]), *map(method_column, methods)]
-    return format_table(columns, step_lines(), left=1)
+    return format_table(columns, step_lines(), left_columns=1)
 
 
 def plot_steps(methods: Mapping[str, Measurements]) -> str:
@@ -156,13 +156,13 @@ def plot_steps(methods: Mapping[str, Measurements]) -> str:
                 cadence = 1 if loop == "plain" else method["cadence"]
                 parts = dict(method["parts"][loop]) | {PROBE: method["whole"][f"{loop} probe"] / cadence}
                 bars.append((f"{name}, {title}", parts))
-        left = [0.0] * len(bars)
+        offsets = [0.0] * len(bars)
         for index, part in enumerate((*PARTS, PROBE)):
             widths = [parts[part] for _, parts in bars]
             colour = NOISE if part == "other" else COLOURS[0] if part == PROBE else COLOURS[1 + index]
-            axes.barh(range(len(bars)), widths, left=left, height=0.66, color=colour, label=part)
-            left = [a + b for a, b in zip(left, widths, strict=True)]
-        for place, total in enumerate(left):
+            axes.barh(range(len(bars)), widths, left=offsets, height=0.66, color=colour, label=part)
+            offsets = [a + b for a, b in zip(offsets, widths, strict=True)]
+        for place, total in enumerate(offsets):
             axes.annotate(f"{total:.0f}", (total, place), (4, 0), textcoords="offset points", va="center", color=SOFT)
         axes.set_yticks(range(len(bars)), [name for name, _ in bars])
         axes.invert_yaxis()
@@ -212,8 +212,8 @@ def pages() -> dict[Path, str]:
         figure="performance/step.svg",
         steps=format_steps(methods),
         runs=sum({row["method"]: row["of"] for row in cadences}.values()),
-        cadences=format_table(CADENCE_COLUMNS, cadences, left=2),
-        quality=format_table(QUALITY_COLUMNS, quality, left=2),
+        cadences=format_table(CADENCE_COLUMNS, cadences, left_columns=2),
+        quality=format_table(QUALITY_COLUMNS, quality, left_columns=2),
         tried=TRIED,
     )
     return {HERE / "performance.md": page, FOLDER / "step.svg": plot_steps(methods)}

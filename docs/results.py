@@ -81,13 +81,13 @@ def format_page(texts: Mapping[str, str]) -> str:
     return OPENING + "\n".join(f"<!-- {name} -->\n{texts[name].strip()}\n" for name in order)
 
 
-def _format_table(shown: Mapping[str, Any]) -> Iterator[str]:
-    bold = {(row, column) for row, column in shown["bold"]}
-    yield _format_line(shown["columns"])
-    yield _format_line(["---", *("---:" for _ in shown["columns"][1:])])
-    for row, cells in enumerate(shown["cells"]):
+def _format_table(table: Mapping[str, Any]) -> Iterator[str]:
+    bold = {(row, column) for row, column in table["bold"]}
+    yield _format_line(table["columns"])
+    yield _format_line(["---", *("---:" for _ in table["columns"][1:])])
+    for row, cells in enumerate(table["cells"]):
         if len(cells) == 1:
-            yield _format_line([f"**{_escape(cells[0])}**", *("" for _ in shown["columns"][1:])])
+            yield _format_line([f"**{_escape(cells[0])}**", *("" for _ in table["columns"][1:])])
         else:
             texts = [_escape(cell) for cell in cells]
             yield _format_line([f"**{text}**" if (row, column) in bold else text for column, text in enumerate(texts)])
@@ -122,8 +122,8 @@ def main(folder: Path, to: Path = HERE) -> None:
     (to / "results").mkdir(exist_ok=True)
     for name, image in images.items():
         (to / "results" / name).write_bytes(image)
-    shown = set(re.findall(r"\(results/([^)]+)\)", page))
-    for stale in (file for file in (to / "results").iterdir() if file.name not in shown):
+    image_names = set(re.findall(r"\(results/([^)]+)\)", page))
+    for stale in (file for file in (to / "results").iterdir() if file.name not in image_names):
         stale.unlink()
     path.write_text(page, encoding="utf-8", newline="\n")
 

@@ -109,11 +109,11 @@ def _scores(
     rows = []
     for step in scored_steps(cap):
         gain = 1 - np.exp(-step / learned)
-        lost = decline * max(0, step - cap / 2)
+        decrease = decline * max(0, step - cap / 2)
         curves = {
-            ("train", "clip_image"): START + GAIN * gain - lost,
+            ("train", "clip_image"): START + GAIN * gain - decrease,
             ("train", "clip_text"): 0.20 + 0.01 * gain,
-            ("validation", "clip_image"): 0.48 + 0.22 * gain - lost,
+            ("validation", "clip_image"): 0.48 + 0.22 * gain - decrease,
             ("validation", "clip_text"): 0.26 - 0.03 * gain - 0.02 * step / cap,
         }
         row: dict[str, Any] = {"step": step, "train": {}, "validation": {}, "seconds": 0.5 * 2 * images}

@@ -43,13 +43,13 @@ def test_both_loops_are_timed_part_by_part(
     flags = ["--model", tiny_model, "--images", tiny_images, "--resolution", "32", "--method", method]
     monkeypatch.setattr(sys, "argv", ["step.py", *map(str, flags), "--rounds", "1", "--output", str(output)])
     benchmark("step").main()
-    found = json.loads(output.read_text())["methods"][method]
-    ours, plain = found["parts"]["dvar"], found["parts"]["plain"]
+    result = json.loads(output.read_text())["methods"][method]
+    ours, plain = result["parts"]["dvar"], result["parts"]["plain"]
     assert plain["encode"] > 0 == ours["encode"]
     for name in ("data", "text", "U-Net forward", "backward", "optimizer"):
         assert ours[name] > 0 < plain[name]
-    whole = found["whole"]
-    assert found["ratios"]["step"] == pytest.approx(whole["plain"] / whole["dvar"])
+    seconds = result["whole"]
+    assert result["ratios"]["step"] == pytest.approx(seconds["plain"] / seconds["dvar"])
     assert "a probe" in capsys.readouterr().out
 
 
@@ -67,7 +67,7 @@ def test_a_stop_read_at_every_step_is_the_rules_own(benchmark: Callable[[str], A
 
 
 @pytest.mark.slow
-def test_time_to_quality_tells_minutes_steps_and_a_score(benchmark: Callable[[str], Any], tmp_path: Path) -> None:
+def test_time_to_quality_reports_minutes_steps_and_a_score(benchmark: Callable[[str], Any], tmp_path: Path) -> None:
     quality = benchmark("time_to_quality")
     short = ("--max_train_steps", "10", "--window", "8", "--probe_every", "1", "--num_inference_steps", "2")
     row = quality.trained("textual-inversion", "purple_cat", [*short, "--num_validation_images", "1"], tmp_path / "run")

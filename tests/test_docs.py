@@ -71,7 +71,7 @@ def test_an_example_runs_and_stops_by_itself(
 
 
 @pytest.mark.parametrize("section", HOSTS)
-def test_a_host_needs_ten_lines_at_most(section: str) -> None:
+def test_an_integration_takes_ten_lines_at_most(section: str) -> None:
     """Count the lines for dvar, without those of `SHARED` that build the monitor."""
     ours = [line for line in SECTIONS[section].splitlines() if OURS.search(line)]
     assert len(ours) <= 10
@@ -107,7 +107,7 @@ def test_every_program_is_on_the_page() -> None:
     assert set(re.findall(r"\(\.\./examples/(.*?\.py)\)", PAGE.read_text(encoding="utf-8"))) == programs
 
 
-def test_links_between_pages_lead_somewhere() -> None:
+def test_links_between_pages_resolve() -> None:
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"

@@ -22,7 +22,7 @@ def test_an_example_runs_and_ends_with_a_verdict(example: Path) -> None:
 def test_the_readme_shows_the_drop_in_use_as_the_example_has_it() -> None:
     """Each line of the README's loop that speaks of dvar stands, word for word, in the example that runs."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    shown = re.findall(r"^(?:trace, stop = |probe = dvar|    trace\.record|    if \(verdict).*$", readme, re.MULTILINE)
+    lines = re.findall(r"^(?:trace, stop = |probe = dvar|    trace\.record|    if \(verdict).*$", readme, re.MULTILINE)
     example = (ROOT / "examples" / "drop_in.py").read_text(encoding="utf-8")
-    assert len(shown) == 4
-    assert [line for line in shown if line not in example] == []
+    assert len(lines) == 4
+    assert [line for line in lines if line not in example] == []

@@ -62,7 +62,7 @@ def test_prose_wraps_at_120_columns(page: str) -> None:
     assert long_lines((ROOT / page).read_text(encoding="utf-8")) == []
 
 
-def test_a_name_and_a_line_that_are_wrong_are_seen() -> None:
+def test_a_wrong_name_and_a_long_line_are_detected() -> None:
     assert resolves("dvar.stopping.rules.Dvar")
     assert not resolves("dvar.stopping.rules.Nonsense")
     assert not resolves("dvar.nonsense.Dvar")

@@ -1,4 +1,4 @@
-"""The rules of the house, read from the source: which room may import which, what stays light, what is never loaded."""
+"""The architecture, read from the source: which package may import which, what stays light, what is never loaded."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import pytest
 
 import dvar
 
-HOUSE = Path(dvar.__file__).parent
+PACKAGE = Path(dvar.__file__).parent
 
-# Imports point to a room of a lower number, or stay within the room.  The face (`dvar` itself) is on top.
-FLOORS = {
+# Imports point to a package of a lower layer, or stay within the package. `dvar` itself is on top.
+LAYERS = {
     "_version": 0,
     "errors": 0,
     "extras": 0,
@@ -81,14 +81,14 @@ PICKLERS = ("pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "sh
 # --- reading the source ---------------------------------------------------------------------------------------------
 
 
-def modules(house: Path) -> dict[str, ast.Module]:
-    """The parsed modules by their name inside the house: "stopping.trace", "stopping.__init__", "__init__"."""
-    files = sorted(house.rglob("*.py"))
-    return {".".join(path.relative_to(house).with_suffix("").parts): ast.parse(path.read_bytes()) for path in files}
+def modules(root: Path) -> dict[str, ast.Module]:
+    """Return the parsed modules by their name inside the package: "stopping.trace", "stopping.__init__", "__init__"."""
+    files = sorted(root.rglob("*.py"))
+    return {".".join(path.relative_to(root).with_suffix("").parts): ast.parse(path.read_bytes()) for path in files}
 
 
-def imports(name: str, tree: ast.AST, known: frozenset[str]) -> Iterator[str]:
-    """Every import in the module, wherever it stands: "numpy.typing", or "dvar.stopping.trace" for our own."""
+def imports(name: str, tree: ast.AST, module_names: frozenset[str]) -> Iterator[str]:
+    """Yield every import in the module, at any depth: "numpy.typing", or "dvar.stopping.trace" for our own."""
     package = ["dvar", *name.split(".")[:-1]]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -97,94 +97,99 @@ def imports(name: str, tree: ast.AST, known: frozenset[str]) -> Iterator[str]:
             source = ".".join([*package[: len(package) - node.level + 1], *([node.module] if node.module else [])])
             source = source if node.level else str(node.module)
             for alias in node.names:
-                whole = f"{source}.{alias.name}"
-                is_module = whole.removeprefix("dvar.") in known or f"{whole.removeprefix('dvar.')}.__init__" in known
-                yield whole if is_module or source == "dvar" else source
+                full_name = f"{source}.{alias.name}"
+                is_module = (
+                    full_name.removeprefix("dvar.") in module_names
+                    or f"{full_name.removeprefix('dvar.')}.__init__" in module_names
+                )
+                yield full_name if is_module or source == "dvar" else source
 
 
-def room(name: str) -> str:
+def package_of(name: str) -> str:
     return name.split(".")[0]
 
 
-def own(target: str) -> str | None:
-    """What is imported of our own, by its name inside the house; the face as "__init__"."""
+def own_name(target: str) -> str | None:
+    """Return the name inside the package of what is imported, None for other packages; `dvar` itself is "__init__"."""
     if target != "dvar" and not target.startswith("dvar."):
         return None
     return target.removeprefix("dvar").removeprefix(".") or "__init__"
 
 
-def all_imports(house: Path) -> Iterator[tuple[str, str]]:
-    trees = modules(house)
+def all_imports(root: Path) -> Iterator[tuple[str, str]]:
+    trees = modules(root)
     for name, tree in trees.items():
         yield from ((name, target) for target in imports(name, tree, frozenset(trees)))
 
 
-def pointing_up(house: Path) -> list[str]:
-    """The imports that point to a higher room; anything may read the version."""
-    found = []
-    for name, target in all_imports(house):
-        inside = own(target)
-        if inside is None or inside == "__version__" or room(inside) == room(name):
+def find_upward_imports(root: Path) -> list[str]:
+    """Return the imports that point to a higher layer; anything may read the version."""
+    problems = []
+    for name, target in all_imports(root):
+        inside = own_name(target)
+        if inside is None or inside == "__version__" or package_of(inside) == package_of(name):
             continue
-        if FLOORS.get(room(inside), FLOORS["__init__"]) >= FLOORS[room(name)]:
-            found.append(f"{name} imports {target}")
-    return found
+        if LAYERS.get(package_of(inside), LAYERS["__init__"]) >= LAYERS[package_of(name)]:
+            problems.append(f"{name} imports {target}")
+    return problems
 
 
-def impure(house: Path) -> list[str]:
-    """The imports of the pure rooms that are not of the standard library, numpy or another pure room."""
+def find_impure_imports(root: Path) -> list[str]:
+    """Return the imports of pure modules that are not of the standard library, numpy or another pure module."""
     allowed = {*sys.stdlib_module_names, "numpy"}
     return [
         f"{name} imports {target}"
-        for name, target in all_imports(house)
-        if name in PURE and room(target) not in allowed and own(target) not in PURE
+        for name, target in all_imports(root)
+        if name in PURE and package_of(target) not in allowed and own_name(target) not in PURE
     ]
 
 
-def busy_doors(house: Path) -> list[str]:
-    """The wings whose `__init__` does more than say what they are: importing one room would load others."""
+def find_importing_packages(root: Path) -> list[str]:
+    """Return each `__init__` with more than a docstring: importing one module of the package would load others."""
     return [
         name
-        for name, tree in modules(house).items()
+        for name, tree in modules(root).items()
         if name.endswith(".__init__")
-        and room(name) != "mini"
+        and package_of(name) != "mini"
         and not (len(tree.body) <= 1 and all(isinstance(node, ast.Expr) for node in tree.body))
     ]
 
 
-def unpickling(house: Path) -> list[str]:
-    """The places that could run code out of a file."""
-    found = [f"{name} imports {target}" for name, target in all_imports(house) if room(target) in PICKLERS]
-    for name, tree in modules(house).items():
+def find_unpickling(root: Path) -> list[str]:
+    """Return the places that could run code from a file."""
+    problems = [f"{name} imports {target}" for name, target in all_imports(root) if package_of(target) in PICKLERS]
+    for name, tree in modules(root).items():
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and node.module == "torch":
-                found += [f"{name} imports torch.{alias.name}" for alias in node.names if alias.name in TORCH_PICKLERS]
+                problems += [
+                    f"{name} imports torch.{alias.name}" for alias in node.names if alias.name in TORCH_PICKLERS
+                ]
             elif isinstance(node, ast.Attribute) and ast.unparse(node) in {f"torch.{word}" for word in TORCH_PICKLERS}:
-                found.append(f"{name} uses {ast.unparse(node)}")
+                problems.append(f"{name} uses {ast.unparse(node)}")
             elif isinstance(node, ast.keyword) and node.arg == "allow_pickle" and ast.unparse(node.value) != "False":
-                found.append(f"{name} allows pickle")
-    return found
+                problems.append(f"{name} allows pickle")
+    return problems
 
 
-def resolving_strings(house: Path) -> list[str]:
-    """The places that import what a string names."""
-    found = []
-    for name, tree in modules(house).items():
+def find_string_imports(root: Path) -> list[str]:
+    """Return the places that import what a string names."""
+    problems = []
+    for name, tree in modules(root).items():
         for node in ast.walk(tree):
             if isinstance(node, ast.Name | ast.Attribute) and ast.unparse(node).split(".")[-1] in IMPORTERS:
-                found.append(f"{name} uses {ast.unparse(node)}")
+                problems.append(f"{name} uses {ast.unparse(node)}")
             elif isinstance(node, ast.alias) and node.name.split(".")[-1] in IMPORTERS:
-                found.append(f"{name} imports {node.name}")
-    return found
+                problems.append(f"{name} imports {node.name}")
+    return problems
 
 
-def circles(house: Path) -> list[set[str]]:
-    """The groups of modules of which each imports the others, directly or through one another."""
+def find_circles(root: Path) -> list[set[str]]:
+    """Return the groups of modules of which each imports the others, directly or through one another."""
     targets: dict[str, set[str]] = {}
-    for name, target in all_imports(house):
-        targets.setdefault(name, set()).add(own(target) or "")
+    for name, target in all_imports(root):
+        targets.setdefault(name, set()).add(own_name(target) or "")
 
-    def reached(start: str) -> set[str]:
+    def find_reachable(start: str) -> set[str]:
         seen: set[str] = set()
         waiting = set(targets.get(start, ()))
         while waiting:
@@ -193,73 +198,73 @@ def circles(house: Path) -> list[set[str]]:
             waiting |= targets.get(name, set()) - seen
         return seen
 
-    reaches = {name: reached(name) for name in targets}
+    reaches = {name: find_reachable(name) for name in targets}
     groups = [{other for other in targets if other in reaches[name] and name in reaches[other]} for name in targets]
     return [group for index, group in enumerate(groups) if len(group) > 1 and group not in groups[:index]]
 
 
-def shares(house: Path) -> dict[str, float]:
-    """The share of all lines that each package has."""
+def measure_shares(root: Path) -> dict[str, float]:
+    """Return the share of all lines that each package has."""
     lines: dict[str, int] = {}
-    for path in house.rglob("*.py"):
-        package = path.relative_to(house).parts[0]
+    for path in root.rglob("*.py"):
+        package = path.relative_to(root).parts[0]
         lines[package] = lines.get(package, 0) + path.read_text(encoding="utf-8").count("\n")
     return {package: count / sum(lines.values()) for package, count in lines.items()}
 
 
-def loaded_by(statement: str, *paths: Path) -> set[str]:
-    """The heavy packages that a fresh interpreter has loaded after `statement`."""
+def find_heavy_imports(statement: str, *paths: Path) -> set[str]:
+    """Return the heavy packages that a fresh interpreter has loaded after `statement`."""
     program = f"import sys\n{statement}\nprint(*[name for name in {HEAVY!r} if name in sys.modules])"
-    path = os.pathsep.join(str(part) for part in (*paths, HOUSE.parent))
+    path = os.pathsep.join(str(part) for part in (*paths, PACKAGE.parent))
     environment = {**os.environ, "PYTHONPATH": path}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True, timeout=60
     )
-    return set(done.stdout.split())
+    return set(process.stdout.split())
 
 
-# --- our own house --------------------------------------------------------------------------------------------------
+# --- dvar itself --------------------------------------------------------------------------------------------------
 
 
 def test_imports_point_one_way() -> None:
-    assert pointing_up(HOUSE) == []
+    assert find_upward_imports(PACKAGE) == []
 
 
-def test_every_room_has_its_floor() -> None:
-    assert {room(name) for name in modules(HOUSE)} <= set(FLOORS)
+def test_every_package_has_its_layer() -> None:
+    assert {package_of(name) for name in modules(PACKAGE)} <= set(LAYERS)
 
 
-def test_pure_rooms_need_the_standard_library_and_numpy_alone() -> None:
-    assert impure(HOUSE) == []
-    assert set(PURE) <= set(modules(HOUSE))
+def test_pure_modules_import_only_the_standard_library_and_numpy() -> None:
+    assert find_impure_imports(PACKAGE) == []
+    assert set(PURE) <= set(modules(PACKAGE))
 
 
-def test_the_door_of_a_wing_loads_nothing() -> None:
-    assert busy_doors(HOUSE) == []
+def test_importing_a_package_loads_none_of_its_modules() -> None:
+    assert find_importing_packages(PACKAGE) == []
 
 
 def test_nothing_unpickles() -> None:
-    assert unpickling(HOUSE) == []
+    assert find_unpickling(PACKAGE) == []
 
 
 def test_nothing_is_resolved_by_importing_a_string() -> None:
-    assert resolving_strings(HOUSE) == []
+    assert find_string_imports(PACKAGE) == []
 
 
 def test_no_modules_import_one_another_in_a_circle() -> None:
-    assert circles(HOUSE) == []
+    assert find_circles(PACKAGE) == []
 
 
 def test_no_package_outgrows_the_others() -> None:
-    assert {package: share for package, share in shares(HOUSE).items() if share > 0.15} == {}
+    assert {package: share for package, share in measure_shares(PACKAGE).items() if share > 0.15} == {}
 
 
 def test_importing_dvar_loads_nothing_heavy() -> None:
-    assert loaded_by("import dvar; dvar.Dvar(310, 0.15)(dvar.Trace())") == set()
+    assert find_heavy_imports("import dvar; dvar.Dvar(310, 0.15)(dvar.Trace())") == set()
 
 
-def test_the_public_face_is_exactly_all() -> None:
-    tree = modules(HOUSE)["__init__"]
+def test_the_public_names_are_exactly_all() -> None:
+    tree = modules(PACKAGE)["__init__"]
     imported = {
         alias.name
         for node in ast.walk(tree)
@@ -273,7 +278,7 @@ def test_the_public_face_is_exactly_all() -> None:
 
 
 @pytest.mark.parametrize("name", dvar.__all__)
-def test_every_public_name_is_there(name: str) -> None:
+def test_every_public_name_exists(name: str) -> None:
     assert getattr(dvar, name) is not None
 
 
@@ -282,19 +287,21 @@ def test_a_name_that_does_not_exist_is_an_attribute_error() -> None:
         dvar.nonsense  # type: ignore[attr-defined]  # noqa: B018
 
 
-def test_a_name_whose_package_is_missing_tells_what_to_install() -> None:
+def test_a_name_whose_package_is_missing_says_what_to_install() -> None:
     hidden = "import sys; sys.modules['torch'] = None; import dvar"
     program = f"{hidden}\ntry: dvar.Probe\nexcept ImportError as error: print(error)"
-    environment = {**os.environ, "PYTHONPATH": str(HOUSE.parent)}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "dvar.Probe needs torch: pip install 'dvar[train]'"
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    process = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert process.stdout.strip() == "dvar.Probe needs torch: pip install 'dvar[train]'"
 
 
 # --- planted offenders: each check must be able to fail -------------------------------------------------------------
 
 
-def planted(tmp_path: Path, **files: str) -> Path:
-    """A house with the given modules; "stopping__trace" stands for stopping/trace.py."""
+def write_modules(tmp_path: Path, **files: str) -> Path:
+    """Write modules into a package, and return its folder; "stopping__trace" stands for stopping/trace.py."""
     for name, text in files.items():
         path = tmp_path.joinpath(*name.replace("__", "/").split("/")).with_suffix(".py")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -316,21 +323,21 @@ def planted(tmp_path: Path, **files: str) -> Path:
         "from .. import training",
         "def later():\n    import dvar.training.loop",
         "if TYPE_CHECKING:\n    from dvar.training.loop import Step",
-        "import dvar.new_wing",
+        "import dvar.new_package",
     ],
 )
 def test_an_import_that_points_up_is_found(tmp_path: Path, offence: str) -> None:
-    house = planted(tmp_path, diffusion__objective=offence, training__loop="import torch")
-    (house / "training" / "__init__.py").write_text("")
-    assert len(pointing_up(house)) == 1
-    assert pointing_up(house)[0].startswith("diffusion.objective imports dvar")
+    root = write_modules(tmp_path, diffusion__objective=offence, training__loop="import torch")
+    (root / "training" / "__init__.py").write_text("")
+    assert len(find_upward_imports(root)) == 1
+    assert find_upward_imports(root)[0].startswith("diffusion.objective imports dvar")
 
 
-def test_imports_that_point_down_or_stay_in_the_room_are_not_offences(tmp_path: Path) -> None:
+def test_imports_that_point_down_or_stay_in_the_package_are_not_offences(tmp_path: Path) -> None:
     down = "import numpy\nfrom dvar.errors import DvarError\nfrom . import verdict, trace"
-    house = planted(tmp_path, stopping__rules=down, stopping__trace="", stopping__verdict="", errors="")
-    planted(tmp_path, training__run="from dvar import __version__", cli="from dvar.runs import report")
-    assert pointing_up(house) == [] == impure(house)
+    root = write_modules(tmp_path, stopping__rules=down, stopping__trace="", stopping__verdict="", errors="")
+    write_modules(tmp_path, training__run="from dvar import __version__", cli="from dvar.runs import report")
+    assert find_upward_imports(root) == [] == find_impure_imports(root)
 
 
 @pytest.mark.parametrize(
@@ -344,19 +351,19 @@ def test_imports_that_point_down_or_stay_in_the_room_are_not_offences(tmp_path: 
         "from . import probe",
     ],
 )
-def test_an_impure_import_in_a_pure_room_is_found(tmp_path: Path, offence: str) -> None:
-    house = planted(tmp_path, stopping__verdict=offence, stopping__probe="import torch")
-    assert len(impure(house)) == 1
-    assert impure(house)[0].startswith("stopping.verdict imports ")
+def test_an_impure_import_in_a_pure_module_is_found(tmp_path: Path, offence: str) -> None:
+    root = write_modules(tmp_path, stopping__verdict=offence, stopping__probe="import torch")
+    assert len(find_impure_imports(root)) == 1
+    assert find_impure_imports(root)[0].startswith("stopping.verdict imports ")
 
 
-def test_a_door_that_loads_a_room_is_found(tmp_path: Path) -> None:
-    house = planted(tmp_path, stopping__rules="")
-    door = house / "stopping" / "__init__.py"
-    door.write_text('"""The stopping."""\n')
-    assert busy_doors(house) == []
-    door.write_text('"""The stopping."""\nfrom dvar.stopping.rules import Dvar\n')
-    assert busy_doors(house) == ["stopping.__init__"]
+def test_a_package_that_loads_a_module_is_found(tmp_path: Path) -> None:
+    root = write_modules(tmp_path, stopping__rules="")
+    init = root / "stopping" / "__init__.py"
+    init.write_text('"""Stopping rules."""\n')
+    assert find_importing_packages(root) == []
+    init.write_text('"""Stopping rules."""\nfrom dvar.stopping.rules import Dvar\n')
+    assert find_importing_packages(root) == ["stopping.__init__"]
 
 
 @pytest.mark.parametrize(
@@ -372,8 +379,13 @@ def test_a_door_that_loads_a_room_is_found(tmp_path: Path) -> None:
     ],
 )
 def test_unpickling_is_found(tmp_path: Path, offence: str) -> None:
-    assert len(unpickling(planted(tmp_path, training__checkpoint=offence))) == 1
-    assert unpickling(planted(tmp_path, training__checkpoint="import numpy\nnumpy.load('x', allow_pickle=False)")) == []
+    assert len(find_unpickling(write_modules(tmp_path, training__checkpoint=offence))) == 1
+    assert (
+        find_unpickling(
+            write_modules(tmp_path, training__checkpoint="import numpy\nnumpy.load('x', allow_pickle=False)")
+        )
+        == []
+    )
 
 
 @pytest.mark.parametrize(
@@ -381,32 +393,32 @@ def test_unpickling_is_found(tmp_path: Path, offence: str) -> None:
     [
         "from importlib import import_module",
         "import importlib\nimportlib.import_module('dvar.stopping.rules')",
-        "found = __import__('dvar')",
+        "module = __import__('dvar')",
         "from pkgutil import resolve_name",
     ],
 )
 def test_importing_a_string_is_found(tmp_path: Path, offence: str) -> None:
-    assert len(resolving_strings(planted(tmp_path, paper__reproduce=offence))) == 1
-    assert resolving_strings(planted(tmp_path, paper__reproduce="import importlib.resources")) == []
+    assert len(find_string_imports(write_modules(tmp_path, paper__reproduce=offence))) == 1
+    assert find_string_imports(write_modules(tmp_path, paper__reproduce="import importlib.resources")) == []
 
 
 def test_a_circle_is_found(tmp_path: Path) -> None:
-    house = planted(tmp_path, training__run="import dvar.training.loop", training__loop="", errors="")
-    assert circles(house) == []
-    planted(
+    root = write_modules(tmp_path, training__run="import dvar.training.loop", training__loop="", errors="")
+    assert find_circles(root) == []
+    write_modules(
         tmp_path,
         training__loop="from dvar.training.dataset import read",
         training__dataset="def later():\n import dvar.training.run",
     )
-    assert circles(house) == [{"training.run", "training.loop", "training.dataset"}]
+    assert find_circles(root) == [{"training.run", "training.loop", "training.dataset"}]
 
 
 def test_a_package_that_outgrows_the_others_is_found(tmp_path: Path) -> None:
-    house = planted(tmp_path, paper__page="x = 1\n" * 20, errors="x = 1\n" * 80)
-    assert shares(house) == {"paper": 0.2, "errors.py": 0.8}
+    root = write_modules(tmp_path, paper__page="x = 1\n" * 20, errors="x = 1\n" * 80)
+    assert measure_shares(root) == {"paper": 0.2, "errors.py": 0.8}
 
 
 def test_a_heavy_import_is_found(tmp_path: Path) -> None:
-    planted(tmp_path, torch="", offender="import torch", innocent="import json")
-    assert loaded_by("import offender", tmp_path) == {"torch"}
-    assert loaded_by("import innocent", tmp_path) == set()
+    write_modules(tmp_path, torch="", offender="import torch", innocent="import json")
+    assert find_heavy_imports("import offender", tmp_path) == {"torch"}
+    assert find_heavy_imports("import innocent", tmp_path) == set()

@@ -49,7 +49,7 @@ def test_the_page_of_performance_and_its_figure_are_current() -> None:
         assert path.read_text(encoding="utf-8") == text, f"{path.name} is old: make docs"
 
 
-def test_a_step_of_nothing_but_networks_leaves_nothing_to_gain() -> None:
+def test_a_step_that_consists_of_the_networks_has_no_possible_gain() -> None:
     parts = {"data": 0.0, "encode": 0.0, "text": 1.0, "U-Net forward": 2.0, "backward": 3.0, "optimizer": 0.0}
     assert load_script("performance").ceiling({"parts": {"plain": parts}}) == 1
     assert load_script("performance").ceiling({"parts": {"plain": parts | {"encode": 3.0}}}) == 1.5
@@ -65,7 +65,7 @@ def test_the_figures_are_well_formed(verdicts: ModuleType) -> None:
         ElementTree.parse(path)
 
 
-def test_a_curve_with_another_verdict_than_its_case_says_is_reported(verdicts: ModuleType) -> None:
+def test_a_case_with_an_unexpected_verdict_is_reported(verdicts: ModuleType) -> None:
     case = verdicts.Case(Reason.RISING, lambda step: 1.0 - 1e-4 * step, "", "")
     with pytest.raises(AssertionError, match="'rising' is judged 'still falling'"):
         verdicts.judge_case(case)

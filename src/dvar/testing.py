@@ -496,7 +496,7 @@ class MethodContract:
         from dvar.training.run_layout import TRACE
 
         config = self.short_config(tmp_path)
-        whole = personalise(replace(config, output_dir=str(tmp_path / "whole")))
+        uninterrupted = personalise(replace(config, output_dir=str(tmp_path / "whole")))
 
         def stop(step: StepRecord) -> None:
             if step.step == 6:
@@ -505,9 +505,9 @@ class MethodContract:
         with suppress(_Stopped):
             personalise(config, [stop])
         resumed = personalise(replace(config, resume_from_checkpoint="latest"))
-        assert whole.steps == resumed.steps == 10
-        traces = [Trace.read(result.folder / TRACE).values.tolist() for result in (whole, resumed)]
+        assert uninterrupted.steps == resumed.steps == 10
+        traces = [Trace.read(result.folder / TRACE).values.tolist() for result in (uninterrupted, resumed)]
         assert traces[0] == traces[1]
-        for path, other_path in zip(whole.weights, resumed.weights, strict=True):
+        for path, other_path in zip(uninterrupted.weights, resumed.weights, strict=True):
             tensors, others = load_file(path), load_file(other_path)
             assert all(torch.equal(tensor, others[name]) for name, tensor in tensors.items())

@@ -54,10 +54,10 @@ def falling_trace(seed: int, gap: int, level: float, jitter: float) -> Trace:
 )
 @pytest.mark.parametrize("name", MAKERS)
 def test_no_stop_is_filtered_out(name: str, seed: int, gap: int, level: float, jitter: float, threshold: float) -> None:
-    whole, rule, growing = falling_trace(seed, gap, level, jitter), MAKERS[name](threshold), Trace()
-    candidates = Prefilter(whole)(rule)
-    assert candidates.shape == (len(whole),)
-    for number, row in enumerate(whole.records):
+    complete, rule, growing = falling_trace(seed, gap, level, jitter), MAKERS[name](threshold), Trace()
+    candidates = Prefilter(complete)(rule)
+    assert candidates.shape == (len(complete),)
+    for number, row in enumerate(complete.records):
         growing.record(**row)
         assert candidates[number] or not rule(growing).stop, row["step"]
 
@@ -65,14 +65,14 @@ def test_no_stop_is_filtered_out(name: str, seed: int, gap: int, level: float, j
 @pytest.mark.parametrize("name", ["strict", "ddof", "sparse", "ema", "hall", "trend", "plateau", "falls", "cap"])
 @pytest.mark.parametrize("gap", [1, 3])
 def test_a_rule_without_diagnoses_is_called_only_where_it_stops(name: str, gap: int) -> None:
-    whole, rule, growing = falling_trace(0, gap, 1.0, 0.01), MAKERS[name](0.3), Trace()
+    complete, rule, growing = falling_trace(0, gap, 1.0, 0.01), MAKERS[name](0.3), Trace()
     stops = []
-    for row in whole.records:
+    for row in complete.records:
         growing.record(**row)
         verdict = rule(growing)
         stops.append(verdict.stop or verdict.reason in (Reason.STILL_FALLING, Reason.OUTLIER_DOMINATED))
     assert 0 < sum(stops) < len(stops)
-    np.testing.assert_array_equal(Prefilter(whole)(rule), stops)
+    np.testing.assert_array_equal(Prefilter(complete)(rule), stops)
 
 
 def test_a_loss_that_is_not_finite_is_left_to_the_rule() -> None:

@@ -65,9 +65,9 @@ def test_noise_alone_is_no_learning() -> None:
 @given(st.floats(0.1, 10), st.floats(-5, 5), st.floats(20, 200))
 def test_q_and_oracle_do_not_depend_on_the_scores_scale_and_origin(scale: float, shift: float, learned: float) -> None:
     values = rising(STEPS, learned)
-    one, other = LearningCurve.from_scores(STEPS, values), LearningCurve.from_scores(STEPS, shift + scale * values)
-    assert one.step_at() == pytest.approx(other.step_at(), rel=1e-6)
-    assert one.gain_at(100) == pytest.approx(other.gain_at(100), rel=1e-6)
+    curve, rescaled = LearningCurve.from_scores(STEPS, values), LearningCurve.from_scores(STEPS, shift + scale * values)
+    assert curve.step_at() == pytest.approx(rescaled.step_at(), rel=1e-6)
+    assert curve.gain_at(100) == pytest.approx(rescaled.gain_at(100), rel=1e-6)
 
 
 def test_a_stop_at_the_oracle_has_no_distance(tmp_path: Path) -> None:
@@ -85,8 +85,8 @@ def test_a_stop_at_the_oracle_has_no_distance(tmp_path: Path) -> None:
 
 def test_context_lost_is_the_fall_of_validation_text(tmp_path: Path) -> None:
     run = RecordedRun.open(fake_record(tmp_path, cap=600))
-    lost = assess_stop(run, 600).context_lost
-    assert lost == pytest.approx(0.03 * (1 - np.exp(-10)) + 0.02)
+    context_lost = assess_stop(run, 600).context_lost
+    assert context_lost == pytest.approx(0.03 * (1 - np.exp(-10)) + 0.02)
 
 
 def test_the_halves_are_disjoint(tmp_path: Path) -> None:

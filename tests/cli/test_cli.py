@@ -404,7 +404,7 @@ def test_report_writes_the_page_again(trained: Trained) -> None:
     assert (trained.folder / "report.html").is_file()
 
 
-def test_export_writes_what_is_asked_for_and_refuses_what_is_not_there(trained: Trained, tmp_path: Path) -> None:
+def test_export_writes_what_is_requested_and_refuses_what_is_missing(trained: Trained, tmp_path: Path) -> None:
     answer = dvar("export", trained.folder, "--merged", tmp_path / "whole")
     assert (answer.status, answer.out.strip()) == (0, str(tmp_path / "whole"))
     assert (tmp_path / "whole" / "model_index.json").is_file()
@@ -434,7 +434,7 @@ def test_record_refuses_bad_input_before_long_work(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_report_writes_the_page_where_it_is_asked_to(trained: Trained, tmp_path: Path) -> None:
+def test_report_writes_the_page_to_the_requested_file(trained: Trained, tmp_path: Path) -> None:
     answer = dvar("report", trained.folder, "--output", tmp_path / "page.html")
     assert (answer.status, answer.out.strip()) == (0, str(tmp_path / "page.html"))
     assert (tmp_path / "page.html").is_file()

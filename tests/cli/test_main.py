@@ -43,7 +43,7 @@ def test_a_failure_has_its_own_status_and_no_traceback(
     assert (answer.status, answer.err.splitlines()) == (status, lines)
 
 
-def test_a_module_of_our_own_that_is_missing_is_a_fault_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_module_of_dvar_itself_is_not_excused(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise ModuleNotFoundError(name="dvar.runs.nothing")
 

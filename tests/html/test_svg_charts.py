@@ -37,14 +37,14 @@ def test_ticks_are_round() -> None:
     assert Scale(0.1, 1.2, log=True).ticks(4) == (0.1, 0.2, 0.5, 1.0)
 
 
-def test_labels_have_the_decimals_that_tell_neighbours_apart() -> None:
+def test_labels_have_the_decimals_that_distinguish_neighbours() -> None:
     svg = panel(Scale(0, 100), Scale(0.04257, 0.04331), [], label="a loss", steps=False, tall=False)
     assert re.findall(r">([\d.]+)</text>", svg) == ["0.0426", "0.0428", "0.0430", "0.0432"]
 
 
 @settings(deadline=None)
 @given(values=st.lists(st.floats(0.01, 1e6), min_size=1), log=st.booleans())
-def test_a_scale_holds_all_it_was_made_around(values: list[float], log: bool) -> None:
+def test_a_scale_covers_all_its_values(values: list[float], log: bool) -> None:
     places = Scale.around(values, log=log).place(values)
     assert np.all((places > 0) & (places < 1))
 

@@ -36,7 +36,7 @@ def test_the_stylesheet_loads_nothing() -> None:
     assert not any(word in read_stylesheet() for word in ("@import", "url(", "http"))
 
 
-def test_a_page_is_written_whole_or_refused(tmp_path: Path) -> None:
+def test_a_page_is_written_completely_or_refused(tmp_path: Path) -> None:
     path = write_page(tmp_path / "page.html", "é\n")
     assert path.read_bytes() == "é\n".encode()
     assert list(tmp_path.iterdir()) == [path]

@@ -54,7 +54,7 @@ def test_identity_without_information_is_chance() -> None:
     assert torch.allclose(identity, torch.full((3,), 0.5), atol=1e-5)
 
 
-def test_identity_uses_the_class_it_is_asked_about() -> None:
+def test_identity_uses_the_requested_class() -> None:
     means = torch.zeros(1, CLASSES, PARAMETERS)
     means[:, 7] = 1.0
     recognition = Recognition({}, means, torch.full_like(means, 0.1))

@@ -91,8 +91,8 @@ def test_the_page_loads_nothing(report: Path) -> None:
     page = report.read_text(encoding="utf-8")
     assert "<script" not in page
     assert all(source.startswith("data:") for source in re.findall(r'src="([^"]*)', page))
-    asked, given = (set(re.findall(pattern, page)) for pattern in (r"var\((--[a-z]+)", r"(--[a-z]+):"))
-    assert asked <= given  # every colour and typeface that the page asks for is its own
+    used, defined = (set(re.findall(pattern, page)) for pattern in (r"var\((--[a-z]+)", r"(--[a-z]+):"))
+    assert used <= defined  # every colour and typeface that the page asks for is its own
 
 
 def test_every_experiment_leaves_data_and_both_kinds_of_figure(report: Path) -> None:
@@ -109,11 +109,11 @@ def test_every_experiment_leaves_data_and_both_kinds_of_figure(report: Path) -> 
 def test_every_caption_says_what_it_was_made_on(report: Path) -> None:
     for name in READ - {"figure6", "agreement", "traces"}:
         content = json.loads((report.parent / f"{name}.json").read_text(encoding="utf-8"))
-        ours = [shown for shown in (*content["tables"], *content["plots"]) if shown["name"] != "paper"]
+        ours = [item for item in (*content["tables"], *content["plots"]) if item["name"] != "paper"]
         assert ours
-        for shown in ours:
+        for item in ours:
             for fact in ("Base model: the bundled model", "Concepts: ", "seeds: 1", "paired all pairs"):
-                assert fact in shown["caption"], (name, shown["name"])
+                assert fact in item["caption"], (name, item["name"])
 
 
 def test_the_same_records_give_the_same_files(root: Path, report: Path, tmp_path: Path) -> None:
@@ -161,12 +161,12 @@ def test_a_row_of_table_1_is_its_stop_results(archive: RecordingArchive) -> None
 
 def test_scores_of_table_1_are_of_the_kept_checkpoints_where_all_were_scored_again(archive: RecordingArchive) -> None:
     method = "textual-inversion"
-    kept = {run: sorted(steps) for run, steps in kept_steps(archive).items()}
+    steps_by_run = {run: sorted(steps) for run, steps in kept_steps(archive).items()}
     rescored = {
         run.name: RescoredRun(
             np.array(steps), {of: np.repeat(np.array(steps)[:, None], 8, 1) * 1e-3 for of in run.image_scores}
         )
-        for run, steps in kept.items()
+        for run, steps in steps_by_run.items()
         if run.method == method
     }
     for row in cost_rows(replace(archive, rescored=rescored), method):
@@ -203,7 +203,7 @@ def test_minutes_of_table_1_by_hand(archive: RecordingArchive) -> None:
     assert row["Final pictures, min"] == pytest.approx(8 * 0.5 / 60)
 
 
-def test_lost_runs_are_named_and_the_table_is_made(root: Path) -> None:
+def test_lost_runs_are_named_and_the_table_is_still_built(root: Path) -> None:
     archive = RecordingArchive.open(root)
     broken = RecordingArchive(archive.runs, {"textual-inversion/vase/0": "the disk was full"})
     result = cost.table_1(broken)
@@ -326,9 +326,9 @@ def test_information_by_hand() -> None:
 def test_images_are_those_of_the_nearest_scored_step(archive: RecordingArchive, report: Path) -> None:
     run = archive.runs_of("textual-inversion")[0]
     assert [samples.nearest_sheet_step(run, step) for step in (0, 9, 21, 41, 199, 240)] == [0, 20, 20, 60, 200, 200]
-    shown = json.loads((report.parent / "figure12.json").read_text(encoding="utf-8"))["plots"]
-    assert [plot["name"] for plot in shown] == [f"pictures-{method}" for method in METHODS]
-    assert {(row["way"], row["record"]) for row in shown[0]["data"]} == {
+    plots = json.loads((report.parent / "figure12.json").read_text(encoding="utf-8"))["plots"]
+    assert [plot["name"] for plot in plots] == [f"pictures-{method}" for method in METHODS]
+    assert {(row["way"], row["record"]) for row in plots[0]["data"]} == {
         ("Baseline", "textual-inversion/cup/0"),
         ("DVAR (tuned)", "textual-inversion/cup/0"),
     }
@@ -338,11 +338,11 @@ def test_images_are_those_of_the_kept_steps_where_both_were_generated_again(root
     shutil.copytree(root, tmp_path / "records")
     archive = RecordingArchive.open(tmp_path / "records")
     for row in cost_rows(archive, "textual-inversion"):
-        folder, kept = row.runs[0].folder, row.results[0].kept_step
+        folder, kept_step = row.runs[0].folder, row.results[0].kept_step
         assert folder
         if row.strategy in ("Baseline", "DVAR (tuned)"):
             assert "its images on fresh seeds" not in samples.figure_12(archive).plots[0].caption
-            write_sheet(sheet_path(folder, kept, RESCORED_SHEETS), [[Image.new("RGB", (16, 16), "red")] * 4] * 2)
+            write_sheet(sheet_path(folder, kept_step, RESCORED_SHEETS), [[Image.new("RGB", (16, 16), "red")] * 4] * 2)
     plot = samples.figure_12(archive).plots[0]
     assert "shown are its images on fresh seeds. " in plot.caption
     assert all(row["shown"] == row["kept"] for row in plot.data)
@@ -366,14 +366,14 @@ def test_the_page_of_results_holds_every_section_and_its_images(report: Path, tm
         assert f"## {content['title']}" in page
         for table in content["tables"]:
             assert "| " + " | ".join(table["shown"]["columns"]) + " |" in page
-    shown = set(re.findall(r"\(results/([^)]+)\)", page))
-    assert shown == {path.name for path in (tmp_path / "results").iterdir()}
+    image_names = set(re.findall(r"\(results/([^)]+)\)", page))
+    assert image_names == {path.name for path in (tmp_path / "results").iterdir()}
     assert max(path.stat().st_size for path in (tmp_path / "results").iterdir()) <= 200_000
     assert "Base model: the bundled model. Concepts: 3" in page
     assert "| Few iters (mean) | 0.801 ± 0.071 |" in page  # the paper's
 
 
-def test_the_page_of_results_keeps_sections_that_were_not_made_again(report: Path, root: Path, tmp_path: Path) -> None:
+def test_the_page_of_results_keeps_sections_that_were_not_repeated(report: Path, root: Path, tmp_path: Path) -> None:
     results = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "results.py"))
     results["main"](report.parent, to=tmp_path)
     before = results["read_sections"]((tmp_path / "results.md").read_text(encoding="utf-8"))
@@ -433,7 +433,7 @@ def test_text_cannot_become_markup_of_the_page(archive: RecordingArchive) -> Non
     assert "2 seeds" not in str(Provenance.of(archive.runs))
 
 
-def test_the_one_experiment_asked_for_is_refused_where_it_cannot_be_made(root: Path, tmp_path: Path) -> None:
+def test_a_single_requested_experiment_is_refused_where_it_cannot_be_made(root: Path, tmp_path: Path) -> None:
     with pytest.raises(RefusedInput, match="no recorded run of custom-diffusion"):
         reproduce(ReproduceConfig(names=("figure6",), records=(str(root),), output_dir=str(tmp_path)))
 

@@ -59,7 +59,7 @@ def record_tiny_images(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ExtraRuns, "recording_spec", tiny)
 
 
-def test_one_factor_is_drawn_again_and_the_others_are_held(config: TrainingConfig) -> None:
+def test_one_factor_is_drawn_again_and_the_others_are_fixed(config: TrainingConfig) -> None:
     run, _ = prepare(config)
     held, fresh = (run.draw(run.examples, stream, EVERY, 0, COUNT) for stream in ("held", randomness.SERIES))
     for name, fields in randomness.FACTORS.items():
@@ -86,8 +86,8 @@ def test_the_curves_of_a_run(config: TrainingConfig, monkeypatch: pytest.MonkeyP
         assert (curves[name] != curves[randomness.HELD]).any(axis=1).all(), name
 
 
-def test_a_run_continues_where_it_was_killed_and_is_not_made_twice(config: TrainingConfig, tmp_path: Path) -> None:
-    whole = train_to_cap(config, series, print)
+def test_a_run_continues_where_it_was_killed_and_is_not_repeated(config: TrainingConfig, tmp_path: Path) -> None:
+    uninterrupted = train_to_cap(config, series, print)
 
     class Killed(Exception):
         pass
@@ -110,8 +110,8 @@ def test_a_run_continues_where_it_was_killed_and_is_not_made_twice(config: Train
     def measurements(trace: Trace) -> list[dict[str, object]]:
         return [{name: value for name, value in record.items() if name != "seconds"} for record in trace.records]
 
-    assert measurements(again) == measurements(whole)
-    assert measurements(train_to_cap(apart, killed, print)) == measurements(whole)  # nothing is left to do
+    assert measurements(again) == measurements(uninterrupted)
+    assert measurements(train_to_cap(apart, killed, print)) == measurements(uninterrupted)  # nothing is left to do
     with pytest.raises(CheckpointError, match="learning_rate"):
         train_to_cap(replace(apart, learning_rate=0.01), series, print)
 

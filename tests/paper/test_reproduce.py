@@ -27,17 +27,17 @@ METHODS = ("textual-inversion", "dreambooth-lora", "custom-diffusion")
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[RecordingSpec]:
-    """The recordings that were asked for; each is replaced by a fake run at once."""
-    asked: list[RecordingSpec] = []
+    """The recordings that were requested; each is replaced by a fake run at once."""
+    requested: list[RecordingSpec] = []
 
     def record(recordings: Sequence[RecordingSpec], notify: object, **_: object) -> list[RecordingStatus]:
-        asked.extend(recordings)
+        requested.extend(recordings)
         for spec in recordings:
             fake_record(Path(spec.records), spec.method, spec.concept, spec.seed, cap=60, learned=8.0)
         return [RecordingStatus(spec, "done") for spec in recordings]
 
     monkeypatch.setattr(sweep, "record_missing", record)
-    return asked
+    return requested
 
 
 def test_one_figure_is_made_from_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,12 +60,12 @@ def test_table_1_has_its_checkpoints_scored_again(tmp_path: Path, monkeypatch: p
         fake_record(tmp_path / "records", concept=concept, cap=60, learned=8.0)
 
     def rescore_runs(
-        archive: RecordingArchive, wanted: Mapping[RecordedRun, set[int]], notify: object
+        archive: RecordingArchive, steps_by_run: Mapping[RecordedRun, set[int]], notify: object
     ) -> RecordingArchive:
         def score(run: RecordedRun, steps: list[int]) -> RescoredRun:
             return RescoredRun(np.array(steps), {of: np.ones((len(steps), 8)) for of in run.image_scores})
 
-        return replace(archive, rescored={run.name: score(run, sorted(steps)) for run, steps in wanted.items()})
+        return replace(archive, rescored={run.name: score(run, sorted(steps)) for run, steps in steps_by_run.items()})
 
     monkeypatch.setattr(rescore, "rescore_archive", rescore_runs)
     words = ["reproduce", "table1", "--records", str(tmp_path / "records"), "--output_dir", str(tmp_path / "out")]
@@ -139,7 +139,7 @@ def test_quick_leaves_out_no_run_that_settings_are_tuned_on(tmp_path: Path) -> N
     assert len(archive.tuning_runs("textual-inversion")) == reproduce.QUICK + 1
 
 
-def test_records_may_stand_in_several_places(tmp_path: Path) -> None:
+def test_records_may_be_in_several_folders(tmp_path: Path) -> None:
     for concept in ("cup", "mug"):
         fake_record(tmp_path / "old", concept=concept, cap=60, learned=8.0)
     fake_record(tmp_path / "new", concept="mug", cap=60, learned=8.0, images=16)
@@ -152,6 +152,6 @@ def test_records_may_stand_in_several_places(tmp_path: Path) -> None:
     assert "8 or 16 images of each kind" in facts[0]
 
 
-def test_what_reads_no_record_records_none(tmp_path: Path, recorded: list[RecordingSpec]) -> None:
+def test_an_experiment_that_reads_no_records_records_none(tmp_path: Path, recorded: list[RecordingSpec]) -> None:
     assert main(["reproduce", "table2", "--quick", "--output_dir", str(tmp_path)]) == 0
     assert not recorded

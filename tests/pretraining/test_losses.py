@@ -10,7 +10,7 @@ from dvar.mini.world.captions import SUBJECT
 from pretraining.clip import SPLITS, contrastive_loss, patch_loss, reading_loss
 
 
-def test_facts_that_are_not_asked_for_cost_nothing() -> None:
+def test_facts_without_a_target_cost_nothing() -> None:
     logits = torch.zeros(2, sum(SPLITS))
     truth = torch.full((2, len(SPLITS)), -1)
     truth[0, 0] = 3

@@ -19,7 +19,7 @@ FEW |= {"unet": FEW["autoencoder"], "recogniser": FEW["autoencoder"]}
 
 
 @pytest.mark.slow
-def test_every_stage_runs_from_nothing_and_what_ships_draws(tmp_path: Path) -> None:
+def test_every_stage_runs_from_nothing_and_the_shipped_pipeline_generates(tmp_path: Path) -> None:
     environment = {**os.environ, "DVAR_PRETRAINING_WORK": str(tmp_path / "work"), "OMP_NUM_THREADS": "1"}
     for stage, arguments in STAGES:
         if stage not in FEW:

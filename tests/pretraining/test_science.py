@@ -22,37 +22,35 @@ def known_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(folder: Path, seed: int, identity: list[float], drop: float) -> Path:
     """L_det falls by ``drop`` at once and then jumps up and down by 0.001 about its end."""
-    made = folder / f"textual-inversion-purple_cat-0.01-{seed}-100"
-    made.mkdir()
+    path = folder / f"textual-inversion-purple_cat-0.01-{seed}-100"
+    path.mkdir()
     scores = [{"step": s, "plain": {"identity": i}, "placed": {}} for s, i in zip(STEPS, identity, strict=True)]
-    (made / "scores.json").write_text(json.dumps({"cap": 100, "scores": scores}))
+    (path / "scores.json").write_text(json.dumps({"cap": 100, "scores": scores}))
     trace = Trace()
     for step in range(101):
         trace.record(step, 1.0 if step == 0 else 1.0 - drop + 0.0005 * (-1) ** step)
-    trace.write(made / "trace.jsonl")
-    return made
+    trace.write(path / "trace.jsonl")
+    return path
 
 
 def test_the_gate_of_kept_runs_has_the_figures_they_have(tmp_path: Path) -> None:
     ends = (0.68, 0.70, 0.72)
-    found = science.gate([run(tmp_path, seed, [0.1, 0.5, end, end], 0.1) for seed, end in enumerate(ends)])
-    assert (found.runs, found.cap) == (3, 100)
-    assert [found.ceiling, found.early, found.start, found.end] == pytest.approx([0.9, 1.0, 0.1, 0.7])
-    assert not found.failures
+    gate = science.gate([run(tmp_path, seed, [0.1, 0.5, end, end], 0.1) for seed, end in enumerate(ends)])
+    assert (gate.runs, gate.cap) == (3, 100)
+    assert [gate.ceiling, gate.early, gate.start, gate.end] == pytest.approx([0.9, 1.0, 0.1, 0.7])
+    assert not gate.failures
 
 
-def test_a_kept_gate_stands_beside_the_weights_it_was_measured_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_saved_gate_names_the_weights_it_was_measured_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(science, "GATES", tmp_path / "gate.json")
-    found = science.gate([run(tmp_path, 0, [0.1, 0.5, 0.7, 0.7], 0.1)])
-    science.keep("custom-diffusion", found)
-    science.keep("textual-inversion", found)
-    kept = json.loads(science.GATES.read_text())
-    assert [*kept["gates"]] == ["textual-inversion", "custom-diffusion"]
-    assert kept["sha256"] == json.loads(science.FROZEN.read_text())["weights"]
-    science.GATES.write_text(json.dumps({**kept, "sha256": "other weights"}))
-    science.keep("textual-inversion", found)
+    gate = science.gate([run(tmp_path, 0, [0.1, 0.5, 0.7, 0.7], 0.1)])
+    science.keep("custom-diffusion", gate)
+    science.keep("textual-inversion", gate)
+    content = json.loads(science.GATES.read_text())
+    assert [*content["gates"]] == ["textual-inversion", "custom-diffusion"]
+    assert content["sha256"] == json.loads(science.FROZEN.read_text())["weights"]
+    science.GATES.write_text(json.dumps({**content, "sha256": "other weights"}))
+    science.keep("textual-inversion", gate)
     assert [*json.loads(science.GATES.read_text())["gates"]] == ["textual-inversion"]
 
 

@@ -39,10 +39,10 @@ def run(training: Training, until: int) -> None:
 
 
 def test_killed_and_started_again_it_ends_at_the_same_bits(work: Path) -> None:
-    whole = network()
-    through = stage(whole, 30)
+    model = network()
+    through = stage(model, 30)
     run(through, 30)
-    expected, average = [p.clone() for p in whole.parameters()], [a.clone() for a in through.average.values()]
+    expected, average = [p.clone() for p in model.parameters()], [a.clone() for a in through.average.values()]
     (work / "stage" / "state.safetensors").unlink()
     run(stage(network(), 30), 13)
     again = network()
@@ -53,7 +53,7 @@ def test_killed_and_started_again_it_ends_at_the_same_bits(work: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(average, resumed.average.values(), strict=True))
 
 
-def test_the_average_is_lent_and_given_back() -> None:
+def test_the_average_replaces_the_weights_for_a_while() -> None:
     model = network()
     state = stage(model, 5)
     run(state, 5)
@@ -64,7 +64,7 @@ def test_the_average_is_lent_and_given_back() -> None:
     assert all(torch.equal(a, b) for a, b in zip(now, model.parameters(), strict=True))
 
 
-def test_what_a_stage_keeps_frozen_is_not_asked_of_its_state() -> None:
+def test_frozen_weights_need_not_be_in_the_state() -> None:
     model = network()
     model[0].requires_grad_(False)
     state = stage(model, 3)

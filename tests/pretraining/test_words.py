@@ -14,8 +14,8 @@ from pretraining.words import LENGTH, build_tokenizer
 def test_words_are_single_tokens_and_captions_fit() -> None:
     tokenizer = build_tokenizer()
     words = {"a", "ktn", "pll", "ucd", "sks", *COLOURS, *WORDS}
-    for known in WORDS.values():
-        words |= {known.accent, *(word for p in known.shape if p for word in (p.low, p.high, p.part or "a"))}
+    for entry in WORDS.values():
+        words |= {entry.accent, *(word for p in entry.shape if p for word in (p.low, p.high, p.part or "a"))}
     assert {word: tokens for word in words if len(tokens := tokenizer.tokenize(word)) != 1} == {}
     rng = np.random.default_rng(3)
     texts = [caption(facts(sample_trained_subject(rng), sample_scene(rng)), rng)[0] for _ in range(6000)]

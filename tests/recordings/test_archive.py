@@ -88,25 +88,25 @@ def test_an_unknown_series_or_score_names_those_there_are(folder: Path) -> None:
 
 
 def test_joined_archives_take_a_run_from_the_first_that_has_it(tmp_path: Path) -> None:
-    one, other = tmp_path / "one", tmp_path / "other"
-    fake_record(one, concept="red_mug", cap=40)
-    damaged = fake_record(one, concept="blue_dog", cap=40)
+    first, second = tmp_path / "one", tmp_path / "other"
+    fake_record(first, concept="red_mug", cap=40)
+    damaged = fake_record(first, concept="blue_dog", cap=40)
     (damaged / "done.json").write_text("{")
     for concept in ("red_mug", "blue_dog", "green_car"):
-        fake_record(other, concept=concept, cap=60)
-    (one / "seconds.json").write_text('{"textual-inversion": {"train": 1.0}}')
-    (other / "seconds.json").write_text('{"textual-inversion": {"train": 2.0}, "custom-diffusion": {"train": 3.0}}')
+        fake_record(second, concept=concept, cap=60)
+    (first / "seconds.json").write_text('{"textual-inversion": {"train": 1.0}}')
+    (second / "seconds.json").write_text('{"textual-inversion": {"train": 2.0}, "custom-diffusion": {"train": 3.0}}')
     rescored = RescoredRun(np.array([3]), {("train", "clip_image"): np.ones((1, 8))})
-    whole = RecordingArchive.open(other)
-    whole = replace(whole, rescored={run.name: rescored for run in whole})
-    archive = RecordingArchive.join([RecordingArchive.open(one), whole])
+    complete = RecordingArchive.open(second)
+    complete = replace(complete, rescored={run.name: rescored for run in complete})
+    archive = RecordingArchive.join([RecordingArchive.open(first), complete])
     assert {run.concept: run.cap for run in archive} == {"blue_dog": 60, "green_car": 60, "red_mug": 40}
     assert not archive.unreadable
     assert archive.measured_seconds == {"textual-inversion": {"train": 1.0}, "custom-diffusion": {"train": 3.0}}
     assert {name.split("/")[1] for name in archive.rescored} == {"blue_dog", "green_car"}, (
         "another run's are not its own"
     )
-    assert [run.name for run in RecordingArchive.join([whole])] == [run.name for run in whole]
+    assert [run.name for run in RecordingArchive.join([complete])] == [run.name for run in complete]
 
 
 def test_an_archive_has_every_run_that_can_be_read_and_names_why_the_others_cannot(tmp_path: Path) -> None:

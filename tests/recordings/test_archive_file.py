@@ -26,14 +26,14 @@ def archive(tmp_path: Path) -> RecordingArchive:
 def test_what_is_written_is_read(archive: RecordingArchive, tmp_path: Path) -> None:
     back = read_traces(write_traces(archive, tmp_path / "traces.npz"))
     assert [run.name for run in back] == [run.name for run in archive]
-    for one, other in zip(archive, back, strict=True):
-        assert (one.cap, one.header, one.trace.header) == (other.cap, other.header, other.trace.header)
+    for run, copy in zip(archive, back, strict=True):
+        assert (run.cap, run.header, run.trace.header) == (copy.cap, copy.header, copy.trace.header)
         for name in ("eval", "stratified", "paired", "unseen", "drift", "train_loss", "grad_norm", "token_norm"):
-            (steps, values), (same, near) = one.series(name), other.series(name)
+            (steps, values), (same, near) = run.series(name), copy.series(name)
             np.testing.assert_array_equal(steps, same)
             np.testing.assert_allclose(values, near, rtol=1e-6, atol=1e-6)
         np.testing.assert_allclose(
-            one.scores("train", "clip_image")[1], other.scores("train", "clip_image")[1], rtol=1e-6
+            run.scores("train", "clip_image")[1], copy.scores("train", "clip_image")[1], rtol=1e-6
         )
     assert back.unit_seconds("textual-inversion") == pytest.approx(archive.unit_seconds("textual-inversion"))
     assert back.tuning_concepts == archive.tuning_concepts
@@ -59,8 +59,8 @@ def test_losses_that_were_float32_come_back_bit_for_bit(tmp_path: Path) -> None:
     archive = RecordingArchive.open(fake_record(tmp_path / "records", cap=20).parents[2])
     once = read_traces(write_traces(archive, tmp_path / "one.npz"))
     twice = read_traces(write_traces(once, tmp_path / "two.npz"))
-    for one, other in zip(once, twice, strict=True):
-        np.testing.assert_array_equal(one.series("eval")[1], other.series("eval")[1])
+    for run, copy in zip(once, twice, strict=True):
+        np.testing.assert_array_equal(run.series("eval")[1], copy.series("eval")[1])
 
 
 def test_no_path_of_the_recording_machine_is_in_the_file(archive: RecordingArchive, tmp_path: Path) -> None:

@@ -171,7 +171,7 @@ def test_the_rule_that_stops_a_plain_run_cuts_the_recorded_one_at_that_step(make
     assert torch.equal(learned, load_file(plain.weights[0])["<thing>"])
 
 
-def test_what_a_recorded_run_holds(make_spec: Make, finished: Callable[[str], Path]) -> None:
+def test_the_content_of_a_recorded_run(make_spec: Make, finished: Callable[[str], Path]) -> None:
     recording, run = make_spec("dreambooth-lora"), RecordedRun.open(finished("dreambooth-lora"))
     assert (run.method, run.concept, run.seed, run.cap) == ("dreambooth-lora", "ball", 0, CAP)
     assert run.series("eval")[0].tolist() == list(range(CAP + 1))
@@ -186,7 +186,7 @@ def test_what_a_recorded_run_holds(make_spec: Make, finished: Callable[[str], Pa
     strata = run.trace.header["series"]["stratified"]["timesteps"]
     assert [timestep * 32 // 1000 for timestep in strata] == list(range(32))
     assert run.series("fresh_timesteps")[1].shape == (5, 8)
-    assert len({tuple(drawn) for drawn in run.series("fresh_timesteps")[1].tolist()}) == 5
+    assert len({tuple(timesteps) for timesteps in run.series("fresh_timesteps")[1].tolist()}) == 5
     assert run.scored_steps.tolist() == recording.scored_steps == [0, 4, 7, 12]
     for part in ("train", "validation"):
         for metric in ("clip_image", "clip_text"):
@@ -235,7 +235,7 @@ def killed_at(step: int) -> Callable[[StepRecord], None]:
 
 
 @pytest.mark.parametrize("step", [pytest.param(0, marks=pytest.mark.slow), 5, pytest.param(11, marks=pytest.mark.slow)])
-def test_a_recording_killed_at_any_step_goes_on_bit_for_bit(
+def test_a_recording_killed_at_any_step_continues_bit_for_bit(
     make_spec: Make, finished: Callable[[str], Path], step: int
 ) -> None:
     straight, recording, steps = finished("dreambooth-lora"), make_spec("dreambooth-lora"), list[int]()
@@ -246,16 +246,16 @@ def test_a_recording_killed_at_any_step_goes_on_bit_for_bit(
     assert steps[0] == step // 4 * 4 + 1
     assert rows(folder) == rows(straight)
     assert scores(folder) == scores(straight)
-    kept = sorted((straight / "weights").iterdir())
-    assert [path.name for path in sorted((folder / "weights").iterdir())] == [path.name for path in kept]
-    for path in kept:
+    checkpoints = sorted((straight / "weights").iterdir())
+    assert [path.name for path in sorted((folder / "weights").iterdir())] == [path.name for path in checkpoints]
+    for path in checkpoints:
         learned, same = load_file(folder / "weights" / path.name), load_file(path)
         assert all(torch.equal(learned[key], same[key]) for key in same)
     RecordedRun.open(folder)
 
 
 @pytest.mark.parametrize("damage", ["scores.json", "weights/step-000004.safetensors", "recording.json"])
-def test_an_interrupted_recording_that_lost_a_file_is_made_again(
+def test_an_interrupted_recording_that_lost_a_file_is_repeated(
     make_spec: Make, copied: Callable[[str], Path], damage: str
 ) -> None:
     folder, recording = copied("dreambooth-lora"), make_spec("dreambooth-lora")
@@ -278,7 +278,7 @@ def test_a_recording_older_than_a_setting_was_made_with_its_default(
     assert "another settings" in make_spec(settings={"validation_scheduler": "DDIMScheduler"}).find_conflict()
 
 
-def test_what_is_not_this_recording_is_left_alone(make_spec: Make, copied: Callable[[str], Path]) -> None:
+def test_another_recording_is_refused_and_not_changed(make_spec: Make, copied: Callable[[str], Path]) -> None:
     folder = copied("textual-inversion")
     before = contents(folder)
     with pytest.raises(RefusedInput, match="recorded under another settings"):
@@ -295,14 +295,14 @@ def test_what_is_not_this_recording_is_left_alone(make_spec: Make, copied: Calla
 @pytest.mark.parametrize("method", METHODS)
 def test_any_step_can_be_replayed_bit_for_bit(copied: Callable[[str], Path], method: str) -> None:
     folder = copied(method)
-    kept = load_file(weights_path(folder, 7))
-    loaded = trained(restore_model(folder, 7), kept)
+    weights = load_file(weights_path(folder, 7))
+    loaded = trained(restore_model(folder, 7), weights)
     weights_path(folder, 7).unlink()
     before = contents(folder)
-    replayed = trained(restore_model(folder, 7), kept)
-    for name in kept:
-        assert torch.equal(loaded[name], kept[name])
-        assert torch.equal(replayed[name], kept[name])
+    replayed = trained(restore_model(folder, 7), weights)
+    for name in weights:
+        assert torch.equal(loaded[name], weights[name])
+        assert torch.equal(replayed[name], weights[name])
     assert contents(folder) == before
 
 
@@ -312,9 +312,9 @@ def test_steps_are_restored_in_order_whether_their_weights_were_kept_or_not(copi
     apart = {
         step: restore_model(folder, step).text_encoder.get_input_embeddings().rows.detach().clone() for step in steps
     }
-    kept = {step for step in steps if weights_path(folder, step).exists()}
-    assert kept
-    assert kept != set(steps)
+    saved = {step for step in steps if weights_path(folder, step).exists()}
+    assert saved
+    assert saved != set(steps)
     along = restore_runs(folder, steps[::-1])
     for step, job in zip(steps, along, strict=True):
         assert torch.equal(job.backbone.text_encoder.get_input_embeddings().rows, apart[step]), step
@@ -326,12 +326,12 @@ def test_steps_are_restored_in_order_whether_their_weights_were_kept_or_not(copi
     assert torch.equal(last.backbone.text_encoder.get_input_embeddings().rows, behind)
 
 
-def trained(backbone: Any, kept: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights of a model under the names of ``kept``."""
+def trained(backbone: Any, saved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of a model under the names of ``saved``."""
     weights = {f"unet.{name.replace('.default', '')}": weight for name, weight in backbone.unet.named_parameters()}
     weights |= dict(backbone.unet.named_parameters())
     rows = backbone.text_encoder.get_input_embeddings().rows
-    return {name: (rows if name.startswith("<") else weights[name]).detach() for name in kept}
+    return {name: (rows if name.startswith("<") else weights[name]).detach() for name in saved}
 
 
 def test_a_replay_that_differs_is_refused(copied: Callable[[str], Path]) -> None:
@@ -359,14 +359,14 @@ def test_a_checkpoint_is_rescored_on_fresh_seeds(copied: Callable[[str], Path], 
     job = next(restore_runs(folder, [7]))
     images = generate_images(job, header["validation_prompts"], content["header"]["seeds"], header["sampling_steps"])
     by_hand = load_scorer(make_spec(method), job.concept)(images, header["validation_texts"])
-    anew = RescoredRun.open(folder)
-    assert anew is not None
-    assert anew.steps.tolist() == [7]
-    assert anew.image_scores["validation", "clip_text"].tolist() == [by_hand["clip_text"]]
-    assert anew.mean(7, "validation", "clip_image") == pytest.approx(np.mean(by_hand["clip_image"]))
-    assert np.isnan(anew.mean(7, "train", "dino"))
-    kept = read_sheet(sheet_path(folder, 7, RESCORED_SHEETS))[1]
-    assert [np.array(picture).tobytes() for picture in kept] == [np.array(picture).tobytes() for picture in images]
+    rescored = RescoredRun.open(folder)
+    assert rescored is not None
+    assert rescored.steps.tolist() == [7]
+    assert rescored.image_scores["validation", "clip_text"].tolist() == [by_hand["clip_text"]]
+    assert rescored.mean(7, "validation", "clip_image") == pytest.approx(np.mean(by_hand["clip_image"]))
+    assert np.isnan(rescored.mean(7, "train", "dino"))
+    sheet = read_sheet(sheet_path(folder, 7, RESCORED_SHEETS))[1]
+    assert [np.array(image).tobytes() for image in sheet] == [np.array(image).tobytes() for image in images]
 
 
 def test_rescored_steps_are_kept_and_belong_to_their_run(copied: Callable[[str], Path], make_spec: Make) -> None:
@@ -374,9 +374,9 @@ def test_rescored_steps_are_kept_and_belong_to_their_run(copied: Callable[[str],
     rescore_steps(folder, [7])
     first = json.loads((folder / "rescored.json").read_text())["rows"]
     rescore_steps(folder, [3, 7])
-    anew = RescoredRun.open(folder)
-    assert anew is not None
-    assert anew.steps.tolist() == [3, 7]
+    rescored = RescoredRun.open(folder)
+    assert rescored is not None
+    assert rescored.steps.tolist() == [3, 7]
     assert json.loads((folder / "rescored.json").read_text())["rows"][:1] == first
     (folder / "scores.json").write_text("{}")  # a damaged recording is made again, without what was rescored
     record_run(make_spec())
@@ -422,22 +422,22 @@ def test_a_finished_run_gets_the_images_that_its_protocol_asks_for_now(
     assert run.image_scores["validation", "clip_image"][1, 8:].tolist() == by_hand["clip_image"]
 
 
-def test_rounds_go_on_after_a_kill_and_count_once_every_step_has_them(
+def test_rounds_continue_after_a_kill_and_count_once_every_step_has_them(
     copied: Callable[[str], Path], make_spec: Make, thrice: Callable[[], None]
 ) -> None:
     folder, recording = copied("textual-inversion"), make_spec()
     thrice()
     record_run(recording)
-    whole, path = RecordedRun.open(folder), folder / "rounds.json"
+    complete, path = RecordedRun.open(folder), folder / "rounds.json"
     content = json.loads(path.read_text())
-    lost = {"header": content["header"], "rows": content["rows"][:-1]}  # the last step has one more round, not two
-    write_json(path, lost)
+    truncated = {"header": content["header"], "rows": content["rows"][:-1]}  # the last step has one more round, not two
+    write_json(path, truncated)
     assert RecordedRun.open(folder).image_count == 8
     assert find_missing_rounds(recording) == {CAP: [2]}
     record_run(recording)
     again = json.loads(path.read_text())["rows"]
-    assert again[:-1] == lost["rows"]
-    for which, values in whole.image_scores.items():
+    assert again[:-1] == truncated["rows"]
+    for which, values in complete.image_scores.items():
         assert RecordedRun.open(folder).image_scores[which].tolist() == values.tolist()
 
 
@@ -501,16 +501,16 @@ def test_checkpoints_of_several_runs_are_rescored_at_once(copied: Callable[[str]
     broken = next(record for record in archive if record.method == METHODS[1])
     for path in folders[1].glob("checkpoint-*"):
         shutil.rmtree(path)
-    wanted = {record: {0, 5} for record in archive}
-    rescored = rescore_archive(archive, wanted, lines.append)
+    steps_by_run = {record: {0, 5} for record in archive}
+    rescored = rescore_archive(archive, steps_by_run, lines.append)
     assert lines[0].startswith("4 checkpoints of 2 runs to rescore, about ")
     assert any(line.startswith(f"{broken.name}: ") and "no checkpoint before step 5" in line for line in lines)
-    assert {name: anew.steps.tolist() for name, anew in rescored.rescored.items()} == {
+    assert {name: run.steps.tolist() for name, run in rescored.rescored.items()} == {
         "textual-inversion/ball/0": [0, 5],
         broken.name: [0],
     }
-    whole = {record: steps for record, steps in wanted.items() if record is not broken}
-    assert rescore_archive(rescored, whole, lines.append) is rescored  # nothing is missing
+    intact = {record: steps for record, steps in steps_by_run.items() if record is not broken}
+    assert rescore_archive(rescored, intact, lines.append) is rescored  # nothing is missing
     assert RecordingArchive.open(folders[0].parents[2]).rescored.keys() == rescored.rescored.keys()
 
 
@@ -571,8 +571,8 @@ def test_a_sheet_returns_its_images(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     rows = [[Image.fromarray(random.integers(0, 256, (8, 8, 3), np.uint8)) for _ in range(3)] for _ in range(2)]
     write_sheet(tmp_path / "sheet.png", rows)
-    for given, read in zip(rows, read_sheet(tmp_path / "sheet.png"), strict=True):
-        assert [picture.tobytes() for picture in given] == [picture.tobytes() for picture in read]
+    for row, read in zip(rows, read_sheet(tmp_path / "sheet.png"), strict=True):
+        assert [image.tobytes() for image in row] == [image.tobytes() for image in read]
 
 
 def test_a_run_that_breaks_is_not_a_finished_recording(make_spec: Make) -> None:

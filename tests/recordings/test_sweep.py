@@ -107,7 +107,7 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_a_sweep_makes_what_is_missing_and_what_is_damaged_and_nothing_else(
+def test_a_sweep_records_what_is_missing_or_damaged_and_nothing_else(
     base: RecordingSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, lines = replace(base, records=str(tmp_path)), list[str]()
@@ -187,10 +187,10 @@ def test_an_interrupted_sweep_asks_its_runs_to_save_and_starts_no_more(
     number: signal.Signals, base: RecordingSpec, tmp_path: Path, programs: dict[str, str]
 ) -> None:
     runs = four_runs(base, tmp_path)
-    asked = (
+    program = (
         "import signal, sys; signal.signal(15, lambda *_: (open({0!r}, 'w'), sys.exit(130))); print(1); signal.pause()"
     )
-    programs |= {run.name: asked.format(str(run.folder / "asked")) for run in runs}
+    programs |= {run.name: program.format(str(run.folder / "asked")) for run in runs}
 
     def interrupt(line: str) -> None:
         # Called after a while without an end: the first run has had the time to report that it listens.
@@ -252,8 +252,8 @@ def test_an_estimate_counts_all_that_is_measured(
     assert estimate_seconds_left(run, {**units, "picture": 1.0}) == pytest.approx(3 * images + 0.2)
     with monkeypatch.context() as patch:
         patch.setattr(cost, "_trained_share", lambda recording: 0.75)
-        left = estimate_seconds_left(run, {**units, "picture": 1.0, "train": 1.0, "start_up": 3.0})
-        assert left == pytest.approx(3 + 0.25 * (cap + images + 0.2) + 2 * images)
+        seconds = estimate_seconds_left(run, {**units, "picture": 1.0, "train": 1.0, "start_up": 3.0})
+        assert seconds == pytest.approx(3 + 0.25 * (cap + images + 0.2) + 2 * images)
         patch.setattr(cost, "_trained_share", lambda recording: 1.0)
         assert estimate_seconds_left(run, {**units, "picture": 1.0, "train": 1.0, "start_up": 3.0}) == 2 * images + 3
     measured = measure_unit_seconds(run)
@@ -269,17 +269,17 @@ def test_time_left_begins_as_estimated_and_ends_as_measured(
     done = part * in_all
     assert extrapolate_seconds_left(done, in_all, done / at_once, at_once) == pytest.approx((in_all - done) / at_once)
     measured, expected = slow * (in_all - done) / at_once, (in_all - done) / at_once
-    left = extrapolate_seconds_left(done, in_all, slow * done / at_once, at_once)
-    assert left is not None
-    assert expected * 0.999 <= left <= measured * 1.001
-    assert part < 0.5 or left == pytest.approx(measured, rel=0.1)
+    seconds = extrapolate_seconds_left(done, in_all, slow * done / at_once, at_once)
+    assert seconds is not None
+    assert expected * 0.999 <= seconds <= measured * 1.001
+    assert part < 0.5 or seconds == pytest.approx(measured, rel=0.1)
     # The pace alone would say 9900.
     assert extrapolate_seconds_left(10, 1000, 100, 1) == 990 * (100 + 50) / (10 + 50)
     assert extrapolate_seconds_left(0, in_all, 60) is None
     assert extrapolate_seconds_left(in_all / 2, in_all, 60) == pytest.approx(60)
 
 
-def test_a_run_that_must_be_made_again_is_all_left(base: RecordingSpec, tmp_path: Path) -> None:
+def test_a_run_that_must_be_repeated_takes_its_whole_time(base: RecordingSpec, tmp_path: Path) -> None:
     run = replace(base, records=str(tmp_path))
     fake_record(tmp_path, run.method, run.concept, run.seed, cap=run.config.max_train_steps)
     assert estimate_seconds_left(run, ROUGH_UNITS) == ROUGH_UNITS["start_up"]
@@ -302,7 +302,7 @@ def test_headers_name_images_sampling_steps_and_cadence(base: RecordingSpec) -> 
         assert part in line
 
 
-def test_slots_are_cores_unless_a_number_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slots_are_cores_unless_the_config_has_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
     assert list_slots(None, 2) == [""] * 3
     assert list_slots(None, 8) == [""]

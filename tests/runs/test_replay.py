@@ -32,10 +32,10 @@ ALL = ReplayConfig(rule=("all",))
 
 
 def test_a_replay_stops_where_the_live_run_would_have() -> None:
-    whole = traced()
-    for outcome in replay_rules(whole, ALL):
+    recorded = traced()
+    for outcome in replay_rules(recorded, ALL):
         rule, live = build_rule(outcome.name, vars(ALL)), Trace()
-        for row in whole.records:
+        for row in recorded.records:
             live.record(**row)
             if (verdict := rule(live)).stop:
                 break

@@ -175,7 +175,7 @@ def test_the_page_asks_nothing_of_the_network_and_runs_nothing(run_folder: Path)
     assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
-def test_whatever_a_user_wrote_is_shown_and_never_carried_out(tmp_path: Path) -> None:
+def test_whatever_a_user_wrote_is_shown_and_never_executed(tmp_path: Path) -> None:
     nasty = "</style><script>alert(1)</script><img src=x onerror=alert(1)>&lt;\"'"
     names = [
         "placeholder_token",
@@ -201,12 +201,12 @@ def test_equal_runs_give_equal_bytes_wherever_and_whenever_they_lie(tmp_path: Pa
     second = shutil.copytree(first, tmp_path / "there" / "else")
     for path in second.rglob("*"):
         os.utime(path, (0, 0))
-    written = write_report(first).read_bytes()
-    assert write_report(second).read_bytes() == written
-    assert write_report(first).read_bytes() == written
+    page = write_report(first).read_bytes()
+    assert write_report(second).read_bytes() == page
+    assert write_report(first).read_bytes() == page
 
 
-def test_the_code_shown_is_code(tmp_path: Path) -> None:
+def test_the_code_on_the_page_is_valid(tmp_path: Path) -> None:
     page = report(tmp_path, fake_trace(), output_dir="runs/my \"mug\" 'o'", placeholder_token="<o'mug>")
     command, program = page.of("code")[-2:]
     prompt = "a photo of <o'mug> on the beach"
@@ -284,7 +284,7 @@ def test_a_run_that_reached_its_cap_says_so_and_claims_no_saving(tmp_path: Path)
     assert not page.with_class("window")
 
 
-def test_an_unfinished_run_says_how_to_go_on_and_claims_no_result(tmp_path: Path) -> None:
+def test_an_unfinished_run_says_how_to_continue_and_claims_no_result(tmp_path: Path) -> None:
     page = report(tmp_path, fake_trace(steps=120), finished=False)
     assert "No stop at step 120: warming up, 120 of 160 steps" in page.text
     assert "120 of at most 1000 steps are recorded. If it is no longer training" in page.text
@@ -350,7 +350,7 @@ def test_an_image_that_cannot_be_read_or_is_missing_leaves_an_empty_frame(run_fo
     assert len(page.with_class("none")) == 2
 
 
-def test_a_trace_torn_by_a_crash_is_shown_up_to_its_last_whole_line(run_folder: Path) -> None:
+def test_a_trace_torn_by_a_crash_is_shown_up_to_its_last_complete_line(run_folder: Path) -> None:
     lines = (run_folder / "trace.jsonl").read_text().splitlines()
     (run_folder / "trace.jsonl").write_text("\n".join([*lines[:100], lines[100][:20]]))
     (run_folder / "result.json").unlink()
@@ -365,7 +365,7 @@ def test_a_run_probed_now_and_then_has_the_same_page(tmp_path: Path) -> None:
     assert len(page.with_class("panel")) == 3
 
 
-def test_a_report_goes_where_it_is_asked_to(run_folder: Path, tmp_path: Path) -> None:
+def test_a_report_is_written_to_the_requested_file(run_folder: Path, tmp_path: Path) -> None:
     path = write_report(run_folder, tmp_path / "page.html")
     assert path == tmp_path / "page.html"
     assert path.read_bytes() == write_report(run_folder).read_bytes()

@@ -15,7 +15,7 @@ from dvar.stopping.rules import Dvar
 from dvar.stopping.trace import Trace
 
 
-def test_a_finished_run_is_read_back_whole(run_folder: Path) -> None:
+def test_a_finished_run_is_read_back_completely(run_folder: Path) -> None:
     run = RunFolder.open(run_folder)
     assert run.result is not None
     assert run.verdict.reason is Reason.STABILISED

@@ -53,7 +53,7 @@ def by_hand(every: int = 1) -> tuple[Trace, Verdict]:
 
 
 @pytest.mark.parametrize("every", [1, 2])
-def test_it_says_what_the_loop_by_hand_says(tmp_path: Path, every: int) -> None:
+def test_it_gives_the_verdict_of_a_loop_written_by_hand(tmp_path: Path, every: int) -> None:
     model = Decay()
     monitor = StopMonitor(STOP, model, tmp_path / "run" / "trace.jsonl", every=every)
     verdict = driven(monitor, model, 0, 1000)
@@ -64,13 +64,13 @@ def test_it_says_what_the_loop_by_hand_says(tmp_path: Path, every: int) -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(killed=st.integers(1, 30), lost=st.integers(0, 10), every=st.sampled_from([1, 2]))
+@given(killed=st.integers(1, 30), distance=st.integers(0, 10), every=st.sampled_from([1, 2]))
 def test_a_run_killed_anywhere_and_resumed_anywhere_before_stops_as_if_nothing_had_happened(
-    tmp_path_factory: pytest.TempPathFactory, killed: int, lost: int, every: int
+    tmp_path_factory: pytest.TempPathFactory, killed: int, distance: int, every: int
 ) -> None:
     path, model = tmp_path_factory.mktemp("run") / "trace.jsonl", Decay()
     driven(StopMonitor(STOP, model, path, every=every), model, 0, killed)
-    checkpoint = max(1, killed - lost)
+    checkpoint = max(1, killed - distance)
     driven(StopMonitor(STOP, model, path, every=every), model, checkpoint, checkpoint)
     verdict = driven(resumed := StopMonitor(STOP, model, path, every=every), model, checkpoint + 1, 1000)
     trace, expected = by_hand(every)
@@ -92,13 +92,13 @@ def test_a_record_is_in_the_file_before_it_is_judged(tmp_path: Path) -> None:
 def test_what_is_cut_or_replaced_is_kept_beside_it(tmp_path: Path) -> None:
     path, model = tmp_path / "trace.jsonl", Decay()
     driven(StopMonitor(STOP, model, path), model, 0, 12)
-    whole = path.read_bytes()
+    content = path.read_bytes()
     for expected in ("trace.jsonl.cut-5", "trace.jsonl.cut-5.2"):
         driven(StopMonitor(STOP, model, path), model, 5, 12)
-        assert (tmp_path / expected).read_bytes() == whole == path.read_bytes()
+        assert (tmp_path / expected).read_bytes() == content == path.read_bytes()
     with pytest.warns(UserWarning, match=r"a run begins and .*trace\.jsonl already exists: it is moved to .*cut-0$"):
         driven(again := StopMonitor(STOP, model, path), model, 0, 3)
-    assert (tmp_path / "trace.jsonl.cut-0").read_bytes() == whole
+    assert (tmp_path / "trace.jsonl.cut-0").read_bytes() == content
     assert len(again.trace) == 4
 
 
@@ -115,11 +115,11 @@ def test_a_record_that_is_there_is_not_measured_again(tmp_path: Path) -> None:
 def test_a_stopped_run_stays_stopped_when_it_is_resumed(tmp_path: Path) -> None:
     path, model = tmp_path / "trace.jsonl", Decay()
     stopped = driven(StopMonitor(STOP, model, path), model, 0, 1000)
-    calls, whole = model.calls, path.read_bytes()
+    calls, content = model.calls, path.read_bytes()
     resumed = StopMonitor(STOP, model, path)
     assert resumed.begin(stopped.step) == stopped
     assert resumed(stopped.step + 1) == stopped
-    assert (model.calls, path.read_bytes()) == (calls, whole)
+    assert (model.calls, path.read_bytes()) == (calls, content)
 
 
 def test_between_evaluations_and_when_asked_twice_nothing_is_measured(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_a_trace_of_other_held_timesteps_is_refused(tmp_path: Path) -> None:
         StopMonitor(STOP, probe([3, 4]), path)(3)
 
 
-def test_a_run_that_goes_on_without_its_trace_is_told(tmp_path: Path) -> None:
+def test_a_run_that_continues_without_its_trace_is_warned_of(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"is resumed at step 300 and .*trace\.jsonl does not exist"):
         StopMonitor(STOP, Decay(), tmp_path / "trace.jsonl")(300)
     with warnings.catch_warnings():
@@ -201,7 +201,7 @@ def test_a_run_that_goes_on_without_its_trace_is_told(tmp_path: Path) -> None:
         StopMonitor(STOP, Decay(), tmp_path / "other.jsonl")(1)  # a loop that counts from 1 is no such case
 
 
-def test_making_one_touches_no_file(tmp_path: Path) -> None:
+def test_building_a_monitor_touches_no_file(tmp_path: Path) -> None:
     monitor = StopMonitor(STOP, Decay(), tmp_path / "run" / "trace.jsonl")
     assert (monitor.verdict.reason, len(monitor.trace)) == (Reason.WARMING_UP, 0)
     assert list(tmp_path.iterdir()) == []
@@ -211,11 +211,11 @@ def test_a_failing_probe_leaves_the_trace_as_it_was(tmp_path: Path) -> None:
     model = Decay()
     monitor = StopMonitor(STOP, model, tmp_path / "trace.jsonl")
     monitor(0)
-    whole = monitor.path.read_bytes()
+    content = monitor.path.read_bytes()
     model.pace = 0.0
     with pytest.raises(ZeroDivisionError):
         monitor(1)
-    assert (monitor.path.read_bytes(), len(monitor.trace)) == (whole, 1)
+    assert (monitor.path.read_bytes(), len(monitor.trace)) == (content, 1)
 
 
 @pytest.mark.parametrize(

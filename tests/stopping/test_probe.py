@@ -351,16 +351,16 @@ def test_a_paired_reading_is_the_loss_less_the_frozen_models_before_it_is_rounde
 
 
 def test_the_draws_of_a_paired_reading_are_keyed_by_its_seed_and_step() -> None:
-    drawn: list[Tensor] = []
+    batches: list[Tensor] = []
 
     def draw(step: int) -> Tensor:
-        drawn.append(torch.rand(8))
-        return drawn[-1]
+        batches.append(torch.rand(8))
+        return batches[-1]
 
     for seed, step in ((0, 1), (0, 1), (0, 2), (1, 1)):
         PairedProbe(lambda draws: draws, lambda draws: draws, draw, [nn.Identity()], seed=seed)(step)
-    assert torch.equal(drawn[0], drawn[1])
-    assert len({tuple(each.tolist()) for each in drawn}) == 3
+    assert torch.equal(batches[0], batches[1])
+    assert len({tuple(each.tolist()) for each in batches}) == 3
 
 
 def test_both_models_of_a_paired_probe_are_found_and_measured_in_evaluation_mode() -> None:
@@ -399,21 +399,21 @@ def test_a_paired_trace_refuses_to_be_normalised() -> None:
 
 
 @pytest.mark.parametrize(("count", "timesteps"), [(1, 1000), (8, 1000), (8, 8), (5, 1000)])
-def test_stratified_timesteps_hold_one_of_each_part(count: int, timesteps: int) -> None:
-    drawn = torch.stack(
+def test_stratified_timesteps_have_one_in_each_part(count: int, timesteps: int) -> None:
+    batches = torch.stack(
         [draw_stratified_timesteps(count, timesteps, torch.Generator().manual_seed(s)) for s in range(300)]
     )
-    assert drawn.dtype == torch.int64
-    assert int(drawn.min()) >= 0
-    assert int(drawn.max()) < timesteps
+    assert batches.dtype == torch.int64
+    assert int(batches.min()) >= 0
+    assert int(batches.max()) < timesteps
     edges = torch.arange(count) * timesteps / count
-    assert bool((drawn >= edges.floor()).all() and (drawn <= edges + timesteps / count).all())
+    assert bool((batches >= edges.floor()).all() and (batches <= edges + timesteps / count).all())
     # The standard error of the mean of 300 * count draws, of which each part's variance is (T / count)^2 / 12.
     error = timesteps / count / (12 * 300 * count) ** 0.5
-    assert abs(float(drawn.double().mean()) - (timesteps - 1) / 2) <= 4 * error + 0.5
+    assert abs(float(batches.double().mean()) - (timesteps - 1) / 2) <= 4 * error + 0.5
 
 
-def test_stratified_timesteps_come_from_the_generator_given() -> None:
+def test_stratified_timesteps_come_from_the_generator() -> None:
     states = random_states()
     first, same, other = (draw_stratified_timesteps(8, 1000, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
     assert torch.equal(first, same)
@@ -422,6 +422,6 @@ def test_stratified_timesteps_come_from_the_generator_given() -> None:
 
 
 @pytest.mark.parametrize(("count", "timesteps"), [(0, 1000), (8, 0)])
-def test_no_timesteps_can_be_drawn_of_none(count: int, timesteps: int) -> None:
+def test_timesteps_are_not_drawn_from_an_empty_range(count: int, timesteps: int) -> None:
     with pytest.raises(RefusedInput, match=f"must be 1 or more, got {count} and {timesteps}"):
         draw_stratified_timesteps(count, timesteps)

@@ -326,7 +326,7 @@ def test_finite_losses_too_far_apart_for_float64_are_not_stabilised_either() -> 
         (Plateau("eval", 5), "the metric"),
     ],
 )
-def test_the_steps_between_which_a_loss_was_not_finite_are_told(rule: Rule, what: str) -> None:
+def test_the_steps_between_which_a_loss_was_not_finite_are_reported(rule: Rule, what: str) -> None:
     values = [1.0] * 30
     values[12], values[14], values[17] = math.nan, math.inf, -math.inf
     verdict = rule(traced(values))
@@ -379,7 +379,7 @@ def test_every_other_wrong_setting_is_refused_by_its_name(build: Callable[[], Ru
     assert problem.startswith(message)
 
 
-def test_all_problems_are_told_at_once() -> None:
+def test_all_problems_are_reported_at_once() -> None:
     with pytest.raises(RefusedInput) as caught:
         Dvar(0, 2.0)
     assert len(caught.value.problems) == 2
@@ -780,9 +780,9 @@ def test_what_a_rule_cannot_read_is_an_error_that_names_rule_value_and_remedy(
     assert rule(trace).reason is Reason.WARMING_UP  # nothing yet is no error
     for step in range(30):
         trace.record(step, loss=0.1, norms=[1.0, 2.0])
-    asked = replace(rule, metric=change["metric"]) if "metric" in change else rule
+    changed = replace(rule, metric=change["metric"]) if "metric" in change else rule
     with pytest.raises(RefusedInput) as refused:
-        asked(change.get("trace", trace))
+        changed(change.get("trace", trace))
     assert str(refused.value).startswith(f"{type(rule).__name__} {message}")
 
 
@@ -843,7 +843,7 @@ def test_the_numbers_of_one_rule_are_never_those_of_another() -> None:
     assert "the last 40 steps range over" in str(alike)
 
 
-def test_what_two_rules_say_alike_is_told_once() -> None:
+def test_a_diagnosis_that_two_rules_share_is_reported_once() -> None:
     trace = traced(1 + step / 100 for step in range(60))
     rules = (Hall(40, 0.05), Trend(40, 0.05))
     (reasons,) = {tuple(diagnosis.reason for diagnosis in rule(trace).diagnoses) for rule in rules}

@@ -205,9 +205,9 @@ def test_a_trace_survives_its_file_to_the_last_bit(tmp_path: Path, records: list
     for name in ("steps", "values", "samples"):
         assert getattr(again, name).shape == getattr(trace, name).shape
         assert bits(getattr(again, name)) == bits(getattr(trace, name))
-    written = path.read_bytes()
+    content = path.read_bytes()
     again.write(path)
-    assert path.read_bytes() == written
+    assert path.read_bytes() == content
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -232,14 +232,14 @@ def test_non_finite_numbers_are_the_three_strings() -> None:
 def test_a_last_line_torn_at_any_byte_is_dropped_with_a_warning(tmp_path: Path) -> None:
     trace, path = built([(1, [0.1, math.nan, 3.0], {"lr": 1e-2})] * 3), tmp_path / "trace.jsonl"
     trace.write(path)
-    whole = path.read_bytes()
-    start = len(whole) - len(trace.line(2)) - 1
-    for end in range(start + 1, len(whole) - 1):
-        path.write_bytes(whole[:end])
+    content = path.read_bytes()
+    start = len(content) - len(trace.line(2)) - 1
+    for end in range(start + 1, len(content) - 1):
+        path.write_bytes(content[:end])
         with pytest.warns(UserWarning, match="the last line is incomplete"):
             torn = Trace.read(path)
         assert lines(torn) == lines(trace)[:2]
-    path.write_bytes(whole[:-1])  # only the line break is missing
+    path.write_bytes(content[:-1])  # only the line break is missing
     assert lines(Trace.read(path)) == lines(trace)
 
 

@@ -39,13 +39,13 @@ def settings(place: Path, **changes: Any) -> SurveyBuildConfig:
 
 def test_images_of_the_same_prompt_and_seed_are_pairs_and_trained_prompts_ask_about_likeness(tmp_path: Path) -> None:
     _, survey = small_survey(tmp_path)
-    asked = {question: survey.select(question, "pair") for question in QUESTIONS}
-    assert [(task.prompt, task.seed) for task in asked["reconstruction"]] == [
+    pairs = {question: survey.select(question, "pair") for question in QUESTIONS}
+    assert [(task.prompt, task.seed) for task in pairs["reconstruction"]] == [
         ("a photo of {}", 0),
         ("a photo of {}", 1),
     ]
-    assert len(asked["customization"]) == 6
-    assert {task.prompt for task in asked["customization"]} >= {"a photo of {} on the beach"}
+    assert len(pairs["customization"]) == 6
+    assert {task.prompt for task in pairs["customization"]} >= {"a photo of {} on the beach"}
     assert all(task.method == "textual-inversion" and task.concept == "mug" for task in survey.tasks)
     assert len({task.id for task in survey.tasks}) == len(survey.tasks)
 
@@ -111,9 +111,9 @@ def test_controls_and_training_have_obvious_answers(tmp_path: Path) -> None:
 def test_neither_a_name_nor_a_count_of_pixels_reveals_a_control(tmp_path: Path) -> None:
     folder, survey = small_survey(tmp_path)
     checks = [task for question in QUESTIONS for task in survey.select(question, "control")]
-    shown = Counter(name for task in survey.tasks for name in {task.first, task.second, *task.references})
+    uses = Counter(name for task in survey.tasks for name in {task.first, task.second, *task.references})
     for task in checks:
-        assert shown[task.first] == shown[task.second] == 1, "in no other task, and not among its references"
+        assert uses[task.first] == uses[task.second] == 1, "in no other task, and not among its references"
         intact, scrambled = (_pixels(folder, name) for name in (task.first, task.second))
         assert intact.shape == scrambled.shape
         assert not np.array_equal(np.sort(intact, axis=None), np.sort(scrambled, axis=None)), (
@@ -235,12 +235,12 @@ def test_a_damaged_survey_is_refused(tmp_path: Path, damage: Callable[[Path], ob
 def test_missing_images_are_generated_by_both_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = [run_with_images(tmp_path / name, seed, scenes=()) for seed, name in enumerate(("stopped", "full"))]
     (tmp_path / "scenes.txt").write_text("on the moon\n\nby the sea\n")
-    asked = []
+    calls = []
     personalised = SimpleNamespace(load_personalised_backbone=lambda folder: folder)
     monkeypatch.setitem(sys.modules, "dvar.runs.load_model", personalised)
 
     def sample(folder: Path, prompts: list[str], seeds: list[int], **_: object) -> list[Image.Image]:
-        asked.append((folder.name, list(prompts), list(seeds)))
+        calls.append((folder.name, list(prompts), list(seeds)))
         return [
             Image.new("RGB", (64, 64), (len(prompt), seed, len(folder.name)))
             for prompt, seed in zip(prompts, seeds, strict=True)
@@ -249,17 +249,17 @@ def test_missing_images_are_generated_by_both_runs(tmp_path: Path, monkeypatch: 
     monkeypatch.setitem(sys.modules, "dvar.diffusion.sampling", SimpleNamespace(sample=sample))
     config = replace(settings(tmp_path), generate=True, scenes=str(tmp_path / "scenes.txt"), images_per_prompt=3)
     survey = build_survey(runs, config)
-    assert [name for name, _, _ in asked] == ["stopped", "full"]
-    assert asked[0][1:] == asked[1][1:]
+    assert [name for name, _, _ in calls] == ["stopped", "full"]
+    assert calls[0][1:] == calls[1][1:]
     # The samples have seeds 0 and 1 of the plain prompt already.
-    assert list(zip(*asked[0][1:], strict=True)) == [
+    assert list(zip(*calls[0][1:], strict=True)) == [
         ("a photo of <thing>", 2),
         *((f"a photo of <thing> {scene}", seed) for scene in ("on the moon", "by the sea") for seed in range(3)),
     ]
     assert [len(survey.select(question, "pair")) for question in QUESTIONS] == [3, 6]
-    asked.clear()
+    calls.clear()
     build_survey(runs, replace(config, output_dir=str(tmp_path / "second")))
-    assert not asked, "nothing is generated twice"
+    assert not calls, "nothing is generated twice"
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make is installed")

@@ -175,9 +175,9 @@ def test_the_page_says_when_nobody_answered_and_when_nobody_is_left(tmp_path: Pa
     assert (empty.all_results, empty.votes, empty.left_share) == ((), 0, 0.5)
     page = write_result_page(tmp_path, empty, tmp_path / "score.html").read_text()
     assert "Nobody has answered yet." in page
-    gone = score_votes(SURVEY, votes("bad", "++--", right=0, wrong=2))
-    assert gone.results == ()
-    assert "nobody left" in write_result_page(tmp_path, gone, tmp_path / "score.html").read_text()
+    score = score_votes(SURVEY, votes("bad", "++--", right=0, wrong=2))
+    assert score.results == ()
+    assert "nobody left" in write_result_page(tmp_path, score, tmp_path / "score.html").read_text()
 
 
 def test_ties_alone_show_no_side_and_no_winner(tmp_path: Path) -> None:
@@ -294,9 +294,9 @@ def write_answers(path: Path, table: list[dict[str, str]], names: tuple[str, str
 def test_answers_of_a_platform_come_back_as_votes(tmp_path: Path, names: tuple[str, str, str], delimiter: str) -> None:
     folder, survey = small_survey(tmp_path)
     table = tmp_path / "tasks.csv"
-    written = write_tasks(folder, table, "customization", KEY, "https://a.example/pictures/")
+    count = write_tasks(folder, table, "customization", KEY, "https://a.example/pictures/")
     listed = rows(table)
-    assert written == len(listed)
+    assert count == len(listed)
     pairs = [row for row in listed if row["role"] == "pair"]
     assert len(pairs) == 2 * len(survey.select("customization", "pair"))
     assert {int(row["people"]) for row in pairs} == {5}
@@ -305,11 +305,11 @@ def test_answers_of_a_platform_come_back_as_votes(tmp_path: Path, names: tuple[s
     assert all(row["left"].startswith("https://a.example/pictures/") for row in listed)
     assert all(row["description"].startswith("a photo of the object ") for row in listed)
     path = write_answers(tmp_path / "answers", listed, names, delimiter)
-    given = 2 * len(one_row_per_task(listed))
-    assert import_answers(folder, path, KEY) == (given, 0)
-    assert import_answers(folder, path, KEY) == (0, given), "read again, nothing is counted twice"
+    answer_count = 2 * len(one_row_per_task(listed))
+    assert import_answers(folder, path, KEY) == (answer_count, 0)
+    assert import_answers(folder, path, KEY) == (0, answer_count), "read again, nothing is counted twice"
     counted = VoteStore(folder / VOTES_FILE, survey).load_votes()
-    assert len(counted) == given
+    assert len(counted) == answer_count
     assert len({row["ticket"] for row in listed}) == len(listed)
     for vote in counted:
         if vote.task.role == "pair":
@@ -333,8 +333,8 @@ def test_neither_a_ticket_nor_its_row_reveals_the_role_of_a_task(tmp_path: Path)
 def test_an_odd_overlap_is_split_as_evenly_as_possible(tmp_path: Path) -> None:
     folder, survey = small_survey(tmp_path, overlap=3)
     write_tasks(folder, tmp_path / "tasks.csv", "reconstruction", KEY, "https://a.example")
-    wanted = [int(row["people"]) for row in rows(tmp_path / "tasks.csv") if row["role"] == "pair"]
-    assert sorted(wanted) == [1, 1, 2, 2] == sorted([1, 2] * len(survey.select("reconstruction", "pair")))
+    raters = [int(row["people"]) for row in rows(tmp_path / "tasks.csv") if row["role"] == "pair"]
+    assert sorted(raters) == [1, 1, 2, 2] == sorted([1, 2] * len(survey.select("reconstruction", "pair")))
 
 
 def test_a_table_with_wrong_rows_is_refused_as_a_whole(tmp_path: Path) -> None:
@@ -417,14 +417,14 @@ def test_no_cell_is_read_as_a_formula(tmp_path: Path) -> None:
 def test_a_simulated_rater_answers_with_the_stated_probabilities() -> None:
     survey = imagine_survey(["a"], concepts=1, prompts=1, config=SurveyBuildConfig())
     store = VoteStore(":memory:", survey)
-    shown = store.current_assignment(store.add_rater())
-    assert shown is not None
+    assignment = store.current_assignment(store.add_rater())
+    assert assignment is not None
     generator = np.random.default_rng(0)
-    answers = [SimulatedRater(0.7, left=0.3).answer(shown, {}, generator) for _ in range(3000)]
+    answers = [SimulatedRater(0.7, left=0.3).answer(assignment, {}, generator) for _ in range(3000)]
     # A training task: right with 0.7, else at random, where left has 1.3 / 3, equal 1 / 3, right 0.7 / 3.
-    right = shown.task.expected
+    right = assignment.task.expected
     assert right is not None
-    blind = 1.3 if right == shown.left_side else 0.7
+    blind = 1.3 if right == assignment.left_side else 0.7
     assert answers.count(right) / 3000 == pytest.approx(0.7 + 0.3 * blind / 3, abs=0.025)
     assert answers.count("equal") / 3000 == pytest.approx(0.1, abs=0.02)
 

@@ -181,10 +181,10 @@ def test_the_personal_link_continues_in_another_browser(place: Place) -> None:
     page = visitor.begin()
     link = personal_link(page)
     elsewhere = Visitor(place.app)
-    asked = elsewhere.page(link)
-    assert "Continue as Ada?" in asked.text
+    confirmation = elsewhere.page(link)
+    assert "Continue as Ada?" in confirmation.text
     assert elsewhere.http.get("/task").url.path == "/", "following a link alone changes nothing"
-    answer = elsewhere.http.post(link, data=asked.hidden)
+    answer = elsewhere.http.post(link, data=confirmation.hidden)
     assert Page(answer.text).hidden["task"] == page.hidden["task"]
     assert visitor.http.get(link).url.path == "/task", "the rater continues at once"
 
@@ -192,10 +192,12 @@ def test_the_personal_link_continues_in_another_browser(place: Place) -> None:
 def test_a_link_of_someone_else_does_not_change_the_visitor(place: Place) -> None:
     visitor, other = Visitor(place.app), Visitor(place.app)
     link, page = personal_link(visitor.begin()), other.begin("Eve")
-    asked = other.page(link)
+    confirmation = other.page(link)
     assert other.page().hidden["task"] == page.hidden["task"]
     assert other.http.post(link, data={"ticket": page.hidden["ticket"]}).status_code == 403
-    assert other.http.post(link, data=asked.hidden, headers={"origin": "https://evil.example"}).status_code == 403
+    assert (
+        other.http.post(link, data=confirmation.hidden, headers={"origin": "https://evil.example"}).status_code == 403
+    )
     assert other.page().hidden["task"] == page.hidden["task"]
 
 
@@ -203,15 +205,15 @@ def test_a_rater_who_asks_for_it_is_deleted_and_nobody_else(place: Place) -> Non
     visitor, other = Visitor(place.app), Visitor(place.app)
     page = visitor.begin("Zerubbabel")
     other_page = other.begin("Other")
-    for rater, shown in ((visitor, page), (other, other_page)):
-        assert rater.press(shown, expected(place, shown) or "left").status_code == 303
+    for rater, task_page in ((visitor, page), (other, other_page)):
+        assert rater.press(task_page, expected(place, task_page) or "left").status_code == 303
     old_page, old_form, link = visitor.page(), visitor.page("/").hidden, personal_link(page)
     old_cookies = dict(visitor.http.cookies)
-    asked = visitor.page("/forget")
-    assert "your 1 answer will be deleted" in asked.text
+    confirmation = visitor.page("/forget")
+    assert "your 1 answer will be deleted" in confirmation.text
     assert len(place.votes) == 2, "asking deletes nothing"
     assert b"Zerubbabel" in stored_bytes(place)
-    response = visitor.http.post("/forget", data=asked.hidden)
+    response = visitor.http.post("/forget", data=confirmation.hidden)
     assert "Your name and your 1 answer have been deleted." in Page(response.text).text
     assert "deleted" not in visitor.page("/").text.partition("Your name (optional)")[0], "shown once"
     assert {vote.rater for vote in place.votes} == {"2 Other"}
@@ -235,10 +237,10 @@ def test_the_secret_decides_the_order_of_tasks(place: Place) -> None:
         roles = list[list[str]]()
         for rater in [store.add_rater() for _ in range(6)]:
             roles.append([])
-            while shown := store.current_assignment(rater):
-                roles[-1].append(shown.task.role)
+            while assignment := store.current_assignment(rater):
+                roles[-1].append(assignment.task.role)
                 for button in ("left", "right", "equal"):
-                    store.record_vote(rater, shown.id, button)
+                    store.record_vote(rater, assignment.id, button)
         return roles
 
     folders = [place.folder.parent / name for name in "abc"]
@@ -370,14 +372,14 @@ def test_pages_name_no_method_no_run_and_no_path(place: Place) -> None:
 
 
 def test_names_and_prompts_are_shown_as_text_and_never_executed(place: Place) -> None:
-    visitor, shown = Visitor(place.app), ""
+    visitor, source = Visitor(place.app), ""
     page = visitor.begin(NASTY)
     while "Thank you" not in page.text:
-        shown += page.source
+        source += page.source
         assert [f.get("src") for f in page.all("script")] == ["/static/keys.js"]
         visitor.press(page, expected(place, page) or "left")
         page = visitor.page()
-    assert "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;" in shown, "a scene of the survey"
+    assert "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;" in source, "a scene of the survey"
     admin = visitor.progress()
     assert not admin.all("script")
     assert NASTY in admin.text
@@ -618,7 +620,7 @@ def test_other_machines_reach_the_survey_only_when_asked_for(settings: dict[str,
     assert [problem.split()[0] for problem in problems(SurveyServeConfig(**settings))] == names
 
 
-def test_a_folder_without_a_survey_is_refused_before_anything_listens(tmp_path: Path) -> None:
+def test_a_folder_without_a_survey_is_refused_before_the_server_listens(tmp_path: Path) -> None:
     with pytest.raises(RefusedInput, match=r"survey\.json"):
         serve_survey(tmp_path, SurveyServeConfig())
     assert not (tmp_path / IMAGE_FOLDER).exists()

@@ -25,13 +25,15 @@ from dvar.survey.statistics import (
 Z95 = 1.959963984540054
 
 
-def shown(better: tuple[int, int], equal: tuple[int, int], worse: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+def cast_votes(
+    better: tuple[int, int], equal: tuple[int, int], worse: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
     """Votes and sides with those counts, each (candidate on the left, on the right)."""
     votes = [
         value for value, counts in ((1, better), (0, equal), (-1, worse)) for count in counts for _ in range(count)
     ]
-    left = [at == 0 for counts in (better, equal, worse) for at, count in enumerate(counts) for _ in range(count)]
-    return np.array(votes, np.int64), np.array(left)
+    on_left = [at == 0 for counts in (better, equal, worse) for at, count in enumerate(counts) for _ in range(count)]
+    return np.array(votes, np.int64), np.array(on_left)
 
 
 @given(st.integers(1, 400), st.data())
@@ -98,14 +100,14 @@ def test_the_clustered_interval_equals_resampling_raters_and_concepts_by_hand() 
 
 def test_davidson_without_an_effect_of_the_side_has_its_closed_form() -> None:
     # With b better, w worse, e equal: pi1/pi2 = b/w and nu = e / sqrt(b w) (Davidson 1970, two objects).
-    strength = fit_davidson(*shown((30, 30), (12, 12), (15, 15)))
+    strength = fit_davidson(*cast_votes((30, 30), (12, 12), (15, 15)))
     assert strength is not None
     assert strength.advantage == pytest.approx(np.log(60 / 30), abs=1e-9)
     assert strength.ties == pytest.approx(24 / np.sqrt(60 * 30), abs=1e-9)
     assert strength.left == pytest.approx(0, abs=1e-9)
     assert strength.probabilities() == pytest.approx((60 / 114, 24 / 114, 30 / 114))
     # Without ties it is Bradley and Terry's, whose variance of the log odds is 1/b + 1/w.
-    untied = fit_davidson(*shown((30, 30), (0, 0), (15, 15)))
+    untied = fit_davidson(*cast_votes((30, 30), (0, 0), (15, 15)))
     assert untied is not None
     assert untied.ties == 0
     half = Z95 * np.sqrt(1 / 60 + 1 / 30)
@@ -118,14 +120,14 @@ counts = st.tuples(st.integers(1, 40), st.integers(1, 40))
 @settings(max_examples=15, deadline=None)
 @given(counts, counts, counts)
 def test_the_fitted_strength_maximises_the_likelihood(better, equal, worse) -> None:  # type: ignore[no-untyped-def]
-    votes, left = shown(better, equal, worse)
-    strength = fit_davidson(votes, left)
+    votes, on_left = cast_votes(better, equal, worse)
+    strength = fit_davidson(votes, on_left)
     assert strength is not None
 
     def likelihood(advantage: float, side: float, ties: float) -> float:
         """Davidson and Beaver's, written with worths as they do: the left side multiplies a worth."""
-        ours = np.exp(advantage / 2) * np.where(left, np.exp(side / 2), np.exp(-side / 2))
-        theirs = np.exp(-advantage / 2) * np.where(left, np.exp(-side / 2), np.exp(side / 2))
+        ours = np.exp(advantage / 2) * np.where(on_left, np.exp(side / 2), np.exp(-side / 2))
+        theirs = np.exp(-advantage / 2) * np.where(on_left, np.exp(-side / 2), np.exp(side / 2))
         tie = ties * np.sqrt(ours * theirs)
         chance = np.select([votes == 1, votes == 0], [ours, tie], theirs) / (ours + theirs + tie)
         return float(np.log(chance).sum())
@@ -151,7 +153,7 @@ def _curvature(of: Callable[[float], float], step: float = 1e-3) -> float:
 def test_davidsons_interval_follows_from_the_fisher_information() -> None:
     # With the sides even, the side does not bear on the others; advantage and log nu remain. Their information is n
     # times the covariance of (p1 - p3) / 2 and of "equal".
-    strength = fit_davidson(*shown((30, 30), (12, 12), (15, 15)))
+    strength = fit_davidson(*cast_votes((30, 30), (12, 12), (15, 15)))
     assert strength is not None
     better, _, worse = strength.probabilities()
     count, equal = 114, 24 / 114
@@ -166,7 +168,7 @@ def test_davidsons_interval_follows_from_the_fisher_information() -> None:
 
 
 def test_the_confidence_and_the_seed_change_the_intervals() -> None:
-    votes = shown((20, 12), (6, 8), (10, 15))
+    votes = cast_votes((20, 12), (6, 8), (10, 15))
     some, most = fit_davidson(*votes), fit_davidson(*votes, 0.99)
     assert some is not None
     assert most is not None
@@ -179,7 +181,7 @@ def test_the_confidence_and_the_seed_change_the_intervals() -> None:
 
 def test_an_effect_of_the_side_is_not_mistaken_for_a_better_candidate() -> None:
     # Everyone presses left: no rival is better.
-    strength = fit_davidson(*shown((40, 5), (6, 6), (5, 40)))
+    strength = fit_davidson(*cast_votes((40, 5), (6, 6), (5, 40)))
     assert strength is not None
     assert strength.advantage == pytest.approx(0, abs=1e-9)
     assert 0.0 not in strength.left_interval
@@ -190,7 +192,7 @@ def test_an_effect_of_the_side_is_not_mistaken_for_a_better_candidate() -> None:
     "votes", [((5, 5), (2, 2), (0, 0)), ((0, 0), (3, 3), (0, 0)), ((5, 0), (1, 1), (0, 5)), ((0, 0), (0, 0), (0, 0))]
 )
 def test_without_a_maximum_of_the_likelihood_there_is_no_strength(votes) -> None:  # type: ignore[no-untyped-def]
-    assert fit_davidson(*shown(*votes)) is None
+    assert fit_davidson(*cast_votes(*votes)) is None
 
 
 @settings(max_examples=40, deadline=None)

@@ -32,19 +32,19 @@ def open_store(survey: Survey = SURVEY, clock: Clock | None = None) -> VoteStore
     return VoteStore(":memory:", survey, clock or Clock())
 
 
-def button_for(shown: Assignment, answer: str | None) -> str:
-    return next(button for button in ("left", "right", "equal") if shown.answer_for(button) == answer)
+def button_for(assignment: Assignment, answer: str | None) -> str:
+    return next(button for button in ("left", "right", "equal") if assignment.answer_for(button) == answer)
 
 
 def answer_all(store: VoteStore, rater: int, answer: str = "first") -> list[Assignment]:
-    """Answer tasks correctly and pairs with `answer` until nothing is left; return everything that was shown."""
-    seen = []
-    while (shown := store.current_assignment(rater)) is not None:
-        seen.append(shown)
-        assert len(seen) < 100
-        outcome, _ = store.record_vote(rater, shown.id, button_for(shown, shown.task.expected or answer))
+    """Answer tasks correctly and pairs with `answer` until nothing is left; return the assignments."""
+    assignments = []
+    while (assignment := store.current_assignment(rater)) is not None:
+        assignments.append(assignment)
+        assert len(assignments) < 100
+        outcome, _ = store.record_vote(rater, assignment.id, button_for(assignment, assignment.task.expected or answer))
         assert outcome == "counted"
-    return seen
+    return assignments
 
 
 def test_for_each_question_a_rater_meets_training_then_every_pair_with_controls_among_them() -> None:
@@ -52,11 +52,11 @@ def test_for_each_question_a_rater_meets_training_then_every_pair_with_controls_
     rater = store.add_rater("Ada")
     assert store.progress(rater) == (0, sum(SURVEY.max_tasks(question) for question in QUESTIONS))
     seen = answer_all(store, rater)
-    assert len({shown.task.id for shown in seen}) == len(seen)
+    assert len({assignment.task.id for assignment in seen}) == len(seen)
     half = len(seen) // 2
-    assert len({shown.task.question for shown in seen[:half]}) == 1, "one question after the other"
+    assert len({assignment.task.question for assignment in seen[:half]}) == 1, "one question after the other"
     for question in QUESTIONS:
-        roles = [shown.task.role for shown in seen if shown.task.question == question]
+        roles = [assignment.task.role for assignment in seen if assignment.task.question == question]
         assert Counter(roles) == {"training": 1, "pair": 6, "control": 3}
         assert roles[0] == "training"
     assert store.progress(rater) == (len(seen), len(seen))
@@ -80,7 +80,7 @@ def test_orders_follow_from_the_seed_and_the_secret_together() -> None:
 
     def roles(secret: str, seed: int = 0) -> list[list[str]]:
         store = VoteStore(":memory:", replace(survey, seed=seed), Clock(), secret)
-        return [[shown.task.role for shown in answer_all(store, store.add_rater())] for _ in range(3)]
+        return [[assignment.task.role for assignment in answer_all(store, store.add_rater())] for _ in range(3)]
 
     assert roles("a") == roles("a")
     assert roles("a") != roles("b"), "who knows the seed does not know where the controls are"
@@ -113,11 +113,11 @@ def test_sides_stay_balanced_when_raters_are_deleted_and_no_number_is_used_again
     task = SURVEY.select("customization", "pair")[0].id
     sides = {int(vote.rater): vote.left_side for vote in store.load_votes() if vote.task.id == task}
     fewer = min(set(sides.values()), key=list(sides.values()).count)
-    gone = [rater for rater, side in sides.items() if side == fewer]
-    for rater in gone:
+    deleted = [rater for rater, side in sides.items() if side == fewer]
+    for rater in deleted:
         assert store.delete_rater(rater) == sum(SURVEY.max_tasks(question) for question in QUESTIONS)
         assert store.rater_name(rater) is None
-    assert store.delete_rater(gone[0]) is None
+    assert store.delete_rater(deleted[0]) is None
     assert store.delete_rater(99) is None
     for number in (6, 7):
         assert store.add_rater() == number
@@ -127,12 +127,12 @@ def test_sides_stay_balanced_when_raters_are_deleted_and_no_number_is_used_again
     assert sum(after.values()) == 5
     assert store.delete_rater(7)
     assert store.add_rater() == 8, "the last number is not used again, either"
-    shown = store.current_assignment(8)
-    assert shown is not None
+    assignment = store.current_assignment(8)
+    assert assignment is not None
     assert store.delete_rater(8) == 0
     again = store.current_assignment(store.add_rater())
     assert again is not None
-    assert again.id > shown.id
+    assert again.id > assignment.id
 
 
 def test_a_rater_who_comes_when_everything_is_answered_is_done_at_once() -> None:
@@ -145,8 +145,10 @@ def test_a_rater_who_comes_when_everything_is_answered_is_done_at_once() -> None
 def test_no_rater_is_asked_more_pairs_than_the_maximum() -> None:
     survey = replace(SURVEY, per_person=2)
     store = open_store(survey)
-    seen = [shown for shown in answer_all(store, store.add_rater()) if shown.task.question == "customization"]
-    assert Counter(shown.task.role for shown in seen) == {"training": 1, "pair": 2, "control": 1}
+    seen = [
+        assignment for assignment in answer_all(store, store.add_rater()) if assignment.task.question == "customization"
+    ]
+    assert Counter(assignment.task.role for assignment in seen) == {"training": 1, "pair": 2, "control": 1}
 
 
 def test_the_pairs_with_the_fewest_answers_come_first() -> None:
@@ -154,9 +156,9 @@ def test_the_pairs_with_the_fewest_answers_come_first() -> None:
     store = open_store(survey)
     for _ in range(3):
         answer_all(store, store.add_rater())
-    asked = Counter(vote.task.id for vote in store.load_votes() if vote.task.role == "pair")
-    assert set(asked.values()) == {1}, "three raters with two pairs of each question see all six of each"
-    assert len(asked) == 12
+    raters_by_pair = Counter(vote.task.id for vote in store.load_votes() if vote.task.role == "pair")
+    assert set(raters_by_pair.values()) == {1}, "three raters with two pairs of each question see all six of each"
+    assert len(raters_by_pair) == 12
 
 
 def test_the_seconds_of_an_answer_count_from_the_last_showing() -> None:
@@ -165,10 +167,10 @@ def test_the_seconds_of_an_answer_count_from_the_last_showing() -> None:
     rater = store.add_rater()
     store.current_assignment(rater)
     clock.now += 3000
-    shown = store.current_assignment(rater)
-    assert shown is not None
+    assignment = store.current_assignment(rater)
+    assert assignment is not None
     clock.now += 2
-    store.record_vote(rater, shown.id, button_for(shown, shown.task.expected))
+    store.record_vote(rater, assignment.id, button_for(assignment, assignment.task.expected))
     assert [vote.seconds for vote in store.load_votes()] == [2]
 
 
@@ -192,53 +194,57 @@ def test_a_task_left_open_is_offered_to_others_after_a_while_and_a_late_answer_s
     survey = replace(SURVEY, overlap=1, per_person=1, tasks=tuple(t for t in SURVEY.tasks if t.role == "pair")[:1])
     store = open_store(survey, clock)
     slow, quick = store.add_rater(), store.add_rater()
-    shown = store.current_assignment(slow)
-    assert shown is not None
+    assignment = store.current_assignment(slow)
+    assert assignment is not None
     assert store.current_assignment(quick) is None, "another rater has it open"
     clock.now += IDLE_SECONDS + 1
     other = store.current_assignment(quick)
     assert other is not None
-    assert other.left_side != shown.left_side
+    assert other.left_side != assignment.left_side
     assert store.record_vote(quick, other.id, "left")[0] == "counted"
-    assert store.record_vote(slow, shown.id, "left")[0] == "counted"
+    assert store.record_vote(slow, assignment.id, "left")[0] == "counted"
     assert {vote.seconds for vote in store.load_votes()} == {0.0, IDLE_SECONDS + 1}
 
 
 def test_training_is_asked_again_until_it_is_right_and_the_misses_are_counted() -> None:
     store = open_store()
     rater = store.add_rater()
-    shown = store.current_assignment(rater)
-    assert shown is not None
-    wrong = next(word for word in ("left", "right", "equal") if shown.answer_for(word) != shown.task.expected)
-    assert store.record_vote(rater, shown.id, wrong)[0] == store.record_vote(rater, shown.id, wrong)[0] == "again"
+    assignment = store.current_assignment(rater)
+    assert assignment is not None
+    wrong = next(word for word in ("left", "right", "equal") if assignment.answer_for(word) != assignment.task.expected)
+    assert (
+        store.record_vote(rater, assignment.id, wrong)[0]
+        == store.record_vote(rater, assignment.id, wrong)[0]
+        == "again"
+    )
     again = store.current_assignment(rater)
-    assert again == replace(shown, misses=2)
-    assert store.record_vote(rater, shown.id, button_for(shown, shown.task.expected))[0] == "counted"
+    assert again == replace(assignment, misses=2)
+    assert store.record_vote(rater, assignment.id, button_for(assignment, assignment.task.expected))[0] == "counted"
     assert [vote.misses for vote in store.load_votes()] == [2]
 
 
 def test_only_the_first_answer_counts() -> None:
     store = open_store(replace(SURVEY, tasks=SURVEY.select("customization", "pair")))
     rater = store.add_rater()
-    shown = store.current_assignment(rater)
-    assert shown is not None
-    assert [store.record_vote(rater, shown.id, word)[0] for word in ("left", "left", "right", "equal")] == [
+    assignment = store.current_assignment(rater)
+    assert assignment is not None
+    assert [store.record_vote(rater, assignment.id, word)[0] for word in ("left", "left", "right", "equal")] == [
         "counted",
         "repeated",
         "refused",
         "refused",
     ]
-    assert [vote.answer for vote in store.load_votes()] == [shown.left_side]
+    assert [vote.answer for vote in store.load_votes()] == [assignment.left_side]
 
 
 @pytest.mark.parametrize("button", ["", "first", "LEFT", "1", "'; drop table worker; --"])
 def test_an_unknown_button_is_refused(button: str) -> None:
     store = open_store()
     rater = store.add_rater()
-    shown = store.current_assignment(rater)
-    assert shown is not None
-    assert store.record_vote(rater, shown.id, button)[0] == "refused"
-    assert store.record_vote(rater + 1, shown.id, "left") == ("refused", None), "and so is another rater's task"
+    assignment = store.current_assignment(rater)
+    assert assignment is not None
+    assert store.record_vote(rater, assignment.id, button)[0] == "refused"
+    assert store.record_vote(rater + 1, assignment.id, "left") == ("refused", None), "and so is another rater's task"
     assert store.load_votes() == ()
 
 

@@ -121,11 +121,13 @@ class StopQuality:
 def assess_stop(run: RecordedRun, step: float, censored: bool = False) -> StopQuality:
     """Return how good it is to stop a recorded run at ``step``, which for a censored stop is the run's last."""
     curve = LearningCurve.of_run(run)
-    lost = float("nan")
+    context_lost = float("nan")
     if ("validation", "clip_text") in run.image_scores:
-        lost = reported_score(run, 0, "validation", "clip_text") - reported_score(run, step, "validation", "clip_text")
+        context_lost = reported_score(run, 0, "validation", "clip_text") - reported_score(
+            run, step, "validation", "clip_text"
+        )
     distance = float(np.log2(max(step, 1.0) / max(curve.step_at(), 1.0)))
-    return StopQuality(curve.gain_at(step), distance, lost, censored)
+    return StopQuality(curve.gain_at(step), distance, context_lost, censored)
 
 
 @dataclass(frozen=True)

@@ -152,8 +152,8 @@ def _find_stops(rules: Sequence[Rule], run: RecordedRun, every: int | None) -> d
     metrics = set().union(*(_metrics_of(rule) for rule in rules)) if rules else set()
     if not all(map(_is_builtin, rules)):  # what a foreign rule reads is not known, so it gets every series
         metrics |= {LOSS, *(name for name in MEAN_SERIES if run.has_series(name))}
-    *_, whole = run.replay(metrics, every)
-    prefilter = Prefilter(whole)
+    *_, complete = run.replay(metrics, every)
+    prefilter = Prefilter(complete)
     due = {rule: np.flatnonzero(prefilter(rule)).tolist()[::-1] for rule in rules}
     stops: dict[Rule, int | None] = dict.fromkeys(rules)
     for number, trace in enumerate(run.replay(metrics, every)):

@@ -124,13 +124,13 @@ def format_estimate(
     """
     if not specs:
         return
-    left = {spec: estimate_seconds_left(spec, units[spec.method]) for spec in specs}
+    remaining_seconds = {spec: estimate_seconds_left(spec, units[spec.method]) for spec in specs}
     for method, unit_seconds in units.items():
-        of_method = [seconds for spec, seconds in left.items() if spec.method == method]
+        of_method = [seconds for spec, seconds in remaining_seconds.items() if spec.method == method]
         costs = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in unit_seconds.items())
         yield f"{method}: {len(of_method)} runs of {format_duration(sum(of_method) / len(of_method))} each ({costs})"
     slots = len(list_slots(workers, specs[0].threads))
-    total = format_duration(sum(left.values()) / min(slots, len(left)))
+    total = format_duration(sum(remaining_seconds.values()) / min(slots, len(remaining_seconds)))
     yield f"about {total} with {slots} at once, if that does not slow each of them down"
 
 

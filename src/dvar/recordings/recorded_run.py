@@ -332,11 +332,11 @@ def _merge_rounds(
     merged = []
     for row in rows:
         parts = [row, *(rounds[row["step"], number] for number in range(1, count))]
-        whole: dict[str, Any] = {"step": row["step"], "seconds": sum(part["seconds"] for part in parts)}
+        merged_row: dict[str, Any] = {"step": row["step"], "seconds": sum(part["seconds"] for part in parts)}
         for kind in ("train", "validation"):
             metrics = [name for name in row.get(kind, ()) if all(name in part[kind] for part in parts)]
-            whole[kind] = {name: [value for part in parts for value in part[kind][name]] for name in metrics}
-        merged.append(whole)
+            merged_row[kind] = {name: [value for part in parts for value in part[kind][name]] for name in metrics}
+        merged.append(merged_row)
     prompts = {name: list(value) * count for name, value in header.items() if name.endswith(("_prompts", "_texts"))}
     if seeds := header.get("seeds"):
         prompts["seeds"] = [number * len(seeds) + seed for number in range(count) for seed in seeds]

@@ -88,12 +88,12 @@ def rescore_archive(
     seconds = sum(_estimate_seconds(run, wanted, units[run]) for run, wanted in missing.items())
     notify(f"{count} checkpoints of {len(missing)} runs to rescore, about {format_duration(seconds / len(slots))}")
     tasks = {run: _worker_task(run, wanted) for run, wanted in missing.items()}
-    left = len(missing)
+    remaining = len(missing)
     with closing(run_workers(tasks, slots)) as progress:
         for ended, _ in progress:
             for run, reason in ended.items():
-                left -= 1
-                notify(f"{run.name} rescored, {left} runs left" if not reason else f"{run.name}: {reason}")
+                remaining -= 1
+                notify(f"{run.name} rescored, {remaining} runs left" if not reason else f"{run.name}: {reason}")
     return replace(archive, rescored={**archive.rescored, **load_rescored(missing)})
 
 

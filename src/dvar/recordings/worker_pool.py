@@ -79,13 +79,13 @@ def run_workers(
 
     with _signals_interrupt(), ThreadPoolExecutor(len(slots)) as pool:
         futures = {pool.submit(run, key): key for key in tasks}
-        left: set[Future[str]] = set(futures)
+        pending: set[Future[str]] = set(futures)
         try:
-            while left:
-                ended, left = wait(left, timeout=every, return_when=FIRST_COMPLETED)
+            while pending:
+                ended, pending = wait(pending, timeout=every, return_when=FIRST_COMPLETED)
                 yield {futures[future]: future.result() for future in ended}, list(running)
         except BaseException:
-            for future in left:
+            for future in pending:
                 future.cancel()
             for process in list(running.values()):
                 process.send_signal(signal.SIGTERM)

@@ -131,10 +131,10 @@ def _quote(value: object) -> str:
 
 def _duration(seconds: float) -> str:
     """Return the time in its two largest units: "48 s", "3 min 12 s", "1 h 04 min"."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s" if whole else f"{seconds:.1g} s"
-    minutes, rest = divmod(whole, 60)
+    rounded = round(seconds)
+    if rounded < 60:
+        return f"{rounded} s" if rounded else f"{seconds:.1g} s"
+    minutes, rest = divmod(rounded, 60)
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     hours, minutes = divmod(minutes, 60)

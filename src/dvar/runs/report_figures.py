@@ -107,8 +107,8 @@ def _mark_verdict(run: RunFolder, x: Scale, name: str | None = None) -> list[Mar
     """Mark the window behind a stop, the steps with a loss that is not finite, and the stop."""
     step = run.verdict.step
     window = [svg_charts.band(x, step - run.config["window"], step, "window")] if run.stopped_by_condition else []
-    lost = [svg_charts.upright(x, step, "lost") for step in run.non_finite_steps[:MAX_NON_FINITE_MARKS]]
-    return [*window, *lost, *_mark_stop(run, x, name)]
+    marks = [svg_charts.upright(x, step, "lost") for step in run.non_finite_steps[:MAX_NON_FINITE_MARKS]]
+    return [*window, *marks, *_mark_stop(run, x, name)]
 
 
 def _mark_stop(run: RunFolder, x: Scale, name: str | None) -> list[Markup]:

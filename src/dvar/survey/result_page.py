@@ -142,11 +142,11 @@ def _share_cell(row: ComparisonResult) -> Markup:
 
 def _split_cell(row: ComparisonResult) -> Markup:
     """Return the counts as numbers and as one bar."""
-    bars, left = [], 0.0
+    bars, offset = [], 0.0
     for name, count in (("better", row.better), ("equal", row.equal), ("worse", row.worse)):
         width = BAR_WIDTH * count / row.votes
-        bars.append(element("rect", x=f"{left:.2f}", y="0", width=f"{width:.2f}", height=BAR_HEIGHT, class_=name))
-        left += width
+        bars.append(element("rect", x=f"{offset:.2f}", y="0", width=f"{width:.2f}", height=BAR_HEIGHT, class_=name))
+        offset += width
     label = f"{row.better} better, {row.equal} equal, {row.worse} worse"
     size = f"0 0 {BAR_WIDTH} {BAR_HEIGHT}"
     bar = element("svg", *bars, viewBox=size, class_="split", role="img", aria_label=label)

@@ -188,7 +188,7 @@ def score_votes(survey: Survey, votes: Iterable[Vote], config: SurveyScoreConfig
     pair_votes = [vote for vote in votes if vote.task.role == "pair"]
     counted = [vote for vote in pair_votes if vote.rater not in excluded]
     decided = [vote for vote in counted if vote.answer != "equal"]
-    left = sum(vote.answer == vote.left_side for vote in decided)
+    left_votes = sum(vote.answer == vote.left_side for vote in decided)
     return Score(
         candidate=survey.candidate,
         baseline=survey.baseline,
@@ -198,8 +198,8 @@ def score_votes(survey: Survey, votes: Iterable[Vote], config: SurveyScoreConfig
         results=_compare_all(survey, counted, config),
         raters=raters,
         tallies=_count_pairs(counted),
-        left_share=left / len(decided) if decided else 0.5,
-        left_interval=wilson_interval(left, len(decided), config.confidence),
+        left_share=left_votes / len(decided) if decided else 0.5,
+        left_interval=wilson_interval(left_votes, len(decided), config.confidence),
         confidence=config.confidence,
         min_accuracy=config.min_accuracy,
     )

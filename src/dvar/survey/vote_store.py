@@ -168,17 +168,17 @@ class VoteStore:
         with self._transaction() as db:
             query = "select * from assignment where id = ? and worker = ?"
             row = db.execute(query, (assignment, rater)).fetchone()
-            shown = self._read_assignment(row) if row else None
-            answer = shown.answer_for(button) if shown else None
-            if shown is None or answer is None:
-                return "refused", shown.task if shown else None
+            stored_assignment = self._read_assignment(row) if row else None
+            answer = stored_assignment.answer_for(button) if stored_assignment else None
+            if stored_assignment is None or answer is None:
+                return "refused", stored_assignment.task if stored_assignment else None
             if row["answer"]:
-                return "repeated" if row["answer"] == answer else "refused", shown.task
-            if shown.task.role == "training" and answer != shown.task.expected:
+                return "repeated" if row["answer"] == answer else "refused", stored_assignment.task
+            if stored_assignment.task.role == "training" and answer != stored_assignment.task.expected:
                 db.execute("update assignment set misses = misses + 1 where id = ?", (assignment,))
-                return "again", shown.task
+                return "again", stored_assignment.task
             _write_answer(db, assignment, answer, self.clock())
-        return "counted", shown.task
+        return "counted", stored_assignment.task
 
     def import_vote(self, name: str, source: str, task: Task, side: Side, answer: Answer) -> bool:
         """Record an answer that was given elsewhere, and return whether it is new.

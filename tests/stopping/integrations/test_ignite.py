@@ -56,7 +56,7 @@ def test_it_terminates_the_engine_where_the_plain_loop_stops(tmp_path: Path, par
     assert_as_expected(Trace.read(tmp_path / "trace.jsonl"))
 
 
-def test_updates_are_iterations_unless_told_otherwise(tmp_path: Path) -> None:
+def test_updates_are_iterations_by_default(tmp_path: Path) -> None:
     engine = Engine(lambda engine, batch: None)
     handler = DvarHandler(build_monitor(network(), tmp_path / "trace.jsonl"))
     handler.attach(engine)

@@ -45,7 +45,7 @@ def test_it_stops_fit_where_the_plain_loop_stops(tmp_path: Path, accumulate: int
     assert_as_expected(Trace.read(tmp_path / "trace.jsonl"))
 
 
-def test_a_saved_model_goes_on_with_its_trace(tmp_path: Path) -> None:
+def test_a_saved_model_continues_with_its_trace(tmp_path: Path) -> None:
     net = model()
     fitted(net, build_monitor(net, tmp_path / "trace.jsonl"), 1)
     net.save(tmp_path / "model.keras")

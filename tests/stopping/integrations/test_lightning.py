@@ -104,8 +104,8 @@ def test_a_model_in_parts_is_refused(tmp_path: Path, strategy: Any) -> None:
 
 def test_a_second_fit_begins_where_its_model_is_and_keeps_the_wish_of_another_callback_to_stop(tmp_path: Path) -> None:
     _, callback = fitted(tmp_path, last=7)
-    alone = SimpleNamespace(broadcast=lambda value: value)
-    back = SimpleNamespace(strategy=alone, global_step=4, is_global_zero=True, should_stop=True)
+    strategy = SimpleNamespace(broadcast=lambda value: value)
+    back = SimpleNamespace(strategy=strategy, global_step=4, is_global_zero=True, should_stop=True)
     callback.on_train_start(back, Model())
     assert Trace.read(tmp_path / "trace.jsonl").steps.tolist() == [0, 1, 2, 3, 4]
     assert back.should_stop

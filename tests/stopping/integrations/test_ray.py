@@ -34,12 +34,12 @@ def test_it_keeps_a_trace_for_each_trial() -> None:
     assert not stopper.stop_all()
 
 
-@pytest.mark.parametrize("kept", [copy.deepcopy, lambda stopper: cloudpickle.loads(cloudpickle.dumps(stopper))])
-def test_it_goes_on_where_ray_kept_it(kept: Any) -> None:
+@pytest.mark.parametrize("copy_stopper", [copy.deepcopy, lambda stopper: cloudpickle.loads(cloudpickle.dumps(stopper))])
+def test_it_continues_from_the_copy_that_ray_saves(copy_stopper: Any) -> None:
     stopper = DvarStopper(STOP, "loss")
     for step in range(1, 15):
         stopper("a", result(step))
-    again = kept(stopper)
+    again = copy_stopper(stopper)
     assert stopped(again, "a", 15) == stopped(DvarStopper(STOP, "loss"), "a")
     assert stopper.traces["a"].last_step == 14  # a copy of its own
 
@@ -67,7 +67,7 @@ def test_a_trial_that_ends_without_a_report_is_nothing_to_judge() -> None:
     assert stopper.traces == {}
 
 
-def test_the_last_report_told_twice_counts_once() -> None:
+def test_the_last_report_sent_twice_counts_once() -> None:
     stopper = DvarStopper(STOP, "loss")
     for step in (1, 2, 3):
         stopper("t1", result(step))

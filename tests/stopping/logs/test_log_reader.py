@@ -56,9 +56,9 @@ def table(folder: Path, rows: Iterable[Mapping[str, object]], delimiter: str = "
     rows = list(rows)
     path = folder / "metrics.csv"
     with path.open("w", newline="", encoding=encoding) as file:
-        written = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)), delimiter=delimiter)
-        written.writeheader()
-        written.writerows(rows)
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)), delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(rows)
     return path
 
 
@@ -325,12 +325,12 @@ def test_several_candidates_are_listed_and_one_is_chosen_by_name(tmp_path: Path)
     assert read_log(path, "eval/loss").values[0] == 2.0
 
 
-def test_a_misspelt_metric_is_told_the_nearest_first(tmp_path: Path) -> None:
+def test_the_refusal_of_a_misspelt_metric_names_the_nearest_first(tmp_path: Path) -> None:
     with pytest.raises(RefusedInput, match=r"holds no 'val_los': name one of val_loss, lr"):
         read_log(plain_csv(tmp_path, CURVE), "val_los")
 
 
-def test_a_chart_of_several_runs_is_told_apart_by_the_name_of_the_run(tmp_path: Path) -> None:
+def test_curves_of_several_runs_are_distinguished_by_the_name_of_the_run(tmp_path: Path) -> None:
     path = table(tmp_path, ({"Step": step, "a - L_det": loss(step), "b - L_det": 2.0} for step in STEPS))
     with pytest.raises(RefusedInput, match="2 losses on fixed inputs"):
         read_log(path)
@@ -351,7 +351,7 @@ def test_kohyas_average_by_epochs_is_warned_of(tmp_path: Path) -> None:
         read_log(log)
 
 
-def test_a_fault_is_told_where_several_curves_are_to_be_chosen_from(tmp_path: Path) -> None:
+def test_a_fault_is_reported_where_a_curve_must_be_chosen(tmp_path: Path) -> None:
     names = ("loss/validation/step_average", "loss/validation/step_current")
     path = table(tmp_path, ({"step": step, **dict.fromkeys(names, loss(step))} for step in STEPS))
     with pytest.raises(RefusedInput, match=r"step_average \(kohya's scripts overwrite .*\), loss/validation/step_curr"):
@@ -391,7 +391,7 @@ def test_a_resumed_tensorboard_run_is_the_same(tmp_path: Path) -> None:
     assert trace.steps.tolist() == list(range(50))
 
 
-def test_what_a_tensorboard_writer_purges_is_told_as_for_every_other_format(tmp_path: Path) -> None:
+def test_what_a_tensorboard_writer_purges_is_reported_as_for_every_other_format(tmp_path: Path) -> None:
     with SummaryWriter(str(tmp_path), filename_suffix=".0") as writer:
         for step in range(60):
             writer.add_scalar("L_det", 9.0, step)
@@ -415,7 +415,7 @@ def test_one_step_with_two_values_is_refused_and_with_one_value_twice_is_not(tmp
         read_log(table(tmp_path, [*rows, {"step": 1, "val_loss": 0.3}]))
 
 
-def test_a_step_told_twice_as_nan_is_no_contradiction(tmp_path: Path) -> None:
+def test_a_step_logged_twice_as_nan_is_no_contradiction(tmp_path: Path) -> None:
     rows = [{"step": 0, "val_loss": 0.5}, {"step": 1, "val_loss": math.nan}, {"step": 1, "val_loss": math.nan}]
     assert read_log(table(tmp_path, rows)).steps.tolist() == [0, 1]
 
@@ -459,7 +459,7 @@ def test_a_table_of_tabs_and_json_of_columns_or_of_one_record_are_read(tmp_path:
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 a zip", b"hello\nworld\n", b"\x00,\x01\n"])
-def test_an_unknown_format_is_told_the_known_ones(tmp_path: Path, content: bytes) -> None:
+def test_the_refusal_of_an_unknown_format_names_the_known_ones(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "log.bin"
     path.write_bytes(content)
     with pytest.raises(RefusedInput) as refused:
@@ -477,11 +477,11 @@ def test_a_missing_log_and_an_empty_folder_are_refused(tmp_path: Path) -> None:
 
 def test_a_torn_last_line_is_dropped_with_a_warning_and_damage_elsewhere_is_refused(tmp_path: Path) -> None:
     path = simpletuner(tmp_path, CURVE) / "training_metrics.jsonl"
-    whole = path.read_text()
-    path.write_text(whole[:-20])
+    content = path.read_text()
+    path.write_text(content[:-20])
     with pytest.warns(UserWarning, match="the last line is incomplete"):
         assert len(read_log(path)) == len(CURVE) - 1
-    path.write_text(whole.replace('"step":2,', '"step":', 1))
+    path.write_text(content.replace('"step":2,', '"step":', 1))
     with pytest.raises(RefusedInput, match=r"line 3 is not JSON .*: restore the file"):
         read_log(path)
     path.write_text('{"step": 1}\n[1]\n')

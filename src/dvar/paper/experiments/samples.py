@@ -84,12 +84,12 @@ def _plot_images(archive: RecordingArchive, method: str, runs: Sequence[Recorded
     names = (best_dvar(rows), "Baseline")
     columns = 1 + 4 * EACH
     figure, panels = axes(len(runs), columns, width=0.95 * columns, height=1.15)
-    shown: list[tuple[RecordedRun, str, ShownImages]] = []
+    selection: list[tuple[RecordedRun, str, ShownImages]] = []
     for line, run in enumerate(runs):
         _show_image(panels[line][0], _reference_image(run))
         panels[line][0].set_ylabel("\n".join(run.concept.rsplit("_", 1)).replace("_", " "), color=INK)
         for place, (name, images) in enumerate(_select_images(run, [rows[name] for name in names]).items()):
-            shown.append((run, name, images))
+            selection.append((run, name, images))
             train, validation = read_sheet(images.sheet)
             first = 1 + 2 * EACH * place
             for offset, image in enumerate((*train[:EACH], *validation[:EACH])):
@@ -101,7 +101,7 @@ def _plot_images(archive: RecordingArchive, method: str, runs: Sequence[Recorded
     caption = (
         f"{method_title(method)}. One reference image, then for each strategy {EACH} images of training prompts and "
         f"{EACH} of validation prompts: the first prompts, with the same seeds for both. The step under the images is "
-        f"the one that a strategy keeps; shown are {_describe_images([images for *_, images in shown])}. "
+        f"the one that a strategy keeps; shown are {_describe_images([images for *_, images in selection])}. "
         f"{Provenance.of(runs)} Concepts are the first by name."
     )
     data = [
@@ -112,7 +112,7 @@ def _plot_images(archive: RecordingArchive, method: str, runs: Sequence[Recorded
             "shown": images.step,
             "from": images.sheet.parent.name,
         }
-        for run, name, images in shown
+        for run, name, images in selection
     ]
     return Plot(f"pictures-{method}", caption, figure, data)
 
@@ -131,12 +131,12 @@ def _select_images(run: RecordedRun, rows: Sequence[CostRow]) -> Mapping[str, Sh
     return {name: ShownImages(kept_steps[name], step, sheet_path(run.folder, step)) for name, step in nearest.items()}
 
 
-def _describe_images(shown: Sequence[ShownImages]) -> str:
-    if all(images.fresh for images in shown):
+def _describe_images(selection: Sequence[ShownImages]) -> str:
+    if all(images.fresh for images in selection):
         return "its images on fresh seeds"
-    octaves = max(images.octaves for images in shown)
+    octaves = max(images.octaves for images in selection)
     nearest = f"the images of the nearest scored step (up to {octaves:.2f} octaves away)"
-    if any(images.fresh for images in shown):
+    if any(images.fresh for images in selection):
         return f"its images on fresh seeds where they were generated, else {nearest}"
     return nearest
 

@@ -33,15 +33,15 @@ def figure_4(archive: RecordingArchive) -> ExperimentResult:
 
 def _plot_scores(archive: RecordingArchive) -> tuple[Figure, list[dict[str, object]]]:
     """Plot one column for each method and one row for each score that every run has."""
-    shown = [
+    scores = [
         (name, part, metric) for name, part, metric in SCORES if all((part, metric) in r.image_scores for r in archive)
     ]
     figure, panels = axes(
-        len(shown), len(archive.methods), width=3.3 * len(archive.methods) + 1, height=1.7, sharex="col"
+        len(scores), len(archive.methods), width=3.3 * len(archive.methods) + 1, height=1.7, sharex="col"
     )
     data: list[dict[str, object]] = []
     for column, method in enumerate(archive.methods):
-        for line, (name, part, metric) in enumerate(shown):
+        for line, (name, part, metric) in enumerate(scores):
             panel = panels[line][column]
             steps, mean, deviation = _mean_curve(archive.runs_of(method), part, metric)
             panel.fill_between(steps, mean - deviation, mean + deviation, color=INK, alpha=0.08, linewidth=0)
