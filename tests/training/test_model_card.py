@@ -1,3 +1,5 @@
+"""The model card and the weight files of a run."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -16,7 +18,7 @@ from dvar.training.weight_files import write_weights
 VERDICT = Verdict(True, Reason.CAP, 10, "FixedSteps(10)", {"max_steps": 10})
 
 
-def test_the_file_holds_the_vectors_under_their_word(tmp_path: Path) -> None:
+def test_the_file_holds_the_vectors_under_their_placeholder_token(tmp_path: Path) -> None:
     vectors = torch.arange(6.0).reshape(3, 2).T  # not contiguous, as a slice of a larger table may be
     write_weights(tmp_path / "learned_embeds.safetensors", {"<thing>": vectors})
     with safe_open(tmp_path / "learned_embeds.safetensors", "pt") as file:
@@ -25,10 +27,10 @@ def test_the_file_holds_the_vectors_under_their_word(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_vectors_that_are_not_finite_are_never_written(tmp_path: Path, bad: float) -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_vectors_that_are_not_finite_are_never_written(tmp_path: Path, value: float) -> None:
     with pytest.raises(NonFiniteLoss, match="<thing>"):
-        write_weights(tmp_path / "learned_embeds.safetensors", {"<thing>": torch.tensor([[1.0, bad]])})
+        write_weights(tmp_path / "learned_embeds.safetensors", {"<thing>": torch.tensor([[1.0, value]])})
     assert not list(tmp_path.iterdir())
 
 
@@ -40,7 +42,7 @@ def test_vectors_that_are_not_finite_are_never_written(tmp_path: Path, bad: floa
         ("/home/someone/models/sd15", None, 'from_pretrained("sd15")'),
     ],
 )
-def test_the_card_names_a_model_others_can_find_and_no_path_of_ours(
+def test_the_card_names_a_public_model_and_no_local_path(
     tmp_path: Path, model: str, base: str | None, loads: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = TextualInversionConfig(pretrained_model_name_or_path=model, initializer_token="mug")
@@ -56,32 +58,32 @@ def test_the_card_names_a_model_others_can_find_and_no_path_of_ours(
 
 
 @pytest.mark.parametrize(
-    ("head", "licence", "told"),
+    ("head", "licence", "line"),
     [
         ("---\nlicense: creativeml-openrail-m\n---\n", "creativeml-openrail-m", "Licence: creativeml-openrail-m, that"),
         ("---\ntags: [x]\nlicense: mit\n---\n# model\n", "mit", "Licence: mit, that of the base model"),
         ("license: mit\n", None, "Licence: that of the base model, `base`"),
     ],
 )
-def test_the_card_tells_the_licence_of_the_base_where_its_own_card_does(
-    tmp_path: Path, head: str, licence: str | None, told: str
+def test_the_card_states_the_licence_of_the_base_model_if_known(
+    tmp_path: Path, head: str, licence: str | None, line: str
 ) -> None:
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "README.md").write_text(head)
     config = TextualInversionConfig(pretrained_model_name_or_path=str(tmp_path / "base"), initializer_token="mug")
     write_model_card(tmp_path, config, VERDICT, [])
     card = (tmp_path / "README.md").read_text()
-    assert told in card
+    assert line in card
     assert (f"license: {licence}\n" in card.split("---")[1]) if licence else ("license" not in card.split("---")[1])
 
 
-def test_the_card_of_the_bundled_model_tells_its_licence(tmp_path: Path) -> None:
+def test_the_card_of_the_bundled_model_states_its_licence(tmp_path: Path) -> None:
     write_model_card(tmp_path, TextualInversionConfig(initializer_token="mug"), VERDICT, [])
     assert "license: apache-2.0\n" in (tmp_path / "README.md").read_text().split("---")[1]
 
 
 @pytest.mark.parametrize(
-    ("config", "told"),
+    ("config", "expected"),
     [
         (DreamBoothLoraConfig(placeholder_token="<thing>"), False),
         (DreamBoothLoraConfig(placeholder_token="<thing>", with_prior_preservation=True, prior_loss_weight=0.5), True),
@@ -90,8 +92,8 @@ def test_the_card_of_the_bundled_model_tells_its_licence(tmp_path: Path) -> None
         (TextualInversionConfig(), False),
     ],
 )
-def test_the_card_tells_the_weight_of_a_prior_where_there_was_one(
-    tmp_path: Path, config: TrainingConfig, told: bool
+def test_the_card_states_the_prior_loss_weight_if_there_is_a_prior(
+    tmp_path: Path, config: TrainingConfig, expected: bool
 ) -> None:
     write_model_card(tmp_path, config, VERDICT, [])
-    assert ("| prior loss weight |" in (tmp_path / "README.md").read_text()) == told
+    assert ("| prior loss weight |" in (tmp_path / "README.md").read_text()) == expected

@@ -1,4 +1,4 @@
-"""The optimisers: what they compute, what of them is kept, and SAM by hand."""
+"""The optimizers: their updates, their state in a checkpoint, and SAM computed by hand."""
 
 from __future__ import annotations
 
@@ -27,51 +27,51 @@ def config(name: str, **settings: Any) -> TextualInversionConfig:
 
 def parameters() -> list[nn.Parameter]:
     """One of each kind: large enough for a state of 8 bits, small, and zero at the start."""
-    made = torch.Generator().manual_seed(0)
+    random = torch.Generator().manual_seed(0)
     return [
-        nn.Parameter(torch.randn(4, 2048, generator=made)),
-        nn.Parameter(torch.randn(3, generator=made)),
+        nn.Parameter(torch.randn(4, 2048, generator=random)),
+        nn.Parameter(torch.randn(3, generator=random)),
         nn.Parameter(torch.zeros(5)),
     ]
 
 
 def step(optimizer: torch.optim.Optimizer, parts: list[nn.Parameter], number: int) -> None:
-    made = torch.Generator().manual_seed(number)
+    random = torch.Generator().manual_seed(number)
     for part in parts:
-        part.grad = part.detach() - 1 + 0.1 * torch.randn(part.shape, generator=made)
+        part.grad = part.detach() - 1 + 0.1 * torch.randn(part.shape, generator=random)
     optimizer.step()
 
 
 @pytest.mark.parametrize("name", INSTALLED)
 @pytest.mark.parametrize("cut", [0, 1, 4])
-def test_put_back_it_goes_on_bit_for_bit(name: str, cut: int) -> None:
-    straight, broken = parameters(), parameters()
-    optimizer = make_optimizer(config(name), straight)
+def test_a_restored_optimizer_continues_bit_for_bit(name: str, cut: int) -> None:
+    reference, resumed = parameters(), parameters()
+    optimizer = make_optimizer(config(name), reference)
     for number in range(8):
-        step(optimizer, straight, number)
-    first = make_optimizer(config(name), broken)
+        step(optimizer, reference, number)
+    saved_optimizer = make_optimizer(config(name), resumed)
     for number in range(cut):
-        step(first, broken, number)
-    tensors, facts = read_state(first)
+        step(saved_optimizer, resumed, number)
+    tensors, facts = read_state(saved_optimizer)
     assert bool(tensors) == (cut > 0)
     tensors, facts = load(save(tensors)), json.loads(json.dumps(facts, allow_nan=False))  # as a checkpoint keeps them
-    second = make_optimizer(config(name), broken)
-    load_state(second, tensors, facts)
+    resumed_optimizer = make_optimizer(config(name), resumed)
+    load_state(resumed_optimizer, tensors, facts)
     for number in range(cut, 8):
-        step(second, broken, number)
-    for one, other in zip(straight, broken, strict=True):
-        assert torch.equal(one, other)
-    assert not torch.equal(straight[0], parameters()[0])
-    ended, again = read_state(optimizer), read_state(second)
-    assert ended[1] == again[1]
-    assert ended[0].keys() == again[0].keys()
-    for path, tensor in ended[0].items():
-        assert tensor.dtype == again[0][path].dtype
-        assert torch.equal(tensor, again[0][path])
+        step(resumed_optimizer, resumed, number)
+    for expected, actual in zip(reference, resumed, strict=True):
+        assert torch.equal(expected, actual)
+    assert not torch.equal(reference[0], parameters()[0])
+    expected_state, state = read_state(optimizer), read_state(resumed_optimizer)
+    assert expected_state[1] == state[1]
+    assert expected_state[0].keys() == state[0].keys()
+    for path, tensor in expected_state[0].items():
+        assert tensor.dtype == state[0][path].dtype
+        assert torch.equal(tensor, state[0][path])
 
 
 @pytest.mark.parametrize("name", INSTALLED)
-def test_it_moves_towards_the_lowest_point_and_says_nothing(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_optimizer_approaches_the_minimum_and_prints_nothing(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     parts = parameters()
     before = float((parts[0].detach() - 1).square().mean())
     optimizer = make_optimizer(config(name), parts)
@@ -81,7 +81,7 @@ def test_it_moves_towards_the_lowest_point_and_says_nothing(name: str, capsys: p
     assert capsys.readouterr() == ("", "")
 
 
-def test_the_settings_of_adamw_reach_it() -> None:
+def test_adamw_receives_its_settings() -> None:
     settings = {"adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-3, "adam_weight_decay": 0.5}
     expected = {"lr": 0.05, "betas": (0.8, 0.9), "eps": 1e-3, "weight_decay": 0.5}
     for name in {"adamw", "prodigy"} & {*INSTALLED}:
@@ -119,7 +119,7 @@ def bowl(method: Bowl) -> Any:
 
 
 @pytest.mark.parametrize(("batch", "parts"), [(2, 1), (1, 2)])
-def test_sam_steps_by_the_gradient_at_the_steepest_point_near(batch: int, parts: int) -> None:
+def test_sam_steps_by_the_gradient_at_the_perturbed_weights(batch: int, parts: int) -> None:
     method = Bowl(3.0, 1.0)
     settings = config("sam", learning_rate=0.1, sam_rho=0.5, train_batch_size=batch, gradient_accumulation_steps=parts)
     learner = Learner(method, settings, {})
@@ -135,7 +135,7 @@ def test_sam_steps_by_the_gradient_at_the_steepest_point_near(batch: int, parts:
     torch.testing.assert_close(method.rows.detach(), torch.tensor([2.064254, -0.350073]), rtol=1e-5, atol=1e-5)
 
 
-def test_only_the_direction_of_the_gradient_counts_and_all_is_put_back() -> None:
+def test_a_perturbation_follows_the_gradient_direction_and_is_undone() -> None:
     part = nn.Parameter(torch.tensor([1e8, 1.0, 0.3]))  # an addition and a subtraction would not give 1.0 back
     still = nn.Parameter(torch.ones(2))
     before = part.detach().clone()
@@ -150,7 +150,7 @@ def test_only_the_direction_of_the_gradient_counts_and_all_is_put_back() -> None
     assert torch.equal(part, before)
 
 
-def test_without_a_gradient_sam_stays_where_it_is() -> None:
+def test_sam_does_not_perturb_without_a_gradient() -> None:
     part = nn.Parameter(torch.ones(2))
     part.grad = torch.zeros(2)
     with perturb([part], 0.05):

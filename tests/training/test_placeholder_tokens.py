@@ -1,4 +1,4 @@
-"""New words, and the words they start from, as a tokenizer reads them."""
+"""Placeholder and initializer tokens as a tokenizer reads them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def tokenizer() -> Any:
     return tiny_tokenizer()
 
 
-def test_a_word_of_several_vectors_needs_all_of_its_tokens_to_be_new() -> None:
+def test_all_tokens_of_several_vectors_must_be_new() -> None:
     tokenizer = tiny_tokenizer(["mug"])
     tokenizer.add_tokens(["<thing>_2"])
     assert problems(replace(CONFIG, num_vectors=2), tokenizer, {}) == []
@@ -27,16 +27,16 @@ def test_a_word_of_several_vectors_needs_all_of_its_tokens_to_be_new() -> None:
     assert "already knows <thing>_2" in problem
 
 
-def test_a_caption_of_just_the_length_the_model_reads_is_let_in(tokenizer: Any) -> None:
-    # 77 places: the start, the end, and 75 between them, of which two are the word's.
+def test_a_caption_of_exactly_the_maximum_length_is_accepted(tokenizer: Any) -> None:
+    # 77 places: the start, the end, and 75 between them, of which two are the placeholder's.
     full = replace(CONFIG, num_vectors=2)
     assert problems(full, tokenizer, {"00.png": "a " * 73 + "<thing>"}) == []
     (problem,) = problems(full, tokenizer, {"00.png": "a " * 74 + "<thing>"})
     assert "the text of 00.png must be at most 77 tokens, got 78" in problem
 
 
-def test_the_released_initializer_is_one_token_though_never_a_word(tokenizer: Any) -> None:
-    # In CLIP's vocabulary ktn only continues words: spelled out it is two tokens, and yet it is an entry.
+def test_an_initializer_may_be_a_token_that_is_not_a_word(tokenizer: Any) -> None:
+    # In CLIP's vocabulary ktn only continues words: as a word of its own it is two tokens, yet it is an entry.
     spelled = tiny_tokenizer(["ktnx"])
     entries = spelled.get_vocab()
     inner = next(entry for entry in entries if len(entry) > 1 and not entry.endswith("</w>") and entry.isalpha())
@@ -45,12 +45,12 @@ def test_the_released_initializer_is_one_token_though_never_a_word(tokenizer: An
     assert token_id(tokenizer, "ktn") == tokenizer.get_vocab()["ktn</w>"]
 
 
-def test_what_is_spelled_out_is_no_token(tokenizer: Any) -> None:
+def test_a_string_of_several_tokens_has_no_token_id(tokenizer: Any) -> None:
     assert token_id(tokenizer, "zzzz") is None
     assert token_id(tokenizer, "") is None
 
 
-def test_what_the_model_reads_as_unknown_is_no_token() -> None:
+def test_an_unknown_string_has_no_token_id() -> None:
     class Small:
         model_max_length: int = 77
         unk_token_id: int | None = 7

@@ -1,4 +1,4 @@
-"""Every check of what a run needs around it: the rule, the model's folder, the run's folder, the packages."""
+"""The checks before a run: its rule, model folder, output folder and packages."""
 
 from __future__ import annotations
 
@@ -15,24 +15,26 @@ from dvar.training.packages import optimizer_problems, tracker_problems
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    (tmp_path / "pictures").mkdir()
-    return tmp_path / "pictures"
+def image_folder(tmp_path: Path) -> Path:
+    (tmp_path / "images").mkdir()
+    return tmp_path / "images"
 
 
 @pytest.fixture
-def config(pictures: Path, tmp_path: Path) -> TextualInversionConfig:
-    return TextualInversionConfig(instance_data_dir=str(pictures), output_dir=str(tmp_path / "run"))
+def config(image_folder: Path, tmp_path: Path) -> TextualInversionConfig:
+    return TextualInversionConfig(instance_data_dir=str(image_folder), output_dir=str(tmp_path / "run"))
 
 
 # The rule
 
 
 @pytest.mark.parametrize("probe_every", range(1, 60))
-def test_a_cadence_is_let_in_when_a_window_holds_enough(config: TextualInversionConfig, probe_every: int) -> None:
+def test_a_cadence_is_accepted_when_a_window_holds_enough_evaluations(
+    config: TextualInversionConfig, probe_every: int
+) -> None:
     # At a record t, the window (t - N, t] holds the multiples of the cadence in it.
-    held = sum(step % probe_every == 0 for step in range(100 * probe_every - 310 + 1, 100 * probe_every + 1))
-    assert (rule.problems(replace(config, probe_every=probe_every)) == []) == (held >= MIN_RECORDS)
+    evaluations = sum(step % probe_every == 0 for step in range(100 * probe_every - 310 + 1, 100 * probe_every + 1))
+    assert (rule.problems(replace(config, probe_every=probe_every)) == []) == (evaluations >= MIN_RECORDS)
 
 
 # The model's folder
@@ -41,38 +43,38 @@ def test_a_cadence_is_let_in_when_a_window_holds_enough(config: TextualInversion
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
-def model_folder(folder: Path, *without: str) -> Path:
-    for part in set(PARTS) - set(without):
+def create_model_folder(folder: Path, *missing: str) -> Path:
+    for part in set(PARTS) - set(missing):
         (folder / part).mkdir(parents=True)
-    if "model_index.json" not in without:
+    if "model_index.json" not in missing:
         (folder / "model_index.json").write_text("{}", encoding="utf-8")
     return folder
 
 
-def test_a_model_folder_with_all_its_parts_is_let_in(tiny_model: Path) -> None:
+def test_a_complete_model_folder_is_accepted(tiny_model: Path) -> None:
     assert model_problems(str(tiny_model)) == []
     assert model_problems("mini") == []
 
 
 @pytest.mark.parametrize("part", ["model_index.json", *PARTS])
-def test_a_part_that_a_model_folder_lacks_is_named(tmp_path: Path, part: str) -> None:
-    (problem,) = model_problems(str(model_folder(tmp_path / "model", part)))
+def test_a_missing_part_of_a_model_folder_is_named(tmp_path: Path, part: str) -> None:
+    (problem,) = model_problems(str(create_model_folder(tmp_path / "model", part)))
     assert f"it lacks {part}:" in problem
 
 
-def test_a_folder_that_is_no_model_is_refused(pictures: Path) -> None:
-    (problem,) = model_problems(str(pictures))
+def test_a_folder_without_a_model_is_refused(image_folder: Path) -> None:
+    (problem,) = model_problems(str(image_folder))
     assert "it lacks model_index.json, unet, vae, text_encoder, tokenizer, scheduler" in problem
 
 
-def test_a_single_file_is_no_model(tmp_path: Path) -> None:
+def test_a_single_file_is_refused_as_a_model(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
     (problem,) = model_problems(str(tmp_path / "model.safetensors"))
     assert "single file" in problem
 
 
 @pytest.mark.parametrize("name", ["./sd15", "/no/such/model", "models/here/sd15", "sd15", "two words/x", "~/nowhere"])
-def test_what_is_neither_a_folder_nor_a_hub_id_is_explained(
+def test_a_name_that_is_neither_a_folder_nor_a_hub_id_is_refused(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -81,15 +83,15 @@ def test_what_is_neither_a_folder_nor_a_hub_id_is_explained(
 
 
 @pytest.mark.parametrize("name", ["owner/model", "stable-diffusion-v1-5/stable-diffusion-v1-5", "a/b.c"])
-def test_a_hub_id_is_let_in(name: str) -> None:
+def test_a_hub_id_is_accepted(name: str) -> None:
     assert model_problems(name) == []
 
 
-def test_a_mistyped_path_that_looks_like_a_hub_id_is_told_the_folder_beside_it(
+def test_a_mistyped_path_like_a_hub_id_suggests_the_nearest_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    model_folder(tmp_path / "models" / "sd-v15")
+    create_model_folder(tmp_path / "models" / "sd-v15")
     (problem,) = model_problems("models/sd15")
     assert "did you mean models/sd-v15?" in problem
 
@@ -97,36 +99,38 @@ def test_a_mistyped_path_that_looks_like_a_hub_id_is_told_the_folder_beside_it(
 # The run's folder and its tracker
 
 
-@pytest.mark.parametrize("left", ["config.json", "trace.jsonl", "result.json", "README.md", "checkpoint-40"])
-def test_another_run_is_never_overwritten_unasked(config: TextualInversionConfig, left: str) -> None:
+@pytest.mark.parametrize("name", ["config.json", "trace.jsonl", "result.json", "README.md", "checkpoint-40"])
+def test_another_run_is_never_overwritten_by_default(config: TextualInversionConfig, name: str) -> None:
     folder = Path(config.output_dir)
     folder.mkdir()
-    (folder / left).touch()
+    (folder / name).touch()
     (problem,) = run_layout.problems(config)
     assert "holds another run" in problem
     assert "--overwrite" in problem
     assert run_layout.problems(replace(config, overwrite=True)) == []
 
 
-def test_a_folder_with_other_things_may_take_a_run(config: TextualInversionConfig) -> None:
+def test_a_folder_with_unrelated_files_is_accepted(config: TextualInversionConfig) -> None:
     Path(config.output_dir).mkdir()
     (Path(config.output_dir) / "notes.txt").touch()
     assert run_layout.problems(config) == []
 
 
-def test_a_file_is_no_folder_for_a_run(config: TextualInversionConfig) -> None:
+def test_a_file_is_refused_as_an_output_folder(config: TextualInversionConfig) -> None:
     Path(config.output_dir).touch()
     (problem,) = run_layout.problems(config)
     assert "is a file" in problem
 
 
-def test_a_run_among_its_pictures_is_refused(config: TextualInversionConfig, pictures: Path) -> None:
-    (problem,) = run_layout.problems(replace(config, output_dir=f"{pictures}/../pictures"))
+def test_an_output_folder_that_is_the_image_folder_is_refused(
+    config: TextualInversionConfig, image_folder: Path
+) -> None:
+    (problem,) = run_layout.problems(replace(config, output_dir=f"{image_folder}/../images"))
     assert "must not be the folder of the images" in problem
 
 
 @pytest.mark.parametrize(
-    ("asked", "kept", "said"),
+    ("checkpoint", "existing", "message"),
     [
         ("latest", [], "holds no checkpoint"),
         ("checkpoint-20", ["checkpoint-10"], "holds checkpoint-10"),
@@ -135,15 +139,15 @@ def test_a_run_among_its_pictures_is_refused(config: TextualInversionConfig, pic
         ("some/where/checkpoint-10", ["checkpoint-10"], None),
     ],
 )
-def test_a_checkpoint_to_go_on_from_must_be_there(
-    config: TextualInversionConfig, asked: str, kept: list[str], said: str | None
+def test_a_checkpoint_to_resume_from_must_exist(
+    config: TextualInversionConfig, checkpoint: str, existing: list[str], message: str | None
 ) -> None:
-    for name in (*kept, "samples"):
+    for name in (*existing, "samples"):
         (Path(config.output_dir) / name).mkdir(parents=True)
     (Path(config.output_dir) / "config.json").touch()
-    problems = run_layout.problems(replace(config, resume_from_checkpoint=asked))
-    assert len(problems) == (said is not None)
-    assert said is None or said in problems[0]
+    problems = run_layout.problems(replace(config, resume_from_checkpoint=checkpoint))
+    assert len(problems) == (message is not None)
+    assert message is None or message in problems[0]
 
 
 def test_a_tracker_that_is_not_installed_is_refused() -> None:

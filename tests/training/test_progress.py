@@ -1,4 +1,4 @@
-"""What a person sees of a run: the same on every machine but for the pace."""
+"""The progress of a run in a log and in a terminal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RULE = AnyOf((Dvar(window=20, threshold=0.15), FixedSteps(CAP)))
 
 
 @dataclass
-class Seen:
+class FakeStep:
     """A step as the loop yields it, of a tenth of a second."""
 
     step: int
@@ -32,16 +32,16 @@ class Seen:
     seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.06, "probe": 0.03, "other": 0.01})
 
 
-def run(steps: int = CAP, cadence: int = 1) -> list[Any]:
-    """A falling loss under the rule, until it stops: an exponential of 10 steps, judged by a window of 20."""
-    trace, seen = Trace(), []
-    for step in range(steps + 1):
+def run(cap: int = CAP, cadence: int = 1) -> list[Any]:
+    """Return the steps until the rule stops: a loss that falls by e every 10 steps, judged by a window of 20."""
+    trace, steps = Trace(), []
+    for step in range(cap + 1):
         losses = (0.04 + math.exp(-step / 10), 0.06 + math.exp(-step / 10)) if step % cadence == 0 else None
         trace.record(step, losses)
-        seen.append(Seen(step, RULE(trace), losses, 0.1 if step else None))
-        if seen[-1].verdict.stop:
+        steps.append(FakeStep(step, RULE(trace), losses, 0.1 if step else None))
+        if steps[-1].verdict.stop:
             break
-    return seen
+    return steps
 
 
 class Terminal(io.StringIO):
@@ -54,35 +54,35 @@ def test_a_log_gets_lines_and_a_terminal_a_panel() -> None:
     assert isinstance(show_progress(CAP, "title", Terminal()), LivePanel)
 
 
-def test_the_log_has_a_line_every_fiftieth_of_the_cap_and_where_it_stops() -> None:
-    stream, seen = io.StringIO(), run()
+def test_the_log_has_a_line_every_fiftieth_of_the_cap_and_at_the_stop() -> None:
+    stream, steps = io.StringIO(), run()
     with LogLines(CAP, stream) as show:
-        for step in seen:
+        for step in steps:
             show(step)
     lines = stream.getvalue().splitlines()
-    last = seen[-1].step
-    assert seen[-1].verdict.stop
-    assert last % 3, "a stop between two lines is what this is about"
-    assert [int(line.split()[1].split("/")[0]) for line in lines] == [*range(0, last, 3), last]
+    last_step = steps[-1].step
+    assert steps[-1].verdict.stop
+    assert last_step % 3, "the stop falls between two lines"
+    assert [int(line.split()[1].split("/")[0]) for line in lines] == [*range(0, last_step, 3), last_step]
 
 
-def test_a_line_tells_the_step_the_loss_the_ratio_and_the_time_left() -> None:
-    stream, seen = io.StringIO(), run()
+def test_a_line_shows_step_loss_ratio_and_remaining_time() -> None:
+    stream, steps = io.StringIO(), run()
     with LogLines(CAP, stream) as show:
-        for step in seen:
+        for step in steps:
             show(step)
     lines = stream.getvalue().splitlines()
     # Before any update there is no pace; L_det is the mean of 1.04 and 1.06.
     assert lines[0] == "step   0/150  L_det 1.050000  ratio 1.000, threshold 0.15"
     # At 0.1 s a step, the 126 steps that are left take 12.6 s.
-    loss, ratio = 0.05 + math.exp(-2.4), seen[24].verdict.metrics["ratio"]
+    loss, ratio = 0.05 + math.exp(-2.4), steps[24].verdict.metrics["ratio"]
     start = f"step  24/150  L_det {loss:.6f}  ratio {ratio:.3f}, threshold 0.15"
     assert lines[8] == f"{start}  10 steps/s, 0:13 to the cap"
 
 
-def test_between_two_evaluations_the_last_one_stands() -> None:
+def test_the_last_evaluation_is_shown_until_the_next() -> None:
     meter = ProgressState(CAP)
-    for step in run(steps=7, cadence=5):
+    for step in run(cap=7, cadence=5):
         meter.take(step)
     assert meter.curve == pytest.approx([1.05, 0.05 + math.exp(-0.5)])
     assert meter.step == 7
@@ -91,32 +91,32 @@ def test_between_two_evaluations_the_last_one_stands() -> None:
 def test_the_pace_is_that_of_the_last_fifty_steps() -> None:
     meter: Any = ProgressState(1000)
     for step in run()[:1] * 100:
-        meter.take(Seen(step.step, step.verdict, None, 0.1, {"train": 1.0}))
+        meter.take(FakeStep(step.step, step.verdict, None, 0.1, {"train": 1.0}))
     assert meter.rate == pytest.approx(1)
     for number in range(50):
-        meter.take(Seen(number + 1, step.verdict, None, 0.1, {"train": 0.2, "other": 0.05}))
+        meter.take(FakeStep(number + 1, step.verdict, None, 0.1, {"train": 0.2, "other": 0.05}))
     assert meter.rate == pytest.approx(4)
     assert meter.left == pytest.approx(950 / 4)
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])
-def test_the_panel_shows_it_all_at_any_width(width: int) -> None:
+def test_the_panel_is_complete_at_any_width(width: int) -> None:
     console = Console(file=Terminal(), width=width, force_terminal=True, color_system=None)
     with LivePanel(CAP, "<thing> [not a tag]", console) as panel:
         for step in run():
             panel(step)
         console.print(panel.render())
-    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    output = console.file.getvalue()  # type: ignore[attr-defined]
     for text in ("<thing> [not a tag]", "step", "L_det", "ratio", "of 150"):
-        assert text in shown
+        assert text in output
     if width >= 100:
-        assert run()[-1].verdict.sentence in shown
+        assert run()[-1].verdict.sentence in output
     if width >= 80:
-        assert "stops below 0.15" in shown
-        assert all(len(line) <= width for line in shown.splitlines() if "\x1b" not in line)
+        assert "stops below 0.15" in output
+        assert all(len(line) <= width for line in output.splitlines() if "\x1b" not in line)
 
 
-def test_the_panel_can_be_drawn_before_the_first_step() -> None:
+def test_the_panel_renders_before_the_first_step() -> None:
     console = Console(file=Terminal(), width=80, color_system=None)
     console.print(LivePanel(CAP, "title", console).render())
     assert "0 of 150" in console.file.getvalue()  # type: ignore[attr-defined]
@@ -131,13 +131,13 @@ def test_a_sparkline_goes_from_the_highest_to_the_lowest_block() -> None:
 
 
 @given(st.lists(st.floats(-1e6, 1e6), max_size=200), st.integers(1, 60))
-def test_a_sparkline_is_as_wide_as_its_values_but_no_wider_than_asked(values: list[float], width: int) -> None:
+def test_a_sparkline_is_as_wide_as_its_values_up_to_a_maximum(values: list[float], width: int) -> None:
     assert len(sparkline(values, width)) == min(width, len(values))
 
 
 @pytest.mark.parametrize(
-    ("seconds", "shown"),
+    ("seconds", "text"),
     [(0, "0:00"), (9.4, "0:09"), (59.6, "1:00"), (600, "10:00"), (3599, "59:59"), (3661, "1:01:01")],
 )
-def test_a_clock(seconds: float, shown: str) -> None:
-    assert format_duration(seconds) == shown
+def test_a_duration_is_formatted_as_a_clock(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text

@@ -1,4 +1,4 @@
-"""The first word: given, drawn, or found by a CLIP."""
+"""The initializer token: set by hand, drawn at random, or chosen by a CLIP."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random CLIP in transformers' format."""
     folder, tokenizer = tmp_path_factory.mktemp("clip"), tiny_tokenizer()
     tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    words = {"vocab_size": len(tokenizer), "max_position_embeddings": 20, "eos_token_id": tokenizer.eos_token_id}
+    text = {"vocab_size": len(tokenizer), "max_position_embeddings": 20, "eos_token_id": tokenizer.eos_token_id}
     torch.manual_seed(0)
     model = CLIPModel(
         CLIPConfig(
-            text_config={**tower, **words, "initializer_factor": 5.0},
+            text_config={**tower, **text, "initializer_factor": 5.0},
             vision_config={**tower, "image_size": 32, "patch_size": 8},
             projection_dim=16,
         )
@@ -71,104 +71,106 @@ def config(tiny_model: Path, tiny_images: Path, clip_folder: Path, tmp_path: Pat
     )
 
 
-def test_vectors_are_unit_and_those_of_the_model(clip_folder: Path, tiny_images: Path) -> None:
+def test_vectors_are_those_of_the_model_with_unit_length(clip_folder: Path, tiny_images: Path) -> None:
     clip = Clip.load(clip_folder, device="cpu")
     texts = ["a photo of mug", "a dark cat", "mug " * 90]
-    found = clip.embed_texts(texts)
-    assert found.shape == (3, 16)
-    torch.testing.assert_close(found.norm(dim=1), torch.ones(3))
+    text_vectors = clip.embed_texts(texts)
+    assert text_vectors.shape == (3, 16)
+    torch.testing.assert_close(text_vectors.norm(dim=1), torch.ones(3))
     model = CLIPModel.from_pretrained(clip_folder).eval()
     ids = clip.tokenizer(texts[:1], return_tensors="pt")
-    raw = model.get_text_features(**ids).pooler_output
-    torch.testing.assert_close(found[:1], raw / raw.norm())
-    pictures = [Image.open(path).convert("RGB") for path in sorted(tiny_images.iterdir())]
-    seen = clip.embed_images(pictures)
-    raw = model.get_image_features(clip.processor(pictures, return_tensors="pt").pixel_values).pooler_output
-    torch.testing.assert_close(seen, raw / raw.norm(dim=1, keepdim=True))
+    expected = model.get_text_features(**ids).pooler_output
+    torch.testing.assert_close(text_vectors[:1], expected / expected.norm())
+    images = [Image.open(path).convert("RGB") for path in sorted(tiny_images.iterdir())]
+    image_vectors = clip.embed_images(images)
+    expected = model.get_image_features(clip.processor(images, return_tensors="pt").pixel_values).pooler_output
+    torch.testing.assert_close(image_vectors, expected / expected.norm(dim=1, keepdim=True))
 
 
-def test_a_folder_that_is_no_clip_is_a_model_error(tiny_model: Path) -> None:
+def test_a_folder_without_a_clip_raises_a_model_error(tiny_model: Path) -> None:
     with pytest.raises(ModelError, match="does not load as a CLIP"):
         Clip.load(tiny_model / "unet", device="cpu")
 
 
-def test_the_vocabulary_is_every_entry_by_a_name_that_finds_it(tiny_model: Path) -> None:
+def test_the_vocabulary_lists_every_entry_by_a_unique_name(tiny_model: Path) -> None:
     tokenizer = load_backbone(tiny_model, device="cpu").tokenizer
     names = list_words(tokenizer)
     assert len(set(names)) == len(names)
-    places = [token_id(tokenizer, name) or 0 for name in names]
-    assert places == sorted(set(places))
-    left_out = {entry for entry, place in tokenizer.get_vocab().items() if place not in places}
-    ends = {*tokenizer.all_special_tokens}
-    assert ends < left_out
-    for entry in left_out - ends:
-        assert "+" in entry or token_id(tokenizer, entry) in places
+    ids = [token_id(tokenizer, name) or 0 for name in names]
+    assert ids == sorted(set(ids))
+    unlisted = {entry for entry, token in tokenizer.get_vocab().items() if token not in ids}
+    special_tokens = {*tokenizer.all_special_tokens}
+    assert special_tokens < unlisted
+    for entry in unlisted - special_tokens:
+        assert "+" in entry or token_id(tokenizer, entry) in ids
     assert {"mug", "cat", "th"} <= set(names)
 
 
-def test_a_word_scores_by_the_mean_cosine_over_sentences_and_pictures(clip_folder: Path, tiny_images: Path) -> None:
+def test_a_word_scores_the_mean_cosine_over_sentences_and_images(clip_folder: Path, tiny_images: Path) -> None:
     clip = Clip.load(clip_folder, device="cpu")
-    pictures = [Image.open(path).convert("RGB") for path in sorted(tiny_images.iterdir())[:3]]
-    words, sentences = ["mug", "cat"], ["a photo of {}", "a dark {}"]
-    found = score_words(clip, words, sentences, pictures)
-    for word, score in zip(words, found, strict=True):
-        pairs = clip.embed_texts([sentence.format(word) for sentence in sentences]) @ clip.embed_images(pictures).T
+    images = [Image.open(path).convert("RGB") for path in sorted(tiny_images.iterdir())[:3]]
+    nouns, sentences = ["mug", "cat"], ["a photo of {}", "a dark {}"]
+    scores = score_words(clip, nouns, sentences, images)
+    for noun, score in zip(nouns, scores, strict=True):
+        pairs = clip.embed_texts([sentence.format(noun) for sentence in sentences]) @ clip.embed_images(images).T
         assert float(score) == pytest.approx(float(pairs.mean()), abs=1e-6)
 
 
-def test_the_best_word_is_taken_and_the_best_and_worst_are_told(config: TextualInversionConfig) -> None:
+def test_the_best_word_is_chosen_and_the_best_and_worst_are_recorded(config: TextualInversionConfig) -> None:
     backbone = load_backbone(config.pretrained_model_name_or_path, device="cpu")
     concept = read_concept(config)
-    chosen = choose_initializer_tokens(config, concept, backbone)
-    (told,) = json.loads((Path(config.output_dir) / "initializer.json").read_text())
-    assert told["word"] == "<thing>"
-    assert chosen == replace(config, initializer_token=told["initializer_token"])
-    assert len(told["sentences"]) == len(set(told["sentences"])) == SENTENCES
+    result = choose_initializer_tokens(config, concept, backbone)
+    (record,) = json.loads((Path(config.output_dir) / "initializer.json").read_text())
+    assert record["word"] == "<thing>"
+    assert result == replace(config, initializer_token=record["initializer_token"])
+    assert len(record["sentences"]) == len(set(record["sentences"])) == SENTENCES
     names = list_words(backbone.tokenizer)
     clip = Clip.load(str(config.clip_model), device="cpu")
-    plain = [name.removesuffix("</w>") for name in names]
-    found = dict(zip(names, score_words(clip, plain, told["sentences"], concept.images).tolist(), strict=True))
-    ordered = sorted(found.values(), reverse=True)
-    assert list(told["best"].values()) == pytest.approx(ordered[:LISTED])
-    assert list(told["worst"].values()) == pytest.approx(ordered[-LISTED:])
-    assert all(found[name] == pytest.approx(score) for name, score in {**told["best"], **told["worst"]}.items())
-    assert told["initializer_token"] == next(iter(told["best"]))
+    texts = [name.removesuffix("</w>") for name in names]
+    scores = dict(zip(names, score_words(clip, texts, record["sentences"], concept.images).tolist(), strict=True))
+    ranking = sorted(scores.values(), reverse=True)
+    assert list(record["best"].values()) == pytest.approx(ranking[:LISTED])
+    assert list(record["worst"].values()) == pytest.approx(ranking[-LISTED:])
+    assert all(scores[name] == pytest.approx(score) for name, score in {**record["best"], **record["worst"]}.items())
+    assert record["initializer_token"] == next(iter(record["best"]))
     (sentence,) = describe_initializers(Path(config.output_dir))
-    assert sentence.startswith(f"<thing> from {told['initializer_token']}, by CLIP the best word with {ordered[0]:.3f}")
-    assert sentence.endswith(f"with {ordered[-1]:.3f}")
+    assert sentence.startswith(
+        f"<thing> from {record['initializer_token']}, by CLIP the best word with {ranking[0]:.3f}"
+    )
+    assert sentence.endswith(f"with {ranking[-1]:.3f}")
 
 
-def test_a_drawn_word_is_keyed_by_the_seed(config: TextualInversionConfig) -> None:
-    drawn = replace(config, initializer="random", clip_model=None)
+def test_a_random_word_is_keyed_by_the_seed(config: TextualInversionConfig) -> None:
+    random_config = replace(config, initializer="random", clip_model=None)
     backbone = load_backbone(config.pretrained_model_name_or_path, device="cpu")
-    concept = read_concept(drawn)
-    found: list[str | None] = []
+    concept = read_concept(random_config)
+    tokens: list[str | None] = []
     for seed in (0, 0, 1, 2):
-        torch.manual_seed(len(found))
-        found.append(choose_initializer_tokens(replace(drawn, seed=seed), concept, backbone).initializer_token)
-    assert found[0] == found[1]
-    assert len(set(found)) == 3
-    assert describe_initializers(Path(drawn.output_dir)) == [f"<thing> from {found[-1]}"]
-    assert all(token_id(backbone.tokenizer, str(word)) is not None for word in found)
+        torch.manual_seed(len(tokens))
+        tokens.append(choose_initializer_tokens(replace(random_config, seed=seed), concept, backbone).initializer_token)
+    assert tokens[0] == tokens[1]
+    assert len(set(tokens)) == 3
+    assert describe_initializers(Path(random_config.output_dir)) == [f"<thing> from {tokens[-1]}"]
+    assert all(token_id(backbone.tokenizer, str(token)) is not None for token in tokens)
 
 
-def test_a_given_word_is_left_alone(config: TextualInversionConfig) -> None:
-    given = replace(config, initializer="manual", clip_model=None, initializer_token="mug")
+def test_a_manual_initializer_is_unchanged(config: TextualInversionConfig) -> None:
+    manual = replace(config, initializer="manual", clip_model=None, initializer_token="mug")
     backbone = load_backbone(config.pretrained_model_name_or_path, device="cpu")
-    assert choose_initializer_tokens(given, read_concept(given), backbone) == given
+    assert choose_initializer_tokens(manual, read_concept(manual), backbone) == manual
     assert not Path(config.output_dir).exists()
     assert describe_initializers(Path(config.output_dir)) == []
 
 
-def test_each_word_is_found_by_its_own_pictures(
+def test_each_initializer_is_found_from_the_images_of_its_concept(
     config: TextualInversionConfig, tiny_images: Path, tmp_path: Path
 ) -> None:
-    plain = tmp_path / "plain"
-    plain.mkdir()
-    Image.new("RGB", (32, 32), (0, 0, 255)).save(plain / "0.png")
+    blue = tmp_path / "plain"
+    blue.mkdir()
+    Image.new("RGB", (32, 32), (0, 0, 255)).save(blue / "0.png")
     subjects = [
         {"instance_prompt": "a <new1>", "instance_data_dir": str(tiny_images)},
-        {"instance_prompt": "a <new2>", "instance_data_dir": str(plain)},
+        {"instance_prompt": "a <new2>", "instance_data_dir": str(blue)},
     ]
     (tmp_path / "list.json").write_text(json.dumps(subjects))
     several = CustomDiffusionConfig(
@@ -185,11 +187,11 @@ def test_each_word_is_found_by_its_own_pictures(
     backbone = load_backbone(config.pretrained_model_name_or_path, device="cpu")
     concept = read_concept(several)
     choose_initializer_tokens(several, concept, backbone)
-    told = json.loads((Path(config.output_dir) / "initializer.json").read_text())
+    records = json.loads((Path(config.output_dir) / "initializer.json").read_text())
     clip = Clip.load(str(config.clip_model), device="cpu")
-    for each, pictures in zip(told, (concept.images[:4], concept.images[4:]), strict=True):
-        name, score = next(iter(each["best"].items()))
-        expected = score_words(clip, [name.removesuffix("</w>")], each["sentences"], pictures)
+    for record, images in zip(records, (concept.images[:4], concept.images[4:]), strict=True):
+        name, score = next(iter(record["best"].items()))
+        expected = score_words(clip, [name.removesuffix("</w>")], record["sentences"], images)
         assert score == pytest.approx(float(expected))
 
 
@@ -197,9 +199,7 @@ class Killed(BaseException):
     """The process dies here."""
 
 
-def test_a_run_keeps_what_was_found_and_goes_on_from_it(
-    config: TextualInversionConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_run_keeps_its_initializer(config: TextualInversionConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     def kill(step: Any) -> None:
         if step.step == 6:
             raise Killed
@@ -207,17 +207,17 @@ def test_a_run_keeps_what_was_found_and_goes_on_from_it(
     with pytest.raises(Killed):
         personalise(config, [kill])
     folder = Path(config.output_dir)
-    found = json.loads((folder / "initializer.json").read_text())[0]["initializer_token"]
-    assert latest_checkpoint(folder).facts["config"]["initializer_token"] == found
-    monkeypatch.setattr(Clip, "load", lambda *_, **__: pytest.fail("it was found already"))
+    token = json.loads((folder / "initializer.json").read_text())[0]["initializer_token"]
+    assert latest_checkpoint(folder).facts["config"]["initializer_token"] == token
+    monkeypatch.setattr(Clip, "load", lambda *_, **__: pytest.fail("the initializer is known already"))
     personalise(replace(config, resume_from_checkpoint="latest"))
-    assert json.loads((folder / "config.json").read_text())["initializer_token"] == found
-    assert found in (folder / "README.md").read_text()
+    assert json.loads((folder / "config.json").read_text())["initializer_token"] == token
+    assert token in (folder / "README.md").read_text()
     assert load_personalised_backbone(folder, device="cpu").tokenizer.convert_tokens_to_ids("<thing>") > 0
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changes", "message"),
     [
         ({"clip_model": None}, "clip_model is missing: initializer clip needs the folder or hub id of a CLIP"),
         ({"clip_model": "/nowhere/clip"}, "clip_model /nowhere/clip is neither a folder here nor a hub id"),
@@ -226,12 +226,12 @@ def test_a_run_keeps_what_was_found_and_goes_on_from_it(
         ({"initializer": "best"}, "initializer must be one of manual, random, clip, got 'best'"),
     ],
 )
-def test_a_bad_choice_is_refused_before_a_model_loads(
-    config: TextualInversionConfig, changed: dict[str, Any], said: str
+def test_an_invalid_initializer_is_refused_before_a_model_loads(
+    config: TextualInversionConfig, changes: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(RefusedInput) as refused:
-        preflight(replace(config, **changed), None)
-    assert any(said in problem for problem in refused.value.problems)
+    with pytest.raises(RefusedInput) as error:
+        preflight(replace(config, **changes), None)
+    assert any(message in problem for problem in error.value.problems)
 
 
 def test_a_folder_without_a_clip_is_refused(config: TextualInversionConfig, tmp_path: Path) -> None:
@@ -247,7 +247,7 @@ def test_the_bundled_models_own_clip_finds_the_noun_of_a_bundled_concept() -> No
     backbone = load_backbone(mini.path(), device="cpu")
     clip = Clip.bundled(backbone)
     for name in ("brown_boot", "blue_dog", "black_cat"):
-        pictures = [Image.open(path).convert("RGB") for path in sorted(mini.concepts()[name].glob("*.png"))]
+        images = [Image.open(path).convert("RGB") for path in sorted(mini.concepts()[name].glob("*.png"))]
         nouns = ["boot", "dog", "cat", "mug", "owl", "car", "house", "fish"]
-        found = score_words(clip, nouns, TEMPLATES["object"][:4], pictures)
-        assert nouns[int(found.argmax())] == mini.noun(name)
+        scores = score_words(clip, nouns, TEMPLATES["object"][:4], images)
+        assert nouns[int(scores.argmax())] == mini.noun(name)

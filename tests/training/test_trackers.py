@@ -1,3 +1,5 @@
+"""Trackers: the scalars they receive, and what happens when they fail."""
+
 from __future__ import annotations
 
 import sys
@@ -19,17 +21,17 @@ STEPS = (
     StepRecord(0, None, (0.5, 0.3), VERDICT, None, None, SECONDS),
     StepRecord(1, 0.25, None, VERDICT, 2.0, 0.01, SECONDS),
 )
-TOLD = [
+SCALARS = [
     (0, {"L_det": 0.4, "ratio": 0.5}),
     (1, {"train_loss": 0.25, "ratio": 0.5, "grad_norm": 2.0, "lr": 0.01}),
 ]
 
 
 class Writer:
-    """Stands for the clients of both trackers."""
+    """A fake client of both trackers."""
 
     def __init__(self) -> None:
-        self.told: dict[int, dict[str, float]] = {}
+        self.scalars: dict[int, dict[str, float]] = {}
         self.closed = self.failing = False
         self.calls = 0
         self.folder = ""
@@ -38,7 +40,7 @@ class Writer:
         self.calls += 1
         if self.failing:
             raise ConnectionError("no network")
-        self.told.setdefault(step, {}).update(scalars)
+        self.scalars.setdefault(step, {}).update(scalars)
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
         self.log({name: value}, step)
@@ -51,30 +53,30 @@ class Writer:
 
 @pytest.fixture
 def writer(monkeypatch: pytest.MonkeyPatch) -> Writer:
-    made = Writer()
+    fake = Writer()
     module: Any = ModuleType("torch.utils.tensorboard")
 
     def open_writer(folder: str) -> Writer:
-        made.folder = folder
-        return made
+        fake.folder = folder
+        return fake
 
     def init(**options: Any) -> Writer:
-        made.folder = options["dir"]
-        return made
+        fake.folder = options["dir"]
+        return fake
 
     module.SummaryWriter = open_writer
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     client: Any = SimpleNamespace(init=init)
     monkeypatch.setitem(sys.modules, "wandb", client)
-    return made
+    return fake
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
-def test_a_tracker_is_told_what_is_known_at_each_step(writer: Writer, name: str, tmp_path: Path) -> None:
+def test_a_tracker_receives_the_scalars_of_each_step(writer: Writer, name: str, tmp_path: Path) -> None:
     tracker = Tracker(name, tmp_path, {"seed": 3})
     for step in STEPS:
         tracker(step)
-    assert sorted(writer.told.items()) == TOLD
+    assert sorted(writer.scalars.items()) == SCALARS
     assert not writer.closed
     tracker.close()
     assert writer.closed
@@ -82,7 +84,7 @@ def test_a_tracker_is_told_what_is_known_at_each_step(writer: Writer, name: str,
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
-def test_a_failing_tracker_is_told_once_and_left_alone(writer: Writer, name: str, tmp_path: Path) -> None:
+def test_a_failing_tracker_is_called_once_and_then_disabled(writer: Writer, name: str, tmp_path: Path) -> None:
     writer.failing = True
     tracker = Tracker(name, tmp_path, {})
     with pytest.warns(UserWarning, match="the tracker failed .* no network"):
@@ -102,7 +104,7 @@ def test_a_tracker_that_cannot_start_does_not_stop_a_run(monkeypatch: pytest.Mon
     tracker.close()
 
 
-def test_no_tracker_says_nothing(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+def test_no_tracker_writes_nothing(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     tracker = Tracker("none", tmp_path, {})
     tracker(STEPS[0])
     tracker.close()
