@@ -1,4 +1,4 @@
-"""What others test with: contracts that can fail, and the tiny pipeline."""
+"""The test helpers for other packages: contracts that can fail, and the tiny pipeline."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from dvar.testing import WORDS, LogFormatContract, RuleContract, tiny_concept, t
 # --- contracts ------------------------------------------------------------------------------------------------------
 
 
-def failures(suite: RuleContract | LogFormatContract, *arguments: object) -> set[str]:
+def run_contract(suite: RuleContract | LogFormatContract, *arguments: object) -> set[str]:
     """Return the names of the tests of a contract that fail."""
-    failed = set()
-    for name in dir(suite):
-        if name.startswith("test_"):
+    names = set()
+    for test in dir(suite):
+        if test.startswith("test_"):
             try:
-                getattr(suite, name)(*arguments)
+                getattr(suite, test)(*arguments)
             except Exception:
-                failed.add(name)
-    return failed
+                names.add(test)
+    return names
 
 
 @dataclass(eq=False)
-class Counting:
+class CountingRule:
     """A rule that counts its calls, and stops at every other one."""
 
     calls: list[int] = field(default_factory=list)
@@ -46,7 +46,7 @@ class Counting:
 
 
 @dataclass(frozen=True)
-class Hasty:
+class HastyRule:
     """A rule that stops at once, says that it warms up, and calls the future stabilised."""
 
     def __call__(self, trace: Trace) -> Verdict:
@@ -57,9 +57,9 @@ class Hasty:
 @pytest.mark.parametrize(
     ("rule", "expected"),
     [
-        (Counting(), {"test_the_trace_is_its_only_state", "test_it_is_a_value"}),
+        (CountingRule(), {"test_the_trace_is_its_only_state", "test_it_is_a_value"}),
         (
-            Hasty(),
+            HastyRule(),
             {
                 "test_an_empty_trace_does_not_stop",
                 "test_a_verdict_is_about_a_step_and_says_so",
@@ -72,7 +72,7 @@ class Hasty:
 def test_a_rule_that_breaks_the_contract_fails_it(rule: Rule, expected: set[str]) -> None:
     suite = RuleContract()
     suite.rule = rule
-    assert failures(suite) >= expected
+    assert run_contract(suite) >= expected
 
 
 @pytest.mark.filterwarnings("ignore:val_loss takes only")
@@ -91,16 +91,16 @@ def test_a_format_that_breaks_the_contract_fails_it(tmp_path: Path) -> None:
         "test_its_points_are_steps_names_and_values",
         "test_the_curve_is_read_as_it_was_recorded",
     }
-    assert failures(Suite(), tmp_path) >= expected
+    assert run_contract(Suite(), tmp_path) >= expected
     assert Suite.log_format not in LOG_FORMATS.values()
 
 
-def test_the_contracts_need_no_model_library_and_no_pytest() -> None:
+def test_the_contracts_import_no_model_library_and_no_pytest() -> None:
     program = (
         "import sys, dvar.testing; print(*{'torch', 'diffusers', 'transformers', 'PIL', 'pytest'} & {*sys.modules})"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout == "\n"
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert process.stdout == "\n"
 
 
 # --- the tiny pipeline ----------------------------------------------------------------------------------------------
@@ -121,7 +121,7 @@ def test_stock_diffusers_loads_it_and_its_images_follow_the_prompt(tmp_path: Pat
 def test_the_same_arguments_give_the_same_files(tmp_path: Path) -> None:
     state = torch.get_rng_state()
     digests = []
-    for name, seed in (("one", 0), ("again", 0), ("other", 1)):
+    for name, seed in (("first", 0), ("repeat", 0), ("reseeded", 1)):
         folder = tiny_pipeline(tmp_path / name, seed=seed)
         weights = sorted(folder.rglob("*.safetensors"))
         digests.append([hashlib.sha256(path.read_bytes()).hexdigest() for path in weights])
@@ -130,7 +130,7 @@ def test_the_same_arguments_give_the_same_files(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_each_of_its_words_is_one_token_and_any_text_can_be_spelled() -> None:
+def test_each_word_is_one_token_and_any_text_can_be_encoded() -> None:
     tokenizer = tiny_tokenizer()
     for word in WORDS:
         assert len(tokenizer(word, add_special_tokens=False).input_ids) == 1
@@ -140,7 +140,7 @@ def test_each_of_its_words_is_one_token_and_any_text_can_be_spelled() -> None:
         assert len(ids) > 1
 
 
-def test_its_images_show_one_subject_in_several_places(tmp_path: Path) -> None:
+def test_the_images_of_a_concept_differ(tmp_path: Path) -> None:
     folder = tiny_concept(tmp_path / "ball", images=5, size=48)
     images = [Image.open(path) for path in sorted(folder.iterdir())]
     assert [(image.size, image.mode) for image in images] == [((48, 48), "RGB")] * 5

@@ -1,4 +1,4 @@
-"""The settings: what is refused, what it says, and that every problem is found at once."""
+"""The settings: their checks, messages, files and descriptions."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from dvar.config.training import (
 from dvar.errors import RefusedInput, nearest
 from dvar.training.methods.registry import config_from_dict
 
-GOOD = TextualInversionConfig(instance_data_dir="pictures", initializer_token="mug")
-LORA = DreamBoothLoraConfig(instance_data_dir="pictures", placeholder_token="<thing>", initializer_token="mug")
-LORA_ALONE = DreamBoothLoraConfig(instance_data_dir="pictures", instance_prompt="a photo of sks dog")
-LORA_PRIOR = replace(LORA_ALONE, with_prior_preservation=True, class_prompt="a photo of dog")
-CUSTOM = CustomDiffusionConfig(instance_data_dir="pictures", class_noun="mug")
+VALID = TextualInversionConfig(instance_data_dir="images", initializer_token="mug")
+LORA = DreamBoothLoraConfig(instance_data_dir="images", placeholder_token="<thing>", initializer_token="mug")
+LORA_WITHOUT_TOKEN = DreamBoothLoraConfig(instance_data_dir="images", instance_prompt="a photo of sks dog")
+LORA_PRIOR = replace(LORA_WITHOUT_TOKEN, with_prior_preservation=True, class_prompt="a photo of dog")
+CUSTOM = CustomDiffusionConfig(instance_data_dir="images", class_noun="mug")
 INVALID_ALPHA: dict[str, Any] = {"lora_alpha": 1.5}
 INVALID_PART: dict[str, Any] = {"freeze_model": "all"}
 SEVERAL = CustomDiffusionConfig(
@@ -39,13 +39,13 @@ SEVERAL = CustomDiffusionConfig(
 )
 
 
-def test_good_settings_have_no_problems() -> None:
-    assert problems(GOOD) == []
-    assert replace_invalid_fields(GOOD) == GOOD
+def test_valid_settings_have_no_problems() -> None:
+    assert problems(VALID) == []
+    assert replace_invalid_fields(VALID) == VALID
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changes", "message"),
     [
         ({"instance_data_dir": None}, "instance_data_dir is missing"),
         ({"initializer_token": None}, "initializer_token is missing"),
@@ -76,41 +76,41 @@ def test_good_settings_have_no_problems() -> None:
         ({"report_to": "paper"}, "report_to must be one of none, tensorboard, wandb, got 'paper'"),
     ],
 )
-def test_a_bad_setting_is_the_one_problem_named(changed: dict[str, Any], said: str) -> None:
-    (problem,) = problems(replace(GOOD, **changed))
-    assert said in problem
+def test_an_invalid_setting_is_the_only_problem_reported(changes: dict[str, Any], message: str) -> None:
+    (problem,) = problems(replace(VALID, **changes))
+    assert message in problem
     assert "\n" not in problem
 
 
-def test_all_problems_are_found_at_once() -> None:
+def test_all_problems_are_reported_at_once() -> None:
     config = TextualInversionConfig(num_vectors=0, resolution=100, lr_warmup_steps=5, learning_rate="fast")  # type: ignore[arg-type]
-    named = sorted(problem.split()[0] for problem in problems(config))
-    assert named == sorted(
+    names = sorted(problem.split()[0] for problem in problems(config))
+    assert names == sorted(
         ["num_vectors", "learning_rate", "instance_data_dir", "initializer_token", "resolution", "lr_warmup_steps"]
     )
 
 
-def test_an_ill_formed_setting_does_not_blame_the_ones_checked_against_it() -> None:
+def test_an_ill_formed_setting_causes_no_problem_in_dependent_settings() -> None:
     # The default cap of 6100 stands in for the faulty one and would refuse this warm-up.
-    config = replace(GOOD, max_train_steps="many", lr_warmup_steps=7000, lr_scheduler="cosine")  # type: ignore[arg-type]
+    config = replace(VALID, max_train_steps="many", lr_warmup_steps=7000, lr_scheduler="cosine")  # type: ignore[arg-type]
     assert problems(config) == ["max_train_steps must be a whole number, got 'many'"]
     assert replace_invalid_fields(config).max_train_steps == 6100
 
 
 def test_every_setting_has_help_and_a_known_type() -> None:
-    for known in PAPER_METHODS.values():
-        for item in fields(known):
+    for config_class in PAPER_METHODS.values():
+        for item in fields(config_class):
             assert item.metadata["help"].endswith(".")
-        # An object fits no setting, so each must say what it would have liked; a type without words for it raises.
-        nothing: dict[str, Any] = {item.name: object() for item in fields(known)}
-        assert len(problems(known(**nothing))) == len(nothing)
+        # An object fits no setting, so each reports a problem; a type without a message raises.
+        objects: dict[str, Any] = {item.name: object() for item in fields(config_class)}
+        assert len(problems(config_class(**objects))) == len(objects)
 
 
-def test_the_sample_prompt_is_plain_unless_asked_for() -> None:
-    assert GOOD.sample_prompt == "a photo of <thing>"
-    assert replace(GOOD, learnable_property="style").sample_prompt == "a picture in the style of <thing>"
-    assert replace(GOOD, validation_prompt="<thing> at night").sample_prompt == "<thing> at night"
-    assert LORA_ALONE.sample_prompt == "a photo of sks dog"
+def test_the_sample_prompt_is_plain_by_default() -> None:
+    assert VALID.sample_prompt == "a photo of <thing>"
+    assert replace(VALID, learnable_property="style").sample_prompt == "a picture in the style of <thing>"
+    assert replace(VALID, validation_prompt="<thing> at night").sample_prompt == "<thing> at night"
+    assert LORA_WITHOUT_TOKEN.sample_prompt == "a photo of sks dog"
     assert LORA.sample_prompt == "a photo of <thing>"
     assert CUSTOM.sample_prompt == "photo of a <new1> mug"
 
@@ -118,9 +118,9 @@ def test_the_sample_prompt_is_plain_unless_asked_for() -> None:
 @pytest.mark.parametrize(
     ("config", "subject", "learned"),
     [
-        (GOOD, "<thing>", "a new word"),
+        (VALID, "<thing>", "a new word"),
         (LORA, "<thing>", "a new word and a low-rank change of the U-Net's attention"),
-        (LORA_ALONE, "a photo of sks dog", "a low-rank change of the U-Net's attention"),
+        (LORA_WITHOUT_TOKEN, "a photo of sks dog", "a low-rank change of the U-Net's attention"),
         (
             replace(LORA_PRIOR, train_text_encoder=True),
             "a photo of sks dog",
@@ -131,28 +131,26 @@ def test_the_sample_prompt_is_plain_unless_asked_for() -> None:
         (SEVERAL, "<new1>, <new2>", "new words and new keys and values of cross-attention"),
     ],
 )
-def test_settings_say_what_the_subject_is_called_and_what_is_learned(
-    config: TrainingConfig, subject: str, learned: str
-) -> None:
+def test_settings_describe_the_concept_and_what_is_learned(config: TrainingConfig, subject: str, learned: str) -> None:
     assert problems(config) == []
     assert (config.subject, config.learned) == (subject, learned)
     assert PAPER_METHODS[config.method] is type(config)
 
 
-@pytest.mark.parametrize("config", [GOOD, LORA, LORA_ALONE, LORA_PRIOR, CUSTOM, SEVERAL])
-def test_settings_are_kept_as_plain_values_and_restored(config: TrainingConfig) -> None:
-    kept = json.loads(json.dumps({**config.to_dict(), "versions": {"dvar": "9"}, "of_another_version": 3}))
-    assert config_from_dict(kept) == config
+@pytest.mark.parametrize("config", [VALID, LORA, LORA_WITHOUT_TOKEN, LORA_PRIOR, CUSTOM, SEVERAL])
+def test_settings_are_saved_as_plain_values_and_restored(config: TrainingConfig) -> None:
+    values = json.loads(json.dumps({**config.to_dict(), "versions": {"dvar": "9"}, "of_another_version": 3}))
+    assert config_from_dict(values) == config
 
 
-def test_a_run_without_the_name_of_its_method_is_textual_inversion() -> None:
+def test_a_run_without_a_method_name_is_textual_inversion() -> None:
     assert config_from_dict({"placeholder_token": "<mug>"}) == TextualInversionConfig(placeholder_token="<mug>")
     with pytest.raises(RefusedInput, match="method 'hypernetwork'"):
         config_from_dict({"method": "hypernetwork"})
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "message"),
     [
         (
             replace(LORA, placeholder_token=None, initializer_token=None),
@@ -164,8 +162,8 @@ def test_a_run_without_the_name_of_its_method_is_textual_inversion() -> None:
             replace(LORA, instance_prompt="a photo of sks dog"),
             "instance_prompt must contain the placeholder token <thing>",
         ),
-        (replace(LORA_ALONE, initializer_token="dog"), "initializer_token needs a placeholder_token"),
-        (replace(LORA_ALONE, num_vectors=2), "num_vectors must be 1 without a placeholder_token, got 2"),
+        (replace(LORA_WITHOUT_TOKEN, initializer_token="dog"), "initializer_token needs a placeholder_token"),
+        (replace(LORA_WITHOUT_TOKEN, num_vectors=2), "num_vectors must be 1 without a placeholder_token, got 2"),
         (replace(LORA, rank=0), "rank must be at least 1, got 0"),
         (replace(LORA, **INVALID_ALPHA), "lora_alpha must be a whole number, got 1.5"),
         (replace(CUSTOM, class_noun=None), "class_noun is missing"),
@@ -206,12 +204,14 @@ def test_a_run_without_the_name_of_its_method_is_textual_inversion() -> None:
         (replace(CUSTOM, validation_prompt="a mug"), "validation_prompt must contain the placeholder token <new1>"),
     ],
 )
-def test_a_bad_setting_of_another_method_is_the_one_problem_named(config: TrainingConfig, said: str) -> None:
+def test_an_invalid_setting_of_another_method_is_the_only_problem_reported(
+    config: TrainingConfig, message: str
+) -> None:
     (problem,) = problems(config)
-    assert said in problem
+    assert message in problem
 
 
-def test_the_new_word_of_custom_diffusion_has_its_diffusers_name_too() -> None:
+def test_the_placeholder_token_of_custom_diffusion_has_its_diffusers_name() -> None:
     assert canonical_settings({"modifier-token": "<m>"}, CustomDiffusionConfig) == {"placeholder_token": "<m>"}
     with pytest.raises(RefusedInput, match="unknown setting 'modifier_token'"):
         canonical_settings({"modifier_token": "<m>"}, TextualInversionConfig)
@@ -227,7 +227,7 @@ def test_a_range_admits_only_finite_numbers_between_its_ends(
         assert not (above and value == low)
 
 
-def test_settings_may_be_spelled_with_hyphens_and_by_another_name() -> None:
+def test_settings_accept_hyphens_and_aliases() -> None:
     assert canonical_settings({"learning-rate": 1, "train-data-dir": "x"}, TextualInversionConfig) == {
         "learning_rate": 1,
         "instance_data_dir": "x",
@@ -235,49 +235,49 @@ def test_settings_may_be_spelled_with_hyphens_and_by_another_name() -> None:
 
 
 def test_unknown_settings_are_named_with_the_nearest_known_one() -> None:
-    with pytest.raises(RefusedInput) as refused:
+    with pytest.raises(RefusedInput) as error:
         canonical_settings({"learnin_rate": 1, "train_dir": 2, "seed": 3}, TextualInversionConfig)
-    assert refused.value.problems == (
+    assert error.value.problems == (
         "unknown setting 'learnin_rate': the nearest known one is learning_rate",
         "unknown setting 'train_dir': the nearest known one is train_data_dir",
     )
 
 
-def test_a_setting_and_its_other_name_together_are_refused() -> None:
+def test_a_setting_given_with_its_alias_is_refused() -> None:
     with pytest.raises(RefusedInput, match="instance_data_dir is given twice"):
         canonical_settings({"instance_data_dir": "x", "train-data-dir": "y"}, TextualInversionConfig)
 
 
-def test_the_nearest_word_is_found_however_far() -> None:
+def test_the_nearest_name_is_found_at_any_distance() -> None:
     assert nearest("learnin_rate", ["seed", "learning_rate"]) == "learning_rate"
     assert nearest("xyz", ["seed"]) == "seed"
 
 
 def test_a_settings_file_is_read_under_the_settings_own_names(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
-    path.write_text('train-data-dir = "pictures"\nlearning_rate = 5e-3\ncenter_crop = false\n', encoding="utf-8")
+    path.write_text('train-data-dir = "images"\nlearning_rate = 5e-3\ncenter_crop = false\n', encoding="utf-8")
     assert read_settings(path, TextualInversionConfig) == {
-        "instance_data_dir": "pictures",
+        "instance_data_dir": "images",
         "learning_rate": 5e-3,
         "center_crop": False,
     }
 
 
 @pytest.mark.parametrize(
-    ("written", "said"),
+    ("content", "message"),
     [
         ("learning_rate 3", "is not valid TOML"),
         ("learnin_rate = 3", "unknown setting 'learnin_rate': the nearest known one is learning_rate"),
         ("[training]\nseed = 1", "unknown setting 'training'"),
     ],
 )
-def test_a_bad_settings_file_is_refused_by_name(tmp_path: Path, written: str, said: str) -> None:
+def test_an_invalid_settings_file_is_refused_by_name(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "run.toml"
-    path.write_text(written, encoding="utf-8")
-    with pytest.raises(RefusedInput) as refused:
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(RefusedInput) as error:
         read_settings(path, TextualInversionConfig)
-    assert str(path) in str(refused.value)
-    assert said in str(refused.value)
+    assert str(path) in str(error.value)
+    assert message in str(error.value)
 
 
 def test_a_missing_settings_file_is_refused_by_name(tmp_path: Path) -> None:
@@ -285,14 +285,20 @@ def test_a_missing_settings_file_is_refused_by_name(tmp_path: Path) -> None:
         read_settings(tmp_path / "nowhere.toml", TextualInversionConfig)
 
 
-def test_words_are_joined_by_plus_in_custom_diffusion_alone() -> None:
+def test_only_custom_diffusion_joins_placeholder_tokens_by_plus() -> None:
     assert SEVERAL.placeholder_tokens == ("<new1>", "<new2>")
     assert SEVERAL.initializer_tokens == ("ktn", "pll")
     assert CUSTOM.placeholder_tokens == ("<new1>",)
-    assert replace(GOOD, placeholder_token="c++").placeholder_tokens == ("c++",)
-    assert LORA_ALONE.placeholder_tokens == ()
+    assert replace(VALID, placeholder_token="c++").placeholder_tokens == ("c++",)
+    assert LORA_WITHOUT_TOKEN.placeholder_tokens == ()
 
 
-def test_only_a_run_with_class_pictures_has_a_prior() -> None:
-    assert [config.effective_prior_weight for config in (GOOD, LORA, LORA_ALONE, LORA_PRIOR, CUSTOM)] == [0, 0, 0, 1, 1]
+def test_only_a_run_with_class_images_has_a_prior() -> None:
+    assert [config.effective_prior_weight for config in (VALID, LORA, LORA_WITHOUT_TOKEN, LORA_PRIOR, CUSTOM)] == [
+        0,
+        0,
+        0,
+        1,
+        1,
+    ]
     assert replace(CUSTOM, prior_loss_weight=0.0).effective_prior_weight == 0

@@ -32,14 +32,14 @@ def test_the_papers_settings_are_the_published_ones() -> None:
     assert paper.items() >= published.items()
 
 
-def test_every_row_is_a_setting_with_a_source_and_stands_once() -> None:
+def test_every_row_is_a_unique_setting_with_a_source() -> None:
     rows = [(row.name, row.method, row.setting) for row in TABLE]
     assert len(set(rows)) == len(rows)
     assert all(row.source for row in TABLE)
     assert all(row.setting in {item.name for item in fields(PAPER_METHODS[row.method])} for row in TABLE)
 
 
-OWN = {
+REQUIRED = {
     "textual-inversion": {"initializer_token": "mug"},
     "dreambooth-lora": {"placeholder_token": "<thing>", "initializer_token": "mug"},
     "custom-diffusion": {"class_noun": "mug"},
@@ -48,8 +48,8 @@ OWN = {
 
 @pytest.mark.parametrize("method", PAPER_METHODS)
 @pytest.mark.parametrize("name", ["paper", "lean", "mini"])
-def test_every_preset_gives_settings_that_can_be_run(name: str, method: str) -> None:
-    config = configure({"preset": name, "instance_data_dir": "pictures", **OWN[method]}, PAPER_METHODS[method])
+def test_every_preset_is_valid(name: str, method: str) -> None:
+    config = configure({"preset": name, "instance_data_dir": "images", **REQUIRED[method]}, PAPER_METHODS[method])
     assert isinstance(config, PAPER_METHODS[method])
     assert problems(config) == []
     assert rule.problems(config) == []
@@ -76,7 +76,7 @@ def test_the_papers_settings_of_the_other_methods(method: str, published: dict[s
     assert preset_settings("paper", method).items() >= {**published, **shared}.items()
 
 
-def test_the_bundled_model_has_its_own_preset_and_any_other_the_papers_probed_less() -> None:
+def test_the_default_preset_is_mini_for_the_bundled_model_and_lean_for_others() -> None:
     assert configure({}, TextualInversionConfig).preset == "mini"
     assert configure({"pretrained_model_name_or_path": "owner/model"}, TextualInversionConfig).preset == "lean"
     assert (
@@ -87,7 +87,7 @@ def test_the_bundled_model_has_its_own_preset_and_any_other_the_papers_probed_le
 
 
 @pytest.mark.parametrize("method", PAPER_METHODS)
-def test_lean_is_the_papers_but_for_a_cadence_that_leaves_a_window_enough(method: str) -> None:
+def test_lean_differs_from_paper_only_in_its_cadence(method: str) -> None:
     paper, lean = preset_settings("paper", method), preset_settings("lean", method)
     assert {name for name in paper if lean[name] != paper[name]} == {"probe_every"}
     assert lean.keys() == paper.keys()
@@ -95,11 +95,11 @@ def test_lean_is_the_papers_but_for_a_cadence_that_leaves_a_window_enough(method
     assert lean["window"] // lean["probe_every"] >= 9
 
 
-def test_what_is_given_overrides_the_preset_and_the_rest_keeps_its_default() -> None:
-    config = configure({"learning-rate": 0.5, "train_data_dir": Path("pictures")}, TextualInversionConfig)
-    assert (config.learning_rate, config.instance_data_dir) == (0.5, "pictures")
-    kept = {**preset_settings("mini"), "preset": "mini", "learning_rate": 0.5, "instance_data_dir": "pictures"}
-    assert config == replace(TextualInversionConfig(), **kept)
+def test_settings_override_the_preset_and_the_preset_overrides_defaults() -> None:
+    config = configure({"learning-rate": 0.5, "train_data_dir": Path("images")}, TextualInversionConfig)
+    assert (config.learning_rate, config.instance_data_dir) == (0.5, "images")
+    settings = {**preset_settings("mini"), "preset": "mini", "learning_rate": 0.5, "instance_data_dir": "images"}
+    assert config == replace(TextualInversionConfig(), **settings)
 
 
 def test_an_unknown_preset_is_refused_with_the_nearest() -> None:

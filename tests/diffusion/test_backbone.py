@@ -1,3 +1,5 @@
+"""Backbones: loading, encoding, prediction, refused models."""
+
 from __future__ import annotations
 
 import json
@@ -22,7 +24,7 @@ def backbone(tiny_model: Path) -> StableDiffusion:
     return StableDiffusion.load(tiny_model, device="cpu")
 
 
-def pictures(folder: Path) -> list[Image.Image]:
+def load_images(folder: Path) -> list[Image.Image]:
     return [Image.open(path).convert("RGB").resize((32, 32)) for path in sorted(folder.glob("*.png"))]
 
 
@@ -32,18 +34,18 @@ def test_everything_is_frozen_and_in_eval_mode(backbone: StableDiffusion) -> Non
         assert not any(part.training for part in network.modules())
 
 
-def test_moments_are_those_of_each_picture_alone(backbone: StableDiffusion, tiny_images: Path) -> None:
-    shown = pictures(tiny_images)
-    moments = backbone.encode(shown)
+def test_moments_of_an_image_do_not_depend_on_its_batch(backbone: StableDiffusion, tiny_images: Path) -> None:
+    images = load_images(tiny_images)
+    moments = backbone.encode(images)
     assert moments.shape == (4, 8, 8, 8)
     assert moments.dtype == torch.float32
-    assert torch.equal(backbone.encode(shown[2:3]), moments[2:3])
+    assert torch.equal(backbone.encode(images[2:3]), moments[2:3])
     white = torch.ones(1, 3, 32, 32)
     expected = backbone.vae.encode(white).latent_dist.parameters
     assert torch.equal(backbone.encode([Image.new("L", (32, 32), 255)]), expected)
 
 
-def test_prompts_are_padded_and_cut_to_what_the_text_encoder_reads(backbone: StableDiffusion) -> None:
+def test_prompts_are_padded_and_truncated_to_the_length_of_the_text_encoder(backbone: StableDiffusion) -> None:
     ids = backbone.tokenize(["a mug", "mug " * 200])
     assert ids.shape == (2, 77)
     assert ids[0, 0] == backbone.tokenizer.bos_token_id
@@ -65,12 +67,12 @@ def test_half_precision_still_gives_float32_losses_and_gradients(
 ) -> None:
     half = StableDiffusion.load(tiny_model, device="cpu", mixed_precision=precision)
     assert half.unet.dtype != torch.float32
-    examples = Encoded(half.encode(pictures(tiny_images)).unsqueeze(1), [half.tokenize(["a mug"])] * 4)
-    drawn = draw(examples, timesteps=1000, seed=0, stream="train", first=0, count=4)
-    losses = denoising_loss(half.predict, drawn, half.schedule)
+    examples = Encoded(half.encode(load_images(tiny_images)).unsqueeze(1), [half.tokenize(["a mug"])] * 4)
+    draws = draw(examples, timesteps=1000, seed=0, stream="train", first=0, count=4)
+    losses = denoising_loss(half.predict, draws, half.schedule)
     assert losses.dtype == torch.float32
-    torch.testing.assert_close(losses, denoising_loss(backbone.predict, drawn, backbone.schedule), rtol=5e-3, atol=0)
-    assert not torch.equal(losses, denoising_loss(backbone.predict, drawn, backbone.schedule))
+    torch.testing.assert_close(losses, denoising_loss(backbone.predict, draws, backbone.schedule), rtol=5e-3, atol=0)
+    assert not torch.equal(losses, denoising_loss(backbone.predict, draws, backbone.schedule))
 
 
 def test_gradient_checkpointing_gives_the_same_gradient(tiny_model: Path) -> None:
@@ -78,31 +80,31 @@ def test_gradient_checkpointing_gives_the_same_gradient(tiny_model: Path) -> Non
     for recompute in (False, True):
         model = StableDiffusion.load(tiny_model, device="cpu", gradient_checkpointing=recompute)
         assert model.unet.is_gradient_checkpointing == recompute
-        words = model.text_encoder.get_input_embeddings().weight.requires_grad_()
+        embeddings = model.text_encoder.get_input_embeddings().weight.requires_grad_()
         noisy = torch.ones(1, 4, 8, 8)
         torch.autograd.backward(model.predict(noisy, torch.tensor([500]), model.tokenize(["a mug"])).square().sum())
-        gradients.append(words.grad)
+        gradients.append(embeddings.grad)
     assert gradients[0].abs().sum() > 0
     assert torch.equal(*gradients)
 
 
-def test_attention_is_sliced_only_where_asked_and_predicts_the_same(tiny_model: Path) -> None:
-    given = torch.randn(2, 4, 8, 8), torch.tensor([500, 20])
-    predicted, kinds = [], []
+def test_attention_is_sliced_only_on_request_and_predicts_the_same(tiny_model: Path) -> None:
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([500, 20])
+    predictions, kinds = [], []
     for sliced in (False, True):
         backbone = StableDiffusion.load(tiny_model, device="cpu", attention_slicing=sliced)
         kinds.append({type(processor).__name__ for processor in backbone.unet.attn_processors.values()})
         with torch.no_grad():
-            predicted.append(backbone.predict(*given, backbone.tokenize(["a mug", "a dark cat"])))
+            predictions.append(backbone.predict(*inputs, backbone.tokenize(["a mug", "a dark cat"])))
     assert kinds == [{"AttnProcessor2_0"}, {"SlicedAttnProcessor"}]
-    torch.testing.assert_close(*predicted)
+    torch.testing.assert_close(*predictions)
 
 
-def test_a_folder_that_is_no_model_is_named_in_one_line(tmp_path: Path, tiny_model: Path) -> None:
+def test_a_folder_without_a_model_is_refused_in_one_line(tmp_path: Path, tiny_model: Path) -> None:
     for load in (load_backbone, load_tokenizer):
-        with pytest.raises(ModelError, match=f"{tmp_path} does not load") as told:
+        with pytest.raises(ModelError, match=f"{tmp_path} does not load") as error:
             load(tmp_path)
-        assert "\n" not in str(told.value)
+        assert "\n" not in str(error.value)
 
 
 def test_another_kind_of_pipeline_is_refused(tmp_path: Path, tiny_model: Path) -> None:
@@ -121,12 +123,12 @@ def test_a_model_that_predicts_samples_is_refused(tmp_path: Path, tiny_model: Pa
         StableDiffusion.load(folder)
 
 
-def test_loading_says_nothing(tiny_model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_loading_prints_nothing(tiny_model: Path, capfd: pytest.CaptureFixture[str]) -> None:
     StableDiffusion.load(tiny_model, device="cpu", mixed_precision="bf16")
     assert capfd.readouterr() == ("", "")
 
 
-def test_the_peak_of_the_process_is_in_bytes() -> None:
+def test_peak_memory_is_in_bytes() -> None:
     peak = peak_memory(torch.device("cpu"))
     assert peak is None or peak > 50 * 2**20
 
@@ -143,7 +145,7 @@ def test_a_backbone_of_another_package_is_loaded_by_the_class_of_its_pipeline(
 
     entry = BackboneEntry("OtherPipeline", "Other model", load, lambda name: "a tokenizer")
     monkeypatch.setattr(BACKBONES, "_items", {**BACKBONES, entry.pipeline: entry})
-    loaded: Any = load_backbone(tmp_path, device="cpu")
-    assert loaded == "a model"
+    model: Any = load_backbone(tmp_path, device="cpu")
+    assert model == "a model"
     assert load_tokenizer(tmp_path) == "a tokenizer"
     assert calls == [(tmp_path, "cpu")]
