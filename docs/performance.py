@@ -1,7 +1,6 @@
-"""The page docs/performance.md and its figure: ``python docs/performance.py`` writes them from the benchmarks' files.
+"""The page docs/performance.md and its figure: ``python docs/performance.py`` writes them from the benchmarks' files."""
 
-Every number on the page comes from the JSON files in docs/performance; the page names the command that makes each.
-"""
+# Every number on the page comes from the JSON files in docs/performance; the page names the command that writes each.
 
 from __future__ import annotations
 

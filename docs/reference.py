@@ -1,7 +1,6 @@
-"""The page docs/reference.md, from the docstrings: ``python docs/reference.py`` writes it.
+"""The page docs/reference.md, from the docstrings: ``python docs/reference.py`` writes it."""
 
-It holds the public names, `dvar.*`, and what else the modules of the stopper offer.
-"""
+# The page holds the public names, `dvar.*`, and the other public names of the stopping modules.
 
 from __future__ import annotations
 

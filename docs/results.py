@@ -1,8 +1,7 @@
-"""The page docs/results.md and its images: ``python docs/results.py FOLDER`` writes them from a report.
+"""The page docs/results.md and its images: ``python docs/results.py FOLDER`` writes them from a report."""
 
-FOLDER is the output of ``dvar reproduce all --output_dir FOLDER``, or of ``dvar reproduce NAMES``; then the sections of
-other experiments stay as they are. The section on what was recorded comes with Table 1.
-"""
+# FOLDER is the output of ``dvar reproduce all --output_dir FOLDER``, or of ``dvar reproduce NAMES``; then the sections
+# of other experiments stay as they are. The section on what was recorded comes with Table 1.
 
 from __future__ import annotations
 

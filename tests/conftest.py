@@ -26,6 +26,6 @@ def tiny_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
     """A finished run that DVAR stopped, with samples."""
-    from fake_run import fake_trace, write_run
+    from fake_run import generate_trace, write_run
 
-    return write_run(tmp_path / "run", fake_trace())
+    return write_run(tmp_path / "run", generate_trace())

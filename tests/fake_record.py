@@ -17,17 +17,17 @@ TIMESTEPS = (981, 37, 411, 266, 702, 843, 130, 555)
 START, GAIN = 0.5, 0.3
 
 
-def scored_steps(cap: int, count: int = 40) -> list[int]:
+def space_scored_steps(cap: int, count: int = 40) -> list[int]:
     """Return step 0, the cap, and log-spaced steps between."""
     return sorted({0, *np.rint(np.geomspace(4, cap, count - 1)).astype(int).tolist()})
 
 
-def oracle_step(learned: float, share: float = 0.9) -> float:
+def compute_oracle_step(learned: float, share: float = 0.9) -> float:
     """Return where 1 - exp(-step / learned) reaches ``share``, for a run long enough that its plateau is 1."""
     return -learned * float(np.log(1 - share))
 
 
-def fake_record(
+def write_fake_record(
     root: Path,
     method: str = "textual-inversion",
     concept: str = "red_mug",
@@ -57,17 +57,17 @@ def fake_record(
     random = np.random.default_rng([seed, *(method + concept).encode()])
     folder = root / method / concept / str(seed)
     folder.mkdir(parents=True, exist_ok=True)
-    _trace(random, cap, learned, jitter, every, seconds).write(folder / "trace.jsonl")
-    _json(folder / "scores.json", _scores(random, cap, learned, noise, decline, images))
+    _generate_trace(random, cap, learned, jitter, every, seconds).write(folder / "trace.jsonl")
+    _write_json(folder / "scores.json", _generate_scores(random, cap, learned, noise, decline, images))
     config = {"method": method, "preset": "mini", "max_train_steps": cap, "seed": seed, "train_batch_size": 4}
     config |= {"pretrained_model_name_or_path": "mini", "num_inference_steps": 25, "eval_batch_size": 8}
-    _json(folder / "config.json", config)
+    _write_json(folder / "config.json", config)
     sums = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ("trace.jsonl", "scores.json")}
-    _json(folder / "done.json", {"hashes": sums, "versions": {"dvar": "0.1.0"}})
+    _write_json(folder / "done.json", {"hashes": sums, "versions": {"dvar": "0.1.0"}})
     return folder
 
 
-def fake_sheets(folder: Path, steps: Iterable[int], count: int = 4, side: int = 16) -> None:
+def write_fake_sheets(folder: Path, steps: Iterable[int], count: int = 4, side: int = 16) -> None:
     """Write plain images of some scored steps, which grow lighter with the step, and a reference."""
     (folder / "pictures").mkdir(exist_ok=True)
     for place, step in enumerate(steps):
@@ -77,7 +77,9 @@ def fake_sheets(folder: Path, steps: Iterable[int], count: int = 4, side: int = 
     Image.new("RGB", (side, side), "white").save(folder / "references" / "00.png")
 
 
-def _trace(random: np.random.Generator, cap: int, learned: float, jitter: float, every: int, seconds: float) -> Trace:
+def _generate_trace(
+    random: np.random.Generator, cap: int, learned: float, jitter: float, every: int, seconds: float
+) -> Trace:
     level, held = 0.2 + 3.0 * np.exp(-np.array(TIMESTEPS) / 200), np.sort(random.integers(0, 1000, 32))
     series = {
         "stratified": {"every": every, "timesteps": held.tolist()},
@@ -103,11 +105,11 @@ def _trace(random: np.random.Generator, cap: int, learned: float, jitter: float,
     return trace
 
 
-def _scores(
+def _generate_scores(
     random: np.random.Generator, cap: int, learned: float, noise: float, decline: float, images: int
 ) -> dict[str, Any]:
     rows = []
-    for step in scored_steps(cap):
+    for step in space_scored_steps(cap):
         gain = 1 - np.exp(-step / learned)
         decrease = decline * max(0, step - cap / 2)
         curves = {
@@ -133,5 +135,5 @@ def _scores(
     return {"header": header, "rows": rows}
 
 
-def _json(path: Path, content: object) -> None:
+def _write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content), encoding="utf-8")

@@ -39,13 +39,13 @@ def falling_loss(step: int) -> float:
     return 0.0426 * (1 + 0.015 * math.exp(-step / 70))
 
 
-def fake_trace(
+def generate_trace(
     loss: Callable[[int], float] = falling_loss, steps: int = 1000, probe_every: int = 1, seed: int = 0
 ) -> Trace:
     """Return the trace of a run whose L_det follows ``loss`` until the rule of `CONFIG` stops it or its steps end."""
     rng = np.random.default_rng(seed)
     level = np.array([0.2 + 3.0 * np.exp(-timestep / 200) for timestep in TIMESTEPS])
-    trace, rule = Trace({"timesteps": list(TIMESTEPS)}), _stopping_rule()
+    trace, rule = Trace({"timesteps": list(TIMESTEPS)}), _build_rule()
     for step in range(steps + 1):
         probed = step % probe_every == 0
         jitter = 1 + 2e-4 * rng.standard_normal(len(TIMESTEPS))
@@ -81,15 +81,15 @@ def write_run(
         _write_json(folder / "samples" / "prompts.json", [{"prompt": prompt, "seed": seed} for seed in range(images)])
     if finished:
         names = {"weights": list(weights), "best_weights": list(best_weights or weights)}
-        _write_json(folder / "result.json", _result(trace, verdict or _stopping_rule()(trace)) | names)
+        _write_json(folder / "result.json", _format_result(trace, verdict or _build_rule()(trace)) | names)
     return folder
 
 
-def _stopping_rule() -> AnyOf:
+def _build_rule() -> AnyOf:
     return AnyOf((Dvar(CONFIG["window"], CONFIG["threshold"]), FixedSteps(CONFIG["max_train_steps"])))
 
 
-def _result(trace: Trace, verdict: Verdict) -> dict[str, Any]:
+def _format_result(trace: Trace, verdict: Verdict) -> dict[str, Any]:
     seconds = {kind: float(trace.metric(f"seconds.{kind}")[1].sum()) for kind in ("train", "probe", "other")}
     best = int(trace.steps[int(np.nanargmin(trace.values))])
     return {

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fake_run import fake_trace, write_run
+from fake_run import generate_trace, write_run
 from PIL import Image
 
 from dvar.runs.generate import hash_result
@@ -20,11 +20,11 @@ from dvar.training.run_layout import GENERATED, GENERATED_LIST
 SCENES = ("on the beach", "<script>alert('x')</script>", "at night")
 
 
-def run_with_images(
+def write_run_with_images(
     folder: Path, seed: int, *, side: int = 64, scenes: tuple[str, ...] = SCENES, **settings: Any
 ) -> Path:
     """Write a finished run with two sample images and two images of each scene; ``seed`` decides what they show."""
-    trace = fake_trace(steps=8)
+    trace = generate_trace(steps=8)
     write_run(folder, trace, sampled_every=0, images=settings.pop("references", 4), **settings)
     generator = np.random.default_rng(seed)
     last = folder / "samples" / f"step-{trace.last_step:06d}"
@@ -47,16 +47,16 @@ def run_with_images(
     return folder
 
 
-def rival_runs(place: Path, **settings: Any) -> tuple[Path, Path]:
+def write_rival_runs(place: Path, **settings: Any) -> tuple[Path, Path]:
     """Write two runs of one concept and one method."""
-    return run_with_images(place / "stopped", 1, **settings), run_with_images(place / "full", 2, **settings)
+    return write_run_with_images(place / "stopped", 1, **settings), write_run_with_images(place / "full", 2, **settings)
 
 
-def small_survey(place: Path, **settings: Any) -> tuple[Path, Survey]:
+def build_small_survey(place: Path, **settings: Any) -> tuple[Path, Survey]:
     """Build a survey of two runs, with 2 pairs about likeness and 6 about the description."""
     output = place / "survey"
     config = SurveyBuildConfig(output_dir=str(output), **{"control_every": 3, "generate": False, **settings})
-    return output, build_survey(rival_runs(place), config)
+    return output, build_survey(write_rival_runs(place), config)
 
 
 def _write_image(path: Path, generator: np.random.Generator, side: int) -> None:

@@ -1,4 +1,4 @@
-"""The benchmarks run, and what they say follows from what they timed; how fast anything is, no test says."""
+"""The benchmarks run, and their results follow from the times they measured."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ SHARED = "The code that all examples share"
 OURS = re.compile(r"dvar|monitor|probe|stop|verdict|judge|Dvar", re.IGNORECASE)
 
 
-def examples(page: Path) -> dict[str, str]:
+def read_examples(page: Path) -> dict[str, str]:
     """Return the Python block of each section that has one, by its heading."""
     sections = re.split(r"^## (.+)\n", page.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
     blocks = {name: re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S) for name, text in _pairs(sections)}
@@ -32,7 +32,7 @@ def _pairs(parts: list[str]) -> Any:
     return zip(parts[::2], parts[1::2], strict=True)
 
 
-SECTIONS = examples(PAGE)
+SECTIONS = read_examples(PAGE)
 HOSTS = [name for name in SECTIONS if name != SHARED]
 
 
@@ -113,7 +113,7 @@ def test_links_between_pages_resolve() -> None:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-def commands_in_documentation() -> list[str]:
+def list_documented_commands() -> list[str]:
     """Return every `dvar` command in a block of shell commands, whole lines without comments."""
     pages = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
     blocks = [
@@ -127,14 +127,14 @@ def commands_in_documentation() -> list[str]:
     return [line for line in lines if line.startswith("dvar ")]
 
 
-@pytest.mark.parametrize("line", commands_in_documentation())
+@pytest.mark.parametrize("line", list_documented_commands())
 def test_every_command_in_the_documentation_parses(line: str) -> None:
     words = shlex.split(line, comments=True)[1:]
     build_app(words).parse_args(words, exit_on_error=False, print_error=False)
 
 
 def test_the_documentation_shows_most_commands() -> None:
-    assert len(commands_in_documentation()) >= 15
+    assert len(list_documented_commands()) >= 15
 
 
 def test_the_loop_in_the_readme_is_that_of_the_example() -> None:

@@ -16,8 +16,8 @@ WRAPPED = [page for page in WRAPPED if page not in ("docs/results.md", "docs/ref
 PACKAGE = ROOT / "src" / "dvar"
 
 
-def resolves(name: str) -> bool:
-    """Whether a dotted name, such as dvar.stopping.rules.RULES, is a module or something in one."""
+def is_resolvable(name: str) -> bool:
+    """Return whether a dotted name, such as dvar.stopping.rules.RULES, is a module or something in one."""
     parts = name.split(".")
     for end in range(len(parts), 0, -1):
         try:
@@ -32,8 +32,8 @@ def resolves(name: str) -> bool:
     return False
 
 
-def long_lines(text: str) -> list[str]:
-    """The lines of prose above 120 columns; tables, code, images and lines of one word may be longer."""
+def find_long_lines(text: str) -> list[str]:
+    """Return the lines of prose above 120 columns; tables, code, images and lines of one word may be longer."""
     prose = re.sub(r"^ *```.*?^ *```$", "", text, flags=re.MULTILINE | re.DOTALL)
     return [
         line
@@ -46,7 +46,7 @@ def long_lines(text: str) -> list[str]:
 def test_every_name_in_a_guide_exists(guide: str) -> None:
     names = set(re.findall(r"`(dvar(?:\.\w+)+)", (ROOT / guide).read_text(encoding="utf-8")))
     groups = {"dvar.rules", "dvar.methods", "dvar.backbones", "dvar.log_formats", "dvar.experiments"}  # entry points
-    assert [name for name in sorted(names - groups) if not resolves(name)] == []
+    assert [name for name in sorted(names - groups) if not is_resolvable(name)] == []
 
 
 @pytest.mark.parametrize("guide", GUIDES)
@@ -59,12 +59,12 @@ def test_every_path_in_a_guide_exists(guide: str) -> None:
 
 @pytest.mark.parametrize("page", WRAPPED)
 def test_prose_wraps_at_120_columns(page: str) -> None:
-    assert long_lines((ROOT / page).read_text(encoding="utf-8")) == []
+    assert find_long_lines((ROOT / page).read_text(encoding="utf-8")) == []
 
 
 def test_a_wrong_name_and_a_long_line_are_detected() -> None:
-    assert resolves("dvar.stopping.rules.Dvar")
-    assert not resolves("dvar.stopping.rules.Nonsense")
-    assert not resolves("dvar.nonsense.Dvar")
-    assert long_lines("word " * 30) == ["word " * 30]
-    assert long_lines("| " + "cell " * 30) == []
+    assert is_resolvable("dvar.stopping.rules.Dvar")
+    assert not is_resolvable("dvar.stopping.rules.Nonsense")
+    assert not is_resolvable("dvar.nonsense.Dvar")
+    assert find_long_lines("word " * 30) == ["word " * 30]
+    assert find_long_lines("| " + "cell " * 30) == []

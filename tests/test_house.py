@@ -81,13 +81,13 @@ PICKLERS = ("pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "sh
 # --- reading the source ---------------------------------------------------------------------------------------------
 
 
-def modules(root: Path) -> dict[str, ast.Module]:
+def parse_modules(root: Path) -> dict[str, ast.Module]:
     """Return the parsed modules by their name inside the package: "stopping.trace", "stopping.__init__", "__init__"."""
     files = sorted(root.rglob("*.py"))
     return {".".join(path.relative_to(root).with_suffix("").parts): ast.parse(path.read_bytes()) for path in files}
 
 
-def imports(name: str, tree: ast.AST, module_names: frozenset[str]) -> Iterator[str]:
+def list_imports(name: str, tree: ast.AST, module_names: frozenset[str]) -> Iterator[str]:
     """Yield every import in the module, at any depth: "numpy.typing", or "dvar.stopping.trace" for our own."""
     package = ["dvar", *name.split(".")[:-1]]
     for node in ast.walk(tree):
@@ -116,16 +116,16 @@ def own_name(target: str) -> str | None:
     return target.removeprefix("dvar").removeprefix(".") or "__init__"
 
 
-def all_imports(root: Path) -> Iterator[tuple[str, str]]:
-    trees = modules(root)
+def list_all_imports(root: Path) -> Iterator[tuple[str, str]]:
+    trees = parse_modules(root)
     for name, tree in trees.items():
-        yield from ((name, target) for target in imports(name, tree, frozenset(trees)))
+        yield from ((name, target) for target in list_imports(name, tree, frozenset(trees)))
 
 
 def find_upward_imports(root: Path) -> list[str]:
     """Return the imports that point to a higher layer; anything may read the version."""
     problems = []
-    for name, target in all_imports(root):
+    for name, target in list_all_imports(root):
         inside = own_name(target)
         if inside is None or inside == "__version__" or package_of(inside) == package_of(name):
             continue
@@ -139,7 +139,7 @@ def find_impure_imports(root: Path) -> list[str]:
     allowed = {*sys.stdlib_module_names, "numpy"}
     return [
         f"{name} imports {target}"
-        for name, target in all_imports(root)
+        for name, target in list_all_imports(root)
         if name in PURE and package_of(target) not in allowed and own_name(target) not in PURE
     ]
 
@@ -148,7 +148,7 @@ def find_importing_packages(root: Path) -> list[str]:
     """Return each `__init__` with more than a docstring: importing one module of the package would load others."""
     return [
         name
-        for name, tree in modules(root).items()
+        for name, tree in parse_modules(root).items()
         if name.endswith(".__init__")
         and package_of(name) != "mini"
         and not (len(tree.body) <= 1 and all(isinstance(node, ast.Expr) for node in tree.body))
@@ -157,8 +157,8 @@ def find_importing_packages(root: Path) -> list[str]:
 
 def find_unpickling(root: Path) -> list[str]:
     """Return the places that could run code from a file."""
-    problems = [f"{name} imports {target}" for name, target in all_imports(root) if package_of(target) in PICKLERS]
-    for name, tree in modules(root).items():
+    problems = [f"{name} imports {target}" for name, target in list_all_imports(root) if package_of(target) in PICKLERS]
+    for name, tree in parse_modules(root).items():
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and node.module == "torch":
                 problems += [
@@ -174,7 +174,7 @@ def find_unpickling(root: Path) -> list[str]:
 def find_string_imports(root: Path) -> list[str]:
     """Return the places that import what a string names."""
     problems = []
-    for name, tree in modules(root).items():
+    for name, tree in parse_modules(root).items():
         for node in ast.walk(tree):
             if isinstance(node, ast.Name | ast.Attribute) and ast.unparse(node).split(".")[-1] in IMPORTERS:
                 problems.append(f"{name} uses {ast.unparse(node)}")
@@ -186,7 +186,7 @@ def find_string_imports(root: Path) -> list[str]:
 def find_circles(root: Path) -> list[set[str]]:
     """Return the groups of modules of which each imports the others, directly or through one another."""
     targets: dict[str, set[str]] = {}
-    for name, target in all_imports(root):
+    for name, target in list_all_imports(root):
         targets.setdefault(name, set()).add(own_name(target) or "")
 
     def find_reachable(start: str) -> set[str]:
@@ -231,12 +231,12 @@ def test_imports_point_one_way() -> None:
 
 
 def test_every_package_has_its_layer() -> None:
-    assert {package_of(name) for name in modules(PACKAGE)} <= set(LAYERS)
+    assert {package_of(name) for name in parse_modules(PACKAGE)} <= set(LAYERS)
 
 
 def test_pure_modules_import_only_the_standard_library_and_numpy() -> None:
     assert find_impure_imports(PACKAGE) == []
-    assert set(PURE) <= set(modules(PACKAGE))
+    assert set(PURE) <= set(parse_modules(PACKAGE))
 
 
 def test_importing_a_package_loads_none_of_its_modules() -> None:
@@ -264,7 +264,7 @@ def test_importing_dvar_loads_nothing_heavy() -> None:
 
 
 def test_the_public_names_are_exactly_all() -> None:
-    tree = modules(PACKAGE)["__init__"]
+    tree = parse_modules(PACKAGE)["__init__"]
     imported = {
         alias.name
         for node in ast.walk(tree)

@@ -1,7 +1,6 @@
-"""The snapshot of all messages: a changed message is seen in review.
+"""The snapshot of all messages: a changed message is seen in review."""
 
-``make snapshots`` writes it again.
-"""
+# ``make snapshots`` writes it again.
 
 from __future__ import annotations
 
@@ -33,10 +32,10 @@ def collect_messages(source: Path) -> Iterator[str]:
     """Yield every message in the source, with its module before it; placeholders stand for values."""
     for path in sorted(source.rglob("*.py")):
         module = ".".join(path.relative_to(source).with_suffix("").parts).removesuffix(".__init__")
-        yield from sorted({f"{module}: {text}" for text in module_messages(ast.parse(path.read_bytes()))})
+        yield from sorted({f"{module}: {text}" for text in collect_module_messages(ast.parse(path.read_bytes()))})
 
 
-def module_messages(tree: ast.Module) -> Iterator[str]:
+def collect_module_messages(tree: ast.Module) -> Iterator[str]:
     """Yield every message of a module."""
     for scope in (tree, *(node for node in ast.walk(tree) if isinstance(node, Function))):
         yield from (text for text in Scope(scope).texts() if is_message(text))
@@ -50,7 +49,7 @@ class Scope:
     """A function, or the module outside its functions, and the messages in it."""
 
     def __init__(self, scope: ast.AST) -> None:
-        self.nodes = sorted(own_nodes(scope), key=lambda node: getattr(node, "lineno", 0))
+        self.nodes = sorted(walk_scope(scope), key=lambda node: getattr(node, "lineno", 0))
         self.collects = isinstance(scope, Function) and any(word in scope.name for word in COLLECTORS)
         self.assignments: dict[str, list[ast.expr]] = {}
         self.resolved: set[ast.expr] = set()
@@ -119,19 +118,19 @@ class Scope:
             inner = [text for text in self.texts_of(value) if is_message(text)]
             if isinstance(part, ast.Constant):
                 inner = [str(part.value)]
-            choices = [start + end for start in choices for end in inner or [placeholder(value)]]
+            choices = [start + end for start in choices for end in inner or [format_placeholder(value)]]
         yield from choices
 
 
-def own_nodes(scope: ast.AST) -> Iterator[ast.AST]:
+def walk_scope(scope: ast.AST) -> Iterator[ast.AST]:
     """Yield the nodes of a function or module, without those of the functions in it."""
     for node in ast.iter_child_nodes(scope):
         if not isinstance(node, Function):
             yield node
-            yield from own_nodes(node)
+            yield from walk_scope(node)
 
 
-def placeholder(value: ast.expr) -> str:
+def format_placeholder(value: ast.expr) -> str:
     return "{" + (ast.unparse(value) if isinstance(value, ast.Name | ast.Attribute) else "…") + "}"
 
 
@@ -168,4 +167,4 @@ def test_every_message_is_in_the_snapshot() -> None:
     ],
 )
 def test_messages_are_collected(source: str, messages: list[str]) -> None:
-    assert list(module_messages(ast.parse(source))) == messages
+    assert list(collect_module_messages(ast.parse(source))) == messages

@@ -12,8 +12,8 @@ from dvar.registry import Registry
 SQUARE = "a plugin"
 
 
-def install(monkeypatch: pytest.MonkeyPatch, *plugins: EntryPoint) -> list[str]:
-    """Pretend that packages with these entry points are installed; return the groups that were asked for."""
+def install_packages(monkeypatch: pytest.MonkeyPatch, *plugins: EntryPoint) -> list[str]:
+    """Pretend that packages with these entry points are installed; return the groups that were requested."""
     groups: list[str] = []
 
     def entry_points(*, group: str) -> EntryPoints:
@@ -56,7 +56,7 @@ def test_a_name_is_registered_once(shapes: Registry[str]) -> None:
 
 
 def test_an_installed_package_adds_its_own(shapes: Registry[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    groups = install(monkeypatch, EntryPoint("square", f"{__name__}:SQUARE", "dvar.shapes"))
+    groups = install_packages(monkeypatch, EntryPoint("square", f"{__name__}:SQUARE", "dvar.shapes"))
     assert shapes.find("square") == SQUARE
     assert list(shapes) == ["line", "circle", "square"]
     assert groups == ["dvar.shapes"]
@@ -65,7 +65,7 @@ def test_an_installed_package_adds_its_own(shapes: Registry[str], monkeypatch: p
 def test_a_registered_name_is_found_without_loading_any_package(
     shapes: Registry[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    groups = install(monkeypatch, EntryPoint("square", "no_such_package:SQUARE", "dvar.shapes"))
+    groups = install_packages(monkeypatch, EntryPoint("square", "no_such_package:SQUARE", "dvar.shapes"))
     assert shapes.find("line") == "1 side"
     assert groups == []
 
@@ -81,7 +81,7 @@ def test_a_registered_name_is_found_without_loading_any_package(
 def test_a_package_that_cannot_be_loaded_is_skipped_with_a_warning(
     shapes: Registry[str], monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
 ) -> None:
-    install(monkeypatch, EntryPoint(name, value, "dvar.shapes"))
+    install_packages(monkeypatch, EntryPoint(name, value, "dvar.shapes"))
     with pytest.warns(UserWarning, match=f"^the shape {message}"):
         assert list(shapes) == ["line", "circle"]
     assert shapes["line"] == "1 side"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_record import GAIN, START, fake_record
+from fake_record import GAIN, START, write_fake_record
 
 from dvar.analysis.eligibility import MIN_RUNS, Eligibility, judge_eligibility
 from dvar.recordings.archive import RecordingArchive
@@ -15,14 +15,14 @@ STEPS, CAP = (0, 25, 50, 100), 100
 TUNING = tuple(f"tuning_{number}" for number in range(MIN_RUNS))
 
 
-def loss(drop: float) -> np.ndarray:
-    """L_det falls by ``drop`` at once and then jumps up and down by 0.001 about its end."""
+def generate_loss(drop: float) -> np.ndarray:
+    """Return an L_det that falls by ``drop`` at once and then alternates by 0.001 about its end."""
     return np.array([1.0, *(1.0 - drop + 0.0005 * (-1) ** step for step in range(1, CAP + 1))])
 
 
 def test_a_method_that_learns_early_passes_with_the_figures_it_has() -> None:
     eligibility = Eligibility.from_scores(
-        CAP, STEPS, [[0.1, 0.5, end, end] for end in (0.68, 0.70, 0.72)], [loss(0.1)] * 3, 0.9
+        CAP, STEPS, [[0.1, 0.5, end, end] for end in (0.68, 0.70, 0.72)], [generate_loss(0.1)] * 3, 0.9
     )
     assert not eligibility.failures
     assert [eligibility.start, eligibility.end, eligibility.early] == pytest.approx([0.1, 0.7, 1.0])
@@ -42,39 +42,39 @@ def test_a_method_that_learns_early_passes_with_the_figures_it_has() -> None:
     ],
 )
 def test_each_condition_can_fail_by_itself(message: str, scores: list[list[float]], drop: float) -> None:
-    failures = Eligibility.from_scores(CAP, STEPS, scores, [loss(drop)] * 3, 0.9).failures
+    failures = Eligibility.from_scores(CAP, STEPS, scores, [generate_loss(drop)] * 3, 0.9).failures
     assert len(failures) == 1
     assert message in failures[0]
 
 
 def test_one_run_cannot_fail_by_an_error_that_it_does_not_have() -> None:
-    eligibility = Eligibility.from_scores(CAP, STEPS, [[0.1, 0.5, 0.7, 0.7]], [loss(0.1)])
+    eligibility = Eligibility.from_scores(CAP, STEPS, [[0.1, 0.5, 0.7, 0.7]], [generate_loss(0.1)])
     assert np.isnan(eligibility.errors)
     assert np.isnan(eligibility.way)
     assert not eligibility.failures
 
 
-def archive(root: Path, tuning: int, learned: float = 60.0) -> RecordingArchive:
+def fake_archive(root: Path, tuning: int, learned: float = 60.0) -> RecordingArchive:
     for concept in TUNING[:tuning]:
-        fake_record(root, "custom-diffusion", concept, cap=700, learned=learned)
-    fake_record(root, "custom-diffusion", "vase", cap=700)
+        write_fake_record(root, "custom-diffusion", concept, cap=700, learned=learned)
+    write_fake_record(root, "custom-diffusion", "vase", cap=700)
     return RecordingArchive.open(root, TUNING)
 
 
 def test_enough_tuning_runs_judge_the_method_up_to_baselines_cap(tmp_path: Path) -> None:
-    eligibility = judge_eligibility(archive(tmp_path, MIN_RUNS, learned=40.0), "custom-diffusion")
+    eligibility = judge_eligibility(fake_archive(tmp_path, MIN_RUNS, learned=40.0), "custom-diffusion")
     assert eligibility is not None
     assert (eligibility.runs, eligibility.cap) == (MIN_RUNS, 500)  # the runs go on to 700
     assert eligibility.start == pytest.approx(START)
     assert eligibility.end == pytest.approx(START + GAIN, abs=1e-3)
     assert not eligibility.failures
-    late = judge_eligibility(archive(tmp_path / "late", MIN_RUNS, learned=400.0), "custom-diffusion")
+    late = judge_eligibility(fake_archive(tmp_path / "late", MIN_RUNS, learned=400.0), "custom-diffusion")
     assert late is not None
     assert "of its gain by half of the cap" in late.failures[0]
 
 
 def test_with_fewer_runs_the_bundled_model_has_its_measured_eligibility_and_another_model_none(tmp_path: Path) -> None:
-    few = archive(tmp_path, MIN_RUNS - 1)
+    few = fake_archive(tmp_path, MIN_RUNS - 1)
     eligibility = judge_eligibility(few, "custom-diffusion")
     assert eligibility is not None
     assert eligibility.early == pytest.approx(0.614, abs=1e-3)  # measured when the settings were frozen
@@ -84,7 +84,7 @@ def test_with_fewer_runs_the_bundled_model_has_its_measured_eligibility_and_anot
 
 
 def test_where_a_judge_knows_the_subjects_its_identity_is_what_counts(tmp_path: Path) -> None:
-    judged = archive(tmp_path, MIN_RUNS)
+    judged = fake_archive(tmp_path, MIN_RUNS)
     for run in judged:
         rise = 0.2 + 0.6 * (1 - np.exp(-run.scored_steps / 40))
         run.image_scores["train", "identity"] = np.tile(rise[:, None], 8)  # type: ignore[index]

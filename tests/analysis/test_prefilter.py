@@ -1,4 +1,4 @@
-"""The prefilter: it lets a rule through wherever it stops, and hardly anywhere else."""
+"""The prefilter keeps every step at which a rule stops, and few others."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MAKERS: dict[str, Callable[[float], Rule]] = {
 
 
 def falling_trace(seed: int, gap: int, level: float, jitter: float) -> Trace:
-    """A noisy fall, evaluated every `gap` steps, with a metric at every third step record."""
+    """Return a noisy fall, evaluated every `gap` steps, with a metric at every third step record."""
     random, trace = np.random.default_rng(seed), Trace()
     for number in range(110):
         step = number * gap

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_record import GAIN, START, fake_record, oracle_step
+from fake_record import GAIN, START, compute_oracle_step, write_fake_record
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,12 +16,12 @@ from dvar.recordings.recorded_run import CHOOSE, REPORT, RecordedRun
 STEPS = np.unique(np.rint(np.geomspace(1, 1000, 40)))
 
 
-def rising(steps: np.ndarray, learned: float = 60.0) -> np.ndarray:
+def rising_scores(steps: np.ndarray, learned: float = 60.0) -> np.ndarray:
     return START + GAIN * (1 - np.exp(-steps / learned))
 
 
 def test_a_clean_rise_has_its_plateau_at_the_end() -> None:
-    curve = LearningCurve.from_scores(STEPS, rising(STEPS))
+    curve = LearningCurve.from_scores(STEPS, rising_scores(STEPS))
     # The mean of 1 - exp(-t / 60) over [500, 1000] is 1 - 60 (e^-8.33 - e^-16.7) / 500, all but 1.
     assert curve.plateau == pytest.approx(START + GAIN, abs=1e-3)
     assert curve.noise == pytest.approx(0)
@@ -30,14 +30,14 @@ def test_a_clean_rise_has_its_plateau_at_the_end() -> None:
 
 def test_the_oracle_lies_where_the_truth_puts_it() -> None:
     fine = np.arange(0, 1001)
-    curve = LearningCurve.from_scores(fine, rising(fine))
+    curve = LearningCurve.from_scores(fine, rising_scores(fine))
     for share in (0.8, 0.9, 0.95):
-        assert curve.step_at(share) == pytest.approx(oracle_step(60.0, share), rel=0.02)
+        assert curve.step_at(share) == pytest.approx(compute_oracle_step(60.0, share), rel=0.02)
 
 
 def test_a_decline_does_not_lower_the_plateau() -> None:
     steps = np.arange(0, 1001, 10.0)
-    values = rising(steps) - 5e-4 * np.maximum(0, steps - 500)
+    values = rising_scores(steps) - 5e-4 * np.maximum(0, steps - 500)
     curve = LearningCurve.from_scores(steps, values)
     assert values[-1] < START + 0.2 * GAIN
     assert curve.plateau == pytest.approx(START + GAIN, abs=0.01)
@@ -47,7 +47,7 @@ def test_a_decline_does_not_lower_the_plateau() -> None:
 def test_a_noisy_plateau_is_not_a_decline() -> None:
     random = np.random.default_rng(0)
     plateaus = [
-        LearningCurve.from_scores(STEPS, rising(STEPS) + 0.01 * random.standard_normal(len(STEPS))).plateau
+        LearningCurve.from_scores(STEPS, rising_scores(STEPS) + 0.01 * random.standard_normal(len(STEPS))).plateau
         for _ in range(50)
     ]
     assert np.mean(plateaus) == pytest.approx(START + GAIN, abs=0.01)
@@ -64,14 +64,14 @@ def test_noise_alone_is_no_learning() -> None:
 
 @given(st.floats(0.1, 10), st.floats(-5, 5), st.floats(20, 200))
 def test_q_and_oracle_do_not_depend_on_the_scores_scale_and_origin(scale: float, shift: float, learned: float) -> None:
-    values = rising(STEPS, learned)
+    values = rising_scores(STEPS, learned)
     curve, rescaled = LearningCurve.from_scores(STEPS, values), LearningCurve.from_scores(STEPS, shift + scale * values)
     assert curve.step_at() == pytest.approx(rescaled.step_at(), rel=1e-6)
     assert curve.gain_at(100) == pytest.approx(rescaled.gain_at(100), rel=1e-6)
 
 
 def test_a_stop_at_the_oracle_has_no_distance(tmp_path: Path) -> None:
-    run = RecordedRun.open(fake_record(tmp_path, cap=600))
+    run = RecordedRun.open(write_fake_record(tmp_path, cap=600))
     curve = LearningCurve.of_run(run)
     at_oracle = assess_stop(run, curve.step_at())
     assert at_oracle.distance == pytest.approx(0)
@@ -84,13 +84,13 @@ def test_a_stop_at_the_oracle_has_no_distance(tmp_path: Path) -> None:
 
 
 def test_context_lost_is_the_fall_of_validation_text(tmp_path: Path) -> None:
-    run = RecordedRun.open(fake_record(tmp_path, cap=600))
+    run = RecordedRun.open(write_fake_record(tmp_path, cap=600))
     context_lost = assess_stop(run, 600).context_lost
     assert context_lost == pytest.approx(0.03 * (1 - np.exp(-10)) + 0.02)
 
 
 def test_the_halves_are_disjoint(tmp_path: Path) -> None:
-    run = RecordedRun.open(fake_record(tmp_path, cap=60, noise=0.1))
+    run = RecordedRun.open(write_fake_record(tmp_path, cap=60, noise=0.1))
     _, every = run.scores("train", "clip_image")
     (_, even), (_, odd) = (run.scores("train", "clip_image", which) for which in (CHOOSE, REPORT))
     assert sorted([*even[0], *odd[0]]) == sorted(every[0])
@@ -99,7 +99,9 @@ def test_the_halves_are_disjoint(tmp_path: Path) -> None:
 
 def test_concepts_are_resampled_and_not_runs(tmp_path: Path) -> None:
     runs = [
-        RecordedRun.open(fake_record(tmp_path, concept=name, seed=seed, cap=20)) for name in "abc" for seed in range(4)
+        RecordedRun.open(write_fake_record(tmp_path, concept=name, seed=seed, cap=20))
+        for name in "abc"
+        for seed in range(4)
     ]
     values = [{"a": 0.0, "b": 1.0, "c": 2.0}[run.concept] for run in runs]
     interval = mean_over_concepts(runs, values)

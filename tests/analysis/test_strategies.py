@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_record import fake_record
+from fake_record import write_fake_record
 
 from dvar.analysis import families, strategies
 from dvar.analysis.families import CLIP_FAMILY, CONSTANT_FAMILY, DVAR_FAMILY, FAMILIES, StrategyFamily, tune_family
@@ -49,10 +49,10 @@ RULES: tuple[Rule, ...] = (
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RecordedRun:
-    return RecordedRun.open(fake_record(tmp_path_factory.mktemp("records"), cap=400, learned=40.0, noise=0.005))
+    return RecordedRun.open(write_fake_record(tmp_path_factory.mktemp("records"), cap=400, learned=40.0, noise=0.005))
 
 
-def live_stop(rule: Rule, run: RecordedRun) -> int | None:
+def find_live_stop(rule: Rule, run: RecordedRun) -> int | None:
     """Return where the rule stops a run, by its own verdict after each step record."""
     trace = Trace(run.trace.header)
     means = {}
@@ -70,7 +70,7 @@ def live_stop(rule: Rule, run: RecordedRun) -> int | None:
 @pytest.mark.parametrize("rule", RULES, ids=repr)
 def test_evaluating_is_running(run: RecordedRun, rule: Rule) -> None:
     result = evaluate_strategy(Strategy("way", rule), run)
-    expected = live_stop(rule, run)
+    expected = find_live_stop(rule, run)
     assert (None if result.censored else result.stop) == expected
 
 
@@ -79,7 +79,7 @@ def test_many_settings_at_once_stop_where_each_does_in_training(run: RecordedRun
     settings = family.settings()[5::31]
     for strategy, result in evaluate_strategies([family.strategy(setting, 400) for setting in settings], run).items():
         if strategy.sample_every is None:
-            assert (None if result.censored else result.stop) == live_stop(strategy.rule, run)
+            assert (None if result.censored else result.stop) == find_live_stop(strategy.rule, run)
         assert result == evaluate_strategy(strategy, run)
 
 
@@ -111,7 +111,7 @@ def test_baseline_generates_images_to_its_own_cap_and_keeps_the_best(run: Record
 
 
 def test_a_checkpoint_is_chosen_by_images_that_are_not_reported(tmp_path: Path) -> None:
-    run = RecordedRun.open(fake_record(tmp_path, cap=60, noise=0.01))
+    run = RecordedRun.open(write_fake_record(tmp_path, cap=60, noise=0.01))
     before = run.sample_scores(1)[1]
     for values in run.image_scores.values():
         values[:, 1::2] = 0.0  # the odd images, which are reported
@@ -130,7 +130,7 @@ def test_every_family_has_the_same_budget_and_can_be_evaluated(run: RecordedRun,
 def test_tuning_a_constant_finds_the_oracle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All concepts learn alike, so the fewest steps with 90 % of the gain are the oracle's, to one step of the grid."""
     monkeypatch.setattr(families, "baseline_cap", lambda run: 600)
-    runs = [RecordedRun.open(fake_record(tmp_path, concept=name, cap=600)) for name in "ab"]
+    runs = [RecordedRun.open(write_fake_record(tmp_path, concept=name, cap=600)) for name in "ab"]
     setting = tune_family(CONSTANT_FAMILY, runs)
     assert setting is not None
     stop = evaluate_strategy(CONSTANT_FAMILY.strategy(setting, 600), runs[0]).stop
@@ -141,7 +141,7 @@ def test_tuning_a_constant_finds_the_oracle(tmp_path: Path, monkeypatch: pytest.
 
 def test_tuning_keeps_enough_of_the_gain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(families, "baseline_cap", lambda run: 300)
-    runs = [RecordedRun.open(fake_record(tmp_path, concept=name, cap=300, learned=30.0)) for name in "ab"]
+    runs = [RecordedRun.open(write_fake_record(tmp_path, concept=name, cap=300, learned=30.0)) for name in "ab"]
     for family in (DVAR_FAMILY, CLIP_FAMILY):
         setting = tune_family(family, runs)
         assert setting is not None
@@ -151,7 +151,7 @@ def test_tuning_keeps_enough_of_the_gain(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_without_anything_learned_nothing_is_tuned(tmp_path: Path) -> None:
-    run = RecordedRun.open(fake_record(tmp_path, cap=60, learned=1e12))
+    run = RecordedRun.open(write_fake_record(tmp_path, cap=60, learned=1e12))
     assert tune_family(DVAR_FAMILY, [run]) is None
     assert tune_family(DVAR_FAMILY, []) is None
 

@@ -51,7 +51,7 @@ def configs(monkeypatch: pytest.MonkeyPatch) -> list[TextualInversionConfig]:
 # Flags
 
 
-def example_value(name: str) -> tuple[str, Any]:
+def choose_value(name: str) -> tuple[str, Any]:
     """Return a value of a flag other than its default, as text and as a value."""
     hint, default = HINTS[name], getattr(TextualInversionConfig(), name)
     if get_origin(hint) is Literal:
@@ -69,7 +69,7 @@ def example_value(name: str) -> tuple[str, Any]:
 def test_every_setting_is_a_flag_in_both_spellings(
     configs: list[TextualInversionConfig], name: str, hyphens: bool
 ) -> None:
-    text, value = example_value(name)
+    text, value = choose_value(name)
     answer = dvar(*TRAIN, f"--{name.replace('_', '-') if hyphens else name}", text)
     assert (answer.status, answer.err.splitlines()[-1]) == (1, "dvar: not in this test")
     assert getattr(configs[0], name) == value

@@ -23,7 +23,7 @@ COMMANDS = [
 ]
 
 
-def help_text(*words: object) -> str:
+def read_help(*words: object) -> str:
     """Return a help page as one line, without its frames."""
     answer = dvar(*words, "--help")
     assert (answer.status, answer.err) == (0, "")
@@ -36,13 +36,13 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_command_is_listed() -> None:
-    text = help_text()
+    text = read_help()
     assert all(f" {command[0]} " in text for command in COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_flags_are_spelled_with_underscores_and_lists_cannot_be_emptied(command: tuple[str, ...]) -> None:
-    flags = set(re.findall(r"--[\w-]+", help_text(*command))) - {"--help"}
+    flags = set(re.findall(r"--[\w-]+", read_help(*command))) - {"--help"}
     assert [flag for flag in flags if "-" in flag[2:]] == []
     assert [flag for flag in flags if flag.startswith("--empty")] == []
 
@@ -63,7 +63,7 @@ def test_a_page_fits_the_terminal_and_breaks_no_flag(
 
 @pytest.mark.parametrize("method", PAPER_METHODS)
 def test_the_page_of_a_method_shows_all_its_flags_in_sections(method: str) -> None:
-    text = help_text("train", method)
+    text = read_help("train", method)
     assert all(f" --{field.name} " in text for field in fields(PAPER_METHODS[method]))
     titles = re.findall(r"╭─ (\w[\w ]*) ─", text)
     assert titles == ["Data", "Model", "Method", "Stopping", "Sampling", "Output", "Settings file"]
@@ -81,17 +81,17 @@ def test_the_page_of_a_method_shows_all_its_flags_in_sections(method: str) -> No
     ],
 )
 def test_the_page_of_a_method_shows_the_values_of_the_preset(method: str, words: list[str], preset: str) -> None:
-    text = help_text("train", method, *words)
+    text = read_help("train", method, *words)
     values = configure({"preset": preset}, PAPER_METHODS[method])
     assert f"The values shown are those of preset '{preset}'." in text
     for name in ("resolution", "window", "probe_every", "max_train_steps", "learning_rate", "num_inference_steps"):
-        assert shown_default(text, name) == str(getattr(values, name))
+        assert read_default(text, name) == str(getattr(values, name))
 
 
 def test_the_page_of_a_method_shows_the_values_of_a_settings_file(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text('preset = "paper"\nwindow = 99\n', encoding="utf-8")
-    text = help_text("train", "textual-inversion", "--config", tmp_path / "run.toml")
-    assert [shown_default(text, name) for name in ("window", "resolution")] == ["99", "512"]
+    text = read_help("train", "textual-inversion", "--config", tmp_path / "run.toml")
+    assert [read_default(text, name) for name in ("window", "resolution")] == ["99", "512"]
 
 
 def test_an_unknown_preset_is_refused_before_its_values_are_shown() -> None:
@@ -100,7 +100,7 @@ def test_an_unknown_preset_is_refused_before_its_values_are_shown() -> None:
     assert "got 'papr': try paper" in answer.err
 
 
-def shown_default(text: str, name: str) -> str:
+def read_default(text: str, name: str) -> str:
     """Return the default of a flag on a help page."""
     match = re.search(rf" --{name} [^\[]*(?:\[choices: [^\]]*\] )?\[default: ([^\]]*)\]", text)
     assert match
@@ -108,17 +108,17 @@ def shown_default(text: str, name: str) -> str:
 
 
 def test_a_switch_shows_how_to_turn_it_off_only_where_it_is_on() -> None:
-    text = help_text("train", "textual-inversion", "--preset", "paper")
+    text = read_help("train", "textual-inversion", "--preset", "paper")
     assert "--center_crop --no_center_crop" in text
     assert "--gradient_checkpointing" in text
     assert "--no_gradient_checkpointing" not in text
-    assert shown_default(text, "seed") == "0"
+    assert read_default(text, "seed") == "0"
     assert "[default: False]" not in text
     assert "[default: None]" not in text
 
 
 def test_every_setting_of_a_replay_is_a_flag_on_its_page() -> None:
-    text = help_text("replay")
+    text = read_help("replay")
     assert all(f"--{field.name} " in text for field in fields(ReplayConfig))
 
 

@@ -1,3 +1,5 @@
+"""Images embedded in HTML pages."""
+
 from __future__ import annotations
 
 import base64
@@ -9,7 +11,7 @@ from PIL import Image
 from dvar.html.images import PIXEL_ART_SIDE, SHRUNK_SIDE, embed_image
 
 
-def decode(markup: str) -> Image.Image:
+def decode_image(markup: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(markup.split("base64,")[1].split('"')[0])))
 
 
@@ -19,14 +21,14 @@ def test_a_small_image_is_embedded_pixel_by_pixel(tmp_path: Path) -> None:
     markup = embed_image(tmp_path / "small.png", 'a "mug"')
     assert 'alt="a &#34;mug&#34;"' in markup
     assert 'class="pixels"' in markup
-    assert decode(markup).tobytes() == image.tobytes()
+    assert decode_image(markup).tobytes() == image.tobytes()
 
 
 def test_a_large_image_is_shrunk(tmp_path: Path) -> None:
     Image.effect_noise((512, 256), 60).save(tmp_path / "large.png")
     markup = embed_image(tmp_path / "large.png", "a mug")
     assert "pixels" not in markup
-    assert decode(markup).size == (SHRUNK_SIDE, SHRUNK_SIDE // 2)
+    assert decode_image(markup).size == (SHRUNK_SIDE, SHRUNK_SIDE // 2)
 
 
 def test_a_file_that_is_no_image_leaves_an_empty_frame(tmp_path: Path) -> None:

@@ -1,3 +1,5 @@
+"""Charts in SVG: scales, ticks and curves."""
+
 from __future__ import annotations
 
 import math
@@ -13,8 +15,8 @@ from dvar.html.svg_charts import COLUMNS, UNITS, Scale, curve, panel
 numbers = st.floats(-1e6, 1e6, allow_subnormal=False)
 
 
-def _points(svg: str) -> list[list[tuple[int, int]]]:
-    """The points of a curve's path, one list for each unbroken piece."""
+def _read_points(svg: str) -> list[list[tuple[int, int]]]:
+    """Return the points of a curve's path, one list for each unbroken piece."""
     pieces = re.search(r' d="([^"]*)"', svg)
     assert pieces
     pairs = [re.findall(r"(-?\d+) (-?\d+)", piece) for piece in pieces[1].split("M")[1:]]
@@ -56,26 +58,26 @@ def test_a_scale_around_nothing_finite_is_still_a_scale(values: list[float]) -> 
 
 
 def test_a_curve_goes_from_corner_to_corner_with_larger_values_higher() -> None:
-    assert _points(curve(Scale(0, 2), Scale(10, 20), [0, 1, 2], [10, 15, 20], "a")) == [
+    assert _read_points(curve(Scale(0, 2), Scale(10, 20), [0, 1, 2], [10, 15, 20], "a")) == [
         [(0, UNITS), (UNITS // 2, UNITS // 2), (UNITS, 0)]
     ]
 
 
 def test_a_curve_breaks_where_a_value_is_not_finite() -> None:
     values = [1, 2, math.nan, 3, math.inf, 4, 5]
-    pieces = _points(curve(Scale(0, 7), Scale(0, 7), range(7), values, "a"))
+    pieces = _read_points(curve(Scale(0, 7), Scale(0, 7), range(7), values, "a"))
     assert [len(piece) for piece in pieces] == [2, 1, 2]
 
 
 def test_a_curve_of_nothing_is_empty() -> None:
-    assert _points(curve(Scale(0, 1), Scale(0, 1), [], [], "a")) == []
+    assert _read_points(curve(Scale(0, 1), Scale(0, 1), [], [], "a")) == []
 
 
 @settings(deadline=None, max_examples=30)
 @given(seed=st.integers(0, 1000), count=st.integers(2 * COLUMNS + 1, 9000))
 def test_a_long_curve_is_thinned_but_keeps_its_ends_and_extremes(seed: int, count: int) -> None:
     values = np.random.default_rng(seed).uniform(0, 1, count)
-    [points] = _points(curve(Scale(0, count - 1), Scale(0, 1), range(count), values, "a"))
+    [points] = _read_points(curve(Scale(0, count - 1), Scale(0, 1), range(count), values, "a"))
     lefts, tops = [x for x, _ in points], [y for _, y in points]
     assert len(points) <= 2 * COLUMNS + 2
     assert lefts == sorted(lefts)

@@ -1,3 +1,5 @@
+"""SVG elements and their escaping."""
+
 from __future__ import annotations
 
 from html.parser import HTMLParser

@@ -1,3 +1,5 @@
+"""Tables of the HTML pages."""
+
 from __future__ import annotations
 
 from typing import NamedTuple

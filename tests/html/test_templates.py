@@ -1,3 +1,5 @@
+"""Templates of the HTML pages: escaping, missing names, and words."""
+
 from __future__ import annotations
 
 from pathlib import Path

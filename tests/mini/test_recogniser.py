@@ -14,43 +14,45 @@ from dvar.mini.recogniser import LEAST_SPREAD, RECOGNISED, Recogniser, Recogniti
 CLASSES, PARAMETERS = 25, 16
 
 
-def uniform_recognition(mean: float, spread: float, images: int = 1) -> Recognition:
+def build_uniform_recognition(mean: float, spread: float, images: int = 1) -> Recognition:
     shape = (images, CLASSES, PARAMETERS)
     return Recognition({}, torch.full(shape, mean), torch.full(shape, spread))
 
 
-def vector(value: float) -> Tensor:
+def build_vector(value: float) -> Tensor:
     return torch.full((PARAMETERS,), value)
 
 
-def density(distance: float, spread: float) -> float:
-    """Nine tenths of a Gaussian and a tenth of a flat one on [0, 1]."""
+def compute_density(distance: float, spread: float) -> float:
+    """Return nine tenths of a Gaussian density plus a tenth of the uniform one on [0, 1]."""
     return 0.1 + 0.9 * math.exp(-((distance / spread) ** 2) / 2) / (spread * math.sqrt(2 * math.pi))
 
 
 def test_surprise_is_the_negative_logarithm_of_a_gaussian_that_may_go_astray() -> None:
-    surprise = uniform_recognition(0.5, 0.2).surprise(vector(0.6)[None], answer=3)
-    assert math.isclose(float(surprise), -16 * math.log(density(0.1, 0.2)), rel_tol=1e-5)
+    surprise = build_uniform_recognition(0.5, 0.2).surprise(build_vector(0.6)[None], answer=3)
+    assert math.isclose(float(surprise), -16 * math.log(compute_density(0.1, 0.2)), rel_tol=1e-5)
 
 
 def test_one_parameter_that_is_far_off_costs_no_more_than_the_flat_tenth() -> None:
-    near, far = vector(0.5), vector(0.5)
+    near, far = build_vector(0.5), build_vector(0.5)
     far[0] = 1.0  # fifty spreads away
-    recognition = uniform_recognition(0.5, 0.01)
+    recognition = build_uniform_recognition(0.5, 0.01)
     cost = float(recognition.surprise(far[None], answer=0) - recognition.surprise(near[None], answer=0))
-    assert math.isclose(cost, math.log(density(0, 0.01) / 0.1), rel_tol=1e-4)
+    assert math.isclose(cost, math.log(compute_density(0, 0.01) / 0.1), rel_tol=1e-4)
 
 
 def test_identity_is_the_share_of_the_own_density_against_each_distractor() -> None:
     # The own subject at the mean; one distractor 0.1 off in each of 16 parameters, and one at the mean too.
-    identity = uniform_recognition(0.5, 0.2).identity(vector(0.5), torch.stack([vector(0.6), vector(0.5)]), answer=0)
-    odds = (density(0, 0.2) / density(0.1, 0.2)) ** 16
+    identity = build_uniform_recognition(0.5, 0.2).identity(
+        build_vector(0.5), torch.stack([build_vector(0.6), build_vector(0.5)]), answer=0
+    )
+    odds = (compute_density(0, 0.2) / compute_density(0.1, 0.2)) ** 16
     assert math.isclose(float(identity), (odds / (odds + 1) + 0.5) / 2, rel_tol=1e-5)
 
 
 def test_identity_without_information_is_chance() -> None:
     others = torch.rand(99, PARAMETERS, generator=torch.Generator().manual_seed(0))
-    identity = uniform_recognition(0.5, 1e4, images=3).identity(vector(0.1), others, answer=0)
+    identity = build_uniform_recognition(0.5, 1e4, images=3).identity(build_vector(0.1), others, answer=0)
     assert torch.allclose(identity, torch.full((3,), 0.5), atol=1e-5)
 
 
@@ -58,8 +60,8 @@ def test_identity_uses_the_requested_class() -> None:
     means = torch.zeros(1, CLASSES, PARAMETERS)
     means[:, 7] = 1.0
     recognition = Recognition({}, means, torch.full_like(means, 0.1))
-    assert float(recognition.identity(vector(1.0), vector(0.0)[None], answer=7)) > 0.99
-    assert float(recognition.identity(vector(1.0), vector(0.0)[None], answer=6)) < 0.01
+    assert float(recognition.identity(build_vector(1.0), build_vector(0.0)[None], answer=7)) > 0.99
+    assert float(recognition.identity(build_vector(1.0), build_vector(0.0)[None], answer=6)) < 0.01
 
 
 def test_the_network_answers_every_head_for_every_image_and_bounds_its_certainty() -> None:

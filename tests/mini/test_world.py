@@ -1,4 +1,4 @@
-"""The picture book: rendering is deterministic, captions are true, and held-out subjects stay out."""
+"""The bundled world: rendering is deterministic, captions are true, and held-out subjects stay out."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 
 import pytest
-from fake_record import fake_record
+from fake_record import write_fake_record
 
 from dvar.paper import registry
 from dvar.paper.config import ReproduceConfig
@@ -58,7 +58,7 @@ def test_another_package_can_add_an_experiment(tmp_path: Path, monkeypatch: pyte
     plugins = EntryPoints([EntryPoint("count", f"{__name__}:COUNT", "dvar.experiments")])
     monkeypatch.setattr("importlib.metadata.entry_points", lambda *, group: plugins.select(group=group))
     monkeypatch.setattr(registry, "EXPERIMENTS", Registry[Experiment]("experiment", "dvar.experiments"))
-    fake_record(tmp_path / "records", cap=60, learned=8.0)
+    write_fake_record(tmp_path / "records", cap=60, learned=8.0)
     config = ReproduceConfig(names=("count",), records=(str(tmp_path / "records"),), output_dir=str(tmp_path / "out"))
     assert reproduce_problems(config) == []
     page = reproduce(config).read_text(encoding="utf-8")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_record import fake_record, fake_sheets, oracle_step
+from fake_record import compute_oracle_step, write_fake_record, write_fake_sheets
 from PIL import Image
 
 from dvar.analysis import families, strategies
@@ -39,7 +39,7 @@ TRAINED = {name for name, experiment in EXPERIMENTS.items() if experiment.needs 
 READ = {name for name, experiment in EXPERIMENTS.items() if experiment.needs == "recorded runs"}
 
 
-def not_trained(inputs: object) -> ExperimentResult:
+def skip_training(inputs: object) -> ExperimentResult:
     return ExperimentResult(missing="trained elsewhere")
 
 
@@ -49,9 +49,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("records")
     for method in METHODS:
         for concept, learned in (("cup", 15.0), ("mug", 20.0), ("owl", 30.0), ("purple_cat", 20.0)):
-            folder = fake_record(root, method, concept, cap=CAP, learned=learned, noise=0.002, images=8)
+            folder = write_fake_record(root, method, concept, cap=CAP, learned=learned, noise=0.002, images=8)
             if concept == "cup":
-                fake_sheets(folder, steps=(0, 20, 60, 200))
+                write_fake_sheets(folder, steps=(0, 20, 60, 200))
     return root
 
 
@@ -69,7 +69,7 @@ def short_baseline() -> object:
         patch.setattr(StrategyFamily, "settings", lambda family: settings(family)[::9])  # the whole of it takes a while
         patch.setattr(convergence, "MORE", 1)
         for name in TRAINED:
-            patch.setitem(EXPERIMENTS._items, name, replace(EXPERIMENTS[name], make=not_trained))
+            patch.setitem(EXPERIMENTS._items, name, replace(EXPERIMENTS[name], make=skip_training))
         patch.setattr(held_batch, "SHOWN", 1)
         yield
 
@@ -214,7 +214,7 @@ def test_lost_runs_are_named_and_the_table_is_still_built(root: Path) -> None:
 # The ranking
 
 
-def ranking_of(archive: RecordingArchive) -> list[RankedRule]:
+def read_ranking(archive: RecordingArchive) -> list[RankedRule]:
     settings = {method: tune_rules(archive.tuning_runs(method)) for method in METHODS}
     return compute_ranking(archive.runs_of("textual-inversion"), settings)
 
@@ -222,9 +222,9 @@ def ranking_of(archive: RecordingArchive) -> list[RankedRule]:
 def test_the_ranking_knows_the_oracle(archive: RecordingArchive) -> None:
     """Without noise the oracle of the other half is the oracle: nothing can rank before it."""
     runs = archive.runs_of("textual-inversion")
-    ranking = ranking_of(archive)
+    ranking = read_ranking(archive)
     oracle = next(rule for rule in ranking if rule.rule == ORACLE_NAME)
-    truth = [oracle_step({"cup": 15.0, "mug": 20.0, "owl": 30.0}[run.concept]) for run in runs]
+    truth = [compute_oracle_step({"cup": 15.0, "mug": 20.0, "owl": 30.0}[run.concept]) for run in runs]
     np.testing.assert_allclose(np.log2(oracle.stops), np.log2(truth), atol=0.15)
     assert np.mean(oracle.errors) < 0.1
     assert ranking[0].rule == ORACLE_NAME
@@ -234,7 +234,7 @@ def test_the_ranking_knows_the_oracle(archive: RecordingArchive) -> None:
 
 
 def test_a_rule_is_not_further_from_the_oracle_than_itself(archive: RecordingArchive) -> None:
-    ranking = ranking_of(archive)
+    ranking = read_ranking(archive)
     same = compare_errors(ranking[0], ranking[0])
     assert (same.mean, same.low, same.high) == (0, 0, 0)
     assert compare_errors(ranking[-1], ranking[0]).low > 0
@@ -257,7 +257,7 @@ def test_without_tuning_concepts_the_rest_is_ranked(root: Path) -> None:
 def test_rules_are_not_ranked_on_a_method_that_is_not_eligible(tmp_path: Path) -> None:
     """Without enough recorded runs to judge by, what is known of the bundled model holds: not Custom Diffusion."""
     for method in ("textual-inversion", "custom-diffusion"):
-        fake_record(tmp_path, method, "vase")
+        write_fake_record(tmp_path, method, "vase")
     archive = RecordingArchive.open(tmp_path)
     result = rule_ranking.rank_rules(archive)
     assert any("Custom Diffusion is not eligible" in line and "61 %" in line for line in result.paragraphs)
@@ -282,7 +282,7 @@ def test_correlations_of_curves_that_mirror_each_other(archive: RecordingArchive
     assert {row["interval"] for row in cells} == set(timesteps.INTERVALS)
 
 
-def without_stratified_draws(trace: Trace) -> Trace:
+def remove_stratified_draws(trace: Trace) -> Trace:
     bare = Trace(trace.header)
     for record in trace.records:
         bare.record(**{name: value for name, value in record.items() if name != "stratified"})
@@ -290,7 +290,7 @@ def without_stratified_draws(trace: Trace) -> Trace:
 
 
 def test_records_without_stratified_draws_are_refused(archive: RecordingArchive) -> None:
-    runs = [replace(run, trace=without_stratified_draws(run.trace)) for run in archive.runs_of("textual-inversion")]
+    runs = [replace(run, trace=remove_stratified_draws(run.trace)) for run in archive.runs_of("textual-inversion")]
     with pytest.raises(RefusedInput, match="no recorded run holds stratified draws"):
         timesteps.table_3(RecordingArchive(tuple(runs)))
 
@@ -380,7 +380,7 @@ def test_the_page_of_results_keeps_sections_that_were_not_repeated(report: Path,
     images = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "results").iterdir()}
     (tmp_path / "results" / "figure8-stale.svg").write_text("<svg/>")
     records = tmp_path / "records"
-    fake_record(records, concept="lone_mug", cap=80, learned=9.0)
+    write_fake_record(records, concept="lone_mug", cap=80, learned=9.0)
     reproduce(ReproduceConfig(names=("figure8",), records=(str(records),), output_dir=str(tmp_path / "more")))
     results["main"](tmp_path / "more", to=tmp_path)
     after = results["read_sections"]((tmp_path / "results.md").read_text(encoding="utf-8"))
@@ -403,7 +403,7 @@ def test_a_spread_by_hand() -> None:
 
 
 def test_a_relapse_of_the_loss_is_described_with_its_gradient(tmp_path: Path) -> None:
-    run = RecordedRun.open(fake_record(tmp_path, cap=60, learned=8.0))
+    run = RecordedRun.open(write_fake_record(tmp_path, cap=60, learned=8.0))
     assert convergence.measure_relapse(run) is None
     trace = Trace(run.trace.header)
     for row in run.trace.records:
@@ -421,12 +421,12 @@ def test_a_relapse_of_the_loss_is_described_with_its_gradient(tmp_path: Path) ->
 def test_a_caption_says_which_methods_were_recorded_on_fewer_concepts(tmp_path: Path) -> None:
     for method, concepts in zip(METHODS, (("cup", "mug", "owl"), ("cup", "mug")), strict=True):
         for concept in concepts:
-            fake_record(tmp_path, method, concept, cap=60, learned=8.0)
+            write_fake_record(tmp_path, method, concept, cap=60, learned=8.0)
     assert "Concepts: 3 (2 of DreamBooth-LoRA); seeds: 1." in str(Provenance.of(RecordingArchive.open(tmp_path).runs))
 
 
 def test_text_cannot_become_markup_of_the_page(archive: RecordingArchive) -> None:
-    experiment = Experiment("x", "<b>", "nothing", not_trained)
+    experiment = Experiment("x", "<b>", "nothing", skip_training)
     page = render_page([(experiment, ExperimentResult(("<b>",), missing="<b>"))], ["<b>"])
     assert "<b>" not in page.replace("<b>Not made: </b>", "")
     assert page.count("&lt;b&gt;") == 5  # contents, heading, reason, paragraph and fact

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fake_record import fake_record
+from fake_record import write_fake_record
 
 from dvar.config.training import TrainingConfig
 from dvar.errors import CheckpointError
@@ -45,7 +45,7 @@ def config(tiny_model: Path, concepts: Path, tmp_path: Path) -> TrainingConfig:
     return replace(spec.config, output_dir=str(spec.folder), max_train_steps=STEPS, checkpointing_steps=4, window=8)
 
 
-def series(run: TrainingRun) -> Series:
+def measure_series(run: TrainingRun) -> Series:
     return randomness.measure_factors(run, COUNT, EVERY)
 
 
@@ -74,7 +74,7 @@ def test_one_factor_is_drawn_again_and_the_others_are_fixed(config: TrainingConf
 
 def test_the_curves_of_a_run(config: TrainingConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(randomness, "_PART", 4)  # so that the batch is accumulated from unequal parts
-    at, curves = randomness.read_factors(trace := train_to_cap(config, series, print))
+    at, curves = randomness.read_factors(trace := train_to_cap(config, measure_series, print))
     assert at.tolist() == [0, 5, 10]
     assert set(curves) == {*randomness.ROWS, randomness.FROZEN}
     assert all(values.shape == (3, COUNT) for values in curves.values())
@@ -87,13 +87,13 @@ def test_the_curves_of_a_run(config: TrainingConfig, monkeypatch: pytest.MonkeyP
 
 
 def test_a_run_continues_where_it_was_killed_and_is_not_repeated(config: TrainingConfig, tmp_path: Path) -> None:
-    uninterrupted = train_to_cap(config, series, print)
+    uninterrupted = train_to_cap(config, measure_series, print)
 
     class Killed(Exception):
         pass
 
     def killed(run: TrainingRun) -> Series:
-        measure = series(run)
+        measure = measure_series(run)
 
         def measure_until(step: int, watch: Stopwatch) -> Mapping[str, Any]:
             if step == 7:
@@ -105,7 +105,7 @@ def test_a_run_continues_where_it_was_killed_and_is_not_repeated(config: Trainin
     apart = replace(config, output_dir=str(tmp_path / "apart"))
     with pytest.raises(Killed):
         train_to_cap(apart, killed, print)
-    again = train_to_cap(apart, series, print)
+    again = train_to_cap(apart, measure_series, print)
 
     def measurements(trace: Trace) -> list[dict[str, object]]:
         return [{name: value for name, value in record.items() if name != "seconds"} for record in trace.records]
@@ -113,7 +113,7 @@ def test_a_run_continues_where_it_was_killed_and_is_not_repeated(config: Trainin
     assert measurements(again) == measurements(uninterrupted)
     assert measurements(train_to_cap(apart, killed, print)) == measurements(uninterrupted)  # nothing is left to do
     with pytest.raises(CheckpointError, match="learning_rate"):
-        train_to_cap(replace(apart, learning_rate=0.01), series, print)
+        train_to_cap(replace(apart, learning_rate=0.01), measure_series, print)
 
 
 def test_figure_5_by_its_command(
@@ -161,12 +161,12 @@ def test_figure_9_accumulates_its_batches(
     assert "Batches of 1 and 4, accumulated 1 at a time" in result.tables[0].caption
 
 
-def fake_recordings(extra_runs: ExtraRuns, specs: Sequence[RecordingSpec]) -> list[RecordedRun]:
+def write_fake_recordings(extra_runs: ExtraRuns, specs: Sequence[RecordingSpec]) -> list[RecordedRun]:
     """Return fake runs in place of these recordings; SAM learns further, and a random word less."""
     runs = []
     for spec in specs:
         learned = {"sam": 5.0, "random-word": 200.0}.get(Path(spec.records).parent.name, 20.0)
-        folder = fake_record(Path(spec.records), concept=spec.concept, cap=100, learned=learned)
+        folder = write_fake_record(Path(spec.records), concept=spec.concept, cap=100, learned=learned)
         runs.append(RecordedRun.open(folder))
         if "random" in spec.records:
             (folder / "initializer.json").write_text('[{"word": "<it>", "initializer_token": "teapot"}]')
@@ -174,7 +174,7 @@ def fake_recordings(extra_runs: ExtraRuns, specs: Sequence[RecordingSpec]) -> li
 
 
 def test_the_first_version_s_variants(concepts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ExtraRuns, "record", fake_recordings)
+    monkeypatch.setattr(ExtraRuns, "record", write_fake_recordings)
     extra_runs = ExtraRuns(tmp_path, quick=True, concepts=str(concepts))
     words = variants.compare_initializers(extra_runs)
     rows = {row["variant"]: row for row in words.tables[0].data}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_record import fake_record
+from fake_record import write_fake_record
 
 from dvar.cli.main import main
 from dvar.mini import TUNING
@@ -33,7 +33,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[RecordingSpec]:
     def record(recordings: Sequence[RecordingSpec], notify: object, **_: object) -> list[RecordingStatus]:
         requested.extend(recordings)
         for spec in recordings:
-            fake_record(Path(spec.records), spec.method, spec.concept, spec.seed, cap=60, learned=8.0)
+            write_fake_record(Path(spec.records), spec.method, spec.concept, spec.seed, cap=60, learned=8.0)
         return [RecordingStatus(spec, "done") for spec in recordings]
 
     monkeypatch.setattr(sweep, "record_missing", record)
@@ -41,7 +41,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[RecordingSpec]:
 
 
 def test_one_figure_is_made_from_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fake_record(tmp_path / "records", cap=60, learned=8.0)
+    write_fake_record(tmp_path / "records", cap=60, learned=8.0)
     out = tmp_path / "out"
     assert main(["reproduce", "figure1", "--records", str(tmp_path / "records"), "--output_dir", str(out)]) == 0
     output = capsys.readouterr()
@@ -57,7 +57,7 @@ def test_one_figure_is_made_from_records(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_table_1_has_its_checkpoints_scored_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for concept in ("cup", "mug"):
-        fake_record(tmp_path / "records", concept=concept, cap=60, learned=8.0)
+        write_fake_record(tmp_path / "records", concept=concept, cap=60, learned=8.0)
 
     def rescore_runs(
         archive: RecordingArchive, steps_by_run: Mapping[RecordedRun, set[int]], notify: object
@@ -124,7 +124,7 @@ def test_a_quick_report_of_whole_recordings_reads_a_few_and_records_none(
     tmp_path: Path, recorded: list[RecordingSpec], capsys: pytest.CaptureFixture[str]
 ) -> None:
     for concept in ("cup", "jar", "jug", "mug", "owl", "pot", "vase", TUNING[0]):
-        fake_record(tmp_path / "records", concept=concept, cap=60, learned=8.0)
+        write_fake_record(tmp_path / "records", concept=concept, cap=60, learned=8.0)
     words = ["reproduce", "figure1", "--quick", "--records", str(tmp_path / "records")]
     assert main([*words, "--output_dir", str(tmp_path / "out")]) == 0
     assert not recorded
@@ -133,17 +133,17 @@ def test_a_quick_report_of_whole_recordings_reads_a_few_and_records_none(
 
 def test_quick_leaves_out_no_run_that_settings_are_tuned_on(tmp_path: Path) -> None:
     for seed in range(reproduce.QUICK + 1):
-        fake_record(tmp_path, concept=TUNING[0], seed=seed, cap=60, learned=8.0)
-    fake_record(tmp_path, concept="cup", cap=60, learned=8.0)
+        write_fake_record(tmp_path, concept=TUNING[0], seed=seed, cap=60, learned=8.0)
+    write_fake_record(tmp_path, concept="cup", cap=60, learned=8.0)
     archive = reproduce.open_archive(ReproduceConfig(names=("rules",), quick=True, records=(str(tmp_path),)))
     assert len(archive.tuning_runs("textual-inversion")) == reproduce.QUICK + 1
 
 
 def test_records_may_be_in_several_folders(tmp_path: Path) -> None:
     for concept in ("cup", "mug"):
-        fake_record(tmp_path / "old", concept=concept, cap=60, learned=8.0)
-    fake_record(tmp_path / "new", concept="mug", cap=60, learned=8.0, images=16)
-    fake_record(tmp_path / "new", concept="owl", cap=60, learned=8.0)
+        write_fake_record(tmp_path / "old", concept=concept, cap=60, learned=8.0)
+    write_fake_record(tmp_path / "new", concept="mug", cap=60, learned=8.0, images=16)
+    write_fake_record(tmp_path / "new", concept="owl", cap=60, learned=8.0)
     traces, out = write_traces(RecordingArchive.open(tmp_path / "old"), tmp_path / "traces.npz"), tmp_path / "out"
     words = ["reproduce", "figure14", "--records", str(tmp_path / "new"), "--records", str(traces)]
     assert main([*words, "--output_dir", str(out)]) == 0

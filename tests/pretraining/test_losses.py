@@ -1,4 +1,4 @@
-"""What tutors the CLIPs, against cases worked by hand."""
+"""The losses that train the CLIPs, against cases worked by hand."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_true_pairs_off_the_diagonal_are_no_negatives() -> None:
     similarity = torch.zeros(3, 3)
     agreement = torch.eye(3, dtype=torch.bool)
     assert math.isclose(float(contrastive_loss(similarity, agreement)), math.log(3), rel_tol=1e-5)
-    agreement[0, 1] = True  # caption 0 is true of picture 1: row 0 and column 1 have two candidates left
+    agreement[0, 1] = True  # caption 0 is true of image 1: row 0 and column 1 have two candidates left
     expected = (math.log(2) + 2 * math.log(3)) / 3
     assert math.isclose(float(contrastive_loss(similarity, agreement)), expected, rel_tol=1e-5)
 

@@ -1,4 +1,4 @@
-"""The whole recipe from nothing, two steps a stage: every stage finds what it needs, and what ships draws."""
+"""The whole recipe from nothing, two steps a stage: every stage has its inputs, and the shipped pipeline generates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the study of the bundled model keeps: the gate of its runs, and what is frozen."""
+"""The study of the bundled model: the gate of its runs, and what is frozen."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def known_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(science, "ceiling", lambda concept: {"identity": 0.9})
 
 
-def run(folder: Path, seed: int, identity: list[float], drop: float) -> Path:
-    """L_det falls by ``drop`` at once and then jumps up and down by 0.001 about its end."""
+def write_run(folder: Path, seed: int, identity: list[float], drop: float) -> Path:
+    """Write a run whose L_det falls by ``drop`` at once and then alternates by 0.001 about its end."""
     path = folder / f"textual-inversion-purple_cat-0.01-{seed}-100"
     path.mkdir()
     scores = [{"step": s, "plain": {"identity": i}, "placed": {}} for s, i in zip(STEPS, identity, strict=True)]
@@ -35,7 +35,7 @@ def run(folder: Path, seed: int, identity: list[float], drop: float) -> Path:
 
 def test_the_gate_of_kept_runs_has_the_figures_they_have(tmp_path: Path) -> None:
     ends = (0.68, 0.70, 0.72)
-    gate = science.gate([run(tmp_path, seed, [0.1, 0.5, end, end], 0.1) for seed, end in enumerate(ends)])
+    gate = science.gate([write_run(tmp_path, seed, [0.1, 0.5, end, end], 0.1) for seed, end in enumerate(ends)])
     assert (gate.runs, gate.cap) == (3, 100)
     assert [gate.ceiling, gate.early, gate.start, gate.end] == pytest.approx([0.9, 1.0, 0.1, 0.7])
     assert not gate.failures
@@ -43,7 +43,7 @@ def test_the_gate_of_kept_runs_has_the_figures_they_have(tmp_path: Path) -> None
 
 def test_a_saved_gate_names_the_weights_it_was_measured_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(science, "GATES", tmp_path / "gate.json")
-    gate = science.gate([run(tmp_path, 0, [0.1, 0.5, 0.7, 0.7], 0.1)])
+    gate = science.gate([write_run(tmp_path, 0, [0.1, 0.5, 0.7, 0.7], 0.1)])
     science.keep("custom-diffusion", gate)
     science.keep("textual-inversion", gate)
     content = json.loads(science.GATES.read_text())

@@ -1,4 +1,4 @@
-"""The recipe's training state: killed and started again, a stage goes on as if it had not been."""
+"""The recipe's training state: a stage that is killed and started again ends with the same weights."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def network() -> nn.Sequential:
+def build_network() -> nn.Sequential:
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
 
 
-def stage(model: nn.Module, steps: int) -> Training:
+def build_stage(model: nn.Module, steps: int) -> Training:
     chosen = argparse.Namespace(steps=steps, batch=16, seed=0, device="cpu")
     return Training("stage", model, chosen, lr=1e-2, data="none")
 
 
-def run(training: Training, until: int) -> None:
+def train_until(training: Training, until: int) -> None:
     for step in training:
         if step == until:
             training.save()
@@ -39,24 +39,24 @@ def run(training: Training, until: int) -> None:
 
 
 def test_killed_and_started_again_it_ends_at_the_same_bits(work: Path) -> None:
-    model = network()
-    through = stage(model, 30)
-    run(through, 30)
+    model = build_network()
+    through = build_stage(model, 30)
+    train_until(through, 30)
     expected, average = [p.clone() for p in model.parameters()], [a.clone() for a in through.average.values()]
     (work / "stage" / "state.safetensors").unlink()
-    run(stage(network(), 30), 13)
-    again = network()
-    resumed = stage(again, 30)
+    train_until(build_stage(build_network(), 30), 13)
+    again = build_network()
+    resumed = build_stage(again, 30)
     assert resumed.step == 13
-    run(resumed, 30)
+    train_until(resumed, 30)
     assert all(torch.equal(a, b) for a, b in zip(expected, again.parameters(), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(average, resumed.average.values(), strict=True))
 
 
 def test_the_average_replaces_the_weights_for_a_while() -> None:
-    model = network()
-    state = stage(model, 5)
-    run(state, 5)
+    model = build_network()
+    state = build_stage(model, 5)
+    train_until(state, 5)
     now = [p.clone() for p in model.parameters()]
     with state.averaged():
         assert all(torch.equal(p, state.average[key]) for key, p in model.named_parameters())
@@ -65,11 +65,11 @@ def test_the_average_replaces_the_weights_for_a_while() -> None:
 
 
 def test_frozen_weights_need_not_be_in_the_state() -> None:
-    model = network()
+    model = build_network()
     model[0].requires_grad_(False)
-    state = stage(model, 3)
-    run(state, 3)
-    fresh = network()
+    state = build_stage(model, 3)
+    train_until(state, 3)
+    fresh = build_network()
     fresh[0].requires_grad_(False)
     loaded = load_average("stage", fresh)
     assert torch.equal(loaded.get_parameter("2.weight"), state.average["2.weight"])
@@ -77,6 +77,6 @@ def test_frozen_weights_need_not_be_in_the_state() -> None:
 
 
 def test_another_shape_of_model_is_refused() -> None:
-    run(stage(network(), 2), 2)
+    train_until(build_stage(build_network(), 2), 2)
     with pytest.raises(SystemExit, match="another shape"):
         load_average("stage", nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1), nn.Linear(1, 1)))

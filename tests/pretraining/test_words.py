@@ -1,4 +1,4 @@
-"""The tokenizer: every word of the book is one token, and every caption fits."""
+"""The tokenizer: every word of the world is one token, and every caption fits."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_record import GAIN, START, TIMESTEPS, fake_record, scored_steps
+from fake_record import GAIN, START, TIMESTEPS, space_scored_steps, write_fake_record
 
 from dvar.errors import RefusedInput
 from dvar.recordings.archive import RecordingArchive
@@ -17,7 +17,7 @@ from dvar.recordings.recorded_run import RecordedRun, RescoredRun
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return fake_record(tmp_path, cap=100, every=10)
+    return write_fake_record(tmp_path, cap=100, every=10)
 
 
 def test_a_recorded_run_is_named_by_its_folder(folder: Path) -> None:
@@ -53,7 +53,7 @@ def test_paired_is_fresh_minus_frozen(folder: Path) -> None:
 
 def test_each_image_has_a_score(folder: Path) -> None:
     steps, values = RecordedRun.open(folder).scores("train", "clip_image")
-    assert steps.tolist() == scored_steps(100)
+    assert steps.tolist() == space_scored_steps(100)
     np.testing.assert_allclose(values[0], START)
     np.testing.assert_allclose(values[-1], START + GAIN * (1 - np.exp(-100 / 60)))
     assert values.shape == (len(steps), 8)
@@ -89,11 +89,11 @@ def test_an_unknown_series_or_score_names_those_there_are(folder: Path) -> None:
 
 def test_joined_archives_take_a_run_from_the_first_that_has_it(tmp_path: Path) -> None:
     first, second = tmp_path / "one", tmp_path / "other"
-    fake_record(first, concept="red_mug", cap=40)
-    damaged = fake_record(first, concept="blue_dog", cap=40)
+    write_fake_record(first, concept="red_mug", cap=40)
+    damaged = write_fake_record(first, concept="blue_dog", cap=40)
     (damaged / "done.json").write_text("{")
     for concept in ("red_mug", "blue_dog", "green_car"):
-        fake_record(second, concept=concept, cap=60)
+        write_fake_record(second, concept=concept, cap=60)
     (first / "seconds.json").write_text('{"textual-inversion": {"train": 1.0}}')
     (second / "seconds.json").write_text('{"textual-inversion": {"train": 2.0}, "custom-diffusion": {"train": 3.0}}')
     rescored = RescoredRun(np.array([3]), {("train", "clip_image"): np.ones((1, 8))})
@@ -110,10 +110,10 @@ def test_joined_archives_take_a_run_from_the_first_that_has_it(tmp_path: Path) -
 
 
 def test_an_archive_has_every_run_that_can_be_read_and_names_why_the_others_cannot(tmp_path: Path) -> None:
-    fake_record(tmp_path, cap=40)
-    fake_record(tmp_path, "dreambooth-lora", cap=40)
-    fake_record(tmp_path, concept="purple_cat", cap=40)
-    damaged, failed = fake_record(tmp_path, seed=1, cap=40), fake_record(tmp_path, seed=2, cap=40)
+    write_fake_record(tmp_path, cap=40)
+    write_fake_record(tmp_path, "dreambooth-lora", cap=40)
+    write_fake_record(tmp_path, concept="purple_cat", cap=40)
+    damaged, failed = write_fake_record(tmp_path, seed=1, cap=40), write_fake_record(tmp_path, seed=2, cap=40)
     (damaged / "done.json").write_text("{")
     (failed / "done.json").unlink()
     (failed / "failed.json").write_text(json.dumps({"reason": "the loss was not finite at step 3"}))
@@ -127,8 +127,8 @@ def test_an_archive_has_every_run_that_can_be_read_and_names_why_the_others_cann
 
 
 def test_measured_seconds_replace_the_medians(tmp_path: Path) -> None:
-    fake_record(tmp_path, cap=40, seconds=0.2)
-    fake_record(tmp_path, concept="blue_cup", cap=40, seconds=0.4)
+    write_fake_record(tmp_path, cap=40, seconds=0.2)
+    write_fake_record(tmp_path, concept="blue_cup", cap=40, seconds=0.4)
     assert RecordingArchive.open(tmp_path).unit_seconds("textual-inversion")["train"] == pytest.approx(0.3)
     (tmp_path / "seconds.json").write_text(json.dumps({"textual-inversion": {"train": 0.1, "start_up": 3.0}}))
     units = RecordingArchive.open(tmp_path).unit_seconds("textual-inversion")

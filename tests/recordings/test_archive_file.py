@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_record import fake_record
+from fake_record import write_fake_record
 
 from dvar.errors import RefusedInput
 from dvar.recordings import archive_file
@@ -18,8 +18,8 @@ from dvar.recordings.recorded_run import RescoredRun
 
 @pytest.fixture
 def archive(tmp_path: Path) -> RecordingArchive:
-    fake_record(tmp_path / "records", cap=120, learned=15.0, noise=0.01)
-    fake_record(tmp_path / "records", concept="purple_cat", cap=120)
+    write_fake_record(tmp_path / "records", cap=120, learned=15.0, noise=0.01)
+    write_fake_record(tmp_path / "records", concept="purple_cat", cap=120)
     return RecordingArchive.open(tmp_path / "records")
 
 
@@ -56,7 +56,7 @@ def test_rescored_steps_are_in_the_file(archive: RecordingArchive, tmp_path: Pat
 
 
 def test_losses_that_were_float32_come_back_bit_for_bit(tmp_path: Path) -> None:
-    archive = RecordingArchive.open(fake_record(tmp_path / "records", cap=20).parents[2])
+    archive = RecordingArchive.open(write_fake_record(tmp_path / "records", cap=20).parents[2])
     once = read_traces(write_traces(archive, tmp_path / "one.npz"))
     twice = read_traces(write_traces(once, tmp_path / "two.npz"))
     for run, copy in zip(once, twice, strict=True):

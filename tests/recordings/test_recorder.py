@@ -1,4 +1,4 @@
-"""Recordings of the tiny model: what they hold, that measuring changes nothing, and that they survive any kill."""
+"""Recordings of the tiny model: their content, that measuring changes nothing, and that they survive any kill."""
 
 from __future__ import annotations
 
@@ -105,14 +105,14 @@ def make_spec(spec_maker: Make, tmp_path: Path) -> Make:
 
 @pytest.fixture(scope="module")
 def finished(spec_maker: Make, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a method's finished recording, made once: not to be changed."""
+    """The folder of a method's finished recording, recorded once; tests must not change it."""
     records = tmp_path_factory.mktemp("finished")
     return cache(lambda method: record_run(spec_maker(method, records)))
 
 
 @pytest.fixture
 def copied(finished: Callable[[str], Path], make_spec: Make) -> Callable[[str], Path]:
-    """The same, to be changed: it stands where the recordings of `make_spec` are."""
+    """A copy of it among the recordings of `make_spec`, for tests that change it."""
 
     def copy(method: str) -> Path:
         shutil.copytree(finished(method), make_spec(method).folder)
@@ -121,17 +121,17 @@ def copied(finished: Callable[[str], Path], make_spec: Make) -> Callable[[str], 
     return copy
 
 
-def contents(folder: Path) -> dict[Path, bytes]:
+def read_contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def rows(folder: Path, *, but: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-    """The records of a run, every field but the seconds and those named."""
+def read_rows(folder: Path, *, but: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    """Return the records of a run without the seconds and the named fields."""
     records = Trace.read(folder / "trace.jsonl").records
     return [{name: value for name, value in row.items() if name not in ("seconds", *but)} for row in records]
 
 
-def scores(folder: Path) -> list[dict[str, Any]]:
+def read_scores(folder: Path) -> list[dict[str, Any]]:
     rows = json.loads((folder / "scores.json").read_text())["rows"]
     return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
@@ -146,7 +146,7 @@ def test_a_recorded_run_is_the_trainer_s_run_bit_for_bit(
     config = make_spec(method).config
     assert config.max_train_steps == CAP
     plain, folder = personalise(replace(config, output_dir=str(tmp_path / "plain"))).folder, finished(method)
-    assert rows(folder, but=SERIES) == rows(plain)
+    assert read_rows(folder, but=SERIES) == read_rows(plain)
     names = [path.name for path in plain.glob("*.safetensors") if "steps" not in path.name]
     assert names
     for name in names:
@@ -166,7 +166,7 @@ def test_the_rule_that_stops_a_plain_run_cuts_the_recorded_one_at_that_step(make
     folder = record_run(recording)
     plain = personalise(replace(recording.config, output_dir=str(tmp_path / "plain")))
     assert plain.steps < 20
-    assert rows(plain.folder) == rows(folder, but=SERIES)[: plain.steps + 1]
+    assert read_rows(plain.folder) == read_rows(folder, but=SERIES)[: plain.steps + 1]
     learned = load_file(weights_path(folder, plain.steps))["<thing>"]
     assert torch.equal(learned, load_file(plain.weights[0])["<thing>"])
 
@@ -226,7 +226,7 @@ class Killed(BaseException):
     """The process dies here: nothing after it is executed."""
 
 
-def killed_at(step: int) -> Callable[[StepRecord], None]:
+def kill_at(step: int) -> Callable[[StepRecord], None]:
     def kill(record: StepRecord) -> None:
         if record.step == step:
             raise Killed
@@ -240,12 +240,12 @@ def test_a_recording_killed_at_any_step_continues_bit_for_bit(
 ) -> None:
     straight, recording, steps = finished("dreambooth-lora"), make_spec("dreambooth-lora"), list[int]()
     with pytest.raises(Killed):
-        record_run(recording, [killed_at(step)])
+        record_run(recording, [kill_at(step)])
     assert not (recording.folder / "done.json").exists()
     folder = record_run(recording, [lambda record: steps.append(record.step)])
     assert steps[0] == step // 4 * 4 + 1
-    assert rows(folder) == rows(straight)
-    assert scores(folder) == scores(straight)
+    assert read_rows(folder) == read_rows(straight)
+    assert read_scores(folder) == read_scores(straight)
     checkpoints = sorted((straight / "weights").iterdir())
     assert [path.name for path in sorted((folder / "weights").iterdir())] == [path.name for path in checkpoints]
     for path in checkpoints:
@@ -280,7 +280,7 @@ def test_a_recording_older_than_a_setting_was_made_with_its_default(
 
 def test_another_recording_is_refused_and_not_changed(make_spec: Make, copied: Callable[[str], Path]) -> None:
     folder = copied("textual-inversion")
-    before = contents(folder)
+    before = read_contents(folder)
     with pytest.raises(RefusedInput, match="recorded under another settings"):
         record_run(make_spec(settings={"learning_rate": 0.01}))
     with pytest.raises(RefusedInput, match="recorded under another judged"):
@@ -289,21 +289,21 @@ def test_another_recording_is_refused_and_not_changed(make_spec: Make, copied: C
     with pytest.raises(RefusedInput, match="holds a run that was not recorded"):
         record_run(make_spec())
     before.pop(folder / "recording.json")
-    assert contents(folder) == before
+    assert read_contents(folder) == before
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_any_step_can_be_replayed_bit_for_bit(copied: Callable[[str], Path], method: str) -> None:
     folder = copied(method)
     weights = load_file(weights_path(folder, 7))
-    loaded = trained(restore_model(folder, 7), weights)
+    loaded = read_weights(restore_model(folder, 7), weights)
     weights_path(folder, 7).unlink()
-    before = contents(folder)
-    replayed = trained(restore_model(folder, 7), weights)
+    before = read_contents(folder)
+    replayed = read_weights(restore_model(folder, 7), weights)
     for name in weights:
         assert torch.equal(loaded[name], weights[name])
         assert torch.equal(replayed[name], weights[name])
-    assert contents(folder) == before
+    assert read_contents(folder) == before
 
 
 def test_steps_are_restored_in_order_whether_their_weights_were_kept_or_not(copied: Callable[[str], Path]) -> None:
@@ -326,8 +326,8 @@ def test_steps_are_restored_in_order_whether_their_weights_were_kept_or_not(copi
     assert torch.equal(last.backbone.text_encoder.get_input_embeddings().rows, behind)
 
 
-def trained(backbone: Any, saved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights of a model under the names of ``saved``."""
+def read_weights(backbone: Any, saved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the weights of a model under the names of ``saved``."""
     weights = {f"unet.{name.replace('.default', '')}": weight for name, weight in backbone.unet.named_parameters()}
     weights |= dict(backbone.unet.named_parameters())
     rows = backbone.text_encoder.get_input_embeddings().rows
@@ -398,13 +398,13 @@ def test_a_finished_run_gets_the_images_that_its_protocol_asks_for_now(
     copied: Callable[[str], Path], make_spec: Make, method: str, thrice: Callable[[], None]
 ) -> None:
     folder, recording = copied(method), make_spec(method)
-    before, first = contents(folder), RecordedRun.open(folder)
+    before, first = read_contents(folder), RecordedRun.open(folder)
     assert read_status(recording).state == "done"
     thrice()
     assert read_status(recording).reason == f"images of {len(first.scored_steps)} steps are still to be generated"
     record_run(recording)
     assert read_status(recording).state == "done"
-    after = contents(folder)
+    after = read_contents(folder)
     assert {path for path in after if after[path] != before.get(path)} == {folder / "rounds.json"}
     run = RecordedRun.open(folder)
     assert (first.image_count, run.image_count) == (4, 12)

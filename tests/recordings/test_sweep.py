@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake_record import fake_record
+from fake_record import write_fake_record
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -67,8 +67,8 @@ def base(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Recordin
     return RecordingSpec("textual-inversion", "ball", protocol="quick", settings=tuple(SETTINGS.items()), **paths)
 
 
-def four_runs(base: RecordingSpec, records: Path) -> list[RecordingSpec]:
-    """Two concepts with two seeds each, seed by seed."""
+def list_four_runs(base: RecordingSpec, records: Path) -> list[RecordingSpec]:
+    """Return recordings of two concepts with two seeds each, seed by seed."""
     return [
         replace(base, records=str(records), concept=concept, seed=seed)
         for seed in (0, 1)
@@ -76,8 +76,8 @@ def four_runs(base: RecordingSpec, records: Path) -> list[RecordingSpec]:
     ]
 
 
-def fake_program(recording: RecordingSpec, status: int = 0, output: str = "") -> str:
-    """A program in place of a recording: it marks that it ran, prints something and ends."""
+def write_program(recording: RecordingSpec, status: int = 0, output: str = "") -> str:
+    """Return a program that stands in for a recording: it marks that it ran, prints something and ends."""
     return f"import sys; open({str(recording.folder / 'ran')!r}, 'a').write('x'); print({output!r}); sys.exit({status})"
 
 
@@ -131,12 +131,12 @@ def test_a_sweep_records_what_is_missing_or_damaged_and_nothing_else(
 def test_a_run_that_fails_is_a_row_with_its_reason_and_is_tried_again(
     base: RecordingSpec, tmp_path: Path, programs: dict[str, str]
 ) -> None:
-    runs = four_runs(base, tmp_path)
+    runs = list_four_runs(base, tmp_path)
     programs_in_order = [
-        fake_program(runs[0], 1, "a note\ndvar: the loss was not finite"),
+        write_program(runs[0], 1, "a note\ndvar: the loss was not finite"),
         "import os; os.kill(os.getpid(), 9)",
-        fake_program(runs[2], 130),
-        fake_program(runs[3], 3),
+        write_program(runs[2], 130),
+        write_program(runs[3], 3),
     ]
     programs |= {run.name: program for run, program in zip(runs, programs_in_order, strict=True)}
     rows = run_sweep(runs, workers=2)
@@ -159,7 +159,7 @@ def test_unit_seconds_are_measured_before_a_sweep_and_kept_with_its_recordings(
 ) -> None:
     root = tmp_path / "not" / "there yet"
     run, lines = replace(base, records=str(root)), list[str]()
-    programs |= {run.name: fake_program(run, 1)}
+    programs |= {run.name: write_program(run, 1)}
     record_missing([run], lines.append, only_estimate=True)
     assert not (root / "seconds.json").exists()
     record_missing([run], lines.append)
@@ -176,7 +176,7 @@ def test_a_sweep_under_nohup_outlives_its_terminal(
     base: RecordingSpec, tmp_path: Path, programs: dict[str, str]
 ) -> None:
     run = replace(base, records=str(tmp_path))
-    programs[run.name] = fake_program(run)
+    programs[run.name] = write_program(run)
     with handle_signal(signal.SIGHUP, signal.SIG_IGN):
         run_sweep([run], notify=lambda line: signal.raise_signal(signal.SIGHUP))
     assert (run.folder / "ran").exists()
@@ -186,7 +186,7 @@ def test_a_sweep_under_nohup_outlives_its_terminal(
 def test_an_interrupted_sweep_asks_its_runs_to_save_and_starts_no_more(
     number: signal.Signals, base: RecordingSpec, tmp_path: Path, programs: dict[str, str]
 ) -> None:
-    runs = four_runs(base, tmp_path)
+    runs = list_four_runs(base, tmp_path)
     program = (
         "import signal, sys; signal.signal(15, lambda *_: (open({0!r}, 'w'), sys.exit(130))); print(1); signal.pause()"
     )
@@ -281,7 +281,7 @@ def test_time_left_begins_as_estimated_and_ends_as_measured(
 
 def test_a_run_that_must_be_repeated_takes_its_whole_time(base: RecordingSpec, tmp_path: Path) -> None:
     run = replace(base, records=str(tmp_path))
-    fake_record(tmp_path, run.method, run.concept, run.seed, cap=run.config.max_train_steps)
+    write_fake_record(tmp_path, run.method, run.concept, run.seed, cap=run.config.max_train_steps)
     assert estimate_seconds_left(run, ROUGH_UNITS) == ROUGH_UNITS["start_up"]
     (run.folder / "done.json").unlink()
     assert estimate_seconds_left(run, ROUGH_UNITS) == ROUGH_UNITS["start_up"]  # trained, and not marked as done yet

@@ -20,7 +20,7 @@ from dvar.stopping.rule import build_rule
 from dvar.stopping.rules import RULES, FixedSteps, RuleEntry
 
 
-def traced(steps: int = 900, level: float = 0.04) -> Trace:
+def record_trace(steps: int = 900, level: float = 0.04) -> Trace:
     noise = np.random.default_rng(0).normal(0, 2e-5, steps + 1)
     trace = Trace({"log": {"format": "CSV", "metric": "val <loss>"}})
     for step in range(steps + 1):
@@ -32,7 +32,7 @@ ALL = ReplayConfig(rule=("all",))
 
 
 def test_a_replay_stops_where_the_live_run_would_have() -> None:
-    recorded = traced()
+    recorded = record_trace()
     for outcome in replay_rules(recorded, ALL):
         rule, live = build_rule(outcome.name, vars(ALL)), Trace()
         for row in recorded.records:
@@ -46,8 +46,8 @@ def test_a_replay_stops_where_the_live_run_would_have() -> None:
 
 def test_the_rules_come_once_in_the_order_of_the_table() -> None:
     config = ReplayConfig(rule=("hall", "dvar", "hall"))
-    assert [outcome.name for outcome in replay_rules(traced(), config)] == ["dvar", "hall"]
-    assert [outcome.name for outcome in replay_rules(traced(), ALL)] == list(RULES)
+    assert [outcome.name for outcome in replay_rules(record_trace(), config)] == ["dvar", "hall"]
+    assert [outcome.name for outcome in replay_rules(record_trace(), ALL)] == list(RULES)
 
 
 def test_each_setting_reaches_its_rule() -> None:
@@ -69,15 +69,15 @@ def test_a_rule_of_another_package_is_replayed_by_its_name(monkeypatch: pytest.M
     RULES.register("half", RuleEntry("stop after half a window", ("window",), lambda window: FixedSteps(window // 2)))
     config = ReplayConfig(rule=("half",), window=80)
     assert problems(config) == []
-    (outcome,) = replay_rules(traced(), config)
+    (outcome,) = replay_rules(record_trace(), config)
     assert (outcome.name, outcome.stop) == ("half", 40)
     RULES.register("unfit", RuleEntry("takes what replay does not have", ("pace",), lambda pace: FixedSteps(pace)))
     with pytest.raises(RefusedInput, match="the rule 'unfit' takes a setting 'pace', got only rule, window, "):
-        replay_rules(traced(), ReplayConfig(rule=("unfit",)))
+        replay_rules(record_trace(), ReplayConfig(rule=("unfit",)))
 
 
 def test_a_short_curve_says_how_much_is_missing() -> None:
-    (outcome,) = replay_rules(traced(steps=50), ReplayConfig())
+    (outcome,) = replay_rules(record_trace(steps=50), ReplayConfig())
     assert outcome.stop is None
     assert outcome.sentence == "go on at step 50: warming up, 50 of 310 steps and 51 records in the window"
 
@@ -97,12 +97,12 @@ def test_a_rule_that_cannot_judge_a_curve_says_so_beside_those_that_can() -> Non
 
 def test_the_settings_of_all_rules_are_refused_at_once() -> None:
     with pytest.raises(RefusedInput) as refused:
-        replay_rules(traced(), ReplayConfig(rule=("all",), window=3, threshold=2.0))
+        replay_rules(record_trace(), ReplayConfig(rule=("all",), window=3, threshold=2.0))
     assert [problem.partition(" must")[0] for problem in refused.value.problems] == ["window", "threshold"]
 
 
 def test_ratios_are_the_rules_and_nan_while_it_has_none() -> None:
-    trace = traced()
+    trace = record_trace()
     ratios = compute_ratios(trace, Dvar(310, 0.15))
     assert np.isnan(ratios[:310]).all()
     expected = [verdict.metrics["ratio"] for verdict in replay_rule(trace, Dvar(310, 0.15))]
@@ -112,14 +112,14 @@ def test_ratios_are_the_rules_and_nan_while_it_has_none() -> None:
 # --- the figure -----------------------------------------------------------------------------------------------------
 
 
-def _svg_texts(svg: str) -> list[str]:
+def _read_svg_texts(svg: str) -> list[str]:
     return [node.text or "" for node in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
 
 
 def test_the_figure_names_the_curve_and_every_rule_with_its_stop() -> None:
-    trace = traced()
+    trace = record_trace()
     outcomes = replay_rules(trace, ALL)
-    texts = _svg_texts(plot_replay(trace, outcomes, 310, 0.15))
+    texts = _read_svg_texts(plot_replay(trace, outcomes, 310, 0.15))
     assert "val <loss>" in texts
     for outcome in outcomes:
         assert outcome.name in texts
@@ -127,7 +127,7 @@ def test_the_figure_names_the_curve_and_every_rule_with_its_stop() -> None:
 
 
 def test_the_stop_is_plotted_at_its_step() -> None:
-    trace = traced()
+    trace = record_trace()
     (outcome,) = replay_rules(trace, ReplayConfig())
     lines = re.findall(
         r'<line x1="([\d.]+)%" x2="\1%" y1="0" y2="100%" class="stop">', plot_replay(trace, [outcome], 310, 0.15)
@@ -143,7 +143,7 @@ def test_any_curve_can_be_plotted(values: list[float]) -> None:
     for step, value in enumerate(values):
         trace.record(step, value)
     outcomes = replay_rules(trace, ReplayConfig(rule=("all",), window=8, patience=8))
-    assert _svg_texts(plot_replay(trace, outcomes, 8, 0.15))[0] == "L_det"
+    assert _read_svg_texts(plot_replay(trace, outcomes, 8, 0.15))[0] == "L_det"
 
 
 class _StrictParser(HTMLParser):
@@ -167,7 +167,7 @@ class _StrictParser(HTMLParser):
 
 
 def test_a_page_holds_the_figure_and_the_sentences_and_loads_nothing(tmp_path: Path) -> None:
-    trace = traced()
+    trace = record_trace()
     outcomes = replay_rules(trace, ALL)
     path = write_replay(tmp_path / "replay.html", "logs <& curves>", trace, outcomes, ALL)
     page = path.read_text()
@@ -179,7 +179,7 @@ def test_a_page_holds_the_figure_and_the_sentences_and_loads_nothing(tmp_path: P
 
 
 def test_writing_replaces_an_older_figure_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
-    trace, path = traced(), tmp_path / "replay.svg"
+    trace, path = record_trace(), tmp_path / "replay.svg"
     path.write_text("old")
     write_replay(path, "a log", trace, [ReplayOutcome("dvar", None, "cannot")], ReplayConfig())
     ElementTree.fromstring(path.read_text())
@@ -189,7 +189,7 @@ def test_writing_replaces_an_older_figure_and_leaves_nothing_beside_it(tmp_path:
 
 
 def test_a_loss_that_is_not_finite_is_marked() -> None:
-    trace = traced(steps=400)
+    trace = record_trace(steps=400)
     trace.record(401, math.nan)
     (outcome,) = replay_rules(trace, ReplayConfig(threshold=1e-3))
     assert outcome.verdict is not None

@@ -1,3 +1,5 @@
+"""The report of a run, as one page."""
+
 from __future__ import annotations
 
 import json
@@ -12,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_run import CONFIG, fake_trace, falling_loss, write_run
+from fake_run import CONFIG, falling_loss, generate_trace, write_run
 
 from dvar.errors import RefusedInput
 from dvar.runs.report import write_report
@@ -61,7 +63,7 @@ class Page(HTMLParser):
         return [element for element in self.elements if name in (element[1].get("class") or "").split()]
 
 
-def report(folder: Path, trace: Trace, **run: Any) -> Page:
+def read_report(folder: Path, trace: Trace, **run: Any) -> Page:
     return Page(write_report(write_run(folder, trace, **run)))
 
 
@@ -133,22 +135,24 @@ def test_images_are_in_the_page_with_what_they_show(run_folder: Path) -> None:
 
 
 def test_the_word_is_shown_as_it_was_exported(tmp_path: Path) -> None:
-    trace = fake_trace(lambda step: 0.03 if step == 60 else math.nan if step == 90 else falling_loss(step), steps=90)
+    trace = generate_trace(
+        lambda step: 0.03 if step == 60 else math.nan if step == 90 else falling_loss(step), steps=90
+    )
     verdict = Verdict(True, Reason.NON_FINITE, 90, "rule", {"non_finite_step": 90, "ratio": 1.0})
-    page = report(tmp_path, trace, verdict=verdict, sampled_every=30)
+    page = read_report(tmp_path, trace, verdict=verdict, sampled_every=30)
     images = [(image["alt"] or "", image["src"]) for tag, image in page.elements if tag == "img"]
     final = [source for alt, source in images if alt == "<thing> after training"]
     assert final == [source for alt, source in images if alt.endswith("step 60")][:3]
 
 
 def test_of_many_steps_the_first_and_the_last_are_among_the_six_shown(tmp_path: Path) -> None:
-    page = report(tmp_path, fake_trace(), sampled_every=10)
+    page = read_report(tmp_path, generate_trace(), sampled_every=10)
     heads = [head for head in page.of("th") if head.startswith("step ")]
     assert (len(heads), heads[0], heads[-1]) == (6, "step 0", "step 224")
 
 
 def test_large_images_are_shrunk_so_that_the_page_stays_small(tmp_path: Path) -> None:
-    page = report(tmp_path, fake_trace(), sampled_every=40, images=8, side=512)
+    page = read_report(tmp_path, generate_trace(), sampled_every=40, images=8, side=512)
     images = [attributes for tag, attributes in page.elements if tag == "img"]
     assert all((image["src"] or "").startswith("data:image/jpeg;base64,") for image in images)
     assert not page.with_class("pixels")
@@ -156,9 +160,9 @@ def test_large_images_are_shrunk_so_that_the_page_stays_small(tmp_path: Path) ->
 
 
 def test_a_long_run_gives_a_small_page(tmp_path: Path) -> None:
-    noise = fake_trace(lambda step: 0.04, steps=1000)
+    noise = generate_trace(lambda step: 0.04, steps=1000)
     assert noise.last_step == 1000
-    assert len(report(tmp_path, noise, sampled_every=0).source) < 300_000
+    assert len(read_report(tmp_path, noise, sampled_every=0).source) < 300_000
 
 
 def test_the_page_asks_nothing_of_the_network_and_runs_nothing(run_folder: Path) -> None:
@@ -185,8 +189,8 @@ def test_whatever_a_user_wrote_is_shown_and_never_executed(tmp_path: Path) -> No
         "output_dir",
     ]
     settings = {name: f"{name} {nasty}" for name in names}
-    page = report(
-        tmp_path, fake_trace(), prompt=f"prompt {nasty}", versions={nasty: nasty}, **{nasty: [nasty]}, **settings
+    page = read_report(
+        tmp_path, generate_trace(), prompt=f"prompt {nasty}", versions={nasty: nasty}, **{nasty: [nasty]}, **settings
     )
     tags = [tag for tag, _ in page.elements]
     assert "script" not in tags
@@ -197,7 +201,7 @@ def test_whatever_a_user_wrote_is_shown_and_never_executed(tmp_path: Path) -> No
 
 
 def test_equal_runs_give_equal_bytes_wherever_and_whenever_they_lie(tmp_path: Path) -> None:
-    first = write_run(tmp_path / "here", fake_trace())
+    first = write_run(tmp_path / "here", generate_trace())
     second = shutil.copytree(first, tmp_path / "there" / "else")
     for path in second.rglob("*"):
         os.utime(path, (0, 0))
@@ -207,7 +211,7 @@ def test_equal_runs_give_equal_bytes_wherever_and_whenever_they_lie(tmp_path: Pa
 
 
 def test_the_code_on_the_page_is_valid(tmp_path: Path) -> None:
-    page = report(tmp_path, fake_trace(), output_dir="runs/my \"mug\" 'o'", placeholder_token="<o'mug>")
+    page = read_report(tmp_path, generate_trace(), output_dir="runs/my \"mug\" 'o'", placeholder_token="<o'mug>")
     command, program = page.of("code")[-2:]
     prompt = "a photo of <o'mug> on the beach"
     assert shlex.split(command) == ["dvar", "generate", "runs/my \"mug\" 'o'", "--prompt", prompt]
@@ -217,7 +221,7 @@ def test_the_code_on_the_page_is_valid(tmp_path: Path) -> None:
 
 
 def test_another_model_is_loaded_by_its_name(tmp_path: Path) -> None:
-    page = report(tmp_path, fake_trace(), pretrained_model_name_or_path="someone/model")
+    page = read_report(tmp_path, generate_trace(), pretrained_model_name_or_path="someone/model")
     assert 'from_pretrained("someone/model")' in page.of("code")[-1]
     assert "dvar.mini" not in page.of("code")[-1]
 
@@ -245,7 +249,7 @@ def test_a_run_of_another_method_says_what_it_learned_and_how_to_load_it(
     tmp_path: Path, method: dict[str, Any], title: str, subject: str, learned: str, loading: list[str]
 ) -> None:
     files = {"load_textual_inversion": EMBEDS, "load_lora_weights": LORA, "load_state_dict": ATTENTION}
-    folder = write_run(tmp_path, fake_trace(), weights=[files[line] for line in loading], **method)
+    folder = write_run(tmp_path, generate_trace(), weights=[files[line] for line in loading], **method)
     page = Page(write_report(folder))
     assert title in page.text
     assert page.of("h1") == [subject]
@@ -257,27 +261,30 @@ def test_a_run_of_another_method_says_what_it_learned_and_how_to_load_it(
 
 
 def test_the_weights_of_the_lowest_step_are_named_where_they_are_saved(tmp_path: Path) -> None:
-    trace = fake_trace(lambda step: 0.03 if step == 100 else falling_loss(step))
+    trace = generate_trace(lambda step: 0.03 if step == 100 else falling_loss(step))
     best_weights = "learned_embeds-steps-100.safetensors"
     assert "are saved too" not in Page(write_report(write_run(tmp_path / "one", trace))).text
     assert best_weights in Page(write_report(write_run(tmp_path / "two", trace, best_weights=[best_weights]))).text
 
 
 def test_a_run_that_stops_after_a_straight_line_would_says_what_that_means(tmp_path: Path) -> None:
-    trace = fake_trace(lambda step: falling_loss(step // 6))
+    trace = generate_trace(lambda step: falling_loss(step // 6))
     assert trace.last_step > 413
-    assert "at step 413; this run stopped no earlier, so its ratio alone does not show" in report(tmp_path, trace).text
+    assert (
+        "at step 413; this run stopped no earlier, so its ratio alone does not show"
+        in read_report(tmp_path, trace).text
+    )
 
 
 def test_a_straight_line_runs_to_the_cap_with_a_warning(tmp_path: Path) -> None:
-    page = report(tmp_path, fake_trace(lambda step: 0.0426 * (1 - 3e-4 * step)))
+    page = read_report(tmp_path, generate_trace(lambda step: 0.0426 * (1 - 3e-4 * step)))
     assert "Still falling: " in page.text
     assert "The cap ended this run before the stopping rule did" in page.text
     assert "No warning signs" not in page.text
 
 
 def test_a_run_that_reached_its_cap_says_so_and_claims_no_saving(tmp_path: Path) -> None:
-    page = report(tmp_path, fake_trace(lambda step: 0.0426))
+    page = read_report(tmp_path, generate_trace(lambda step: 0.0426))
     assert "Stopped at step 1000: the cap of 1000 steps is reached" in page.text
     assert "The cap ended this run before the stopping rule did" in page.text
     assert "time saved" not in page.of("dt")
@@ -285,7 +292,7 @@ def test_a_run_that_reached_its_cap_says_so_and_claims_no_saving(tmp_path: Path)
 
 
 def test_an_unfinished_run_says_how_to_continue_and_claims_no_result(tmp_path: Path) -> None:
-    page = report(tmp_path, fake_trace(steps=120), finished=False)
+    page = read_report(tmp_path, generate_trace(steps=120), finished=False)
     assert "No stop at step 120: warming up, 120 of 160 steps" in page.text
     assert "120 of at most 1000 steps are recorded. If it is no longer training" in page.text
     assert "--resume_from_checkpoint latest" in page.of("code")
@@ -295,21 +302,21 @@ def test_an_unfinished_run_says_how_to_continue_and_claims_no_result(tmp_path: P
 
 
 def test_a_run_without_samples_has_no_grid(tmp_path: Path) -> None:
-    page = report(tmp_path, fake_trace(), sampled_every=0, images=0)
+    page = read_report(tmp_path, generate_trace(), sampled_every=0, images=0)
     assert "img" not in [tag for tag, _ in page.elements]
     assert "<thing> during training" not in page.of("h2")
 
 
 def test_a_run_that_has_only_begun_has_a_page(tmp_path: Path) -> None:
-    page = report(tmp_path, Trace(), finished=False, sampled_every=0, images=0)
+    page = read_report(tmp_path, Trace(), finished=False, sampled_every=0, images=0)
     assert "Nothing has been recorded yet." in page.text
     assert page.of("h2") == ["The losses"]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_is_marked(tmp_path: Path) -> None:
-    trace = fake_trace(lambda step: math.nan if step == 90 else falling_loss(step), steps=90)
+    trace = generate_trace(lambda step: math.nan if step == 90 else falling_loss(step), steps=90)
     verdict = Verdict(True, Reason.NON_FINITE, 90, "rule", {"non_finite_step": 90, "ratio": 1.0})
-    page = report(tmp_path, trace, verdict=verdict)
+    page = read_report(tmp_path, trace, verdict=verdict)
     assert "Stopped at step 90: the loss is not finite at step 90" in page.text
     assert "The exported weights are those of step " in page.text
     assert "Dotted lines: a loss was not finite at step 90." in page.text
@@ -332,7 +339,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_marked(tmp_path: Path) ->
 )
 @pytest.mark.parametrize("steps", [0, 1, 200])
 def test_no_curve_is_too_strange_for_a_page(tmp_path: Path, loss: Callable[[int], float], steps: int) -> None:
-    page = report(tmp_path, fake_trace(loss, steps=steps), finished=False, sampled_every=0)
+    page = read_report(tmp_path, generate_trace(loss, steps=steps), finished=False, sampled_every=0)
     numbers = [
         value
         for _, attributes in page.elements
@@ -360,7 +367,7 @@ def test_a_trace_torn_by_a_crash_is_shown_up_to_its_last_complete_line(run_folde
 
 
 def test_a_run_probed_now_and_then_has_the_same_page(tmp_path: Path) -> None:
-    page = report(tmp_path, fake_trace(probe_every=10))
+    page = read_report(tmp_path, generate_trace(probe_every=10))
     assert "Stopped at step 230:" in page.text
     assert len(page.with_class("panel")) == 3
 

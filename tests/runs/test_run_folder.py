@@ -1,3 +1,5 @@
+"""Reading the folder of a run, finished or not."""
+
 from __future__ import annotations
 
 import json
@@ -6,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_run import CONFIG, fake_trace, falling_loss, write_run
+from fake_run import CONFIG, falling_loss, generate_trace, write_run
 
 from dvar.errors import RefusedInput, TraceError
 from dvar.runs.run_folder import RunFolder
@@ -28,7 +30,7 @@ def test_a_finished_run_is_read_back_completely(run_folder: Path) -> None:
 
 
 def test_an_unfinished_run_is_judged_by_its_settings_on_what_it_has_recorded(tmp_path: Path) -> None:
-    trace = fake_trace(steps=200)
+    trace = generate_trace(steps=200)
     run = RunFolder.open(write_run(tmp_path, trace, finished=False))
     assert run.result is None
     assert run.steps == 200
@@ -43,7 +45,7 @@ def test_a_run_that_has_written_only_its_settings_is_empty(tmp_path: Path) -> No
 
 
 def test_the_replayed_ratios_are_those_of_the_live_rule(tmp_path: Path) -> None:
-    trace = fake_trace(probe_every=5)
+    trace = generate_trace(probe_every=5)
     run = RunFolder.open(write_run(tmp_path, trace))
     live = [Dvar(CONFIG["window"], CONFIG["threshold"])(trace.cut(int(step))).metrics["ratio"] for step in trace.steps]
     warming = trace.steps < CONFIG["window"]
@@ -53,14 +55,14 @@ def test_the_replayed_ratios_are_those_of_the_live_rule(tmp_path: Path) -> None:
 
 
 def test_there_is_no_ratio_from_a_lost_value_on(tmp_path: Path) -> None:
-    trace = fake_trace(lambda step: math.nan if step == 170 else falling_loss(step), steps=180)
+    trace = generate_trace(lambda step: math.nan if step == 170 else falling_loss(step), steps=180)
     ratios = RunFolder.open(write_run(tmp_path, trace, finished=False)).ratios
     assert np.isfinite(ratios[160:170]).all()
     assert np.isnan(ratios[170:]).all()
 
 
 def test_the_lowest_step_ignores_lost_values(tmp_path: Path) -> None:
-    trace = fake_trace(lambda step: {40: 0.001, 50: -math.inf, 60: math.nan}.get(step, 0.04), steps=80)
+    trace = generate_trace(lambda step: {40: 0.001, 50: -math.inf, 60: math.nan}.get(step, 0.04), steps=80)
     step, value = RunFolder.open(write_run(tmp_path, trace, finished=False)).best or (None, math.nan)
     assert step == 40
     assert value == pytest.approx(0.001, rel=1e-3)
@@ -69,8 +71,8 @@ def test_the_lowest_step_ignores_lost_values(tmp_path: Path) -> None:
 def test_seconds_are_those_of_the_result_or_else_of_the_records(tmp_path: Path) -> None:
     # step 0 probes and does not train; then each step trains 0.21 s, probes 0.12 s and spends 0.01 s on the rest
     expected = {"train": 20 * 0.21, "probe": 21 * 0.12, "other": 21 * 0.01}
-    unfinished = RunFolder.open(write_run(tmp_path / "a", fake_trace(steps=20), finished=False))
-    finished = RunFolder.open(write_run(tmp_path / "b", fake_trace(steps=20)))
+    unfinished = RunFolder.open(write_run(tmp_path / "a", generate_trace(steps=20), finished=False))
+    finished = RunFolder.open(write_run(tmp_path / "b", generate_trace(steps=20)))
     assert unfinished.seconds == pytest.approx(expected)
     assert finished.seconds == pytest.approx(expected)
     # (20 * 0.21 + 21 * 0.01) / 20 seconds a step without the probe, over 1000 steps
@@ -98,7 +100,7 @@ def test_a_damaged_trace_is_refused(run_folder: Path) -> None:
 
 def test_a_result_of_an_older_version_is_refused_with_what_to_do(tmp_path: Path) -> None:
     """Older verdicts hold their diagnoses as sentences, without numbers."""
-    folder = write_run(tmp_path, fake_trace())
+    folder = write_run(tmp_path, generate_trace())
     result = json.loads((folder / "result.json").read_text())
     for damage in ({"diagnoses": ["still falling: ..."]}, {"reason": "unheard of"}, {"diagnoses": None}):
         old = result | {"verdict": result["verdict"] | damage}

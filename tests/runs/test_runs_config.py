@@ -1,3 +1,5 @@
+"""Settings of the commands on finished runs."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,4 +1,4 @@
-"""A monitor measures, records, keeps and judges; its file is all that a resumed run needs."""
+"""The monitor measures, records and judges; its file is all that a resumed run needs."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Decay:
         return np.array([1.0, 2.0]) * math.exp(-self.step / self.pace)
 
 
-def driven(monitor: StopMonitor, model: Decay, first: int, last: int) -> Verdict:
-    """Ask from `first` to `last`, or to the stop."""
+def drive_monitor(monitor: StopMonitor, model: Decay, first: int, last: int) -> Verdict:
+    """Call the monitor from step `first` to `last`, or to the stop."""
     for model.step in range(first, last + 1):
         verdict = monitor(model.step)
         if verdict.stop:
@@ -42,8 +42,8 @@ def driven(monitor: StopMonitor, model: Decay, first: int, last: int) -> Verdict
     return verdict
 
 
-def by_hand(every: int = 1) -> tuple[Trace, Verdict]:
-    """What the README's loop gives on the same losses."""
+def run_plain_loop(every: int = 1) -> tuple[Trace, Verdict]:
+    """Return the trace and the verdict of the README's loop on the same losses."""
     trace, model = Trace(), Decay()
     for model.step in range(0, 1000, every):
         trace.record(model.step, model())
@@ -56,8 +56,8 @@ def by_hand(every: int = 1) -> tuple[Trace, Verdict]:
 def test_it_gives_the_verdict_of_a_loop_written_by_hand(tmp_path: Path, every: int) -> None:
     model = Decay()
     monitor = StopMonitor(STOP, model, tmp_path / "run" / "trace.jsonl", every=every)
-    verdict = driven(monitor, model, 0, 1000)
-    trace, expected = by_hand(every)
+    verdict = drive_monitor(monitor, model, 0, 1000)
+    trace, expected = run_plain_loop(every)
     assert verdict == expected == monitor.verdict
     assert verdict.reason is Reason.STABILISED
     assert monitor.trace.records == trace.records == Trace.read(monitor.path).records
@@ -69,11 +69,11 @@ def test_a_run_killed_anywhere_and_resumed_anywhere_before_stops_as_if_nothing_h
     tmp_path_factory: pytest.TempPathFactory, killed: int, distance: int, every: int
 ) -> None:
     path, model = tmp_path_factory.mktemp("run") / "trace.jsonl", Decay()
-    driven(StopMonitor(STOP, model, path, every=every), model, 0, killed)
+    drive_monitor(StopMonitor(STOP, model, path, every=every), model, 0, killed)
     checkpoint = max(1, killed - distance)
-    driven(StopMonitor(STOP, model, path, every=every), model, checkpoint, checkpoint)
-    verdict = driven(resumed := StopMonitor(STOP, model, path, every=every), model, checkpoint + 1, 1000)
-    trace, expected = by_hand(every)
+    drive_monitor(StopMonitor(STOP, model, path, every=every), model, checkpoint, checkpoint)
+    verdict = drive_monitor(resumed := StopMonitor(STOP, model, path, every=every), model, checkpoint + 1, 1000)
+    trace, expected = run_plain_loop(every)
     assert verdict == expected
     assert resumed.trace.records == trace.records == Trace.read(path).records
 
@@ -85,28 +85,28 @@ def test_a_record_is_in_the_file_before_it_is_judged(tmp_path: Path) -> None:
         there.append(len(Trace.read(tmp_path / "trace.jsonl")) if len(trace) else 0)
         return FixedSteps(9)(trace)
 
-    driven(StopMonitor(rule, Decay(), tmp_path / "trace.jsonl"), Decay(), 0, 3)
+    drive_monitor(StopMonitor(rule, Decay(), tmp_path / "trace.jsonl"), Decay(), 0, 3)
     assert there[-4:] == [1, 2, 3, 4]
 
 
 def test_what_is_cut_or_replaced_is_kept_beside_it(tmp_path: Path) -> None:
     path, model = tmp_path / "trace.jsonl", Decay()
-    driven(StopMonitor(STOP, model, path), model, 0, 12)
+    drive_monitor(StopMonitor(STOP, model, path), model, 0, 12)
     content = path.read_bytes()
     for expected in ("trace.jsonl.cut-5", "trace.jsonl.cut-5.2"):
-        driven(StopMonitor(STOP, model, path), model, 5, 12)
+        drive_monitor(StopMonitor(STOP, model, path), model, 5, 12)
         assert (tmp_path / expected).read_bytes() == content == path.read_bytes()
     with pytest.warns(UserWarning, match=r"a run begins and .*trace\.jsonl already exists: it is moved to .*cut-0$"):
-        driven(again := StopMonitor(STOP, model, path), model, 0, 3)
+        drive_monitor(again := StopMonitor(STOP, model, path), model, 0, 3)
     assert (tmp_path / "trace.jsonl.cut-0").read_bytes() == content
     assert len(again.trace) == 4
 
 
 def test_a_record_that_is_there_is_not_measured_again(tmp_path: Path) -> None:
     path, model = tmp_path / "trace.jsonl", Decay()
-    driven(StopMonitor(STOP, model, path), model, 0, 7)
+    drive_monitor(StopMonitor(STOP, model, path), model, 0, 7)
     other = Decay(pace=1.0)
-    driven(resumed := StopMonitor(STOP, other, path), other, 7, 8)
+    drive_monitor(resumed := StopMonitor(STOP, other, path), other, 7, 8)
     assert other.calls == 1
     assert resumed.trace.values[7] == pytest.approx(1.5 * math.exp(-7 / 8), rel=1e-15)
     assert list(tmp_path.iterdir()) == [path]  # nothing was lost, so nothing is kept aside
@@ -114,7 +114,7 @@ def test_a_record_that_is_there_is_not_measured_again(tmp_path: Path) -> None:
 
 def test_a_stopped_run_stays_stopped_when_it_is_resumed(tmp_path: Path) -> None:
     path, model = tmp_path / "trace.jsonl", Decay()
-    stopped = driven(StopMonitor(STOP, model, path), model, 0, 1000)
+    stopped = drive_monitor(StopMonitor(STOP, model, path), model, 0, 1000)
     calls, content = model.calls, path.read_bytes()
     resumed = StopMonitor(STOP, model, path)
     assert resumed.begin(stopped.step) == stopped
@@ -133,7 +133,7 @@ def test_between_evaluations_and_when_asked_twice_nothing_is_measured(tmp_path: 
 def test_going_back_needs_a_new_beginning(tmp_path: Path) -> None:
     model = Decay()
     monitor = StopMonitor(STOP, model, tmp_path / "trace.jsonl", every=2)
-    driven(monitor, model, 0, 6)
+    drive_monitor(monitor, model, 0, 6)
     with pytest.raises(TraceError, match=r"got 5 after 6: .*call begin\(5\) first"):
         monitor(5)
     monitor.begin(5)
@@ -154,7 +154,7 @@ def test_a_rule_may_read_what_the_call_brings(tmp_path: Path) -> None:
         return verdict
 
     stops(0, 15)
-    assert stops(15, 1000).step == by_hand()[1].step
+    assert stops(15, 1000).step == run_plain_loop()[1].step
     assert Trace.read(tmp_path / "trace.jsonl").metric("accuracy")[1].tolist()[:2] == [0.5, 0.5]
 
 
@@ -188,7 +188,7 @@ def test_a_trace_of_other_held_timesteps_is_refused(tmp_path: Path) -> None:
         return model
 
     path = tmp_path / "trace.jsonl"
-    driven(StopMonitor(STOP, probe([1, 2]), path), Decay(), 0, 3)
+    drive_monitor(StopMonitor(STOP, probe([1, 2]), path), Decay(), 0, 3)
     with pytest.raises(TraceError, match="has another header: move it away"):
         StopMonitor(STOP, probe([3, 4]), path)(3)
 
@@ -238,8 +238,8 @@ def test_what_cannot_work_is_refused_before_any_step(tmp_path: Path, change: dic
     assert refused.value.problems[0].startswith(message)
 
 
-def ranks(judge: Callable[[], Verdict]) -> tuple[Verdict, Verdict]:
-    """The verdicts of the first rank and of another one, which hears what the first one sends."""
+def judge_on_two_ranks(judge: Callable[[], Verdict]) -> tuple[Verdict, Verdict]:
+    """Return the verdicts of the first rank and of another one, which receives what the first one sends."""
     sent: list[Any] = []
 
     def send(value: Any) -> Any:
@@ -254,8 +254,8 @@ def ranks(judge: Callable[[], Verdict]) -> tuple[Verdict, Verdict]:
 
 
 def test_every_rank_hears_the_verdict_and_its_diagnoses() -> None:
-    _, verdict = by_hand()
-    first, other = ranks(lambda: verdict)
+    _, verdict = run_plain_loop()
+    first, other = judge_on_two_ranks(lambda: verdict)
     assert first is verdict
     assert (other, other.sentence) == (verdict, verdict.sentence)
     line = Trace()
@@ -263,9 +263,9 @@ def test_every_rank_hears_the_verdict_and_its_diagnoses() -> None:
         line.record(step, 1.0)
     verdict = Dvar(20, 0.2, stop_on=(Reason.NO_CHANGE,))(line)
     assert verdict.stop
-    assert ranks(lambda: verdict)[1].diagnoses == verdict.diagnoses != ()
+    assert judge_on_two_ranks(lambda: verdict)[1].diagnoses == verdict.diagnoses != ()
     going = replace(verdict, stop=False, diagnose=lambda: pytest.fail("worked out for nobody"))
-    assert ranks(lambda: going)[1].diagnoses == ()
+    assert judge_on_two_ranks(lambda: going)[1].diagnoses == ()
 
 
 def test_where_the_first_rank_fails_every_rank_does() -> None:
@@ -273,5 +273,5 @@ def test_where_the_first_rank_fails_every_rank_does() -> None:
         raise ValueError("out of memory")
 
     with pytest.raises(DvarError, match="the first rank could not judge: ValueError: out of memory") as refused:
-        ranks(judge)
+        judge_on_two_ranks(judge)
     assert isinstance(refused.value.__context__, ValueError)

@@ -45,49 +45,49 @@ class Net(nn.Module):
 HELD = torch.linspace(-1, 1, 32).reshape(8, 4)
 
 
-def losses(net: Net) -> Callable[[Tensor], Tensor]:
+def build_loss(net: Net) -> Callable[[Tensor], Tensor]:
     return lambda held: mean_square(net(held) - held)
 
 
-def flags(net: nn.Module) -> dict[str, bool]:
+def read_flags(net: nn.Module) -> dict[str, bool]:
     return {name: part.training for name, part in net.named_modules()}
 
 
-def mixed(net: Net) -> dict[str, bool]:
-    """A pattern of flags that neither `train()` nor `eval()` restores."""
+def mix_flags(net: Net) -> dict[str, bool]:
+    """Set flags in a pattern that neither `train()` nor `eval()` restores, and return them."""
     net.body.training = False
     net.body[1].training = False
-    assert set(flags(net).values()) == {True, False}
-    return flags(net)
+    assert set(read_flags(net).values()) == {True, False}
+    return read_flags(net)
 
 
-def random_states() -> tuple[Any, ...]:
+def read_random_states() -> tuple[Any, ...]:
     return random.getstate(), repr(np.random.get_state(legacy=False)), torch.get_rng_state().numpy().tobytes()
 
 
 def test_it_returns_float32_losses_per_sample_on_the_cpu_without_gradient() -> None:
     net = Net()
-    measured = Probe(losses(net), HELD, [net])()
+    measured = Probe(build_loss(net), HELD, [net])()
     assert measured.shape == (8,)
     assert measured.dtype == torch.float32
     assert measured.device.type == "cpu"
     assert not measured.requires_grad
     assert measured.grad_fn is None
-    expected = losses(net.eval())(HELD)
+    expected = build_loss(net.eval())(HELD)
     assert torch.equal(measured, expected.detach())
 
 
 def test_double_precision_is_rounded_to_float32() -> None:
     net = Net().double()
-    measured = Probe(losses(net), HELD.double(), [net])()
+    measured = Probe(build_loss(net), HELD.double(), [net])()
     assert measured.dtype == torch.float32
-    assert torch.equal(measured, losses(net.eval())(HELD.double()).detach().float())
+    assert torch.equal(measured, build_loss(net.eval())(HELD.double()).detach().float())
 
 
 def test_measuring_twice_gives_the_same_bits() -> None:
     net = Net()
-    mixed(net)
-    probe = Probe(losses(net), HELD, [net])
+    mix_flags(net)
+    probe = Probe(build_loss(net), HELD, [net])
     first = probe()
     torch.rand(5), random.random()
     assert torch.equal(first, probe())
@@ -95,55 +95,55 @@ def test_measuring_twice_gives_the_same_bits() -> None:
 
 def test_every_submodule_has_its_own_flag_again() -> None:
     net = Net()
-    before, merges = mixed(net), net.merges
-    Probe(losses(net), HELD, [net, net.body])()
-    assert flags(net) == before
+    before, merges = mix_flags(net), net.merges
+    Probe(build_loss(net), HELD, [net, net.body])()
+    assert read_flags(net) == before
     assert net.merges == merges  # set directly: `train()` and `eval()` were not called
 
 
 def test_flags_and_random_states_are_restored_when_the_loss_raises() -> None:
     net = Net()
-    before, states = mixed(net), random_states()
+    before, states = mix_flags(net), read_random_states()
     seen: dict[str, bool] = {}
 
     def failing(held: Tensor) -> Tensor:
-        seen.update(flags(net), gradient=torch.is_grad_enabled())
+        seen.update(read_flags(net), gradient=torch.is_grad_enabled())
         net(held)
         raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):
         Probe(failing, HELD, [net])()
     assert not any(seen.values())
-    assert flags(net) == before
-    assert random_states() == states
+    assert read_flags(net) == before
+    assert read_random_states() == states
     assert torch.is_grad_enabled()
 
 
 def test_global_random_states_are_bit_equal_afterwards() -> None:
     net = Net()
-    probe = Probe(losses(net), HELD, [net])
+    probe = Probe(build_loss(net), HELD, [net])
     random.seed(3), np.random.seed(3), torch.manual_seed(3)
-    states = random_states()
+    states = read_random_states()
     net(HELD)
-    assert random_states() != states  # the network does draw
-    states = random_states()
+    assert read_random_states() != states  # the network does draw
+    states = read_random_states()
     probe()
-    assert random_states() == states
+    assert read_random_states() == states
 
 
 def test_weights_buffers_and_gradients_are_untouched() -> None:
     net = Net()
-    losses(net)(HELD).sum().backward()  # type: ignore[no-untyped-call]
+    build_loss(net)(HELD).sum().backward()  # type: ignore[no-untyped-call]
     gradients = {name: value.grad.clone() for name, value in net.named_parameters() if value.grad is not None}
     state = {name: value.clone() for name, value in net.state_dict().items()}
     assert gradients
-    Probe(losses(net), HELD, [net])()
+    Probe(build_loss(net), HELD, [net])()
     after = {name: value.grad for name, value in net.named_parameters() if value.grad is not None}
     assert after.keys() == gradients.keys()
     assert all(torch.equal(after[name], gradient) for name, gradient in gradients.items())
     assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
     net.zero_grad(set_to_none=True)
-    Probe(losses(net), HELD, [net])()
+    Probe(build_loss(net), HELD, [net])()
     assert all(value.grad is None for value in net.parameters())
 
 
@@ -151,12 +151,12 @@ def test_training_is_the_same_with_and_without_it() -> None:
     def trained(every: int | None) -> dict[str, Tensor]:
         net = Net()
         torch.manual_seed(11)
-        probe, optimizer = Probe(losses(net), HELD, [net]), torch.optim.AdamW(net.parameters())
+        probe, optimizer = Probe(build_loss(net), HELD, [net]), torch.optim.AdamW(net.parameters())
         for step in range(6):
             if every and step % every == 0:
                 probe()
             optimizer.zero_grad()
-            losses(net)(torch.randn(8, 4)).mean().backward()  # type: ignore[no-untyped-call]
+            build_loss(net)(torch.randn(8, 4)).mean().backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         return net.state_dict()
 
@@ -213,26 +213,26 @@ class Owner:
     __call__ = loss
 
 
-def with_argument(held: Tensor, net: nn.Module) -> Tensor:
+def compute_loss(held: Tensor, net: nn.Module) -> Tensor:
     return mean_square(net(held) - held)
 
 
-def with_leading_argument(net: nn.Module, held: Tensor) -> Tensor:
-    return with_argument(held, net)
+def compute_loss_of(net: nn.Module, held: Tensor) -> Tensor:
+    return compute_loss(held, net)
 
 
 GLOBAL = Net()
 
 
-def reads_a_global(held: Tensor) -> Tensor:
+def compute_loss_of_global(held: Tensor) -> Tensor:
     return mean_square(GLOBAL(held) - held)
 
 
 @pytest.mark.parametrize(
     "loss",
     [
-        *(losses(Net()), Owner().loss, Owner(), reads_a_global),
-        *(partial(with_argument, net=Net()), partial(with_leading_argument, Net())),
+        *(build_loss(Net()), Owner().loss, Owner(), compute_loss_of_global),
+        *(partial(compute_loss, net=Net()), partial(compute_loss_of, Net())),
     ],
     ids=["closure", "method", "object", "global", "partial by name", "partial by place"],
 )
@@ -254,19 +254,19 @@ def test_a_loss_that_draws_its_own_noise_is_held_by_its_seed() -> None:
         shift = random.random() + float(np.random.rand())
         return mean_square(net(held + torch.randn_like(held)) - held) + shift
 
-    probe, states = Probe(noisy, HELD), random_states()
+    probe, states = Probe(noisy, HELD), read_random_states()
     first = probe()
     torch.rand(3), random.random(), np.random.rand()
     assert torch.equal(first, probe())
     assert not torch.equal(first, Probe(noisy, HELD, seed=1)())
     random.seed(5), np.random.seed(5), torch.manual_seed(5)
-    states = random_states()
+    states = read_random_states()
     probe()
-    assert random_states() == states
+    assert read_random_states() == states
 
 
 def test_a_captured_batch_is_drawn_once_and_is_beyond_reach() -> None:
-    net, source, states = Net(), torch.zeros(8, 4), random_states()
+    net, source, states = Net(), torch.zeros(8, 4), read_random_states()
 
     def draw() -> dict[str, Any]:
         return {"x": source, "noise": [torch.randn(8, 4)], "timesteps": torch.arange(8)}
@@ -275,13 +275,13 @@ def test_a_captured_batch_is_drawn_once_and_is_beyond_reach() -> None:
         return mean_square(net(held["x"] + held["noise"][0]) - held["noise"][0])
 
     probe = Probe.capture(loss, draw)
-    assert random_states() == states
+    assert read_random_states() == states
     first = probe()
     source.fill_(9.0)
     assert torch.equal(first, probe())
     assert probe.header == {"timesteps": list(range(8))}
     assert Trace(probe.header).header["timesteps"] == list(range(8))
-    assert Probe(losses(net), HELD).header == {}
+    assert Probe(build_loss(net), HELD).header == {}
 
 
 class Batch(NamedTuple):
@@ -291,7 +291,7 @@ class Batch(NamedTuple):
 
 def test_a_captured_tuple_with_names_keeps_them_and_is_beyond_reach_too() -> None:
     net, source = Net(), torch.zeros(8, 4)
-    probe = Probe.capture(lambda held: losses(net)(held.x), lambda: Batch(source, torch.arange(8)), [net])
+    probe = Probe.capture(lambda held: build_loss(net)(held.x), lambda: Batch(source, torch.arange(8)), [net])
     first = probe()
     source.fill_(9.0)
     assert torch.equal(first, probe())
@@ -300,7 +300,7 @@ def test_a_captured_tuple_with_names_keeps_them_and_is_beyond_reach_too() -> Non
 
 def test_what_a_capture_draws_is_keyed_by_its_seed() -> None:
     net = Net()
-    first, same, other = (Probe.capture(losses(net), lambda: torch.randn(8, 4), seed=seed)() for seed in (7, 7, 8))
+    first, same, other = (Probe.capture(build_loss(net), lambda: torch.randn(8, 4), seed=seed)() for seed in (7, 7, 8))
     assert torch.equal(first, same)
     assert not torch.equal(first, other)
 
@@ -309,10 +309,10 @@ def test_a_seed_may_be_of_any_size_and_does_not_start_the_gpu(monkeypatch: pytes
     net = Net()
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("CUDA is messages how to start"))
-    assert torch.equal(Probe(losses(net), HELD, seed=2**40)(), Probe(losses(net), HELD)())
+    assert torch.equal(Probe(build_loss(net), HELD, seed=2**40)(), Probe(build_loss(net), HELD)())
 
 
-def paired(net: Net) -> PairedProbe[dict[str, Tensor]]:
+def build_paired_probe(net: Net) -> PairedProbe[dict[str, Tensor]]:
     frozen = copy.deepcopy(net)
 
     def loss(model: Net, draws: dict[str, Tensor]) -> Tensor:
@@ -326,8 +326,8 @@ def paired(net: Net) -> PairedProbe[dict[str, Tensor]]:
 
 def test_a_paired_reading_is_zero_before_the_first_step_and_the_gain_afterwards() -> None:
     net = Net()
-    probe = paired(net)
-    before, states = mixed(net), random_states()
+    probe = build_paired_probe(net)
+    before, states = mix_flags(net), read_random_states()
     assert torch.equal(probe(0), torch.zeros(8))
     assert torch.equal(probe(1), torch.zeros(8))
     with torch.no_grad():
@@ -339,8 +339,8 @@ def test_a_paired_reading_is_zero_before_the_first_step_and_the_gain_afterwards(
     again = probe.measure(2)
     assert again["timesteps"] != measured["timesteps"]
     assert not torch.equal(again["eval"], measured["eval"])
-    assert flags(net) == before
-    assert random_states() == states
+    assert read_flags(net) == before
+    assert read_random_states() == states
 
 
 def test_a_paired_reading_is_the_loss_less_the_frozen_models_before_it_is_rounded() -> None:
@@ -368,8 +368,8 @@ def test_both_models_of_a_paired_probe_are_found_and_measured_in_evaluation_mode
 
     def of(model: Net, name: str) -> Callable[[Tensor], Tensor]:
         def loss(draws: Tensor) -> Tensor:
-            seen[name] = any(flags(model).values())
-            return losses(model)(draws)
+            seen[name] = any(read_flags(model).values())
+            return build_loss(model)(draws)
 
         return loss
 
@@ -382,7 +382,7 @@ def test_both_models_of_a_paired_probe_are_found_and_measured_in_evaluation_mode
 
 def test_a_paired_probe_refuses_models_that_give_another_number_of_losses() -> None:
     net = Net()
-    probe = PairedProbe(losses(net), lambda draws: losses(net)(draws)[:1], lambda step: HELD, [net])
+    probe = PairedProbe(build_loss(net), lambda draws: build_loss(net)(draws)[:1], lambda step: HELD, [net])
     with pytest.raises(
         RefusedInput, match="needs as many losses from both models, got 8 and 1 in training and frozen: give"
     ):
@@ -390,7 +390,7 @@ def test_a_paired_probe_refuses_models_that_give_another_number_of_losses() -> N
 
 
 def test_a_paired_trace_refuses_to_be_normalised() -> None:
-    probe = paired(Net())
+    probe = build_paired_probe(Net())
     trace = Trace(probe.header)
     trace.record(0, **probe.measure(0))
     assert len(trace.records[0]["timesteps"]) == 8
@@ -414,11 +414,11 @@ def test_stratified_timesteps_have_one_in_each_part(count: int, timesteps: int) 
 
 
 def test_stratified_timesteps_come_from_the_generator() -> None:
-    states = random_states()
+    states = read_random_states()
     first, same, other = (draw_stratified_timesteps(8, 1000, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
     assert torch.equal(first, same)
     assert not torch.equal(first, other)
-    assert random_states() == states
+    assert read_random_states() == states
 
 
 @pytest.mark.parametrize(("count", "timesteps"), [(0, 1000), (8, 0)])

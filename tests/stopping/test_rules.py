@@ -1,4 +1,4 @@
-"""DVAR against its definition, its golden numbers and its laws; caps and compositions."""
+"""DVAR against its definition, golden numbers and invariants; caps and compositions."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ from dvar.testing import CURVES, RuleContract
 PAPER = ((310, 0.15), (440, 0.4), (180, 0.15))
 
 
-def traced(values: Iterable[float], first: int = 0, every: int = 1) -> Trace:
+def record_trace(values: Iterable[float], first: int = 0, every: int = 1) -> Trace:
     trace = Trace()
     for index, value in enumerate(values):
         trace.record(first + every * index, value)
     return trace
 
 
-def stop_step(rule: Rule, curve: Callable[[int], float], first: int = 0, every: int = 1, cap: int = 3000) -> int:
-    """The step at which `rule` stops a run whose loss at a step is `curve(step)`."""
+def find_stop_step(rule: Rule, curve: Callable[[int], float], first: int = 0, every: int = 1, cap: int = 3000) -> int:
+    """Return the step at which `rule` stops a run whose loss at a step is `curve(step)`."""
     trace = Trace()
     for step in range(first, cap, every):
         trace.record(step, curve(step))
@@ -50,20 +50,20 @@ def stop_step(rule: Rule, curve: Callable[[int], float], first: int = 0, every: 
     raise AssertionError(f"{rule} did not stop before step {cap}")
 
 
-def on_the_ratio_alone(window: int, threshold: float) -> Dvar:
-    """DVAR that stops whatever speaks against it, as the paper's does."""
+def build_unconditional_dvar(window: int, threshold: float) -> Dvar:
+    """Return DVAR that stops regardless of any diagnosis, as the paper's does."""
     return Dvar(window, threshold, stop_on=CONDITION_REASONS)
 
 
-def line(step: int) -> float:
+def falling_line(step: int) -> float:
     return 1.0 - 1e-4 * step
 
 
 # --- the definition -------------------------------------------------------------------------------------------------
 
 
-def exact_ratio(steps: Sequence[int], values: Sequence[float], window: int) -> Fraction | None:
-    """The ratio by its definition in rational numbers; None when all values are equal."""
+def compute_exact_ratio(steps: Sequence[int], values: Sequence[float], window: int) -> Fraction | None:
+    """Return the ratio by its definition in rational numbers; None when all values are equal."""
 
     def variance(pairs: list[tuple[Fraction, int]]) -> Fraction:
         total = sum(weight for _, weight in pairs)
@@ -94,9 +94,9 @@ def test_the_ratio_is_its_definition_in_rational_numbers(
     trace = Trace()
     for step, value in zip(steps, values, strict=True):
         trace.record(step, value)
-    verdict = on_the_ratio_alone(window, 0.15)(trace)
+    verdict = build_unconditional_dvar(window, 0.15)(trace)
     in_window = sum(step > steps[-1] - window for step in steps)
-    expected = exact_ratio(steps, values, window)
+    expected = compute_exact_ratio(steps, values, window)
     if steps[-1] - steps[0] < window or in_window < 8:
         assert verdict.reason is Reason.WARMING_UP
         assert verdict.metrics["ratio"] == 1.0
@@ -110,7 +110,7 @@ def test_the_ratio_is_its_definition_in_rational_numbers(
 @given(st.lists(st.floats(0, 1), min_size=9, max_size=80), st.integers(8, 40))
 def test_at_cadence_one_both_variances_are_the_plain_ones(values: list[float], window: int) -> None:
     assume(len(values) > window and np.ptp(values) > 1e-6)
-    metrics = Dvar(window, 0.15)(traced(values)).metrics
+    metrics = Dvar(window, 0.15)(record_trace(values)).metrics
     assert metrics["window_var"] == pytest.approx(np.var(values[-window:]), rel=1e-9, abs=1e-24)
     assert metrics["total_var"] == pytest.approx(np.var(values), rel=1e-9)
 
@@ -118,18 +118,18 @@ def test_at_cadence_one_both_variances_are_the_plain_ones(values: list[float], w
 def test_variances_have_ddof_zero() -> None:
     # n equally spaced values have the variance (n^2 - 1) / 12 with ddof 0 and n (n + 1) / 12 with ddof 1, so a window
     # of 8 in a line of 10 gives 63 / 99 and would give 72 / 110.
-    assert Dvar(8, 0.15)(traced(range(10))).metrics["ratio"] == pytest.approx(63 / 99, rel=1e-12)
+    assert Dvar(8, 0.15)(record_trace(range(10))).metrics["ratio"] == pytest.approx(63 / 99, rel=1e-12)
 
 
 def test_the_threshold_is_strict() -> None:
-    trace = traced([0.0] * 8 + [1.0, -1.0] * 4)
+    trace = record_trace([0.0] * 8 + [1.0, -1.0] * 4)
     ratio = Dvar(8, 0.5)(trace).metrics["ratio"]  # 1 of 1/2
     assert ratio == 2.0
-    trace = traced([2.0] * 4 + [-2.0] * 4 + [1.0, -1.0] * 4)
+    trace = record_trace([2.0] * 4 + [-2.0] * 4 + [1.0, -1.0] * 4)
     ratio = Dvar(8, 0.5)(trace).metrics["ratio"]  # 1 of 5/2
     assert ratio == 0.4
-    assert not on_the_ratio_alone(8, 0.4)(trace).stop
-    assert on_the_ratio_alone(8, math.nextafter(0.4, 1))(trace).stop
+    assert not build_unconditional_dvar(8, 0.4)(trace).stop
+    assert build_unconditional_dvar(8, math.nextafter(0.4, 1))(trace).stop
 
 
 # --- golden numbers -------------------------------------------------------------------------------------------------
@@ -145,10 +145,10 @@ def test_a_straight_line_stops_at_window_over_root_threshold(
     # sqrt(1 + (N^2 - 1) / a), which for these settings is the first above N / sqrt(a) = 800.4, 695.7, 464.8.
     # The n-th record is build at step first + n - 1: one step earlier when the untouched model is recorded as step 0.
     assert math.floor(math.sqrt(1 + (window**2 - 1) / threshold)) + 1 == records
-    rule = on_the_ratio_alone(window, threshold)
-    step = stop_step(rule, lambda step: 0.18 + slope * step, first)
+    rule = build_unconditional_dvar(window, threshold)
+    step = find_stop_step(rule, lambda step: 0.18 + slope * step, first)
     assert step == first + records - 1
-    bound = rule(traced([1.0] * 10, first)).metrics["straight_line_step"]
+    bound = rule(record_trace([1.0] * 10, first)).metrics["straight_line_step"]
     assert bound == pytest.approx(first + window / math.sqrt(threshold))
     assert step == math.floor(bound)
 
@@ -167,13 +167,16 @@ def test_an_exponential_stops_where_figure_3_stops_it(window: int, threshold: fl
         losses = np.exp(-np.arange(1000) / tau)
         ratios = (losses[n - window : n].var() / losses[:n].var() for n in range(window + 1, 1000))
         assert next(n for n, ratio in enumerate(ratios, start=window + 1) if ratio < threshold) == length
-        assert stop_step(on_the_ratio_alone(window, threshold), losses.__getitem__) == length - 1
+        assert find_stop_step(build_unconditional_dvar(window, threshold), losses.__getitem__) == length - 1
 
 
 @pytest.mark.parametrize(("window", "threshold"), PAPER)
 def test_a_spike_as_first_value_stops_it_once_the_spike_has_left_the_window(window: int, threshold: float) -> None:
     # Step 0 is inside (t - N, t] until t = N, and the window is full at t = N as well.
-    assert stop_step(on_the_ratio_alone(window, threshold), lambda step: line(step) if step else 10.0) == window
+    assert (
+        find_stop_step(build_unconditional_dvar(window, threshold), lambda step: falling_line(step) if step else 10.0)
+        == window
+    )
 
 
 @pytest.mark.parametrize(("window", "threshold"), PAPER)
@@ -200,12 +203,14 @@ def test_warming_up_until_a_window_of_steps_has_passed_and_holds_eight_records()
                 assert verdict.metrics["ratio"] == 1.0
                 assert not verdict.stop
     every = 12  # 7 records in any window of 80
-    assert Dvar(80, 0.15)(traced(np.exp(-np.arange(60.0)), every=every)).reason is Reason.WARMING_UP
+    assert Dvar(80, 0.15)(record_trace(np.exp(-np.arange(60.0)), every=every)).reason is Reason.WARMING_UP
 
 
 @cache
 def stop_at_every_step(tau: int, late: int, window: int, threshold: float) -> int:
-    return stop_step(on_the_ratio_alone(window, threshold), lambda step: math.exp(-max(0, step - late) / tau))
+    return find_stop_step(
+        build_unconditional_dvar(window, threshold), lambda step: math.exp(-max(0, step - late) / tau)
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -222,8 +227,8 @@ def test_thinning_a_smooth_curve_moves_the_stop_by_about_one_cadence(
     coarsest = (window - 1) // 7
     every = 1 + round(share * (coarsest - 1))
     assert schedule_problems(window, every, 10**4) == []
-    rule = on_the_ratio_alone(window, threshold)
-    thinned = stop_step(rule, lambda step: math.exp(-max(0, step - late) / tau), every=every)
+    rule = build_unconditional_dvar(window, threshold)
+    thinned = find_stop_step(rule, lambda step: math.exp(-max(0, step - late) / tau), every=every)
     assert abs(thinned - stop_at_every_step(tau, late, window, threshold)) <= 1.25 * every
 
 
@@ -238,11 +243,11 @@ def test_thinning_a_smooth_curve_moves_the_stop_by_about_one_cadence(
 def test_neither_scale_nor_origin_of_the_loss_matters(values: list[float], power: int, offset: float) -> None:
     assume(np.ptp(values) > 1e-3)
     rule = Dvar(12, 0.15)
-    verdict = rule(traced(values))
+    verdict = rule(record_trace(values))
     # A power of two scales without rounding, so the ratio is the same number, even where squares leave float64.
-    scaled = rule(traced(math.ldexp(value, power) for value in values))
+    scaled = rule(record_trace(math.ldexp(value, power) for value in values))
     assert (scaled.metrics["ratio"], scaled.reason) == (verdict.metrics["ratio"], verdict.reason)
-    shifted = rule(traced(value + offset for value in values))
+    shifted = rule(record_trace(value + offset for value in values))
     assert shifted.metrics["ratio"] == pytest.approx(verdict.metrics["ratio"], rel=1e-9, abs=1e-12)
 
 
@@ -259,7 +264,7 @@ def test_replaying_a_recorded_run_gives_what_the_live_run_gave(values: list[floa
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=60))
 def test_strict_paper_is_the_trace_without_the_untouched_model(values: list[float]) -> None:
-    with_start, without = traced([5.0, *values]), traced(values, first=1)
+    with_start, without = record_trace([5.0, *values]), record_trace(values, first=1)
     strict, plain = Dvar(10, 0.3, strict_paper=True)(with_start), Dvar(10, 0.3)(without)
     assert strict.metrics.items() <= plain.metrics.items()
     assert (strict.step, strict.diagnoses) == (plain.step, ())
@@ -271,7 +276,7 @@ def test_records_without_an_evaluation_change_nothing() -> None:
     for step in range(100):
         sparse.record(step, math.exp(-step / 9) if step % 5 == 0 else None, train_loss=0.1)
     rule = Dvar(40, 0.15)
-    assert rule(sparse) == rule(traced([math.exp(-step / 9) for step in range(0, 100, 5)], every=5))
+    assert rule(sparse) == rule(record_trace([math.exp(-step / 9) for step in range(0, 100, 5)], every=5))
 
 
 def test_a_trace_without_evaluations_is_warming_up() -> None:
@@ -287,13 +292,13 @@ def test_a_trace_without_evaluations_is_warming_up() -> None:
 
 @given(st.floats(-1e300, 1e300), st.integers(1, 40))
 def test_a_loss_that_never_changes_is_no_change_and_not_stabilised(value: float, records: int) -> None:
-    verdict = Dvar(10, 0.15)(traced([value] * records))
+    verdict = Dvar(10, 0.15)(record_trace([value] * records))
     assert not verdict.stop
     assert verdict.reason is (Reason.NO_CHANGE if records > 10 else Reason.WARMING_UP)
 
 
 def test_a_window_without_any_change_after_a_fall_has_no_variance_at_all() -> None:
-    verdict = Dvar(10, 0.15)(traced([1.0] * 10 + [0.1] * 10))
+    verdict = Dvar(10, 0.15)(record_trace([1.0] * 10 + [0.1] * 10))
     assert verdict.stop
     assert verdict.metrics["ratio"] == 0.0
 
@@ -301,9 +306,9 @@ def test_a_window_without_any_change_after_a_fall_has_no_variance_at_all() -> No
 @given(st.sampled_from([math.nan, math.inf, -math.inf]), st.integers(0, 39), st.integers(8, 20))
 def test_a_loss_that_is_not_finite_anywhere_never_counts_as_stabilised(bad: float, at: int, window: int) -> None:
     values = [math.exp(-step / 2) for step in range(40)]
-    assert Dvar(window, 0.9)(traced(values)).reason is Reason.STABILISED
+    assert Dvar(window, 0.9)(record_trace(values)).reason is Reason.STABILISED
     values[at] = bad
-    verdict = Dvar(window, 0.9)(traced(values))
+    verdict = Dvar(window, 0.9)(record_trace(values))
     assert not verdict.stop
     assert verdict.reason is Reason.NON_FINITE
     assert verdict.metrics["non_finite_step"] == at
@@ -311,7 +316,7 @@ def test_a_loss_that_is_not_finite_anywhere_never_counts_as_stabilised(bad: floa
 
 
 def test_finite_losses_too_far_apart_for_float64_are_not_stabilised_either() -> None:
-    verdict = Dvar(8, 0.9)(traced([0.0, -1.7e308, 0.0, 1.7e308] + [0.0] * 20))
+    verdict = Dvar(8, 0.9)(record_trace([0.0, -1.7e308, 0.0, 1.7e308] + [0.0] * 20))
     assert not verdict.stop
     assert verdict.reason is Reason.NON_FINITE
     assert "is not finite from step 1 to step 3 (2 records)" in str(verdict)  # the two furthest out
@@ -329,7 +334,7 @@ def test_finite_losses_too_far_apart_for_float64_are_not_stabilised_either() -> 
 def test_the_steps_between_which_a_loss_was_not_finite_are_reported(rule: Rule, what: str) -> None:
     values = [1.0] * 30
     values[12], values[14], values[17] = math.nan, math.inf, -math.inf
-    verdict = rule(traced(values))
+    verdict = rule(record_trace(values))
     metrics = {name: verdict.metrics[name] for name in verdict.metrics if name.startswith("non_finite")}
     assert metrics == {"non_finite_step": 12, "non_finite_last": 17, "non_finite_records": 3}
     assert f"{what} is not finite from step 12 to step 17 (3 records)" in str(verdict)
@@ -388,7 +393,7 @@ def test_all_problems_are_reported_at_once() -> None:
 
 @given(st.integers(8, 500), st.integers(1, 80))
 def test_a_cadence_is_refused_exactly_when_the_window_cannot_hold_eight_records(window: int, every: int) -> None:
-    steady = traced(range(window // every + 60), every=every)
+    steady = record_trace(range(window // every + 60), every=every)
     never = Dvar(window, 0.15)(steady).reason is Reason.WARMING_UP
     assert bool(schedule_problems(window, every, 10**6)) == never
 
@@ -423,11 +428,11 @@ def test_a_cap_stops_at_the_record_after_its_last_update() -> None:
 def test_any_of_gives_the_verdict_of_the_first_rule_that_stops() -> None:
     dvar, cap = Dvar(310, 0.15), FixedSteps(500)
     both = AnyOf((dvar, cap))
-    assert stop_step(both, line) == 500
-    assert stop_step(both, lambda step: math.exp(-step / 100)) == 406
-    assert stop_step(AnyOf((cap, dvar)), lambda step: math.exp(-step / 100)) == 406
+    assert find_stop_step(both, falling_line) == 500
+    assert find_stop_step(both, lambda step: math.exp(-step / 100)) == 406
+    assert find_stop_step(AnyOf((cap, dvar)), lambda step: math.exp(-step / 100)) == 406
 
-    capped = both(traced(line(step) for step in range(501)))
+    capped = both(record_trace(falling_line(step) for step in range(501)))
     assert (capped.reason, capped.rule) == (Reason.CAP, "FixedSteps(max_steps=500)")
     assert str(capped) == (
         "stop at step 500: the cap of 500 steps is reached; "
@@ -435,7 +440,7 @@ def test_any_of_gives_the_verdict_of_the_first_rule_that_stops() -> None:
     )
     assert [diagnosis.reason for diagnosis in capped.diagnoses] == [Reason.STILL_FALLING]
 
-    going = both(traced(line(step) for step in range(400)))
+    going = both(record_trace(falling_line(step) for step in range(400)))
     assert going.rule == repr(dvar)
     assert going.metrics["max_steps"] == 500
     with pytest.raises(RefusedInput):
@@ -445,16 +450,16 @@ def test_any_of_gives_the_verdict_of_the_first_rule_that_stops() -> None:
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_cap_does_not_hide_a_loss_that_is_not_finite(order: int) -> None:
     rule = AnyOf((Dvar(310, 0.15), FixedSteps(9))[::order])
-    capped = rule(traced([0.1] * 9 + [math.nan]))
+    capped = rule(record_trace([0.1] * 9 + [math.nan]))
     assert capped.stop
     assert capped.reason is Reason.NON_FINITE
     assert str(capped).startswith("stop at step 9: the loss is not finite at step 9")
-    assert not rule(traced([math.nan])).stop
+    assert not rule(record_trace([math.nan])).stop
 
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_cap_before_the_window_is_full_claims_nothing_of_the_variance(order: int) -> None:
-    verdict = AnyOf((Dvar(310, 0.15), FixedSteps(9))[::order])(traced([0.1] * 10))
+    verdict = AnyOf((Dvar(310, 0.15), FixedSteps(9))[::order])(record_trace([0.1] * 10))
     assert str(verdict) == "stop at step 9: the cap of 9 steps is reached"
 
 
@@ -462,7 +467,7 @@ def test_a_rule_is_any_callable_from_a_trace_to_a_verdict() -> None:
     def patience(trace: Trace) -> Verdict:
         return Verdict(trace.last_step > 7, Reason.CAP, trace.last_step, "patience", {"max_steps": 7})
 
-    assert stop_step(AnyOf((Dvar(310, 0.15), patience)), line) == 8
+    assert find_stop_step(AnyOf((Dvar(310, 0.15), patience)), falling_line) == 8
 
 
 # --- the contract of every rule -------------------------------------------------------------------------------------
@@ -551,7 +556,7 @@ def test_every_registered_rule_is_built_from_its_settings_alone() -> None:
 )
 def test_the_reason_is_the_truth_of_the_curve(name: str, reason: Reason) -> None:
     rule = Dvar(40, 0.15)
-    seen = [rule(traced(map(CURVES[name], range(count)))) for count in range(41, 301, 4)]
+    seen = [rule(record_trace(map(CURVES[name], range(count)))) for count in range(41, 301, 4)]
     assert reason in {verdict.reason for verdict in seen}
     stops = {verdict.reason for verdict in seen if verdict.stop}
     assert stops <= {Reason.STABILISED, Reason.RISING}
@@ -559,12 +564,12 @@ def test_the_reason_is_the_truth_of_the_curve(name: str, reason: Reason) -> None
 
 
 def test_which_reasons_stop_is_the_users_choice() -> None:
-    trace = traced(line(step) for step in range(200))
+    trace = record_trace(falling_line(step) for step in range(200))
     assert not Dvar(40, 0.15)(trace).stop
     chosen = Dvar(40, 0.15, stop_on=(Reason.STABILISED, Reason.STILL_FALLING))(trace)
     assert (chosen.stop, chosen.reason) == (True, Reason.STILL_FALLING)
-    assert Dvar(40, 0.15, stop_on=(Reason.NON_FINITE,))(traced([0.1, math.nan])).stop
-    assert Dvar(40, 0.15, stop_on=(Reason.NO_CHANGE,))(traced([0.1] * 60)).stop
+    assert Dvar(40, 0.15, stop_on=(Reason.NON_FINITE,))(record_trace([0.1, math.nan])).stop
+    assert Dvar(40, 0.15, stop_on=(Reason.NO_CHANGE,))(record_trace([0.1] * 60)).stop
     for refused in ((), (Reason.RUNNING,), (Reason.CAP,), [Reason.STABILISED], "stabilised"):
         with pytest.raises(RefusedInput, match="stop_on must be a tuple"):
             Dvar(40, 0.15, stop_on=refused)  # type: ignore[arg-type]
@@ -572,7 +577,7 @@ def test_which_reasons_stop_is_the_users_choice() -> None:
         Dvar(40, 0.15, strict_paper=True, stop_on=CONDITION_REASONS)
 
 
-def oracle(losses: np.ndarray, window: int, threshold: float, ddof: int) -> int | None:
+def find_stop_with_numpy(losses: np.ndarray, window: int, threshold: float, ddof: int) -> int | None:
     for count in range(window + 1, len(losses) + 1):
         running, total = losses[:count][-window:].var(ddof=ddof), losses[:count].var(ddof=ddof)
         if running / total < threshold:
@@ -588,7 +593,7 @@ def test_strict_paper_equals_five_lines_of_numpy_on_a_thousand_random_curves() -
         threshold, ddof = random.uniform(0.05, 0.8), int(random.integers(2))
         fall, noise = np.exp(-np.arange(length) / random.uniform(2, 60)), random.normal(size=length)
         losses = fall + random.choice([0.0, 0.01, 0.2]) * noise + random.random() * np.arange(length) / length
-        trace, stop = traced([99.0]), None
+        trace, stop = record_trace([99.0]), None
         rule = Dvar(window, threshold, strict_paper=True, ddof=ddof)  # type: ignore[arg-type]
         for count, value in enumerate(losses, start=1):
             trace.record(count, value)
@@ -596,7 +601,7 @@ def test_strict_paper_equals_five_lines_of_numpy_on_a_thousand_random_curves() -
                 assert (verdict.reason, verdict.diagnoses) == (Reason.STABILISED, ())
                 stop = count
                 break
-        assert stop == oracle(losses, window, threshold, ddof)
+        assert stop == find_stop_with_numpy(losses, window, threshold, ddof)
         stops += stop is not None
     assert 300 < stops < 990
 
@@ -609,7 +614,7 @@ def test_the_moving_average_is_its_recursion(values: list[float]) -> None:
     average = [values[0]]
     for value in values[1:]:
         average.append(0.9 * average[-1] + 0.1 * value)
-    metrics = EmaPercentile(20, 0.01)(traced(values)).metrics
+    metrics = EmaPercentile(20, 0.01)(record_trace(values)).metrics
     if "change" in metrics:
         assert metrics["ema"] == pytest.approx(average[-1], rel=1e-12)
         assert metrics["change"] == pytest.approx(average[-1] / average[-21] - 1, rel=1e-9, abs=1e-12)
@@ -617,7 +622,7 @@ def test_the_moving_average_is_its_recursion(values: list[float]) -> None:
 
 def test_with_an_alpha_of_one_the_moving_average_is_the_loss_itself() -> None:
     values = [1.0 + math.sin(step) / 2 for step in range(40)]
-    metrics = EmaPercentile(20, 0.01, alpha=1)(traced(values)).metrics
+    metrics = EmaPercentile(20, 0.01, alpha=1)(record_trace(values)).metrics
     assert (metrics["ema"], metrics["ema_before"]) == (values[39], values[19])
 
 
@@ -640,7 +645,7 @@ def test_the_moving_average_at_an_uneven_cadence_lies_between_its_records() -> N
 @given(st.lists(st.floats(0.1, 1), min_size=30, max_size=60))
 def test_hall_and_trend_are_their_formulas(values: list[float]) -> None:
     assume(np.ptp(values) > 0)
-    recent, trace = np.array(values[-20:]), traced(values)
+    recent, trace = np.array(values[-20:]), record_trace(values)
     assert Hall(20, 0.1)(trace).metrics["range"] == pytest.approx(np.ptp(recent) / recent.max(), abs=1e-15)
     mean = Hall(20, 0.1, level="mean")(trace).metrics["range"]
     assert mean == pytest.approx(np.ptp(recent) / recent.mean(), abs=1e-12)
@@ -662,7 +667,7 @@ def test_at_an_uneven_cadence_a_line_has_its_own_slope_and_range(gaps: list[int]
 def test_the_record_just_before_the_window_is_no_part_of_it() -> None:
     # At step 30 a window of 20 holds the steps 11 to 30.  A variance gives step 10 no weight; a range would show it.
     values = [1.0] * 10 + [5.0] + [1.0, 1.1] * 10
-    verdict = Hall(20, 0.01)(traced(values))
+    verdict = Hall(20, 0.01)(record_trace(values))
     assert verdict.metrics["records"] == 20
     assert verdict.metrics["range"] == pytest.approx(0.1 / 1.1, rel=1e-12)
 
@@ -673,23 +678,23 @@ def test_thinning_moves_the_stop_of_every_windowed_rule_by_about_one_cadence(rul
     def curve(step: int) -> float:
         return 1 + math.exp(-step / tau)
 
-    plain = stop_step(rule, curve)
+    plain = find_stop_step(rule, curve)
     for every in (2, 5, 13, 20):
-        assert abs(stop_step(rule, curve, every=every) - plain) <= 1.25 * every + 1
+        assert abs(find_stop_step(rule, curve, every=every) - plain) <= 1.25 * every + 1
 
 
 def test_a_rule_that_divides_by_the_level_refuses_what_is_not_positive() -> None:
     for rule in (EmaPercentile(10, 0.1), Hall(10, 0.1)):
         with pytest.raises(RefusedInput, match=r"divides by the level of the loss, which is .* use Dvar or Trend"):
-            rule(traced(-0.1 - step / 100 for step in range(30)))
+            rule(record_trace(-0.1 - step / 100 for step in range(30)))
     with pytest.raises(RefusedInput, match=r"EmaPercentile divides by the level of the loss, which is 0 at step 9"):
-        EmaPercentile(10, 0.1, alpha=1)(traced([0.0] * 15 + [1.0] * 5))
+        EmaPercentile(10, 0.1, alpha=1)(record_trace([0.0] * 15 + [1.0] * 5))
 
 
 # --- patience -------------------------------------------------------------------------------------------------------
 
 
-def clip(values: Iterable[float], every: int = 50) -> Trace:
+def record_image_scores(values: Iterable[float], every: int = 50) -> Trace:
     trace = Trace()
     for index, value in enumerate(values, start=1):
         trace.record(index * every, clip_image=value)
@@ -709,11 +714,11 @@ def test_clip_s_stops_a_flat_metric_where_the_released_code_does() -> None:
     # Measured at steps 50, 100, ...: the code stops at one failure more than its patience of 6, 3 and 6.
     for method, measurements in (("textual-inversion", 8), ("dreambooth-lora", 5), ("custom-diffusion", 8)):
         rule = CLIP_S[method]
-        assert not rule(clip([0.7] * (measurements - 1))).stop
-        verdict = rule(clip([0.7] * measurements))
+        assert not rule(record_image_scores([0.7] * (measurements - 1))).stop
+        verdict = rule(record_image_scores([0.7] * measurements))
         assert (verdict.stop, verdict.step) == (True, 50 * measurements)
     assert "no improvement on 0.7 at step 50 by more than 0.02 for 350 steps (patience 350)" in str(
-        CLIP_S["textual-inversion"](clip([0.7] * 8))
+        CLIP_S["textual-inversion"](record_image_scores([0.7] * 8))
     )
 
 
@@ -733,11 +738,11 @@ def test_patience_is_the_counter_of_the_released_code(values: list[int], delta: 
         if counter >= patience and expected is None:
             expected = index
     rule = Plateau("eval", patience, min_delta=delta, mode=mode)  # type: ignore[arg-type]
-    assert next((i for i in range(len(values)) if rule(traced(values[: i + 1])).stop), None) == expected
+    assert next((i for i in range(len(values)) if rule(record_trace(values[: i + 1])).stop), None) == expected
 
 
 def test_a_metric_that_never_comes_is_an_error_that_names_the_ones_there() -> None:
-    trace = traced([0.5] * 20)
+    trace = record_trace([0.5] * 20)
     assert Plateau("clip_imgae", 30)(trace).reason is Reason.WARMING_UP
     with pytest.raises(RefusedInput, match=r"Plateau reads 'clip_imgae', which no record .* \(eval, eval/first\)"):
         Plateau("clip_imgae", 10)(trace)
@@ -805,8 +810,8 @@ def test_normalised_by_the_first_value_every_timestep_weighs_the_same() -> None:
 
 def test_all_of_waits_for_the_last_rule() -> None:
     both = AllOf((Dvar(40, 0.15), FixedSteps(150)))
-    assert stop_step(both, CURVES["exponential"]) == 150
-    early = both(traced(map(CURVES["exponential"], range(120))))
+    assert find_stop_step(both, CURVES["exponential"]) == 150
+    early = both(record_trace(map(CURVES["exponential"], range(120))))
     assert (early.stop, early.rule) == (False, "FixedSteps(max_steps=150)")
     with pytest.raises(RefusedInput, match="AllOf needs at least one rule"):
         AllOf(())
@@ -814,9 +819,9 @@ def test_all_of_waits_for_the_last_rule() -> None:
 
 def test_not_before_and_at_most() -> None:
     rule = NotBefore(Dvar(40, 0.15), 120)
-    assert stop_step(Dvar(40, 0.15), CURVES["exponential"]) < 120 == stop_step(rule, CURVES["exponential"])
-    assert "warming up, no stop before step 120" in str(rule(traced(map(CURVES["exponential"], range(110)))))
-    assert stop_step(AtMost(Dvar(40, 0.15), 60), line) == 60
+    assert find_stop_step(Dvar(40, 0.15), CURVES["exponential"]) < 120 == find_stop_step(rule, CURVES["exponential"])
+    assert "warming up, no stop before step 120" in str(rule(record_trace(map(CURVES["exponential"], range(110)))))
+    assert find_stop_step(AtMost(Dvar(40, 0.15), 60), falling_line) == 60
     with pytest.raises(RefusedInput, match="max_steps must be"):
         AtMost(Dvar(40, 0.15), 0)
     with pytest.raises(RefusedInput, match=r"AtMost takes rules.*\nmax_steps must be"):
@@ -827,13 +832,13 @@ def test_not_before_and_at_most() -> None:
 
 def test_not_before_does_not_hide_a_loss_that_is_not_finite() -> None:
     rule = NotBefore(Dvar(40, 0.15, stop_on=(Reason.NON_FINITE,)), 120)
-    verdict = rule(traced([1.0] * 9 + [math.nan]))
+    verdict = rule(record_trace([1.0] * 9 + [math.nan]))
     assert (verdict.stop, verdict.reason, verdict.step) == (True, Reason.NON_FINITE, 9)
 
 
 def test_the_numbers_of_one_rule_are_never_those_of_another() -> None:
     dvar, hall = Dvar(40, 0.15), Hall(40, 0.05)
-    trace = traced(line(step) for step in range(60))
+    trace = record_trace(falling_line(step) for step in range(60))
     both = AllOf((dvar, hall))(trace)
     assert hall(trace).stop is False is dvar(trace).stop
     assert both.metrics == dvar(trace).metrics  # both have a threshold, so none of Hall's numbers is taken
@@ -844,7 +849,7 @@ def test_the_numbers_of_one_rule_are_never_those_of_another() -> None:
 
 
 def test_a_diagnosis_that_two_rules_share_is_reported_once() -> None:
-    trace = traced(1 + step / 100 for step in range(60))
+    trace = record_trace(1 + step / 100 for step in range(60))
     rules = (Hall(40, 0.05), Trend(40, 0.05))
     (reasons,) = {tuple(diagnosis.reason for diagnosis in rule(trace).diagnoses) for rule in rules}
     assert reasons == (Reason.RISING, Reason.NOT_LEARNING)

@@ -36,7 +36,7 @@ rows = st.lists(
 )
 
 
-def built(records: list[Any]) -> Trace:
+def build_trace(records: list[Any]) -> Trace:
     trace, step = Trace(HEADER), -1
     for gap, losses, metrics in records:
         step += gap
@@ -44,12 +44,12 @@ def built(records: list[Any]) -> Trace:
     return trace
 
 
-def lines(trace: Trace) -> list[str]:
+def format_lines(trace: Trace) -> list[str]:
     return [trace.line(index) for index in range(len(trace))]
 
 
-def bits(values: np.ndarray[Any, Any]) -> bytes:
-    """The floats to the last bit, any nan as one."""
+def read_bits(values: np.ndarray[Any, Any]) -> bytes:
+    """Return the bits of the floats, with every nan alike."""
     return b"".join(struct.pack("<d", value if value == value else math.nan) for value in values.ravel())
 
 
@@ -157,10 +157,10 @@ def test_a_record_that_does_not_fit_is_refused_and_leaves_nothing(
 ) -> None:
     trace = Trace()
     trace.record(5, [0.1, 0.2])
-    before = lines(trace)
+    before = format_lines(trace)
     with pytest.raises(TraceError, match=message):
         trace.record(step, losses, **metrics)
-    assert lines(trace) == before
+    assert format_lines(trace) == before
     assert len(trace.steps) == len(trace.values) == len(trace.samples) == 1
     trace.record(6, [0.1, 0.1])
 
@@ -197,14 +197,14 @@ def test_a_header_that_is_no_json_of_this_format_is_refused(header: dict[str, An
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows)
 def test_a_trace_survives_its_file_to_the_last_bit(tmp_path: Path, records: list[Any]) -> None:
-    trace, path = built(records), tmp_path / "trace.jsonl"
+    trace, path = build_trace(records), tmp_path / "trace.jsonl"
     trace.write(path)
     again = Trace.read(path)
     assert again.header == trace.header
-    assert lines(again) == lines(trace)
+    assert format_lines(again) == format_lines(trace)
     for name in ("steps", "values", "samples"):
         assert getattr(again, name).shape == getattr(trace, name).shape
-        assert bits(getattr(again, name)) == bits(getattr(trace, name))
+        assert read_bits(getattr(again, name)) == read_bits(getattr(trace, name))
     content = path.read_bytes()
     again.write(path)
     assert path.read_bytes() == content
@@ -213,7 +213,7 @@ def test_a_trace_survives_its_file_to_the_last_bit(tmp_path: Path, records: list
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows)
 def test_every_line_is_json_that_any_reader_takes(tmp_path: Path, records: list[Any]) -> None:
-    built(records).write(tmp_path / "trace.jsonl")
+    build_trace(records).write(tmp_path / "trace.jsonl")
 
     def refuse(word: str) -> None:
         raise AssertionError(f"{word} is not JSON")
@@ -230,7 +230,7 @@ def test_non_finite_numbers_are_the_three_strings() -> None:
 
 
 def test_a_last_line_torn_at_any_byte_is_dropped_with_a_warning(tmp_path: Path) -> None:
-    trace, path = built([(1, [0.1, math.nan, 3.0], {"lr": 1e-2})] * 3), tmp_path / "trace.jsonl"
+    trace, path = build_trace([(1, [0.1, math.nan, 3.0], {"lr": 1e-2})] * 3), tmp_path / "trace.jsonl"
     trace.write(path)
     content = path.read_bytes()
     start = len(content) - len(trace.line(2)) - 1
@@ -238,14 +238,14 @@ def test_a_last_line_torn_at_any_byte_is_dropped_with_a_warning(tmp_path: Path) 
         path.write_bytes(content[:end])
         with pytest.warns(UserWarning, match="the last line is incomplete"):
             torn = Trace.read(path)
-        assert lines(torn) == lines(trace)[:2]
+        assert format_lines(torn) == format_lines(trace)[:2]
     path.write_bytes(content[:-1])  # only the line break is missing
-    assert lines(Trace.read(path)) == lines(trace)
+    assert format_lines(Trace.read(path)) == format_lines(trace)
 
 
 def test_damage_elsewhere_is_an_error_that_names_the_line(tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
-    built([(1, [0.1, 0.2, 0.3], {})] * 3).write(path)
+    build_trace([(1, [0.1, 0.2, 0.3], {})] * 3).write(path)
     header, first, *others = path.read_text("ascii").splitlines(keepends=True)
     for damaged in (
         first[:-9] + "\n",
@@ -265,16 +265,16 @@ def test_damage_elsewhere_is_an_error_that_names_the_line(tmp_path: Path) -> Non
 
 
 def test_cut_keeps_the_records_up_to_a_step() -> None:
-    trace = built([(3, [0.1, 0.2, 0.3], {"lr": 0.5}), (3, None, {}), (3, [1.0, 2.0, 3.0], {})])
+    trace = build_trace([(3, [0.1, 0.2, 0.3], {"lr": 0.5}), (3, None, {}), (3, [1.0, 2.0, 3.0], {})])
     assert trace.cut(5).header == trace.header
-    assert lines(trace.cut(5)) == lines(trace)[:2] == lines(trace.cut(7))
+    assert format_lines(trace.cut(5)) == format_lines(trace)[:2] == format_lines(trace.cut(7))
     assert len(trace.cut(1)) == 0
-    assert lines(trace.cut(99)) == lines(trace)
+    assert format_lines(trace.cut(99)) == format_lines(trace)
 
 
 def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "trace.jsonl"
-    built([(1, [0.1, 0.2, 0.3], {})]).write(path)
+    build_trace([(1, [0.1, 0.2, 0.3], {})]).write(path)
     before = path.read_bytes()
 
     def full(descriptor: int) -> None:
@@ -282,7 +282,7 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="no space"):
-        built([(1, [0.1, 0.2, 0.3], {})] * 9).write(path)
+        build_trace([(1, [0.1, 0.2, 0.3], {})] * 9).write(path)
     assert path.read_bytes() == before
 
 
@@ -291,7 +291,7 @@ def test_a_trace_file_grows_into_what_write_would_have_written(tmp_path: Path) -
     with TraceFile(tmp_path / "grown.jsonl", HEADER) as file:
         for step in range(5):
             file.append(trace.record(step, [0.1, math.inf, 0.3], train_loss=0.5))
-            assert lines(Trace.read(file.path)) == lines(trace)
+            assert format_lines(Trace.read(file.path)) == format_lines(trace)
         file.sync()
     trace.write(tmp_path / "written.jsonl")
     assert (tmp_path / "grown.jsonl").read_bytes() == (tmp_path / "written.jsonl").read_bytes()
@@ -299,7 +299,7 @@ def test_a_trace_file_grows_into_what_write_would_have_written(tmp_path: Path) -
 
 @pytest.mark.parametrize("lost", [0, 1, 7])
 def test_a_trace_file_is_continued_after_a_crash(tmp_path: Path, lost: int) -> None:
-    path, trace = tmp_path / "trace.jsonl", built([(1, [0.1, 0.2, 0.3], {"lr": 0.5})] * 3)
+    path, trace = tmp_path / "trace.jsonl", build_trace([(1, [0.1, 0.2, 0.3], {"lr": 0.5})] * 3)
     trace.write(path)
     path.write_bytes(path.read_bytes()[: -lost or None])
     cut = trace.cut(1 if lost == 7 else 2)
@@ -310,12 +310,12 @@ def test_a_trace_file_is_continued_after_a_crash(tmp_path: Path, lost: int) -> N
         file = TraceFile(path)
     with file:
         file.append(cut.record(3, [0.4, 0.5, 0.6]))
-    assert lines(Trace.read(path)) == lines(cut)
+    assert format_lines(Trace.read(path)) == format_lines(cut)
 
 
 def test_a_trace_file_refuses_another_header_and_steps_that_it_holds(tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
-    built([(4, [0.1, 0.2, 0.3], {})]).write(path)
+    build_trace([(4, [0.1, 0.2, 0.3], {})]).write(path)
     before = path.read_bytes()
     with pytest.raises(TraceError, match="has another header"):
         TraceFile(path, {"timesteps": []})
@@ -337,12 +337,12 @@ def test_an_appended_line_outlives_the_process(tmp_path: Path) -> None:
         "file.append(trace.record(0, [0.5, 0.25]))\n"
         "os._exit(9)"
     )
-    done = subprocess.run([sys.executable, "-c", program, str(path)], env={**os.environ, "PYTHONPATH": source()})
+    done = subprocess.run([sys.executable, "-c", program, str(path)], env={**os.environ, "PYTHONPATH": find_source()})
     assert done.returncode == 9
     assert Trace.read(path).samples.tolist() == [[0.5, 0.25]]
 
 
-def source() -> str:
+def find_source() -> str:
     import dvar
 
     return str(Path(dvar.__file__).parents[1])

@@ -20,8 +20,8 @@ RULE = Dvar(window=310, threshold=0.15, stop_on=CONDITION_REASONS)
 NOISE = np.random.default_rng(7).normal(size=2000)
 
 
-def stopped(curve: Callable[[int], float], rule: Dvar = RULE, every: int = 1, cap: int = 1500) -> Verdict:
-    """The verdict that stops the run, or the last one before the cap."""
+def judge_curve(curve: Callable[[int], float], rule: Dvar = RULE, every: int = 1, cap: int = 1500) -> Verdict:
+    """Return the verdict that stops the run, or the last one before the cap."""
     trace = Trace()
     for step in range(0, cap, every):
         trace.record(step, curve(step))
@@ -31,7 +31,7 @@ def stopped(curve: Callable[[int], float], rule: Dvar = RULE, every: int = 1, ca
     return verdict
 
 
-def names(verdict: Verdict) -> list[str]:
+def name_diagnoses(verdict: Verdict) -> list[str]:
     assert all("\n" not in str(diagnosis) for diagnosis in verdict.diagnoses)
     if verdict.stop:
         assert verdict.reason.value == [*(diagnosis.reason.value for diagnosis in verdict.diagnoses), "stabilised"][0]
@@ -51,19 +51,19 @@ def test_the_sentence_of_a_stop() -> None:
 
 
 def test_the_sentence_on_the_way() -> None:
-    assert str(stopped(lambda step: -step, cap=401)) == (
+    assert str(judge_curve(lambda step: -step, cap=401)) == (
         # (310^2 - 1) / (401^2 - 1)
         "go on at step 400: the variance of the last 310 steps is 59.8 % of the total (threshold 15 %)"
     )
-    assert str(stopped(lambda step: -step, cap=38)) == (
+    assert str(judge_curve(lambda step: -step, cap=38)) == (
         "go on at step 37: warming up, 37 of 310 steps and 38 records in the window"
     )
-    assert str(stopped(lambda step: 0.1, cap=401)) == (
+    assert str(judge_curve(lambda step: 0.1, cap=401)) == (
         "go on at step 400: no change, the loss is the same at every record"
     )
 
 
-def traced(curve: Callable[[int], float], count: int) -> Trace:
+def record_trace(curve: Callable[[int], float], count: int) -> Trace:
     trace = Trace()
     for step in range(count):
         trace.record(step, curve(step))
@@ -107,7 +107,7 @@ def traced(curve: Callable[[int], float], count: int) -> Trace:
 def test_every_rule_tells_its_own_number_beside_its_threshold(
     rule: Rule, curve: Callable[[int], float], sentence: str
 ) -> None:
-    assert sentence in str(rule(traced(curve, 61)))
+    assert sentence in str(rule(record_trace(curve, 61)))
 
 
 def test_a_full_window_that_holds_too_few_records_says_which_of_both_it_waits_for() -> None:
@@ -137,17 +137,17 @@ def test_a_sentence_never_contradicts_its_verdict(ratio: float, threshold: float
 @pytest.mark.parametrize("tau", [50, 100])
 @pytest.mark.parametrize("noise", [0.0, 0.05])
 def test_a_curve_that_has_flattened_is_not_doubted(tau: int, noise: float) -> None:
-    verdict = stopped(lambda step: 0.04 + math.exp(-step / tau) + noise * NOISE[step])
+    verdict = judge_curve(lambda step: 0.04 + math.exp(-step / tau) + noise * NOISE[step])
     assert verdict.stop
-    assert names(verdict) == []
+    assert name_diagnoses(verdict) == []
 
 
 @pytest.mark.parametrize("rule", [RULE, replace(RULE, window=440, threshold=0.4), replace(RULE, window=180)])
 @pytest.mark.parametrize(("noise", "every"), [(0.0, 1), (0.0, 7), (0.0, 25), (0.02, 1), (0.02, 7)])
 def test_a_straight_line_is_still_falling(rule: Dvar, noise: float, every: int) -> None:
-    verdict = stopped(lambda step: 0.18 - 1e-3 * step + noise * NOISE[step], rule, every)
+    verdict = judge_curve(lambda step: 0.18 - 1e-3 * step + noise * NOISE[step], rule, every)
     assert verdict.stop
-    assert names(verdict) == ["still falling"]
+    assert name_diagnoses(verdict) == ["still falling"]
     bound = math.floor(verdict.metrics["straight_line_step"])
     assert f"and the ratio passes the threshold at step {bound} whatever the slope" in str(verdict.diagnoses[0])
     # A line gives a quarter of its fall in any last quarter of its steps.
@@ -155,8 +155,8 @@ def test_a_straight_line_is_still_falling(rule: Dvar, noise: float, every: int) 
 
 
 def test_a_slow_exponential_is_still_falling_when_the_ratio_passes() -> None:
-    verdict = stopped(lambda step: math.exp(-step / 1000))
-    assert names(verdict) == ["still falling"]
+    verdict = judge_curve(lambda step: math.exp(-step / 1000))
+    assert name_diagnoses(verdict) == ["still falling"]
     # At step 663 the last quarter of the fall of exp(-t / 1000): (e^-0.497 - e^-0.663) / (1 - e^-0.663) = 19 %.
     assert verdict.step == 663
     assert verdict.metrics["late_share"] == pytest.approx(0.192, abs=0.003)
@@ -166,29 +166,29 @@ def test_a_slow_exponential_is_still_falling_when_the_ratio_passes() -> None:
 @pytest.mark.parametrize(("tau", "step"), [(100, 406), (400, 560), (1000, 1230)])
 def test_by_default_a_fall_is_followed_until_its_last_quarter_gives_little(tau: int, step: int) -> None:
     # With u = t / tau the share is (e^-0.75u - e^-u) / (1 - e^-u), which falls below 15 % at u = 1.245.
-    verdict = stopped(lambda step: math.exp(-step / tau), Dvar(310, 0.15))
+    verdict = judge_curve(lambda step: math.exp(-step / tau), Dvar(310, 0.15))
     assert verdict.reason is Reason.STABILISED
     assert verdict.step == pytest.approx(step, abs=0.03 * step if tau == 1000 else 0)
 
 
 def test_a_rising_curve_is_rising_and_not_learning() -> None:
-    verdict = stopped(lambda step: 0.1 + 1e-4 * step)
+    verdict = judge_curve(lambda step: 0.1 + 1e-4 * step)
     assert verdict.stop
-    assert names(verdict) == ["rising", "not learning"]
+    assert name_diagnoses(verdict) == ["rising", "not learning"]
     assert "rose by 19 % of its range" in str(verdict.diagnoses[0])  # 154 of 800 steps
 
 
 def test_a_curve_that_learned_and_turned_is_rising_only() -> None:
-    verdict = stopped(lambda step: math.exp(-step / 60) + 6e-4 * max(0, step - 150))
+    verdict = judge_curve(lambda step: math.exp(-step / 60) + 6e-4 * max(0, step - 150))
     assert verdict.stop
-    assert names(verdict) == ["rising"]
+    assert name_diagnoses(verdict) == ["rising"]
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_the_chance_slope_of_noise_is_no_rise(seed: int) -> None:
     # In half of all pieces of noise the slope lies above 0, most of these above the pace that counts.
     noise = np.random.default_rng(seed).normal(size=401)
-    assert "rising" not in names(stopped(lambda step: 0.18 + 0.01 * noise[step], cap=401))
+    assert "rising" not in name_diagnoses(judge_curve(lambda step: 0.18 + 0.01 * noise[step], cap=401))
 
 
 @pytest.mark.parametrize(("pace", "doubts"), [(0.05, []), (0.2, ["rising"])])
@@ -197,7 +197,7 @@ def test_a_creep_slower_than_a_tenth_of_the_runs_pace_is_no_rise(pace: float, do
     trace = Trace()
     for step in range(601):
         trace.record(step, math.exp(-step / 20) + pace * max(0, step - 200) / 600)
-    assert names(RULE(trace)) == doubts
+    assert name_diagnoses(RULE(trace)) == doubts
 
 
 def test_the_chance_slope_of_noise_after_a_fall_is_seldom_still_falling() -> None:
@@ -207,25 +207,25 @@ def test_the_chance_slope_of_noise_after_a_fall_is_seldom_still_falling() -> Non
         trace, noise = Trace(), np.random.default_rng(seed).normal(size=121)
         for step in range(121):
             trace.record(step, 0.04 * math.exp(-step / 5) + 0.01 * noise[step])
-        count += "still falling" in names(Dvar(40, 0.15)(trace))
+        count += "still falling" in name_diagnoses(Dvar(40, 0.15)(trace))
     assert count <= 3
 
 
 def test_noise_is_not_learning_and_has_no_trend() -> None:
-    verdict = stopped(lambda step: 0.18 + 0.01 * NOISE[step], cap=2000)
+    verdict = judge_curve(lambda step: 0.18 + 0.01 * NOISE[step], cap=2000)
     assert not verdict.stop
-    assert names(verdict) == ["not learning"]
+    assert name_diagnoses(verdict) == ["not learning"]
 
 
 @pytest.mark.parametrize(("jitters", "doubts"), [(1.5, ["not learning"]), (3.0, [])])
 def test_a_fall_within_two_jitters_is_no_learning(jitters: float, doubts: list[str]) -> None:
-    verdict = stopped(lambda step: 0.18 + 0.01 * (NOISE[step] if step else jitters), cap=400)
-    assert names(verdict) == doubts
+    verdict = judge_curve(lambda step: 0.18 + 0.01 * (NOISE[step] if step else jitters), cap=400)
+    assert name_diagnoses(verdict) == doubts
 
 
 def test_a_constant_is_not_learning() -> None:
-    verdict = stopped(lambda step: 0.18, cap=400)
-    assert names(verdict) == ["not learning"]
+    verdict = judge_curve(lambda step: 0.18, cap=400)
+    assert name_diagnoses(verdict) == ["not learning"]
     assert verdict.diagnoses[0].metrics == {"start": 0.18, "level": 0.18, "jitter": 0.0, "window": 310}
     assert "the loss never changed; the probe may not measure the model that is being trained" in str(
         verdict.diagnoses[0]
@@ -237,7 +237,7 @@ def test_a_constant_is_not_learning() -> None:
 
 def test_the_numbers_of_a_loss_that_does_not_learn() -> None:
     values = 0.18 + 0.01 * NOISE[:500]
-    (diagnosis,) = RULE(traced(values.__getitem__, 500)).diagnoses
+    (diagnosis,) = RULE(record_trace(values.__getitem__, 500)).diagnoses
     recent = values[-310:]
     assert diagnosis.metrics == {
         "start": values[0],
@@ -249,7 +249,7 @@ def test_the_numbers_of_a_loss_that_does_not_learn() -> None:
 
 def test_the_numbers_of_a_loss_that_still_falls() -> None:
     values = np.exp(-np.arange(700) / 1000) + 1e-3 * NOISE[:700]
-    trace = traced(values.__getitem__, 700)
+    trace = record_trace(values.__getitem__, 700)
     diagnosis = RULE(trace).diagnoses[0]
     # The fall over the last quarter by its least-squares line, and all of it from the first value to that line's end.
     (pace, _), late = np.polyfit(np.arange(175), values[-175:], 1), values[-175:].mean()
@@ -268,7 +268,7 @@ def test_the_numbers_of_a_loss_that_still_falls() -> None:
 
 
 def test_the_numbers_of_a_loss_that_rises() -> None:
-    verdict = RULE(traced(lambda step: 0.1 + 1e-4 * step + (0.5 if step == 3 else 0.0), 801))
+    verdict = RULE(record_trace(lambda step: 0.1 + 1e-4 * step + (0.5 if step == 3 else 0.0), 801))
     diagnosis = next(diagnosis for diagnosis in verdict.diagnoses if diagnosis.reason is Reason.RISING)
     # The latter half of the window: steps 646 to 800.
     assert diagnosis.metrics == {
@@ -293,26 +293,26 @@ def test_what_is_left_without_an_outlier_is_weighted_by_steps_too() -> None:
 
 
 def test_the_gravest_doubt_comes_first() -> None:
-    spiked = traced(lambda step: 0.1 + 1e-2 * step + (3.0 if step == 3 else 0.0), 61)
-    assert names(Dvar(40, 0.15)(spiked)) == ["outlier-dominated", "rising", "not learning"]
+    spiked = record_trace(lambda step: 0.1 + 1e-2 * step + (3.0 if step == 3 else 0.0), 61)
+    assert name_diagnoses(Dvar(40, 0.15)(spiked)) == ["outlier-dominated", "rising", "not learning"]
 
 
 def test_a_loss_that_falls_from_above_its_first_value_has_not_fallen_yet() -> None:
-    assert names(RULE(traced(lambda step: step / 200 if step < 200 else 1 - (step - 200) / 800, 601))) == [
-        "not learning"
-    ]
+    assert name_diagnoses(
+        RULE(record_trace(lambda step: step / 200 if step < 200 else 1 - (step - 200) / 800, 601))
+    ) == ["not learning"]
 
 
 def test_a_turn_within_the_latter_half_of_the_window_is_a_rise() -> None:
     # Over the whole window, steps 291 to 600, the line through it falls.
-    verdict = RULE(traced(lambda step: 1.0 - 2e-3 * min(step, 440) + 1e-3 * max(0, step - 440), 601))
+    verdict = RULE(record_trace(lambda step: 1.0 - 2e-3 * min(step, 440) + 1e-3 * max(0, step - 440), 601))
     assert "rising" in [diagnosis.reason.value for diagnosis in verdict.diagnoses]
 
 
 def test_the_numbers_of_an_outlier() -> None:
     values = 0.1 - 1e-5 * np.arange(400) + 1e-3 * NOISE[:400]
     values[2:8] += 2.0
-    diagnosis = RULE(traced(values.__getitem__, 400)).diagnoses[0]
+    diagnosis = RULE(record_trace(values.__getitem__, 400)).diagnoses[0]
     parts = np.square(values - values.mean())
     assert diagnosis.reason is Reason.OUTLIER_DOMINATED
     assert diagnosis.metrics == {
@@ -322,41 +322,41 @@ def test_the_numbers_of_an_outlier() -> None:
         "ratio_without": pytest.approx(values[-310:].var() / values[20:].var(), rel=1e-9),
     }
     # Only DVAR divides by a variance that an outlier can hold.
-    (hall,) = {tuple(each.reason for each in Hall(310, 9.0)(traced(values.__getitem__, 400)).diagnoses)}
+    (hall,) = {tuple(each.reason for each in Hall(310, 9.0)(record_trace(values.__getitem__, 400)).diagnoses)}
     assert Reason.OUTLIER_DOMINATED not in hall
 
 
 def test_a_spike_that_outweighs_all_other_records_is_named() -> None:
-    verdict = stopped(lambda step: 5.0 if step == 4 else 0.1 - 1e-4 * step + 0.001 * NOISE[step])
+    verdict = judge_curve(lambda step: 5.0 if step == 4 else 0.1 - 1e-4 * step + 0.001 * NOISE[step])
     assert verdict.stop
     assert verdict.step == 314
-    assert names(verdict)[0] == "outlier-dominated"
+    assert name_diagnoses(verdict)[0] == "outlier-dominated"
     assert "step 4 accounts for 100 % of the total variance; without it the ratio is" in str(verdict)
-    going = stopped(lambda step: 5.0 if step == 4 else 0.1 - 1e-4 * step + 0.001 * NOISE[step], Dvar(310, 0.15))
+    going = judge_curve(lambda step: 5.0 if step == 4 else 0.1 - 1e-4 * step + 0.001 * NOISE[step], Dvar(310, 0.15))
     assert not going.stop
-    slow = stopped(lambda step: 5.0 if step == 4 else math.exp(-step / 400))
-    assert names(slow)[0] == "outlier-dominated"
+    slow = judge_curve(lambda step: 5.0 if step == 4 else math.exp(-step / 400))
+    assert name_diagnoses(slow)[0] == "outlier-dominated"
     assert slow.metrics["outlier_first"] == slow.metrics["outlier_last"] == 4
 
 
 def test_a_spike_is_forgiven_once_the_rule_would_stop_without_it() -> None:
-    plain = stopped(lambda step: math.exp(-step / 100), Dvar(310, 0.15))
-    spiked = stopped(lambda step: 9.0 if step == 4 else math.exp(-step / 100), Dvar(310, 0.15))
+    plain = judge_curve(lambda step: math.exp(-step / 100), Dvar(310, 0.15))
+    spiked = judge_curve(lambda step: 9.0 if step == 4 else math.exp(-step / 100), Dvar(310, 0.15))
     assert spiked.reason is Reason.STABILISED
     assert abs(spiked.step - plain.step) <= 5
 
 
 def test_an_early_burst_dominates_and_an_early_fall_does_not() -> None:
-    burst = stopped(lambda step: 0.1 + 2.0 * (2 <= step < 8) - 1e-5 * step + 1e-3 * NOISE[step])
+    burst = judge_curve(lambda step: 0.1 + 2.0 * (2 <= step < 8) - 1e-5 * step + 1e-3 * NOISE[step])
     assert burst.reason is Reason.OUTLIER_DOMINATED
     assert (burst.metrics["outlier_first"], burst.metrics["outlier_last"]) == (0, 15)
-    fall = stopped(lambda step: 0.1 + math.exp(-step / 8) + 1e-3 * NOISE[step])
+    fall = judge_curve(lambda step: 0.1 + math.exp(-step / 8) + 1e-3 * NOISE[step])
     assert fall.reason is Reason.STABILISED
 
 
 def test_nothing_is_diagnosed_before_the_window_is_full_or_after_a_nan() -> None:
-    assert stopped(lambda step: 5.0 if step == 4 else 0.1, cap=310).diagnoses == ()
-    assert stopped(lambda step: math.nan, cap=400).diagnoses == ()
+    assert judge_curve(lambda step: 5.0 if step == 4 else 0.1, cap=310).diagnoses == ()
+    assert judge_curve(lambda step: math.nan, cap=400).diagnoses == ()
 
 
 @settings(max_examples=40, deadline=None)
@@ -370,10 +370,10 @@ def test_diagnoses_do_not_depend_on_the_scale(power: int, shape: str) -> None:
     }
     curve = curves[shape]
     rule = replace(RULE, window=16)
-    plain = stopped(curve, rule, cap=50)
-    scaled = stopped(lambda step: math.ldexp(curve(step), power), rule, cap=50)
-    assert names(plain) == names(scaled)
-    assert names(plain)
+    plain = judge_curve(curve, rule, cap=50)
+    scaled = judge_curve(lambda step: math.ldexp(curve(step), power), rule, cap=50)
+    assert name_diagnoses(plain) == name_diagnoses(scaled)
+    assert name_diagnoses(plain)
 
 
 def test_diagnoses_are_those_of_the_step_of_the_verdict() -> None:
@@ -383,7 +383,7 @@ def test_diagnoses_are_those_of_the_step_of_the_verdict() -> None:
     verdict = RULE(trace)
     for step in range(400, 900):
         trace.record(step, 1e6 * step)
-    assert names(verdict) == ["still falling"]
+    assert name_diagnoses(verdict) == ["still falling"]
     assert verdict.diagnoses == RULE(trace.cut(399)).diagnoses
 
 
@@ -406,7 +406,7 @@ def test_a_verdict_survives_json(values: list[float]) -> None:
 
 
 def test_the_json_can_be_read_by_a_person() -> None:
-    saved = stopped(lambda step: -step).to_json()
+    saved = judge_curve(lambda step: -step).to_json()
     assert saved["reason"] == "still falling"
     assert saved["stop"] is True
     assert saved["step"] == 800
@@ -419,7 +419,7 @@ def test_the_json_can_be_read_by_a_person() -> None:
 
 @pytest.mark.parametrize("change", [{"reason": "bored"}, {"diagnoses": [{"reason": "rising"}]}, {}])
 def test_a_verdict_of_another_version_is_refused(change: dict[str, object]) -> None:
-    saved = {**stopped(lambda step: -step).to_json(), **change}
+    saved = {**judge_curve(lambda step: -step).to_json(), **change}
     if not change:
         del saved["rule"]
     with pytest.raises(

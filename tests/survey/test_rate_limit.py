@@ -1,4 +1,4 @@
-"""The limit on arrivals: no address exceeds it within any hour, others are not delayed, and nobody is remembered."""
+"""The limit on arrivals: no address exceeds it within any hour, others are not delayed, and no address is stored."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 import pytest
-from fake_survey import small_survey
+from fake_survey import build_small_survey
 
 pytest.importorskip("uvicorn", reason="needs the extra: pip install 'dvar[survey]'")
 
@@ -32,7 +32,7 @@ TIMEOUT = 120.0
 
 
 @contextmanager
-def served(folder: Path, port: int = 0) -> Iterator[tuple[subprocess.Popen[str], int]]:
+def serve_survey(folder: Path, port: int = 0) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """Serve a survey in a process of its own; yield the process and its port."""
     program = f"from dvar.cli.main import main; main(['survey', 'serve', {str(folder)!r}, '--port', '{port}'])"
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env={**os.environ})
@@ -105,11 +105,11 @@ def count_presses(store: VoteStore) -> Counter[int]:
 
 
 def test_fifty_raters_at_once_lose_and_duplicate_no_vote(tmp_path: Path) -> None:
-    folder, survey = small_survey(tmp_path, overlap=100)
+    folder, survey = build_small_survey(tmp_path, overlap=100)
     faults: list[BaseException] = []
     acknowledged: list[int] = []
 
-    with served(folder) as (_, port):
+    with serve_survey(folder) as (_, port):
 
         def work() -> None:
             try:
@@ -134,12 +134,12 @@ def test_fifty_raters_at_once_lose_and_duplicate_no_vote(tmp_path: Path) -> None
 
 
 def test_a_killed_server_has_stored_every_acknowledged_vote(tmp_path: Path) -> None:
-    folder, survey = small_survey(tmp_path, overlap=100)
+    folder, survey = build_small_survey(tmp_path, overlap=100)
     visitors: list[Visitor] = []
     acknowledged: list[list[int]] = [[] for _ in range(4)]
     enough = threading.Event()
 
-    with served(folder) as (process, port):
+    with serve_survey(folder) as (process, port):
 
         def work(place: int) -> None:
             visitor = visitors[place]
@@ -169,7 +169,7 @@ def test_a_killed_server_has_stored_every_acknowledged_vote(tmp_path: Path) -> N
         for number, times in Counter(numbers).items():
             assert presses[number] >= times, "every acknowledged press is in the file"
     assert store._connection.execute("pragma integrity_check").fetchone()[0] == "ok"
-    with served(folder) as (_, port):
+    with serve_survey(folder) as (_, port):
         returning = visitors[0]
         returning.port = port
         _, text = returning.page("/task")
@@ -184,12 +184,12 @@ def browser() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
     with playwright.sync_playwright() as driver:
         opened = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
-        opened.new_context = _patient(opened.new_context)
+        opened.new_context = _extend_timeout(opened.new_context)
         yield opened
         opened.close()
 
 
-def _patient(new_context: Any) -> Any:
+def _extend_timeout(new_context: Any) -> Any:
     def new_patient_context(**options: Any) -> Any:
         context = new_context(**options)
         context.set_default_timeout(500 * TIMEOUT)
@@ -198,7 +198,7 @@ def _patient(new_context: Any) -> Any:
     return new_patient_context
 
 
-def right_key(page: Any, survey: Survey) -> str | None:
+def find_right_key(page: Any, survey: Survey) -> str | None:
     """Return the key of the right answer, if the page shows a training or control task."""
     sources = [page.get_attribute(f"img[alt='{side} image']", "src") for side in ("Left", "Right")]
     left, right = (str(source).removeprefix("/pictures/").removesuffix(".png") for source in sources)
@@ -211,9 +211,9 @@ def right_key(page: Any, survey: Survey) -> str | None:
 @needs_browser
 @pytest.mark.parametrize("scripts", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["keys", "no scripts"])
 def test_a_rater_completes_the_survey_in_a_browser(tmp_path: Path, browser: Any, scripts: bool) -> None:
-    folder, survey = small_survey(tmp_path)
+    folder, survey = build_small_survey(tmp_path)
     buttons = {"1": "Left is better", "2": "Right is better", "0": "Equal"}
-    with served(folder) as (_, port):
+    with serve_survey(folder) as (_, port):
         context = browser.new_context(java_script_enabled=scripts, viewport={"width": 360, "height": 740})
         page = context.new_page()
         problems: list[str] = []
@@ -232,7 +232,7 @@ def test_a_rater_completes_the_survey_in_a_browser(tmp_path: Path, browser: Any,
                     page.get_by_role("button", name=buttons[key]).click()
 
         while page.get_by_role("heading", name="Thank you").count() == 0:
-            right = right_key(page, survey)
+            right = find_right_key(page, survey)
             if count == 0:
                 answer(next(key for key in "120" if key != right))
                 assert "Not quite" in str(page.get_by_role("status").text_content())
@@ -247,7 +247,7 @@ def test_a_rater_completes_the_survey_in_a_browser(tmp_path: Path, browser: Any,
                     assert page.evaluate(wide) <= 360, "nothing overflows on a phone"
                 store = page.get_by_role("button", name="Left is better").bounding_box()
                 assert store["height"] >= 44, "large enough for a finger"
-            answer(right_key(page, survey) or "1")
+            answer(find_right_key(page, survey) or "1")
             count += 1
             assert count < 50
         context.close()

@@ -1,4 +1,4 @@
-"""Building a survey: which runs are compared, what is asked, and what an image must not reveal."""
+"""Building a survey: which runs are compared, the questions, and what an image must not reveal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_survey import rival_runs, run_with_images, small_survey
+from fake_survey import build_small_survey, write_rival_runs, write_run_with_images
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -33,12 +33,12 @@ ROOT = Path(__file__).parents[2]
 Pixels = NDArray[np.uint8]
 
 
-def settings(place: Path, **changes: Any) -> SurveyBuildConfig:
+def build_config(place: Path, **changes: Any) -> SurveyBuildConfig:
     return SurveyBuildConfig(output_dir=str(place / "survey"), generate=False, **changes)
 
 
 def test_images_of_the_same_prompt_and_seed_are_pairs_and_trained_prompts_ask_about_likeness(tmp_path: Path) -> None:
-    _, survey = small_survey(tmp_path)
+    _, survey = build_small_survey(tmp_path)
     pairs = {question: survey.select(question, "pair") for question in QUESTIONS}
     assert [(task.prompt, task.seed) for task in pairs["reconstruction"]] == [
         ("a photo of {}", 0),
@@ -51,9 +51,9 @@ def test_images_of_the_same_prompt_and_seed_are_pairs_and_trained_prompts_ask_ab
 
 
 def test_the_run_named_first_is_the_candidate_and_its_image_the_first(tmp_path: Path) -> None:
-    ours, theirs = rival_runs(tmp_path)
+    ours, theirs = write_rival_runs(tmp_path)
     for runs, output in (((ours, theirs), "one"), ((theirs, ours), "two")):
-        build_survey(runs, replace(settings(tmp_path), output_dir=str(tmp_path / output)))
+        build_survey(runs, replace(build_config(tmp_path), output_dir=str(tmp_path / output)))
     first, second = Survey.load(tmp_path / "one"), Survey.load(tmp_path / "two")
     assert [(task.first, task.second) for task in first.select("customization", "pair")] == [
         (task.second, task.first) for task in second.select("customization", "pair")
@@ -67,9 +67,9 @@ def test_the_run_named_first_is_the_candidate_and_its_image_the_first(tmp_path: 
 
 
 def test_a_survey_loads_as_it_was_built_and_is_built_the_same_again(tmp_path: Path) -> None:
-    folder, survey = small_survey(tmp_path)
+    folder, survey = build_small_survey(tmp_path)
     assert Survey.load(folder) == survey
-    build_survey([tmp_path / "stopped", tmp_path / "full"], settings(tmp_path / "again", control_every=3))
+    build_survey([tmp_path / "stopped", tmp_path / "full"], build_config(tmp_path / "again", control_every=3))
     again = tmp_path / "again" / "survey"
     assert (again / "survey.json").read_bytes() == (folder / "survey.json").read_bytes()
     assert sorted(path.name for path in (again / IMAGE_FOLDER).iterdir()) == [
@@ -78,11 +78,11 @@ def test_a_survey_loads_as_it_was_built_and_is_built_the_same_again(tmp_path: Pa
 
 
 def test_an_image_reveals_neither_its_run_nor_its_settings(tmp_path: Path) -> None:
-    stopped, full = run_with_images(tmp_path / "stopped", 1), run_with_images(tmp_path / "full", 2, side=96)
+    stopped, full = write_run_with_images(tmp_path / "stopped", 1), write_run_with_images(tmp_path / "full", 2, side=96)
     for path in stopped.rglob("*.png"):
         with Image.open(path) as image:
             image.save(path, exif=b"Exif\0\0stopped", comment="stopped")
-    survey = build_survey((stopped, full), settings(tmp_path))
+    survey = build_survey((stopped, full), build_config(tmp_path))
     for name in survey.image_ids:
         path = tmp_path / "survey" / IMAGE_FOLDER / f"{name}.png"
         assert b"stopped" not in path.read_bytes()
@@ -93,7 +93,7 @@ def test_an_image_reveals_neither_its_run_nor_its_settings(tmp_path: Path) -> No
 
 
 def test_controls_and_training_have_obvious_answers(tmp_path: Path) -> None:
-    folder, survey = small_survey(tmp_path)
+    folder, survey = build_small_survey(tmp_path)
     counts: dict[Question, int] = {"reconstruction": 1, "customization": 3}
     for question, count in counts.items():
         checks = survey.select(question, "control")
@@ -101,7 +101,9 @@ def test_controls_and_training_have_obvious_answers(tmp_path: Path) -> None:
         assert all(task.expected == "first" for task in checks)
         assert len({task.prompt for task in checks}) == count, "spread over the pairs"
         for task in checks:
-            assert _seams(_pixels(folder, task.first)) < 2 < _seams(_pixels(folder, task.second)), "intact, scrambled"
+            assert (
+                _measure_seams(_read_pixels(folder, task.first)) < 2 < _measure_seams(_read_pixels(folder, task.second))
+            ), "intact, scrambled"
         lessons = survey.select(question, "training")
         assert [task.expected for task in lessons] == ["first", "equal"]
         assert lessons[1].first == lessons[1].second
@@ -109,12 +111,12 @@ def test_controls_and_training_have_obvious_answers(tmp_path: Path) -> None:
 
 
 def test_neither_a_name_nor_a_count_of_pixels_reveals_a_control(tmp_path: Path) -> None:
-    folder, survey = small_survey(tmp_path)
+    folder, survey = build_small_survey(tmp_path)
     checks = [task for question in QUESTIONS for task in survey.select(question, "control")]
     uses = Counter(name for task in survey.tasks for name in {task.first, task.second, *task.references})
     for task in checks:
         assert uses[task.first] == uses[task.second] == 1, "in no other task, and not among its references"
-        intact, scrambled = (_pixels(folder, name) for name in (task.first, task.second))
+        intact, scrambled = (_read_pixels(folder, name) for name in (task.first, task.second))
         assert intact.shape == scrambled.shape
         assert not np.array_equal(np.sort(intact, axis=None), np.sort(scrambled, axis=None)), (
             "not the same pixels, moved"
@@ -127,9 +129,10 @@ def test_neither_a_name_nor_a_count_of_pixels_reveals_a_control(tmp_path: Path) 
 
 def test_every_image_file_has_the_same_length_and_is_a_valid_png(tmp_path: Path) -> None:
     runs = [
-        run_with_images(tmp_path / name, seed, side=side) for seed, (name, side) in enumerate((("a", 64), ("b", 200)))
+        write_run_with_images(tmp_path / name, seed, side=side)
+        for seed, (name, side) in enumerate((("a", 64), ("b", 200)))
     ]
-    build_survey(runs, settings(tmp_path))
+    build_survey(runs, build_config(tmp_path))
     paths = list((tmp_path / "survey" / IMAGE_FOLDER).iterdir())
     assert len({path.stat().st_size for path in paths}) == 1
     for path in paths:
@@ -138,26 +141,26 @@ def test_every_image_file_has_the_same_length_and_is_a_valid_png(tmp_path: Path)
 
 
 def test_a_control_is_as_large_as_its_images(tmp_path: Path) -> None:
-    runs = [run_with_images(tmp_path / name, seed, side=160) for seed, name in enumerate(("stopped", "full"))]
-    (task, *_) = build_survey(runs, settings(tmp_path)).select("customization", "control")
+    runs = [write_run_with_images(tmp_path / name, seed, side=160) for seed, name in enumerate(("stopped", "full"))]
+    (task, *_) = build_survey(runs, build_config(tmp_path)).select("customization", "control")
     for name in (task.first, task.second):
-        assert _pixels(tmp_path / "survey", name).shape == (160, 160, 3)
+        assert _read_pixels(tmp_path / "survey", name).shape == (160, 160, 3)
 
 
-def _seams(pixels: Pixels, tile: int = 64) -> float:
+def _measure_seams(pixels: Pixels, tile: int = 64) -> float:
     """Return how much larger the steps between neighbouring pixels are where tiles meet than elsewhere."""
     steps = np.abs(np.diff(pixels.astype(float), axis=1)).mean(axis=(0, 2))
     return float(steps[tile - 1 :: tile].mean() / steps[3::4].mean())
 
 
-def _pixels(folder: Path, name: str) -> Pixels:
+def _read_pixels(folder: Path, name: str) -> Pixels:
     with Image.open(folder / IMAGE_FOLDER / f"{name}.png") as image:
         return np.asarray(image)
 
 
 def test_two_concepts_give_a_training_task_with_another_object(tmp_path: Path) -> None:
-    runs = [*rival_runs(tmp_path / "a"), *rival_runs(tmp_path / "b", references=3)]
-    survey = build_survey(runs, settings(tmp_path))
+    runs = [*write_rival_runs(tmp_path / "a"), *write_rival_runs(tmp_path / "b", references=3)]
+    survey = build_survey(runs, build_config(tmp_path))
     assert [task.expected for task in survey.select("reconstruction", "training")] == ["first", "equal", "first"]
     assert {task.concept for task in survey.tasks} > {"mug"}, "two folders of one name are two concepts"
     assert len({task.concept for task in survey.tasks}) == 2
@@ -165,53 +168,53 @@ def test_two_concepts_give_a_training_task_with_another_object(tmp_path: Path) -
 
 
 def test_the_order_of_runs_matters_only_within_a_pair(tmp_path: Path) -> None:
-    a, b = rival_runs(tmp_path / "a"), rival_runs(tmp_path / "b", references=3)
-    first = build_survey([a[0], a[1], b[0], b[1]], replace(settings(tmp_path), output_dir=str(tmp_path / "1")))
-    second = build_survey([a[0], b[0], a[1], b[1]], replace(settings(tmp_path), output_dir=str(tmp_path / "2")))
+    a, b = write_rival_runs(tmp_path / "a"), write_rival_runs(tmp_path / "b", references=3)
+    first = build_survey([a[0], a[1], b[0], b[1]], replace(build_config(tmp_path), output_dir=str(tmp_path / "1")))
+    second = build_survey([a[0], b[0], a[1], b[1]], replace(build_config(tmp_path), output_dir=str(tmp_path / "2")))
     assert first == second
 
 
 def test_images_of_other_settings_or_of_an_earlier_training_are_not_paired(tmp_path: Path) -> None:
-    ours, theirs = rival_runs(tmp_path)
+    ours, theirs = write_rival_runs(tmp_path)
     listed = theirs / GENERATED / GENERATED_LIST
     rows = [json.loads(line) for line in listed.read_text().splitlines()]
     rows[0]["guidance_scale"] += 1
     rows[1]["num_inference_steps"] += 1
     rows[2]["result"] = "another training"
     listed.write_text("\n".join(json.dumps(row) for row in rows))
-    assert len(build_survey((ours, theirs), settings(tmp_path)).select("customization", "pair")) == 3
+    assert len(build_survey((ours, theirs), build_config(tmp_path)).select("customization", "pair")) == 3
 
 
 @pytest.mark.parametrize("candidate", [0, 1])
 def test_a_prompt_that_either_run_trained_on_asks_about_likeness(tmp_path: Path, candidate: int) -> None:
     prompt = "a painting in the style of {}"
     runs = [
-        run_with_images(tmp_path / kind, seed, learnable_property=kind, scenes=("by night",))
+        write_run_with_images(tmp_path / kind, seed, learnable_property=kind, scenes=("by night",))
         for seed, kind in enumerate(("object", "style"))
     ]
     for run in runs:
         listed = run / GENERATED / GENERATED_LIST
         listed.write_text(listed.read_text().replace("a photo of <thing> by night", prompt.format("<thing>")))
-    survey = build_survey([runs[candidate], runs[1 - candidate]], settings(tmp_path))
+    survey = build_survey([runs[candidate], runs[1 - candidate]], build_config(tmp_path))
     assert {task.prompt for task in survey.select("reconstruction", "pair")} >= {prompt}
     assert not survey.select("customization", "pair")
 
 
 def test_all_runs_that_cannot_be_compared_are_refused_at_once(tmp_path: Path) -> None:
-    ours, theirs = rival_runs(tmp_path)
+    ours, theirs = write_rival_runs(tmp_path)
     (theirs / "result.json").unlink()
-    bare = run_with_images(tmp_path / "bare", 3, references=0)
+    bare = write_run_with_images(tmp_path / "bare", 3, references=0)
     with pytest.raises(RefusedInput) as refused:
-        build_survey((ours, theirs, bare), settings(tmp_path))
+        build_survey((ours, theirs, bare), build_config(tmp_path))
     assert len(refused.value.problems) == 3
     assert not (tmp_path / "survey").exists()
 
 
 def test_an_output_folder_in_use_is_refused_and_unchanged(tmp_path: Path) -> None:
-    folder, _ = small_survey(tmp_path)
+    folder, _ = build_small_survey(tmp_path)
     before = (folder / "survey.json").read_bytes()
     with pytest.raises(RefusedInput, match="already holds files"):
-        build_survey((tmp_path / "stopped", tmp_path / "full"), settings(tmp_path, seed=5))
+        build_survey((tmp_path / "stopped", tmp_path / "full"), build_config(tmp_path, seed=5))
     assert (folder / "survey.json").read_bytes() == before
 
 
@@ -226,14 +229,14 @@ def test_an_output_folder_in_use_is_refused_and_unchanged(tmp_path: Path) -> Non
     ],
 )
 def test_a_damaged_survey_is_refused(tmp_path: Path, damage: Callable[[Path], object]) -> None:
-    folder, _ = small_survey(tmp_path)
+    folder, _ = build_small_survey(tmp_path)
     damage(folder)
     with pytest.raises(RefusedInput):
         Survey.load(folder)
 
 
 def test_missing_images_are_generated_by_both_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = [run_with_images(tmp_path / name, seed, scenes=()) for seed, name in enumerate(("stopped", "full"))]
+    runs = [write_run_with_images(tmp_path / name, seed, scenes=()) for seed, name in enumerate(("stopped", "full"))]
     (tmp_path / "scenes.txt").write_text("on the moon\n\nby the sea\n")
     calls = []
     personalised = SimpleNamespace(load_personalised_backbone=lambda folder: folder)
@@ -247,7 +250,7 @@ def test_missing_images_are_generated_by_both_runs(tmp_path: Path, monkeypatch: 
         ]
 
     monkeypatch.setitem(sys.modules, "dvar.diffusion.sampling", SimpleNamespace(sample=sample))
-    config = replace(settings(tmp_path), generate=True, scenes=str(tmp_path / "scenes.txt"), images_per_prompt=3)
+    config = replace(build_config(tmp_path), generate=True, scenes=str(tmp_path / "scenes.txt"), images_per_prompt=3)
     survey = build_survey(runs, config)
     assert [name for name, _, _ in calls] == ["stopped", "full"]
     assert calls[0][1:] == calls[1][1:]
@@ -298,7 +301,7 @@ def test_settings_are_checked() -> None:
 
 
 def test_the_command_builds_and_names_the_next_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runs = [str(folder) for folder in rival_runs(tmp_path)]
+    runs = [str(folder) for folder in write_rival_runs(tmp_path)]
     output = str(tmp_path / "asked")
     assert main(["survey", "build", *runs, "--no-generate", "--output-dir", output, "--candidate", "early"]) == 0
     lines = capsys.readouterr().out.splitlines()

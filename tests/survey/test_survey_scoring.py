@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_survey import small_survey
+from fake_survey import build_small_survey
 
 pytest.importorskip("itsdangerous", reason="needs the extra: pip install 'dvar[survey]'")
 
@@ -43,8 +43,8 @@ CONTROLS = SURVEY.select("reconstruction", "control")
 MARKS: dict[str, Answer] = {"+": "first", "=": "equal", "-": "second"}
 
 
-def votes(rater: str, answers: str, right: int = 1, wrong: int = 0, left: Side = "first") -> list[Vote]:
-    """A rater's votes on the pairs of method a, + better, = equal, - worse, and on controls."""
+def cast_votes(rater: str, answers: str, right: int = 1, wrong: int = 0, left: Side = "first") -> list[Vote]:
+    """Return a rater's votes on the pairs of method a: + better, = equal, - worse, and on controls."""
     pairs = [Vote(rater, task, left, MARKS[mark], 3.0) for task, mark in zip(PAIRS, answers, strict=False)]
     passed = [Vote(rater, task, left, task.expected or "equal", 1.0) for task in CONTROLS[:right]]
     failed = [Vote(rater, CONTROLS[0], left, "equal", 1.0)] * wrong
@@ -52,7 +52,7 @@ def votes(rater: str, answers: str, right: int = 1, wrong: int = 0, left: Side =
 
 
 def test_votes_are_counted_as_in_table_2_and_ties_are_counted_apart() -> None:
-    score = score_votes(SURVEY, [*votes("1", "++=-"), *votes("2", "+==-", left="second")])
+    score = score_votes(SURVEY, [*cast_votes("1", "++=-"), *cast_votes("2", "+==-", left="second")])
     (row,) = score.results
     assert (row.method, row.question, row.raters, row.concepts) == ("a", "reconstruction", 2, 2)
     assert (row.better, row.equal, row.worse, row.votes) == (3, 3, 2, 8)
@@ -74,7 +74,7 @@ def test_votes_are_counted_as_in_table_2_and_ties_are_counted_apart() -> None:
 def test_a_result_is_that_of_the_statistics_under_the_settings() -> None:
     answers = {"1": "+++=", "2": "-+-=", "3": "+=--"}
     left: dict[str, Side] = {"1": "first", "2": "second", "3": "first"}
-    cast = [vote for rater, marks in answers.items() for vote in votes(rater, marks, left=left[rater])]
+    cast = [vote for rater, marks in answers.items() for vote in cast_votes(rater, marks, left=left[rater])]
     score = score_votes(SURVEY, cast, SurveyScoreConfig(confidence=0.8, resamples=300, seed=5))
     (row,) = score.results
     values = np.array([{"+": 1, "=": 0, "-": -1}[mark] for marks in answers.values() for mark in marks])
@@ -102,7 +102,11 @@ def test_a_raters_seconds_are_the_median() -> None:
 
 
 def test_raters_who_fail_the_controls_are_excluded_and_the_score_of_everyone_is_reported_too() -> None:
-    cast = [*votes("good", "++++", right=2), *votes("bad", "----", wrong=1), *votes("new", "====", right=0)]
+    cast = [
+        *cast_votes("good", "++++", right=2),
+        *cast_votes("bad", "----", wrong=1),
+        *cast_votes("new", "====", right=0),
+    ]
     score = score_votes(SURVEY, cast)
     assert [(rater.name, rater.correct_controls, rater.controls, rater.excluded) for rater in score.raters] == [
         ("good", 2, 2, False),
@@ -123,7 +127,7 @@ def test_training_is_not_a_control() -> None:
         Vote("1", task, "first", task.expected or "equal", 1.0, misses=2)
         for task in SURVEY.select("reconstruction", "training")
     ]
-    (rater,) = score_votes(SURVEY, [*lessons, *votes("1", "++", right=0, wrong=1)]).raters
+    (rater,) = score_votes(SURVEY, [*lessons, *cast_votes("1", "++", right=0, wrong=1)]).raters
     assert (rater.votes, rater.correct_controls, rater.controls, rater.misses, rater.excluded) == (
         2,
         0,
@@ -135,7 +139,7 @@ def test_training_is_not_a_control() -> None:
 
 def test_exactly_the_required_share_of_controls_is_enough() -> None:
     # 0.55 * 20 is a little more than 11 in binary.
-    score = score_votes(SURVEY, votes("1", "+", right=0), SurveyScoreConfig(min_accuracy=0.55))
+    score = score_votes(SURVEY, cast_votes("1", "+", right=0), SurveyScoreConfig(min_accuracy=0.55))
     assert not score.raters[0].excluded
     checks = [Vote("1", CONTROLS[0], "first", "first" if n < 11 else "equal", 1.0) for n in range(20)]
     for least, out in ((0.55, False), (0.551, True)):
@@ -144,18 +148,18 @@ def test_exactly_the_required_share_of_controls_is_enough() -> None:
 
 
 def test_two_raters_who_agree_do_not_make_a_result_certain(tmp_path: Path) -> None:
-    score = score_votes(SURVEY, [*votes("1", "+==-"), *votes("2", "+==-")])
+    score = score_votes(SURVEY, [*cast_votes("1", "+==-"), *cast_votes("2", "+==-")])
     (row,) = score.results
     assert row.share == 3 / 4
     assert (row.share_interval.low, row.share_interval.high) == pytest.approx((row.wilson_interval.low, 1.0))
     assert row.win_share == 1 / 2
     assert row.win_interval.low <= wilson_interval(2, 4).low < wilson_interval(2, 4).high <= row.win_interval.high
-    (all_won,) = score_votes(SURVEY, votes("1", "+++")).results
+    (all_won,) = score_votes(SURVEY, cast_votes("1", "+++")).results
     assert (all_won.win_interval.low, all_won.win_interval.high) == pytest.approx((wilson_interval(3, 3).low, 1.0))
     assert (
         "as few as 2 people and 2 concepts" in write_result_page(tmp_path, score, tmp_path / "score.html").read_text()
     )
-    many = [vote for number in range(10) for vote in votes(str(number), "+==-")]
+    many = [vote for number in range(10) for vote in cast_votes(str(number), "+==-")]
     assert (
         "as few as 2 concepts:"
         in write_result_page(tmp_path, score_votes(SURVEY, many), tmp_path / "score.html").read_text()
@@ -163,7 +167,7 @@ def test_two_raters_who_agree_do_not_make_a_result_certain(tmp_path: Path) -> No
 
 
 def test_the_page_of_the_score_names_nobody(tmp_path: Path) -> None:
-    cast = [*votes("1 Zerubbabel Z", "++++"), *votes("2 Habakkuk H", "----", right=0, wrong=2)]
+    cast = [*cast_votes("1 Zerubbabel Z", "++++"), *cast_votes("2 Habakkuk H", "----", right=0, wrong=2)]
     page = write_result_page(tmp_path, score_votes(SURVEY, cast), tmp_path / "score.html").read_text()
     assert "number 2 (0 of 2)" in page
     assert "Habakkuk" not in page
@@ -175,20 +179,20 @@ def test_the_page_says_when_nobody_answered_and_when_nobody_is_left(tmp_path: Pa
     assert (empty.all_results, empty.votes, empty.left_share) == ((), 0, 0.5)
     page = write_result_page(tmp_path, empty, tmp_path / "score.html").read_text()
     assert "Nobody has answered yet." in page
-    score = score_votes(SURVEY, votes("bad", "++--", right=0, wrong=2))
+    score = score_votes(SURVEY, cast_votes("bad", "++--", right=0, wrong=2))
     assert score.results == ()
     assert "nobody left" in write_result_page(tmp_path, score, tmp_path / "score.html").read_text()
 
 
 def test_ties_alone_show_no_side_and_no_winner(tmp_path: Path) -> None:
-    score = score_votes(SURVEY, votes("1", "===="))
+    score = score_votes(SURVEY, cast_votes("1", "===="))
     page = write_result_page(tmp_path, score, tmp_path / "score.html").read_text()
     assert "4 answers to pairs of images by 1 person." in page
     assert "No counted vote prefers an image" in page
     assert "50.0 %" not in page
     assert (
         "went to the left"
-        in write_result_page(tmp_path, score_votes(SURVEY, votes("1", "+===")), tmp_path / "b").read_text()
+        in write_result_page(tmp_path, score_votes(SURVEY, cast_votes("1", "+===")), tmp_path / "b").read_text()
     )
 
 
@@ -208,7 +212,7 @@ def vote_on(folder: Path, survey: Survey, raters: int = 3) -> VoteStore:
 def test_the_page_shows_the_table_and_the_images_and_loads_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, survey = small_survey(tmp_path)
+    folder, survey = build_small_survey(tmp_path)
     vote_on(folder, survey)
     assert main(["survey", "score", str(folder)]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -229,7 +233,7 @@ def test_the_page_shows_the_table_and_the_images_and_loads_nothing(
 
 
 def test_the_galleries_show_where_raters_agreed_and_only_pairs_with_enough_answers(tmp_path: Path) -> None:
-    folder, survey = small_survey(tmp_path)
+    folder, survey = build_small_survey(tmp_path)
     alike, apart, lone = survey.select("customization", "pair")[:3]
 
     def cast(task: Task, *answers: Answer) -> list[Vote]:
@@ -247,7 +251,7 @@ def test_the_galleries_show_where_raters_agreed_and_only_pairs_with_enough_answe
 
 
 def test_raters_are_deleted_by_their_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder, survey = small_survey(tmp_path)
+    folder, survey = build_small_survey(tmp_path)
     vote_on(folder, survey)
     votes = VoteStore(folder / VOTES_FILE, survey).load_votes()
     each = len(votes) // 3
@@ -264,13 +268,13 @@ def test_raters_are_deleted_by_their_numbers(tmp_path: Path, capsys: pytest.Capt
 # Tables
 
 
-def rows(path: Path) -> list[dict[str, str]]:
+def read_rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
 
-def one_row_per_task(table: list[dict[str, str]]) -> list[dict[str, str]]:
-    """One row of each task."""
+def select_one_row_per_task(table: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Return one row of each task."""
     return list({frozenset((row["left"], row["right"])): row for row in table}.values())
 
 
@@ -279,7 +283,9 @@ def write_answers(path: Path, table: list[dict[str, str]], names: tuple[str, str
         writer = csv.writer(file, delimiter=delimiter)
         writer.writerow(names)
         for worker in ("W1", "W2"):
-            writer.writerows([worker, row["ticket"], row["expected"] or "left"] for row in one_row_per_task(table))
+            writer.writerows(
+                [worker, row["ticket"], row["expected"] or "left"] for row in select_one_row_per_task(table)
+            )
     return path
 
 
@@ -292,10 +298,10 @@ def write_answers(path: Path, table: list[dict[str, str]], names: tuple[str, str
     ],
 )
 def test_answers_of_a_platform_come_back_as_votes(tmp_path: Path, names: tuple[str, str, str], delimiter: str) -> None:
-    folder, survey = small_survey(tmp_path)
+    folder, survey = build_small_survey(tmp_path)
     table = tmp_path / "tasks.csv"
     count = write_tasks(folder, table, "customization", KEY, "https://a.example/pictures/")
-    listed = rows(table)
+    listed = read_rows(table)
     assert count == len(listed)
     pairs = [row for row in listed if row["role"] == "pair"]
     assert len(pairs) == 2 * len(survey.select("customization", "pair"))
@@ -305,7 +311,7 @@ def test_answers_of_a_platform_come_back_as_votes(tmp_path: Path, names: tuple[s
     assert all(row["left"].startswith("https://a.example/pictures/") for row in listed)
     assert all(row["description"].startswith("a photo of the object ") for row in listed)
     path = write_answers(tmp_path / "answers", listed, names, delimiter)
-    answer_count = 2 * len(one_row_per_task(listed))
+    answer_count = 2 * len(select_one_row_per_task(listed))
     assert import_answers(folder, path, KEY) == (answer_count, 0)
     assert import_answers(folder, path, KEY) == (0, answer_count), "read again, nothing is counted twice"
     counted = VoteStore(folder / VOTES_FILE, survey).load_votes()
@@ -319,11 +325,11 @@ def test_answers_of_a_platform_come_back_as_votes(tmp_path: Path, names: tuple[s
 
 
 def test_neither_a_ticket_nor_its_row_reveals_the_role_of_a_task(tmp_path: Path) -> None:
-    folder, survey = small_survey(tmp_path)
+    folder, survey = build_small_survey(tmp_path)
     tickets = dict[str, list[str]]()
     for secret in (KEY, "o" * 40):
         write_tasks(folder, tmp_path / f"{secret}.csv", "customization", secret, "https://a.example")
-        tickets[secret] = [row["ticket"] for row in rows(tmp_path / f"{secret}.csv")]
+        tickets[secret] = [row["ticket"] for row in read_rows(tmp_path / f"{secret}.csv")]
         assert tickets[secret] == sorted(set(tickets[secret])), "in no order of roles"
         assert all(re.fullmatch("[0-9a-f]{32}", ticket) for ticket in tickets[secret])
     assert not set(tickets[KEY]) & set(tickets["o" * 40])
@@ -331,17 +337,17 @@ def test_neither_a_ticket_nor_its_row_reveals_the_role_of_a_task(tmp_path: Path)
 
 
 def test_an_odd_overlap_is_split_as_evenly_as_possible(tmp_path: Path) -> None:
-    folder, survey = small_survey(tmp_path, overlap=3)
+    folder, survey = build_small_survey(tmp_path, overlap=3)
     write_tasks(folder, tmp_path / "tasks.csv", "reconstruction", KEY, "https://a.example")
-    raters = [int(row["people"]) for row in rows(tmp_path / "tasks.csv") if row["role"] == "pair"]
+    raters = [int(row["people"]) for row in read_rows(tmp_path / "tasks.csv") if row["role"] == "pair"]
     assert sorted(raters) == [1, 1, 2, 2] == sorted([1, 2] * len(survey.select("reconstruction", "pair")))
 
 
 def test_a_table_with_wrong_rows_is_refused_as_a_whole(tmp_path: Path) -> None:
-    folder, survey = small_survey(tmp_path)
+    folder, survey = build_small_survey(tmp_path)
     table = tmp_path / "tasks.csv"
     write_tasks(folder, table, "customization", KEY, "https://a.example")
-    pairs = [row for row in rows(table) if row["role"] == "pair"]
+    pairs = [row for row in read_rows(table) if row["role"] == "pair"]
     good = [row for row in pairs if {row["left"], row["right"]} == {pairs[0]["left"], pairs[0]["right"]}]
     wrong = tmp_path / "wrong.csv"
     lines = [
@@ -367,11 +373,11 @@ def test_a_table_with_wrong_rows_is_refused_as_a_whole(tmp_path: Path) -> None:
 
 
 def test_a_table_that_contradicts_stored_votes_is_refused_as_a_whole(tmp_path: Path) -> None:
-    folder, survey = small_survey(tmp_path)
+    folder, survey = build_small_survey(tmp_path)
     write_tasks(folder, tmp_path / "tasks.csv", "customization", KEY, "https://a.example")
-    first, second = [row["ticket"] for row in one_row_per_task(rows(tmp_path / "tasks.csv")) if row["role"] == "pair"][
-        :2
-    ]
+    first, second = [
+        row["ticket"] for row in select_one_row_per_task(read_rows(tmp_path / "tasks.csv")) if row["role"] == "pair"
+    ][:2]
     path = tmp_path / "answers.csv"
     path.write_text(f"worker,ticket,answer\nW1,{first},left\n")
     assert import_answers(folder, path, KEY) == (1, 0)
@@ -382,9 +388,9 @@ def test_a_table_that_contradicts_stored_votes_is_refused_as_a_whole(tmp_path: P
 
 
 def test_a_table_from_a_spreadsheet_is_read(tmp_path: Path) -> None:
-    folder, survey = small_survey(tmp_path)
+    folder, survey = build_small_survey(tmp_path)
     write_tasks(folder, tmp_path / "tasks.csv", "customization", KEY, "https://a.example")
-    ticket = next(row["ticket"] for row in rows(tmp_path / "tasks.csv") if row["role"] == "pair")
+    ticket = next(row["ticket"] for row in read_rows(tmp_path / "tasks.csv") if row["role"] == "pair")
     (tmp_path / "answers.csv").write_text(f"worker,ticket,answer\r\nW1, {ticket} ,Left \r\n", encoding="utf-8-sig")
     assert import_answers(folder, tmp_path / "answers.csv", KEY) == (1, 0)
     (vote,) = VoteStore(folder / VOTES_FILE, survey).load_votes()
@@ -392,11 +398,11 @@ def test_a_table_from_a_spreadsheet_is_read(tmp_path: Path) -> None:
 
 
 def test_the_commands_sign_with_the_secret_of_the_survey(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder, _ = small_survey(tmp_path)
+    folder, _ = build_small_survey(tmp_path)
     table = tmp_path / "tasks.csv"
     words = ["--question", "reconstruction", "--images_url", "https://a.example", "--output", str(table)]
     assert main(["survey", "export", str(folder), *words]) == 0
-    path = write_answers(tmp_path / "answers.csv", rows(table), ("worker", "ticket", "answer"))
+    path = write_answers(tmp_path / "answers.csv", read_rows(table), ("worker", "ticket", "answer"))
     assert main(["survey", "import", str(folder), str(path)]) == 0
     assert " new, 0 counted before" in capsys.readouterr().out
     assert read_secret(folder)
@@ -404,11 +410,11 @@ def test_the_commands_sign_with_the_secret_of_the_survey(tmp_path: Path, capsys:
 
 
 def test_no_cell_is_read_as_a_formula(tmp_path: Path) -> None:
-    folder, _ = small_survey(tmp_path)
+    folder, _ = build_small_survey(tmp_path)
     plan = folder / "survey.json"
     plan.write_text(plan.read_text().replace("a photo of {} at night", "=HYPERLINK({})"))
     write_tasks(folder, tmp_path / "tasks.csv", "customization", KEY, "https://a.example")
-    assert "'=HYPERLINK(the object)" in {row["description"] for row in rows(tmp_path / "tasks.csv")}
+    assert "'=HYPERLINK(the object)" in {row["description"] for row in read_rows(tmp_path / "tasks.csv")}
 
 
 # Simulated raters

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_survey import small_survey
+from fake_survey import build_small_survey
 
 pytest.importorskip("starlette", reason="needs the extra: pip install 'dvar[survey]'")
 import uvicorn
@@ -114,20 +114,20 @@ class Place:
 
 @pytest.fixture
 def place(tmp_path: Path) -> Place:
-    folder, survey = small_survey(tmp_path)
+    folder, survey = build_small_survey(tmp_path)
     return Place(folder, survey, create_app(folder, survey, KEY))
 
 
-def personal_link(page: Page) -> str:
+def find_personal_link(page: Page) -> str:
     return next(str(f["href"]) for f in page.all("a") if str(f["href"]).startswith("/resume/"))
 
 
-def stored_bytes(place: Place) -> bytes:
+def read_stored_bytes(place: Place) -> bytes:
     """Return everything on disk about raters and answers."""
     return b"".join(path.read_bytes() for path in sorted(place.folder.glob(f"{VOTES_FILE}*")))
 
 
-def expected(place: Place, page: Page) -> str | None:
+def find_right_button(place: Place, page: Page) -> str | None:
     """Return the right button of a training or control task, found by its images."""
     left = next(str(f["src"]) for f in page.all("img") if f.get("alt") == "Left image")
     right = next(str(f["src"]) for f in page.all("img") if f.get("alt") == "Right image")
@@ -143,7 +143,7 @@ def test_a_rater_goes_from_the_first_page_to_the_last_without_scripts(place: Pla
     visitor = Visitor(place.app)
     page, seen = visitor.begin(), 0
     while "Thank you" not in page.text:
-        answer = expected(place, page) or "left"
+        answer = find_right_button(place, page) or "left"
         if seen == 0:
             wrong = next(word for word in ("left", "right", "equal") if word != answer)
             assert visitor.press(page, wrong).status_code == 303
@@ -170,8 +170,10 @@ def test_reloading_going_back_and_another_tab_show_the_open_task(place: Place) -
     first = visitor.begin()
     assert visitor.page().hidden["task"] == first.hidden["task"] == visitor.page().hidden["task"]
     assert "Continue" in visitor.page("/").text
-    assert visitor.press(first, expected(place, first) or "left").status_code == 303
-    assert visitor.press(first, expected(place, first) or "left").status_code == 303, "pressed twice, without harm"
+    assert visitor.press(first, find_right_button(place, first) or "left").status_code == 303
+    assert visitor.press(first, find_right_button(place, first) or "left").status_code == 303, (
+        "pressed twice, without harm"
+    )
     assert len(place.votes) == 1
     assert visitor.page().hidden["task"] != first.hidden["task"]
 
@@ -179,7 +181,7 @@ def test_reloading_going_back_and_another_tab_show_the_open_task(place: Place) -
 def test_the_personal_link_continues_in_another_browser(place: Place) -> None:
     visitor = Visitor(place.app)
     page = visitor.begin()
-    link = personal_link(page)
+    link = find_personal_link(page)
     elsewhere = Visitor(place.app)
     confirmation = elsewhere.page(link)
     assert "Continue as Ada?" in confirmation.text
@@ -191,7 +193,7 @@ def test_the_personal_link_continues_in_another_browser(place: Place) -> None:
 
 def test_a_link_of_someone_else_does_not_change_the_visitor(place: Place) -> None:
     visitor, other = Visitor(place.app), Visitor(place.app)
-    link, page = personal_link(visitor.begin()), other.begin("Eve")
+    link, page = find_personal_link(visitor.begin()), other.begin("Eve")
     confirmation = other.page(link)
     assert other.page().hidden["task"] == page.hidden["task"]
     assert other.http.post(link, data={"ticket": page.hidden["ticket"]}).status_code == 403
@@ -206,18 +208,18 @@ def test_a_rater_who_asks_for_it_is_deleted_and_nobody_else(place: Place) -> Non
     page = visitor.begin("Zerubbabel")
     other_page = other.begin("Other")
     for rater, task_page in ((visitor, page), (other, other_page)):
-        assert rater.press(task_page, expected(place, task_page) or "left").status_code == 303
-    old_page, old_form, link = visitor.page(), visitor.page("/").hidden, personal_link(page)
+        assert rater.press(task_page, find_right_button(place, task_page) or "left").status_code == 303
+    old_page, old_form, link = visitor.page(), visitor.page("/").hidden, find_personal_link(page)
     old_cookies = dict(visitor.http.cookies)
     confirmation = visitor.page("/forget")
     assert "your 1 answer will be deleted" in confirmation.text
     assert len(place.votes) == 2, "asking deletes nothing"
-    assert b"Zerubbabel" in stored_bytes(place)
+    assert b"Zerubbabel" in read_stored_bytes(place)
     response = visitor.http.post("/forget", data=confirmation.hidden)
     assert "Your name and your 1 answer have been deleted." in Page(response.text).text
     assert "deleted" not in visitor.page("/").text.partition("Your name (optional)")[0], "shown once"
     assert {vote.rater for vote in place.votes} == {"2 Other"}
-    assert b"Zerubbabel" not in stored_bytes(place)
+    assert b"Zerubbabel" not in read_stored_bytes(place)
     # Neither the link nor an old cookie with an old form works now, and the number is not used again.
     assert visitor.http.get(link).status_code == 410
     assert visitor.http.post("/join", data=old_form).status_code == 403, "the old cookie is gone"
@@ -317,7 +319,7 @@ def test_a_restarted_server_knows_every_rater(place: Place) -> None:
 def test_pages_can_be_used_with_a_screen_reader_and_a_keyboard(place: Place) -> None:
     visitor = Visitor(place.app)
     pages = [visitor.page("/"), Page(visitor.http.get("/admin").text), visitor.begin(), visitor.page("/forget")]
-    pages += [Visitor(place.app).page(personal_link(pages[2]))]
+    pages += [Visitor(place.app).page(find_personal_link(pages[2]))]
     for page in pages:
         assert page.all("html")[0]["lang"] == "en"
         assert len(page.all("h1")) == 1
@@ -341,7 +343,7 @@ def test_the_instructions_follow_the_order_of_appendix_g(place: Place) -> None:
     page = visitor.begin()
     while "Thank you" not in page.text:
         instructions[re.findall("<h1[^>]*>(.*)</h1>", page.source)[0]] = page.text.partition("How to decide")[2]
-        visitor.press(page, expected(place, page) or "left")
+        visitor.press(page, find_right_button(place, page) or "left")
         page = visitor.page()
     orders = {
         "Which image looks more like the reference object?": ["kind of thing", "shape", "colours", "patterns, parts"],
@@ -358,13 +360,13 @@ def test_pages_name_no_method_no_run_and_no_path(place: Place) -> None:
     words = {"textual", "inversion", "stopped", "full", "dvar", "baseline", "control", str(place.folder), "mug"}
     for _ in range(8):
         # Signatures are random letters, which may spell a short word.
-        tokens = [fields["ticket"] for fields in page.forms.values()] + [personal_link(page)]
+        tokens = [fields["ticket"] for fields in page.forms.values()] + [find_personal_link(page)]
         text = page.source.lower()
         for token in tokens:
             assert token.lower() in text
             text = text.replace(token.lower(), "")
         assert not [word for word in words if word.lower() in text]
-        visitor.press(page, expected(place, page) or "right")
+        visitor.press(page, find_right_button(place, page) or "right")
         page = visitor.page()
     response = visitor.http.get(str(page.all("img")[0]["src"]))
     assert response.headers["content-type"] == "image/png"
@@ -377,7 +379,7 @@ def test_names_and_prompts_are_shown_as_text_and_never_executed(place: Place) ->
     while "Thank you" not in page.text:
         source += page.source
         assert [f.get("src") for f in page.all("script")] == ["/static/keys.js"]
-        visitor.press(page, expected(place, page) or "left")
+        visitor.press(page, find_right_button(place, page) or "left")
         page = visitor.page()
     assert "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;" in source, "a scene of the survey"
     admin = visitor.progress()
@@ -389,7 +391,7 @@ def test_the_progress_page_needs_its_token_and_shows_who_fails(place: Place) -> 
     visitor = Visitor(place.app)
     page = visitor.begin("Careless")
     while "Thank you" not in page.text:
-        right = expected(place, page)
+        right = find_right_button(place, page)
         visitor.press(page, "equal")
         if right not in (None, "equal"):
             visitor.press(page, str(right))  # of training; a control's second answer is refused
@@ -398,7 +400,7 @@ def test_the_progress_page_needs_its_token_and_shows_who_fails(place: Place) -> 
     other = Visitor(place.app)
     page = other.begin("Careful")
     while "Thank you" not in page.text:
-        other.press(page, expected(place, page) or "left")
+        other.press(page, find_right_button(place, page) or "left")
         page = other.page()
     admin = visitor.progress()
     assert "Careless (excluded)" in admin.text
@@ -413,67 +415,67 @@ def test_the_progress_page_needs_its_token_and_shows_who_fails(place: Place) -> 
 # Attacks
 
 
-def forged(place: Place, visitor: Visitor, page: Page) -> Any:
+def forge_ticket(place: Place, visitor: Visitor, page: Page) -> Any:
     fields = {**page.hidden, "answer": "left"}
     head, signature = fields["ticket"].rsplit(".", 1)
     return visitor.http.post("/vote", data={**fields, "ticket": f"{head}.{signature[::-1]}"})
 
 
-def other_key(place: Place, visitor: Visitor, page: Page) -> Any:
+def sign_with_another_key(place: Place, visitor: Visitor, page: Page) -> Any:
     evil = Visitor(create_app(place.folder, place.survey, "e" * 40))
     return visitor.http.post("/vote", data={**evil.begin().hidden, "task": page.hidden["task"], "answer": "left"})
 
 
-def other_person(place: Place, visitor: Visitor, page: Page) -> Any:
+def use_ticket_of_another(place: Place, visitor: Visitor, page: Page) -> Any:
     thief = Visitor(place.app)
     thief.begin("Thief")
     return thief.http.post("/vote", data={**page.hidden, "answer": "left"})
 
 
-def other_task(place: Place, visitor: Visitor, page: Page) -> Any:
+def use_ticket_for_another_task(place: Place, visitor: Visitor, page: Page) -> Any:
     return visitor.http.post("/vote", data={**page.hidden, "task": str(int(page.hidden["task"]) + 1), "answer": "left"})
 
 
-def other_purpose(place: Place, visitor: Visitor, page: Page) -> Any:
+def use_ticket_for_another_purpose(place: Place, visitor: Visitor, page: Page) -> Any:
     ticket = visitor.page("/").hidden["ticket"]
     return visitor.http.post("/vote", data={**page.hidden, "ticket": ticket, "answer": "left"})
 
 
-def forged_cookie(place: Place, visitor: Visitor, page: Page) -> Any:
+def forge_cookie(place: Place, visitor: Visitor, page: Page) -> Any:
     thief = Visitor(place.app)
     thief.http.cookies.set("survey", "eyJ3b3JrZXIiOiAxfQ==.aaaaaa.bbbbbbbbbbbbbbbbbbbbbbbbbbb")
     return thief.http.post("/vote", data={**page.hidden, "answer": "left"})
 
 
-def replayed(place: Place, visitor: Visitor, page: Page) -> Any:
-    right = expected(place, page) or "left"
+def replay_vote(place: Place, visitor: Visitor, page: Page) -> Any:
+    right = find_right_button(place, page) or "left"
     assert visitor.press(page, right).status_code == 303
     return visitor.press(page, "right" if right == "left" else "left")
 
 
-def wrong_token(token: str) -> Callable[[Place, Visitor, Page], Any]:
+def send_token(token: str) -> Callable[[Place, Visitor, Page], Any]:
     def attack(place: Place, visitor: Visitor, page: Page) -> Any:
         return visitor.send("/admin", Page(visitor.http.get("/admin").text), token=token)
 
     return attack
 
 
-def no_button(place: Place, visitor: Visitor, page: Page) -> Any:
+def press_unknown_button(place: Place, visitor: Visitor, page: Page) -> Any:
     return visitor.press(page, "first")
 
 
-def posted(path: str = "/vote", **request: Any) -> Callable[[Place, Visitor, Page], Any]:
+def post_request(path: str = "/vote", **request: Any) -> Callable[[Place, Visitor, Page], Any]:
     def attack(place: Place, visitor: Visitor, page: Page) -> Any:
         return visitor.http.post(path, **{"data": {**page.hidden, "answer": "left"}, **request})
 
     return attack
 
 
-def fetched(path: str, **headers: str) -> Callable[[Place, Visitor, Page], Any]:
+def fetch_page(path: str, **headers: str) -> Callable[[Place, Visitor, Page], Any]:
     return lambda place, visitor, page: visitor.http.get(path, headers=headers)
 
 
-def endless(place: Place, visitor: Visitor, page: Page) -> Any:
+def send_endless_body(place: Place, visitor: Visitor, page: Page) -> Any:
     def parts() -> Any:
         for _ in range(100):
             yield b"x" * MAX_BODY
@@ -483,48 +485,48 @@ def endless(place: Place, visitor: Visitor, page: Page) -> Any:
 
 FORM = {"content-type": "application/x-www-form-urlencoded"}
 ATTACKS: dict[str, tuple[Callable[[Place, Visitor, Page], Any], set[int]]] = {
-    "a forged ticket": (forged, {403}),
-    "no ticket": (posted(data={"task": "1", "answer": "left"}), {403}),
-    "a ticket of another secret": (other_key, {403}),
-    "another person's ticket": (other_person, {403}),
-    "a ticket of another task": (other_task, {403}),
-    "a ticket of another purpose": (other_purpose, {403}),
-    "a forged cookie": (forged_cookie, {403}),
-    "an answer replayed with another button": (replayed, {409}),
-    "a post from another site": (posted(headers={"origin": "https://evil.example"}), {403}),
-    "a post from a page without a site": (posted(headers={"origin": "null"}), {403}),
-    "a post that the browser calls cross-site": (posted(headers={"sec-fetch-site": "cross-site"}), {403}),
-    "joining from another site": (posted("/join", headers={"origin": "https://evil.example"}), {403}),
-    "joining without a ticket": (posted("/join", data={"name": "Eve"}), {403}),
-    "an answer that is not a button": (no_button, {409}),
-    "an empty form": (posted(data={}, headers=FORM), {403}),
-    "a body that is too large": (posted(content=b"a=" + b"x" * MAX_BODY, data=None, headers=FORM), {413}),
-    "a body without end": (endless, {413}),
-    "a thousand fields": (posted(content=b"a=1&" * 900, data=None, headers=FORM), {400}),
-    "bytes that are no text": (posted(content=b"\xff\xfe=%ff", data=None, headers=FORM), {400}),
-    "another kind of body": (posted(json={"answer": "left"}, data=None), {415}),
-    "a number that is none": (posted(data={"task": "1e9", "answer": "left"}), {403}),
-    "a number beyond all": (posted(data={"task": "9" * 400, "answer": "left"}), {403}),
-    "voting by a link": (fetched("/vote?answer=left"), {405}),
-    "a path out of the pictures": (fetched("/pictures/..%2f..%2fsurvey.json"), {404}),
-    "a path out, encoded twice": (fetched("/pictures/%252e%252e%252fsecret.png"), {404}),
-    "the plan": (fetched("/pictures/../survey.json"), {404}),
-    "the secret": (fetched("/static/..%2f..%2f..%2fsecret"), {404}),
-    "the source": (fetched("/static/..%2fserver.py"), {404}),
-    "the votes": (fetched("/votes.sqlite"), {404}),
-    "a zero byte": (fetched("/pictures/a%00.png"), {404}),
-    "a forged link of one's own": (fetched("/resume/MQ.AAAA"), {403}),
-    "progress without a token": (fetched("/admin"), {403}),
-    "progress with a token in an address": (fetched(f"/admin?token={admin_token(KEY)}"), {403}),
-    "progress with a wrong token": (wrong_token("0" * 32), {403}),
-    "progress with no token": (wrong_token(""), {403}),
-    "progress with a token that is no ASCII": (wrong_token("é"), {403}),
-    "progress from another site": (posted("/admin", data={"token": admin_token(KEY)}), {403}),
-    "deleting a rater from another site": (posted("/forget", data={}, headers=FORM), {403}),
-    "deleting a rater with the ticket of a vote": (posted("/forget"), {403}),
-    "turning keys off from another site": (posted("/keys", data={}, headers=FORM), {403}),
-    "a link with another number": (fetched("/resume/Mg.sN6GYKedNg0_wlLLJBeQt1OcWQI"), {403}),
-    "another host's name": (fetched("/task", host="evil.example"), {400}),
+    "a forged ticket": (forge_ticket, {403}),
+    "no ticket": (post_request(data={"task": "1", "answer": "left"}), {403}),
+    "a ticket of another secret": (sign_with_another_key, {403}),
+    "another person's ticket": (use_ticket_of_another, {403}),
+    "a ticket of another task": (use_ticket_for_another_task, {403}),
+    "a ticket of another purpose": (use_ticket_for_another_purpose, {403}),
+    "a forged cookie": (forge_cookie, {403}),
+    "an answer replayed with another button": (replay_vote, {409}),
+    "a post from another site": (post_request(headers={"origin": "https://evil.example"}), {403}),
+    "a post from a page without a site": (post_request(headers={"origin": "null"}), {403}),
+    "a post that the browser calls cross-site": (post_request(headers={"sec-fetch-site": "cross-site"}), {403}),
+    "joining from another site": (post_request("/join", headers={"origin": "https://evil.example"}), {403}),
+    "joining without a ticket": (post_request("/join", data={"name": "Eve"}), {403}),
+    "an answer that is not a button": (press_unknown_button, {409}),
+    "an empty form": (post_request(data={}, headers=FORM), {403}),
+    "a body that is too large": (post_request(content=b"a=" + b"x" * MAX_BODY, data=None, headers=FORM), {413}),
+    "a body without end": (send_endless_body, {413}),
+    "a thousand fields": (post_request(content=b"a=1&" * 900, data=None, headers=FORM), {400}),
+    "bytes that are no text": (post_request(content=b"\xff\xfe=%ff", data=None, headers=FORM), {400}),
+    "another kind of body": (post_request(json={"answer": "left"}, data=None), {415}),
+    "a number that is none": (post_request(data={"task": "1e9", "answer": "left"}), {403}),
+    "a number beyond all": (post_request(data={"task": "9" * 400, "answer": "left"}), {403}),
+    "voting by a link": (fetch_page("/vote?answer=left"), {405}),
+    "a path out of the pictures": (fetch_page("/pictures/..%2f..%2fsurvey.json"), {404}),
+    "a path out, encoded twice": (fetch_page("/pictures/%252e%252e%252fsecret.png"), {404}),
+    "the plan": (fetch_page("/pictures/../survey.json"), {404}),
+    "the secret": (fetch_page("/static/..%2f..%2f..%2fsecret"), {404}),
+    "the source": (fetch_page("/static/..%2fserver.py"), {404}),
+    "the votes": (fetch_page("/votes.sqlite"), {404}),
+    "a zero byte": (fetch_page("/pictures/a%00.png"), {404}),
+    "a forged link of one's own": (fetch_page("/resume/MQ.AAAA"), {403}),
+    "progress without a token": (fetch_page("/admin"), {403}),
+    "progress with a token in an address": (fetch_page(f"/admin?token={admin_token(KEY)}"), {403}),
+    "progress with a wrong token": (send_token("0" * 32), {403}),
+    "progress with no token": (send_token(""), {403}),
+    "progress with a token that is no ASCII": (send_token("é"), {403}),
+    "progress from another site": (post_request("/admin", data={"token": admin_token(KEY)}), {403}),
+    "deleting a rater from another site": (post_request("/forget", data={}, headers=FORM), {403}),
+    "deleting a rater with the ticket of a vote": (post_request("/forget"), {403}),
+    "turning keys off from another site": (post_request("/keys", data={}, headers=FORM), {403}),
+    "a link with another number": (fetch_page("/resume/Mg.sN6GYKedNg0_wlLLJBeQt1OcWQI"), {403}),
+    "another host's name": (fetch_page("/task", host="evil.example"), {400}),
 }
 
 
@@ -589,7 +591,7 @@ def test_a_body_that_is_too_large_closes_the_connection(place: Place) -> None:
 
 
 def test_the_secret_is_created_once_and_readable_by_its_owner_only(tmp_path: Path) -> None:
-    folder, _ = small_survey(tmp_path)
+    folder, _ = build_small_survey(tmp_path)
     secret = read_secret(folder)
     assert len(secret) >= 32
     assert read_secret(folder) == secret

@@ -28,7 +28,7 @@ Z95 = 1.959963984540054
 def cast_votes(
     better: tuple[int, int], equal: tuple[int, int], worse: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Votes and sides with those counts, each (candidate on the left, on the right)."""
+    """Return votes and sides with those counts, each (candidate on the left, on the right)."""
     votes = [
         value for value, counts in ((1, better), (0, equal), (-1, worse)) for count in counts for _ in range(count)
     ]
@@ -136,7 +136,9 @@ def test_the_fitted_strength_maximises_the_likelihood(better, equal, worse) -> N
     optimum = optimize.minimize(lambda at: -likelihood(at[0], at[1], np.exp(at[2])), np.zeros(3), tol=1e-10)
     fitted = (strength.advantage, strength.left, np.log(strength.ties))
     assert fitted == pytest.approx(tuple(optimum.x), abs=1e-3)
-    spread = Z95 * np.sqrt(1 / _curvature(lambda change: likelihood(fitted[0] + change, fitted[1], strength.ties)))
+    spread = Z95 * np.sqrt(
+        1 / _measure_curvature(lambda change: likelihood(fitted[0] + change, fitted[1], strength.ties))
+    )
     assert strength.interval.high - strength.advantage >= spread * 0.999, "the others are estimated as well"
     best = likelihood(strength.advantage, strength.left, strength.ties)
     for change in (-0.01, 0.01):
@@ -145,8 +147,8 @@ def test_the_fitted_strength_maximises_the_likelihood(better, equal, worse) -> N
         assert likelihood(strength.advantage, strength.left, strength.ties * (1 + change)) < best
 
 
-def _curvature(of: Callable[[float], float], step: float = 1e-3) -> float:
-    """How sharply a function bends down at 0."""
+def _measure_curvature(of: Callable[[float], float], step: float = 1e-3) -> float:
+    """Return the negative second derivative of a function at 0."""
     return -(of(step) - 2 * of(0) + of(-step)) / step**2
 
 

@@ -32,7 +32,7 @@ def open_store(survey: Survey = SURVEY, clock: Clock | None = None) -> VoteStore
     return VoteStore(":memory:", survey, clock or Clock())
 
 
-def button_for(assignment: Assignment, answer: str | None) -> str:
+def find_button(assignment: Assignment, answer: str | None) -> str:
     return next(button for button in ("left", "right", "equal") if assignment.answer_for(button) == answer)
 
 
@@ -42,7 +42,9 @@ def answer_all(store: VoteStore, rater: int, answer: str = "first") -> list[Assi
     while (assignment := store.current_assignment(rater)) is not None:
         assignments.append(assignment)
         assert len(assignments) < 100
-        outcome, _ = store.record_vote(rater, assignment.id, button_for(assignment, assignment.task.expected or answer))
+        outcome, _ = store.record_vote(
+            rater, assignment.id, find_button(assignment, assignment.task.expected or answer)
+        )
         assert outcome == "counted"
     return assignments
 
@@ -170,7 +172,7 @@ def test_the_seconds_of_an_answer_count_from_the_last_showing() -> None:
     assignment = store.current_assignment(rater)
     assert assignment is not None
     clock.now += 2
-    store.record_vote(rater, assignment.id, button_for(assignment, assignment.task.expected))
+    store.record_vote(rater, assignment.id, find_button(assignment, assignment.task.expected))
     assert [vote.seconds for vote in store.load_votes()] == [2]
 
 
@@ -219,7 +221,7 @@ def test_training_is_asked_again_until_it_is_right_and_the_misses_are_counted() 
     )
     again = store.current_assignment(rater)
     assert again == replace(assignment, misses=2)
-    assert store.record_vote(rater, assignment.id, button_for(assignment, assignment.task.expected))[0] == "counted"
+    assert store.record_vote(rater, assignment.id, find_button(assignment, assignment.task.expected))[0] == "counted"
     assert [vote.misses for vote in store.load_votes()] == [2]
 
 

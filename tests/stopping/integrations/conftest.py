@@ -1,4 +1,4 @@
-"""One small task for every host, whose stop the plain loop knows."""
+"""The backend of Keras for these tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs a worker on two gloo processes, and returns what each reports at its end."""
+"""Two gloo processes that run one worker."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two real processes under accelerate: one judges, both stop at the same step, and a failure of one is one of both."""
+"""Two real processes under accelerate: one judges, both stop at the same step, and a failure of one ends both."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from processes import run_two
-from task import CAP, STOP, assert_as_expected, build_monitor, expected, network
+from task import CAP, STOP, assert_as_expected, build_monitor, build_network, record_expected_trace
 
 from dvar import RefusedInput, Trace, Verdict
 from dvar.stopping.integrations.accelerate import judge_together
@@ -25,19 +25,19 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 
 from dvar import DvarError
 from dvar.stopping.integrations.accelerate import judge_together
-from task import CAP, RATE, X, losses_of, network, build_monitor
+from task import CAP, RATE, X, build_loss, build_monitor, build_network
 
 folder = Path(sys.argv[1])
 accelerator = Accelerator(
     cpu=True, gradient_accumulation_steps=2, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=60))]
 )
-net = network()
+net = build_network()
 model, optimizer = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=RATE))
 monitor = build_monitor(accelerator.unwrap_model(model), folder / "trace.jsonl")
 step, verdict = 0, judge_together(accelerator, monitor, 0)
 while not verdict.stop and step < CAP:
     with accelerator.accumulate(model):
-        accelerator.backward(losses_of(model)(X).mean())
+        accelerator.backward(build_loss(model)(X).mean())
         optimizer.step()
         optimizer.zero_grad()
     if accelerator.sync_gradients:
@@ -71,10 +71,13 @@ def test_two_processes_stop_at_the_same_step_by_the_verdict_of_the_first(
 ) -> None:
     first, other = outcomes
     assert first["kind"] == other["kind"] == "DistributedDataParallel"
-    assert first["step"] == other["step"] == expected().last_step < CAP
+    assert first["step"] == other["step"] == record_expected_trace().last_step < CAP
     assert Verdict.from_json(first["verdict"]) == Verdict.from_json(other["verdict"])
     assert first["verdict"] == other["verdict"]
-    assert (first["records"], other["records"]) == (len(expected()), 0)  # the second one neither measures nor writes
+    assert (first["records"], other["records"]) == (
+        len(record_expected_trace()),
+        0,
+    )  # the second one neither measures nor writes
     assert_as_expected(Trace.read(folder / "trace.jsonl"))
 
 
@@ -89,7 +92,7 @@ def test_a_failure_of_the_first_process_is_one_of_the_other_too(outcomes: list[d
 
 
 def test_one_process_needs_no_other(tmp_path: Path) -> None:
-    accelerator, net = Accelerator(cpu=True), network()
+    accelerator, net = Accelerator(cpu=True), build_network()
     monitor = build_monitor(net, tmp_path / "trace.jsonl")
     assert judge_together(accelerator, monitor, 0) == STOP(monitor.trace)
     assert len(monitor.trace) == 1
@@ -102,5 +105,5 @@ def test_a_model_in_parts_is_refused(tmp_path: Path, kind: str, stage: int, monk
     plugins = {"only": SimpleNamespace(zero_stage=stage, selected=True)}
     monkeypatch.setitem(accelerator.state._shared_state, "deepspeed_plugins", plugins)
     with pytest.raises(RefusedInput, match=f"needs the whole model there, got {kind}: measure the loss on all proc"):
-        judge_together(accelerator, build_monitor(network(), tmp_path / "trace.jsonl"), 0)
+        judge_together(accelerator, build_monitor(build_network(), tmp_path / "trace.jsonl"), 0)
     assert list(tmp_path.iterdir()) == []

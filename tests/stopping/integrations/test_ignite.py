@@ -9,20 +9,20 @@ import ignite.distributed as idist
 import pytest
 import torch
 from ignite.engine import Engine, Events
-from task import CAP, RATE, STOP, X, assert_as_expected, build_monitor, expected, losses_of, network
+from task import CAP, RATE, STOP, X, assert_as_expected, build_loss, build_monitor, build_network, record_expected_trace
 
 from dvar import Trace
 from dvar.stopping.integrations.ignite import DvarHandler
 
 
-def ran(path: Path, *, last: int = CAP, parts: int = 1, resume: dict[str, Any] | None = None) -> Any:
-    """An engine that trains for `last` updates of `parts` batches each, and all that a checkpoint of it would hold."""
-    net = network()
+def run_engine(path: Path, *, last: int = CAP, parts: int = 1, resume: dict[str, Any] | None = None) -> Any:
+    """Return an engine that trained for `last` updates of `parts` batches each, and the content of its checkpoint."""
+    net = build_network()
     optimizer = torch.optim.SGD(net.parameters(), lr=RATE)
 
     def update(engine: Engine, batch: int) -> None:
         assert net.training
-        (losses_of(net)(X).mean() / parts).backward()  # type: ignore[no-untyped-call]
+        (build_loss(net)(X).mean() / parts).backward()  # type: ignore[no-untyped-call]
         if engine.state.iteration % parts == 0:
             optimizer.step()
             optimizer.zero_grad()
@@ -49,8 +49,8 @@ def ran(path: Path, *, last: int = CAP, parts: int = 1, resume: dict[str, Any] |
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_it_terminates_the_engine_where_the_plain_loop_stops(tmp_path: Path, parts: int) -> None:
-    engine, handler, _ = ran(tmp_path / "trace.jsonl", parts=parts)
-    assert engine.state.iteration == expected().last_step * parts
+    engine, handler, _ = run_engine(tmp_path / "trace.jsonl", parts=parts)
+    assert engine.state.iteration == record_expected_trace().last_step * parts
     assert handler.verdict == STOP(Trace.read(tmp_path / "trace.jsonl"))
     assert handler.verdict.stop
     assert_as_expected(Trace.read(tmp_path / "trace.jsonl"))
@@ -58,23 +58,25 @@ def test_it_terminates_the_engine_where_the_plain_loop_stops(tmp_path: Path, par
 
 def test_updates_are_iterations_by_default(tmp_path: Path) -> None:
     engine = Engine(lambda engine, batch: None)
-    handler = DvarHandler(build_monitor(network(), tmp_path / "trace.jsonl"))
+    handler = DvarHandler(build_monitor(build_network(), tmp_path / "trace.jsonl"))
     handler.attach(engine)
     engine.run(range(3))
     assert Trace.read(tmp_path / "trace.jsonl").steps.tolist() == [0, 1, 2, 3]
 
 
 def test_a_killed_run_resumed_from_its_checkpoint_stops_at_the_same_step(tmp_path: Path) -> None:
-    *_, saved = ran(tmp_path / "trace.jsonl", last=13)
-    engine, handler, _ = ran(tmp_path / "trace.jsonl", resume=saved)
-    assert (engine.state.iteration, handler.verdict.stop) == (expected().last_step, True)
+    *_, saved = run_engine(tmp_path / "trace.jsonl", last=13)
+    engine, handler, _ = run_engine(tmp_path / "trace.jsonl", resume=saved)
+    assert (engine.state.iteration, handler.verdict.stop) == (record_expected_trace().last_step, True)
     assert_as_expected(Trace.read(tmp_path / "trace.jsonl"))
 
 
 def test_a_stopped_run_that_is_resumed_makes_no_further_update(tmp_path: Path) -> None:
-    net = network()
-    engine, _, _ = ran(tmp_path / "trace.jsonl")
-    resumed, handler, _ = ran(tmp_path / "trace.jsonl", resume={"engine": engine.state_dict(), "net": net.state_dict()})
+    net = build_network()
+    engine, _, _ = run_engine(tmp_path / "trace.jsonl")
+    resumed, handler, _ = run_engine(
+        tmp_path / "trace.jsonl", resume={"engine": engine.state_dict(), "net": net.state_dict()}
+    )
     assert handler.verdict.stop
     assert resumed.state.iteration == engine.state.iteration
 

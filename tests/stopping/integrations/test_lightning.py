@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
-from task import CAP, RATE, STOP, X, assert_as_expected, build_monitor, expected, losses_of, network
+from task import CAP, RATE, STOP, X, assert_as_expected, build_loss, build_monitor, build_network, record_expected_trace
 from torch import Tensor
 
 from dvar import RefusedInput, Trace
@@ -27,17 +27,17 @@ pytestmark = [
 class Model(LightningModule):  # type: ignore[misc]  # untyped base
     def __init__(self) -> None:
         super().__init__()
-        self.net = network()
+        self.net = build_network()
 
     def training_step(self, batch: Tensor, index: int) -> Tensor:
         assert self.net.training
-        return losses_of(self.net)(X).mean()
+        return build_loss(self.net)(X).mean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=RATE)
 
 
-def fitted(folder: Path, *, last: int = CAP, resume: Path | None = None, accumulate: int = 1, **more: Any) -> Any:
+def fit_model(folder: Path, *, last: int = CAP, resume: Path | None = None, accumulate: int = 1, **more: Any) -> Any:
     model = Model()
     callback = DvarCallback(build_monitor(model.net, folder / "trace.jsonl"))
     saves = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=10, save_top_k=-1)
@@ -61,25 +61,25 @@ def fitted(folder: Path, *, last: int = CAP, resume: Path | None = None, accumul
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_it_stops_the_trainer_where_the_plain_loop_stops(tmp_path: Path, accumulate: int) -> None:
-    trainer, callback = fitted(tmp_path, accumulate=accumulate)
-    assert trainer.global_step == expected().last_step < CAP
+    trainer, callback = fit_model(tmp_path, accumulate=accumulate)
+    assert trainer.global_step == record_expected_trace().last_step < CAP
     assert callback.verdict == STOP(Trace.read(tmp_path / "trace.jsonl"))
     assert callback.verdict.stop
     assert_as_expected(Trace.read(tmp_path / "trace.jsonl"))
 
 
 def test_a_killed_run_resumed_from_its_checkpoint_stops_at_the_same_step(tmp_path: Path) -> None:
-    fitted(tmp_path, last=13)
-    trainer, _ = fitted(tmp_path, resume=tmp_path / "step=10.ckpt")
-    assert trainer.global_step == expected().last_step
+    fit_model(tmp_path, last=13)
+    trainer, _ = fit_model(tmp_path, resume=tmp_path / "step=10.ckpt")
+    assert trainer.global_step == record_expected_trace().last_step
     assert_as_expected(Trace.read(tmp_path / "trace.jsonl"))
 
 
 def test_a_stopped_run_that_is_resumed_makes_no_further_update(tmp_path: Path) -> None:
-    trainer, _ = fitted(tmp_path)
+    trainer, _ = fit_model(tmp_path)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     before = {name: value.clone() for name, value in trainer.lightning_module.state_dict().items()}
-    resumed, callback = fitted(tmp_path, resume=tmp_path / "last.ckpt")
+    resumed, callback = fit_model(tmp_path, resume=tmp_path / "last.ckpt")
     assert resumed.global_step == trainer.global_step
     assert callback.verdict.stop
     assert all(torch.equal(value, before[name]) for name, value in resumed.lightning_module.state_dict().items())
@@ -95,7 +95,7 @@ class Third:
     "strategy", [FSDPStrategy(), ModelParallelStrategy(), Third()], ids=lambda it: type(it).__name__
 )
 def test_a_model_in_parts_is_refused(tmp_path: Path, strategy: Any) -> None:
-    callback = DvarCallback(build_monitor(network(), tmp_path / "trace.jsonl"))
+    callback = DvarCallback(build_monitor(build_network(), tmp_path / "trace.jsonl"))
     message = f"needs the whole model there, got {type(strategy).__name__}: train with strategy 'ddp'"
     with pytest.raises(RefusedInput, match=message):
         callback.on_train_start(SimpleNamespace(strategy=strategy), Model())
@@ -103,7 +103,7 @@ def test_a_model_in_parts_is_refused(tmp_path: Path, strategy: Any) -> None:
 
 
 def test_a_second_fit_begins_where_its_model_is_and_keeps_the_wish_of_another_callback_to_stop(tmp_path: Path) -> None:
-    _, callback = fitted(tmp_path, last=7)
+    _, callback = fit_model(tmp_path, last=7)
     strategy = SimpleNamespace(broadcast=lambda value: value)
     back = SimpleNamespace(strategy=strategy, global_step=4, is_global_zero=True, should_stop=True)
     callback.on_train_start(back, Model())

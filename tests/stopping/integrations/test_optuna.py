@@ -15,7 +15,7 @@ STOP = Dvar(window=20, threshold=0.2)
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
-def objective(trial: optuna.Trial) -> float:
+def report_losses(trial: optuna.Trial) -> float:
     pace = trial.suggest_categorical("pace", [6.0, 12.0])
     for step in range(300):
         loss = math.exp(-step / pace)
@@ -28,7 +28,7 @@ def objective(trial: optuna.Trial) -> float:
 def test_each_trial_stops_by_its_own_reports_and_is_complete() -> None:
     search = {"pace": [6.0, 12.0]}
     study = optuna.create_study(sampler=optuna.samplers.GridSampler(search), pruner=DvarPruner(STOP))
-    study.optimize(objective, n_trials=2)
+    study.optimize(report_losses, n_trials=2)
     trials = study.trials
     assert [trial.state for trial in trials] == [optuna.trial.TrialState.COMPLETE] * 2
     lasts = {trial.params["pace"]: trial.last_step for trial in trials}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from task import CAP, RATE, STOP, X, assert_as_expected, build_monitor, expected, losses_of, network
+from task import CAP, RATE, STOP, X, assert_as_expected, build_loss, build_monitor, build_network, record_expected_trace
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -18,14 +18,14 @@ from dvar.stopping.integrations.transformers import DvarCallback
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.net = network()
+        self.net = build_network()
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         # Each batch holds one point twice over: accumulated over two batches it is the task's own update.
-        return {"loss": losses_of(self.net)(X).mean() + 0 * x.sum()}
+        return {"loss": build_loss(self.net)(X).mean() + 0 * x.sum()}
 
 
-def trained(folder: Path, *, last: int = CAP, resume: str | None = None, seen: list[bool] | None = None) -> Any:
+def run_trainer(folder: Path, *, last: int = CAP, resume: str | None = None, seen: list[bool] | None = None) -> Any:
     model = Model()
     callback = DvarCallback(build_monitor(model.net, folder / "trace.jsonl"))
 
@@ -49,14 +49,14 @@ def trained(folder: Path, *, last: int = CAP, resume: str | None = None, seen: l
             use_cpu=True,
         ),
         train_dataset=[{"x": torch.zeros(1)}] * 8,
-        optimizers=(optimizer := torch.optim.SGD(model.parameters(), lr=RATE), _constant(optimizer)),
+        optimizers=(optimizer := torch.optim.SGD(model.parameters(), lr=RATE), _build_constant_schedule(optimizer)),
         callbacks=[callback, Sees()],
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer, callback
 
 
-def _constant(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+def _build_constant_schedule(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
 
 
@@ -64,12 +64,12 @@ def _constant(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRSc
 def done(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("trainer")
     seen: list[Any] = []
-    return folder, *trained(folder, seen=seen), seen
+    return folder, *run_trainer(folder, seen=seen), seen
 
 
 def test_it_stops_the_trainer_where_the_plain_loop_stops(done: Any) -> None:
     folder, trainer, callback, seen = done
-    assert trainer.state.global_step == expected().last_step < CAP
+    assert trainer.state.global_step == record_expected_trace().last_step < CAP
     assert callback.verdict == STOP(Trace.read(folder / "trace.jsonl"))
     assert callback.verdict.stop
     assert_as_expected(Trace.read(folder / "trace.jsonl"))
@@ -77,9 +77,9 @@ def test_it_stops_the_trainer_where_the_plain_loop_stops(done: Any) -> None:
 
 
 def test_a_killed_run_resumed_from_its_checkpoint_stops_at_the_same_step(tmp_path: Path) -> None:
-    trained(tmp_path, last=13)  # as if it was killed there, three updates after its checkpoint
-    trainer, callback = trained(tmp_path, resume=str(tmp_path / "checkpoint-10"))
-    assert trainer.state.global_step == expected().last_step
+    run_trainer(tmp_path, last=13)  # as if it was killed there, three updates after its checkpoint
+    trainer, callback = run_trainer(tmp_path, resume=str(tmp_path / "checkpoint-10"))
+    assert trainer.state.global_step == record_expected_trace().last_step
     assert callback.verdict.stop
     assert_as_expected(Trace.read(tmp_path / "trace.jsonl"))
 
@@ -87,7 +87,7 @@ def test_a_killed_run_resumed_from_its_checkpoint_stops_at_the_same_step(tmp_pat
 def test_a_stopped_run_that_is_resumed_does_not_train_on(done: Any) -> None:
     folder, trainer, *_ = done
     trainer._save_checkpoint(trainer.model, trial=None)
-    resumed, callback = trained(folder, resume=str(folder / f"checkpoint-{trainer.state.global_step}"))
+    resumed, callback = run_trainer(folder, resume=str(folder / f"checkpoint-{trainer.state.global_step}"))
     assert resumed.state.global_step == trainer.state.global_step
     assert callback.verdict.stop
     assert_as_expected(Trace.read(folder / "trace.jsonl"))
@@ -96,7 +96,7 @@ def test_a_stopped_run_that_is_resumed_does_not_train_on(done: Any) -> None:
 def test_a_second_training_begins_where_its_model_is_and_keeps_the_wish_of_another_callback_to_stop(
     tmp_path: Path,
 ) -> None:
-    _, callback = trained(tmp_path, last=7)
+    _, callback = run_trainer(tmp_path, last=7)
     control, state = TrainerControl(should_training_stop=True), TrainerState(global_step=4)
     callback.on_train_begin(TrainingArguments(output_dir=str(tmp_path), use_cpu=True), state, control)
     assert Trace.read(tmp_path / "trace.jsonl").steps.tolist() == [0, 1, 2, 3, 4]
@@ -105,7 +105,7 @@ def test_a_second_training_begins_where_its_model_is_and_keeps_the_wish_of_anoth
 
 @pytest.mark.parametrize("parts", ["FSDP", "DeepSpeed"])
 def test_a_model_in_parts_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: str) -> None:
-    callback = DvarCallback(build_monitor(network(), tmp_path / "trace.jsonl"))
+    callback = DvarCallback(build_monitor(build_network(), tmp_path / "trace.jsonl"))
     if parts == "FSDP":
         monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     else:

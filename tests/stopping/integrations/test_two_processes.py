@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from processes import run_two
-from task import CAP, assert_as_expected, expected
+from task import CAP, assert_as_expected, record_expected_trace
 
 from dvar import Trace, Verdict
 
@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from task import CAP, RATE, X, losses_of, network, build_monitor
+from task import CAP, RATE, X, build_loss, build_monitor, build_network
 
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
-net = network()
+net = build_network()
 monitor = build_monitor(net, folder / "trace.jsonl")
 """
 
@@ -35,7 +35,7 @@ class Model(nn.Module):
         self.net = net
 
     def forward(self, x):
-        return {"loss": losses_of(self.net)(X).mean() + 0 * x.sum()}
+        return {"loss": build_loss(self.net)(X).mean() + 0 * x.sum()}
 
 model = Model()
 optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
@@ -65,7 +65,7 @@ class Model(LightningModule):
 
     def training_step(self, batch, index):
         self.kind = type(self.trainer.strategy.model).__name__
-        return losses_of(self.net)(X).mean()
+        return build_loss(self.net)(X).mean()
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=RATE)
@@ -89,7 +89,7 @@ optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
 
 def update(engine, batch):
     optimizer.zero_grad()
-    losses_of(model)(X).mean().backward()
+    build_loss(model)(X).mean().backward()
     optimizer.step()
 
 engine, callback = Engine(update), DvarHandler(monitor)
@@ -111,8 +111,9 @@ outcome = {"kind": kind, "step": step, "verdict": callback.verdict.to_json(), "r
 def test_two_processes_stop_at_the_same_step_by_the_verdict_of_the_first(host: str, tmp_path: Path) -> None:
     first, other = run_two(HEAD + TRAINS[host] + TAIL, tmp_path)
     assert first["kind"] == other["kind"] == "DistributedDataParallel"
-    assert first["step"] == other["step"] == expected().last_step < CAP
+    assert first["step"] == other["step"] == record_expected_trace().last_step < CAP
     assert first["verdict"] == other["verdict"]
     assert Verdict.from_json(first["verdict"]).stop
-    assert (first["records"], other["records"]) == (len(expected()), 0)  # the second one neither measures nor writes
+    # The second process neither measures nor writes.
+    assert (first["records"], other["records"]) == (len(record_expected_trace()), 0)
     assert_as_expected(Trace.read(tmp_path / "trace.jsonl"))

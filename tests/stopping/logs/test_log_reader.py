@@ -1,4 +1,4 @@
-"""Every format of a log, written by what writes it in life; and what of them must not be believed."""
+"""Every format of a log, as its own tool writes it, and the logs that are refused."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _no_warning_unless_expected() -> Iterable[None]:
 # --- writers --------------------------------------------------------------------------------------------------------
 
 
-def own(folder: Path, curve: Mapping[int, float]) -> Path:
+def write_trace(folder: Path, curve: Mapping[int, float]) -> Path:
     with TraceFile(folder / "trace.jsonl", {"method": "textual-inversion"}) as file:
         trace = Trace()
         for step, value in curve.items():
@@ -52,7 +52,9 @@ def own(folder: Path, curve: Mapping[int, float]) -> Path:
     return folder / "trace.jsonl"
 
 
-def table(folder: Path, rows: Iterable[Mapping[str, object]], delimiter: str = ",", encoding: str = "utf-8") -> Path:
+def write_table(
+    folder: Path, rows: Iterable[Mapping[str, object]], delimiter: str = ",", encoding: str = "utf-8"
+) -> Path:
     rows = list(rows)
     path = folder / "metrics.csv"
     with path.open("w", newline="", encoding=encoding) as file:
@@ -62,51 +64,51 @@ def table(folder: Path, rows: Iterable[Mapping[str, object]], delimiter: str = "
     return path
 
 
-def plain_csv(folder: Path, curve: Mapping[int, float]) -> Path:
-    return table(folder, ({"step": step, "val_loss": value, "lr": 1e-3} for step, value in curve.items()))
+def write_plain_csv(folder: Path, curve: Mapping[int, float]) -> Path:
+    return write_table(folder, ({"step": step, "val_loss": value, "lr": 1e-3} for step, value in curve.items()))
 
 
-def spreadsheet_csv(folder: Path, curve: Mapping[int, float]) -> Path:
-    """As a spreadsheet saves it: semicolons, and a mark before the first name."""
-    return table(folder, ({"step": f"{step}", "eval": value} for step, value in curve.items()), ";", "utf-8-sig")
+def write_spreadsheet_csv(folder: Path, curve: Mapping[int, float]) -> Path:
+    """Write a table as a spreadsheet does: semicolons, and a byte order mark before the first name."""
+    return write_table(folder, ({"step": f"{step}", "eval": value} for step, value in curve.items()), ";", "utf-8-sig")
 
 
-def lightning_csv(folder: Path, curve: Mapping[int, float]) -> Path:
-    """Lightning's CSVLogger: rows of training and of validation, each with the others' cells empty."""
+def write_lightning_csv(folder: Path, curve: Mapping[int, float]) -> Path:
+    """Write a table as Lightning's CSVLogger does: rows of training and of validation, the others' cells empty."""
     rows: list[dict[str, object]] = []
     for step, value in curve.items():
         rows += [{"epoch": 0, "step": step, "train_loss": 0.5}, {"epoch": 0, "step": step, "val_loss": value}]
-    return table(folder, rows)
+    return write_table(folder, rows)
 
 
-def wandb_history_csv(folder: Path, curve: Mapping[int, float]) -> Path:
-    """`run.history().to_csv()` of a run that logs its own step: an index without a name, and W&B's own columns."""
+def write_wandb_history_csv(folder: Path, curve: Mapping[int, float]) -> Path:
+    """Write `run.history().to_csv()` of a run that logs its own step: an unnamed index, and W&B's own columns."""
     rows: list[dict[str, object]] = []
     for number, (step, value) in enumerate(curve.items()):
         rows.append({"": 2 * number, "_step": 2 * number, "_runtime": 0.1 * number, "loss": 0.5, "global_step": step})
         rows.append({"": 2 * number + 1, "_step": 2 * number + 1, "_runtime": 0.1 * number})
         rows[-1] |= {"global_step": float(step), "eval/loss": value}
-    return table(folder, rows)
+    return write_table(folder, rows)
 
 
-def wandb_chart_csv(folder: Path, curve: Mapping[int, float]) -> Path:
-    """What the button on a chart saves."""
+def write_wandb_chart_csv(folder: Path, curve: Mapping[int, float]) -> Path:
+    """Write what the button on a chart saves."""
     name = "mug-3 - L_det"
-    return table(
+    return write_table(
         folder,
         ({"Step": step, name: value, f"{name}__MIN": value, f"{name}__MAX": value} for step, value in curve.items()),
     )
 
 
-def wandb_scan_json(folder: Path, curve: Mapping[int, float]) -> Path:
-    """`json.dump(list(run.scan_history()))`."""
+def write_wandb_scan_json(folder: Path, curve: Mapping[int, float]) -> Path:
+    """Write `json.dump(list(run.scan_history()))`."""
     path = folder / "history.json"
     path.write_text(json.dumps([{"_step": step, "_runtime": 1.5, "L_det": value} for step, value in curve.items()]))
     return path
 
 
-def wandb_frame_json(folder: Path, curve: Mapping[int, float]) -> Path:
-    """`run.history().to_json()`: an object of columns."""
+def write_wandb_frame_json(folder: Path, curve: Mapping[int, float]) -> Path:
+    """Write `run.history().to_json()`: an object of columns."""
     columns: dict[str, dict[str, float]] = {"_step": {f"{row}": step for row, step in enumerate(curve)}}
     columns["L_det"] = {f"{row}": value for row, value in enumerate(curve.values())}
     path = folder / "history.json"
@@ -114,7 +116,7 @@ def wandb_frame_json(folder: Path, curve: Mapping[int, float]) -> Path:
     return path
 
 
-def simpletuner(folder: Path, curve: Mapping[int, float]) -> Path:
+def write_simpletuner(folder: Path, curve: Mapping[int, float]) -> Path:
     with (folder / "training_metrics.jsonl").open("w") as file:
         for step, value in curve.items():
             for metrics in ({"train_loss": 0.5, "learning_rate": 1e-4}, {"loss/val": value}):
@@ -123,7 +125,7 @@ def simpletuner(folder: Path, curve: Mapping[int, float]) -> Path:
     return folder
 
 
-def ai_toolkit(folder: Path, curve: Mapping[int, float | None]) -> Path:
+def write_ai_toolkit(folder: Path, curve: Mapping[int, float | None]) -> Path:
     database = sqlite3.connect(folder / "loss_log.db")
     database.execute("PRAGMA journal_mode=WAL")
     database.execute("CREATE TABLE steps (step INTEGER PRIMARY KEY, wall_time REAL NOT NULL)")
@@ -142,7 +144,7 @@ def ai_toolkit(folder: Path, curve: Mapping[int, float | None]) -> Path:
     return folder
 
 
-def tensorboard(folder: Path, curve: Mapping[int, float], name: str = "L_det", new_style: bool = False) -> Path:
+def write_tensorboard(folder: Path, curve: Mapping[int, float], name: str = "L_det", new_style: bool = False) -> Path:
     with SummaryWriter(str(folder / "logs")) as writer:
         for step, value in curve.items():
             writer.add_scalar(name, value, step, new_style=new_style)
@@ -151,12 +153,12 @@ def tensorboard(folder: Path, curve: Mapping[int, float], name: str = "L_det", n
     return folder
 
 
-def tensorboard_tensors(folder: Path, curve: Mapping[int, float]) -> Path:
-    return tensorboard(folder, curve, new_style=True)
+def write_tensorboard_tensors(folder: Path, curve: Mapping[int, float]) -> Path:
+    return write_tensorboard(folder, curve, new_style=True)
 
 
-def accelerate_tensorboard(folder: Path, curve: Mapping[int, float]) -> Path:
-    """As diffusers' and kohya's scripts do: through accelerate, which leaves its settings in a folder beside."""
+def write_accelerate_tensorboard(folder: Path, curve: Mapping[int, float]) -> Path:
+    """Write as diffusers' and kohya's scripts do: with accelerate, which adds a folder of its settings."""
     accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=str(folder))
     accelerator.init_trackers("network_train", config={"learning_rate": 1e-3})
     for step, value in curve.items():
@@ -166,11 +168,17 @@ def accelerate_tensorboard(folder: Path, curve: Mapping[int, float]) -> Path:
 
 
 WRITERS: dict[str, tuple[Write, ...]] = {
-    "trace": (own,),
-    "csv": (plain_csv, spreadsheet_csv, lightning_csv, wandb_history_csv, wandb_chart_csv),
-    "json": (wandb_scan_json, wandb_frame_json, simpletuner),
-    "ai-toolkit": (ai_toolkit,),
-    "tensorboard": (tensorboard, tensorboard_tensors, accelerate_tensorboard),
+    "trace": (write_trace,),
+    "csv": (
+        write_plain_csv,
+        write_spreadsheet_csv,
+        write_lightning_csv,
+        write_wandb_history_csv,
+        write_wandb_chart_csv,
+    ),
+    "json": (write_wandb_scan_json, write_wandb_frame_json, write_simpletuner),
+    "ai-toolkit": (write_ai_toolkit,),
+    "tensorboard": (write_tensorboard, write_tensorboard_tensors, write_accelerate_tensorboard),
 }
 
 
@@ -232,7 +240,7 @@ class TestAFormatOfAnotherPackage(LogFormatContract):
 
 
 def test_a_run_folder_of_ours_is_read_by_its_trace(tmp_path: Path) -> None:
-    own(tmp_path, CURVE)
+    write_trace(tmp_path, CURVE)
     assert len(read_log(tmp_path)) == len(CURVE)
 
 
@@ -251,7 +259,7 @@ def test_the_samples_of_an_own_trace_are_kept_and_its_other_metrics_can_be_asked
 
 def test_a_value_that_was_not_finite_is_read_as_such(tmp_path: Path) -> None:
     curve = {**CURVE, 12: math.nan, 20: math.inf}
-    for write in (own, plain_csv, wandb_scan_json, simpletuner, tensorboard):
+    for write in (write_trace, write_plain_csv, write_wandb_scan_json, write_simpletuner, write_tensorboard):
         folder = tmp_path / write.__name__
         folder.mkdir()
         values = read_log(write(folder, curve)).values
@@ -260,7 +268,7 @@ def test_a_value_that_was_not_finite_is_read_as_such(tmp_path: Path) -> None:
 
 
 def test_sqlite_keeps_null_in_the_place_of_a_nan(tmp_path: Path) -> None:
-    assert math.isnan(read_log(ai_toolkit(tmp_path, {**CURVE, 12: math.nan})).values[6])
+    assert math.isnan(read_log(write_ai_toolkit(tmp_path, {**CURVE, 12: math.nan})).values[6])
 
 
 def test_a_wandb_cell_of_text_is_a_number_where_it_says_one(tmp_path: Path) -> None:
@@ -276,7 +284,7 @@ def test_a_wandb_cell_of_text_is_a_number_where_it_says_one(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", ["loss", "train_loss", "loss/current", "train/loss", "loss/loss", "Loss"])
 def test_a_loss_with_random_timesteps_is_refused_and_warned_of(tmp_path: Path, name: str) -> None:
-    path = table(tmp_path, ({"step": step, name: loss(step), "lr": 1e-3} for step in STEPS))
+    path = write_table(tmp_path, ({"step": step, name: loss(step), "lr": 1e-3} for step in STEPS))
     with pytest.raises(RefusedInput, match="its variance says nothing about convergence") as refused:
         read_log(path)
     assert f"only {name}: " in str(refused.value)
@@ -287,7 +295,7 @@ def test_a_loss_with_random_timesteps_is_refused_and_warned_of(tmp_path: Path, n
 
 def test_the_training_loss_of_an_own_trace_is_warned_of(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=RANDOM_TIMESTEPS):
-        read_log(own(tmp_path, CURVE), "train_loss")
+        read_log(write_trace(tmp_path, CURVE), "train_loss")
 
 
 @pytest.mark.parametrize(
@@ -312,12 +320,14 @@ def test_a_loss_on_fixed_inputs_is_known_by_its_name(tmp_path: Path, name: str) 
         "val_accuracy": 0.9,
     }
     others |= {"val_loss_std": 0.1, "eval_loss_note": "good"}  # no loss, and no number anywhere
-    trace = read_log(table(tmp_path, ({"step": step, name: loss(step), **others} for step in STEPS)))
+    trace = read_log(write_table(tmp_path, ({"step": step, name: loss(step), **others} for step in STEPS)))
     assert trace.header["log"]["metric"] == name
 
 
 def test_several_candidates_are_listed_and_one_is_chosen_by_name(tmp_path: Path) -> None:
-    path = table(tmp_path, ({"step": step, "val_loss": loss(step), "eval/loss": 2.0, "loss": 3.0} for step in STEPS))
+    path = write_table(
+        tmp_path, ({"step": step, "val_loss": loss(step), "eval/loss": 2.0, "loss": 3.0} for step in STEPS)
+    )
     with pytest.raises(
         RefusedInput, match=r"2 losses on fixed inputs: choose one with --metric, of val_loss, eval/loss"
     ):
@@ -327,11 +337,11 @@ def test_several_candidates_are_listed_and_one_is_chosen_by_name(tmp_path: Path)
 
 def test_the_refusal_of_a_misspelt_metric_names_the_nearest_first(tmp_path: Path) -> None:
     with pytest.raises(RefusedInput, match=r"holds no 'val_los': name one of val_loss, lr"):
-        read_log(plain_csv(tmp_path, CURVE), "val_los")
+        read_log(write_plain_csv(tmp_path, CURVE), "val_los")
 
 
 def test_curves_of_several_runs_are_distinguished_by_the_name_of_the_run(tmp_path: Path) -> None:
-    path = table(tmp_path, ({"Step": step, "a - L_det": loss(step), "b - L_det": 2.0} for step in STEPS))
+    path = write_table(tmp_path, ({"Step": step, "a - L_det": loss(step), "b - L_det": 2.0} for step in STEPS))
     with pytest.raises(RefusedInput, match="2 losses on fixed inputs"):
         read_log(path)
     with pytest.raises(RefusedInput, match=r"holds several 'L_det': name one of a - L_det, b - L_det"):
@@ -340,28 +350,28 @@ def test_curves_of_several_runs_are_distinguished_by_the_name_of_the_run(tmp_pat
 
 
 def test_kohyas_faulty_average_is_warned_of(tmp_path: Path) -> None:
-    log = tensorboard(tmp_path, CURVE, "loss/validation/step_average")
+    log = write_tensorboard(tmp_path, CURVE, "loss/validation/step_average")
     with pytest.warns(UserWarning, match="overwrite only a part of this average"):
         read_log(log)
 
 
 def test_kohyas_average_by_epochs_is_warned_of(tmp_path: Path) -> None:
-    log = tensorboard(tmp_path, CURVE, "loss/validation/epoch_average")
+    log = write_tensorboard(tmp_path, CURVE, "loss/validation/epoch_average")
     with pytest.warns(UserWarning, match="count its steps in epochs in TensorBoard: give windows in epochs"):
         read_log(log)
 
 
 def test_a_fault_is_reported_where_a_curve_must_be_chosen(tmp_path: Path) -> None:
     names = ("loss/validation/step_average", "loss/validation/step_current")
-    path = table(tmp_path, ({"step": step, **dict.fromkeys(names, loss(step))} for step in STEPS))
+    path = write_table(tmp_path, ({"step": step, **dict.fromkeys(names, loss(step))} for step in STEPS))
     with pytest.raises(RefusedInput, match=r"step_average \(kohya's scripts overwrite .*\), loss/validation/step_curr"):
         read_log(path)
 
 
 def test_a_rounded_curve_is_warned_of(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"takes only \d+ values in 200 records: it was rounded"):
-        read_log(plain_csv(tmp_path, {step: round(value, 3) for step, value in CURVE.items()}))
-    read_log(plain_csv(tmp_path, dict.fromkeys(CURVE, 0.5)))  # never changing is another matter: "no change"
+        read_log(write_plain_csv(tmp_path, {step: round(value, 3) for step, value in CURVE.items()}))
+    read_log(write_plain_csv(tmp_path, dict.fromkeys(CURVE, 0.5)))  # never changing is another matter: "no change"
 
 
 # --- steps ----------------------------------------------------------------------------------------------------------
@@ -371,7 +381,7 @@ def test_a_resumed_run_is_read_as_its_last_attempt(tmp_path: Path) -> None:
     rows = [{"step": step, "val_loss": 9.0} for step in range(60)]
     rows += [{"step": step, "val_loss": loss(step)} for step in range(40, 50)]
     with pytest.warns(UserWarning, match="resumed from step 40; what was recorded before from there on is left out"):
-        trace = read_log(table(tmp_path, rows))
+        trace = read_log(write_table(tmp_path, rows))
     assert trace.steps.tolist() == list(range(50))
     assert trace.values[39:41].tolist() == [9.0, loss(40)]
 
@@ -383,9 +393,9 @@ def sort_first(folder: Path) -> None:
 
 
 def test_a_resumed_tensorboard_run_is_the_same(tmp_path: Path) -> None:
-    tensorboard(tmp_path, dict.fromkeys(range(60), 9.0))
+    write_tensorboard(tmp_path, dict.fromkeys(range(60), 9.0))
     sort_first(tmp_path / "logs")
-    tensorboard(tmp_path, {step: loss(step) for step in range(40, 50)})
+    write_tensorboard(tmp_path, {step: loss(step) for step in range(40, 50)})
     with pytest.warns(UserWarning, match="resumed from step 40"):
         trace = read_log(tmp_path)
     assert trace.steps.tolist() == list(range(50))
@@ -405,30 +415,30 @@ def test_what_a_tensorboard_writer_purges_is_reported_as_for_every_other_format(
 
 def test_steps_in_no_order_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RefusedInput, match=r"go back 199 times: sort the log by its steps"):
-        read_log(plain_csv(tmp_path, dict(reversed(CURVE.items()))))
+        read_log(write_plain_csv(tmp_path, dict(reversed(CURVE.items()))))
 
 
 def test_one_step_with_two_values_is_refused_and_with_one_value_twice_is_not(tmp_path: Path) -> None:
     rows = [{"step": 0, "val_loss": 0.5}, {"step": 0, "val_loss": 0.5}, {"step": 1, "val_loss": 0.4}]
-    assert read_log(table(tmp_path, rows)).steps.tolist() == [0, 1]
+    assert read_log(write_table(tmp_path, rows)).steps.tolist() == [0, 1]
     with pytest.raises(RefusedInput, match=r"val_loss at step 1 has two values, 0.4 and 0.3: average them"):
-        read_log(table(tmp_path, [*rows, {"step": 1, "val_loss": 0.3}]))
+        read_log(write_table(tmp_path, [*rows, {"step": 1, "val_loss": 0.3}]))
 
 
 def test_a_step_logged_twice_as_nan_is_no_contradiction(tmp_path: Path) -> None:
     rows = [{"step": 0, "val_loss": 0.5}, {"step": 1, "val_loss": math.nan}, {"step": 1, "val_loss": math.nan}]
-    assert read_log(table(tmp_path, rows)).steps.tolist() == [0, 1]
+    assert read_log(write_table(tmp_path, rows)).steps.tolist() == [0, 1]
 
 
 def test_the_column_of_steps_can_be_named(tmp_path: Path) -> None:
-    path = table(tmp_path, ({"updates": step, "val_loss": loss(step)} for step in STEPS))
+    path = write_table(tmp_path, ({"updates": step, "val_loss": loss(step)} for step in STEPS))
     with pytest.raises(RefusedInput, match=r"none of the columns global_step, .* of updates, val_loss"):
         read_log(path)
     assert read_log(path, step="updates").steps.tolist() == list(STEPS)
     with pytest.raises(RefusedInput, match=r"has no column 'update': name the column of steps, of updates, val_loss"):
         read_log(path, step="update")
     with pytest.raises(RefusedInput, match="counts its steps itself"):
-        read_log(ai_toolkit(tmp_path, CURVE), step="updates")
+        read_log(write_ai_toolkit(tmp_path, CURVE), step="updates")
 
 
 @pytest.mark.parametrize(
@@ -443,11 +453,13 @@ def test_the_column_of_steps_can_be_named(tmp_path: Path) -> None:
 )
 def test_a_bad_cell_is_refused_by_name(tmp_path: Path, row: Mapping[str, object], message: str) -> None:
     with pytest.raises(RefusedInput, match=message):
-        read_log(table(tmp_path, [{"step": 0, "val_loss": 0.5}, row]))
+        read_log(write_table(tmp_path, [{"step": 0, "val_loss": 0.5}, row]))
 
 
 def test_a_table_of_tabs_and_json_of_columns_or_of_one_record_are_read(tmp_path: Path) -> None:
-    assert len(read_log(table(tmp_path, ({"step": step, "eval": loss(step)} for step in STEPS), "\t"))) == len(CURVE)
+    assert len(read_log(write_table(tmp_path, ({"step": step, "eval": loss(step)} for step in STEPS), "\t"))) == len(
+        CURVE
+    )
     columns = {"step": list(CURVE), "val_loss": list(CURVE.values()), "val_loss_done": [True] * len(CURVE)}
     (tmp_path / "columns.json").write_text(json.dumps(columns))
     assert read_log(tmp_path / "columns.json").values.tolist() == list(CURVE.values())
@@ -476,7 +488,7 @@ def test_a_missing_log_and_an_empty_folder_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_torn_last_line_is_dropped_with_a_warning_and_damage_elsewhere_is_refused(tmp_path: Path) -> None:
-    path = simpletuner(tmp_path, CURVE) / "training_metrics.jsonl"
+    path = write_simpletuner(tmp_path, CURVE) / "training_metrics.jsonl"
     content = path.read_text()
     path.write_text(content[:-20])
     with pytest.warns(UserWarning, match="the last line is incomplete"):
@@ -529,7 +541,7 @@ def test_text_in_another_encoding_is_refused(tmp_path: Path) -> None:
 
 def test_event_files_of_several_runs_are_refused_with_their_folders(tmp_path: Path) -> None:
     for run in ("a", "b"):
-        tensorboard(tmp_path / run, CURVE)
+        write_tensorboard(tmp_path / run, CURVE)
     with pytest.raises(RefusedInput, match=r"of 2 runs: name the folder of one, of .*a/logs, .*b/logs"):
         read_log(tmp_path)
     assert len(read_log(tmp_path / "b")) == len(CURVE)
@@ -538,14 +550,14 @@ def test_event_files_of_several_runs_are_refused_with_their_folders(tmp_path: Pa
 def test_without_tensorboard_its_files_are_refused_by_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    log = tensorboard(tmp_path, CURVE)
+    log = write_tensorboard(tmp_path, CURVE)
     monkeypatch.setitem(sys.modules, "tensorboard.backend.event_processing.event_accumulator", None)
     with pytest.raises(RefusedInput, match=r"event files need tensorboard: pip install 'dvar\[tensorboard\]'$"):
         read_log(log)
 
 
 def test_reading_a_table_loads_neither_torch_nor_tensorboard(tmp_path: Path) -> None:
-    path = plain_csv(tmp_path, CURVE)
+    path = write_plain_csv(tmp_path, CURVE)
     program = (
         f"import sys; from dvar.stopping.logs.reader import read_log; read_log({str(path)!r}); print(*sys.modules)"
     )
