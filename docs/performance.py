@@ -1,4 +1,4 @@
-"""The page docs/performance.md and its figure: ``python docs/performance.py`` writes them from the benchmarks' files."""
+"""The page docs/performance.md and its figure: ``python docs/performance.py`` writes them from measurements."""
 
 # Every number on the page comes from the JSON files in docs/performance; the page names the command that writes each.
 
