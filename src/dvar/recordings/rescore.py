@@ -79,15 +79,15 @@ def rescore_archive(
         notify: Called with lines of progress.
         workers: Processes at once, as for `list_slots`.
     """
-    missing = {run: _missing_steps(archive, run, wanted) for run, wanted in steps.items() if _can_restore(run)}
-    missing = {run: wanted for run, wanted in missing.items() if wanted}
+    missing = {run: _missing_steps(archive, run, numbers) for run, numbers in steps.items() if _can_restore(run)}
+    missing = {run: numbers for run, numbers in missing.items() if numbers}
     if not missing:
         return archive
     slots, count = list_slots(workers, max(run.threads for run in missing)), sum(map(len, missing.values()))
     units = {run: archive.unit_seconds(run.method) for run in missing}
-    seconds = sum(_estimate_seconds(run, wanted, units[run]) for run, wanted in missing.items())
+    seconds = sum(_estimate_seconds(run, numbers, units[run]) for run, numbers in missing.items())
     notify(f"{count} checkpoints of {len(missing)} runs to rescore, about {format_duration(seconds / len(slots))}")
-    tasks = {run: _worker_task(run, wanted) for run, wanted in missing.items()}
+    tasks = {run: _worker_task(run, numbers) for run, numbers in missing.items()}
     remaining = len(missing)
     with closing(run_workers(tasks, slots)) as progress:
         for ended, _ in progress:
