@@ -1,9 +1,8 @@
-"""What a cheaper probe does to the stop: ``python benchmarks/cadence.py record``, then ``... table``.
+"""Measure how a cheaper probe changes the stop: ``python benchmarks/cadence.py record``, then ``... table``."""
 
-``record`` trains past every stop on tuning concepts and reads, after each step, 16 held samples (the first 4 and 8 of
-them are the smaller batches) and 8 whose timesteps are stratified.  ``table`` thins what was read and says where DVAR
-would have stopped, beside its stop on 8 samples at every step, and what share of the time the probe then takes.
-"""
+# ``record`` trains past every stop on tuning concepts and evaluates, after each step, 16 held samples (the first 4 and
+# 8 of them are the smaller batches) and 8 with stratified timesteps.  ``table`` thins these losses and reports where
+# DVAR would have stopped, beside its stop on 8 samples at every step, and the probe's share of the time.
 
 from __future__ import annotations
 
@@ -33,15 +32,15 @@ STRATIFIED = "8 stratified"
 BATCHES = {**dict.fromkeys(HELD, 0), "4 held": 4, "8 held": 8, "16 held": 16, STRATIFIED: 8}
 
 
-def settings(method: str, concept: str, folder: Path) -> TrainingConfig:
+def build_config(method: str, concept: str, folder: Path) -> TrainingConfig:
     return configure(mini.training_settings(method, concept) | {"output_dir": folder}, PAPER_METHODS[method])
 
 
-def record(method: str, concept: str, folder: Path) -> None:
-    """Leave a run's trace in its folder; one that is there is not made again."""
+def record_run(method: str, concept: str, folder: Path) -> None:
+    """Write the trace of a run into its folder, unless it exists."""
     if (folder / "recorded.jsonl").exists():
         return
-    config = settings(method, concept, folder)
+    config = build_config(method, concept, folder)
     config = replace(
         config, threshold=1e-9, probe_every=1, eval_batch_size=16, checkpointing_steps=10**6, overwrite=True
     )
@@ -51,25 +50,25 @@ def record(method: str, concept: str, folder: Path) -> None:
     timesteps = draw_stratified_timesteps(8, len(job.schedule.alphas_cumprod), strata).to(draws.timesteps.device)
     probe = Probe(job.losses, replace(draws, timesteps=timesteps, mask=None), modules=job.backbone.modules)
 
-    def series(step: int, watch: Stopwatch) -> Mapping[str, Any]:
+    def measure_stratified(step: int, watch: Stopwatch) -> Mapping[str, Any]:
         with watch("stratified"):
             return {"stratified": float(probe().double().mean())}
 
     job.open(None)
-    for step in job.steps(lambda: False, series):
+    for step in job.steps(lambda: False, measure_stratified):
         if step.step % 100 == 0:
             print(folder.name, step.step, flush=True)
     job.learner.trace.write(folder / "recorded.jsonl")
 
 
-def curves(trace: Trace) -> dict[str, np.ndarray]:
-    """L_det by step, for each batch."""
-    held = {name: trace.samples[:, part].mean(axis=1) for name, part in HELD.items()}
-    return {**held, STRATIFIED: trace.metric("stratified")[1]}
+def compute_curves(trace: Trace) -> dict[str, np.ndarray]:
+    """Return L_det by step for each batch."""
+    held_curves = {name: trace.samples[:, part].mean(axis=1) for name, part in HELD.items()}
+    return {**held_curves, STRATIFIED: trace.metric("stratified")[1]}
 
 
-def stop(curve: np.ndarray, steps: Iterable[int], rule: Dvar) -> int | None:
-    """The step at which the rule stops when it sees these steps alone."""
+def find_stop(curve: np.ndarray, steps: Iterable[int], rule: Dvar) -> int | None:
+    """Return the step at which the rule stops when it sees only these steps."""
     trace = Trace()
     for step in steps:
         trace.record(step, [curve[step]])
@@ -78,41 +77,43 @@ def stop(curve: np.ndarray, steps: Iterable[int], rule: Dvar) -> int | None:
     return None
 
 
-def table(folder: Path) -> list[dict[str, Any]]:
-    """A row for each method, batch and cadence: stops over the runs, against 8 held samples at every step."""
+def compute_rows(folder: Path) -> list[dict[str, Any]]:
+    """Return a row by method, batch and cadence: the stops, compared with 8 held samples at every step."""
     rows = []
     for method in PAPER_METHODS:
-        runs = sorted(folder.glob(f"{method}--*/recorded.jsonl"))
-        traces = [Trace.read(path) for path in runs]
+        paths = sorted(folder.glob(f"{method}--*/recorded.jsonl"))
+        traces = [Trace.read(path) for path in paths]
         if not traces:
             continue
-        config = settings(method, mini.TUNING[0], folder)
+        config = build_config(method, mini.TUNING[0], folder)
         rule, cap = Dvar(config.window, config.threshold), traces[0].last_step
-        read = [curves(trace) for trace in traces]
-        every = [stop(curve["8 held"], range(cap + 1), rule) for curve in read]
-        train = np.median(np.concatenate([trace.metric("seconds.train")[1] for trace in traces]))
-        eight = np.median(np.concatenate([trace.metric("seconds.stratified")[1] for trace in traces]))
+        curves = [compute_curves(trace) for trace in traces]
+        reference_stops = [find_stop(curve["8 held"], range(cap + 1), rule) for curve in curves]
+        train_seconds = np.median(np.concatenate([trace.metric("seconds.train")[1] for trace in traces]))
+        probe_seconds = np.median(np.concatenate([trace.metric("seconds.stratified")[1] for trace in traces]))
         for batch, count in BATCHES.items():
             for cadence in CADENCES:
                 if schedule_problems(config.window, cadence, cap):
                     continue
-                stops = [stop(curve[batch], range(0, cap + 1, cadence), rule) for curve in read]
-                both = [(a, b) for a, b in zip(stops, every, strict=True) if a and b]
-                off = [a / b - 1 for a, b in both]
-                fits = [-0.02 * b <= a - b <= max(0.02 * b, cadence) for a, b in both]
-                fits += [a == b for a, b in zip(stops, every, strict=True) if not (a and b)]  # both ran to the cap
-                probe = eight * count / 8 / cadence
+                stops = [find_stop(curve[batch], range(0, cap + 1, cadence), rule) for curve in curves]
+                pairs = [(a, b) for a, b in zip(stops, reference_stops, strict=True) if a and b]
+                deviations = [a / b - 1 for a, b in pairs]
+                matches = [-0.02 * b <= a - b <= max(0.02 * b, cadence) for a, b in pairs]
+                matches += [
+                    a == b for a, b in zip(stops, reference_stops, strict=True) if not (a and b)
+                ]  # both reached the cap
+                probe_share = probe_seconds * count / 8 / cadence
                 rows.append(
                     {
                         "method": method,
                         "batch": batch,
                         "cadence": cadence,
                         "stops": stops,
-                        "every": every,
-                        "off": off,
-                        "within": sum(fits),
-                        "of": len(runs),
-                        "share": probe / (probe + train),
+                        "every": reference_stops,
+                        "off": deviations,
+                        "within": sum(matches),
+                        "of": len(paths),
+                        "share": probe_share / (probe_share + train_seconds),
                     }
                 )
     return rows
@@ -126,20 +127,20 @@ def main() -> None:
     parser.add_argument("--concepts", nargs="+", default=mini.TUNING)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path)
-    chosen = parser.parse_args()
-    torch.set_num_threads(chosen.threads)
-    if chosen.action == "record":
-        for concept in chosen.concepts:
-            for method in chosen.method:
-                record(method, concept, chosen.folder / f"{method}--{concept}")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.action == "record":
+        for concept in arguments.concepts:
+            for method in arguments.method:
+                record_run(method, concept, arguments.folder / f"{method}--{concept}")
         return
-    rows = table(chosen.folder)
+    rows = compute_rows(arguments.folder)
     for row in rows:
-        off = " ".join(f"{100 * value:+6.1f}" for value in row["off"])
+        deviations = " ".join(f"{100 * value:+6.1f}" for value in row["off"])
         print(f"{row['method']:<18}{row['batch']:<14}every {row['cadence']:>2}  probe {row['share']:6.1%}  "
-              f"within {row['within']}/{row['of']}  stop, % off: {off}")  # fmt: skip
-    if chosen.output:
-        chosen.output.write_text(json.dumps(rows, indent=1) + "\n")
+              f"within {row['within']}/{row['of']}  stop, % off: {deviations}")  # fmt: skip
+    if arguments.output:
+        arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""What a judgement costs: ``python benchmarks/judge.py [--steps 6100]``.
+"""Measure the time of one judgement of each rule: ``python benchmarks/judge.py [--steps 6100]``."""
 
-Prints, for each rule, the time of one judgement at the end of a long trace, without its explanation, and of all
-judgements when the run is judged at every step: processor time, the best of several rounds, since another process can
-only slow one down.  Each is also given as a multiple of what NumPy alone takes for the two variances of Figure 3,
-measured in turn with it: a ratio that a busy machine hardly moves.  The rules' conditions never hold here: an
-explanation is worked out once, on a stop.  The last lines are what else a loop pays for: a record, and an explanation.
-"""
+# Prints, for each rule, the time of one judgement at the end of a long trace, without its explanation, and of all
+# judgements when the run is judged at every step: processor time, the minimum of several rounds, since another process
+# can only slow one down.  Each is also a multiple of the time NumPy takes for the two variances of Figure 3, measured
+# in turn with it: a ratio that a busy machine hardly changes.  The rules never stop here: an explanation is computed
+# once, on a stop.  The last lines are the other costs of a loop: a record, and an explanation.
 
 import argparse
 import math
@@ -18,7 +17,7 @@ from dvar.stopping.rules import AtMost, Dvar, EmaPercentile, FixedSteps, Hall, P
 from dvar.stopping.trace import Trace
 
 NEVER = 1e-12
-"""A threshold that nothing here falls below."""
+"""A threshold that no curve here reaches."""
 RULES: dict[str, Rule] = {
     "Dvar": Dvar(310, NEVER),
     "Dvar, strict_paper": Dvar(310, NEVER, strict_paper=True),
@@ -35,8 +34,8 @@ RULES: dict[str, Rule] = {
 }
 
 
-def records(steps: int, samples: int = 8) -> list[dict[str, object]]:
-    """A loss that falls for the whole run, with the jitter of a real one."""
+def generate_records(steps: int, samples: int = 8) -> list[dict[str, object]]:
+    """Return the records of a loss that falls until the end, with realistic noise."""
     noise = np.random.default_rng(0).normal(0, 1e-4, (steps + 1, samples))
     height = np.linspace(0.5, 1.5, samples)
     records: list[dict[str, object]] = []
@@ -47,57 +46,64 @@ def records(steps: int, samples: int = 8) -> list[dict[str, object]]:
     return records
 
 
-def figure_3(trace: Trace) -> tuple[float, float]:
-    """Both variances of the paper as its figure writes them: the yardstick."""
+def compute_variances(trace: Trace) -> tuple[float, float]:
+    """Return both variances of Figure 3, the unit of the comparison."""
     losses = trace.values
     return losses[-310:].var(), losses.var()
 
 
-def best(rounds: int, *works: Callable[[], float]) -> list[float]:
-    """The least of each of the works, done in turn so that all of them meet the same machine."""
-    return [min(times) for times in zip(*([work() for work in works] for _ in range(rounds)), strict=True)]
+def measure_minimum(rounds: int, *measurements: Callable[[], float]) -> list[float]:
+    """Return the minimum of each measurement over rounds; they take turns, so that all see the same load."""
+    return [min(times) for times in zip(*([measure() for measure in measurements] for _ in range(rounds)), strict=True)]
 
 
-def at_the_end(rule: Callable[[Trace], object], trace: Trace, times: int = 100) -> float:
-    """Seconds of one judgement."""
+def time_judgement(rule: Callable[[Trace], object], trace: Trace, times: int = 100) -> float:
+    """Return the seconds of one judgement."""
     rule(trace)
-    began = time.process_time()
+    start = time.process_time()
     for _ in range(times):
         rule(trace)
-    return (time.process_time() - began) / times
+    return (time.process_time() - start) / times
 
 
-def at_every_step(rule: Callable[[Trace], object], rows: Iterable[dict[str, object]]) -> float:
-    """Seconds of all judgements of a run, without what recording takes."""
-    trace, spent = Trace(), 0.0
-    for row in rows:
-        trace.record(**row)
-        began = time.process_time()
+def time_judgements(rule: Callable[[Trace], object], records: Iterable[dict[str, object]]) -> float:
+    """Return the seconds of all judgements of a run, without those of recording."""
+    trace, seconds = Trace(), 0.0
+    for record in records:
+        trace.record(**record)
+        start = time.process_time()
         rule(trace)
-        spent += time.process_time() - began
-    return spent
+        seconds += time.process_time() - start
+    return seconds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=6100)
     parser.add_argument("--rounds", type=int, default=3)
-    chosen = parser.parse_args()
-    rows, trace = records(chosen.steps), Trace()
-    began = time.process_time()
-    for row in rows:
-        trace.record(**row)
-    recorded = (time.process_time() - began) / len(rows)
+    arguments = parser.parse_args()
+    records, trace = generate_records(arguments.steps), Trace()
+    start = time.process_time()
+    for record in records:
+        trace.record(**record)
+    record_seconds = (time.process_time() - start) / len(records)
     print(f"{'':<32}{'one judgement':>24}{'a whole run':>22}")
     for name, rule in RULES.items():
-        both = (rule, figure_3)
-        one, yard = best(4 * chosen.rounds, *(lambda rule=rule: at_the_end(rule, trace) for rule in both))
-        whole, yards = best(chosen.rounds, *(lambda rule=rule: at_every_step(rule, rows) for rule in both))
-        print(f"{name:<32}{1e6 * one:>13.1f} µs = {one / yard:>4.1f} x{whole:>11.2f} s = {whole / yards:>4.1f} x")
+        judges = (rule, compute_variances)
+        seconds, yardstick = measure_minimum(
+            4 * arguments.rounds, *(lambda rule=rule: time_judgement(rule, trace) for rule in judges)
+        )
+        run_seconds, run_yardstick = measure_minimum(
+            arguments.rounds, *(lambda rule=rule: time_judgements(rule, records) for rule in judges)
+        )
+        step_ratio, run_ratio = seconds / yardstick, run_seconds / run_yardstick
+        print(f"{name:<32}{1e6 * seconds:>13.1f} µs = {step_ratio:>4.1f} x{run_seconds:>11.2f} s = {run_ratio:>4.1f} x")
     verdict = Dvar(310, NEVER)(trace)
-    (explained,) = best(chosen.rounds, lambda: at_the_end(lambda _: verdict.diagnoses, trace))
-    print(f"{'its explanation':<32}{1e6 * explained:>13.1f} µs")
-    print(f"{'Trace.record, 8 samples':<32}{1e6 * recorded:>13.1f} µs")
+    (explanation_seconds,) = measure_minimum(
+        arguments.rounds, lambda: time_judgement(lambda _: verdict.diagnoses, trace)
+    )
+    print(f"{'its explanation':<32}{1e6 * explanation_seconds:>13.1f} µs")
+    print(f"{'Trace.record, 8 samples':<32}{1e6 * record_seconds:>13.1f} µs")
 
 
 if __name__ == "__main__":

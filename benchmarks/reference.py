@@ -49,7 +49,9 @@ class ImageDataset(torch.utils.data.Dataset):
 class Reference:
     """A plain loop over one method; `step` makes an update, `probe` evaluates the held batch."""
 
-    def __init__(self, config: TrainingConfig, backbone: Backbone, captions: list[str], classes: Path | None) -> None:
+    def __init__(
+        self, config: TrainingConfig, backbone: Backbone, captions: list[str], class_folder: Path | None
+    ) -> None:
         self.config, self.backbone, self.device = config, backbone, backbone.device
         tokenizer, text, unet = backbone.tokenizer, backbone.text_encoder, backbone.unet
         self.noise = DDPMScheduler.from_config(backbone.scheduler.config)
@@ -77,12 +79,14 @@ class Reference:
             weight.data = weight.data.float()
         self.trained = trained
         self.optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.adam_weight_decay)
-        self.pace = torch.optim.lr_scheduler.ConstantLR(self.optimizer, factor=1.0, total_iters=0)
+        self.schedule = torch.optim.lr_scheduler.ConstantLR(self.optimizer, factor=1.0, total_iters=0)
         self.data = self._loader(Path(config.instance_data_dir), captions, config.train_batch_size)
-        self.prior = self._loader(classes, [f"a {config.class_noun}"], config.train_batch_size) if classes else None
-        held = next(self._loader(Path(config.instance_data_dir), captions, config.eval_batch_size))
+        self.prior = (
+            self._loader(class_folder, [f"a {config.class_noun}"], config.train_batch_size) if class_folder else None
+        )
+        held_batch = next(self._loader(Path(config.instance_data_dir), captions, config.eval_batch_size))
         with torch.no_grad():
-            self.held = self._noised(held)
+            self.held = self._noised(held_batch)
 
     def _loader(self, folder: Path, captions: list[str], batch: int):
         paths = sorted(path for path in folder.iterdir() if path.suffix in (".png", ".jpg"))
@@ -94,14 +98,20 @@ class Reference:
         pixels = batch["pixel_values"].to(self.device)
         latents = self.backbone.vae.encode(pixels).latent_dist.sample() * self.backbone.vae.config.scaling_factor
         noise = torch.randn_like(latents)
-        t = torch.randint(0, self.noise.config.num_train_timesteps, (len(latents),), device=self.device).long()
-        noisy = self.noise.add_noise(latents, noise, t)
-        target = noise if self.noise.config.prediction_type == "epsilon" else self.noise.get_velocity(latents, noise, t)
-        return noisy, t, batch["input_ids"].to(self.device), target
+        timesteps = torch.randint(0, self.noise.config.num_train_timesteps, (len(latents),), device=self.device).long()
+        noisy = self.noise.add_noise(latents, noise, timesteps)
+        target = (
+            noise
+            if self.noise.config.prediction_type == "epsilon"
+            else self.noise.get_velocity(latents, noise, timesteps)
+        )
+        return noisy, timesteps, batch["input_ids"].to(self.device), target
 
-    def _loss(self, noisy: torch.Tensor, t: torch.Tensor, ids: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    def _loss(
+        self, noisy: torch.Tensor, timesteps: torch.Tensor, ids: torch.Tensor, target: torch.Tensor
+    ) -> torch.Tensor:
         with self.backbone.autocast():
-            predicted = self.backbone.unet(noisy, t, self.backbone.text_encoder(ids)[0]).sample
+            predicted = self.backbone.unet(noisy, timesteps, self.backbone.text_encoder(ids)[0]).sample
         return F.mse_loss(predicted.float(), target.float(), reduction="none").mean((1, 2, 3))
 
     def step(self) -> float:
@@ -116,12 +126,12 @@ class Reference:
                 self.table.grad[torch.arange(len(self.table)) != self.new] = 0
             torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
-        self.pace.step()
+        self.schedule.step()
         self.optimizer.zero_grad()
         if self.table is not None:
             with torch.no_grad():
-                others = torch.arange(len(self.table)) != self.new
-                self.table[others] = self.before[others]
+                fixed_rows = torch.arange(len(self.table)) != self.new
+                self.table[fixed_rows] = self.before[fixed_rows]
         return loss.detach().item()
 
     def probe(self) -> float:

@@ -1,10 +1,9 @@
-"""The three methods at the size of Stable Diffusion 1.5: ``python benchmarks/sd15.py [--steps 50] [--resolution 512]``.
+"""Benchmark the three methods at the size of Stable Diffusion 1.5: ``python benchmarks/sd15.py [--steps 50]``."""
 
-Builds a pipeline of that shape with random weights (its U-Net has 860 million), trains it by ``dvar train`` once for
-each method, every run a process of its own, and prints for each: seconds to the first step, steps a second, the share
-of that time which the evaluations of the held batch take, the estimate of memory and its measured peak, that of the
-tensors on a GPU and of the whole process on a CPU.  The pipeline and the runs are deleted at the end.
-"""
+# Builds a pipeline of that shape with random weights (its U-Net has 860 million), trains it by ``dvar train`` once for
+# each method in a process of its own, and prints for each: steps a second, the share of that time which the evaluations
+# of the held batch take, the measured peak of memory (of the tensors on a GPU, of the process on a CPU) and the seconds
+# of the run.  The pipeline and the runs are deleted at the end.
 
 import argparse
 import json
@@ -30,7 +29,7 @@ METHODS = {
 }
 
 
-def sd15_pipeline(folder: Path) -> Path:
+def save_sd15_pipeline(folder: Path) -> Path:
     """Return ``folder``, into which a random pipeline of the shape of Stable Diffusion 1.5 was saved in half precision.
 
     Its tokenizer knows a few words only; the text encoder's table has all 49,408 rows.
@@ -75,9 +74,9 @@ def sd15_pipeline(folder: Path) -> Path:
     return folder
 
 
-def train(method: str, model: Path, place: Path, arguments: argparse.Namespace) -> dict[str, float]:
+def measure_run(method: str, model: Path, root: Path, arguments: argparse.Namespace) -> dict[str, float]:
     """Train once and return the figures."""
-    folder, images = place / method, place / "images"
+    folder, images = root / method, root / "images"
     settings = {
         "pretrained_model_name_or_path": model,
         "instance_data_dir": images,
@@ -92,21 +91,21 @@ def train(method: str, model: Path, place: Path, arguments: argparse.Namespace) 
         "threshold": 1e-9,
         "num_validation_images": 1,
         "num_inference_steps": arguments.sampling,
-        **({"class_data_dir": place / "class"} if method == "custom-diffusion" else {}),
+        **({"class_data_dir": root / "class"} if method == "custom-diffusion" else {}),
     }
-    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    flags = [flag for name, value in settings.items() for flag in (f"--{name}", str(value))]
     program = [sys.executable, "-c", "import sys; from dvar.cli.main import main; sys.exit(main())", "train", method]
-    began = time.perf_counter()
-    subprocess.run([*program, *words, *METHODS[method], *arguments.more], check=True)
-    took = time.perf_counter() - began
+    start = time.perf_counter()
+    subprocess.run([*program, *flags, *METHODS[method], *arguments.extra], check=True)
+    elapsed = time.perf_counter() - start
     seconds = [record["seconds"] for record in Trace.read(folder / "trace.jsonl").records][2:]  # the first ones warm up
-    each = [second["train"] + second["probe"] for second in seconds]
+    step_seconds = [step["train"] + step["probe"] for step in seconds]
     memory = json.loads((folder / "result.json").read_text())["memory"]
     return {
-        "steps/s": 1 / statistics.median(each),
-        "probe share": sum(second["probe"] for second in seconds) / sum(each),
+        "steps/s": 1 / statistics.median(step_seconds),
+        "probe share": sum(step["probe"] for step in seconds) / sum(step_seconds),
         "peak GiB": memory["peak"] / GIB,
-        "whole s": took,
+        "whole s": elapsed,
     }
 
 
@@ -120,15 +119,15 @@ def main() -> None:
     parser.add_argument("--held", type=int, default=8, help="inputs in the held batch")
     parser.add_argument("--sampling", type=int, default=50, help="denoising steps of the one sample at the end")
     parser.add_argument("--folder", help="where the pipeline goes meanwhile: 2 GB; the system's own by default")
-    arguments, arguments.more = parser.parse_known_args()
+    arguments, arguments.extra = parser.parse_known_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        place = Path(folder)
-        model = sd15_pipeline(place / "model")
+        root = Path(folder)
+        model = save_sd15_pipeline(root / "model")
         for name in ("images", "class"):
-            tiny_concept(place / name, size=arguments.resolution)
-        results = {method: train(method, model, place, arguments) for method in arguments.methods}
+            tiny_concept(root / name, size=arguments.resolution)
+        results = {method: measure_run(method, model, root, arguments) for method in arguments.methods}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{device}, {arguments.resolution} px, {arguments.mixed_precision} {' '.join(arguments.more)}")
+    print(f"{device}, {arguments.resolution} px, {arguments.mixed_precision} {' '.join(arguments.extra)}")
     print("".ljust(20), *(name.rjust(13) for name in next(iter(results.values()))))
     for method, figures in results.items():
         print(method.ljust(20), *(f"{value:13.3f}" for value in figures.values()))

@@ -1,7 +1,6 @@
-"""How long a user waits before anything happens: ``python benchmarks/start_up.py``.
+"""Measure the start-up time of the command: ``python benchmarks/start_up.py``."""
 
-Prints the median of eleven fresh processes, in milliseconds, and as a multiple of an empty interpreter's.
-"""
+# Prints the median of eleven fresh processes, in milliseconds, and as a multiple of an empty interpreter's.
 
 import statistics
 import subprocess
@@ -19,21 +18,21 @@ COMMANDS = {
 }
 
 
-def milliseconds(command: list[str | Path]) -> float:
-    began = time.perf_counter()
+def measure_milliseconds(command: list[str | Path]) -> float:
+    start = time.perf_counter()
     subprocess.run(command, check=True, capture_output=True)
-    return 1000 * (time.perf_counter() - began)
+    return 1000 * (time.perf_counter() - start)
 
 
 def main() -> None:
-    taken: dict[str, list[float]] = {name: [] for name in COMMANDS}
+    durations: dict[str, list[float]] = {name: [] for name in COMMANDS}
     for _ in range(11):
         for name, command in COMMANDS.items():
-            taken[name].append(milliseconds(command))
-    empty = statistics.median(taken["python -c pass"])
-    for name, times in taken.items():
-        median = statistics.median(times)
-        print(f"{name:<40}{median:7.0f} ms{median / empty:7.1f} x")
+            durations[name].append(measure_milliseconds(command))
+    baseline = statistics.median(durations["python -c pass"])
+    for name, milliseconds in durations.items():
+        median = statistics.median(milliseconds)
+        print(f"{name:<40}{median:7.0f} ms{median / baseline:7.1f} x")
 
 
 if __name__ == "__main__":

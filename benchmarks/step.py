@@ -35,7 +35,7 @@ class Clock:
     """Seconds by part; time in a nested part counts for the inner part only."""
 
     def __init__(self, device: torch.device) -> None:
-        self.spent: dict[str, float] = defaultdict(float)
+        self.seconds: dict[str, float] = defaultdict(float)
         self._device, self._inside = device, 0.0
 
     def now(self) -> float:
@@ -45,11 +45,11 @@ class Clock:
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        began, outside, self._inside = self.now(), self._inside, 0.0
+        start, outside, self._inside = self.now(), self._inside, 0.0
         yield
-        whole = self.now() - began
-        self.spent[part] += whole - self._inside
-        self._inside = outside + whole
+        duration = self.now() - start
+        self.seconds[part] += duration - self._inside
+        self._inside = outside + duration
 
     def time_calls(self, owner: object, name: str, part: str) -> None:
         """Count every call of ``owner.name`` for ``part``."""
@@ -79,7 +79,7 @@ def time_backward(clock: Clock) -> Iterator[None]:
         torch.autograd.backward = call
 
 
-def settings_of(method: str, arguments: argparse.Namespace, folder: str) -> TrainingConfig:
+def build_config(method: str, arguments: argparse.Namespace, folder: str) -> TrainingConfig:
     settings = mini.training_settings(method, mini.TUNING[0]) | {
         "output_dir": folder,
         "pretrained_model_name_or_path": arguments.model,
@@ -95,53 +95,53 @@ def settings_of(method: str, arguments: argparse.Namespace, folder: str) -> Trai
 def compare(method: str, arguments: argparse.Namespace) -> dict[str, object]:
     """Return the median milliseconds by loop and part, and of whole steps, for one method."""
     with tempfile.TemporaryDirectory() as folder:
-        config = settings_of(method, arguments, folder)
+        config = build_config(method, arguments, folder)
         run, _ = prepare(config)
         run.open(None)
         captions = [text for index in range(len(run.concept.images)) for text in run.concept.texts(index)]
         classes = next(Path(folder).glob("class_*"), None)
         plain = Reference(config, load_backbone(model_path(arguments.model), mixed_precision=arguments.mixed_precision),
                           captions, classes)  # fmt: skip
-        ours = run.steps(lambda: False)
+        steps = run.steps(lambda: False)
         cadence = config.probe_every
         for _ in range(cadence + 1):
-            next(ours)
+            next(steps)
         plain.step(), plain.probe()
         clocks = {name: Clock(run.backbone.device) for name in ("plain", "dvar")}
-        whole: dict[str, list[float]] = defaultdict(list)
+        durations: dict[str, list[float]] = defaultdict(list)
         for _ in range(arguments.rounds):  # whole steps first: the clocks below wait for the device
-            whole["plain"] += _time_each(plain.step, cadence, clocks["plain"])
-            whole["plain probe"] += _time_each(plain.probe, 2, clocks["plain"])
-            began = clocks["dvar"].now()
-            probes = sum(next(ours).seconds["probe"] for _ in range(cadence))
-            spent = clocks["dvar"].now() - began
-            whole["dvar loop"].append(spent / cadence)
-            whole["dvar"].append((spent - probes) / cadence)
-            whole["dvar probe"].append(probes)
+            durations["plain"] += _time_each(plain.step, cadence, clocks["plain"])
+            durations["plain probe"] += _time_each(plain.probe, 2, clocks["plain"])
+            start = clocks["dvar"].now()
+            probe_seconds = sum(next(steps).seconds["probe"] for _ in range(cadence))
+            loop_seconds = clocks["dvar"].now() - start
+            durations["dvar loop"].append(loop_seconds / cadence)
+            durations["dvar"].append((loop_seconds - probe_seconds) / cadence)
+            durations["dvar probe"].append(probe_seconds)
         time_networks(clocks["plain"], plain.backbone, plain.optimizer)
         time_networks(clocks["dvar"], run.backbone, run.learner.optimizer)
         clocks["plain"].time_calls(plain.data, "_next_data", "data")
         clocks["dvar"].time_calls(run, "draw", "data")
         for _ in range(arguments.rounds):
-            for name, turn in (("plain", plain.step), ("dvar", lambda: run.learner.update(run.training_losses, 1))):
+            for name, update in (("plain", plain.step), ("dvar", lambda: run.learner.update(run.training_losses, 1))):
                 with time_backward(clocks[name]):
                     for _ in range(4):
                         with clocks[name]("other"):
-                            turn()
-        whole_times = {name: 1000 * statistics.median(values) for name, values in whole.items()}
+                            update()
+        whole_times = {name: 1000 * statistics.median(values) for name, values in durations.items()}
         parts = {
-            name: {part: 1000 * clock.spent[part] / (4 * arguments.rounds) for part in PARTS[:-1]}
+            name: {part: 1000 * clock.seconds[part] / (4 * arguments.rounds) for part in PARTS[:-1]}
             for name, clock in clocks.items()
         }
         return {"cadence": cadence, "whole": whole_times, "parts": parts}
 
 
-def _time_each(turn: Callable[[], object], count: int, clock: Clock) -> list[float]:
+def _time_each(call: Callable[[], object], count: int, clock: Clock) -> list[float]:
     seconds = []
     for _ in range(count):
-        began = clock.now()
-        turn()
-        seconds.append(clock.now() - began)
+        start = clock.now()
+        call()
+        seconds.append(clock.now() - start)
     return seconds
 
 

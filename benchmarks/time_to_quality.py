@@ -1,9 +1,8 @@
-"""Minutes from the command to the saved result, and how good it is: ``python benchmarks/time_to_quality.py``.
+"""Measure the minutes to a saved result and its quality: ``python benchmarks/time_to_quality.py``."""
 
-`dvar train` runs as a user starts it, start-up, samples and export included, in three ways: to the cap without a probe;
-stopped by DVAR reading the held batch after every step, as the paper does; stopped by DVAR as the preset reads it.
-Each result draws the same fresh seeds, scored by the bundled CLIP that conditions nothing.
-"""
+# `dvar train` runs as a user starts it, start-up, samples and export included, in three variants: to the cap without a
+# probe; stopped by DVAR with the held batch evaluated after every step, as in the paper; stopped by DVAR at the
+# preset's cadence.  Images of each result on the same fresh seeds are scored by a bundled CLIP that conditions no model.
 
 from __future__ import annotations
 
@@ -30,28 +29,28 @@ DVAR = Path(sys.executable).with_name("dvar")
 FRESH = range(1_000, 1_016)
 
 
-def ways(method: str) -> dict[str, list[str]]:
-    """The flags of each way; a probe at an eighth of the cap is as good as none."""
+def list_flags(method: str) -> dict[str, list[str]]:
+    """Return the flags by variant; a probe at a ninth of the cap costs next to nothing."""
     cap = preset_settings("mini", method)["max_train_steps"]
     never = ["--threshold", "1e-9", "--window", str(cap - 1), "--probe_every", str(cap // 9)]
     return {"to the cap": never, "DVAR at every step": ["--probe_every", "1"], "DVAR": []}
 
 
-def trained(method: str, concept: str, flags: list[str], folder: Path) -> dict[str, Any]:
+def train_and_score(method: str, concept: str, flags: list[str], folder: Path) -> dict[str, Any]:
     settings = [
         part for name, value in mini.training_settings(method, concept).items() for part in (f"--{name}", value)
     ]
     command = [DVAR, "train", method, *settings, "--output_dir", folder, *flags]
-    began = time.perf_counter()
+    start = time.perf_counter()
     subprocess.run([str(part) for part in command], check=True, capture_output=True)
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     _, result = load_result(folder)
     parts = {name: round(value, 1) for name, value in result["seconds"].items()}
-    return {"minutes": seconds / 60, "steps": result["steps"], "clip": score(folder), "seconds": parts}
+    return {"minutes": seconds / 60, "steps": result["steps"], "clip": measure_similarity(folder), "seconds": parts}
 
 
-def score(folder: Path) -> float:
-    """How like the concept's pictures a run draws its word on fresh seeds: mean cosine of all pairs."""
+def measure_similarity(folder: Path) -> float:
+    """Return the mean cosine of all pairs of a concept's images and images generated on fresh seeds."""
     config, _ = load_result(folder)
     prompts = [f"a photo of {config.subject}"] * len(FRESH)
     images = sample(
@@ -68,23 +67,23 @@ def main() -> None:
     parser.add_argument("--method", nargs="+", choices=list(PAPER_METHODS), default=list(PAPER_METHODS))
     parser.add_argument("--concepts", nargs="+", default=mini.TUNING[:1])
     parser.add_argument("--output", type=Path)
-    chosen = parser.parse_args()
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
-    for method in chosen.method:
-        for concept in chosen.concepts:
-            for way, flags in ways(method).items():
+    for method in arguments.method:
+        for concept in arguments.concepts:
+            for variant, flags in list_flags(method).items():
                 with tempfile.TemporaryDirectory() as folder:
-                    row = {"method": method, "concept": concept, "way": way}
-                    row |= trained(method, concept, flags, Path(folder) / "run")
+                    row = {"method": method, "concept": concept, "way": variant}
+                    row |= train_and_score(method, concept, flags, Path(folder) / "run")
                 rows.append(row)
                 print(
-                    f"{method:<18}{concept:<20}{way:<20}{row['minutes']:6.2f} min{row['steps']:6d} steps"
+                    f"{method:<18}{concept:<20}{variant:<20}{row['minutes']:6.2f} min{row['steps']:6d} steps"
                     f"  CLIP {row['clip']:.3f}  {row['seconds']}",
                     flush=True,
                 )
-    if chosen.output:
-        chosen.output.write_text(json.dumps(rows, indent=1) + "\n")
+    if arguments.output:
+        arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

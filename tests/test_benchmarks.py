@@ -23,10 +23,10 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
     monkeypatch.syspath_prepend(BENCHMARKS)
 
-    def named(name: str) -> ModuleType:
+    def load_benchmark(name: str) -> ModuleType:
         return importlib.import_module(name)
 
-    return named
+    return load_benchmark
 
 
 @pytest.mark.parametrize("method", ["textual-inversion", "dreambooth-lora", "custom-diffusion"])
@@ -61,16 +61,18 @@ def test_a_stop_read_at_every_step_is_the_rules_own(benchmark: Callable[[str], A
         if rule(trace).stop:
             break
     cadence = benchmark("cadence")
-    assert cadence.stop(curve, range(400), rule) == step
-    assert 0 <= cadence.stop(curve, range(0, 400, 10), rule) - step <= 10
-    assert cadence.stop(np.linspace(1, 0, 400), range(90), rule) is None
+    assert cadence.find_stop(curve, range(400), rule) == step
+    assert 0 <= cadence.find_stop(curve, range(0, 400, 10), rule) - step <= 10
+    assert cadence.find_stop(np.linspace(1, 0, 400), range(90), rule) is None
 
 
 @pytest.mark.slow
 def test_time_to_quality_reports_minutes_steps_and_a_score(benchmark: Callable[[str], Any], tmp_path: Path) -> None:
     quality = benchmark("time_to_quality")
     short = ("--max_train_steps", "10", "--window", "8", "--probe_every", "1", "--num_inference_steps", "2")
-    row = quality.trained("textual-inversion", "purple_cat", [*short, "--num_validation_images", "1"], tmp_path / "run")
+    row = quality.train_and_score(
+        "textual-inversion", "purple_cat", [*short, "--num_validation_images", "1"], tmp_path / "run"
+    )
     assert row["steps"] <= 10
     assert row["minutes"] > sum(row["seconds"].values()) / 60
     assert 0 < row["clip"] < 1
