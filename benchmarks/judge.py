@@ -87,7 +87,7 @@ def main() -> None:
     for record in records:
         trace.record(**record)
     record_seconds = (time.process_time() - start) / len(records)
-    print(f"{'':<32}{'one judgement':>24}{'a whole run':>22}")
+    print(f"{'':<32}{'one judgement':>24}{'a complete run':>22}")
     for name, rule in RULES.items():
         judges = (rule, compute_variances)
         seconds, yardstick = measure_minimum(

@@ -1,6 +1,6 @@
 """The training loop of widespread scripts, as the reference of `benchmarks/step.py`."""
 
-# Images are opened and encoded at each step, captions tokenized and encoded, the whole embedding table is in
+# Images are opened and encoded at each step, captions tokenized and encoded, the complete embedding table is in
 # the optimizer and restored after it, the loss is read from the device at each step, and, as in the paper's code, the
 # held batch is evaluated after each step.
 
@@ -55,7 +55,7 @@ class Reference:
         self.config, self.backbone, self.device = config, backbone, backbone.device
         tokenizer, text, unet = backbone.tokenizer, backbone.text_encoder, backbone.unet
         self.noise = DDPMScheduler.from_config(backbone.scheduler.config)
-        trained: list[torch.nn.Parameter] = []
+        weights: list[torch.nn.Parameter] = []
         self.table: torch.Tensor | None = None
         if config.placeholder_token:
             tokenizer.add_tokens(config.placeholder_token)
@@ -66,19 +66,19 @@ class Reference:
             table.data[self.new] = table.data[row]
             table.requires_grad_(True)
             self.table, self.before = table, table.detach().clone()
-            trained.append(table)
+            weights.append(table)
         if isinstance(config, DreamBoothLoraConfig):
             shape = {"r": config.rank, "lora_alpha": config.rank, "init_lora_weights": "gaussian"}
             unet.add_adapter(LoraConfig(target_modules=list(TARGETS["attention"]), **shape))
-            trained += [weight for weight in unet.parameters() if weight.requires_grad]
+            weights += [weight for weight in unet.parameters() if weight.requires_grad]
         if isinstance(config, CustomDiffusionConfig):
             for name, weight in unet.named_parameters():
                 if ".attn2.to_k" in name or ".attn2.to_v" in name:
-                    trained.append(weight.requires_grad_(True))
-        for weight in trained:
+                    weights.append(weight.requires_grad_(True))
+        for weight in weights:
             weight.data = weight.data.float()
-        self.trained = trained
-        self.optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.adam_weight_decay)
+        self.trained = weights
+        self.optimizer = torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=config.adam_weight_decay)
         self.schedule = torch.optim.lr_scheduler.ConstantLR(self.optimizer, factor=1.0, total_iters=0)
         self.data = self._loader(Path(config.instance_data_dir), captions, config.train_batch_size)
         self.prior = (

@@ -93,7 +93,7 @@ def build_config(method: str, arguments: argparse.Namespace, folder: str) -> Tra
 
 
 def compare(method: str, arguments: argparse.Namespace) -> dict[str, object]:
-    """Return the median milliseconds by loop and part, and of whole steps, for one method."""
+    """Return the median milliseconds by loop and part, and of complete steps, for one method."""
     with tempfile.TemporaryDirectory() as folder:
         config = build_config(method, arguments, folder)
         run, _ = prepare(config)
@@ -109,7 +109,7 @@ def compare(method: str, arguments: argparse.Namespace) -> dict[str, object]:
         plain.step(), plain.probe()
         clocks = {name: Clock(run.backbone.device) for name in ("plain", "dvar")}
         durations: dict[str, list[float]] = defaultdict(list)
-        for _ in range(arguments.rounds):  # whole steps first: the clocks below wait for the device
+        for _ in range(arguments.rounds):  # complete steps first: the clocks below wait for the device
             durations["plain"] += _time_each(plain.step, cadence, clocks["plain"])
             durations["plain probe"] += _time_each(plain.probe, 2, clocks["plain"])
             start = clocks["dvar"].now()
@@ -146,12 +146,12 @@ def _time_each(call: Callable[[], object], count: int, clock: Clock) -> list[flo
 
 
 def compute_ratios(times: dict) -> dict[str, float]:
-    """Return the ratios of steps without probes and of whole loops, and the probe's share of the time."""
-    whole = times["whole"]
+    """Return the ratios of steps without probes and of complete loops, and the probe's share of the time."""
+    seconds = times["whole"]
     return {
-        "step": whole["plain"] / whole["dvar"],
-        "loop": (whole["plain"] + whole["plain probe"]) / whole["dvar loop"],
-        "probe share": 1 - whole["dvar"] / whole["dvar loop"],
+        "step": seconds["plain"] / seconds["dvar"],
+        "loop": (seconds["plain"] + seconds["plain probe"]) / seconds["dvar loop"],
+        "probe share": 1 - seconds["dvar"] / seconds["dvar loop"],
     }
 
 

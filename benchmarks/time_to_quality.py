@@ -2,7 +2,7 @@
 
 # `dvar train` runs as a user starts it, start-up, samples and export included, in three variants: to the cap without a
 # probe; stopped by DVAR with the held batch evaluated after every step, as in the paper; stopped by DVAR at the
-# preset's cadence.  Images of each result on the same fresh seeds are scored by a bundled CLIP that conditions no model.
+# preset's cadence.  Images of each result on the same fresh seeds are scored by a CLIP that conditions no model.
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ def test_losses_are_float32_under_a_prediction_in_half_precision(examples: Encod
 
 
 def test_the_loss_under_a_mask_is_the_mean_over_its_elements(examples: Encoded, scheduler: DDPMScheduler) -> None:
-    drawn = draw(examples, **STREAM, step=0, first=0, count=3)
+    plain_draws = draw(examples, **STREAM, step=0, first=0, count=3)
     mask = torch.zeros(3, 1, 4, 4)
     mask[0, 0, 1, 2] = mask[1, 0, :2] = 1
     mask[2] = 1
@@ -127,11 +127,11 @@ def test_the_loss_under_a_mask_is_the_mean_over_its_elements(examples: Encoded, 
     def losses(draws: Draws) -> Tensor:
         return denoising_loss(lambda *_: draws.noise + error, draws, schedule)
 
-    masked_losses = losses(replace(drawn, mask=mask))
+    masked_losses = losses(replace(plain_draws, mask=mask))
     expected = [error[0, :, 1, 2].square().mean(), error[1, :, :2].square().mean(), error[2].square().mean()]
     torch.testing.assert_close(masked_losses, torch.stack(expected))
-    torch.testing.assert_close(masked_losses[2], losses(drawn)[2])
-    assert not torch.isclose(masked_losses[:2], losses(drawn)[:2]).any()
+    torch.testing.assert_close(masked_losses[2], losses(plain_draws)[2])
+    assert not torch.isclose(masked_losses[:2], losses(plain_draws)[:2]).any()
 
 
 def test_draws_without_a_mask_are_joined_to_masked_ones_with_a_full_mask(examples: Encoded) -> None:

@@ -1,3 +1,5 @@
+"""Fixtures of the fault tests: a short run, its outcome without faults, a model that is loaded once."""
+
 from __future__ import annotations
 
 import copy
@@ -19,16 +21,16 @@ def config(tiny_model: Path, tiny_images: Path, tmp_path: Path) -> TextualInvers
 
 
 @pytest.fixture(scope="session")
-def straight(tiny_model: Path, tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """The outcome of a run that nothing befell."""
+def reference(tiny_model: Path, tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """The outcome of a run without faults."""
     config = short_run(tiny_model, tiny_images, tmp_path_factory.mktemp("straight") / "run")
     return Outcome.of(personalise(config).folder)
 
 
 @pytest.fixture
-def loaded_at_once(tiny_model: Path) -> Iterator[None]:
-    """Loading the model takes a copy of one that was loaded once."""
-    first = load_backbone(tiny_model, device="cpu")
+def cached_model(tiny_model: Path) -> Iterator[None]:
+    """Replace loading the model by copying one that is loaded once."""
+    backbone = load_backbone(tiny_model, device="cpu")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StableDiffusion, "load", lambda *_, **__: copy.deepcopy(first))
+        patch.setattr(StableDiffusion, "load", lambda *_, **__: copy.deepcopy(backbone))
         yield

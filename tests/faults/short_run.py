@@ -1,4 +1,4 @@
-"""A short run on the tiny model that starts at once, to be broken in many ways, and one that nothing befell."""
+"""A short run on the tiny model, and what two equal runs have in common."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ CAP = 9
 
 @dataclass(frozen=True)
 class Outcome:
-    """What two runs must have in common to be called the same."""
+    """The results that two equal runs have in common."""
 
     vectors: Tensor
     records: list[dict[str, Any]]
-    pictures: dict[str, bytes]
+    images: dict[str, bytes]
 
     @classmethod
     def of(cls, folder: Path) -> Outcome:
         records = [dict(record) for record in Trace.read(folder / "trace.jsonl").records]
         for record in records:
             record.pop("seconds")
-        pictures = {str(path.relative_to(folder)): path.read_bytes() for path in folder.glob("samples/*/*.png")}
-        return cls(load_file(folder / "learned_embeds.safetensors")["<thing>"], records, pictures)
+        images = {str(path.relative_to(folder)): path.read_bytes() for path in folder.glob("samples/*/*.png")}
+        return cls(load_file(folder / "learned_embeds.safetensors")["<thing>"], records, images)
 
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, Outcome)
             and torch.equal(self.vectors, other.vectors)
             and self.records == other.records
-            and self.pictures == other.pictures
+            and self.images == other.images
         )
 
 
-def short_run(model: Path, pictures: Path, folder: Path) -> TextualInversionConfig:
+def short_run(model: Path, images: Path, folder: Path) -> TextualInversionConfig:
     return TextualInversionConfig(
         pretrained_model_name_or_path=str(model),
-        instance_data_dir=str(pictures),
+        instance_data_dir=str(images),
         initializer_token="mug",
         resolution=32,
         max_train_steps=CAP,
@@ -61,8 +61,8 @@ def short_run(model: Path, pictures: Path, folder: Path) -> TextualInversionConf
     )
 
 
-def gone_on(config: TextualInversionConfig) -> Outcome:
-    """The same command as a person would give it after a failure: resumed, or afresh when nothing was saved yet."""
+def resume_run(config: TextualInversionConfig) -> Outcome:
+    """Resume a run from its last checkpoint, or start it again if there is none, and return its outcome."""
     resume = "latest" if checkpoint_paths(Path(config.output_dir)) else None
     personalise(replace(config, resume_from_checkpoint=resume, overwrite=resume is None))
     return Outcome.of(Path(config.output_dir))

@@ -1,7 +1,6 @@
-"""Everything a person may get wrong: one line with the remedy, exit status 2, nothing written, and no torch imported.
+"""Invalid input: one line with the remedy, exit status 2, nothing written, and no torch imported."""
 
-The table is run by one fresh process, which has never imported torch; a part of it again by a process for each.
-"""
+# The table is run by one fresh process, which has never imported torch; a part of it again by a process for each case.
 
 from __future__ import annotations
 
@@ -22,47 +21,47 @@ TI, LORA, CUSTOM = ("train", "textual-inversion"), ("train", "dreambooth-lora"),
 
 @dataclass(frozen=True)
 class Case:
-    """Words of a command, what its one line must say, and what is done to a copy of the good folders before.
+    """The arguments of a command, the message it must print, and the damage done before to a copy of valid folders.
 
-    ``{place}`` in them is the folder with all of these; words without a ``method`` are a whole command.
+    ``{folder}`` in them is the folder with all of these; arguments without a ``method`` are a complete command.
     """
 
-    said: str
-    words: tuple[str, ...]
-    spoil: Callable[[Path], object] = lambda place: None
+    message: str
+    arguments: tuple[str, ...]
+    damage: Callable[[Path], object] = lambda folder: None
     method: tuple[str, ...] | None = TI
     environment: tuple[tuple[str, str], ...] = ()
 
 
-def setting(name: str, value: object, said: str, method: tuple[str, ...] = TI) -> Case:
-    return Case(said, (f"--{name}", str(value)), method=method)
+def setting(name: str, value: object, message: str, method: tuple[str, ...] = TI) -> Case:
+    return Case(message, (f"--{name}", str(value)), method=method)
 
 
-def file(path: str, content: bytes | None, said: str, *words: str) -> Case:
-    """A case whose file at ``path`` holds this content, or is gone."""
+def file(path: str, content: bytes | None, message: str, *arguments: str) -> Case:
+    """Return a case whose file at ``path`` holds this content, or is missing."""
 
-    def spoil(place: Path) -> None:
-        target = place / path
+    def damage(folder: Path) -> None:
+        target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
         if content is None:
             target.unlink()
         else:
             target.write_bytes(content)
 
-    return Case(said, words, spoil)
+    return Case(message, arguments, damage)
 
 
-def cut(path: str, said: str) -> Case:
-    return Case(said, (), lambda place: (place / path).write_bytes((place / path).read_bytes()[:-40]))
+def truncated_file(path: str, message: str) -> Case:
+    return Case(message, (), lambda folder: (folder / path).write_bytes((folder / path).read_bytes()[:-40]))
 
 
-def removed(path: str, said: str) -> Case:
-    return Case(said, (), lambda place: shutil.rmtree(place / path))
+def missing_folder(path: str, message: str) -> Case:
+    return Case(message, (), lambda folder: shutil.rmtree(folder / path))
 
 
-def without_three_images(place: Path) -> None:
+def remove_three_images(folder: Path) -> None:
     for index in (1, 2, 3):
-        (place / "pictures" / f"0{index}.png").unlink()
+        (folder / "images" / f"0{index}.png").unlink()
 
 
 NUMBERS = [
@@ -81,7 +80,7 @@ NUMBERS = [
     Case(
         "00.png must be 512 pixels or more on its shorter side at resolution 1024, got 64x64",
         ("--resolution", "1024"),
-        without_three_images,
+        remove_three_images,
     ),
     setting("learning_rate", 0, "learning_rate must be above 0, got 0.0"),
     setting("learning_rate", -1, "learning_rate must be above 0, got -1.0"),
@@ -109,18 +108,18 @@ NUMBERS = [
     setting("num_class_images", 0, "num_class_images must be at least 1, got 0", CUSTOM),
     setting("prior_loss_weight", -1, "prior_loss_weight must be", CUSTOM),
 ]
-TOML = ("--config", "{place}/run.toml")
+TOML = ("--config", "{folder}/run.toml")
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 TENSORS = "diffusion_pytorch_model.safetensors"
-GO_ON = "--resume_from_checkpoint"
-WORDS = [
+RESUME = "--resume_from_checkpoint"
+VALUES = [
     setting("learning_rate", "fast", "learning_rate"),
     setting("max_train_steps", "many", "max_train_steps"),
     setting("max_train_steps", 1.5, "--max_train_steps: must be a whole number, got 1.5"),
     setting("checkpoints_total_limit", 2.0, "--checkpoints_total_limit: must be a whole number, got 2.0"),
     Case(
         "--num_images: must be a whole number, got 1.5",
-        ("generate", "{place}/out", "--prompt", "<thing>", "--num_images", "1.5"),
+        ("generate", "{folder}/out", "--prompt", "<thing>", "--num_images", "1.5"),
         method=None,
     ),
     setting("mixed_precision", "fp8", "mixed_precision"),
@@ -135,8 +134,8 @@ WORDS = [
         ("--best_by", "clip", "--clip_model", "openai/clip-vit-base-patch32"),
     ),
     Case(
-        "clip_model {place}/nowhere is neither a folder here nor a hub id",
-        ("--best_by", "clip", "--clip_model", "{place}/nowhere", "--validation_steps", "100"),
+        "clip_model {folder}/nowhere is neither a folder here nor a hub id",
+        ("--best_by", "clip", "--clip_model", "{folder}/nowhere", "--validation_steps", "100"),
     ),
     setting("preset", "papr", "preset must be one of lean, mini, paper, got 'papr': try paper"),
     setting("freeze_model", "all", "crossattn_kv", CUSTOM),
@@ -145,20 +144,20 @@ WORDS = [
     setting("rank", 4, "unknown flag --rank"),
     setting("class_noun", "mug", "unknown flag --class_noun"),
     Case("requires an argument", ("--seed",)),
-    Case("--config", ("--config", "{place}/nowhere.toml")),
+    Case("--config", ("--config", "{folder}/nowhere.toml")),
     file(
         "run.toml",
         b"widow = 3",
         "unknown setting 'widow': the nearest known one is window",
         "--config",
-        "{place}/run.toml",
+        "{folder}/run.toml",
     ),
     file("run.toml", b"seed = ", "is not valid TOML", *TOML),
     file("run.toml", b"\xff\xfe", "is not valid TOML", *TOML),
     file("run.toml", b'seed = "one"', "seed must be a whole number, got 'one'", *TOML),
     file("run.toml", b"center_crop = 3", "center_crop must be true or false, got 3", *TOML),
     Case("extend needs a resume_from_checkpoint", ("--extend",)),
-    file("out/checkpoint-0/facts.json", b"", "exclude each other", "--overwrite", GO_ON, "latest"),
+    file("out/checkpoint-0/facts.json", b"", "exclude each other", "--overwrite", RESUME, "latest"),
 ]
 TOKENS = [
     setting("placeholder_token", "two words", "placeholder_token must be one word without spaces, got 'two words'"),
@@ -175,42 +174,42 @@ TOKENS = [
         "instance_prompt", "a photo of a mug", "instance_prompt must contain the placeholder token <thing>", CUSTOM
     ),
 ]
-PICTURES = [
-    setting("instance_data_dir", "{place}/nowhere", "does not exist: check the path"),
-    setting("instance_data_dir", "{place}/pictures/00.png", "is a file: check the path"),
-    setting("instance_data_dir", "{place}/empty", "holds no images: put three to five there"),
-    setting("class_data_dir", "{place}/nowhere", "class_data_dir must be a folder with class images", CUSTOM),
-    setting("class_data_dir", "{place}/empty", "class_data_dir {place}/empty holds no images", CUSTOM),
-    file("pictures/notes.pdf", b"%PDF-1.4", "notes.pdf is not an image that can be read"),
-    file("pictures/empty.png", b"", "empty.png is not an image that can be read"),
-    file("pictures/text.png", b"no picture", "text.png is not an image that can be read"),
-    file("pictures/deep/00.png", b"", "deep is a folder: images are read from one flat folder"),
+IMAGES = [
+    setting("instance_data_dir", "{folder}/nowhere", "does not exist: check the path"),
+    setting("instance_data_dir", "{folder}/images/00.png", "is a file: check the path"),
+    setting("instance_data_dir", "{folder}/empty", "holds no images: put three to five there"),
+    setting("class_data_dir", "{folder}/nowhere", "class_data_dir must be a folder with class images", CUSTOM),
+    setting("class_data_dir", "{folder}/empty", "class_data_dir {folder}/empty holds no images", CUSTOM),
+    file("images/notes.pdf", b"%PDF-1.4", "notes.pdf is not an image that can be read"),
+    file("images/empty.png", b"", "empty.png is not an image that can be read"),
+    file("images/text.png", b"no image", "text.png is not an image that can be read"),
+    file("images/deep/00.png", b"", "deep is a folder: images are read from one flat folder"),
     file(
-        "pictures/00.txt",
+        "images/00.txt",
         b"a photo of a mug",
         "00.txt must contain the placeholder token <thing> where the concept is named",
     ),
-    file("pictures/00.txt", b"", "00.txt must contain the placeholder token <thing>"),
-    file("pictures/00.txt", b"\xff\xfe\xfa", "00.txt cannot be read as UTF-8 text"),
-    file("pictures/00.txt", b"<thing> " + b"mug " * 90, "the text of 00.png must be at most 77 tokens"),
-    file("pictures/77.txt", b"a photo of <thing>", "77.txt is the caption of no image"),
-    file("pictures/metadata.jsonl", b"{", "metadata.jsonl, line 1, must be"),
-    file("pictures/metadata.jsonl", b'{"file_name": "00.png"}', "metadata.jsonl, line 1, must be"),
-    file("pictures/metadata.jsonl", b'{"file_name": "9.png", "text": "<thing>"}', "names '9.png', which is not in the"),
+    file("images/00.txt", b"", "00.txt must contain the placeholder token <thing>"),
+    file("images/00.txt", b"\xff\xfe\xfa", "00.txt cannot be read as UTF-8 text"),
+    file("images/00.txt", b"<thing> " + b"mug " * 90, "the text of 00.png must be at most 77 tokens"),
+    file("images/77.txt", b"a photo of <thing>", "77.txt is the caption of no image"),
+    file("images/metadata.jsonl", b"{", "metadata.jsonl, line 1, must be"),
+    file("images/metadata.jsonl", b'{"file_name": "00.png"}', "metadata.jsonl, line 1, must be"),
+    file("images/metadata.jsonl", b'{"file_name": "9.png", "text": "<thing>"}', "names '9.png', which is not in the"),
     file(
-        "pictures/metadata.jsonl",
+        "images/metadata.jsonl",
         b'{"file_name": "00.png", "text": "a mug"}',
         "must contain the placeholder token <thing>",
     ),
-    cut("pictures/00.png", "00.png is damaged"),
+    truncated_file("images/00.png", "00.png is damaged"),
 ]
 MODELS = [
-    setting("pretrained_model_name_or_path", "{place}/nowhere", "is neither a folder here nor a hub id"),
-    setting("pretrained_model_name_or_path", "{place}/modle", "did you mean {place}/model?"),
-    setting("pretrained_model_name_or_path", "{place}/pictures", "is no diffusers pipeline, it lacks model_index.json"),
-    setting("pretrained_model_name_or_path", "{place}/pictures/00.png", "is a single file: convert it"),
+    setting("pretrained_model_name_or_path", "{folder}/nowhere", "is neither a folder here nor a hub id"),
+    setting("pretrained_model_name_or_path", "{folder}/modle", "did you mean {folder}/model?"),
+    setting("pretrained_model_name_or_path", "{folder}/images", "is no diffusers pipeline, it lacks model_index.json"),
+    setting("pretrained_model_name_or_path", "{folder}/images/00.png", "is a single file: convert it"),
     setting("pretrained_model_name_or_path", "stable-diffusion", "is neither a folder here nor a hub id"),
-    *[removed(f"model/{part}", f"it lacks {part}") for part in PARTS],
+    *[missing_folder(f"model/{part}", f"it lacks {part}") for part in PARTS],
     file("model/model_index.json", None, "it lacks model_index.json"),
     file("model/model_index.json", b"{", "does not load as a Stable Diffusion model"),
     file("model/model_index.json", b"[]", "does not load as a Stable Diffusion model"),
@@ -224,26 +223,26 @@ MODELS = [
     file("model/tokenizer/tokenizer.json", None, "tokenizer has neither tokenizer.json nor vocab.json"),
     file("model/tokenizer/tokenizer.json", b"{", "does not load as a Stable Diffusion model"),
     *[
-        cut(
+        truncated_file(
             f"model/{part}/diffusion_pytorch_model.safetensors",
             f"{part}/diffusion_pytorch_model.safetensors is damaged",
         )
         for part in ("unet", "vae")
     ],
-    cut("model/text_encoder/model.safetensors", "text_encoder/model.safetensors is damaged"),
+    truncated_file("model/text_encoder/model.safetensors", "text_encoder/model.safetensors is damaged"),
     file("model/unet/diffusion_pytorch_model.safetensors", None, "unet has no .safetensors weights: save"),
     file("model/vae/diffusion_pytorch_model.safetensors", b"", "vae/diffusion_pytorch_model.safetensors is damaged"),
     Case(
         "text_encoder has no .safetensors weights, only pytorch_model.bin, which is never read",
         (),
-        lambda place: (place / "model/text_encoder/model.safetensors").rename(
-            place / "model/text_encoder/pytorch_model.bin"
+        lambda folder: (folder / "model/text_encoder/model.safetensors").rename(
+            folder / "model/text_encoder/pytorch_model.bin"
         ),
     ),
 ]
 RUNS = [
-    setting("output_dir", "{place}/pictures/00.png", "output_dir must be a folder, and"),
-    setting("output_dir", "{place}/pictures", "output_dir must not be the folder of the images"),
+    setting("output_dir", "{folder}/images/00.png", "output_dir must be a folder, and"),
+    setting("output_dir", "{folder}/images", "output_dir must not be the folder of the images"),
     file("out/result.json", b"{}", "holds another run, or files in its place (result.json): choose another"),
     file("out/trace.jsonl", b"", "holds another run, or files in its place (trace.jsonl): choose another"),
     setting("resume_from_checkpoint", "latest", "it holds no checkpoint: correct it or start afresh"),
@@ -257,85 +256,93 @@ RUNS = [
     ),
     Case("dvar train runs in one process, got WORLD_SIZE=2", (), environment=(("WORLD_SIZE", "2"),)),
     Case("got OMPI_COMM_WORLD_SIZE=4", (), environment=(("OMPI_COMM_WORLD_SIZE", "4"),)),
-    Case("{place}/nowhere", ("report", "{place}/nowhere"), method=None),
-    Case("a run folder holds config.json, {place}/pictures does not", ("report", "{place}/pictures"), method=None),
-    Case("export needs --merged or --kohya", ("export", "{place}/out"), method=None),
+    Case("{folder}/nowhere", ("report", "{folder}/nowhere"), method=None),
+    Case("a run folder holds config.json, {folder}/images does not", ("report", "{folder}/images"), method=None),
+    Case("export needs --merged or --kohya", ("export", "{folder}/out"), method=None),
     Case("concept 'red_mugg' is not bundled", ("demo", "--concept", "red_mugg"), method=None),
-    Case("--prompt", ("generate", "{place}/out"), method=None),
+    Case("--prompt", ("generate", "{folder}/out"), method=None),
     Case("generat", ("generat",), method=None),
 ]
 SEVERAL = (
     *CUSTOM,
-    *("--concepts_list", "{place}/list.json", "--placeholder_token", "<a>+<b>", "--initializer_token", "mug+mug"),
+    *("--concepts_list", "{folder}/list.json", "--placeholder_token", "<a>+<b>", "--initializer_token", "mug+mug"),
     *("--validation_prompt", "<a> mug and <b> mug", "--resolution", "32"),
-    *("--pretrained_model_name_or_path", "{place}/model", "--output_dir", "{place}/out"),
+    *("--pretrained_model_name_or_path", "{folder}/model", "--output_dir", "{folder}/out"),
 )
 FIRST, SECOND = (
-    {"instance_prompt": f"a {word} mug", "instance_data_dir": "{place}/pictures", "class_prompt": "a mug"}
+    {"instance_prompt": f"a {word} mug", "instance_data_dir": "{folder}/images", "class_prompt": "a mug"}
     for word in ("<a>", "<b>")
 )
 
 
-def listed(content: object, said: str, *words: str) -> Case:
-    """A case with a list of subjects of this content."""
+def concepts_list(content: object, message: str, *arguments: str) -> Case:
+    """Return a case with a list of concepts of this content."""
 
-    def spoil(place: Path) -> None:
-        (place / "list.json").write_text(json.dumps(content).replace("{place}", str(place)))
+    def damage(folder: Path) -> None:
+        (folder / "list.json").write_text(json.dumps(content).replace("{folder}", str(folder)))
 
-    return Case(said, (*SEVERAL, *words), spoil, method=None)
+    return Case(message, (*SEVERAL, *arguments), damage, method=None)
 
 
 LISTS = [
-    Case("concepts_list {place}/list.json: No such file or directory; check the path", SEVERAL, method=None),
-    Case("is not JSON", SEVERAL, lambda place: (place / "list.json").write_text("[{"), method=None),
-    Case("is not JSON", SEVERAL, lambda place: (place / "list.json").write_bytes(b"\xff"), method=None),
-    listed([], "must be a list of one or more objects: write one for each concept"),
-    listed(FIRST, "must be a list of one or more objects: write one for each concept"),
-    listed([FIRST, "<b>"], "must be a list of one or more objects: write one for each concept"),
-    listed(
+    Case("concepts_list {folder}/list.json: No such file or directory; check the path", SEVERAL, method=None),
+    Case("is not JSON", SEVERAL, lambda folder: (folder / "list.json").write_text("[{"), method=None),
+    Case("is not JSON", SEVERAL, lambda folder: (folder / "list.json").write_bytes(b"\xff"), method=None),
+    concepts_list([], "must be a list of one or more objects: write one for each concept"),
+    concepts_list(FIRST, "must be a list of one or more objects: write one for each concept"),
+    concepts_list([FIRST, "<b>"], "must be a list of one or more objects: write one for each concept"),
+    concepts_list(
         [FIRST, {**SECOND, "class_promt": "a mug"}], "concept 2: unknown key 'class_promt', the nearest known one is"
     ),
-    listed([FIRST, {**SECOND, "class_prompt": 3}], "concept 2: class_prompt must be text, got 3: give it"),
-    listed([{**FIRST, "instance_data_dir": " "}, SECOND], "concept 1: instance_data_dir must be text, got ' '"),
-    listed(
+    concepts_list([FIRST, {**SECOND, "class_prompt": 3}], "concept 2: class_prompt must be text, got 3: give it"),
+    concepts_list([{**FIRST, "instance_data_dir": " "}, SECOND], "concept 1: instance_data_dir must be text, got ' '"),
+    concepts_list(
         [FIRST, {**SECOND, "instance_prompt": "a mug"}],
         "concept 2: instance_prompt must contain one of the placeholder tokens",
     ),
-    listed(
+    concepts_list(
         [FIRST, FIRST], "has no instance_prompt with <b>: put each placeholder token into the prompt of its concept"
     ),
-    listed(
-        [FIRST, {**SECOND, "instance_data_dir": "{place}/nowhere"}], "concept 2: instance_data_dir must be a folder"
+    concepts_list(
+        [FIRST, {**SECOND, "instance_data_dir": "{folder}/nowhere"}], "concept 2: instance_data_dir must be a folder"
     ),
-    listed([FIRST, {**SECOND, "instance_data_dir": "{place}/empty"}], "{place}/empty holds no images"),
-    listed([{**FIRST, "class_data_dir": "{place}/nowhere"}, SECOND], "concept 1: class_data_dir must be a folder"),
-    listed([{**FIRST, "class_data_dir": "{place}/empty"}, SECOND], "class_data_dir {place}/empty holds no images"),
-    listed([{**FIRST, "class_prompt": "mug " * 90}, SECOND], "the text of concepts_list, concept 1: class_prompt must"),
-    listed([FIRST, SECOND], "class_noun is for one concept and concepts_list for several", "--class_noun", "mug"),
+    concepts_list([FIRST, {**SECOND, "instance_data_dir": "{folder}/empty"}], "{folder}/empty holds no images"),
+    concepts_list(
+        [{**FIRST, "class_data_dir": "{folder}/nowhere"}, SECOND], "concept 1: class_data_dir must be a folder"
+    ),
+    concepts_list(
+        [{**FIRST, "class_data_dir": "{folder}/empty"}, SECOND], "class_data_dir {folder}/empty holds no images"
+    ),
+    concepts_list(
+        [{**FIRST, "class_prompt": "mug " * 90}, SECOND], "the text of concepts_list, concept 1: class_prompt must"
+    ),
+    concepts_list(
+        [FIRST, SECOND], "class_noun is for one concept and concepts_list for several", "--class_noun", "mug"
+    ),
 ]
-TABLE = [*NUMBERS, *WORDS, *TOKENS, *PICTURES, *MODELS, *LISTS, *RUNS]
+TABLE = [*NUMBERS, *VALUES, *TOKENS, *IMAGES, *MODELS, *LISTS, *RUNS]
 
 
-def words_of(case: Case, place: Path) -> list[str]:
-    """The whole command: good everywhere but for the case."""
-    given = [word.replace("{place}", str(place)) for word in case.words]
+def build_arguments(case: Case, folder: Path) -> list[str]:
+    """Return a complete command that is valid except for the case."""
+    arguments = [argument.replace("{folder}", str(folder)) for argument in case.arguments]
     if case.method is None:
-        return given
-    good = {
-        "--pretrained_model_name_or_path": str(place / "model"),
-        "--instance_data_dir": str(place / "pictures"),
+        return arguments
+    settings = {
+        "--pretrained_model_name_or_path": str(folder / "model"),
+        "--instance_data_dir": str(folder / "images"),
         "--placeholder_token": "<thing>",
         "--initializer_token": "mug",
         "--resolution": "32",
-        "--output_dir": str(place / "out"),
+        "--output_dir": str(folder / "out"),
         **({"--class_noun": "mug"} if case.method == CUSTOM else {}),
     }
-    rest = [word for pair in good.items() if pair[0] not in given for word in pair]
-    return [*case.method, *rest, *given]
+    defaults = [argument for pair in settings.items() if pair[0] not in arguments for argument in pair]
+    return [*case.method, *defaults, *arguments]
 
 
-def processor_seconds() -> float:
-    """What processes that were waited for have taken: unlike the time on the wall, no other program's doing."""
+def measure_child_seconds() -> float:
+    """Return the processor seconds of finished child processes, which other programs do not affect."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
@@ -344,11 +351,11 @@ RUNNER = """
 import contextlib, io, json, os, sys
 from dvar.cli.main import main
 for line in sys.stdin:
-    words, environment = json.loads(line)
+    arguments, environment = json.loads(line)
     os.environ.update(environment)
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = main(words)
+        status = main(arguments)
     for name in environment:
         del os.environ[name]
     print(json.dumps([status, out.getvalue(), err.getvalue(), "torch" in sys.modules]), flush=True)
@@ -369,97 +376,99 @@ def runner() -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.fixture
-def place(tmp_path: Path, tiny_model: Path, tiny_images: Path) -> Path:
-    """A folder with a model, pictures and an empty folder, to be spoiled."""
-    for name, source in (("model", tiny_model), ("pictures", tiny_images)):
+def folder(tmp_path: Path, tiny_model: Path, tiny_images: Path) -> Path:
+    """A folder with a model, images and an empty folder, to be damaged."""
+    for name, source in (("model", tiny_model), ("images", tiny_images)):
         shutil.copytree(source, tmp_path / name)
     (tmp_path / "empty").mkdir()
     return tmp_path
 
 
-def left(place: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() if path.is_file() else b"" for path in place.rglob("*")}
+def read_files(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
 
 
-def check(case: Case, place: Path, status: int, out: str, err: str) -> None:
+def assert_refused(case: Case, folder: Path, status: int, out: str, err: str) -> None:
     lines = [line for line in err.splitlines() if not line.startswith("warning: ")]
     assert status == 2, err
     assert out == ""
     assert len(lines) == 1, err
     assert lines[0].startswith("dvar: ")
-    assert case.said.replace("{place}", str(place)) in lines[0]
+    assert case.message.replace("{folder}", str(folder)) in lines[0]
 
 
-@pytest.mark.parametrize("case", TABLE, ids=lambda case: case.said[:50])
-def test_bad_input_is_refused_in_a_line_before_torch_is_there(
-    case: Case, place: Path, runner: subprocess.Popen[str]
+@pytest.mark.parametrize("case", TABLE, ids=lambda case: case.message[:50])
+def test_invalid_input_is_refused_in_one_line_before_torch_is_imported(
+    case: Case, folder: Path, runner: subprocess.Popen[str]
 ) -> None:
-    case.spoil(place)
-    before = left(place)
+    case.damage(folder)
+    before = read_files(folder)
     assert runner.stdin
     assert runner.stdout
-    runner.stdin.write(json.dumps([words_of(case, place), dict(case.environment)]) + "\n")
+    runner.stdin.write(json.dumps([build_arguments(case, folder), dict(case.environment)]) + "\n")
     runner.stdin.flush()
     status, out, err, torch = json.loads(runner.stdout.readline())
-    check(case, place, status, out, err)
-    assert left(place) == before
+    assert_refused(case, folder, status, out, err)
+    assert read_files(folder) == before
     assert not torch
 
 
-def test_the_table_is_long_enough() -> None:
+def test_the_table_has_a_hundred_cases() -> None:
     assert len(TABLE) >= 100
 
 
-PROCESSES = [*NUMBERS[::8], *WORDS[::5], *PICTURES[::5], *MODELS[4::8], LISTS[1], *RUNS[7:13]]
+PROCESSES = [*NUMBERS[::8], *VALUES[::5], *IMAGES[::5], *MODELS[4::8], LISTS[1], *RUNS[7:13]]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", PROCESSES, ids=lambda case: case.said[:50])
-def test_a_real_process_says_the_same(case: Case, place: Path) -> None:
-    case.spoil(place)
-    before = left(place)
+@pytest.mark.parametrize("case", PROCESSES, ids=lambda case: case.message[:50])
+def test_a_process_prints_the_same(case: Case, folder: Path) -> None:
+    case.damage(folder)
+    before = read_files(folder)
     program = [sys.executable, "-c", "import sys; from dvar.cli.main import main; sys.exit(main())"]
     environment = {**os.environ, **dict(case.environment)}
-    before_it = processor_seconds()
-    done = subprocess.run([*program, *words_of(case, place)], capture_output=True, text=True, env=environment)
-    assert processor_seconds() - before_it <= 3
-    check(case, place, done.returncode, done.stdout, done.stderr)
-    assert "Traceback" not in done.stderr
-    assert left(place) == before
+    start = measure_child_seconds()
+    process = subprocess.run(
+        [*program, *build_arguments(case, folder)], capture_output=True, text=True, env=environment
+    )
+    assert measure_child_seconds() - start <= 3
+    assert_refused(case, folder, process.returncode, process.stdout, process.stderr)
+    assert "Traceback" not in process.stderr
+    assert read_files(folder) == before
 
 
-def predicts_samples(place: Path) -> None:
-    path = place / "model" / "scheduler" / "scheduler_config.json"
+def change_prediction_type(folder: Path) -> None:
+    path = folder / "model" / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "sample"}))
 
 
-def without_its_weights(place: Path) -> None:
-    (place / "model" / "vae" / TENSORS).write_bytes((2).to_bytes(8, "little") + b"{}")
+def remove_vae_weights(folder: Path) -> None:
+    (folder / "model" / "vae" / TENSORS).write_bytes((2).to_bytes(8, "little") + b"{}")
 
 
 LATE = [
-    Case("the model must predict epsilon or v_prediction, {place}/model predicts sample", (), predicts_samples),
-    Case("{place}/model lacks weights, ", (), without_its_weights),
+    Case("the model must predict epsilon or v_prediction, {folder}/model predicts sample", (), change_prediction_type),
+    Case("{folder}/model lacks weights, ", (), remove_vae_weights),
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", LATE, ids=lambda case: case.said[:50])
-def test_what_takes_the_model_itself_to_see_is_told_as_briefly(case: Case, place: Path) -> None:
-    case.spoil(place)
-    before, at_first = left(place), processor_seconds()
+@pytest.mark.parametrize("case", LATE, ids=lambda case: case.message[:50])
+def test_a_problem_found_while_loading_the_model_is_reported_as_briefly(case: Case, folder: Path) -> None:
+    case.damage(folder)
+    before, start = read_files(folder), measure_child_seconds()
     libraries = "import dvar.training.personalise; from diffusers import StableDiffusionPipeline"
     subprocess.run([sys.executable, "-c", libraries], capture_output=True, check=True)
-    imported = processor_seconds()
+    imported = measure_child_seconds()
     program = [sys.executable, "-c", "import sys; from dvar.cli.main import main; sys.exit(main())"]
-    done = subprocess.run([*program, *words_of(case, place)], capture_output=True, text=True)
-    # Beside what its libraries take in the same minute: other work on the machine slows both.
-    assert processor_seconds() - imported <= 1.5 * (imported - at_first)
-    loading, told = done.stderr.split("\n", 1)
+    process = subprocess.run([*program, *build_arguments(case, folder)], capture_output=True, text=True)
+    # Relative to the import of its libraries in the same minute: other work on the machine slows both.
+    assert measure_child_seconds() - imported <= 1.5 * (imported - start)
+    loading, message = process.stderr.split("\n", 1)
     assert loading.startswith("dvar: loading for ")
-    check(case, place, done.returncode, done.stdout, told)
-    assert left(place) == before
+    assert_refused(case, folder, process.returncode, process.stdout, message)
+    assert read_files(folder) == before
 
 
-def test_enough_of_them_are_real_processes() -> None:
+def test_twenty_cases_run_in_a_process() -> None:
     assert len(PROCESSES) >= 20

@@ -1,4 +1,4 @@
-"""Runs that are killed at random moments, and those that are asked to end."""
+"""Runs that are killed at random moments or end by a signal."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ HERE = Path(__file__).parent
 @pytest.mark.slow
 def test_fifty_kills_at_random_moments_change_nothing(tiny_model: Path, tiny_images: Path, tmp_path: Path) -> None:
     driver = [sys.executable, str(HERE / "kill_driver.py"), str(tiny_model), str(tiny_images), str(tmp_path)]
-    done = subprocess.run([*driver, str(KILLS)], capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, done.stderr[-2000:]
-    kills, finished = map(int, done.stdout.split()[-2:])
+    process = subprocess.run([*driver, str(KILLS)], capture_output=True, text=True, timeout=1800)
+    assert process.returncode == 0, process.stderr[-2000:]
+    kills, runs = map(int, process.stdout.split()[-2:])
     assert kills >= KILLS
-    assert finished >= 1
+    assert runs >= 1
 
 
 @contextmanager
-def busy() -> Iterator[None]:
-    """A scope in which four other processes for each processor want it all the time."""
+def keep_processors_busy() -> Iterator[None]:
+    """Keep each processor busy with four other processes within a scope."""
     count = 4 * (os.cpu_count() or 1)
-    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:
         yield
     finally:
-        for process in others:
+        for process in processes:
             process.kill()
             process.wait()
 
@@ -47,27 +47,29 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    ("number", "place", "more"),
+    ("number", "load", "changes"),
     [
         (signal.SIGTERM, nullcontext, {}),
         pytest.param(signal.SIGINT, nullcontext, {}, marks=SLOW),
-        pytest.param(signal.SIGTERM, busy, {}, marks=SLOW),
-        pytest.param(signal.SIGINT, busy, {}, marks=SLOW),
-        pytest.param(signal.SIGTERM, busy, {"validation_steps": 1, "num_inference_steps": 500}, marks=SLOW),
+        pytest.param(signal.SIGTERM, keep_processors_busy, {}, marks=SLOW),
+        pytest.param(signal.SIGINT, keep_processors_busy, {}, marks=SLOW),
+        pytest.param(
+            signal.SIGTERM, keep_processors_busy, {"validation_steps": 1, "num_inference_steps": 500}, marks=SLOW
+        ),
     ],
-    ids=["SIGTERM", "SIGINT", "SIGTERM, busy", "SIGINT, busy", "SIGTERM, drawing, busy"],
+    ids=["SIGTERM", "SIGINT", "SIGTERM, busy", "SIGINT, busy", "SIGTERM, sampling, busy"],
 )
-def test_a_process_asked_to_end_saves_within_half_a_minute_and_says_how_to_go_on(
-    config: TextualInversionConfig, number: signal.Signals, place: Any, more: dict[str, int]
+def test_a_signal_ends_a_process_within_half_a_minute_with_a_checkpoint_and_a_hint(
+    config: TextualInversionConfig, number: signal.Signals, load: Any, changes: dict[str, int]
 ) -> None:
-    words = ["train", "textual-inversion", "--max_train_steps", "100000", "--preset", "paper"]
+    arguments = ["train", "textual-inversion", "--max_train_steps", "100000", "--preset", "paper"]
     names = ("pretrained_model_name_or_path", "instance_data_dir", "initializer_token", "resolution", "output_dir")
-    given = {name: getattr(config, name) for name in (*names, "num_validation_images", "num_inference_steps")}
-    for name, value in {**given, **more}.items():
-        words += [f"--{name}", str(value)]
+    settings = {name: getattr(config, name) for name in (*names, "num_validation_images", "num_inference_steps")}
+    for name, value in {**settings, **changes}.items():
+        arguments += [f"--{name}", str(value)]
     program = [sys.executable, "-c", "import sys; from dvar.cli.main import main; sys.exit(main())"]
     popen: dict[str, Any] = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with place(), subprocess.Popen([*program, *words], **popen) as process:
+    with load(), subprocess.Popen([*program, *arguments], **popen) as process:
         assert process.stderr
         for line in process.stderr:
             if line.startswith("step"):

@@ -1,4 +1,4 @@
-"""A malicious pickle, wherever weights are read, is refused and never run."""
+"""A malicious pickle is refused and never executed wherever weights are read."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from dvar.training.personalise import personalise
 from dvar.training.run_layout import LORA
 
 
-class Malice:
-    """Creates a file when it is unpickled."""
+class MaliciousPickle:
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -37,16 +37,16 @@ class Malice:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
-    """The file that says that a pickle was run."""
-    path = tmp_path / "it-was-run"
-    pickle.loads(pickle.dumps(Malice(path)))
-    assert path.exists(), "the malice works"
+def marker(tmp_path: Path) -> Path:
+    """The path of a file that exists once a pickle was executed."""
+    path = tmp_path / "executed"
+    pickle.loads(pickle.dumps(MaliciousPickle(path)))
+    assert path.exists(), "the pickle creates the file"
     path.unlink()
     return path
 
 
-@pytest.mark.parametrize("how", [pickle.dump, torch.save])
+@pytest.mark.parametrize("write", [pickle.dump, torch.save])
 @pytest.mark.parametrize(
     ("part", "names"),
     [
@@ -55,59 +55,69 @@ def run(tmp_path: Path) -> Path:
         ("text_encoder", ["pytorch_model.bin", "model.safetensors"]),
     ],
 )
-def test_a_model(tmp_path: Path, tiny_model: Path, run: Path, part: str, names: list[str], how: Any) -> None:
+def test_a_pickled_model_is_refused(
+    tmp_path: Path, tiny_model: Path, marker: Path, part: str, names: list[str], write: Any
+) -> None:
     for name in names:
         model = shutil.copytree(tiny_model, tmp_path / name / "model")
         for weights in (model / part).glob("*.safetensors"):
             weights.unlink()
         with (model / part / name).open("wb") as file:
-            how(Malice(run), file)
+            write(MaliciousPickle(marker), file)
         with pytest.raises(ModelError):
             load_backbone(model, device="cpu")
-        assert not run.exists()
+        assert not marker.exists()
 
 
-def test_a_model_with_code_of_its_own(tmp_path: Path, tiny_model: Path, run: Path) -> None:
+def test_a_model_with_custom_code_is_refused(tmp_path: Path, tiny_model: Path, marker: Path) -> None:
     model = shutil.copytree(tiny_model, tmp_path / "model")
     index = json.loads((model / "model_index.json").read_text())
     (model / "model_index.json").write_text(json.dumps({**index, "unet": ["evil", "Evil"]}))
-    (model / "unet" / "evil.py").write_text(f"from pathlib import Path\nPath({str(run)!r}).touch()\nclass Evil: pass\n")
+    (model / "unet" / "evil.py").write_text(
+        f"from pathlib import Path\nPath({str(marker)!r}).touch()\nclass Evil: pass\n"
+    )
     with pytest.raises(ModelError):
         load_backbone(model, device="cpu")
-    assert not run.exists()
+    assert not marker.exists()
 
 
-@pytest.mark.parametrize("how", [pickle.dump, torch.save])
-def test_a_lora_to_export(tmp_path: Path, tiny_model: Path, tiny_images: Path, run: Path, how: Any) -> None:
-    short = short_run(tiny_model, tiny_images, tmp_path / "run")
-    shared = {name: value for name, value in asdict(short).items() if name not in ("initializer_token", "output_dir")}
+@pytest.mark.parametrize("write", [pickle.dump, torch.save])
+def test_a_pickled_lora_is_not_exported(
+    tmp_path: Path, tiny_model: Path, tiny_images: Path, marker: Path, write: Any
+) -> None:
+    settings = short_run(tiny_model, tiny_images, tmp_path / "run")
+    shared = {
+        name: value for name, value in asdict(settings).items() if name not in ("initializer_token", "output_dir")
+    }
     config = DreamBoothLoraConfig(
-        **shared | {"placeholder_token": None}, instance_prompt="a dog", output_dir=short.output_dir
+        **shared | {"placeholder_token": None}, instance_prompt="a dog", output_dir=settings.output_dir
     )
     folder = personalise(config).folder
     with (folder / LORA).open("wb") as file:
-        how(Malice(run), file)
+        write(MaliciousPickle(marker), file)
     for export in (write_merged_pipeline, write_kohya_lora):
         with pytest.raises(RefusedInput, match="damaged"):
             export(folder, tmp_path / "export.safetensors")
-    assert not run.exists()
+    assert not marker.exists()
 
 
-@pytest.mark.parametrize("how", [pickle.dump, torch.save])
+@pytest.mark.parametrize("write", [pickle.dump, torch.save])
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
-def test_a_clip(tmp_path: Path, run: Path, name: str, how: Any) -> None:
+def test_a_pickled_clip_is_refused(tmp_path: Path, marker: Path, name: str, write: Any) -> None:
     folder = tiny_clip(tmp_path / "clip")
     (folder / "model.safetensors").unlink()
     with (folder / name).open("wb") as file:
-        how(Malice(run), file)
+        write(MaliciousPickle(marker), file)
     with pytest.raises(ModelError):
         Clip.load(folder)
-    assert not run.exists()
+    assert not marker.exists()
 
 
-def test_learned_weights_and_a_checkpoint(config: TextualInversionConfig, tmp_path: Path, run: Path) -> None:
+def test_pickled_weights_and_checkpoints_are_refused(
+    config: TextualInversionConfig, tmp_path: Path, marker: Path
+) -> None:
     folder = personalise(replace(config, num_validation_images=1)).folder
-    content, checkpoint = pickle.dumps(Malice(run)), folder / "checkpoint-9"
+    content, checkpoint = pickle.dumps(MaliciousPickle(marker)), folder / "checkpoint-9"
     (folder / "learned_embeds.safetensors").write_bytes(content)
     with pytest.raises(RefusedInput, match="damaged"):
         load_personalised_backbone(folder, device="cpu")
@@ -118,4 +128,4 @@ def test_learned_weights_and_a_checkpoint(config: TextualInversionConfig, tmp_pa
     (checkpoint / MANIFEST).write_text(json.dumps({**digests, TENSORS: sha256(content).hexdigest()}))
     with pytest.raises(CheckpointError, match="checkpoint-9 is not a checkpoint of dvar"):
         Checkpoint.read(checkpoint)
-    assert not run.exists()
+    assert not marker.exists()

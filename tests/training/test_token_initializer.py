@@ -168,11 +168,11 @@ def test_each_initializer_is_found_from_the_images_of_its_concept(
     blue = tmp_path / "plain"
     blue.mkdir()
     Image.new("RGB", (32, 32), (0, 0, 255)).save(blue / "0.png")
-    subjects = [
+    concepts = [
         {"instance_prompt": "a <new1>", "instance_data_dir": str(tiny_images)},
         {"instance_prompt": "a <new2>", "instance_data_dir": str(blue)},
     ]
-    (tmp_path / "list.json").write_text(json.dumps(subjects))
+    (tmp_path / "list.json").write_text(json.dumps(concepts))
     several = CustomDiffusionConfig(
         pretrained_model_name_or_path=config.pretrained_model_name_or_path,
         placeholder_token="<new1>+<new2>",
