@@ -1,3 +1,5 @@
+"""Custom Diffusion: weights, prior preservation, rescaling, several concepts."""
+
 from __future__ import annotations
 
 import json
@@ -46,17 +48,17 @@ def config(tiny_model: Path, tiny_images: Path, tmp_path: Path) -> CustomDiffusi
 
 
 @pytest.mark.parametrize(
-    ("part", "places"),
+    ("part", "suffixes"),
     [
         ("crossattn_kv", {"to_k.weight", "to_v.weight"}),
         ("crossattn", {"to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight", "to_out.0.bias"}),
     ],
 )
-def test_the_named_part_of_every_cross_attention_is_learned(backbone: Backbone, part: str, places: set[str]) -> None:
+def test_the_named_part_of_every_cross_attention_is_learned(backbone: Backbone, part: str, suffixes: set[str]) -> None:
     base = {name: weight.clone() for name, weight in backbone.unet.state_dict().items()}
-    crossed = [name for name, _ in backbone.unet.named_modules() if name.endswith(".attn2")]
+    layers = [name for name, _ in backbone.unet.named_modules() if name.endswith(".attn2")]
     method = CustomDiffusion(backbone, {"<new1>": "ktn"}, part=part)
-    assert set(method.weights) == {f"{name}.{place}" for name in crossed for place in places}
+    assert set(method.weights) == {f"{name}.{suffix}" for name in layers for suffix in suffixes}
     assert set(method.weights) <= set(base)
     for name, weight in method.weights.items():
         assert torch.equal(weight, base[name])
@@ -65,7 +67,7 @@ def test_the_named_part_of_every_cross_attention_is_learned(backbone: Backbone, 
     assert backbone.unet.state_dict().keys() == base.keys()
 
 
-def test_files_are_whole_weights_by_the_unets_names_and_one_of_vectors(backbone: Backbone) -> None:
+def test_files_hold_weights_by_the_unets_names_and_vectors(backbone: Backbone) -> None:
     method = CustomDiffusion(backbone, {"<new1>": "ktn"}, 2)
     files = method.files(method.state)
     assert files.keys() == {ATTENTION, EMBEDS}
@@ -75,43 +77,43 @@ def test_files_are_whole_weights_by_the_unets_names_and_one_of_vectors(backbone:
     assert not set(missing) & set(method.weights)
 
 
-def test_what_was_learned_can_be_taken_out_and_put_back(backbone: Backbone, tiny_model: Path) -> None:
+def test_the_learned_state_can_be_saved_and_restored(backbone: Backbone, tiny_model: Path) -> None:
     method = CustomDiffusion(backbone, {"<new1>": "ktn"})
     with torch.no_grad():
         for weight in method.parameters:
             weight.normal_(generator=torch.Generator().manual_seed(weight.numel()))
     state = method.state
-    other = CustomDiffusion(load_backbone(tiny_model, device="cpu"), {"<new1>": "cat"})
-    other.load(state)
-    assert all(torch.equal(other.state[name], tensor) for name, tensor in state.items())
+    restored = CustomDiffusion(load_backbone(tiny_model, device="cpu"), {"<new1>": "cat"})
+    restored.load(state)
+    assert all(torch.equal(restored.state[name], tensor) for name, tensor in state.items())
     with torch.no_grad():
         for weight in method.parameters:
             weight.zero_()
     assert all(tensor.any() for tensor in state.values()), "a state is a copy"
 
 
-@pytest.mark.parametrize("place", ["to_k", "to_v"])
-def test_no_gradient_passes_through_the_first_place_of_keys_and_values(backbone: Backbone, place: str) -> None:
+@pytest.mark.parametrize("projection", ["to_k", "to_v"])
+def test_no_gradient_passes_through_the_first_position_of_keys_and_values(backbone: Backbone, projection: str) -> None:
     method = CustomDiffusion(backbone, {"<new1>": "ktn"})
-    name = next(name for name in method.weights if place in name).removesuffix(".weight")
-    layer, given = backbone.unet.get_submodule(name), torch.randn(2, 5, 32, requires_grad=True)
-    found = layer(given)
-    torch.testing.assert_close(found, given @ layer.weight.T)
-    found.square().sum().backward()
-    assert given.grad is not None
-    assert not given.grad[:, 0].any()
-    assert given.grad[:, 1:].all()
+    name = next(name for name in method.weights if projection in name).removesuffix(".weight")
+    layer, hidden = backbone.unet.get_submodule(name), torch.randn(2, 5, 32, requires_grad=True)
+    output = layer(hidden)
+    torch.testing.assert_close(output, hidden @ layer.weight.T)
+    output.square().sum().backward()
+    assert hidden.grad is not None
+    assert not hidden.grad[:, 0].any()
+    assert hidden.grad[:, 1:].all()
 
 
-def test_in_half_precision_only_what_is_learned_is_float32(tiny_model: Path) -> None:
+def test_only_the_learned_weights_are_float32_in_half_precision(tiny_model: Path) -> None:
     backbone = load_backbone(tiny_model, device="cpu", mixed_precision="bf16")
     method = CustomDiffusion(backbone, {"<new1>": "ktn"})
-    learned = {id(weight) for weight in method.parameters}
+    learned_ids = {id(weight) for weight in method.parameters}
     assert {weight.dtype for weight in method.parameters} == {torch.float32}
-    assert {part.dtype for part in backbone.unet.parameters() if id(part) not in learned} == {torch.bfloat16}
+    assert {part.dtype for part in backbone.unet.parameters() if id(part) not in learned_ids} == {torch.bfloat16}
 
 
-def test_captions_hold_the_word_and_the_class(config: CustomDiffusionConfig) -> None:
+def test_captions_contain_the_placeholder_token_and_the_class(config: CustomDiffusionConfig) -> None:
     assert config.caption_templates == ("photo of a <new1> mug",)
     assert replace(config, instance_prompt="my <new1> mug").caption_templates == ("my <new1> mug",)
 
@@ -119,48 +121,50 @@ def test_captions_hold_the_word_and_the_class(config: CustomDiffusionConfig) -> 
 # Prior preservation
 
 
-def losses(config: CustomDiffusionConfig) -> tuple[float, list[float]]:
-    """The training loss of the first update, and the held losses before it."""
+def measure_losses(config: CustomDiffusionConfig) -> tuple[float, list[float]]:
+    """Return the training loss of the first update and the held losses before it."""
     trace = Trace.read(personalise(config).folder / "trace.jsonl")
     return trace.records[1]["train_loss"], trace.records[0]["eval"]
 
 
-def test_the_prior_adds_its_weight_times_the_loss_on_class_pictures_to_training_alone(
+def test_the_prior_adds_the_weighted_loss_on_class_images_to_training_only(
     config: CustomDiffusionConfig, tmp_path: Path
 ) -> None:
-    found = {}
+    losses = {}
     for weight in (0.0, 1.0, 3.0):
-        found[weight] = losses(replace(config, prior_loss_weight=weight, output_dir=str(tmp_path / f"{weight:g}")))
-    prior = found[1.0][0] - found[0.0][0]
+        losses[weight] = measure_losses(
+            replace(config, prior_loss_weight=weight, output_dir=str(tmp_path / f"{weight:g}"))
+        )
+    prior = losses[1.0][0] - losses[0.0][0]
     assert prior > 0
-    assert found[3.0][0] == pytest.approx(found[0.0][0] + 3 * prior, rel=1e-5)
-    assert found[0.0][1] == found[1.0][1] == found[3.0][1]
+    assert losses[3.0][0] == pytest.approx(losses[0.0][0] + 3 * prior, rel=1e-5)
+    assert losses[0.0][1] == losses[1.0][1] == losses[3.0][1]
     assert not (tmp_path / "0" / "class_images").exists()
 
 
-def test_class_pictures_are_drawn_by_the_base_model_once(config: CustomDiffusionConfig) -> None:
+def test_class_images_are_generated_once_by_the_base_model(config: CustomDiffusionConfig) -> None:
     folder = personalise(config).folder / "class_images"
-    drawn = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert sorted(drawn) == ["00.png", "01.png", "02.png"]
-    assert len(set(drawn.values())) == 3
-    with Image.open(folder / "00.png") as picture:
-        assert (picture.mode, picture.size) == ("RGB", (32, 32))
+    images = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert sorted(images) == ["00.png", "01.png", "02.png"]
+    assert len(set(images.values())) == 3
+    with Image.open(folder / "00.png") as image:
+        assert (image.mode, image.size) == ("RGB", (32, 32))
     Image.new("RGB", (32, 32)).save(folder / "01.png")
-    marked = (folder / "01.png").read_bytes()
+    replacement = (folder / "01.png").read_bytes()
     personalise(replace(config, resume_from_checkpoint="latest", max_train_steps=10, extend=True))
-    assert (folder / "01.png").read_bytes() == marked, "a run that goes on reads them back"
+    assert (folder / "01.png").read_bytes() == replacement, "a resumed run reads them"
     personalise(replace(config, overwrite=True))
-    assert (folder / "01.png").read_bytes() == drawn["01.png"], "another run draws its own"
+    assert (folder / "01.png").read_bytes() == images["01.png"], "another run generates its own"
 
 
-def test_given_class_pictures_are_taken_instead(config: CustomDiffusionConfig, tmp_path: Path) -> None:
-    pictures = tiny_concept(tmp_path / "mugs", images=2)
-    given = replace(config, class_data_dir=str(pictures))
-    assert [len(known.images) for known in read_concept(given).classes] == [2]
-    assert not (personalise(given).folder / "class_images").exists()
+def test_class_images_of_a_folder_replace_generated_ones(config: CustomDiffusionConfig, tmp_path: Path) -> None:
+    class_images = tiny_concept(tmp_path / "mugs", images=2)
+    settings = replace(config, class_data_dir=str(class_images))
+    assert [len(class_set.images) for class_set in read_concept(settings).classes] == [2]
+    assert not (personalise(settings).folder / "class_images").exists()
 
 
-def test_a_bad_folder_of_class_pictures_is_refused(config: CustomDiffusionConfig, tmp_path: Path) -> None:
+def test_an_invalid_folder_of_class_images_is_refused(config: CustomDiffusionConfig, tmp_path: Path) -> None:
     with pytest.raises(RefusedInput, match="class_data_dir must be a folder with class images"):
         read_concept(replace(config, class_data_dir=str(tmp_path / "nowhere")))
     (tmp_path / "mugs").mkdir()
@@ -174,49 +178,49 @@ def test_a_bad_folder_of_class_pictures_is_refused(config: CustomDiffusionConfig
 # Rescaling and its mask
 
 
-def test_training_sees_the_mask_and_the_held_batch_its_augmentations_alone(
+def test_training_is_masked_and_the_held_batch_is_augmented_without_a_mask(
     config: CustomDiffusionConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[Draws] = []
+    calls: list[Draws] = []
 
-    def spy(predict: Any, draws: Draws, schedule: Any) -> Any:
-        seen.append(draws)
+    def record_draws(predict: Any, draws: Draws, schedule: Any) -> Any:
+        calls.append(draws)
         return denoising_loss(predict, draws, schedule)
 
-    monkeypatch.setattr(dvar.training.run, "denoising_loss", spy)
+    monkeypatch.setattr(dvar.training.run, "denoising_loss", record_draws)
     personalise(replace(config, train_batch_size=3))
-    held = [draws for draws in seen if draws.mask is None]
-    trained = [draws.mask for draws in seen if draws.mask is not None]
-    assert len(held) == 10
-    assert len(trained) == 9
-    for part in (slice(3), slice(3, 6)):  # of the subject, of its class
-        assert len({tuple(draws.timesteps[part].tolist()) for draws in seen if draws.mask is not None}) == 9
-    assert len({draws.input_ids.shape[0] for draws in held}) == 1
-    assert len({tuple(ids.tolist()) for ids in held[0].input_ids}) > 1, "captions say how a picture is shown"
-    assert all(mask[3:].all() for mask in trained), "class pictures are shown as they are"
-    assert any(not mask[:3].all() for mask in trained)
+    held_draws = [draws for draws in calls if draws.mask is None]
+    masks = [draws.mask for draws in calls if draws.mask is not None]
+    assert len(held_draws) == 10
+    assert len(masks) == 9
+    for part in (slice(3), slice(3, 6)):  # of the concept, of its class
+        assert len({tuple(draws.timesteps[part].tolist()) for draws in calls if draws.mask is not None}) == 9
+    assert len({draws.input_ids.shape[0] for draws in held_draws}) == 1
+    assert len({tuple(ids.tolist()) for ids in held_draws[0].input_ids}) > 1, "captions state the scale of an image"
+    assert all(mask[3:].all() for mask in masks), "class images are not rescaled"
+    assert any(not mask[:3].all() for mask in masks)
 
 
 def test_without_rescaling_there_is_one_caption_and_no_mask(
     config: CustomDiffusionConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[Draws] = []
+    calls: list[Draws] = []
 
-    def loss(predict: Any, draws: Draws, schedule: Any) -> Tensor:
-        seen.append(draws)
+    def record_draws(predict: Any, draws: Draws, schedule: Any) -> Tensor:
+        calls.append(draws)
         return denoising_loss(predict, draws, schedule)
 
-    monkeypatch.setattr(dvar.training.run, "denoising_loss", loss)
+    monkeypatch.setattr(dvar.training.run, "denoising_loss", record_draws)
     personalise(replace(config, random_rescale=False, prior_loss_weight=0.0))
-    assert all(draws.mask is None for draws in seen)
-    assert len({tuple(ids.tolist()) for draws in seen for ids in draws.input_ids}) == 1
+    assert all(draws.mask is None for draws in calls)
+    assert len({tuple(ids.tolist()) for draws in calls for ids in draws.input_ids}) == 1
 
 
-# Several subjects
+# Several concepts
 
 
 @pytest.fixture
-def several(config: CustomDiffusionConfig) -> CustomDiffusionConfig:
+def several_concepts(config: CustomDiffusionConfig) -> CustomDiffusionConfig:
     return replace(
         config,
         placeholder_token="<new1>+<new2>",
@@ -227,38 +231,38 @@ def several(config: CustomDiffusionConfig) -> CustomDiffusionConfig:
     )
 
 
-def listed(config: CustomDiffusionConfig, path: Path, *entries: Any) -> CustomDiffusionConfig:
+def write_concepts_list(config: CustomDiffusionConfig, path: Path, *entries: Any) -> CustomDiffusionConfig:
     path.write_text(json.dumps(entries))
     return replace(config, concepts_list=str(path))
 
 
-def test_several_subjects_are_read_with_their_own_pictures_captions_and_classes(
-    several: CustomDiffusionConfig, tiny_images: Path, tmp_path: Path
+def test_several_concepts_are_read_with_their_images_captions_and_classes(
+    several_concepts: CustomDiffusionConfig, tiny_images: Path, tmp_path: Path
 ) -> None:
     cats = tiny_concept(tmp_path / "cats", images=2)
     (cats / "01.txt").write_text("<new2> asleep")
-    mugs, first = str(tiny_images), {"instance_prompt": "photo of a <new1> mug", "class_prompt": "mug"}
-    second = {"instance_prompt": "photo of a <new2> cat", "class_prompt": "cat", "class_data_dir": mugs}
-    config = listed(
-        several,
+    mugs, mug = str(tiny_images), {"instance_prompt": "photo of a <new1> mug", "class_prompt": "mug"}
+    cat = {"instance_prompt": "photo of a <new2> cat", "class_prompt": "cat", "class_data_dir": mugs}
+    config = write_concepts_list(
+        several_concepts,
         tmp_path / "list.json",
-        {**first, "instance_data_dir": mugs},
-        {**second, "instance_data_dir": str(cats)},
+        {**mug, "instance_data_dir": mugs},
+        {**cat, "instance_data_dir": str(cats)},
     )
     concept = read_concept(config)
     assert len(concept.images) == len(set(concept.names)) == 6
     texts = [concept.texts(index) for index in range(6)]
     assert texts == [("photo of a <new1> mug",)] * 4 + [("photo of a <new2> cat",), ("<new2> asleep",)]
     assert concept.placeholder_tokens == ("<new1>", "<new2>")
-    assert [(known.prompt, len(known.images)) for known in concept.classes] == [("mug", 0), ("cat", 4)]
+    assert [(class_set.prompt, len(class_set.images)) for class_set in concept.classes] == [("mug", 0), ("cat", 4)]
     assert read_concept(replace(config, prior_loss_weight=0.0)).classes == ()
 
 
-GOOD = {"instance_prompt": "a <new1> <new2>", "class_prompt": "mug", "instance_data_dir": "{pictures}"}
+GOOD = {"instance_prompt": "a <new1> <new2>", "class_prompt": "mug", "instance_data_dir": "{images}"}
 
 
 @pytest.mark.parametrize(
-    ("written", "said"),
+    ("content", "message"),
     [
         ("{", "is not JSON"),
         ("{}", "must be a list of one or more objects"),
@@ -277,37 +281,35 @@ GOOD = {"instance_prompt": "a <new1> <new2>", "class_prompt": "mug", "instance_d
         ([{**GOOD, "class_data_dir": 7}], "concept 1: class_data_dir must be text, got 7"),
     ],
 )
-def test_a_bad_list_of_subjects_is_the_one_problem_named(
-    several: CustomDiffusionConfig, tiny_images: Path, tmp_path: Path, written: Any, said: str
+def test_an_invalid_concepts_list_is_the_only_problem_reported(
+    several_concepts: CustomDiffusionConfig, tiny_images: Path, tmp_path: Path, content: Any, message: str
 ) -> None:
     path = tmp_path / "list.json"
-    path.write_text(
-        written if isinstance(written, str) else json.dumps(written).replace("{pictures}", str(tiny_images))
-    )
-    with pytest.raises(RefusedInput) as refused:
-        read_concept(replace(several, concepts_list=str(path)))
-    (problem,) = refused.value.problems
-    assert said in problem
+    path.write_text(content if isinstance(content, str) else json.dumps(content).replace("{images}", str(tiny_images)))
+    with pytest.raises(RefusedInput) as error:
+        read_concept(replace(several_concepts, concepts_list=str(path)))
+    (problem,) = error.value.problems
+    assert message in problem
 
 
-def test_a_list_that_is_not_there_is_refused(several: CustomDiffusionConfig, tmp_path: Path) -> None:
+def test_a_missing_concepts_list_is_refused(several_concepts: CustomDiffusionConfig, tmp_path: Path) -> None:
     with pytest.raises(RefusedInput, match=r"nowhere\.json: No such file or directory; check the path"):
-        read_concept(replace(several, concepts_list=str(tmp_path / "nowhere.json")))
+        read_concept(replace(several_concepts, concepts_list=str(tmp_path / "nowhere.json")))
 
 
-def test_each_word_learns_from_its_own_start_and_prompts_are_written_out(backbone: Backbone) -> None:
-    words = backbone.text_encoder.get_input_embeddings().weight.detach().clone()
+def test_each_placeholder_token_has_its_own_initializer_and_prompts_are_expanded(backbone: Backbone) -> None:
+    table = backbone.text_encoder.get_input_embeddings().weight.detach().clone()
     vocabulary = backbone.tokenizer.get_vocab()
     method = CustomDiffusion(backbone, {"<new1>": "mug", "<new2>": "cat"}, 2)
     assert method.expand("<new1> and <new2>") == "<new1> <new1>_1 and <new2> <new2>_1"
     ids = backbone.tokenize([method.expand("<new1> and <new2>")])
     with torch.no_grad():
-        for number, word in enumerate(method.tokens):
-            assert torch.equal(word.rows, words[vocabulary[("mug", "cat")[number] + "</w>"]].repeat(2, 1))
-            word.rows.fill_(number + 1.0)
-    found = backbone.text_encoder.get_input_embeddings()(ids)[0]
-    assert found[1:6, 0].tolist() == [1, 1, found[3, 0], 2, 2]
-    assert torch.equal(found[3], words[vocabulary["and</w>"]])
+        for index, token in enumerate(method.tokens):
+            assert torch.equal(token.rows, table[vocabulary[("mug", "cat")[index] + "</w>"]].repeat(2, 1))
+            token.rows.fill_(index + 1.0)
+    vectors = backbone.text_encoder.get_input_embeddings()(ids)[0]
+    assert vectors[1:6, 0].tolist() == [1, 1, vectors[3, 0], 2, 2]
+    assert torch.equal(vectors[3], table[vocabulary["and</w>"]])
     files = method.files(method.state)
     assert [*files] == [EMBEDS, ATTENTION]
     assert [*files[EMBEDS]] == ["<new1>", "<new2>"]

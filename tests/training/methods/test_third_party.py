@@ -1,4 +1,4 @@
-"""A method of another package: registered, trained, exported and read back like ours."""
+"""A method of another package: registered, trained, exported and loaded like the built-in ones."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class TestOutputBiasContract(MethodContract):
     config = BiasConfig(learning_rate=0.05)
 
 
-def test_a_run_of_it_is_read_back_with_what_it_learned(tmp_path: Path) -> None:
+def test_a_run_of_a_third_party_method_is_loaded_with_its_weights(tmp_path: Path) -> None:
     result = personalise(TestOutputBiasContract().short_config(tmp_path))
     assert [path.name for path in result.weights] == [ATTENTION]
     base = load_backbone(tmp_path / "model", device="cpu").unet.conv_out.bias
@@ -77,7 +77,7 @@ def test_a_run_of_it_is_read_back_with_what_it_learned(tmp_path: Path) -> None:
     assert "Output bias" in write_report(result.folder).read_text()
 
 
-def test_it_has_no_presets_and_a_config_without_one() -> None:
+def test_a_third_party_method_has_no_presets() -> None:
     config = configure({"learning-rate": 0.5}, BiasConfig)
     assert (config.learning_rate, config.preset) == (0.5, None)
     with pytest.raises(RefusedInput, match="method output-bias has no presets, got preset 'mini': drop it"):
