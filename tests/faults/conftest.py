@@ -23,7 +23,7 @@ def config(tiny_model: Path, tiny_images: Path, tmp_path: Path) -> TextualInvers
 @pytest.fixture(scope="session")
 def reference(tiny_model: Path, tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """The outcome of a run without faults."""
-    config = short_run(tiny_model, tiny_images, tmp_path_factory.mktemp("straight") / "run")
+    config = short_run(tiny_model, tiny_images, tmp_path_factory.mktemp("reference") / "run")
     return Outcome.of(personalise(config).folder)
 
 

@@ -26,7 +26,7 @@ def main(model: str, images: str, folder: str, kills: str) -> None:
     torch.set_num_threads(1)
     backbone = load_backbone(model, device="cpu")
     StableDiffusion.load = lambda *_, **__: copy.deepcopy(backbone)  # type: ignore[method-assign, assignment]
-    config = replace(short_run(Path(model), Path(images), Path(folder) / "straight"), checkpointing_steps=1)
+    config = replace(short_run(Path(model), Path(images), Path(folder) / "reference"), checkpointing_steps=1)
     start = time.monotonic()
     reference = Outcome.of(personalise(config).folder)
     duration, random_state, kill_count, run_count = time.monotonic() - start, random.Random(0), 0, 0

@@ -47,7 +47,7 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    ("number", "load", "changes"),
+    ("number", "scope", "changes"),
     [
         (signal.SIGTERM, nullcontext, {}),
         pytest.param(signal.SIGINT, nullcontext, {}, marks=SLOW),
@@ -60,7 +60,7 @@ SLOW = pytest.mark.slow
     ids=["SIGTERM", "SIGINT", "SIGTERM, busy", "SIGINT, busy", "SIGTERM, sampling, busy"],
 )
 def test_a_signal_ends_a_process_within_half_a_minute_with_a_checkpoint_and_a_hint(
-    config: TextualInversionConfig, number: signal.Signals, load: Any, changes: dict[str, int]
+    config: TextualInversionConfig, number: signal.Signals, scope: Any, changes: dict[str, int]
 ) -> None:
     arguments = ["train", "textual-inversion", "--max_train_steps", "100000", "--preset", "paper"]
     names = ("pretrained_model_name_or_path", "instance_data_dir", "initializer_token", "resolution", "output_dir")
@@ -69,7 +69,7 @@ def test_a_signal_ends_a_process_within_half_a_minute_with_a_checkpoint_and_a_hi
         arguments += [f"--{name}", str(value)]
     program = [sys.executable, "-c", "import sys; from dvar.cli.main import main; sys.exit(main())"]
     popen: dict[str, Any] = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with load(), subprocess.Popen([*program, *arguments], **popen) as process:
+    with scope(), subprocess.Popen([*program, *arguments], **popen) as process:
         assert process.stderr
         for line in process.stderr:
             if line.startswith("step"):

@@ -101,12 +101,12 @@ def test_evaluations_come_at_the_cadence_and_at_the_cap(cadence: int, expected: 
 
 
 def test_measuring_does_not_disturb_training() -> None:
-    often, seldom = Bench(probe_every=1, seed=1), Bench(probe_every=7, seed=1)
+    frequent, rare = Bench(probe_every=1, seed=1), Bench(probe_every=7, seed=1)
     torch.manual_seed(0)
-    losses = [step.train_loss for step in often.run()]
+    losses = [step.train_loss for step in frequent.run()]
     torch.manual_seed(1)
-    assert [step.train_loss for step in seldom.run()] == losses
-    assert torch.equal(often.method.rows, seldom.method.rows)
+    assert [step.train_loss for step in rare.run()] == losses
+    assert torch.equal(frequent.method.rows, rare.method.rows)
 
 
 def test_extra_series_are_recorded_at_their_step_and_timed_separately() -> None:

@@ -20,12 +20,12 @@ PACKAGES = {"adamw": "torch", "sam": "torch", "prodigy": "prodigyopt", "adamw8bi
 INSTALLED = [name for name, package in PACKAGES.items() if importlib.util.find_spec(package)]
 
 
-def config(name: str, **settings: Any) -> TextualInversionConfig:
+def build_config(name: str, **settings: Any) -> TextualInversionConfig:
     rate = 1.0 if name == "prodigy" else 0.05
     return TextualInversionConfig(**{"optimizer": name, "learning_rate": rate, **settings})
 
 
-def parameters() -> list[nn.Parameter]:
+def create_parameters() -> list[nn.Parameter]:
     """One of each kind: large enough for a state of 8 bits, small, and zero at the start."""
     random = torch.Generator().manual_seed(0)
     return [
@@ -35,33 +35,33 @@ def parameters() -> list[nn.Parameter]:
     ]
 
 
-def step(optimizer: torch.optim.Optimizer, parts: list[nn.Parameter], number: int) -> None:
-    random = torch.Generator().manual_seed(number)
-    for part in parts:
-        part.grad = part.detach() - 1 + 0.1 * torch.randn(part.shape, generator=random)
+def update_weights(optimizer: torch.optim.Optimizer, weights: list[nn.Parameter], seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    for weight in weights:
+        weight.grad = weight.detach() - 1 + 0.1 * torch.randn(weight.shape, generator=random)
     optimizer.step()
 
 
 @pytest.mark.parametrize("name", INSTALLED)
-@pytest.mark.parametrize("cut", [0, 1, 4])
-def test_a_restored_optimizer_continues_bit_for_bit(name: str, cut: int) -> None:
-    reference, resumed = parameters(), parameters()
-    optimizer = make_optimizer(config(name), reference)
-    for number in range(8):
-        step(optimizer, reference, number)
-    saved_optimizer = make_optimizer(config(name), resumed)
-    for number in range(cut):
-        step(saved_optimizer, resumed, number)
+@pytest.mark.parametrize("interruption", [0, 1, 4])
+def test_a_restored_optimizer_continues_bit_for_bit(name: str, interruption: int) -> None:
+    reference, resumed = create_parameters(), create_parameters()
+    optimizer = make_optimizer(build_config(name), reference)
+    for step in range(8):
+        update_weights(optimizer, reference, step)
+    saved_optimizer = make_optimizer(build_config(name), resumed)
+    for step in range(interruption):
+        update_weights(saved_optimizer, resumed, step)
     tensors, facts = read_state(saved_optimizer)
-    assert bool(tensors) == (cut > 0)
+    assert bool(tensors) == (interruption > 0)
     tensors, facts = load(save(tensors)), json.loads(json.dumps(facts, allow_nan=False))  # as a checkpoint keeps them
-    resumed_optimizer = make_optimizer(config(name), resumed)
+    resumed_optimizer = make_optimizer(build_config(name), resumed)
     load_state(resumed_optimizer, tensors, facts)
-    for number in range(cut, 8):
-        step(resumed_optimizer, resumed, number)
+    for step in range(interruption, 8):
+        update_weights(resumed_optimizer, resumed, step)
     for expected, actual in zip(reference, resumed, strict=True):
         assert torch.equal(expected, actual)
-    assert not torch.equal(reference[0], parameters()[0])
+    assert not torch.equal(reference[0], create_parameters()[0])
     expected_state, state = read_state(optimizer), read_state(resumed_optimizer)
     assert expected_state[1] == state[1]
     assert expected_state[0].keys() == state[0].keys()
@@ -72,11 +72,11 @@ def test_a_restored_optimizer_continues_bit_for_bit(name: str, cut: int) -> None
 
 @pytest.mark.parametrize("name", INSTALLED)
 def test_an_optimizer_approaches_the_minimum_and_prints_nothing(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    parts = parameters()
+    parts = create_parameters()
     before = float((parts[0].detach() - 1).square().mean())
-    optimizer = make_optimizer(config(name), parts)
+    optimizer = make_optimizer(build_config(name), parts)
     for number in range(150):
-        step(optimizer, parts, number)
+        update_weights(optimizer, parts, number)
     assert float((parts[0].detach() - 1).square().mean()) < 0.8 * before
     assert capsys.readouterr() == ("", "")
 
@@ -85,7 +85,7 @@ def test_adamw_receives_its_settings() -> None:
     settings = {"adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-3, "adam_weight_decay": 0.5}
     expected = {"lr": 0.05, "betas": (0.8, 0.9), "eps": 1e-3, "weight_decay": 0.5}
     for name in {"adamw", "prodigy"} & {*INSTALLED}:
-        group = make_optimizer(config(name, **settings, learning_rate=0.05), parameters()).param_groups[0]
+        group = make_optimizer(build_config(name, **settings, learning_rate=0.05), create_parameters()).param_groups[0]
         assert {key: group[key] for key in expected} == expected
 
 
@@ -111,7 +111,7 @@ class Bowl:
             self.rows.copy_(state["rows"])
 
 
-def bowl(method: Bowl) -> Any:
+def bowl_losses(method: Bowl) -> Any:
     """The loss w1^2 / 2 + 2 w2^2 in two halves, one of each sample of a step; its gradient is (w1, 4 w2)."""
     return lambda step, first, count: torch.stack(
         [(method.rows[0].square(), 4 * method.rows[1].square())[index % 2] for index in range(first, first + count)]
@@ -121,15 +121,17 @@ def bowl(method: Bowl) -> Any:
 @pytest.mark.parametrize(("batch", "parts"), [(2, 1), (1, 2)])
 def test_sam_steps_by_the_gradient_at_the_perturbed_weights(batch: int, parts: int) -> None:
     method = Bowl(3.0, 1.0)
-    settings = config("sam", learning_rate=0.1, sam_rho=0.5, train_batch_size=batch, gradient_accumulation_steps=parts)
+    settings = build_config(
+        "sam", learning_rate=0.1, sam_rho=0.5, train_batch_size=batch, gradient_accumulation_steps=parts
+    )
     learner = Learner(method, settings, {})
-    update = learner.update(bowl(method), 1)
+    update = learner.update(bowl_losses(method), 1)
     # At (3, 1) the gradient is (3, 4) of norm 5, so SAM looks at (3, 1) + 0.5 (3, 4) / 5 = (3.3, 1.4), where the
     # gradient is (3.3, 5.6); a step of 0.1 from (3, 1) ends at (2.67, 0.44).  The plain one would end at (2.7, 0.6).
     torch.testing.assert_close(method.rows.detach(), torch.tensor([2.67, 0.44]))
     assert update.train_loss == pytest.approx(9 / 2 + 2)
     assert update.grad_norm == pytest.approx((3.3**2 + 5.6**2) ** 0.5)
-    learner.update(bowl(method), 2)
+    learner.update(bowl_losses(method), 2)
     # There the gradient is (2.67, 1.76), of norm 3.19789, and at (2.67, 0.44) + 0.5 (2.67, 1.76) / 3.19789 it is
     # (3.08746, 2.86073); momentum adds 0.9 of the first: (6.05746, 7.90073), and a tenth of it is the step.
     torch.testing.assert_close(method.rows.detach(), torch.tensor([2.064254, -0.350073]), rtol=1e-5, atol=1e-5)

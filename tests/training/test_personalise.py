@@ -133,15 +133,15 @@ def test_runs_of_one_seed_are_equal_and_of_two_seeds_differ(config: TextualInver
 
 
 def test_the_probe_does_not_affect_training(config: TextualInversionConfig, tmp_path: Path) -> None:
-    often = replace(config, output_dir=str(tmp_path / "often"), probe_every=1, window=40, max_train_steps=45)
-    seldom = replace(often, output_dir=str(tmp_path / "seldom"), probe_every=5)
+    frequent = replace(config, output_dir=str(tmp_path / "often"), probe_every=1, window=40, max_train_steps=45)
+    rare = replace(frequent, output_dir=str(tmp_path / "seldom"), probe_every=5)
     states = []
-    for settings in (often, seldom):
+    for settings in (frequent, rare):
         torch.manual_seed(0)
         personalise(replace(settings, validation_steps=100, num_validation_images=1))
         states.append(torch.get_rng_state())
-    records = [load_records(Path(settings.output_dir)) for settings in (often, seldom)]
-    assert torch.equal(load_vectors(Path(often.output_dir)), load_vectors(Path(seldom.output_dir)))
+    records = [load_records(Path(settings.output_dir)) for settings in (frequent, rare)]
+    assert torch.equal(load_vectors(Path(frequent.output_dir)), load_vectors(Path(rare.output_dir)))
     assert torch.equal(*states)
     assert [row.get("train_loss") for row in records[0]] == [row.get("train_loss") for row in records[1]]
     for often_row, seldom_row in zip(*records, strict=True):
@@ -167,7 +167,7 @@ STEPS = [pytest.param(step, marks=() if step in (0, 3, 4, 11) else pytest.mark.s
 @pytest.fixture(scope="module")
 def reference_run(tiny_model: Path, tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run of the settings of `config`."""
-    folder = tmp_path_factory.mktemp("straight")
+    folder = tmp_path_factory.mktemp("reference")
     settings = config.__wrapped__(tiny_model, tiny_images, folder)  # type: ignore[attr-defined]
     return personalise(settings).folder
 
@@ -467,7 +467,7 @@ def test_a_signal_while_sampling_for_scores_loses_neither_score_nor_best_step(
     config: TextualInversionConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, step: int
 ) -> None:
     settings = replace(config, best_by="clip", clip_model=str(tiny_clip(tmp_path / "clip")))
-    reference_run = personalise(replace(settings, output_dir=str(tmp_path / "straight")))
+    reference_run = personalise(replace(settings, output_dir=str(tmp_path / "reference")))
     with monkeypatch.context() as patch:
         signal_during_sampling(patch, number)
         result = personalise(settings)
@@ -755,7 +755,7 @@ def test_a_run_that_fails_before_its_first_clip_score_exports_the_best_step_by_l
 
 def test_a_resumed_run_finds_the_same_best_step_by_clip(config: TextualInversionConfig, tmp_path: Path) -> None:
     settings = replace(config, best_by="clip", clip_model=str(tiny_clip(tmp_path / "clip")))
-    reference_run = personalise(replace(settings, output_dir=str(tmp_path / "straight")))
+    reference_run = personalise(replace(settings, output_dir=str(tmp_path / "reference")))
 
     def kill(step: StepRecord) -> None:
         if step.step == 7:

@@ -32,7 +32,7 @@ class FakeStep:
     seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.06, "probe": 0.03, "other": 0.01})
 
 
-def run(cap: int = CAP, cadence: int = 1) -> list[Any]:
+def run_until_stop(cap: int = CAP, cadence: int = 1) -> list[Any]:
     """Return the steps until the rule stops: a loss that falls by e every 10 steps, judged by a window of 20."""
     trace, steps = Trace(), []
     for step in range(cap + 1):
@@ -55,7 +55,7 @@ def test_a_log_gets_lines_and_a_terminal_a_panel() -> None:
 
 
 def test_the_log_has_a_line_every_fiftieth_of_the_cap_and_at_the_stop() -> None:
-    stream, steps = io.StringIO(), run()
+    stream, steps = io.StringIO(), run_until_stop()
     with LogLines(CAP, stream) as show:
         for step in steps:
             show(step)
@@ -67,7 +67,7 @@ def test_the_log_has_a_line_every_fiftieth_of_the_cap_and_at_the_stop() -> None:
 
 
 def test_a_line_shows_step_loss_ratio_and_remaining_time() -> None:
-    stream, steps = io.StringIO(), run()
+    stream, steps = io.StringIO(), run_until_stop()
     with LogLines(CAP, stream) as show:
         for step in steps:
             show(step)
@@ -82,7 +82,7 @@ def test_a_line_shows_step_loss_ratio_and_remaining_time() -> None:
 
 def test_the_last_evaluation_is_shown_until_the_next() -> None:
     meter = ProgressState(CAP)
-    for step in run(cap=7, cadence=5):
+    for step in run_until_stop(cap=7, cadence=5):
         meter.take(step)
     assert meter.curve == pytest.approx([1.05, 0.05 + math.exp(-0.5)])
     assert meter.step == 7
@@ -90,7 +90,7 @@ def test_the_last_evaluation_is_shown_until_the_next() -> None:
 
 def test_the_pace_is_that_of_the_last_fifty_steps() -> None:
     meter: Any = ProgressState(1000)
-    for step in run()[:1] * 100:
+    for step in run_until_stop()[:1] * 100:
         meter.take(FakeStep(step.step, step.verdict, None, 0.1, {"train": 1.0}))
     assert meter.rate == pytest.approx(1)
     for number in range(50):
@@ -103,14 +103,14 @@ def test_the_pace_is_that_of_the_last_fifty_steps() -> None:
 def test_the_panel_is_complete_at_any_width(width: int) -> None:
     console = Console(file=Terminal(), width=width, force_terminal=True, color_system=None)
     with LivePanel(CAP, "<thing> [not a tag]", console) as panel:
-        for step in run():
+        for step in run_until_stop():
             panel(step)
         console.print(panel.render())
     output = console.file.getvalue()  # type: ignore[attr-defined]
     for text in ("<thing> [not a tag]", "step", "L_det", "ratio", "of 150"):
         assert text in output
     if width >= 100:
-        assert run()[-1].verdict.sentence in output
+        assert run_until_stop()[-1].verdict.sentence in output
     if width >= 80:
         assert "stops below 0.15" in output
         assert all(len(line) <= width for line in output.splitlines() if "\x1b" not in line)

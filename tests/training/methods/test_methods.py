@@ -95,10 +95,10 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def config(name: str, tiny_model: Path, tiny_images: Path, tmp_path: Path) -> TrainingConfig:
-    return settings(name, tiny_model, tiny_images, tmp_path / "run")
+    return build_config(name, tiny_model, tiny_images, tmp_path / "run")
 
 
-def settings(name: str, model: Path, images: Path, folder: Path) -> TrainingConfig:
+def build_config(name: str, model: Path, images: Path, folder: Path) -> TrainingConfig:
     config = METHODS[name]
     if isinstance(config, CustomDiffusionConfig) and config.concepts_list:
         config = replace(
@@ -132,11 +132,11 @@ def write_concepts_list(images: Path, path: Path) -> Path:
 @pytest.fixture(scope="module")
 def reference_runs(tiny_model: Path, tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Uninterrupted runs by method, each trained on first use."""
-    folder = tmp_path_factory.mktemp("straight")
+    folder = tmp_path_factory.mktemp("reference")
 
     class ReferenceRuns(dict[str, Path]):
         def __missing__(self, name: str) -> Path:
-            result = personalise(settings(name, tiny_model, tiny_images, folder / name))
+            result = personalise(build_config(name, tiny_model, tiny_images, folder / name))
             assert result.verdict.reason is Reason.CAP
             self[name] = result.folder
             return result.folder
@@ -246,13 +246,13 @@ def test_a_checkpoint_of_another_method_is_refused_with_the_difference(
     tiny_model: Path, tiny_images: Path, tmp_path: Path
 ) -> None:
     with_token, without_token = (
-        settings(name, tiny_model, tiny_images, tmp_path) for name in ("dreambooth-lora", "lora-without-token")
+        build_config(name, tiny_model, tiny_images, tmp_path) for name in ("dreambooth-lora", "lora-without-token")
     )
     with pytest.raises(Killed):
         personalise(with_token, [kill])
     with pytest.raises(CheckpointError, match="placeholder_token was '<thing>' and is None"):
         personalise(replace(without_token, resume_from_checkpoint="latest"))
-    custom = settings("custom-diffusion", tiny_model, tiny_images, tmp_path)
+    custom = build_config("custom-diffusion", tiny_model, tiny_images, tmp_path)
     with pytest.raises(CheckpointError, match="method was 'dreambooth-lora' and is 'custom-diffusion'"):
         personalise(replace(custom, resume_from_checkpoint="latest"))
 
@@ -321,7 +321,7 @@ def test_stock_diffusers_generates_the_same_image_from_a_kohya_file(
     folder, prompt = reference_runs[name], "a photo of white dog"
     if alpha:
         changes: dict[str, Any] = {"lora_alpha": alpha}
-        scaled = replace(settings(name, tiny_model, tiny_images, tmp_path / "run"), **changes)
+        scaled = replace(build_config(name, tiny_model, tiny_images, tmp_path / "run"), **changes)
         folder = personalise(replace(scaled, max_train_steps=9, validation_steps=100)).folder
     path = write_kohya_lora(folder, tmp_path / "kohya.safetensors")
     tensors, matrices = load_file(path), load_file(folder / LORA)
@@ -430,20 +430,20 @@ def test_a_run_without_its_weights_is_refused(
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_trains_float32_weights_and_resumes(config: TrainingConfig, precision: Any) -> None:
-    settings = replace(
+    half_config = replace(
         config,
         mixed_precision=precision,
         learning_rate=1e-3,
         gradient_checkpointing=True,
         gradient_accumulation_steps=2,
     )
-    folder = personalise(settings).folder
+    folder = personalise(half_config).folder
     assert {part.dtype for part in load_weights(folder).values()} == {torch.float32}
     values = Trace.read(folder / "trace.jsonl").values
     assert len(set(values.tolist())) > CAP // 2
     with pytest.raises(Killed):
-        personalise(replace(settings, overwrite=True), [kill])
-    personalise(replace(settings, resume_from_checkpoint="latest"))
+        personalise(replace(half_config, overwrite=True), [kill])
+    personalise(replace(half_config, resume_from_checkpoint="latest"))
     assert np.array_equal(Trace.read(folder / "trace.jsonl").values, values)
 
 
