@@ -20,7 +20,7 @@ def test_an_example_runs_and_ends_with_a_verdict(example: Path) -> None:
 
 
 def test_the_readme_shows_the_drop_in_use_as_the_example_has_it() -> None:
-    """Each line of the README's loop that speaks of dvar stands, word for word, in the example that runs."""
+    """Compare the lines of the README's loop that use dvar with the example, word for word."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     lines = re.findall(r"^(?:trace, stop = |probe = dvar|    trace\.record|    if \(verdict).*$", readme, re.MULTILINE)
     example = (ROOT / "examples" / "drop_in.py").read_text(encoding="utf-8")

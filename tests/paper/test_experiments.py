@@ -66,7 +66,7 @@ def short_baseline() -> object:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(strategies, "_preset", lambda run: {"max_train_steps": 200, "validation_steps": 40})
         settings = StrategyFamily.settings
-        patch.setattr(StrategyFamily, "settings", lambda family: settings(family)[::9])  # the whole of it takes a while
+        patch.setattr(StrategyFamily, "settings", lambda family: settings(family)[::9])  # all of them take a while
         patch.setattr(convergence, "MORE", 1)
         for name in TRAINED:
             patch.setitem(EXPERIMENTS._items, name, replace(EXPERIMENTS[name], make=skip_training))

@@ -153,7 +153,7 @@ def test_a_killed_server_has_stored_every_acknowledged_vote(tmp_path: Path) -> N
                     if len(acknowledged[place]) == 6:
                         enough.set()
             except (OSError, http.client.HTTPException):
-                return  # the server is gone
+                return  # the server has been killed
 
         visitors += [Visitor(port) for _ in range(4)]
         people = [threading.Thread(target=work, args=(place,)) for place in range(4)]

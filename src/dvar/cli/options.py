@@ -36,12 +36,12 @@ def with_flags_of(
     def decorate(command: Command) -> Command:
         own = inspect.signature(command, eval_str=True).parameters.values()
         parameters = [parameter for parameter in own if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
-        taken = {parameter.name for parameter in parameters}
+        own_names = {parameter.name for parameter in parameters}
         hints, other_names, section = get_type_hints(config), aliases(config), ""
         groups: dict[str, Group] = {}
         for field in fields(config):
             section = field.metadata["section"] or section
-            if field.name in taken:
+            if field.name in own_names:
                 continue
             names = [field.name, *(alias for alias, name in other_names.items() if name == field.name)]
             group = groups.setdefault(section, _group(section, len(groups)))

@@ -62,8 +62,8 @@ def _placeholder_problems(config: TrainingConfig, tokenizer: Tokenizer) -> Itera
     """Yield the placeholder tokens that the tokenizer knows already."""
     for token in config.placeholder_tokens:
         names = token_names(token, config.num_vectors)
-        if taken := [name for name in names if token_id(tokenizer, name) is not None]:
-            message = f"placeholder_token must be a new word, and the model already knows {', '.join(taken)}"
+        if existing := [name for name in names if token_id(tokenizer, name) is not None]:
+            message = f"placeholder_token must be a new word, and the model already knows {', '.join(existing)}"
             yield f"{message}: try '<my-{token.strip('<>')}>'"
 
 

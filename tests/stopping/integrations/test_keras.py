@@ -71,7 +71,7 @@ def test_without_a_probe_it_records_what_an_epoch_ends_with(tmp_path: Path) -> N
     assert set(trace.metric_names) == {"loss", "val_loss"}
 
 
-def test_a_second_fit_begins_where_its_model_is_and_keeps_the_wish_of_another_callback_to_stop(tmp_path: Path) -> None:
+def test_a_second_fit_begins_where_its_model_is_and_keeps_the_stop_request_of_another_callback(tmp_path: Path) -> None:
     net = build_model()
     callback = fit_model(net, build_monitor(net, tmp_path / "trace.jsonl"), 1)
     net.optimizer.iterations.assign(4)  # set back to a checkpoint

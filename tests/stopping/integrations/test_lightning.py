@@ -102,7 +102,7 @@ def test_a_model_in_parts_is_refused(tmp_path: Path, strategy: Any) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_second_fit_begins_where_its_model_is_and_keeps_the_wish_of_another_callback_to_stop(tmp_path: Path) -> None:
+def test_a_second_fit_begins_where_its_model_is_and_keeps_the_stop_request_of_another_callback(tmp_path: Path) -> None:
     _, callback = fit_model(tmp_path, last=7)
     strategy = SimpleNamespace(broadcast=lambda value: value)
     back = SimpleNamespace(strategy=strategy, global_step=4, is_global_zero=True, should_stop=True)

@@ -93,7 +93,7 @@ def test_a_stopped_run_that_is_resumed_does_not_train_on(done: Any) -> None:
     assert_as_expected(Trace.read(folder / "trace.jsonl"))
 
 
-def test_a_second_training_begins_where_its_model_is_and_keeps_the_wish_of_another_callback_to_stop(
+def test_a_second_training_begins_where_its_model_is_and_keeps_the_stop_request_of_another_callback(
     tmp_path: Path,
 ) -> None:
     _, callback = run_trainer(tmp_path, last=7)
