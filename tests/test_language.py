@@ -1,4 +1,4 @@
-"""The language of the source: plain docstrings, names from the glossary, no dialect."""
+"""The language of the source and its tests: plain docstrings, names from the glossary, no dialect."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ import dvar
 
 PACKAGE = Path(dvar.__file__).parent
 TESTS = Path(__file__).parent
-# Folders of tests whose variables are still to be renamed; the list may only become shorter.
-PENDING = ("diffusion", "faults", "training")
 # The integrations with training frameworks give their callbacks one name, so that code changes its import alone.
 SHARED_CLASS_NAMES = {"DvarCallback"}
 
@@ -170,11 +168,9 @@ def without_code(text: str) -> str:
     return re.sub(r"``.*?``|`.*?`|\"[^\"\n]*\"", "", text)
 
 
-def find_problems(folder: Path, checks: tuple[Check, ...] = CHECKS, pending: tuple[str, ...] = ()) -> list[str]:
+def find_problems(folder: Path, checks: tuple[Check, ...] = CHECKS) -> list[str]:
     problems = []
     for path in sorted(folder.rglob("*.py")):
-        if path.relative_to(folder).parts[0] in pending:
-            continue
         name = ".".join(path.relative_to(folder).with_suffix("").parts)
         source = path.read_text(encoding="utf-8")
         tree = ast.parse(source)
@@ -193,7 +189,7 @@ def test_the_source_is_in_plain_language() -> None:
 
 
 def test_the_tests_are_in_plain_language() -> None:
-    assert find_problems(TESTS, TEST_CHECKS, PENDING) == []
+    assert find_problems(TESTS, TEST_CHECKS) == []
 
 
 def test_class_names_are_unique_in_the_package() -> None:
@@ -284,7 +280,6 @@ def test_an_offence_in_a_test_is_found(tmp_path: Path, clean: str, offence: str)
     assert find_problems(tmp_path, TEST_CHECKS) == []
     path.write_text(CLEAN.replace(clean, offence, 1))
     assert find_problems(tmp_path, TEST_CHECKS)
-    assert find_problems(tmp_path, TEST_CHECKS, pending=("test_losses.py",)) == []
 
 
 def test_two_classes_of_one_name_are_found(tmp_path: Path) -> None:
