@@ -52,7 +52,7 @@ check: setup ## run ruff, mypy and the rules of imports and language
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
-	$(RUN)/python -m pytest tests/test_house.py
+	$(RUN)/python -m pytest tests/test_architecture.py
 
 snapshots: setup ## write tests/snapshots/ again, after a message was changed on purpose
 	DVAR_REWRITE_SNAPSHOTS=1 $(RUN)/python -m pytest tests/test_messages.py

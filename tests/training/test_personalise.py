@@ -658,6 +658,7 @@ def test_half_precision_trains_float32_vectors(config: TextualInversionConfig, p
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # the compiler of PyTorch warns of what it does itself
 def test_a_compiled_run_equals_an_uncompiled_run(config: TextualInversionConfig, reference_run: Path) -> None:
     compile = torch.compile
     with pytest.MonkeyPatch.context() as patch:  # "eager": all of it but the machine's own compiler

@@ -428,6 +428,7 @@ def test_a_run_without_its_weights_is_refused(
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:fp16 on a CPU")
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_trains_float32_weights_and_resumes(config: TrainingConfig, precision: Any) -> None:
     half_config = replace(
