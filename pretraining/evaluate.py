@@ -1,7 +1,7 @@
-"""Stage 7: measure the shipped folder against its bars and write the figures beside it.
+"""Stage 8: measure the shipped folder against its bars and write the figures beside it.
 
-``python -m pretraining.evaluate`` reads ``src/dvar/mini/`` only (not ``work/``), draws everything it needs from
-fixed seeds, and writes ``src/dvar/mini/figures.json`` and ``src/dvar/mini/README.md``.
+``python -m pretraining.evaluate`` reads ``src/dvar/mini/`` (or ``--root``) only, not ``work/``, draws everything it
+needs from fixed seeds, and writes ``figures.json`` and ``README.md`` there.
 """
 
 from __future__ import annotations
@@ -27,18 +27,59 @@ from dvar.mini.world.classes import CLASSES
 from dvar.mini.world.concepts import held_out
 from dvar.mini.world.places import PLACES
 from dvar.mini.world.scene import COLOURS, PATTERNS, render, sample_scene, sample_subject
+from pretraining.attention import hard_share, hardness
 from pretraining.autoencoder import psnr
 from pretraining.pictures import as_tensor, draw_pictures
+from pretraining.unet import held_draws
 
 ROOT = Path(mini.__file__).parent
 UNSEEN = 999_000
+HARD_QUERIES = "hard queries, "
 ASKED = ("class", "main colour", "pattern", "place")
 BARS = {
     "reconstruction, dB": 27, "reconstruction inside the subject, dB": 24,
     "class, %": 98, "place, %": 95, "main colour, %": 85, "pattern, %": 85,
     "prompted class, %": 90, "prompted place, %": 90, "prompted main colour, %": 80, "prompted pattern, %": 70,
-    "same subject nearer, % of triples": 90, "one picture of 50 steps, s": 3,
+    "same subject nearer, % of triples": 90,
 }  # fmt: skip
+MET = {None: "", True: "yes", False: "**no**"}
+LIMITS = {"one picture of 50 steps, s": 3}
+MOST_HARD = 10
+"""The limit of the hard queries of each attention module of the U-Net, in percent."""
+
+
+def verdict(name: str, value: float) -> tuple[str, bool] | None:
+    """Return the bar of a figure as the page shows it, and whether ``value`` meets it; None where there is none."""
+    if name in BARS:
+        return f"≥ {BARS[name]}", value >= BARS[name]
+    limit = MOST_HARD if name.startswith(HARD_QUERIES) else LIMITS.get(name)
+    return None if limit is None else (f"≤ {limit}", value <= limit)
+
+
+def attention(pipe: StableDiffusionPipeline, count: int = 128) -> dict[str, dict[str, float]]:
+    """Return the percentage of queries that give one key nearly all of their weight, for each attention module of the
+    U-Net and each layer of the text encoder, on draws that `pretraining.soften` does not see."""
+    draws = held_draws(pipe, count, index=4)
+    shares = hardness(pipe.unet, lambda: draws.predict(pipe.unet))
+    pipe.text_encoder.set_attn_implementation("eager")  # no other returns its weights
+    with torch.no_grad():
+        ids = pipe.tokenizer(draws.captions, padding="max_length", return_tensors="pt").input_ids
+        weights = pipe.text_encoder(input_ids=ids, output_attentions=True).attentions
+    return {
+        "the U-Net's attention": {f"{HARD_QUERIES}{layer(name)}, %": 100 * share for name, share in shares.items()}
+        | {"squared error of the noise, held draws, %": 100 * draws.error(pipe.unet)},
+        # The first query has but one key to look at.
+        "the text encoder's attention": {
+            f"hard, layer {i}, %": 100 * hard_share(each[:, :, 1:]) for i, each in enumerate(weights)
+        },
+    }
+
+
+def layer(name: str) -> str:
+    """Return the short name of an attention module of the U-Net, such as "down 2.0 self"."""
+    blocks, kind = name.split(".attentions."), {"attn1": "self", "attn2": "cross"}
+    block = blocks[0].replace("_blocks.", " ").replace("_block", "")
+    return f"{block}.{blocks[1].split('.')[0]} {kind[name.split('.')[-1]]}"
 
 
 def reconstruction(vae: torch.nn.Module, n: int = 256) -> dict[str, float]:
@@ -182,34 +223,34 @@ def sheet(pixels: np.ndarray, path: Path) -> None:
     Image.fromarray(np.concatenate(rows)).save(path)
 
 
-def folder_hash() -> str:
+def folder_hash(root: Path = ROOT) -> str:
     """sha256 over the names and bytes of the shipped weights."""
     digest = hashlib.sha256()
-    for path in sorted([*(ROOT / "model").rglob("*"), *(ROOT / "judges").rglob("*")]):
+    for path in sorted([*(root / "model").rglob("*"), *(root / "judges").rglob("*")]):
         if path.is_file():
-            digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+            digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 
-def conditioner(text_encoder: CLIPTextModel) -> CLIPModel:
+def conditioner(text_encoder: CLIPTextModel, root: Path) -> CLIPModel:
     """The CLIP whose text tower conditions the U-Net, whole again."""
-    folder = ROOT / "judges" / "clip-conditioner"
+    folder = root / "judges" / "clip-conditioner"
     model = CLIPModel(CLIPConfig.from_pretrained(folder))
     state = {key: value.float() for key, value in load_file(folder / "all-but-text.safetensors").items()}
     model.load_state_dict(state | {f"text_model.{key}": value for key, value in text_encoder.state_dict().items()})
     return model
 
 
-def measure(n_prompts: int, grid: Path | None) -> dict[str, dict[str, float]]:
-    pipe = StableDiffusionPipeline.from_pretrained(mini.path(), safety_checker=None)
+def measure(n_prompts: int, grid: Path | None, root: Path = ROOT) -> dict[str, dict[str, float]]:
+    pipe = StableDiffusionPipeline.from_pretrained(root / "model", safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
-    judge = recogniser.load(ROOT / "judges" / "recogniser.safetensors")
-    scorer = CLIPModel.from_pretrained(ROOT / "judges" / "clip", dtype=torch.float32).eval()
+    judge = recogniser.load(root / "judges" / "recogniser.safetensors")
+    scorer = CLIPModel.from_pretrained(root / "judges" / "clip", dtype=torch.float32).eval()
     pictures = draw_pictures(UNSEEN, 1, 1000, style="photo")
     shown = truths(pictures.facts)
     figures: dict[str, dict[str, float]] = {"autoencoder": reconstruction(pipe.vae)}
     for title, model in {
-        "the CLIP that conditions": conditioner(pipe.text_encoder).eval(),
+        "the CLIP that conditions": conditioner(pipe.text_encoder, root).eval(),
         "the CLIP that scores": scorer,
     }.items():
         right = zero_shot(model, pipe.tokenizer, pictures.pixels, shown)
@@ -218,6 +259,7 @@ def measure(n_prompts: int, grid: Path | None) -> dict[str, dict[str, float]]:
     right = recognised(judge, pictures.pixels, shown)
     figures["the recogniser"] = {f"recogniser: {name}, %": value for name, value in right.items()}
     figures["the recogniser"] |= knows_subjects(judge)
+    figures |= attention(pipe)
     texts, facts = prompts(n_prompts)
     pixels, wanted = draw(pipe, texts, 30, 7.5), truths(facts)
     if grid is not None:
@@ -263,13 +305,8 @@ def page(figures: dict[str, dict[str, float]], recipe: dict[str, dict[str, Any]]
     ]
     for part, values in figures.items():
         for name, value in values.items():
-            bar = BARS.get(name)
-            if bar is None:
-                lines.append(f"| {part} | {name} | {value:.1f} | | |")
-            else:
-                met = value <= bar if name.endswith(" s") else value >= bar
-                sign = "≤" if name.endswith(" s") else "≥"
-                lines.append(f"| {part} | {name} | {value:.1f} | {sign} {bar} | {'yes' if met else '**no**'} |")
+            bar, met = verdict(name, value) or ("", None)
+            lines.append(f"| {part} | {name} | {value:.1f} | {bar} | {MET[met]} |")
     lines += ["", "Command: `python -m pretraining.evaluate`  ", f"sha256 of the weights: `{digest}`", ""]
     lines += ["| stage | steps of pictures | seed | data, sha256 |", "|---|---:|---:|---|"]
     for stage, made in recipe.items():
@@ -282,13 +319,14 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--grid", type=Path, default=None, help="also save the prompted pictures as one PNG")
+    parser.add_argument("--root", type=Path, default=ROOT, help="where `ship` put what is measured")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
-    figures, digest = measure(chosen.prompts, chosen.grid), folder_hash()
-    (ROOT / "figures.json").write_text(json.dumps({"sha256": digest, "figures": figures}, indent=1) + "\n")
-    recipe = json.loads((ROOT / "recipe.json").read_text())
-    (ROOT / "README.md").write_text(page(figures, recipe, digest))
-    print((ROOT / "README.md").read_text())
+    figures, digest = measure(chosen.prompts, chosen.grid, chosen.root), folder_hash(chosen.root)
+    (chosen.root / "figures.json").write_text(json.dumps({"sha256": digest, "figures": figures}, indent=1) + "\n")
+    recipe = json.loads((chosen.root / "recipe.json").read_text())
+    (chosen.root / "README.md").write_text(page(figures, recipe, digest))
+    print((chosen.root / "README.md").read_text())
 
 
 if __name__ == "__main__":

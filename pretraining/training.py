@@ -28,9 +28,10 @@ GRID_EVERY_STEPS = 1000
 PACKAGES = ("torch", "diffusers", "transformers", "skia-python")
 
 
-def arguments(steps: int, batch: int) -> argparse.Namespace:
-    """Every stage takes these; ``--steps`` may change between one start and the next."""
-    parser = argparse.ArgumentParser()
+def arguments(steps: int, batch: int, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
+    """Every stage takes these, beside what its own ``parser`` has; ``--steps`` may change between one start and the
+    next."""
+    parser = parser or argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--batch", type=int, default=batch)
     parser.add_argument("--threads", type=int, default=2)
@@ -47,7 +48,15 @@ class Training:
     """Weights, optimiser, moving average and step of one stage."""
 
     def __init__(
-        self, name: str, model: nn.Module, chosen: argparse.Namespace, *, lr: float, data: str, decay: float = 0.999
+        self,
+        name: str,
+        model: nn.Module,
+        chosen: argparse.Namespace,
+        *,
+        lr: float,
+        data: str,
+        decay: float = 0.999,
+        **record: object,
     ) -> None:
         self.folder, self.model, self.steps, self.lr, self.decay = WORK / name, model, chosen.steps, lr, decay
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -58,9 +67,8 @@ class Training:
             "learning_rate": lr,
             "average": decay,
             "data": data,
-            "versions": {
-                package: version(package) for package in ("torch", "diffusers", "transformers", "skia-python")
-            },
+            **record,
+            "versions": {package: version(package) for package in PACKAGES},
         }
         model.to(chosen.device, memory_format=torch.channels_last)
         self.parameters = {key: p for key, p in model.named_parameters() if p.requires_grad}

@@ -6,16 +6,23 @@ shapes be learned sooner: the subject's cells weigh threefold, and timesteps min
 times min(1 / alpha_bar, 10), the weight that predicting v would give them, so that high noise, where shape is
 decided, counts.  While the learning rate falls, over the last fifth, c goes from 2 to 8: shapes are known by then,
 and low noise is where detail is decided.
+
+``--bound`` bounds the logits of every attention head after each step, over the draws of that step
+(`pretraining.attention`), without which they grow until attention is hard.  ``--name further`` begins where the U-Net
+ended, at its own ``--learning_rate``.
 """
 
 from __future__ import annotations
 
+import argparse
+from contextlib import nullcontext
+from dataclasses import dataclass
 from hashlib import sha256
 
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.attention_processor import Attention, AttnProcessor
 from safetensors.torch import load_file
 from transformers import CLIPTextModel
 
@@ -23,13 +30,16 @@ from dvar.mini.world.classes import CLASSES
 from dvar.mini.world.places import PLACES
 from dvar.mini.world.scene import COLOURS
 from pretraining import autoencoder, clip
-from pretraining.pictures import captions_for
+from pretraining.attention import bound_heads, peaks, watched
+from pretraining.pictures import as_tensor, captions_for, draw_pictures
 from pretraining.training import GRID_EVERY_STEPS, WORK, Training, arguments, load_average
 from pretraining.words import load_tokenizer
 
 SNR_CAPS = 2.0, 8.0
 V_CAP = 10.0
 EMPTY = 0.1
+HELD = 999_000
+"""The stream of images that no stage trains on."""
 NOISE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 
@@ -45,6 +55,11 @@ def build() -> UNet2DConditionModel:
         attention_head_dim=4,  # diffusers reads this as the number of heads
         norm_num_groups=16,
     )
+
+
+def prepare(name: str) -> UNet2DConditionModel:
+    """Return the model that a name stands for, before its training; ``further`` begins where ``unet`` ended."""
+    return load_average("unet", build()).requires_grad_(True).train() if name == "further" else build()
 
 
 def scheduler() -> DDPMScheduler:
@@ -84,6 +99,42 @@ def pipeline(unet: UNet2DConditionModel) -> StableDiffusionPipeline:
     )
 
 
+@dataclass(frozen=True)
+class Held:
+    """Noisy latents of images that training never saw, with their noise, timesteps and text."""
+
+    noisy: torch.Tensor
+    noise: torch.Tensor
+    timesteps: torch.Tensor
+    captions: list[str]
+    condition: torch.Tensor
+
+    @torch.no_grad()
+    def predict(self, unet: UNet2DConditionModel) -> torch.Tensor:
+        return unet(self.noisy, self.timesteps, self.condition).sample
+
+    def error(self, unet: UNet2DConditionModel) -> float:
+        """Return the mean squared error of the predicted noise."""
+        return float((self.predict(unet) - self.noise).square().mean())
+
+
+@torch.no_grad()
+def held_draws(pipe: StableDiffusionPipeline, count: int, index: int = 3) -> Held:
+    """Return ``count`` held draws for a pipeline in float32, always the same, one timestep from each of as many equal
+    parts of the schedule."""
+    rng, generator = np.random.default_rng([HELD, index]), torch.Generator().manual_seed(HELD + index)
+    pictures = draw_pictures(HELD, index, count)
+    captions, _ = captions_for(pictures.facts, rng)
+    ids = pipe.tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
+    posterior = pipe.vae.encode(as_tensor(pictures.pixels)).latent_dist
+    latents = pipe.vae.config.scaling_factor * posterior.sample(generator)
+    noise = torch.randn(latents.shape, generator=generator)
+    steps = len(pipe.scheduler.alphas_cumprod)
+    timesteps = ((torch.arange(count) + torch.rand(count, generator=generator)) * steps / count).long()
+    noisy = pipe.scheduler.add_noise(latents, noise, timesteps)
+    return Held(noisy, noise, timesteps, captions, pipe.text_encoder(input_ids=ids).last_hidden_state)
+
+
 def sheet(pipe: StableDiffusionPipeline) -> list[np.ndarray]:
     """Every class in some colour and place, five rows of five, drawn in 20 steps from fixed noise."""
     colours, places = list(COLOURS), list(PLACES.values())
@@ -97,20 +148,31 @@ def sheet(pipe: StableDiffusionPipeline) -> list[np.ndarray]:
 
 
 def main() -> None:
-    chosen = arguments(steps=12_000, batch=48)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--bound", type=float, help="of the attention logits, after each step")
+    parser.add_argument("--learning_rate", type=float, default=8e-4)
+    chosen = arguments(steps=12_000, batch=48, parser=parser)
+    name = chosen.name or "unet"
     device = chosen.device
     tokenizer = load_tokenizer()
     text = clip.load("clip", len(tokenizer)).text_model.to(device)
     data = load_latents()
     scale = scaling_factor(data["moments"])
     alphas = scheduler().alphas_cumprod.to(device)
-    unet = build()
+    unet = prepare(name)
     if device == "cpu":
         unet.set_attn_processor(
             AttnProcessor()
         )  # the fused kernel's backward is slow on CPUs at 64 tokens: 30 % of a step
     seen = sha256(data["moments"].numpy().tobytes() + data["facts"].numpy().tobytes()).hexdigest()
-    training = Training("unet", unet, chosen, lr=8e-4, data=seen, decay=0.9995)
+    training = Training(
+        name, unet, chosen, lr=chosen.learning_rate, data=seen, decay=0.9995, attention_bound=chosen.bound
+    )
+    seen_peaks: dict[Attention, torch.Tensor] = {}
+
+    def look(_: str, module: Attention, logits: torch.Tensor) -> None:
+        seen_peaks[module] = peaks(logits)
+
     drawing = pipeline(unet).to(device)
     drawing.set_progress_bar_config(disable=True)
     for step in training:
@@ -129,16 +191,18 @@ def main() -> None:
         with torch.autocast(device, torch.bfloat16):
             with torch.no_grad():
                 condition = text(input_ids=ids).last_hidden_state
-            predicted = unet(noisy, t, condition).sample
+            with watched(unet, look) if chosen.bound else nullcontext():
+                predicted = unet(noisy, t, condition).sample
         squared = (predicted.float() - noise) ** 2
         region = 1 + 2 * data["masks"][picked].to(device)[:, None].float() / 255
         snr = level / (1 - level)
         weight = snr.clamp(max=SNR_CAPS[step >= 0.8 * chosen.steps]) / snr * (1 / level).clamp(max=V_CAP)
         loss = (squared * region * weight).mean()
         training.update(loss)
+        bounded = sum(bound_heads(module, peak, chosen.bound) for module, peak in seen_peaks.items())
         if training.step % 100 == 0:
             plain = squared.detach().mean(dim=(1, 2, 3))
-            training.log(loss=loss, mse=plain.mean(), mse_high=plain[t > 600].mean())
+            training.log(loss=loss, mse=plain.mean(), mse_high=plain[t > 600].mean(), bounded=bounded)
         if training.step % GRID_EVERY_STEPS == 0:
             with training.averaged(), torch.autocast(device, torch.bfloat16):
                 training.grid(sheet(drawing))

@@ -15,7 +15,7 @@ from pretraining.__main__ import STAGES
 from pretraining.ship import MADE_OF
 
 FEW = {"autoencoder": "--batch 2 --steps 2", "clip": "--batch 4 --steps 2", "latents": "--steps 1"}
-FEW |= {"unet": FEW["autoencoder"], "recogniser": FEW["autoencoder"]}
+FEW |= {"unet": FEW["autoencoder"] + " --bound 25", "recogniser": FEW["autoencoder"]}
 
 
 @pytest.mark.slow
@@ -27,16 +27,19 @@ def test_every_stage_runs_from_nothing_and_the_shipped_pipeline_generates(tmp_pa
         name = [f"--name {arguments.split()[1]}"] if arguments.startswith("--name") else []
         command = f"-m pretraining.{stage} {' '.join([*name, FEW[stage]])} --threads 1".split()
         subprocess.run([sys.executable, *command], check=True, env=environment, capture_output=True)
-    subprocess.run(
-        [sys.executable, "-m", "pretraining.ship", "--to", str(tmp_path)],
-        check=True,
-        env=environment,
-        capture_output=True,
-    )
+    for command in (["ship", "--to", str(tmp_path)], ["soften", "--model", str(tmp_path / "model")]):
+        subprocess.run(
+            [sys.executable, "-m", f"pretraining.{command[0]}", *command[1:]],
+            check=True,
+            env=environment,
+            capture_output=True,
+        )
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "model", safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     assert pipe("a photo of a mug", num_inference_steps=2).images[0].size == (64, 64)
-    assert set(json.loads((tmp_path / "recipe.json").read_text())) == set(MADE_OF)
+    recipe = json.loads((tmp_path / "recipe.json").read_text())
+    assert set(recipe) == set(MADE_OF)
+    assert recipe["unet"]["attention_bound"] == recipe["unet"]["softened_to"] == 25
     assert {path.name for path in (tmp_path / "judges").iterdir()} == {
         "clip",
         "clip-conditioner",
