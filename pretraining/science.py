@@ -63,10 +63,13 @@ class Trial:
     rate: float
     seed: int
     cap: int
+    model: Path | None = None
+    """The folder of a pipeline, in place of the one that ships."""
 
     @property
     def folder(self) -> Path:
-        return RUNS / f"{self.method}-{self.concept}-{self.rate:g}-{self.seed}-{self.cap}"
+        runs = RUNS if self.model is None else RUNS / self.model.parent.name
+        return runs / f"{self.method}-{self.concept}-{self.rate:g}-{self.seed}-{self.cap}"
 
 
 @cache
@@ -135,6 +138,8 @@ def train(trial: Trial, shares: Sequence[float] = SHARES) -> None:
         "learning_rate": trial.rate,
         "seed": trial.seed,
     }
+    if trial.model is not None:
+        given |= {"pretrained_model_name_or_path": trial.model, "preset": "mini"}
     config = replace(
         configure(given, PAPER_METHODS[trial.method]),
         max_train_steps=trial.cap,
@@ -228,6 +233,7 @@ def main() -> None:
     parser.add_argument("--concepts", nargs="+", default=mini.TUNING)
     parser.add_argument("--steps", type=int, help="the cap, the preset's by default")
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of the cap, at which to score")
+    parser.add_argument("--model", type=Path, help="a folder NAME/model, in place of what ships; runs go to NAME")
     parser.add_argument("--threads", type=int, default=1)
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
@@ -238,7 +244,11 @@ def main() -> None:
     preset = preset_settings("mini", chosen.method)
     steps = chosen.steps or preset["max_train_steps"]
     for rate in chosen.learning_rates or [preset["learning_rate"]]:
-        trials = [Trial(chosen.method, name, rate, seed, steps) for seed in chosen.seeds for name in chosen.concepts]
+        trials = [
+            Trial(chosen.method, name, rate, seed, steps, chosen.model)
+            for seed in chosen.seeds
+            for name in chosen.concepts
+        ]
         if chosen.action == "train":
             for trial in trials:
                 train(trial, chosen.shares)
@@ -262,7 +272,8 @@ def main() -> None:
         print(
             {name: round(value, 3) for name, value in asdict(found).items()}, *found.failures or ("rankable",), sep="; "
         )
-        if rate == preset["learning_rate"] and steps == preset["max_train_steps"] and found.runs >= MIN_RUNS:
+        frozen_run = rate == preset["learning_rate"] and steps == preset["max_train_steps"] and chosen.model is None
+        if frozen_run and found.runs >= MIN_RUNS:
             keep(chosen.method, found)
         for part, keys in (("plain", ("identity", "first", "class", "clip image")), ("placed", ("place", "clip text"))):
             for key in keys:
