@@ -25,6 +25,8 @@ from torch import nn
 WORK = Path(os.environ.get("DVAR_PRETRAINING_WORK", Path(__file__).parent / "work"))
 SAVE_EVERY_SECONDS = 120
 GRID_EVERY_STEPS = 1000
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What an optimiser may keep of a parameter, by the names in its state."""
 PACKAGES = ("torch", "diffusers", "transformers", "skia-python")
 
 
@@ -130,9 +132,8 @@ class Training:
         for key, parameter in self.parameters.items():
             tensors[f"weight.{key}"] = parameter.detach().contiguous()
             tensors[f"average.{key}"] = self.average[key].contiguous()
-            for moment in ("exp_avg", "exp_avg_sq"):
-                if parameter in self.optimizer.state:
-                    tensors[f"{moment}.{key}"] = self.optimizer.state[parameter][moment].contiguous()
+            held = self.optimizer.state.get(parameter, {})
+            tensors |= {f"{moment}.{key}": held[moment].contiguous() for moment in MOMENTS if moment in held}
         save_file(tensors, self.folder / "state.part")
         os.replace(self.folder / "state.part", self.folder / "state.safetensors")
         self._saved = time.monotonic()
@@ -146,12 +147,10 @@ class Training:
         for key, parameter in self.parameters.items():
             parameter.data.copy_(tensors[f"weight.{key}"])
             self.average[key].copy_(tensors[f"average.{key}"])
-            if f"exp_avg.{key}" in tensors:
-                self.optimizer.state[parameter] = {
-                    "step": torch.tensor(float(self.step)),
-                    "exp_avg": tensors[f"exp_avg.{key}"].to(parameter),
-                    "exp_avg_sq": tensors[f"exp_avg_sq.{key}"].to(parameter),
-                }
+            held = {moment: tensors[f"{moment}.{key}"] for moment in MOMENTS if f"{moment}.{key}" in tensors}
+            if held:
+                held = {moment: value.to(parameter) for moment, value in held.items()}
+                self.optimizer.state[parameter] = {"step": torch.tensor(float(self.step)), **held}
 
 
 def load_average(name: str, model: nn.Module) -> nn.Module:
