@@ -32,6 +32,10 @@ def test_every_stage_has_the_weights_that_ship(tmp_path: Path, monkeypatch: pyte
     for name in ("vision", "judge"):
         clip.load(name, len(pipe.tokenizer))
     load_average("recogniser", recogniser.build())
+    further = unet.prepare("further")
+    assert all(torch.equal(value, pipe.unet.state_dict()[key]) for key, value in further.state_dict().items())
+    assert further.training
+    assert all(parameter.requires_grad for parameter in further.parameters())
     recipe = json.loads((ROOT / "recipe.json").read_text())
     assert json.loads((tmp_path / "unet" / "stage.json").read_text()) == recipe["unet"]
     assert unpack(ROOT, tmp_path) == []
