@@ -48,10 +48,10 @@ def draws(count: int = 6) -> Held:
 
 
 def read_peaks(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    with watched(unet, lambda name, module, logits: found.update({name: peaks(logits)})):
+    by_module: dict[str, torch.Tensor] = {}
+    with watched(unet, lambda name, module, logits: by_module.update({name: peaks(logits)})):
         draws().predict(unet)
-    return found
+    return by_module
 
 
 def shares(unet: UNet2DConditionModel) -> dict[str, float]:
@@ -64,8 +64,9 @@ def test_the_logits_are_those_whose_softmax_the_model_uses(monkeypatch: pytest.M
     own = Attention.get_attention_scores
 
     def scores(self: Attention, *inputs: torch.Tensor) -> torch.Tensor:
-        used.append(own(self, *inputs))
-        return used[-1]
+        weights: torch.Tensor = own(self, *inputs)
+        used.append(weights)
+        return weights
 
     monkeypatch.setattr(Attention, "get_attention_scores", scores)
     with watched(unet, lambda name, module, logits: watched_weights.append(logits.softmax(-1).flatten(0, 1))):
@@ -133,7 +134,13 @@ def test_a_head_bounded_after_each_step_stays_soft_in_training() -> None:
         optimizer = torch.optim.AdamW(unet.parameters(), lr=3e-2)
         for _ in range(12):
             seen: dict[Attention, torch.Tensor] = {}
-            with watched(unet, lambda _, module, logits, seen=seen: seen.update({module: peaks(logits)})):
+
+            def keep_peaks(
+                _: str, module: Attention, logits: torch.Tensor, seen: dict[Attention, torch.Tensor] = seen
+            ) -> None:
+                seen[module] = peaks(logits)
+
+            with watched(unet, keep_peaks):
                 unet(draws().noisy, draws().timesteps, draws().condition)
             module = modules(unet)[CROSS]
             query, key = module.to_q.weight, module.to_k.weight
@@ -152,12 +159,12 @@ def test_a_head_bounded_after_each_step_stays_soft_in_training() -> None:
 def test_a_projection_with_a_bias_is_scaled_whole() -> None:
     module = Attention(query_dim=8, heads=2, dim_head=4, bias=True)
     hidden = 9 * torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
-    found: list[torch.Tensor] = []
-    with watched(module, lambda name, module, logits: found.append(peaks(logits))):
+    readings: list[torch.Tensor] = []
+    with watched(module, lambda name, module, logits: readings.append(peaks(logits))):
         module(hidden)
-        assert bound_heads(module, found[0], 0.1) == 2
+        assert bound_heads(module, readings[0], 0.1) == 2
         module(hidden)
-    torch.testing.assert_close(found[1], torch.full((2,), 0.1))
+    torch.testing.assert_close(readings[1], torch.full((2,), 0.1))
 
 
 # --- the bar --------------------------------------------------------------------------------------------------------
@@ -182,7 +189,7 @@ def test_a_hardened_module_of_the_bundled_model_misses_the_bar_and_is_named() ->
     figures = evaluate.attention(pipe, count=8)
     unet = {key: value for key, value in figures["the U-Net's attention"].items() if "hard" in key}
     assert len(unet) == 14
-    assert [key for key, value in unet.items() if not evaluate.verdict(key, value)[1]] == [
-        "hard queries, up 1.0 cross, %"
-    ]
+    verdicts = {key: evaluate.verdict(key, value) for key, value in unet.items()}
+    assert [key for key, verdict in verdicts.items() if verdict and not verdict[1]] == ["hard queries, up 1.0 cross, %"]
+    assert None not in verdicts.values()
     assert len(figures["the text encoder's attention"]) == 3
