@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from dvar import mini
+from dvar.config.methods import PAPER_METHODS
 from dvar.config.presets import configure
-from dvar.config.training import PAPER_METHODS, TrainingConfig
+from dvar.config.training import TrainingConfig
 from dvar.diffusion.randomness import generator
 from dvar.stopping.probe import Probe, draw_stratified_timesteps
 from dvar.stopping.rules import Dvar, schedule_problems

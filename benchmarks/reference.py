@@ -15,7 +15,8 @@ from diffusers import DDPMScheduler
 from peft import LoraConfig
 from PIL import Image
 
-from dvar.config.training import CustomDiffusionConfig, DreamBoothLoraConfig, TextualInversionConfig, TrainingConfig
+from dvar.config.methods import CustomDiffusionConfig, DreamBoothLoraConfig, TextualInversionConfig
+from dvar.config.training import TrainingConfig
 from dvar.diffusion.backbone import Backbone
 from dvar.training.methods.dreambooth_lora import TARGETS
 

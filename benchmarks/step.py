@@ -22,8 +22,9 @@ import torch
 from reference import Reference
 
 from dvar import mini
+from dvar.config.methods import PAPER_METHODS
 from dvar.config.presets import configure
-from dvar.config.training import BUNDLED_MODEL, PAPER_METHODS, TrainingConfig
+from dvar.config.training import BUNDLED_MODEL, TrainingConfig
 from dvar.diffusion.backbone import Backbone, load_backbone
 from dvar.diffusion.tokens import model_path
 from dvar.training.personalise import prepare

@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 
 from dvar import mini
+from dvar.config.methods import PAPER_METHODS
 from dvar.config.presets import preset_settings
-from dvar.config.training import PAPER_METHODS
 from dvar.diffusion.sampling import sample
 from dvar.recordings.image_metrics import Clip, similarity
 from dvar.runs.load_model import load_personalised_backbone, load_result

@@ -24,8 +24,8 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from dvar import mini
 from dvar.analysis.eligibility import MIN_RUNS, Eligibility
+from dvar.config.methods import PAPER_METHODS
 from dvar.config.presets import configure, preset_settings
-from dvar.config.training import PAPER_METHODS
 from dvar.diffusion.sampling import sample
 from dvar.mini import recogniser
 from dvar.mini.world.classes import CLASSES

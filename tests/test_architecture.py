@@ -44,6 +44,7 @@ PURE = (
     "registry",
     "config.fields",
     "config.templates",
+    "config.methods",
     "config.training",
     "paper.config",
     "recordings.config",

@@ -22,7 +22,7 @@ from dvar.stopping.trace import Trace
 from dvar.stopping.verdict import Verdict
 
 if _typing.TYPE_CHECKING:
-    from dvar.config.training import CustomDiffusionConfig, DreamBoothLoraConfig, TextualInversionConfig
+    from dvar.config.methods import CustomDiffusionConfig, DreamBoothLoraConfig, TextualInversionConfig
     from dvar.diffusion.backbone import Backbone, load_backbone
     from dvar.runs.report import write_report
     from dvar.stopping.probe import Probe
@@ -71,13 +71,13 @@ if not _typing.TYPE_CHECKING:  # or a type checker would accept any name
             case "Backbone":
                 from dvar.diffusion.backbone import Backbone as value
             case "CustomDiffusionConfig":
-                from dvar.config.training import CustomDiffusionConfig as value
+                from dvar.config.methods import CustomDiffusionConfig as value
             case "DreamBoothLoraConfig":
-                from dvar.config.training import DreamBoothLoraConfig as value
+                from dvar.config.methods import DreamBoothLoraConfig as value
             case "Probe":
                 from dvar.stopping.probe import Probe as value
             case "TextualInversionConfig":
-                from dvar.config.training import TextualInversionConfig as value
+                from dvar.config.methods import TextualInversionConfig as value
             case "load_backbone":
                 from dvar.diffusion.backbone import load_backbone as value
             case "personalise":

@@ -16,13 +16,8 @@ from command_line import Answer, dvar
 from PIL import Image, ImageChops
 
 from dvar import __version__, mini
-from dvar.config.training import (
-    CustomDiffusionConfig,
-    DreamBoothLoraConfig,
-    TextualInversionConfig,
-    TrainingConfig,
-    problems,
-)
+from dvar.config.methods import CustomDiffusionConfig, DreamBoothLoraConfig, TextualInversionConfig
+from dvar.config.training import TrainingConfig, problems
 from dvar.errors import DvarError
 from dvar.testing import tiny_concept, tiny_pipeline
 

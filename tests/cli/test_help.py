@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from command_line import dvar
 
+from dvar.config.methods import PAPER_METHODS
 from dvar.config.presets import configure
-from dvar.config.training import PAPER_METHODS
 from dvar.runs.config import ReplayConfig
 
 COMMANDS = [

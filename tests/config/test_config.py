@@ -13,14 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dvar.config.fields import Range, canonical_settings, read_settings, replace_invalid_fields
-from dvar.config.training import (
-    PAPER_METHODS,
-    CustomDiffusionConfig,
-    DreamBoothLoraConfig,
-    TextualInversionConfig,
-    TrainingConfig,
-    problems,
-)
+from dvar.config.methods import PAPER_METHODS, CustomDiffusionConfig, DreamBoothLoraConfig, TextualInversionConfig
+from dvar.config.training import TrainingConfig, problems
 from dvar.errors import RefusedInput, nearest
 from dvar.training.methods.registry import config_from_dict
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from dvar.config.methods import PAPER_METHODS, TextualInversionConfig
 from dvar.config.presets import TABLE, configure, preset_settings
-from dvar.config.training import PAPER_METHODS, TextualInversionConfig, problems
+from dvar.config.training import problems
 from dvar.errors import RefusedInput
 from dvar.training import rule
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from short_run import Outcome, short_run
 
-from dvar.config.training import TextualInversionConfig
+from dvar.config.methods import TextualInversionConfig
 from dvar.diffusion.backbone import load_backbone
 from dvar.diffusion.stable_diffusion import StableDiffusion
 from dvar.training.personalise import personalise

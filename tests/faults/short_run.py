@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dvar.config.training import TextualInversionConfig
+from dvar.config.methods import TextualInversionConfig
 from dvar.stopping.trace import Trace
 from dvar.training.personalise import personalise
 from dvar.training.run_layout import checkpoint_paths

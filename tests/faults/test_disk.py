@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from short_run import Outcome, resume_run
 
-from dvar.config.training import TextualInversionConfig
+from dvar.config.methods import TextualInversionConfig
 from dvar.errors import OutOfResources
 from dvar.training.personalise import personalise
 from dvar.training.run_layout import checkpoint_paths

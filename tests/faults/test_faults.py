@@ -14,7 +14,7 @@ from torch import Tensor
 
 import dvar.training.run
 import dvar.training.trackers
-from dvar.config.training import TextualInversionConfig
+from dvar.config.methods import TextualInversionConfig
 from dvar.diffusion.objective import denoising_loss
 from dvar.errors import OutOfResources
 from dvar.stopping.diagnosis import Reason

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from dvar.config.training import TextualInversionConfig
+from dvar.config.methods import TextualInversionConfig
 from dvar.training.checkpoint import latest_checkpoint
 
 KILLS = 50

@@ -14,7 +14,7 @@ import pytest
 import torch
 from short_run import short_run
 
-from dvar.config.training import DreamBoothLoraConfig, TextualInversionConfig
+from dvar.config.methods import DreamBoothLoraConfig, TextualInversionConfig
 from dvar.diffusion.backbone import load_backbone
 from dvar.diffusion.clip import Clip
 from dvar.errors import CheckpointError, ModelError, RefusedInput

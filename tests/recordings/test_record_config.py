@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dvar.config.training import PAPER_METHODS
+from dvar.config.methods import PAPER_METHODS
 from dvar.mini import TUNING
 from dvar.recordings.config import RecordConfig, record_problems
 from dvar.recordings.spec import plan_recordings

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dvar.config.methods import CustomDiffusionConfig, TextualInversionConfig
 from dvar.config.templates import TEMPLATES
-from dvar.config.training import CustomDiffusionConfig, TextualInversionConfig
 from dvar.errors import ModelError, RefusedInput
 from dvar.testing import tiny_tokenizer
 from dvar.training import rule

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dvar.config.training import TextualInversionConfig
+from dvar.config.methods import TextualInversionConfig
 from dvar.diffusion.randomness import generator
 from dvar.stopping.diagnosis import Reason
 from dvar.stopping.rules import AnyOf, Dvar, FixedSteps

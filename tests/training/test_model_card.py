@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from dvar.config.training import CustomDiffusionConfig, DreamBoothLoraConfig, TextualInversionConfig, TrainingConfig
+from dvar.config.methods import CustomDiffusionConfig, DreamBoothLoraConfig, TextualInversionConfig
+from dvar.config.training import TrainingConfig
 from dvar.errors import NonFiniteLoss
 from dvar.stopping.diagnosis import Reason
 from dvar.stopping.verdict import Verdict

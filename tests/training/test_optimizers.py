@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from dvar.config.training import TextualInversionConfig
+from dvar.config.methods import TextualInversionConfig
 from dvar.training.loop import Learner
 from dvar.training.optimizers import load_state, make_optimizer, perturb, read_state
 

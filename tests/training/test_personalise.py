@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import dvar.training.run
-from dvar.config.training import TextualInversionConfig
+from dvar.config.methods import TextualInversionConfig
 from dvar.diffusion.clip import Clip
 from dvar.diffusion.objective import denoising_loss
 from dvar.diffusion.sampling import sample, sample_into
@@ -692,7 +692,7 @@ def test_a_process_killed_at_random_moments_ends_with_the_same_result(
 ) -> None:
     settings = tmp_path / "settings.json"
     script = (
-        "import json, sys\nfrom dvar.config.training import TextualInversionConfig\n"
+        "import json, sys\nfrom dvar.config.methods import TextualInversionConfig\n"
         "from dvar.training.personalise import personalise\n"
         "personalise(TextualInversionConfig(**json.loads(open(sys.argv[1]).read())))"
     )

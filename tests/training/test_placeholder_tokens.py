@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dvar.config.training import TextualInversionConfig
+from dvar.config.methods import TextualInversionConfig
 from dvar.testing import tiny_tokenizer
 from dvar.training.placeholder_tokens import problems, token_id
 

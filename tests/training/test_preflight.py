@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dvar.config.training import TextualInversionConfig
+from dvar.config.methods import TextualInversionConfig
 from dvar.diffusion.model_files import model_problems
 from dvar.stopping.rules import MIN_RECORDS
 from dvar.training import rule, run_layout

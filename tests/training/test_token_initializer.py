@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
-from dvar.config.training import CustomDiffusionConfig, TextualInversionConfig
+from dvar.config.methods import CustomDiffusionConfig, TextualInversionConfig
 from dvar.diffusion.backbone import load_backbone
 from dvar.diffusion.clip import Clip
 from dvar.errors import ModelError, RefusedInput

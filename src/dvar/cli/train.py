@@ -14,7 +14,7 @@ from dvar.cli.config import DemoConfig, problems
 from dvar.cli.console import FAILED, INTERRUPTED, print_message
 from dvar.cli.options import Command, option_value, raise_problems, with_flags_of
 from dvar.config.fields import read_settings
-from dvar.config.training import TextualInversionConfig
+from dvar.config.methods import TextualInversionConfig
 from dvar.training.methods.registry import METHODS
 
 if TYPE_CHECKING:

@@ -8,11 +8,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dvar.config.fields import canonical_settings
-from dvar.config.training import (
-    BUNDLED_MODEL,
-    PAPER_METHODS,
-    TrainingConfig,
-)
+from dvar.config.methods import PAPER_METHODS
+from dvar.config.training import BUNDLED_MODEL, TrainingConfig
 from dvar.errors import RefusedInput, nearest
 
 C = TypeVar("C", bound=TrainingConfig)

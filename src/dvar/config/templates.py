@@ -49,3 +49,6 @@ TEMPLATES = {
     ),
 }
 """By learnable property; ``{}`` is the placeholder token's place."""
+
+PLAIN_PROMPTS = {"object": "a photo of {}", "style": "a picture in the style of {}"}
+"""The prompt of sample images, by what is learned."""

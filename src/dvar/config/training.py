@@ -1,10 +1,9 @@
-"""Config classes of the methods of personalisation."""
+"""What the config classes of all methods share: fields, derived values, conflicts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import permutations
 from typing import Any, ClassVar, Literal
 
 from dvar.config.fields import (
@@ -17,15 +16,13 @@ from dvar.config.fields import (
     replace_invalid_fields,
     setting,
 )
-from dvar.config.templates import TEMPLATES
+from dvar.config.templates import PLAIN_PROMPTS, TEMPLATES
 
 BUNDLED_MODEL = "mini"
 Sampler = Literal["model", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DDIMScheduler"]
 """Schedulers of diffusers that images can be generated with, beside the model's own."""
 Conflicts = Iterator[tuple[set[str], str]]
 """(fields concerned, problem) for values that are valid by themselves and cannot be used, alone or together."""
-
-_PLAIN_PROMPTS = {"object": "a photo of {}", "style": "a picture in the style of {}"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +196,7 @@ class TrainingConfig(Config):
     @property
     def plain_prompt(self) -> str:
         """The prompt of a plain image of the concept."""
-        return self.instance_prompt or _PLAIN_PROMPTS.get(self.learnable_property, "{}").format(self.placeholder_token)
+        return self.instance_prompt or PLAIN_PROMPTS.get(self.learnable_property, "{}").format(self.placeholder_token)
 
     @property
     def sample_prompt(self) -> str:
@@ -224,244 +221,6 @@ class TrainingConfig(Config):
     def conflicts(self) -> Conflicts:
         """Yield what is wrong with the fields of this method; `problems` adds what is wrong with the shared ones."""
         yield from ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextualInversionConfig(TrainingConfig):
-    """The settings of ``dvar train textual-inversion``."""
-
-    method = "textual-inversion"
-    title = "Textual Inversion"
-    tags = ("textual_inversion",)
-
-    placeholder_token: str = setting("<thing>", "New word that stands for the concept in prompts.")
-    output_dir: str = setting("runs/textual-inversion", "Folder of the run.")
-    learnable_property: Literal["object", "style"] = setting(
-        "object", "What is learned from the images.", section="Data"
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class DreamBoothLoraConfig(TrainingConfig):
-    """The settings of ``dvar train dreambooth-lora``; without a placeholder token, ``instance_prompt`` is required."""
-
-    method = "dreambooth-lora"
-    title = "DreamBooth-LoRA"
-    tags = ("dreambooth", "lora")
-
-    placeholder_token: str | None = setting(
-        None, "New word that stands for the concept in prompts; without it, LoRA alone is trained."
-    )
-    learning_rate: float = setting(1e-3, "Learning rate of the optimizer.", POSITIVE)
-    max_train_steps: int = setting(1000, "The cap: training ends here unless the rule ends it before.", COUNT)
-    window: int = setting(440, "DVAR's N: steps over which the recent variance is taken.")
-    threshold: float = setting(0.4, "DVAR's alpha: stop when recent / whole variance is below it.")
-    validation_steps: int = setting(100, "Steps between two sets of sample images.", COUNT)
-    guidance_scale: float = setting(6.0, "Classifier-free guidance of the sample images.", NOT_NEGATIVE)
-    output_dir: str = setting("runs/dreambooth-lora", "Folder of the run.")
-    instance_prompt: str | None = setting(
-        None,
-        "Caption of every instance image, such as 'a photo of sks dog'; by default sentences around the new word.",
-        section="Data",
-    )
-    learnable_property: Literal["object", "style"] = setting(
-        "object", "What is learned from the images; it chooses the sentences."
-    )
-    with_prior_preservation: bool = setting(False, "Train on class images too, so that the class does not drift.")
-    class_prompt: str | None = setting(None, "Caption of every class image, such as 'a photo of dog'.")
-    class_data_dir: str | None = setting(
-        None, "Folder with class images; by default the base model generates them before training."
-    )
-    num_class_images: int = setting(100, "Class images to generate where no folder is given.", COUNT)
-    rank: int = setting(4, "Rank of the low-rank change of each attention matrix.", COUNT, section="Method")
-    lora_alpha: int | None = setting(
-        None, "The low-rank change is scaled by alpha / rank; alpha is the rank by default.", COUNT
-    )
-    lora_targets: Literal["attention", "cross-attention", "attention+gates"] = setting(
-        "attention", "Which matrices of the U-Net change; the released code changes the feed-forward gates too."
-    )
-    train_text_encoder: bool = setting(False, "Learn a low-rank change of the text encoder's attention too.")
-    prior_loss_weight: float = setting(1.0, "Weight of the loss on class images.", POSITIVE)
-
-    @property
-    def learned(self) -> str:
-        """A description of what is trained."""
-        change = "a low-rank change of the U-Net's" + " and the text encoder's" * self.train_text_encoder + " attention"
-        return f"a new word and {change}" if self.placeholder_token else change
-
-    @property
-    def effective_prior_weight(self) -> float:
-        """The weight of the loss on class images; 0 where there are none."""
-        return self.prior_loss_weight if self.with_prior_preservation else 0.0
-
-    def conflicts(self) -> Conflicts:
-        """Yield what is wrong with the fields of this method."""
-        token, prompt = self.placeholder_token, self.instance_prompt
-        if token is None and not prompt:
-            message = "placeholder_token is missing: give a new word, or train LoRA alone on an --instance_prompt"
-            yield {"placeholder_token", "instance_prompt"}, message
-        if token is None and self.initializer_token:
-            message = f"initializer_token needs a placeholder_token, got {self.initializer_token!r} without one"
-            yield {"placeholder_token", "initializer_token"}, f"{message}: give the new word"
-        if token is None and self.num_vectors > 1:
-            message = f"num_vectors must be 1 without a placeholder_token, got {self.num_vectors}: give the new word"
-            yield {"placeholder_token", "num_vectors"}, message
-        if token and prompt and token not in prompt:
-            yield _missing_token("instance_prompt", token, prompt)
-        if self.with_prior_preservation and not (self.class_prompt or "").strip():
-            message = "class_prompt is missing: with_prior_preservation needs the caption of the class images"
-            yield {"class_prompt", "with_prior_preservation"}, f"{message}, such as 'a photo of dog'"
-        for name in ("class_prompt", "class_data_dir"):
-            if (value := getattr(self, name)) and not self.with_prior_preservation:
-                message = f"{name} needs with_prior_preservation, got {value!r} without it: add the flag or drop it"
-                yield {name, "with_prior_preservation"}, message
-
-
-@dataclass(frozen=True, kw_only=True)
-class CustomDiffusionConfig(TrainingConfig):
-    """The settings of ``dvar train custom-diffusion``; prompts name the concept by placeholder token and class noun.
-
-    With a ``concepts_list`` there are several concepts, each with its images, its class, and as a rule its token.
-    """
-
-    method = "custom-diffusion"
-    title = "Custom Diffusion"
-    tags = ("custom-diffusion",)
-
-    placeholder_token: str = setting(
-        "<new1>", "New word that stands for the concept in prompts; several are joined by +.", alias="modifier_token"
-    )
-    initializer_token: str | None = setting(
-        "ktn", "Known word whose embedding the new one starts from; several are joined by +."
-    )
-    center_crop: bool = setting(False, "Crop the middle square; otherwise squeeze the whole image into a square.")
-    learning_rate: float = setting(4e-5, "Learning rate of the optimizer.", POSITIVE)
-    max_grad_norm: float | None = setting(1.0, "Norm to which a larger gradient is scaled down.", POSITIVE)
-    max_train_steps: int = setting(500, "The cap: training ends here unless the rule ends it before.", COUNT)
-    window: int = setting(180, "DVAR's N: steps over which the recent variance is taken.")
-    validation_steps: int = setting(100, "Steps between two sets of sample images.", COUNT)
-    guidance_scale: float = setting(6.0, "Classifier-free guidance of the sample images.", NOT_NEGATIVE)
-    output_dir: str = setting("runs/custom-diffusion", "Folder of the run.")
-    class_noun: str | None = setting(
-        None, "Class of the concept, such as mug; it follows the new word in prompts.", section="Data"
-    )
-    instance_prompt: str | None = setting(
-        None, "Caption of every instance image; by default 'photo of a <new1> mug', with the new word and the class."
-    )
-    concepts_list: str | None = setting(
-        None, "JSON file of several concepts, in diffusers' format, instead of the folders and prompts of one."
-    )
-    random_rescale: bool = setting(
-        True, "Show images smaller or larger, with captions that say so and a loss on the image's own area."
-    )
-    class_data_dir: str | None = setting(
-        None, "Folder with class images; by default the base model generates them before training."
-    )
-    num_class_images: int = setting(200, "Class images to generate where no folder is given.", COUNT)
-    prior_loss_weight: float = setting(
-        1.0, "Weight of the loss on class images; 0 trains without them.", NOT_NEGATIVE, section="Method"
-    )
-    freeze_model: Literal["crossattn_kv", "crossattn"] = setting(
-        "crossattn_kv", "What is not frozen: keys and values of cross-attention, or all of it."
-    )
-
-    @property
-    def placeholder_tokens(self) -> tuple[str, ...]:
-        """The new tokens that are learned."""
-        return tuple(self.placeholder_token.split("+"))
-
-    @property
-    def initializer_tokens(self) -> tuple[str, ...]:
-        """The known tokens from which the placeholder tokens start, in their order."""
-        return tuple(str(self.initializer_token).split("+"))
-
-    @property
-    def subject(self) -> str:
-        """The name of the concept in prompts."""
-        return (
-            ", ".join(self.placeholder_tokens) if self.concepts_list else f"{self.placeholder_token} {self.class_noun}"
-        )
-
-    @property
-    def kind(self) -> str:
-        """The kind of the concept, as a noun."""
-        return "group of subjects" if self.concepts_list else str(self.class_noun)
-
-    @property
-    def learned(self) -> str:
-        """A description of what is trained."""
-        part = {"crossattn_kv": "keys and values of cross-attention", "crossattn": "cross-attention"}
-        word = "new words" if len(self.placeholder_tokens) > 1 else "a new word"
-        return f"{word} and new {part[self.freeze_model]}"
-
-    @property
-    def class_prompt(self) -> str | None:
-        """The caption of all class images."""
-        return f"photo of a {self.class_noun}"
-
-    @property
-    def effective_prior_weight(self) -> float:
-        """The weight of the loss on class images; 0 where there are none."""
-        return self.prior_loss_weight
-
-    @property
-    def plain_prompt(self) -> str:
-        """The prompt of a plain image of the concept."""
-        if self.concepts_list:
-            return str(self.validation_prompt)
-        return self.instance_prompt or f"photo of a {self.subject}"
-
-    @property
-    def caption_templates(self) -> tuple[str, ...]:
-        """The caption of instance images that have none of their own.
-
-        Source: The paper trains Custom Diffusion on one sentence with the placeholder token and the class noun.
-        """
-        return (self.plain_prompt,)
-
-    def conflicts(self) -> Conflicts:
-        """Yield what is wrong with the fields of this method."""
-        token, prompt, tokens = self.placeholder_token, self.instance_prompt, self.placeholder_tokens
-        if any(part and part in other for part, other in permutations(tokens, 2)):
-            message = f"placeholder_token must join words of which none is part of another, got {token}: rename one"
-            yield {"placeholder_token"}, message
-        initializer_given = self.initializer == "manual" and self.initializer_token
-        if initializer_given and len(self.initializer_tokens) != len(tokens):
-            message = f"initializer_token must give one word for each of {token}, got {self.initializer_token}"
-            yield {"initializer_token", "placeholder_token"}, f"{message}: join them by +, as in ktn+pll"
-        if self.concepts_list:
-            yield from self._conflicts_of_several_concepts()
-            return
-        if len(tokens) > 1:
-            message = f"placeholder_token must be one word without a concepts_list, got {token}: name the list"
-            yield {"placeholder_token", "concepts_list"}, f"{message}, or give one word"
-        if not (self.class_noun or "").strip():
-            yield {"class_noun"}, "class_noun is missing: give the class of the concept, such as mug"
-        if prompt and token not in prompt:
-            yield _missing_token("instance_prompt", token, prompt)
-        if self.class_data_dir and not self.prior_loss_weight:
-            message = f"class_data_dir needs a prior_loss_weight above 0, got {self.class_data_dir}: drop one of them"
-            yield {"class_data_dir", "prior_loss_weight"}, message
-
-    def _conflicts_of_several_concepts(self) -> Conflicts:
-        """Yield what is wrong with the fields beside a ``concepts_list``."""
-        for name in ("instance_data_dir", "class_noun", "instance_prompt", "class_data_dir"):
-            if value := getattr(self, name):
-                message = f"{name} is for one concept and concepts_list for several, got both ({value})"
-                yield {name, "concepts_list"}, f"{message}: drop one of them"
-        if not self.validation_prompt:
-            message = "validation_prompt is missing: with a concepts_list, write what the sample images show"
-            yield (
-                {"validation_prompt", "concepts_list"},
-                f"{message}, such as '{self.placeholder_tokens[0]} cat on a beach'",
-            )
-
-
-PAPER_METHODS: dict[str, type[TrainingConfig]] = {
-    config_type.method: config_type
-    for config_type in (TextualInversionConfig, DreamBoothLoraConfig, CustomDiffusionConfig)
-}
-"""The config classes of the paper's three methods, by name; `dvar.training.methods.registry` has further ones."""
 
 
 def problems(config: TrainingConfig) -> list[str]:
@@ -503,7 +262,7 @@ def _token_conflicts(config: TrainingConfig) -> Conflicts:
             message = f"placeholder_token must be one word without spaces, got {token!r}: try '<thing>'"
             yield {"placeholder_token"}, message
         elif (prompt := config.validation_prompt) and not any(part in prompt for part in tokens):
-            yield _missing_token("validation_prompt", " or ".join(tokens), prompt)
+            yield missing_token("validation_prompt", " or ".join(tokens), prompt)
     if config.initializer != "manual" and token is None:
         message = f"initializer {config.initializer} needs a placeholder_token, got none: give the new word"
         yield {"initializer", "placeholder_token"}, message
@@ -512,7 +271,7 @@ def _token_conflicts(config: TrainingConfig) -> Conflicts:
         yield {"initializer", "initializer_token"}, f"{message}: drop one of them"
 
 
-def _missing_token(name: str, token: str, prompt: str) -> tuple[set[str], str]:
+def missing_token(name: str, token: str, prompt: str) -> tuple[set[str], str]:
     """Return the conflict of a prompt without a placeholder token."""
     message = f"{name} must contain the placeholder token {token}, got {prompt!r}: put it in"
     return {"placeholder_token", name}, message

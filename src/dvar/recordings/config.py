@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dvar.config.fields import COUNT, Config, invalid_fields, setting
-from dvar.config.training import BUNDLED_MODEL, PAPER_METHODS
+from dvar.config.methods import PAPER_METHODS
+from dvar.config.training import BUNDLED_MODEL
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dvar.config.training import PAPER_METHODS, CustomDiffusionConfig
+from dvar.config.methods import PAPER_METHODS, CustomDiffusionConfig
 from dvar.diffusion.sampling import BATCH
 from dvar.recordings.protocol import FORWARDS, PROTOCOLS, UNSEEN
 from dvar.recordings.record import is_complete

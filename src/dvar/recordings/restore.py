@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dvar import mini
-from dvar.config.training import TextualInversionConfig
+from dvar.config.methods import TextualInversionConfig
 from dvar.diffusion.backbone import Backbone
 from dvar.errors import CheckpointError, RefusedInput
 from dvar.files import read_json, staged_file

@@ -13,8 +13,9 @@ from typing import Any
 
 from dvar import mini
 from dvar.config.fields import read_settings
+from dvar.config.methods import PAPER_METHODS, CustomDiffusionConfig
 from dvar.config.presets import configure
-from dvar.config.training import BUNDLED_MODEL, PAPER_METHODS, CustomDiffusionConfig, TrainingConfig
+from dvar.config.training import BUNDLED_MODEL, TrainingConfig
 from dvar.errors import RefusedInput, nearest
 from dvar.recordings.concepts import concept_folders, laboratory_concepts, read_noun
 from dvar.recordings.config import RecordConfig

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 import dvar.training.run
-from dvar.config.training import CustomDiffusionConfig
+from dvar.config.methods import CustomDiffusionConfig
 from dvar.diffusion.backbone import Backbone, load_backbone
 from dvar.diffusion.objective import Draws, denoising_loss
 from dvar.errors import RefusedInput

@@ -20,7 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dvar.config.training import CustomDiffusionConfig, DreamBoothLoraConfig, TextualInversionConfig, TrainingConfig
+from dvar.config.methods import CustomDiffusionConfig, DreamBoothLoraConfig, TextualInversionConfig
+from dvar.config.training import TrainingConfig
 from dvar.diffusion.backbone import load_backbone
 from dvar.diffusion.sampling import sample
 from dvar.errors import CheckpointError, RefusedInput

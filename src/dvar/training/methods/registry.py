@@ -6,12 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
-from dvar.config.training import (
-    CustomDiffusionConfig,
-    DreamBoothLoraConfig,
-    TextualInversionConfig,
-    TrainingConfig,
-)
+from dvar.config.methods import CustomDiffusionConfig, DreamBoothLoraConfig, TextualInversionConfig
+from dvar.config.training import TrainingConfig
 from dvar.registry import Registry
 
 if TYPE_CHECKING:
