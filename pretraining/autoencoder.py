@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
 from pretraining.pictures import as_tensor, draw_pictures, fingerprint
-from pretraining.training import GRID_EVERY_STEPS, Training, arguments, load_average
+from pretraining.training import GRID_EVERY_STEPS, Training, arguments, load_average, share
 
 
 def build() -> AutoencoderKL:
@@ -21,7 +21,7 @@ def build() -> AutoencoderKL:
         layers_per_block=1,
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
-        latent_channels=4,
+        latent_channels=8,
         norm_num_groups=8,
         sample_size=64,
     )
@@ -47,13 +47,15 @@ def psnr(squared_error: torch.Tensor) -> torch.Tensor:
 
 
 def main() -> None:
-    chosen = arguments(steps=20_000, batch=8)
+    chosen = arguments(steps=4_000, batch=16)
     name = chosen.name or "autoencoder"
     vae = prepare(name)
     stream = {"autoencoder": 1000, "decoder": 1500}[name] + chosen.seed
-    training = Training(name, vae, chosen, lr=1.5e-3, data=fingerprint(stream))
+    training = Training(name, vae, chosen, lr=1.5e-3, data=fingerprint(stream), optimizer="muon")
     for step in training:
-        pictures = draw_pictures(stream, step, chosen.batch)
+        index, count = share(step, chosen.batch)
+        pictures = draw_pictures(stream, index, count)
+        torch.manual_seed(stream + 1000 * index)
         x = as_tensor(pictures.pixels, chosen.device)
         mask = torch.from_numpy(pictures.masks()).to(chosen.device)[:, None]
         with torch.autocast(chosen.device, torch.bfloat16):
@@ -68,7 +70,7 @@ def main() -> None:
         else:
             loss = loss + 1e-4 * posterior.kl().mean() / posterior.mean[0].numel()
         training.update(loss)
-        if training.step % 100 == 0:
+        if training.step % 50 == 0:
             squared = error.detach() ** 2
             training.log(
                 loss=loss,

@@ -21,6 +21,7 @@ from hashlib import sha256
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from safetensors.torch import load_file
@@ -32,7 +33,7 @@ from dvar.mini.world.scene import COLOURS
 from pretraining import autoencoder, clip
 from pretraining.attention import bound_heads, peaks, watched
 from pretraining.pictures import as_tensor, captions_for, draw_pictures
-from pretraining.training import GRID_EVERY_STEPS, WORK, Training, arguments, load_average
+from pretraining.training import GRID_EVERY_STEPS, WORK, Training, arguments, load_average, rank, share, together
 from pretraining.words import load_tokenizer
 
 SNR_CAPS = 2.0, 8.0
@@ -47,6 +48,8 @@ def build() -> UNet2DConditionModel:
     down = ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
     return UNet2DConditionModel(
         sample_size=16,
+        in_channels=8,
+        out_channels=8,
         block_out_channels=(64, 128, 192),
         layers_per_block=1,
         down_block_types=down,
@@ -151,7 +154,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--bound", type=float, help="of the attention logits, after each step")
     parser.add_argument("--learning_rate", type=float, default=8e-4)
-    chosen = arguments(steps=12_000, batch=48, parser=parser)
+    parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
+    chosen = arguments(steps=12_000, batch=64, parser=parser)
     name = chosen.name or "unet"
     device = chosen.device
     tokenizer = load_tokenizer()
@@ -166,7 +170,14 @@ def main() -> None:
         )  # the fused kernel's backward is slow on CPUs at 64 tokens: 30 % of a step
     seen = sha256(data["moments"].numpy().tobytes() + data["facts"].numpy().tobytes()).hexdigest()
     training = Training(
-        name, unet, chosen, lr=chosen.learning_rate, data=seen, decay=0.9995, attention_bound=chosen.bound
+        name,
+        unet,
+        chosen,
+        lr=chosen.learning_rate,
+        data=seen,
+        decay=0.9995,
+        optimizer=chosen.optimizer,
+        attention_bound=chosen.bound,
     )
     seen_peaks: dict[Attention, torch.Tensor] = {}
 
@@ -176,16 +187,17 @@ def main() -> None:
     drawing = pipeline(unet).to(device)
     drawing.set_progress_bar_config(disable=True)
     for step in training:
-        rng = np.random.default_rng([5000 + chosen.seed, step])
+        index, count = share(step, chosen.batch)
+        rng = np.random.default_rng([5000 + chosen.seed, index])
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        picked = torch.from_numpy(rng.integers(len(data["moments"]), size=chosen.batch))
+        picked = torch.from_numpy(rng.integers(len(data["moments"]), size=count))
         captions, _ = captions_for(data["facts"][picked].numpy(), rng)
         captions = ["" if rng.uniform() < EMPTY else caption for caption in captions]
         ids = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids.to(device)
         mean, logvar = data["moments"][picked].float().chunk(2, dim=1)
         latents = scale * (mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=generator)).to(device)
         noise = torch.randn(mean.shape, generator=generator).to(device)
-        t = torch.randint(1000, (chosen.batch,), generator=generator).to(device)
+        t = torch.randint(1000, (count,), generator=generator).to(device)
         level = alphas[t][:, None, None, None]
         noisy = (level.sqrt() * latents + (1 - level).sqrt() * noise).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device, torch.bfloat16):
@@ -199,11 +211,12 @@ def main() -> None:
         weight = snr.clamp(max=SNR_CAPS[step >= 0.8 * chosen.steps]) / snr * (1 / level).clamp(max=V_CAP)
         loss = (squared * region * weight).mean()
         training.update(loss)
+        together(list(seen_peaks.values()), dist.ReduceOp.MAX)
         bounded = sum(bound_heads(module, peak, chosen.bound) for module, peak in seen_peaks.items())
         if training.step % 100 == 0:
             plain = squared.detach().mean(dim=(1, 2, 3))
             training.log(loss=loss, mse=plain.mean(), mse_high=plain[t > 600].mean(), bounded=bounded)
-        if training.step % GRID_EVERY_STEPS == 0:
+        if training.step % GRID_EVERY_STEPS == 0 and rank() == 0:
             with training.averaged(), torch.autocast(device, torch.bfloat16):
                 training.grid(sheet(drawing))
 
