@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from dvar.analysis import families, strategies
 from dvar.analysis.families import CLIP_FAMILY, CONSTANT_FAMILY, DVAR_FAMILY, FAMILIES, StrategyFamily, tune_family
 from dvar.analysis.stop_quality import LearningCurve, assess_stop
 from dvar.analysis.strategies import StopResult, Strategy, evaluate_strategies, evaluate_strategy
+from dvar.recordings.protocol import START_UP_CLASS_IMAGES
 from dvar.recordings.recorded_run import MEAN_SERIES, RecordedRun
 from dvar.stopping.diagnosis import Reason
 from dvar.stopping.rules import AllOf, AnyOf, AtMost, Dvar, FixedSteps, Hall, NotBefore, Plateau, Rule, Trend
@@ -103,11 +104,40 @@ def test_every_strategy_pays_for_its_own_probe(run: RecordedRun) -> None:
 def test_baseline_generates_images_to_its_own_cap_and_keeps_the_best(run: RecordedRun) -> None:
     strategy = Strategy("Baseline", FixedSteps(300), sample_every=100, keep_best=True)
     result = evaluate_strategy(strategy, run)
-    assert (result.stop, result.images, result.forwards) == (300, 4 * 8, 0)
+    # It wants images at 0, 100, 200 and 300; the scored steps 0, 105 and 218 have them, and the next is 314. Of their
+    # 8 images it reads the half that chooses.
+    assert (result.stop, result.images, result.forwards) == (300, 3 * 4, 0)
     steps, values = run.sample_scores(100)
     best = steps[steps <= 300][values[steps <= 300].argmax()]
     assert result.kept_step == best
     assert (np.diff(steps) >= 50).all()
+
+
+def test_a_strategy_pays_for_the_images_that_it_read(tmp_path: Path) -> None:
+    """A cadence finer than the scored steps reads no more images than were scored, and 8 at most of each step."""
+    for images, read in ((8, 4), (16, 8), (32, 8)):
+        run = RecordedRun.open(write_fake_record(tmp_path / str(images), cap=400, images=images))
+        for every in (1, 5, 60):
+            strategy = Strategy("CLIP-s", FixedSteps(200), sample_every=every, keep_best=True)
+            measured = run.sample_scores(every)[0]
+            assert evaluate_strategy(strategy, run).images == read * (measured <= 200).sum()
+        assert (run.sample_scores(1)[0] == run.scored_steps).all()
+
+
+def test_a_sample_is_eight_images_of_the_half_that_chooses(tmp_path: Path) -> None:
+    run = RecordedRun.open(write_fake_record(tmp_path, cap=60, images=32, noise=0.05))
+    _, values = run.scores("train", "clip_image")
+    np.testing.assert_allclose(run.sample_scores(1)[1], values[:, 0:16:2].mean(axis=1))
+
+
+def test_tuning_chooses_the_cheaper_of_two_settings_that_stop_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both cadences stop at the same step with the same checkpoint, and the dense one reads many more images."""
+    monkeypatch.setattr(families, "baseline_cap", lambda run: 300)
+    run = RecordedRun.open(write_fake_record(tmp_path, cap=300, learned=30.0))
+    either = StrategyFamily("fixed", lambda n, t: FixedSteps(n), (0.0,), (0.4,), sample_shares=(0.01, 0.2))
+    assert tune_family(either, [run]) == (0.4, 0.0, 0.2)
 
 
 def test_a_checkpoint_is_chosen_by_images_that_are_not_reported(tmp_path: Path) -> None:
@@ -163,11 +193,60 @@ def test_minutes_are_counts_times_seconds() -> None:
     assert strategies.estimate_minutes(StopResult(600, 600, False, 0, 0), {"train": 0.1}) == pytest.approx(1.0)
 
 
-def test_forward_equivalents_count_samples_and_passes() -> None:
+def with_config(run: RecordedRun, **settings: object) -> RecordedRun:
+    return replace(run, config={"train_batch_size": 4, **settings})
+
+
+def test_forward_equivalents_count_samples_and_passes(run: RecordedRun) -> None:
     result = StopResult(stop=10, kept_step=10, censored=False, forwards=7, images=3)
-    config = {"train_batch_size": 4, "num_inference_steps": 25}
-    assert strategies.count_forward_equivalents(result, config) == 10 * 4 * 2 + 7 + 3 * 2 * 25
-    assert strategies.count_forward_equivalents(result, config | {"prior_loss_weight": 1.0}) == 10 * 8 * 2 + 7 + 150
+    # 10 updates of 4 samples, forward and backward; 7 held samples; 3 guided images of 25 sampling steps.
+    assert strategies.count_forward_equivalents(result, with_config(run)) == 10 * 4 * 2 + 7 + 3 * 2 * 25
+    accumulated = with_config(run, gradient_accumulation_steps=3)
+    assert strategies.count_forward_equivalents(result, accumulated) == 10 * 12 * 2 + 7 + 150
+
+
+@pytest.mark.parametrize(
+    ("settings", "samples"),
+    [
+        ({}, 4),
+        ({"prior_loss_weight": 1.0}, 8),  # Custom Diffusion always has class images,
+        ({"prior_loss_weight": 0.0}, 4),  # unless their loss has no weight;
+        ({"prior_loss_weight": 1.0, "with_prior_preservation": False}, 4),  # DreamBooth has them where asked
+        ({"prior_loss_weight": 1.0, "with_prior_preservation": True}, 8),
+    ],
+)
+def test_class_images_are_counted_where_a_run_trains_on_them(
+    run: RecordedRun, settings: dict[str, object], samples: int
+) -> None:
+    result = StopResult(stop=10, kept_step=10, censored=False, forwards=0, images=0)
+    assert strategies.count_forward_equivalents(result, with_config(run, **settings)) == 10 * samples * 2
+
+
+def test_forwards_and_minutes_count_the_same_images(run: RecordedRun) -> None:
+    """What was recorded is timed and counted, and not what the run's own sample images would take."""
+    result = StopResult(stop=0, kept_step=0, censored=False, forwards=0, images=3)
+    recorded = replace(with_config(run, num_inference_steps=25), header={**run.header, "sampling_steps": 10})
+    assert strategies.count_forward_equivalents(result, recorded) == 3 * 2 * 10
+
+
+@pytest.mark.parametrize(
+    ("settings", "class_images"),
+    [
+        ({"num_class_images": 64, "prior_loss_weight": 1.0}, 64),
+        ({"num_class_images": 64, "prior_loss_weight": 0.0}, 0),
+        ({"num_class_images": 64, "prior_loss_weight": 1.0, "with_prior_preservation": False}, 0),
+        ({"num_class_images": 64, "prior_loss_weight": 1.0, "class_data_dir": "images/cats"}, 0),
+    ],
+)
+def test_starting_up_generates_all_class_images(
+    run: RecordedRun, settings: dict[str, object], class_images: int
+) -> None:
+    """Unit seconds are measured with `START_UP_CLASS_IMAGES`; a class image takes the run's own sampling steps."""
+    seconds = {"start_up": 3.0, "picture": 0.2}
+    recorded = replace(with_config(run, num_inference_steps=25, **settings), header={"sampling_steps": 10})
+    further = max(0, class_images - START_UP_CLASS_IMAGES)
+    assert strategies.estimate_start_up(recorded, seconds) == pytest.approx((3.0 + further * 0.2 * 25 / 10) / 60)
+    assert np.isnan(strategies.estimate_start_up(recorded, {"train": 0.1}))
 
 
 def test_presets_are_shortened_as_the_training_is(run: RecordedRun) -> None:

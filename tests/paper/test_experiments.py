@@ -197,9 +197,10 @@ def test_differences_in_table_1_are_paired_by_concept(archive: RecordingArchive)
 
 def test_minutes_of_table_1_by_hand(archive: RecordingArchive) -> None:
     row = cost.table_1(archive).tables[0].data[0]
-    # 200 updates of 0.2 s and 8 images of 0.5 s at each of 0, 40, ..., 200
+    # 200 updates of 0.2 s, and at the scored steps 0, 43, 82, 126 and 174, the first after each 40, 4 images of 0.5 s
     assert row["way"] == "Baseline"
-    assert row["Minutes mean"] == pytest.approx((200 * 0.2 + 6 * 8 * 0.5) / 60)
+    assert row["Minutes mean"] == pytest.approx((200 * 0.2 + 5 * 4 * 0.5) / 60)
+    assert row["Forwards, thousands mean"] == pytest.approx((200 * 4 * 2 + 5 * 4 * 2 * 25) / 1000)
     assert row["Final pictures, min"] == pytest.approx(8 * 0.5 / 60)
 
 

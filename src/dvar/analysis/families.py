@@ -10,7 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dvar.analysis.stop_quality import ORACLE, LearningCurve
-from dvar.analysis.strategies import Strategy, baseline_cap, can_evaluate, evaluate_strategies
+from dvar.analysis.strategies import (
+    Strategy,
+    baseline_cap,
+    can_evaluate,
+    count_forward_equivalents,
+    evaluate_strategies,
+)
 from dvar.recordings.recorded_run import PAIRED, SCORE, RecordedRun
 from dvar.stopping.rules import AllOf, Dvar, EmaPercentile, FixedSteps, Hall, Plateau, Rule, Trend
 from dvar.stopping.trace import RELATIVE_LOSS
@@ -97,24 +103,30 @@ FAMILIES = (
 
 
 def tune_family(family: StrategyFamily, runs: Sequence[RecordedRun]) -> Setting | None:
-    """Return the setting that keeps 90 % of the attainable gain in the fewest steps, by the means over the runs.
+    """Return the setting that keeps 90 % of the attainable gain at the least cost, by the means over the runs.
 
-    Every family has at most 100 settings, so that all are tuned alike.
+    The cost is that of training and of deciding, in forward passes: settings that stop at the same step may read very
+    different numbers of images. Every family has at most 100 settings, so that all are tuned alike.
 
     Returns:
         The setting that keeps the most where none keeps enough; None where no run can be evaluated or has a gain.
+
+    Source: Section 4.2, "to achieve 90% of the maximum possible train CLIP image score for the least number of
+    iterations".
+    Deviates: 90 % of the gain from the untouched model, which is more than 90 % of the score; and iterations together
+    with the images and held samples that a strategy reads.
     """
     grids = [grid for run in runs if (grid := _evaluate_grid(family, run)) is not None]
     if not grids:
         return None
-    gains, steps = np.mean(grids, axis=0)
+    gains, costs = np.mean(grids, axis=0)
     enough = gains >= ORACLE * min(1.0, float(gains.max()))
-    return family.settings()[int(np.where(enough, steps, np.inf).argmin())]
+    return family.settings()[int(np.where(enough, costs, np.inf).argmin())]
 
 
 @cache
 def _evaluate_grid(family: StrategyFamily, run: RecordedRun) -> NDArray[np.float64] | None:
-    """Return the gain kept and the steps trained for each setting, [2, settings]; None where neither is known."""
+    """Return the gain kept and the forward passes for each setting, [2, settings]; None where neither is known."""
     curve = LearningCurve.of_run(run)
     strategies = [family.strategy(setting, baseline_cap(run)) for setting in family.settings()]
     if not curve.learned or not can_evaluate(strategies[0].rule, run):
@@ -123,7 +135,7 @@ def _evaluate_grid(family: StrategyFamily, run: RecordedRun) -> NDArray[np.float
     return np.array(
         [
             [curve.gain_at(results[strategy].kept_step) for strategy in strategies],
-            [results[strategy].stop for strategy in strategies],
+            [count_forward_equivalents(results[strategy], run) for strategy in strategies],
         ],
         np.float64,
     )

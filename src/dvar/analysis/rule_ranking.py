@@ -109,7 +109,7 @@ def _judge(name: str, setting: str, runs: Sequence[RecordedRun], results: Sequen
     outcomes = tuple(assess_stop(run, result.kept_step, result.censored) for run, result in pairs)
     # Forward passes spent on deciding alone: no step is trained.
     cost = [
-        strategies.count_forward_equivalents(StopResult(0, 0, False, result.forwards, result.images), run.config)
+        strategies.count_forward_equivalents(StopResult(0, 0, False, result.forwards, result.images), run)
         for run, result in pairs
     ]
     stops = tuple(float(result.stop) for result in results)

@@ -14,7 +14,8 @@ import numpy as np
 
 from dvar.analysis.prefilter import Prefilter
 from dvar.config import presets
-from dvar.recordings.recorded_run import IMAGES, MEAN_SERIES, SCORE, RecordedRun
+from dvar.recordings.protocol import START_UP_CLASS_IMAGES
+from dvar.recordings.recorded_run import MEAN_SERIES, SCORE, RecordedRun
 from dvar.stopping.rules import CLIP_S, AllOf, Dvar, FixedSteps, Rule
 from dvar.stopping.trace import LOSS, RELATIVE_LOSS, Trace
 
@@ -28,7 +29,8 @@ class Strategy:
     """One way to end a run: a rule, and the images that its user generates to decide.
 
     Attributes:
-        sample_every: Steps between two samples of `IMAGES` images; None for a strategy without images.
+        sample_every: Steps between two samples of `IMAGES` images, as far as the recording has them; None for a
+            strategy without images.
         keep_best: Keep the checkpoint with the highest score, as Baseline and CLIP-s do, rather than the last one.
     """
 
@@ -47,7 +49,7 @@ class StopResult:
         kept_step: The step of the checkpoint that is kept.
         censored: Whether the recording ends before the strategy stops.
         forwards: Held samples that the strategy's own probe sends through the model.
-        images: Images that the strategy generates to decide.
+        images: Images that the strategy reads to decide; no more than were scored.
     """
 
     stop: int
@@ -128,19 +130,44 @@ def estimate_minutes(result: StopResult, unit_seconds: Mapping[str, float]) -> f
     return seconds / 60
 
 
-def count_forward_equivalents(result: StopResult, config: Mapping[str, Any]) -> float:
-    """Return the work of a run that ends as in ``result``, in forward passes of the U-Net for one sample.
-
-    A trained sample is a forward pass and a backward pass, which counts as `BACKWARD`; Custom Diffusion trains on as
-    many class images again; an image is two passes for each sampling step, since it is guided.
+def estimate_start_up(run: RecordedRun, unit_seconds: Mapping[str, float]) -> float:
+    """Return the minutes before the first step: loading the model, and generating the class images that a run needs.
 
     Args:
-        config: The settings of the run.
+        run: A recorded run.
+        unit_seconds: As for `estimate_minutes`; "start_up" was measured with `START_UP_CLASS_IMAGES`.
     """
-    samples = config.get("train_batch_size", 1) * config.get("gradient_accumulation_steps", 1)
-    samples *= 2 if config.get("prior_loss_weight") else 1
-    image = 2 * config.get("num_inference_steps", 50)
+    seconds, config = unit_seconds.get("start_up", float("nan")), run.config
+    if _trains_on_class_images(config) and not config.get("class_data_dir"):
+        further = max(0, config.get("num_class_images", 0) - START_UP_CLASS_IMAGES)
+        length = config.get("num_inference_steps", 50) / _sampling_steps(run)
+        seconds += further * length * unit_seconds.get("picture", float("nan"))
+    return seconds / 60
+
+
+def count_forward_equivalents(result: StopResult, run: RecordedRun) -> float:
+    """Return the work of a run that ends as in ``result``, in forward passes of the U-Net for one sample.
+
+    A trained sample is a forward pass and a backward pass, which counts as `BACKWARD`; a run with prior preservation
+    trains on as many class images again; an image is two passes for each of the sampling steps that it was recorded
+    with, since it is guided.
+
+    Args:
+        run: The run, whose settings and sampling steps count.
+    """
+    samples = run.config.get("train_batch_size", 1) * run.config.get("gradient_accumulation_steps", 1)
+    samples *= 2 if _trains_on_class_images(run.config) else 1
+    image = 2 * _sampling_steps(run)
     return float(result.stop * samples * (1 + BACKWARD) + result.forwards + result.images * image)
+
+
+def _trains_on_class_images(config: Mapping[str, Any]) -> bool:
+    """Return whether a run has a prior loss: Custom Diffusion unless its weight is 0, others where they are asked."""
+    return bool(config.get("prior_loss_weight")) and bool(config.get("with_prior_preservation", True))
+
+
+def _sampling_steps(run: RecordedRun) -> int:
+    return int(run.header.get("sampling_steps") or run.config.get("num_inference_steps", 50))
 
 
 def _preset(run: RecordedRun) -> Mapping[str, Any]:
@@ -177,11 +204,12 @@ def _stop_result(strategy: Strategy, run: RecordedRun, stop: int | None) -> Stop
     end = run.cap if stop is None else stop
     probed = {LOSS if name == RELATIVE_LOSS else name for name in _metrics_of(strategy.rule) - {SCORE}}
     forwards = sum(run.count_samples(name, end) for name in sorted(probed))
-    images = IMAGES * (end // strategy.sample_every + 1) if strategy.sample_every else 0
-    kept_step = end
-    if strategy.keep_best and strategy.sample_every:
+    kept_step, images = end, 0
+    if strategy.sample_every:
         steps, values = run.sample_scores(strategy.sample_every)
-        kept_step = int(steps[steps <= end][values[steps <= end].argmax()])
+        images = run.sample_size * int((steps <= end).sum())
+        if strategy.keep_best:
+            kept_step = int(steps[steps <= end][values[steps <= end].argmax()])
     return StopResult(end, kept_step, stop is None, forwards, images)
 
 

@@ -16,6 +16,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from dvar.analysis.stop_quality import ORACLE
 from dvar.config.training import BUNDLED_MODEL
 from dvar.html.tables import Column, cells
 from dvar.paper.style import DOTS, STYLE
@@ -23,6 +24,12 @@ from dvar.recordings.recorded_run import RecordedRun
 from dvar.training.methods.registry import METHODS
 
 T = TypeVar("T")
+DESCRIBE_TUNING = (
+    f"Settings that were tuned keep at least {100 * ORACLE:.0f} % of the gain over the untouched model at the least "
+    f"cost, on the tuning concepts, from at most 100 points each; the paper's keep {100 * ORACLE:.0f} % of the maximum "
+    "score in the fewest steps, which asks for less."
+)
+"""How settings are chosen, for captions."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 
 from dvar.config.methods import PAPER_METHODS, CustomDiffusionConfig
 from dvar.diffusion.sampling import BATCH
-from dvar.recordings.protocol import FORWARDS, PROTOCOLS, UNSEEN
+from dvar.recordings.protocol import FORWARDS, PROTOCOLS, START_UP_CLASS_IMAGES, UNSEEN
 from dvar.recordings.record import is_complete
 from dvar.recordings.recorded_run import DONE
 from dvar.recordings.recorder import Recorder
@@ -27,7 +27,8 @@ from dvar.training.progress import format_duration
 from dvar.training.run_layout import TRACE
 
 UnitSeconds = Mapping[str, float]
-"""Seconds of each unit of work: "start_up", all before the first step; "train", one update; "forward", one held sample;
+"""Seconds of each unit of work: "start_up", all before the first step, with
+`START_UP_CLASS_IMAGES` where there are class images; "train", one update; "forward", one held sample;
 "picture", one scored image."""
 
 REPETITIONS = 15
@@ -48,7 +49,7 @@ def estimate_seconds(spec: RecordingSpec, units: UnitSeconds) -> float:
     sampling_steps = protocol.sampling_steps or config.num_inference_steps
     others = config.num_validation_images
     if isinstance(config, CustomDiffusionConfig) and not config.class_data_dir and config.prior_loss_weight:
-        others += config.num_class_images
+        others += max(0, config.num_class_images - START_UP_CLASS_IMAGES)
     images += others * config.num_inference_steps / sampling_steps
     return units["start_up"] + cap * units["train"] + forwards * units["forward"] + images * units["picture"]
 
@@ -93,7 +94,9 @@ def measure_unit_seconds(spec: RecordingSpec) -> dict[str, float]:
     torch.set_num_threads(spec.threads)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as records:
-        changes: dict[str, Any] = {"num_class_images": 2} if spec.method == CustomDiffusionConfig.method else {}
+        changes: dict[str, Any] = (
+            {"num_class_images": START_UP_CLASS_IMAGES} if spec.method == CustomDiffusionConfig.method else {}
+        )
         spec = replace(spec, records=records)
         concept = spec.validate()
         run, _ = prepare(replace(spec.config, **changes))

@@ -15,6 +15,9 @@ PAIRINGS: tuple[Pairing, ...] = get_args(Pairing)
 CAP_FACTORS = {"textual-inversion": 1.0, "dreambooth-lora": 1.5, "custom-diffusion": 3.0}
 """The recorded cap over the preset's: 6100, 1500 and 1500 steps where the paper's caps are 6100, 1000 and 500."""
 
+START_UP_CLASS_IMAGES = 2
+"""Class images that are generated while the seconds of starting up are measured; the others are charged by number."""
+
 CHECKPOINTS = 8
 """Checkpoints kept of a run, evenly spaced: a replay of any step trains at most an eighth of the cap."""
 

@@ -14,7 +14,8 @@
 # - rescored.json, optional: {"header": {"hashes": those of done.json, "seeds"}, "rows": as in scores.json, of the steps
 #   that some strategy keeps, from seeds that no strategy has seen} (`dvar.recordings.rescore`).
 # - seconds.json, in RECORDS itself and optional: method -> {unit: median seconds on an idle machine}; units as in
-#   `RecordedRun.unit_seconds`, and "start_up", everything before the first step.  A sweep measures them first.
+#   `RecordedRun.unit_seconds`, and "start_up", everything before the first step with
+#   `START_UP_CLASS_IMAGES`.  A sweep measures them first.
 
 from __future__ import annotations
 
@@ -187,11 +188,16 @@ class RecordedRun:
         steps, values = self.series(name)
         return int((steps <= last_step).sum()) * int(values.shape[1])
 
+    @property
+    def sample_size(self) -> int:
+        """Images of a sample by which a strategy decides: `IMAGES`, or the half that chooses where it is smaller."""
+        return min(IMAGES, int(self.scores("train", SCORE, CHOOSE)[1].shape[1]))
+
     def sample_scores(self, every: int) -> tuple[Steps, Floats]:
         """Return what a strategy sees that generates `IMAGES` images every ``every`` steps, or as nearly as scored.
 
         Returns:
-            Steps [n] and, for each, the mean `SCORE` of `IMAGES` images of the half that chooses [n].
+            Steps [n] and, for each, the mean `SCORE` of `sample_size` images of the half that chooses [n].
         """
         steps, values = self.scores("train", SCORE, CHOOSE)
         indices, due = [], 0

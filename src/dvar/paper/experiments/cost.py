@@ -17,6 +17,7 @@ from dvar.analysis.strategy_costs import CostRow, best_dvar, cost_rows
 from dvar.html.tables import Column
 from dvar.paper.published import TABLE_1, PaperRow
 from dvar.paper.result import (
+    DESCRIBE_TUNING,
     ExperimentResult,
     Plot,
     Provenance,
@@ -92,7 +93,7 @@ def _summarise_row(row: CostRow, archive: RecordingArchive, baseline: CostRow) -
     minutes = row.per_concept([strategies.estimate_minutes(result, seconds) for result in row.results])
     baseline_minutes = float(np.mean([strategies.estimate_minutes(result, seconds) for result in baseline.results]))
     forwards = [
-        strategies.count_forward_equivalents(result, run.config) / 1000
+        strategies.count_forward_equivalents(result, run) / 1000
         for run, result in zip(row.runs, row.results, strict=True)
     ]
     scores = {name: row.scores(part, metric) for name, part, metric in SCORES}
@@ -103,7 +104,7 @@ def _summarise_row(row: CostRow, archive: RecordingArchive, baseline: CostRow) -
     }
     figures = {
         "Speed-up": baseline_minutes / float(np.mean(minutes)) if np.mean(minutes) else float("nan"),
-        "Start-up, min": seconds.get("start_up", float("nan")) / 60,
+        "Start-up, min": float(np.mean([strategies.estimate_start_up(run, seconds) for run in row.runs])),
         "Final pictures, min": IMAGES * seconds.get("picture", float("nan")) / 60,
         "Censored": float(np.mean([result.censored for result in row.results])),
     }
@@ -147,11 +148,12 @@ def _table_of_strategies(
         "Mean ± standard deviation over concepts (seeds averaged first); the best mean of a method is bold. Iterations "
         f"are the steps trained; scores are those of the kept checkpoint, {_describe_scoring(rows)}. Identity, where "
         "shown, is the bundled recogniser's probability that the subject is this one and not another of its class. "
-        "Minutes are counts times median unit seconds and include a strategy's own probe and images, but not start-up "
-        "and final images, which have columns of their own. A forward is one sample through the U-Net. Censored runs "
-        f"had not stopped where the recorded run ends, and count with that step. {provenance} Deviates from the paper: "
-        "all strategies are read from one run, CLIP-s is measured where the run was scored, and DVAR's first "
-        "evaluation is dropped as in the paper."
+        "Minutes are counts times median unit seconds and include a strategy's own probe and the images that it read, "
+        "but not start-up (with its class images, where a method has them) and final images, which have columns of "
+        "their own. A forward is one sample through the U-Net; minutes and forwards count the same images, with as "
+        "many sampling steps as were recorded. Censored runs had not stopped where the recorded run ends, and count "
+        f"with that step. {provenance} {DESCRIBE_TUNING} Deviates from the paper: all strategies are read from one "
+        "run, CLIP-s is measured where the run was scored, and DVAR's first evaluation is dropped as in the paper."
     )
     return build_table(
         "ways",

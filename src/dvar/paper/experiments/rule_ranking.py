@@ -38,6 +38,7 @@ from dvar.analysis.stop_quality import (
 from dvar.errors import RefusedInput
 from dvar.html.tables import Column
 from dvar.paper.result import (
+    DESCRIBE_TUNING,
     ExperimentResult,
     Plot,
     Provenance,
@@ -152,8 +153,8 @@ def _table_of_rules(name: str, scope: str, ranking: Sequence[RankedRule]) -> Tab
         f"oracle, the first step with {100 * ORACLE:.0f} % of the gain in Train CLIP image. In brackets: 95 % interval "
         "from resampling concepts; differences are paired by concept, and below 0 is better. Premature: less than "
         f"{100 * PREMATURE:.0f} % of the gain; wasteful: more than twice the oracle; censored runs count with their "
-        "last recorded step. Settings are windows as shares of Baseline's cap and thresholds, tuned on the tuning "
-        f"concepts from at most 100 points each. {Provenance.of(runs)}"
+        f"last recorded step. Settings are windows as shares of Baseline's cap and thresholds. {DESCRIBE_TUNING} "
+        f"{Provenance.of(runs)}"
     )
     best = 1 if ranking[0].rule == ORACLE_NAME else 0
     return build_table(name, caption, COLUMNS, data, data=data, bold=[(best, 2)])
