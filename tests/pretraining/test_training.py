@@ -121,10 +121,10 @@ def test_two_processes_take_the_steps_of_one_with_both_parts(tmp_path: Path) -> 
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert (tmp_path / "stage" / "state.safetensors").exists()
     (tmp_path / "stage" / "state.safetensors").unlink()
-    alone = build_stage(build_network(), 5)
-    for step in alone:
+    single = build_stage(build_network(), 5)
+    for step in single:
         x = torch.cat([part_of(2 * step, 8), part_of(2 * step + 1, 8)])
-        alone.update((alone.model(x) - x.sum(1, keepdim=True)).square().mean())
-    for key, value in alone.model.state_dict().items():
+        single.update((single.model(x) - x.sum(1, keepdim=True)).square().mean())
+    for key, value in single.model.state_dict().items():
         assert torch.equal(first[key], second[key])
         assert torch.allclose(first[key], value, atol=1e-6)

@@ -104,6 +104,19 @@ def test_a_run_writes_its_files(config: TextualInversionConfig) -> None:
     assert [image.size for image in references] == [(32, 32)] * 4
 
 
+@pytest.mark.parametrize("seed", [0, 3])
+def test_the_held_timesteps_can_be_one_of_each_part_of_the_schedule(config: TextualInversionConfig, seed: int) -> None:
+    def held(**changes: Any) -> list[int]:
+        personalise(replace(config, max_train_steps=9, window=8, seed=seed, overwrite=True, **changes))
+        timesteps: list[int] = Trace.read(Path(config.output_dir) / "trace.jsonl").header["timesteps"]
+        return timesteps
+
+    spread = held(eval_timesteps="stratified")
+    assert [timestep * 8 // 1000 for timestep in spread] == list(range(8))
+    assert held(eval_timesteps="stratified") == spread
+    assert [timestep * 8 // 1000 for timestep in held()] != list(range(8))
+
+
 def test_training_lowers_the_loss_on_the_fixed_batch(config: TextualInversionConfig) -> None:
     personalise(replace(config, max_train_steps=40, validation_steps=100))
     values = Trace.read(Path(config.output_dir) / "trace.jsonl").values

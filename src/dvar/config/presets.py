@@ -46,10 +46,12 @@ def _mini(setting: str, value: Any, source: str, expected: str = "", *, method: 
     return PresetRow("mini", method, setting, value, source, expected)
 
 
+STRATIFIED = ("stratified", "of eight independent draws two early ones can be nine tenths of L_det")
 _PAPER_AND_MINI = (
     _paper("window", "Section 3.3", "stops at 566.0 ± 141.5 steps, mean over 48 concepts (Table 1)"),
     _paper("threshold", "Section 3.3", "Train CLIP img 0.795 ± 0.067, Val CLIP txt 0.227 ± 0.024 (Table 1)"),
     _paper("eval_batch_size", "Section 3.2; the released code's default is 4"),
+    _paper("eval_timesteps", "Section 2.2"),
     _paper("probe_every", "Section 3.2: after each step"),
     _paper("max_train_steps", "Section 4.2", "27.0 ± 0.3 minutes on an A100 without early stopping (Table 1)"),
     _paper("validation_steps", "Section 4.2"),
@@ -73,6 +75,7 @@ _PAPER_AND_MINI = (
     _mini("window", 200, "the cap is a quarter of the paper's", "a straight line stops at step 517"),
     _mini("threshold", 0.15, "the paper's"),
     _mini("probe_every", 10, "under a tenth of the time on two cores (docs/performance.md)"),
+    _mini("eval_timesteps", STRATIFIED[0], STRATIFIED[1]),
     _mini("validation_steps", 100, "fifteen sets of samples up to the cap"),
     _mini("num_validation_images", 4, "half the paper's, for time"),
     _mini("checkpointing_steps", 100, "a checkpoint costs milliseconds at this size"),
@@ -81,6 +84,7 @@ _PAPER_AND_MINI = (
     _paper("window", "Section 3.3", "stops at 665.3 ± 94.9 steps, mean over 48 concepts (Table 1)", method=LORA),
     _paper("threshold", "Section 3.3", "a straight line stops at step 695", method=LORA),
     _paper("eval_batch_size", "Section 3.2; the released code's default is 4", method=LORA),
+    _paper("eval_timesteps", "Section 2.2", method=LORA),
     _paper("probe_every", "Section 3.2: after each step", method=LORA),
     _paper("max_train_steps", "Section 4.2", "7.8 minutes on an A100 without early stopping", method=LORA),
     _paper("validation_steps", "Section 4.2", method=LORA),
@@ -102,6 +106,7 @@ _PAPER_AND_MINI = (
     _mini("window", 240, "the paper's share of the cap, nearly; not tuned yet", "a straight line: 379", method=LORA),
     _mini("threshold", 0.4, "the paper's", method=LORA),
     _mini("probe_every", 10, "under a tenth of the time on two cores (docs/performance.md)", method=LORA),
+    _mini("eval_timesteps", STRATIFIED[0], STRATIFIED[1], method=LORA),
     _mini("validation_steps", 100, "the paper's", method=LORA),
     _mini("num_validation_images", 4, "half the paper's, for time", method=LORA),
     _mini("checkpointing_steps", 100, "a checkpoint costs milliseconds at this size", method=LORA),
@@ -110,6 +115,7 @@ _PAPER_AND_MINI = (
     _paper("window", "Section 3.3", "stops at 348.1 ± 46.6 steps, mean over 48 concepts (Table 1)", method=CUSTOM),
     _paper("threshold", "Section 3.3", "a straight line stops at step 464", method=CUSTOM),
     _paper("eval_batch_size", "Section 3.2; the released code's default is 4", method=CUSTOM),
+    _paper("eval_timesteps", "Section 2.2", method=CUSTOM),
     _paper("probe_every", "Section 3.2: after each step", method=CUSTOM),
     _paper("max_train_steps", "Section 4.2", "6.5 minutes on an A100 without early stopping", method=CUSTOM),
     _paper("validation_steps", "Section 4.2", method=CUSTOM),
@@ -137,6 +143,7 @@ _PAPER_AND_MINI = (
     _mini("random_rescale", False, "the picture book's captions know no zoom", method=CUSTOM),
     _mini("num_class_images", 64, "a third of the paper's, for time", method=CUSTOM),
     _mini("probe_every", 10, "under a tenth of the time on two cores (docs/performance.md)", method=CUSTOM),
+    _mini("eval_timesteps", STRATIFIED[0], STRATIFIED[1], method=CUSTOM),
     _mini("validation_steps", 100, "the paper's", method=CUSTOM),
     _mini("num_validation_images", 4, "half the paper's, for time", method=CUSTOM),
     _mini("checkpointing_steps", 100, "a checkpoint costs milliseconds at this size", method=CUSTOM),
@@ -149,16 +156,18 @@ LEAN = {TI: 30, LORA: 40, CUSTOM: 20}
 
 By counts of forward passes, evaluations then take about a twentieth of the time, and a window holds nine or more.
 """
-TABLE = (
-    *_PAPER_AND_MINI,
-    *(
-        replace(row, name="lean", value=LEAN[row.method], source="about a twentieth of the time, by forward passes")
-        if row.setting == "probe_every"
-        else replace(row, name="lean")
-        for row in _PAPER_AND_MINI
-        if row.name == "paper"
-    ),
-)
+
+
+def _lean(row: PresetRow) -> PresetRow:
+    lean = replace(row, name="lean")
+    if row.setting == "probe_every":
+        return replace(lean, value=LEAN[row.method], source="about a twentieth of the time, by forward passes")
+    if row.setting == "eval_timesteps":
+        return replace(lean, value=STRATIFIED[0], source=STRATIFIED[1])
+    return lean
+
+
+TABLE = (*_PAPER_AND_MINI, *(_lean(row) for row in _PAPER_AND_MINI if row.name == "paper"))
 
 
 def preset_settings(name: str, method: str = TI) -> dict[str, Any]:

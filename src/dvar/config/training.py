@@ -97,6 +97,9 @@ class TrainingConfig(Config):
 
     probe_every: int = setting(1, "Steps between two evaluations of the held batch.", COUNT, section="Stopping")
     eval_batch_size: int = setting(8, "Inputs in the held batch.", COUNT)
+    eval_timesteps: Literal["uniform", "stratified"] = setting(
+        "uniform", "Timesteps of the held batch: each drawn from all, or one from each of as many equal parts of them."
+    )
     window: int = setting(310, "DVAR's N: steps over which the recent variance is taken.")
     threshold: float = setting(0.15, "DVAR's alpha: stop when recent / whole variance is below it.")
     max_train_steps: int = setting(6100, "The cap: training ends here unless the rule ends it before.", COUNT)

@@ -12,7 +12,6 @@ from PIL import Image
 from torch import Tensor
 
 from dvar.diffusion.objective import Draws, denoising_loss
-from dvar.diffusion.randomness import generator
 from dvar.errors import RefusedInput
 from dvar.files import write_json
 from dvar.recordings.image_metrics import Scorer
@@ -21,7 +20,7 @@ from dvar.recordings.recorded_run import SCORES
 from dvar.recordings.restore import sheet_path, weights_path, write_sheet
 from dvar.recordings.score_samples import generate_and_score, generate_images
 from dvar.recordings.spec import RecordingSpec, scoring_prompts
-from dvar.stopping.probe import PairedProbe, Probe, draw_stratified_timesteps
+from dvar.stopping.probe import PairedProbe, Probe
 from dvar.training.augmentation import encode_examples
 from dvar.training.loop import Stopwatch
 from dvar.training.run import TrainingRun
@@ -119,11 +118,8 @@ class Recorder:
         self._add_series(name, lambda step: {name: probe()}, draws.timesteps)
 
     def _stratified_draws(self) -> Draws:
-        run, count = self.run, SAMPLES[STRATIFIED]
-        draws = run.draw(run.examples, STRATIFIED, 0, 0, count)
-        strata = generator(run.config.seed, f"{STRATIFIED}/strata")
-        timesteps = draw_stratified_timesteps(count, len(run.schedule.alphas_cumprod), strata)
-        return replace(draws, timesteps=timesteps.to(draws.timesteps.device), mask=None)  # as the held batch
+        draws = self.run.draw(self.run.examples, STRATIFIED, 0, 0, SAMPLES[STRATIFIED])
+        return replace(self.run.stratify(draws, STRATIFIED), mask=None)  # as the held batch
 
     def _fresh_draws(self, step: int) -> Draws:
         return replace(self.run.draw(self.run.examples, FRESH, step, 0, SAMPLES[FRESH]), mask=None)

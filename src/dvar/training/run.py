@@ -21,11 +21,12 @@ from dvar.diffusion.backbone import Backbone
 from dvar.diffusion.clip import Clip
 from dvar.diffusion.devices import peak_memory
 from dvar.diffusion.objective import Draws, Examples, denoising_loss, draw
+from dvar.diffusion.randomness import generator
 from dvar.diffusion.sampling import sample_into
 from dvar.errors import NonFiniteLoss
 from dvar.files import write_atomically, write_json
 from dvar.stopping.diagnosis import Reason
-from dvar.stopping.probe import Probe
+from dvar.stopping.probe import Probe, draw_stratified_timesteps
 from dvar.stopping.rules import CONDITION_REASONS, Rule
 from dvar.stopping.trace import Trace, TraceFile
 from dvar.stopping.verdict import Verdict
@@ -110,6 +111,8 @@ class TrainingRun:
         self.rule: Rule = rule_of(config)
         # As in the released code the held batch has its augmentations, and L_det neither their mask nor the prior.
         held = replace(self.draw(self.examples, "held", 0, 0, config.eval_batch_size), mask=None)
+        if config.eval_timesteps == "stratified":
+            held = self.stratify(held, "held")
         self.probe = Probe(self.losses, held, modules=backbone.modules)
         self.learner = Learner(method, config, {"method": config.method, "timesteps": held.timesteps.tolist()})
 
@@ -250,6 +253,12 @@ class TrainingRun:
             count=count,
         )
         return draws.to(self.backbone.device)
+
+    def stratify(self, draws: Draws, stream: str) -> Draws:
+        """Return ``draws`` with one timestep from each of as many equal parts of the schedule, in rising order."""
+        strata = generator(self.config.seed, f"{stream}/strata")
+        timesteps = draw_stratified_timesteps(len(draws.timesteps), len(self.schedule.alphas_cumprod), strata)
+        return replace(draws, timesteps=timesteps.to(draws.timesteps.device))
 
     def training_losses(self, step: int, first: int, count: int) -> Tensor:
         """Return the losses of these samples of a step, float32 [count].
