@@ -83,6 +83,50 @@ def test_a_stop_at_the_oracle_has_no_distance(tmp_path: Path) -> None:
     assert assess_stop(run, curve.step_at() / 2).premature
 
 
+def test_a_stop_and_the_checkpoint_it_keeps_have_distances_of_their_own(tmp_path: Path) -> None:
+    """Training on to four oracles is wasteful, whichever checkpoint is kept; its quality is that of the checkpoint."""
+    run = RecordedRun.open(write_fake_record(tmp_path, cap=600))
+    oracle = LearningCurve.of_run(run).step_at()
+    quality = assess_stop(run, 4 * oracle, kept_step=oracle / 2)
+    assert quality.distance == pytest.approx(2)
+    assert quality.kept_distance == pytest.approx(-1)
+    assert quality.wasteful
+    assert quality.premature
+    assert quality.gain_kept == pytest.approx(LearningCurve.of_run(run).gain_at(oracle / 2))
+    assert quality.context_lost == assess_stop(run, oracle / 2).context_lost
+    assert assess_stop(run, oracle).kept_distance == assess_stop(run, oracle).distance
+
+
+@pytest.mark.parametrize("end", [0.4, 0.5])
+def test_a_run_that_gains_nothing_has_no_oracle(end: float) -> None:
+    """The score starts at 0.5 and never comes back above it."""
+    curve = LearningCurve.from_scores([0, 10, 20, 40], [0.5, 0.3, end, end])
+    assert not curve.learned
+    assert np.isnan(curve.step_at())
+    assert np.isnan(curve.gain_at(20))
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=20))
+def test_an_oracle_is_a_step_of_the_run_or_none(values: list[float]) -> None:
+    curve = LearningCurve.from_scores(np.arange(len(values)), values)
+    step = curve.step_at()
+    assert np.isnan(step) or 0 <= step <= len(values) - 1
+    assert np.isnan(step) == (not curve.plateau > curve.start)
+
+
+def test_a_dip_within_the_noise_is_no_decline() -> None:
+    """The last scores lie one standard deviation below a long plateau: the plateau includes them.
+
+    Without a margin the decline would begin at the highest score, and the plateau would be what came before it.
+    """
+    steps = np.arange(0.0, 1001, 10)
+    ripple = 0.01 * (-1) ** np.arange(len(steps))
+    values = rising_scores(steps, 30.0) + ripple + 0.004 * (steps == 300)
+    curve = LearningCurve.from_scores(steps, values)
+    assert len(curve.fit) == len(steps)
+    assert curve.plateau == pytest.approx(START + GAIN, abs=0.002)
+
+
 def test_context_lost_is_the_fall_of_validation_text(tmp_path: Path) -> None:
     run = RecordedRun.open(write_fake_record(tmp_path, cap=600))
     context_lost = assess_stop(run, 600).context_lost

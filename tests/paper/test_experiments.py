@@ -19,6 +19,7 @@ from dvar.analysis import families, strategies
 from dvar.analysis.families import StrategyFamily
 from dvar.analysis.rule_ranking import ORACLE_NAME, RankedRule, compare_errors, compute_ranking, tune_rules
 from dvar.analysis.signal_to_noise import measure_signal_to_noise
+from dvar.analysis.stop_quality import LearningCurve
 from dvar.analysis.strategy_costs import cost_rows, kept_steps
 from dvar.errors import RefusedInput
 from dvar.paper.config import ReproduceConfig
@@ -232,6 +233,41 @@ def test_the_ranking_knows_the_oracle(archive: RecordingArchive) -> None:
     random = next(rule for rule in ranking if rule.rule == "Random step")
     assert np.mean(random.errors) > 1
     assert {family.name for family in families.FAMILIES} < {rule.rule for rule in ranking}
+
+
+def test_rules_are_ranked_by_where_they_stop_and_valued_by_what_they_keep(archive: RecordingArchive) -> None:
+    """Baseline trains to its cap of 200 steps and keeps an earlier checkpoint."""
+    runs = archive.runs_of("textual-inversion")
+    ranking = {rule.rule: rule for rule in read_ranking(archive)}
+    baseline = ranking["Baseline"]
+    assert set(baseline.stops) == {200.0}
+    for run, quality in zip(runs, baseline.outcomes, strict=True):
+        curve = LearningCurve.of_run(run)
+        steps, values = run.sample_scores(40)
+        kept_step = int(steps[steps <= 200][values[steps <= 200].argmax()])
+        assert kept_step < 200
+        assert quality.distance == pytest.approx(np.log2(200 / curve.step_at()))
+        assert quality.kept_distance == pytest.approx(np.log2(kept_step / curve.step_at()))
+        assert quality.gain_kept == pytest.approx(curve.gain_at(kept_step))
+    assert baseline.errors == [abs(quality.distance) for quality in baseline.outcomes]
+    means = [np.mean(rule.errors) for rule in read_ranking(archive)]
+    assert means == sorted(means)
+    table = rule_ranking.rank_rules(archive).tables[0]
+    assert "what they train to decides" in table.caption
+    (row,) = (row for row in table.data if row["rule"] == "Baseline")
+    assert row["median"] > row["kept median"]
+
+
+def test_a_half_without_a_gain_has_no_oracle_and_the_ranking_goes_on(tmp_path: Path) -> None:
+    """The even images of one concept fall below their start; the odd ones, which are reported, rise."""
+    for concept in ("cup", "mug"):
+        write_fake_record(tmp_path, concept=concept, cap=CAP, learned=20.0)
+    runs = RecordingArchive.open(tmp_path).runs
+    runs[0].image_scores["train", "clip_image"][1:, 0::2] = 0.1
+    ranking = {rule.rule: rule for rule in compute_ranking(runs, {runs[0].method: tune_rules(())})}
+    assert [run.concept for run in ranking[ORACLE_NAME].runs] == ["mug"]
+    assert compare_errors(ranking[ORACLE_NAME], ranking["Baseline"]).concepts == 1
+    assert compare_errors(ranking["Baseline"], ranking[ORACLE_NAME]).concepts == 1
 
 
 def test_a_rule_is_not_further_from_the_oracle_than_itself(archive: RecordingArchive) -> None:

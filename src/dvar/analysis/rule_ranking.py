@@ -35,6 +35,9 @@ Settings = Mapping[str, Setting | None]
 class RankedRule:
     """One rule on every run of a scope: what its stops are worth, and what deciding costs besides training.
 
+    The distance of the stop ranks it, since every step up to there is trained; gain and context are those of the
+    checkpoint that it keeps.
+
     Args:
         rule: Name of the rule.
         setting: How it was tuned.
@@ -106,7 +109,9 @@ def _read_stops(run: RecordedRun, chosen: tuple[Strategy, ...]) -> list[StopResu
 
 def _judge(name: str, setting: str, runs: Sequence[RecordedRun], results: Sequence[StopResult]) -> RankedRule:
     pairs = list(zip(runs, results, strict=True))
-    outcomes = tuple(assess_stop(run, result.kept_step, result.censored) for run, result in pairs)
+    outcomes = tuple(
+        assess_stop(run, result.stop, result.censored, kept_step=result.kept_step) for run, result in pairs
+    )
     # Forward passes spent on deciding alone: no step is trained.
     cost = [
         strategies.count_forward_equivalents(StopResult(0, 0, False, result.forwards, result.images), run)
@@ -117,10 +122,14 @@ def _judge(name: str, setting: str, runs: Sequence[RecordedRun], results: Sequen
 
 
 def _judge_oracle(runs: Sequence[RecordedRun]) -> RankedRule:
-    """Judge the oracle of one half of the images on the other: what no rule can be expected to beat."""
-    steps = tuple(LearningCurve.of_run(run, CHOOSE).step_at() for run in runs)
-    outcomes = tuple(assess_stop(run, step) for run, step in zip(runs, steps, strict=True))
-    return RankedRule(ORACLE_NAME, f"q ≥ {ORACLE}", tuple(runs), outcomes, float("nan"), steps)
+    """Judge the oracle of one half of the images on the other: what no rule can be expected to beat.
+
+    Runs whose half that chooses shows no gain have no such oracle, and are left out.
+    """
+    oracles = {run: LearningCurve.of_run(run, CHOOSE).step_at() for run in runs}
+    oracles = {run: step for run, step in oracles.items() if np.isfinite(step)}
+    outcomes = tuple(assess_stop(run, step) for run, step in oracles.items())
+    return RankedRule(ORACLE_NAME, f"q ≥ {ORACLE}", tuple(oracles), outcomes, float("nan"), tuple(oracles.values()))
 
 
 def _judge_random_steps(runs: Sequence[RecordedRun]) -> RankedRule:
@@ -143,9 +152,9 @@ def _describe_setting(family: StrategyFamily, chosen: Sequence[Setting | None]) 
 
 
 def compare_errors(rule: RankedRule, other: RankedRule) -> MeanInterval:
-    """Return how much further ``rule`` is from the oracle than ``other``, in octaves, paired by concept."""
+    """Return how much further ``rule`` is from the oracle than ``other``, in octaves, paired by their concepts."""
     errors, others = _errors_by_concept(rule), _errors_by_concept(other)
-    return bootstrap_mean([errors[name] - others[name] for name in errors])
+    return bootstrap_mean([errors[name] - others[name] for name in errors if name in others])
 
 
 def _errors_by_concept(rule: RankedRule) -> dict[str, float]:

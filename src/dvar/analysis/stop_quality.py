@@ -77,11 +77,19 @@ class LearningCurve:
         return self.plateau - self.start > max(_CLEAR_GAIN * self.noise, 1e-9)
 
     def gain_at(self, step: float) -> float:
-        """Return q at any step, computed from the scores themselves: the fit could not fall."""
+        """Return q at any step, computed from the scores themselves: the fit could not fall; nan without a gain."""
+        if not self.plateau > self.start:
+            return float("nan")
         return float((np.interp(step, self.steps, self.values) - self.start) / (self.plateau - self.start))
 
     def step_at(self, share: float = ORACLE) -> float:
-        """Return the first step at which the fit reaches q = ``share``, interpolated between scored steps."""
+        """Return the first step at which the fit reaches q = ``share``, interpolated between scored steps.
+
+        Returns:
+            nan where the plateau does not lie above the start, so that nothing was gained.
+        """
+        if not self.plateau > self.start:
+            return float("nan")
         goal = self.start + share * (self.plateau - self.start)
         after = int(np.searchsorted(self.fit, goal - 1e-12))
         if after == 0:
@@ -96,20 +104,23 @@ class StopQuality:
     """The quality of a stop, on one run.
 
     Attributes:
-        gain_kept: q at the stop.
-        distance: log2(stop / oracle), in octaves.
-        context_lost: How far Validation CLIP text is below that of the untouched model; nan if it was not scored.
+        gain_kept: q of the checkpoint that is kept.
+        distance: log2(stop / oracle), in octaves; nan for a run that has no oracle.
+        kept_distance: log2(kept step / oracle), in octaves.
+        context_lost: How far Validation CLIP text of the kept checkpoint is below that of the untouched model; nan if
+            it was not scored.
         censored: Whether the run ended before the strategy stopped, which makes the other values bounds.
     """
 
     gain_kept: float
     distance: float
+    kept_distance: float
     context_lost: float
     censored: bool
 
     @property
     def premature(self) -> bool:
-        """Whether the stop keeps less than `PREMATURE` of the gain."""
+        """Whether the kept checkpoint has less than `PREMATURE` of the gain."""
         return self.gain_kept < PREMATURE
 
     @property
@@ -118,16 +129,26 @@ class StopQuality:
         return bool(self.distance > np.log2(WASTEFUL) + 1e-9)
 
 
-def assess_stop(run: RecordedRun, step: float, censored: bool = False) -> StopQuality:
-    """Return how good it is to stop a recorded run at ``step``, which for a censored stop is the run's last."""
-    curve = LearningCurve.of_run(run)
+def assess_stop(
+    run: RecordedRun, stop: float, censored: bool = False, *, kept_step: float | None = None
+) -> StopQuality:
+    """Return how good it is to stop a recorded run at ``stop``, which for a censored stop is the run's last.
+
+    Args:
+        run: A recorded run.
+        stop: The step that the run is trained to.
+        censored: Whether the recording ends before the strategy stops.
+        kept_step: The step of the checkpoint that is kept; by default that of the stop.
+    """
+    curve, kept_step = LearningCurve.of_run(run), stop if kept_step is None else kept_step
     context_lost = float("nan")
     if ("validation", "clip_text") in run.image_scores:
         context_lost = reported_score(run, 0, "validation", "clip_text") - reported_score(
-            run, step, "validation", "clip_text"
+            run, kept_step, "validation", "clip_text"
         )
-    distance = float(np.log2(max(step, 1.0) / max(curve.step_at(), 1.0)))
-    return StopQuality(curve.gain_at(step), distance, context_lost, censored)
+    oracle = max(curve.step_at(), 1.0)
+    distance, kept_distance = (float(np.log2(max(step, 1.0) / oracle)) for step in (stop, kept_step))
+    return StopQuality(curve.gain_at(kept_step), distance, kept_distance, context_lost, censored)
 
 
 @dataclass(frozen=True)
@@ -151,11 +172,21 @@ def mean_over_concepts(runs: Sequence[RecordedRun], values: Sequence[float]) -> 
     Args:
         values: One for each run; those that are not finite are left out.
     """
+    return bootstrap_mean(average_concepts([run.concept for run in runs], values))
+
+
+def average_concepts(concepts: Sequence[str], values: Sequence[float]) -> list[float]:
+    """Return the mean of each concept's values, in the order of the concepts; those that are not finite are left out.
+
+    Args:
+        concepts: The concept of each value.
+        values: One for each run.
+    """
     by_concept: dict[str, list[float]] = {}
-    for run, value in zip(runs, values, strict=True):
+    for concept, value in zip(concepts, values, strict=True):
         if np.isfinite(value):
-            by_concept.setdefault(run.concept, []).append(value)
-    return bootstrap_mean(float(np.mean(group)) for group in by_concept.values())
+            by_concept.setdefault(concept, []).append(value)
+    return [float(np.mean(group)) for group in by_concept.values()]
 
 
 def bootstrap_mean(values: Iterable[float]) -> MeanInterval:

@@ -102,6 +102,7 @@ def _summarise_rule(rule: RankedRule, control: RankedRule | None) -> dict[str, A
         "median": float(median),
         "low": float(low),
         "high": float(high),
+        "kept median": float(np.median([quality.kept_distance for quality in rule.outcomes])),
         "gain kept": mean_over_concepts(rule.runs, [quality.gain_kept for quality in rule.outcomes]),
         "context lost": mean_over_concepts(rule.runs, [quality.context_lost for quality in rule.outcomes]),
         "premature": float(np.mean([quality.premature for quality in rule.outcomes])),
@@ -136,6 +137,7 @@ COLUMNS: tuple[Column[Mapping[str, Any]], ...] = (
     Column("Octaves from the oracle", itemgetter("error"), _format_estimate),
     Column(f"Against {CONTROL.lower()}", lambda row: _format_estimate(row["against control"])),
     Column("log₂(stop / oracle), median (10–90 %)", lambda row: row, _format_range),
+    Column("log₂(kept / oracle), median", itemgetter("kept median"), partial(format_number, digits=2)),
     Column("Gain kept", itemgetter("gain kept"), _format_estimate),
     Column("Context lost", lambda row: row["context lost"].mean, format_number),
     Column("Premature · wasteful · censored, %", lambda row: row, _format_shares),
@@ -150,8 +152,10 @@ def _table_of_rules(name: str, scope: str, ranking: Sequence[RankedRule]) -> Tab
     data = [_summarise_rule(rule, control) for rule in ranking]
     caption = (
         f"{scope[0].upper() + scope[1:]}; {len(runs)} runs. Rules are ranked by the distance of their stops from the "
-        f"oracle, the first step with {100 * ORACLE:.0f} % of the gain in Train CLIP image. In brackets: 95 % interval "
-        "from resampling concepts; differences are paired by concept, and below 0 is better. Premature: less than "
+        f"oracle, the first step with {100 * ORACLE:.0f} % of the gain in Train CLIP image: what they train to decides, "
+        "and not what they keep. Baseline and CLIP-s keep their best checkpoint, all others the last; gain and context "
+        "are those of what is kept. In brackets: 95 % interval from resampling concepts; differences are paired by "
+        "concept, and below 0 is better. Premature: less than "
         f"{100 * PREMATURE:.0f} % of the gain; wasteful: more than twice the oracle; censored runs count with their "
         f"last recorded step. Settings are windows as shares of Baseline's cap and thresholds. {DESCRIBE_TUNING} "
         f"{Provenance.of(runs)}"
@@ -162,7 +166,7 @@ def _table_of_rules(name: str, scope: str, ranking: Sequence[RankedRule]) -> Tab
 
 def _ranked_runs(ranking: Sequence[RankedRule]) -> tuple[RecordedRun, ...]:
     """Return the runs of a ranking, each once."""
-    return next(rule.runs for rule in ranking if rule.rule != RANDOM_NAME)
+    return next(rule.runs for rule in ranking if rule.rule not in (RANDOM_NAME, ORACLE_NAME))
 
 
 def _plot_distances(name: str, scope: str, ranking: Sequence[RankedRule]) -> Plot:
@@ -194,7 +198,7 @@ def _describe_ceiling(runs: Sequence[RecordedRun]) -> str:
             (LearningCurve.of_run(run, CHOOSE).step_at(share), LearningCurve.of_run(run).step_at(share)) for run in runs
         ]
         octaves = [abs(float(np.log2(max(step, 1.0) / max(other, 1.0)))) for step, other in pairs]
-        distances.append(f"{np.mean(octaves):.2f} octaves apart at q ≥ {share}")
+        distances.append(f"{np.nanmean(octaves):.2f} octaves apart at q ≥ {share}")
     images = runs[0].scores("train", "clip_image", CHOOSE)[1].shape[1]
     return (
         "The oracle of a run is the first step with a share q of its gain in Train CLIP image; distances are in "
@@ -235,7 +239,7 @@ ELIGIBILITY_COLUMNS: tuple[Column[EligibilityRow], ...] = (
     _figure_column("Runs", lambda verdict: f"{verdict.runs}"),
     _figure_column("Cap", lambda verdict: f"{verdict.cap}"),
     _figure_column("Score, start → end", _format_gain),
-    _figure_column("Gain, standard errors", lambda verdict: format_number(verdict.errors, 1)),
+    _figure_column("Gain, standard errors over concepts", lambda verdict: format_number(verdict.errors, 1)),
     _figure_column(
         "Way to the ceiling", lambda verdict: format_percent(verdict.way) if np.isfinite(verdict.way) else "–"
     ),
