@@ -188,6 +188,7 @@ def gate(runs: Sequence[Path]) -> Eligibility:
         [row["step"] for row in records[0]["scores"]],
         [[row["plain"]["identity"] for row in record["scores"]] for record in records],
         [Trace.read(run / "trace.jsonl").values for run in runs],
+        [_concept(run) for run in runs],
         float(np.mean([ceiling(_concept(run))["identity"] for run in runs])),
     )
 

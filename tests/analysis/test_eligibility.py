@@ -22,7 +22,7 @@ def generate_loss(drop: float) -> np.ndarray:
 
 def test_a_method_that_learns_early_passes_with_the_figures_it_has() -> None:
     eligibility = Eligibility.from_scores(
-        CAP, STEPS, [[0.1, 0.5, end, end] for end in (0.68, 0.70, 0.72)], [generate_loss(0.1)] * 3, 0.9
+        CAP, STEPS, [[0.1, 0.5, end, end] for end in (0.68, 0.70, 0.72)], [generate_loss(0.1)] * 3, "abc", 0.9
     )
     assert not eligibility.failures
     assert [eligibility.start, eligibility.end, eligibility.early] == pytest.approx([0.1, 0.7, 1.0])
@@ -42,16 +42,28 @@ def test_a_method_that_learns_early_passes_with_the_figures_it_has() -> None:
     ],
 )
 def test_each_condition_can_fail_by_itself(message: str, scores: list[list[float]], drop: float) -> None:
-    failures = Eligibility.from_scores(CAP, STEPS, scores, [generate_loss(drop)] * 3, 0.9).failures
+    failures = Eligibility.from_scores(CAP, STEPS, scores, [generate_loss(drop)] * 3, "abc", 0.9).failures
     assert len(failures) == 1
     assert message in failures[0]
 
 
 def test_one_run_cannot_fail_by_an_error_that_it_does_not_have() -> None:
-    eligibility = Eligibility.from_scores(CAP, STEPS, [[0.1, 0.5, 0.7, 0.7]], [generate_loss(0.1)])
+    eligibility = Eligibility.from_scores(CAP, STEPS, [[0.1, 0.5, 0.7, 0.7]], [generate_loss(0.1)], "a")
     assert np.isnan(eligibility.errors)
     assert np.isnan(eligibility.way)
     assert not eligibility.failures
+
+
+def test_the_standard_error_is_that_of_concepts() -> None:
+    """Three seeds of a concept learn alike: they are one observation, and a concept with more seeds weighs no more."""
+    ends = {"a": (0.5, 0.5, 0.5), "b": (0.7, 0.7, 0.7), "c": (0.9,)}
+    scores = [[0.1, 0.1, end, end] for of_concept in ends.values() for end in of_concept]
+    concepts = [concept for concept, of_concept in ends.items() for _ in of_concept]
+    eligibility = Eligibility.from_scores(CAP, STEPS, scores, [generate_loss(0.1)] * 7, concepts)
+    # Gains of 0.4, 0.6 and 0.8: a mean of 0.6, a standard deviation of 0.2.
+    assert eligibility.errors == pytest.approx(0.6 / (0.2 / np.sqrt(3)))
+    seeds = Eligibility.from_scores(CAP, STEPS, scores[:3], [generate_loss(0.1)] * 3, "aaa")
+    assert np.isnan(seeds.errors)
 
 
 def fake_archive(root: Path, tuning: int, learned: float = 60.0) -> RecordingArchive:

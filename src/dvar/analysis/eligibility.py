@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from dvar import mini
 from dvar.analysis import strategies
+from dvar.analysis.stop_quality import average_concepts
 from dvar.config.training import BUNDLED_MODEL
 from dvar.recordings.archive import RecordingArchive
 from dvar.recordings.recorded_run import SCORE, RecordedRun
@@ -31,7 +32,8 @@ class Eligibility:
         start: Mean score at step 0.
         end: Mean score at the cap.
         ceiling: The highest possible score; nan where it is not known.
-        errors: The gain over its standard error; nan for a single run.
+        errors: The gain over its standard error, each as a mean over concepts, since seeds of one concept are not
+            independent; nan for a single concept.
         way: The gain as a share of the way from ``start`` to ``ceiling``.
         early: The share of the gain reached by half of the cap.
         jitters: The median over runs of L_det's fall, from step 0 to the last tenth of its values, over its jitter
@@ -56,6 +58,7 @@ class Eligibility:
         steps: ArrayLike,
         scores: ArrayLike,
         losses: Sequence[NDArray[np.float64]],
+        concepts: Sequence[str],
         ceiling: float = np.nan,
     ) -> Eligibility:
         """Return the eligibility by runs that were scored at the same steps.
@@ -64,12 +67,14 @@ class Eligibility:
             steps: Scored steps up to ``cap``, [steps].
             scores: [runs, steps].
             losses: L_det of each run.
+            concepts: The concept of each run.
         """
         curves = np.asarray(scores, np.float64)
         gains, mean = curves[:, -1] - curves[:, 0], curves.mean(axis=0)
+        by_concept = average_concepts(concepts, gains.tolist())
         gain, error = float(gains.mean()), np.nan
-        if len(gains) > 1:
-            error = float(gains.std(ddof=1) / np.sqrt(len(gains)))
+        if len(by_concept) > 1:
+            error = float(np.std(by_concept, ddof=1) / np.sqrt(len(by_concept)))
         early = float(mean[np.asarray(steps) <= cap / 2].max() - mean[0])
         with np.errstate(divide="ignore", invalid="ignore"):
             return cls(
@@ -78,7 +83,7 @@ class Eligibility:
                 start=float(mean[0]),
                 end=float(mean[-1]),
                 ceiling=ceiling,
-                errors=float(np.divide(gain, error)),
+                errors=float(np.divide(np.mean(by_concept), error)),
                 way=float(np.divide(gain, ceiling - mean[0])),
                 early=float(np.divide(early, gain)),
                 jitters=float(np.median([_fall_over_jitter(values) for values in losses])),
@@ -100,14 +105,17 @@ class Eligibility:
             scored_steps, values = run.scores("train", metric)
             scores.append(np.interp(steps, scored_steps, values.mean(axis=1)))
         losses = [run.trace.values[run.trace.steps <= cap] for run in runs]
-        return cls.from_scores(cap, steps, scores, losses, ceiling)
+        return cls.from_scores(cap, steps, scores, losses, [run.concept for run in runs], ceiling)
 
     @property
     def failures(self) -> tuple[str, ...]:
         """The reasons why rules are not ranked, in words; a figure that is not known fails nothing."""
         early = f"it has {100 * self.early:.0f} % of its gain by half of the cap (bar {100 * MIN_EARLY:.0f})"
         bars = (
-            (self.errors < MIN_ERRORS, f"its gain is {self.errors:.1f} standard errors (bar {MIN_ERRORS:g})"),
+            (
+                self.errors < MIN_ERRORS,
+                f"its gain is {self.errors:.1f} standard errors over concepts (bar {MIN_ERRORS:g})",
+            ),
             (self.way < MIN_WAY, f"it goes {100 * self.way:.0f} % of the way to the ceiling (bar {100 * MIN_WAY:.0f})"),
             (self.early < MIN_EARLY, early),
             (self.jitters < MIN_JITTERS, f"L_det falls by {self.jitters:.1f} times its jitter (bar {MIN_JITTERS:g})"),
