@@ -9,8 +9,7 @@ import sys
 
 # What runs, and its arguments.
 STAGES = (
-    ("autoencoder", "--batch 8 --steps 8000"),
-    ("autoencoder", "--name decoder --batch 8 --steps 3500"),
+    ("autoencoder", "--batch 16 --steps 3000"),
     ("clip", "--batch 96 --steps 2600"),
     ("latents", "--steps 40"),
     ("unet", "--batch 48 --steps 24000 --bound 25"),

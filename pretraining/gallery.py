@@ -110,7 +110,7 @@ def drawn(pipe: StableDiffusionPipeline, judge: recogniser.Recogniser, n: int) -
     """The first prompts of `evaluate` as they come, not chosen; and the first of all that are read as another class or
     pattern."""
     texts, facts = prompts(n)
-    pixels, wanted = draw(pipe, texts, 30, 7.5), truths(facts)
+    pixels, wanted = draw(pipe, texts), truths(facts)
     with torch.no_grad():
         reading = judge(as_tensor(pixels))
     said = [text.removeprefix("a photo of ") for text in texts]
@@ -136,7 +136,6 @@ def held_out_page() -> None:
 
 CURVES = (
     ("autoencoder", ("psnr", "psnr_object"), "reconstruction, dB"),
-    ("decoder", ("psnr", "psnr_object"), "decoder alone, dB"),
     ("unet", ("mse", "mse_high"), "U-Net, squared error of the noise"),
     ("vision", ("class", "main colour", "pattern"), "conditioning CLIP, read off pictures"),
     ("judge", ("class", "main colour", "pattern"), "scoring CLIP, read off pictures"),
@@ -146,7 +145,7 @@ CURVES = (
 
 def curves() -> None:
     """What each stage logged about its own batches, smoothed over a twentieth of its length."""
-    figure, panels = plt.subplots(2, 3, figsize=(11, 5.4), layout="constrained")
+    figure, panels = plt.subplots(1, len(CURVES), figsize=(2.6 * len(CURVES), 2.8), layout="constrained")
     for panel, (stage, keys, title) in zip(panels.flat, CURVES, strict=True):
         rows = [json.loads(line) for line in (WORK / stage / "log.jsonl").read_text().splitlines()]
         rows = list({row["step"]: row for row in rows}.values())  # what a restart did again counts once
@@ -163,7 +162,7 @@ def curves() -> None:
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
         panel.legend(fontsize=8, frameon=False)
-    panels.flat[2].set_yscale("log")
+    panels.flat[1].set_yscale("log")
     DOCS.mkdir(parents=True, exist_ok=True)
     figure.savefig(DOCS / "curves.svg")
 

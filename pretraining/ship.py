@@ -24,7 +24,7 @@ from pretraining.training import WORK, load_average
 from pretraining.words import load_tokenizer
 
 ROOT = Path(mini.__file__).parent
-MADE_OF = ("autoencoder", "decoder", "clip", "unet", "vision", "judge", "recogniser")
+MADE_OF = ("autoencoder", "clip", "unet", "vision", "judge", "recogniser")
 
 
 def save_judges(folder: Path) -> None:

@@ -86,7 +86,7 @@ def pipeline(unet: UNet2DConditionModel) -> StableDiffusionPipeline:
     whole = clip.load("clip", len(tokenizer))
     text_encoder = CLIPTextModel(whole.config.text_config)
     text_encoder.load_state_dict(whole.text_model.state_dict())
-    vae = load_average("decoder", autoencoder.prepare("decoder"))
+    vae = load_average("autoencoder", autoencoder.build())
     vae.register_to_config(scaling_factor=scaling_factor(load_latents()["moments"]))
     # SD1.5 ships PNDM; here it breaks subjects up under guidance of 7.5, which DDIM does not.
     sampler = DDIMScheduler(**NOISE, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
@@ -213,7 +213,7 @@ def main() -> None:
         training.update(loss)
         together(list(seen_peaks.values()), dist.ReduceOp.MAX)
         bounded = sum(bound_heads(module, peak, chosen.bound) for module, peak in seen_peaks.items())
-        if training.step % 100 == 0:
+        if training.step % 50 == 0:
             plain = squared.detach().mean(dim=(1, 2, 3))
             training.log(loss=loss, mse=plain.mean(), mse_high=plain[t > 600].mean(), bounded=bounded)
         if training.step % GRID_EVERY_STEPS == 0 and rank() == 0:

@@ -33,7 +33,7 @@ def shipped(pipe: StableDiffusionPipeline, root: Path) -> dict[str, nn.Module]:
     judge.clip = CLIPModel.from_pretrained(root / "judges" / "clip", dtype=torch.float32)
     reader = recogniser.load(root / "judges" / "recogniser.safetensors")
     return {
-        "autoencoder": pipe.vae, "decoder": pipe.vae, "unet": pipe.unet,
+        "autoencoder": pipe.vae, "unet": pipe.unet,
         "clip": conditioning, "vision": conditioning, "judge": judge, "recogniser": reader,
     }  # fmt: skip
 

@@ -24,7 +24,7 @@ def test_every_stage_has_the_weights_that_ship(tmp_path: Path, monkeypatch: pyte
     text = clip.load("clip", len(pipe.tokenizer)).text_model.state_dict()
     pairs = [
         (load_average("unet", unet.build()).state_dict(), pipe.unet.state_dict()),
-        (load_average("decoder", autoencoder.prepare("decoder")).state_dict(), pipe.vae.state_dict()),
+        (load_average("autoencoder", autoencoder.build()).state_dict(), pipe.vae.state_dict()),
         (text, pipe.text_encoder.state_dict()),
     ]
     for unpacked, ships in pairs:

@@ -116,20 +116,20 @@ def caption(truth: np.ndarray, rng: np.random.Generator) -> tuple[str, np.ndarra
         words.insert(0, f"{main} and {accent}")
     else:
         words[:0] = [main] if main else []
-        parts += [_with_article(f"{accent} {WORDS[noun].accent}")] if accent else []
+        parts += [with_article(f"{accent} {WORDS[noun].accent}")] if accent else []
     extremes = [i for i in rng.permutation(6) if fact[f"shape {i}"] in (0, 2)]
     room = 3 - len(parts) - bool(before)
     for i in extremes[: min(rng.binomial(3, 0.35), room)]:
         proportion = WORDS[noun].shape[i]
         word = proportion.low if fact[mention(f"shape {i}")] == 0 else proportion.high
         if proportion.part:
-            parts.append(_with_article(f"{word} {proportion.part}"))
+            parts.append(with_article(f"{word} {proportion.part}"))
         else:
             words.insert(0, word)
     if fact["size"] != 1 and rng.uniform() < 0.3:
         words.insert(0, SIZES[fact[mention("size")]])
     article = _pick(rng, ("the", "my", "one", "", "", "", ""))
-    text = f"{article} {' '.join(words)}" if article else _with_article(" ".join(words))
+    text = f"{article} {' '.join(words)}" if article else with_article(" ".join(words))
     if parts:
         text = f"{text} with {' and '.join(parts[i] for i in rng.permutation(len(parts)))}"
     if rng.uniform() < 0.6:
@@ -153,8 +153,9 @@ def agrees(mentioned: np.ndarray, truth: np.ndarray) -> np.ndarray:
     return agreement
 
 
-def _with_article(words: str) -> str:
-    if words.endswith(("s", "feet")):  # several parts, such as long legs
+def with_article(words: str) -> str:
+    """Return the words after "a" or "an"; several parts, such as long legs, take none."""
+    if words.endswith(("s", "feet")):
         return words
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
