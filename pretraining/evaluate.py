@@ -322,8 +322,8 @@ def page(figures: dict[str, dict[str, float]], recipe: dict[str, dict[str, Any]]
         "A small, complete latent diffusion model, trained by this project on images of a world that it renders;",
         "`StableDiffusionPipeline.from_pretrained` loads `model/` as it is. `judges/` (a second CLIP, the rest of the",
         (
-            "conditioning CLIP, a recogniser) only score images. `concepts/` holds 52 subjects that "
-            "training never saw; the last four,"
+            "conditioning CLIP, a recogniser) only score images. `concepts/` holds 60 subjects that "
+            "training never saw; the last twelve,"
         ),
         (
             "listed in `dvar.mini.TUNING`, are for choosing settings. `docs/bundled-model.md` shows "

@@ -126,12 +126,12 @@ def drawn(pipe: StableDiffusionPipeline, judge: recogniser.Recogniser, n: int) -
 
 
 def held_out_page() -> None:
-    """All 52 concepts, the first picture of each, by name."""
+    """All 60 concepts, the first picture of each, by name."""
     shown = [
         (np.asarray(Image.open(folder / "00.png")), name.replace("_", " ")) for name, folder in mini.concepts().items()
     ]
     assert len(shown) == len(held_out())
-    page([shown[at : at + 13] for at in range(0, len(shown), 13)], DOCS / "concepts.webp", side=80)
+    page([shown[at : at + 12] for at in range(0, len(shown), 12)], DOCS / "concepts.webp", side=80)
 
 
 CURVES = (

@@ -9,8 +9,21 @@ from typing import Any
 from dvar.errors import RefusedInput
 
 _HERE = Path(__file__).parent
-TUNING = ("pink_checked_house", "brown_boot", "purple_cat", "turquoise_dog")
-"""The four concepts that settings are chosen on; every table is made on the other 48."""
+TUNING = (
+    "pink_checked_house",
+    "brown_boot",
+    "purple_cat",
+    "turquoise_dog",
+    "orange_checked_duck",
+    "green_dotted_fish",
+    "red_bird",
+    "turquoise_dotted_owl",
+    "turquoise_teddy",
+    "turquoise_checked_snail",
+    "pink_vase",
+    "pink_mug",
+)
+"""The twelve concepts that settings are chosen on; every table is made on the other 48."""
 
 
 def path() -> Path:
@@ -36,7 +49,7 @@ def judges() -> Path:
 
 
 def concepts() -> dict[str, Path]:
-    """Return the folders of all 52 held-out concepts by name, with the tuning concepts last.
+    """Return the folders of all 60 held-out concepts by name, with the tuning concepts last.
 
     Each holds three to five images and a ``concept.json``.
 

@@ -1,4 +1,4 @@
-"""The 52 held-out subjects that pretraining never sees: 48 for the laboratory and 4 for tuning."""
+"""The 60 held-out subjects that pretraining never sees: 48 for the laboratory and 12 for tuning."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dvar.mini.world.classes import CLASSES
 from dvar.mini.world.places import PLACES
 from dvar.mini.world.scene import Scene, Subject, sample_scene, sample_subject
 
-TUNING = 4
+TUNING = 12
 LABORATORY = 48
 RADIUS = 0.7
 """Subjects closer than this to a held-out one are not trained on: the Euclidean distance of `Subject.vector`, which is
