@@ -152,13 +152,12 @@ def _table_of_rules(name: str, scope: str, ranking: Sequence[RankedRule]) -> Tab
     data = [_summarise_rule(rule, control) for rule in ranking]
     caption = (
         f"{scope[0].upper() + scope[1:]}; {len(runs)} runs. Rules are ranked by the distance of their stops from the "
-        f"oracle, the first step with {100 * ORACLE:.0f} % of the gain in Train CLIP image: what they train to decides, "
-        "and not what they keep. Baseline and CLIP-s keep their best checkpoint, all others the last; gain and context "
-        "are those of what is kept. In brackets: 95 % interval from resampling concepts; differences are paired by "
-        "concept, and below 0 is better. Premature: less than "
-        f"{100 * PREMATURE:.0f} % of the gain; wasteful: more than twice the oracle; censored runs count with their "
-        f"last recorded step. Settings are windows as shares of Baseline's cap and thresholds. {DESCRIBE_TUNING} "
-        f"{Provenance.of(runs)}"
+        f"oracle, the first step with {100 * ORACLE:.0f} % of the gain in Train CLIP image: what they train to "
+        "decides, and not what they keep. Baseline and CLIP-s keep their best checkpoint, all others the last; gain "
+        "and context are those of what is kept. In brackets: 95 % interval from resampling concepts; differences are "
+        f"paired by concept, and below 0 is better. Premature: less than {100 * PREMATURE:.0f} % of the gain; "
+        "wasteful: more than twice the oracle; censored runs count with their last recorded step. Settings are "
+        f"windows as shares of Baseline's cap and thresholds. {DESCRIBE_TUNING} {Provenance.of(runs)}"
     )
     best = 1 if ranking[0].rule == ORACLE_NAME else 0
     return build_table(name, caption, COLUMNS, data, data=data, bold=[(best, 2)])
