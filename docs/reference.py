@@ -12,8 +12,8 @@ from types import ModuleType
 from typing import Any
 
 import dvar
+from dvar.logs import reader
 from dvar.stopping import combinators, curve, diagnosis, probe, rules, trace, verdict
-from dvar.stopping.logs import reader
 
 PAGE = Path(__file__).with_suffix(".md")
 LONG, MANY = 88, 20  # characters of a line; settings that `dvar train --help` lists better

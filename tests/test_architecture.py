@@ -25,6 +25,7 @@ LAYERS = {
     "html": 1,
     "mini": 2,
     "stopping": 3,
+    "logs": 4,
     "config": 4,
     "diffusion": 5,
     "training": 6,

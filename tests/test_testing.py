@@ -16,7 +16,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from dvar import Reason, Rule, Trace, Verdict
-from dvar.stopping.logs.formats import LOG_FORMATS, LogFormat
+from dvar.logs.formats import LOG_FORMATS, LogFormat
 from dvar.testing import WORDS, LogFormatContract, RuleContract, tiny_concept, tiny_pipeline, tiny_tokenizer
 
 # --- contracts ------------------------------------------------------------------------------------------------------

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dvar.errors import RefusedInput
+from dvar.logs.formats import LogFormat, find_log, recognise_format
+from dvar.logs.reader import read_log
 from dvar.stopping.diagnosis import Reason
-from dvar.stopping.logs.formats import LogFormat, find_log, recognise_format
-from dvar.stopping.logs.reader import read_log
 from dvar.stopping.rule import Rule
 from dvar.stopping.trace import LOSS, Trace
 from dvar.stopping.verdict import Verdict
@@ -177,8 +177,9 @@ class LogFormatContract:
     def test_it_is_found_in_a_folder_by_its_names(self, tmp_path: Path) -> None:
         log = self.write_log(tmp_path, LOGGED_CURVE)
         for name in self.log_format.file_names:
-            folder = tmp_path / f"folder of {name}"
-            folder.mkdir()
+            name = name.replace("*", "1")  # a pattern
+            folder = tmp_path / f"folder of {name.replace('/', ' and ')}"
+            (folder / name).parent.mkdir(parents=True)
             shutil.copyfile(find_log(log), folder / name)
             assert read_log(folder).records == read_log(log).records
 

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 from command_line import Answer, dvar
+from fake_run import generate_trace, write_run
 from PIL import Image, ImageChops
 
 from dvar import __version__, mini
 from dvar.config.methods import CustomDiffusionConfig, DreamBoothLoraConfig, TextualInversionConfig
 from dvar.config.training import TrainingConfig, problems
 from dvar.errors import DvarError
+from dvar.runs.follow import follow_log
 from dvar.testing import tiny_concept, tiny_pipeline
 
 TRAIN = ("train", "textual-inversion")
@@ -352,7 +356,8 @@ def test_replay_prints_when_each_rule_would_have_stopped_and_why(log: Path, tmp_
     assert lines[1][:2] == ["dvar", "406"]
     assert lines[1][2].startswith("stop at step 406: the variance of the last 310 steps is ")
     assert lines[2][:2] == ["ema", "–"]
-    assert len(lines) == 3
+    assert lines[3] == ["curve", "val_loss", "in metrics.csv"]
+    assert len(lines) == 4
 
 
 def test_replay_writes_its_figure(log: Path, tmp_path: Path) -> None:
@@ -390,6 +395,85 @@ def test_replay_of_a_table_needs_no_extra(log: Path) -> None:
     assert process.returncode == 1
     assert process.stderr.splitlines()[-1].startswith("dvar: this command needs ")
     assert process.stderr.splitlines()[-1].endswith(": pip install 'dvar[train]'")
+
+
+@pytest.mark.filterwarnings("default")
+def test_replay_names_the_curve_that_it_preferred_and_what_is_too_sparse(tmp_path: Path) -> None:
+    rows = [{"step": step, "val/a": 1.0, "loss/val/mug": 2.0, "loss/val/pooled": 0.04} for step in range(0, 900, 100)]
+    (tmp_path / "log.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    answer = dvar("replay", tmp_path / "log.jsonl")
+    assert answer.err.startswith("warning: loss/val/pooled is recorded too seldom: a window of 310 steps holds fewer ")
+    assert answer.out.splitlines()[-1] == "curve     loss/val/pooled in log.jsonl, rather than loss/val/mug"
+
+
+def test_replay_judges_a_run_of_ours_by_its_own_settings_unless_others_are_named(tmp_path: Path) -> None:
+    write_run(tmp_path, generate_trace(), sampled_every=0)
+    answer = dvar("replay", tmp_path)
+    assert answer.err == "dvar: judged with this run's own window 160 and threshold 0.15\n"
+    assert "of the last 160 steps" in answer.out
+    assert "224 of 310 steps" in dvar("replay", tmp_path / "trace.jsonl", "--window", "310").out
+    (tmp_path / "config.json").write_text('{"window": 3}')  # of another program
+    assert "224 of 310 steps" in dvar("replay", tmp_path).out
+
+
+def test_a_followed_log_prints_verdicts_as_they_change_and_acts_once_it_stops(log: Path, tmp_path: Path) -> None:
+    command = "import os; open('command', 'w').write(os.environ['DVAR_STEP'] + ' ' + os.environ['DVAR_VERDICT'])"
+    (tmp_path / "act.py").write_text(command)
+    on_stop = f'cd "{tmp_path}" && "{sys.executable}" act.py'
+    trainer = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    flags = ["--on_stop", on_stop, "--stop_file", tmp_path / "stop.json", "--pid", trainer.pid]
+    answer = dvar("replay", log, "--follow", *flags, "--output", tmp_path / "replay.svg")
+    assert (answer.status, answer.err) == (0, "")
+    assert b"KeyboardInterrupt" in trainer.communicate(timeout=60)[1]
+    lines = answer.out.splitlines()
+    assert lines[0] == "curve     val_loss in metrics.csv"
+    assert lines[1] == "go on at step 0: warming up, 0 of 310 steps and 1 records in the window"
+    assert [line.split(":")[0] for line in lines[2:7]] == [
+        *(f"go on at step {step}" for step in (77, 154, 231, 308)),
+        "go on at step 310",
+    ]
+    assert lines[-4].startswith("stop at step 406: the variance of the last 310 steps is ")
+    assert lines[-3:] == [
+        f"stop file {tmp_path / 'stop.json'}",
+        f"process   {trainer.pid} is interrupted",
+        f"figure    {tmp_path / 'replay.svg'}",
+    ]
+    assert (tmp_path / "command").read_text() == f"406 {lines[-4]}"
+    assert json.loads((tmp_path / "stop.json").read_text())["step"] == 406
+
+
+def test_a_command_that_fails_at_a_stop_is_reported(log: Path) -> None:
+    answer = dvar("replay", log, "--follow", "--on_stop", "exit 3")
+    assert (answer.status, answer.err) == (1, "dvar: on_stop ended with status 3: exit 3\n")
+
+
+def test_a_followed_log_ends_with_a_verdict_when_its_program_does(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dvar.runs.watched_process.WatchedProcess.is_running", lambda self: False)
+    answer = dvar("replay", log, "--follow", "--threshold", "1e-9", "--pid", os.getpid())
+    assert answer.status == 0
+    assert answer.out.splitlines()[-1].startswith("the program that writes the log has ended: go on at step 699: the")
+    missing = log.with_name("missing.csv")
+    answer = dvar("replay", missing, "--follow", "--pid", os.getpid())
+    assert (answer.status, answer.out) == (2, "")
+    assert answer.err.splitlines()[-1] == f"dvar: {missing} was never judged: the program that writes the log has ended"
+
+
+def test_an_interrupted_follower_says_where_the_log_stands(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wait(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dvar.runs.follow.follow_log", partial(follow_log, wait=wait))
+    answer = dvar("replay", log, "--follow", "--threshold", "1e-9")
+    assert (answer.status, answer.err) == (130, "dvar: interrupted\n")
+    assert answer.out.splitlines()[-1].startswith("the log is no longer followed: go on at step 698: the variance")
+
+
+def test_a_process_that_cannot_be_interrupted_is_refused_before_anything_is_read(log: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    answer = dvar("replay", log, "--follow", "--pid", process.pid)
+    assert (answer.status, answer.out) == (2, "")
+    assert answer.err == f"dvar: pid must be a running process, and {process.pid} is none: start the training first\n"
 
 
 def test_report_writes_the_page_again(trained: Trained) -> None:

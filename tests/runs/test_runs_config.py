@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from dvar.runs.config import ExportConfig, GenerateConfig, ReplayConfig, ReportConfig, RunsConfig, problems
@@ -53,3 +55,20 @@ def test_the_settings_of_a_replay_are_refused_by_name() -> None:
         "patience must be at least 1, got 0",
         "output must end in .svg or .html, got 'replay.png': name a figure or a page",
     ]
+
+
+def test_the_settings_of_following_a_log_are_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "stop.json").write_text("of another run")
+    config = ReplayConfig(on_stop="true", stop_file=str(tmp_path / "stop.json"), pid=0, poll_seconds=0.0)
+    assert problems(config) == [
+        "pid must be at least 1, got 0",
+        "poll_seconds must be above 0, got 0.0",
+        "on_stop and stop_file and pid are for a log that is followed, got no --follow: add it",
+        f"stop_file must be a new file, and {tmp_path / 'stop.json'} exists: remove it, or name another",
+    ]
+    config = ReplayConfig(follow=True, rule=("dvar", "ema"), stop_file=str(tmp_path / "none" / "stop.json"))
+    assert problems(config) == [
+        "one rule decides when a log is followed, got dvar, ema: name one --rule",
+        f"stop_file must be in a folder that exists, and {tmp_path / 'none'} does not: create it",
+    ]
+    assert problems(ReplayConfig(follow=True, on_stop="true", stop_file=str(tmp_path / "new.json"), pid=1)) == []

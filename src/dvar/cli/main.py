@@ -13,7 +13,8 @@ from cyclopts import App, CycloptsError, UnknownOptionError
 from dvar.cli.console import FAILED, INTERRUPTED, READER_GONE, REFUSED, discard_output, print_message, print_messages
 from dvar.cli.help_pages import format_terms
 from dvar.cli.laboratory import record, reproduce
-from dvar.cli.runs import export, generate, replay, report
+from dvar.cli.logs import replay
+from dvar.cli.runs import export, generate, report
 from dvar.cli.survey import build_survey_app
 from dvar.cli.train import build_train_app, concepts, demo
 from dvar.errors import CheckpointError, DvarError, ModelError, RefusedInput, TraceError, nearest

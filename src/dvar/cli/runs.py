@@ -1,20 +1,12 @@
-"""The commands on one run or log: `dvar generate`, `export`, `report` and `replay`."""
+"""The commands on one run: `dvar generate`, `export` and `report`."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dvar.cli.options import raise_problems, with_flags_of
-from dvar.runs.config import ExportConfig, GenerateConfig, ReplayConfig, ReportConfig, problems
-
-if TYPE_CHECKING:
-    from dvar.runs.replay import ReplayOutcome
-
-
-PLAIN_WIDTH = 200  # of a table that is written into a file or a pipe
+from dvar.runs.config import ExportConfig, GenerateConfig, ReportConfig, problems
 
 
 @with_flags_of(GenerateConfig)
@@ -80,43 +72,3 @@ def report(run: Path, /, **flags: Any) -> int:
 
     print(write_report(run, config.output))
     return 0
-
-
-@with_flags_of(ReplayConfig)
-def replay(log: Path, /, **flags: Any) -> int:
-    """Say when each rule would have stopped a recorded run, and why.
-
-    Reads trace.jsonl, CSV, JSON lines, the exported history of W&B, and the logs of SimpleTuner and ai-toolkit.
-    With dvar[tensorboard] it reads event files too.
-
-    Parameters
-    ----------
-    log
-        File of a curve over steps, or a folder that holds one.
-    """
-    config = ReplayConfig(**flags)
-    raise_problems(problems(config))
-    from dvar.runs.replay import replay_rules
-    from dvar.runs.replay_figure import write_replay
-    from dvar.stopping.logs.reader import read_log
-
-    trace = read_log(log, config.metric, config.step_column)
-    outcomes = replay_rules(trace, config)
-    _print_outcomes(outcomes)
-    if config.output:
-        print(f"figure    {write_replay(Path(config.output), log.name, trace, outcomes, config)}")
-    return 0
-
-
-def _print_outcomes(outcomes: Iterable[ReplayOutcome]) -> None:
-    """Print a table of the rules, wrapped to the width of the terminal; plain lines elsewhere."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    table.add_column("rule", no_wrap=True)
-    table.add_column("stops at", justify="right", no_wrap=True)
-    table.add_column("why", overflow="fold")
-    for outcome in outcomes:
-        table.add_row(outcome.name, "–" if outcome.stop is None else f"{outcome.stop}", outcome.sentence)
-    Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH).print(table)

@@ -70,10 +70,25 @@ class ReplayConfig(Config):
     min_delta: float = setting(0.0, "Smallest decrease of the loss that counts as improvement.", NOT_NEGATIVE)
 
     metric: str | None = setting(
-        None, "Curve in the log; by default the only loss on fixed inputs, if there is just one.", section="Log"
+        None,
+        "Curve in the log; by default the loss on fixed inputs, or of several the one called pooled, total or mean.",
+        section="Log",
     )
     step_column: str | None = setting(None, "Column of steps in a table; found by its name by default.")
     output: str | None = setting(None, "Figure of the replay to write: a file that ends in .svg or .html.")
+
+    follow: bool = setting(
+        False, "Follow the log while another program writes it, until the rule stops.", section="Following a log"
+    )
+    on_stop: str | None = setting(
+        None, "Command to run at a stop; the step and the verdict are in DVAR_STEP and DVAR_VERDICT."
+    )
+    stop_file: str | None = setting(None, "New file to write at a stop, with the verdict as JSON.")
+    pid: int | None = setting(
+        None, "Process that writes the log: interrupted at a stop, as by Ctrl-C; following ends when it does.", COUNT
+    )
+    poll_seconds: float = setting(5.0, "Seconds from one look at the log to the next.", POSITIVE)
+    idle_minutes: float = setting(60.0, "Minutes without a new record after which following ends.", POSITIVE)
 
 
 RunsConfig = GenerateConfig | ExportConfig | ReportConfig | ReplayConfig
@@ -96,4 +111,22 @@ def problems(config: RunsConfig) -> list[str]:
             messages.append(f"output must end in .html, got {output!r}: name a page")
         case ReplayConfig(output=str(output)) if Path(output).suffix not in (".svg", ".html"):
             messages.append(f"output must end in .svg or .html, got {output!r}: name a figure or a page")
+    if isinstance(config, ReplayConfig):
+        messages += _follow_problems(config)
+    return messages
+
+
+def _follow_problems(config: ReplayConfig) -> list[str]:
+    messages = []
+    actions = [name for name in ("on_stop", "stop_file", "pid") if getattr(config, name) is not None]
+    if actions and not config.follow:
+        messages.append(f"{' and '.join(actions)} are for a log that is followed, got no --follow: add it")
+    if config.follow and (len(config.rule) > 1 or ALL_RULES in config.rule):
+        messages.append(f"one rule decides when a log is followed, got {', '.join(config.rule)}: name one --rule")
+    if isinstance(config.stop_file, str):
+        path = Path(config.stop_file)
+        if path.exists():
+            messages.append(f"stop_file must be a new file, and {path} exists: remove it, or name another")
+        elif not path.parent.is_dir():
+            messages.append(f"stop_file must be in a folder that exists, and {path.parent} does not: create it")
     return messages

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dvar.errors import RefusedInput
+from dvar.files import read_json
 from dvar.runs.config import ALL_RULES, ReplayConfig
 from dvar.stopping.rule import build_rule
-from dvar.stopping.rules import RULES, Dvar, Rule
+from dvar.stopping.rules import RULES, Dvar, Rule, schedule_problems
 from dvar.stopping.trace import LOSS, Trace
 from dvar.stopping.verdict import Verdict
+from dvar.training.run_layout import CONFIG
 
 
 @dataclass(frozen=True)
@@ -41,11 +47,21 @@ class ReplayOutcome:
         return self.verdict.sentence if self.verdict else self.refusal
 
 
-def replay_rules(trace: Trace, config: ReplayConfig) -> list[ReplayOutcome]:
-    """Return the outcome of each rule that ``config`` names, in the order of `RULES`.
+def read_own_settings(log: Path) -> dict[str, Any]:
+    """Return window and threshold of the run whose folder, or whose trace, ``log`` is; none of any other log."""
+    try:
+        settings = read_json((log if log.is_dir() else log.parent) / CONFIG)
+    except (OSError, ValueError):
+        return {}
+    is_own = isinstance(settings, dict) and {"window", "threshold", "probe_every"} <= settings.keys()
+    return {name: settings[name] for name in ("window", "threshold")} if is_own else {}
+
+
+def build_rules(config: ReplayConfig) -> dict[str, Rule]:
+    """Return the rules that ``config`` names, in the order of `RULES`.
 
     Raises:
-        RefusedInput: The settings of a rule are wrong, or no rule can judge the trace.
+        RefusedInput: The settings of a rule are wrong.
     """
     rules, problems = dict[str, Rule](), list[str]()
     settings = {item.name: getattr(config, item.name) for item in fields(config)}
@@ -57,19 +73,55 @@ def replay_rules(trace: Trace, config: ReplayConfig) -> list[ReplayOutcome]:
                 problems += [problem for problem in error.problems if problem not in problems]
     if problems:
         raise RefusedInput(problems)
+    return rules
+
+
+def replay_rules(trace: Trace, config: ReplayConfig) -> list[ReplayOutcome]:
+    """Return the outcome of each rule that ``config`` names, in the order of `RULES`.
+
+    A curve that is recorded too seldom for the window is warned of.
+
+    Raises:
+        RefusedInput: The settings of a rule are wrong, or no rule can judge the trace.
+    """
+    rules = build_rules(config)
+    if problem := find_sparse_records(trace, config.window):
+        warnings.warn(problem, stacklevel=2)
     outcomes = [_judge(name, trace, rule) for name, rule in rules.items()]
     if not any(outcome.verdict for outcome in outcomes):
         raise RefusedInput(outcome.refusal for outcome in outcomes)
     return outcomes
 
 
-def replay_rule(trace: Trace, rule: Rule) -> Iterator[Verdict]:
-    """Yield the verdict after each evaluation of ``trace``, as if it were being recorded."""
+def replay_rule(trace: Trace, rule: Rule, after: int = -1) -> Iterator[Verdict]:
+    """Yield the verdict after each evaluation of ``trace``, as if it were being recorded.
+
+    Args:
+        trace: The trace.
+        rule: The rule that judges.
+        after: The step up to which no verdict is wanted.
+    """
     past = Trace(trace.header)
     for record in trace.records:
         past.record(**record)
-        if LOSS in record:
+        if LOSS in record and record["step"] > after:
             yield rule(past)
+
+
+def find_sparse_records(trace: Trace, window: int) -> str:
+    """Return why a window over the records of ``trace`` will not hold enough of them; an empty text where it will."""
+    if len(trace.steps) < 2:
+        return ""
+    spacing = int(np.median(np.diff(trace.steps)))
+    log = trace.header.get("log", {})
+    setting = f" ({log['cadence_setting']})" if "cadence_setting" in log else ""
+    (problem, *_) = (*schedule_problems(window, spacing, sys.maxsize), "")
+    return f"{name_curve(trace)} is recorded too seldom{setting}: {problem}" if problem else ""
+
+
+def name_curve(trace: Trace) -> str:
+    """Return the name of the curve that a trace was read from."""
+    return str(trace.header.get("log", {}).get("metric", "L_det"))
 
 
 def compute_ratios(trace: Trace, rule: Dvar) -> NDArray[np.float64]:

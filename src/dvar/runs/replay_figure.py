@@ -14,7 +14,7 @@ from dvar.html.svg_charts import Scale
 from dvar.html.svg_elements import element, join
 from dvar.html.templates import read_stylesheet, render, write_page
 from dvar.runs.config import ReplayConfig
-from dvar.runs.replay import ReplayOutcome, compute_ratios
+from dvar.runs.replay import ReplayOutcome, compute_ratios, name_curve
 from dvar.stopping.rules import Dvar
 from dvar.stopping.trace import Trace
 
@@ -32,7 +32,7 @@ def write_replay(path: Path, title: str, trace: Trace, outcomes: Sequence[Replay
     figure = plot_replay(trace, outcomes, config.window, config.threshold)
     if path.suffix == ".svg":
         return write_page(path, figure + "\n")
-    context = {"title": title, "curve": _curve_name(trace), "trace": trace, "figure": figure, "outcomes": outcomes}
+    context = {"title": title, "curve": name_curve(trace), "trace": trace, "figure": figure, "outcomes": outcomes}
     return write_page(path, render("dvar.runs", "replay.html", **context))
 
 
@@ -99,7 +99,7 @@ def layer_ratios(
 def _plot_loss(x: Scale, trace: Trace, marks: Sequence[Markup]) -> list[Markup]:
     y = Scale.around(trace.values, room=0.12)
     line = svg_charts.curve(x, y, trace.steps, trace.values, "signal")
-    return [_title(_curve_name(trace), TOP), _panel(x, y, [*marks, line], "Loss", TOP, LOSS_HEIGHT)]
+    return [_title(name_curve(trace), TOP), _panel(x, y, [*marks, line], "Loss", TOP, LOSS_HEIGHT)]
 
 
 def _shade_window(x: Scale, outcome: ReplayOutcome | None, window: int) -> Iterator[Markup]:
@@ -164,7 +164,3 @@ def _panel(x: Scale, y: Scale, layers: Sequence[Markup], label: str, top: int, h
 
 def _title(text: str, top: int) -> Markup:
     return element("text", text, x=LEFT, y=top - 12, class_="title")
-
-
-def _curve_name(trace: Trace) -> str:
-    return str(trace.header.get("log", {}).get("metric", "L_det"))

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dvar.errors import RefusedInput
-from dvar.stopping.logs.formats import TRACE_FORMAT, find_log, format_names, recognise_format
+from dvar.logs.formats import TRACE_FORMAT, LogFormat, find_log, format_names, recognise_format
+from dvar.logs.tables import INCOMPLETE_LINE
 from dvar.stopping.trace import LOSS, Trace
 
 RANDOM_TIMESTEPS = (
@@ -25,6 +26,8 @@ KNOWN_FAULTS = {
 """Known faults of curves, by the name of the curve."""
 
 _HELD = frozenset({"eval", "val", "valid", "validation", "test", "held", "heldout", "det", "stable", "fixed", "probe"})
+# Where a program logs several held losses, and one of them is over all of their samples.
+_POOLED = frozenset({"pooled", "total", "mean"})
 _NO_LOSS = frozenset({"divergence", "lr", "time", "runtime", "seconds", "std"})
 # A run is resumed a few times at most; an unsorted table goes back at every other row.
 _MAX_RESUMES = 10
@@ -32,10 +35,12 @@ _MAX_RESUMES = 10
 _MANY_RECORDS, _ROUNDED_SHARE = 100, 0.1
 
 
-def read_log(path: str | os.PathLike[str], metric: str | None = None, step: str | None = None) -> Trace:
+def read_log(
+    path: str | os.PathLike[str], metric: str | None = None, step: str | None = None, *, live: bool = False
+) -> Trace:
     """Return a curve of a log as the losses of a trace.
 
-    The format is recognised by the content (`dvar.stopping.logs.formats`). A rule can judge a loss on fixed inputs; a
+    The format is recognised by the content (`dvar.logs.formats`). A rule can judge a loss on fixed inputs; a
     training loss, whose timesteps are drawn anew at every step, is read only when it is named, with a warning.
 
     Where steps go back, the run was resumed: what was recorded before from that step on is left out, with a warning. A
@@ -43,11 +48,15 @@ def read_log(path: str | os.PathLike[str], metric: str | None = None, step: str 
 
     Args:
         path: A file, or a folder with one.
-        metric: The curve; by default the only loss on fixed inputs, to judge by its name.
+        metric: The curve; by default the only loss on fixed inputs, to judge by its name, or the only one of several
+            that is called pooled, total or mean.
         step: The column of steps of a table; by default the first of `STEP_COLUMNS` that is present.
+        live: Whether another program may still be writing the log. Its last line is then left out while it is
+            incomplete, without a warning.
 
     Returns:
-        A trace whose losses are the curve. A trace of dvar keeps its samples, unless ``metric`` names another metric.
+        A trace whose losses are the curve. Its header has, under "log", the format, the file, the metric, and the
+        others that it was preferred to. A trace of dvar keeps its samples, unless ``metric`` names another metric.
 
     Raises:
         RefusedInput: The format is unknown (the known ones are named), there is no single candidate for the curve (the
@@ -61,21 +70,42 @@ def read_log(path: str | os.PathLike[str], metric: str | None = None, step: str 
     log_format = recognise_format(path)
     if step and not log_format.has_step_column:
         raise RefusedInput([f"{path} counts its steps itself, got the column {step!r}: leave it out"])
-    if log_format is TRACE_FORMAT:
-        return _read_trace(path, metric)
-    curves: dict[str, list[tuple[int | None, float | str]]] = {}
-    for at, curve, value in log_format.read_points(path, step):
-        curves.setdefault(curve, []).append((at, value))
+    with warnings.catch_warnings():
+        if live:
+            warnings.filterwarnings("ignore", message=f".*{INCOMPLETE_LINE}")
+        if log_format is TRACE_FORMAT:
+            return _read_trace(path, metric)
+        curves: dict[str, list[tuple[int | None, float | str]]] = {}
+        for at, curve, value in log_format.read_points(path, step):
+            curves.setdefault(curve, []).append((at, value))
     names = [curve for curve, points in curves.items() if any(isinstance(value, float) for _, value in points)]
-    name = _choose_curve(path, names, metric)
-    return _build_trace(path, name, curves[name], {"log": {"format": log_format.title, "metric": name}})
+    name, others = _choose_curve(path, names, metric)
+    points = curves[name]
+    if live and log_format.is_text_table and not _ends_in_line_break(path):
+        points = points[:-1]  # a number that is being written is a number already, with fewer digits
+    return _build_trace(path, name, points, _describe_log(log_format, path, name, others))
+
+
+def _describe_log(log_format: LogFormat, path: Path, name: str, others: list[str]) -> dict[str, Any]:
+    description: dict[str, Any] = {"format": log_format.title, "file": path.name, "metric": name}
+    if others:
+        description["preferred_to"] = others
+    if log_format.cadence_setting:
+        description["cadence_setting"] = log_format.cadence_setting
+    return {"log": description}
+
+
+def _ends_in_line_break(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-min(1, file.seek(0, os.SEEK_END)), os.SEEK_END)
+        return file.read() in (b"\n", b"\r")
 
 
 # --- which curve ----------------------------------------------------------------------------------------------------
 
 
-def _choose_curve(path: Path, names: list[str], metric: str | None) -> str:
-    """Return the curve that ``metric`` names, or the only loss on fixed inputs."""
+def _choose_curve(path: Path, names: list[str], metric: str | None) -> tuple[str, list[str]]:
+    """Return the curve that ``metric`` names, or the loss on fixed inputs and those that it is preferred to."""
     if not names:
         raise RefusedInput([f"a log must hold numbers over steps, and {path} holds none: check what was recorded"])
     if metric is None:
@@ -86,15 +116,17 @@ def _choose_curve(path: Path, names: list[str], metric: str | None) -> str:
         raise RefusedInput([f"{path} holds {'several' if matches else 'no'} {metric!r}: name one of {candidates}"])
     if _is_training_loss(matches[0]):
         warnings.warn(f"{matches[0]}: {RANDOM_TIMESTEPS}", stacklevel=3)
-    return matches[0]
+    return matches[0], []
 
 
-def _find_held_loss(path: Path, names: list[str]) -> str:
-    """Return the only loss on fixed inputs, to judge by the names."""
+def _find_held_loss(path: Path, names: list[str]) -> tuple[str, list[str]]:
+    """Return the only loss on fixed inputs, to judge by the names, or that over all of them, and the others."""
     losses = [name for name in names if _is_loss(name)]
     held = [name for name in losses if _is_held(name)]
-    if len(held) == 1:
-        return held[0]
+    pooled = [name for name in held if _split_words(name) & _POOLED]
+    for choice in (held, pooled):
+        if len(choice) == 1:
+            return choice[0], [name for name in held if name != choice[0]]
     if held:
         candidates = format_names([f"{name} ({fault})" if (fault := _find_fault(name)) else name for name in held])
         raise RefusedInput(
@@ -205,7 +237,7 @@ def _read_trace(path: Path, metric: str | None) -> Trace:
         raise RefusedInput([f"{path} holds no {metric!r}: name one of {format_names(trace.metric_names)}"])
     if _is_training_loss(metric):
         warnings.warn(f"{metric}: {RANDOM_TIMESTEPS}", stacklevel=3)
-    curve = Trace({"log": {"format": TRACE_FORMAT.title, "metric": metric}})
+    curve = Trace(_describe_log(TRACE_FORMAT, path, metric, []))
     for step, value in zip(steps, values, strict=True):
         curve.record(int(step), float(value))
     return curve

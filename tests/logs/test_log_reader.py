@@ -5,25 +5,33 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
+import shutil
 import sqlite3
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 from accelerate import Accelerator
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils.tensorboard import SummaryWriter
+from transformers import TrainerState
 
 from dvar import Dvar, RefusedInput, Trace
-from dvar.stopping.logs.formats import LOG_FORMATS, LogFormat, list_formats
-from dvar.stopping.logs.reader import RANDOM_TIMESTEPS, read_log
+from dvar.logs.formats import LOG_FORMATS, LogFormat, find_log, list_formats
+from dvar.logs.reader import RANDOM_TIMESTEPS, read_log
+from dvar.logs.wandb_file import split_records
 from dvar.stopping.trace import TraceFile
 from dvar.testing import LOGGED_CURVE, LogFormatContract
 
 Write = Callable[[Path, Mapping[int, float]], Path]
+SAMPLES = Path(__file__).parent / "samples"
 
 
 CURVE = LOGGED_CURVE
@@ -167,6 +175,124 @@ def write_accelerate_tensorboard(folder: Path, curve: Mapping[int, float]) -> Pa
     return folder
 
 
+def write_long_csv(folder: Path, curve: Mapping[int, float]) -> Path:
+    """Write as DiffSynth's `CSVLogger` does: a line for each value."""
+    with (folder / "loss.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["step", "key", "value"], lineterminator="\n")
+        writer.writeheader()
+        for step, value in curve.items():
+            writer.writerow({"step": step, "key": "loss", "value": 0.5})
+            writer.writerow({"step": step, "key": "loss/val", "value": value})
+    return folder
+
+
+def write_trainer_state(folder: Path, curve: Mapping[int, float]) -> Path:
+    """Write as transformers' `Trainer` does in each checkpoint: training and evaluation in records of their own."""
+    state = TrainerState(best_model_checkpoint="run/checkpoint-100", global_step=max(curve))
+    for step, value in curve.items():
+        state.log_history += [{"loss": 0.5, "step": step}, {"eval_loss": value, "eval_runtime": 1.5, "step": step}]
+    state.save_to_json(str(folder / "trainer_state.json"))
+    return folder
+
+
+def write_checkpoints(folder: Path, curve: Mapping[int, float]) -> Path:
+    """Write an output folder of transformers that holds two checkpoints, the second with the whole history."""
+    for name, steps in (("checkpoint-200", list(curve)[:100]), ("checkpoint-1000", list(curve))):
+        (folder / name).mkdir()
+        write_trainer_state(folder / name, {step: curve[step] for step in steps})
+    os.utime(folder / "checkpoint-200" / "trainer_state.json", ns=(0, 0))
+    return folder
+
+
+def write_trackio(folder: Path, curve: Mapping[int, float], runs: Iterable[str] = ("mug-3",)) -> Path:
+    with closing(sqlite3.connect(folder / "mug.db")) as database:
+        database.execute(
+            "CREATE TABLE IF NOT EXISTS metrics (id INTEGER PRIMARY KEY AUTOINCREMENT, run_id TEXT NOT NULL, "
+            "timestamp TEXT NOT NULL, run_name TEXT NOT NULL, step INTEGER NOT NULL, metrics TEXT NOT NULL)"
+        )
+        for number, run in enumerate(runs):
+            for step, value in curve.items():
+                metrics = json.dumps({"train_loss": 0.5, "val_loss": value if math.isfinite(value) else "NaN"})
+                row = (f"id-{number}", "2026-08-20T10:00:00+00:00", run, step, metrics.encode())
+                database.execute(
+                    "INSERT INTO metrics (run_id, timestamp, run_name, step, metrics) VALUES (?, ?, ?, ?, ?)", row
+                )
+        database.commit()
+    return folder / "mug.db"
+
+
+def write_mlflow_database(folder: Path, curve: Mapping[int, float], runs: Iterable[str] = ("mug-3",)) -> Path:
+    with closing(sqlite3.connect(folder / "mlflow.db")) as database:
+        database.execute("CREATE TABLE runs (run_uuid VARCHAR(32) NOT NULL, name VARCHAR(250))")
+        database.execute(
+            "CREATE TABLE metrics (key VARCHAR(250) NOT NULL, value FLOAT NOT NULL, timestamp BIGINT NOT NULL, "
+            "run_uuid VARCHAR(32) NOT NULL, step BIGINT DEFAULT '0' NOT NULL, is_nan BOOLEAN DEFAULT '0' NOT NULL)"
+        )
+        for number, run in enumerate(runs):
+            database.execute("INSERT INTO runs VALUES (?, ?)", (f"id-{number}", run))
+            for step, value in curve.items():
+                for name, loss in (("train_loss", 0.5), ("val/loss", value)):
+                    finite = math.isfinite(loss)
+                    row = (name, loss if finite else 0.0, 1_795_913_182_774 + step, f"id-{number}", step, not finite)
+                    database.execute("INSERT INTO metrics VALUES (?, ?, ?, ?, ?, ?)", row)
+        database.commit()
+    return folder
+
+
+def write_mlflow_files(folder: Path, curve: Mapping[int, float], run: str = "79eb") -> Path:
+    run_folder = folder / "mlruns" / "0" / run
+    (run_folder / "metrics" / "val").mkdir(parents=True)
+    (run_folder / "meta.yaml").write_text(f"run_id: {run}\nrun_name: mug-3\n")
+    (folder / "mlruns" / "0" / "meta.yaml").write_text("name: Default\n")
+    for name, values in (("train_loss", dict.fromkeys(curve, 0.5)), ("val/loss", curve)):
+        lines = (f"{1_795_913_182_774 + step} {value} {step}\n" for step, value in values.items())
+        (run_folder / "metrics" / name).write_text("".join(lines))
+    return folder / "mlruns"
+
+
+def encode_field(number: int, content: bytes | int) -> bytes:
+    """Return a field of a Protocol Buffers message."""
+    if isinstance(content, int):
+        return encode_varint(number << 3) + encode_varint(content)
+    return encode_varint(number << 3 | 2) + encode_varint(len(content)) + content
+
+
+def encode_varint(value: int) -> bytes:
+    return bytes([value]) if value < 128 else bytes([value & 127 | 128]) + encode_varint(value >> 7)
+
+
+def encode_history(step: int, values: Mapping[str, object]) -> bytes:
+    items = (
+        encode_field(1, encode_field(2, name.encode()) + encode_field(16, json.dumps(value).encode()))
+        for name, value in values.items()
+    )
+    return encode_field(1, step) + encode_field(2, b"".join(items) + encode_field(2, encode_field(1, step)))
+
+
+def encode_records(records: Iterable[bytes]) -> bytes:
+    """Return a file of W&B: records in blocks of 32 KiB, those that do not fit in a block in parts."""
+    content = b":W&B\xe1\xbe\0"
+    for record in records:
+        first = True
+        while first or record:
+            space = 32768 - len(content) % 32768
+            if space < 7:
+                content += bytes(space)
+                space = 32768
+            part, record = record[: space - 7], record[space - 7 :]
+            kind = (1 if first else 4) if not record else (2 if first else 3)
+            content += bytes(4) + len(part).to_bytes(2, "little") + bytes([kind]) + part
+            first = False
+    return content
+
+
+def write_wandb_file(folder: Path, curve: Mapping[int, float]) -> Path:
+    records = [encode_field(1, 1) + encode_field(17, b"\x0a\x03mug")]  # the run itself
+    records += [encode_history(step, {"train/loss": 0.5, "val/loss": value}) for step, value in curve.items()]
+    (folder / "run-nrwnfbnx.wandb").write_bytes(encode_records(records))
+    return folder
+
+
 WRITERS: dict[str, tuple[Write, ...]] = {
     "trace": (write_trace,),
     "csv": (
@@ -179,6 +305,12 @@ WRITERS: dict[str, tuple[Write, ...]] = {
     "json": (write_wandb_scan_json, write_wandb_frame_json, write_simpletuner),
     "ai-toolkit": (write_ai_toolkit,),
     "tensorboard": (write_tensorboard, write_tensorboard_tensors, write_accelerate_tensorboard),
+    "long-csv": (write_long_csv,),
+    "trainer-state": (write_trainer_state, write_checkpoints),
+    "trackio": (write_trackio,),
+    "mlflow-database": (write_mlflow_database,),
+    "mlflow-files": (write_mlflow_files,),
+    "wandb": (write_wandb_file,),
 }
 
 
@@ -236,7 +368,7 @@ class TestAFormatOfAnotherPackage(LogFormatContract):
     def test_it_is_asked_before_the_general_formats(self, tmp_path: Path) -> None:
         path = self.write_log(tmp_path, CURVE)
         assert LOG_FORMATS["csv"].recognises(path)
-        assert read_log(path).header["log"] == {"format": PIPES.title, "metric": "val_loss"}
+        assert read_log(path).header["log"] == {"format": PIPES.title, "file": "run.pipes", "metric": "val_loss"}
 
 
 def test_a_run_folder_of_ours_is_read_by_its_trace(tmp_path: Path) -> None:
@@ -259,7 +391,8 @@ def test_the_samples_of_an_own_trace_are_kept_and_its_other_metrics_can_be_asked
 
 def test_a_value_that_was_not_finite_is_read_as_such(tmp_path: Path) -> None:
     curve = {**CURVE, 12: math.nan, 20: math.inf}
-    for write in (write_trace, write_plain_csv, write_wandb_scan_json, write_simpletuner, write_tensorboard):
+    writers = (write_trace, write_plain_csv, write_wandb_scan_json, write_simpletuner, write_tensorboard)
+    for write in (*writers, write_long_csv, write_mlflow_files, write_wandb_file):
         folder = tmp_path / write.__name__
         folder.mkdir()
         values = read_log(write(folder, curve)).values
@@ -269,6 +402,47 @@ def test_a_value_that_was_not_finite_is_read_as_such(tmp_path: Path) -> None:
 
 def test_sqlite_keeps_null_in_the_place_of_a_nan(tmp_path: Path) -> None:
     assert math.isnan(read_log(write_ai_toolkit(tmp_path, {**CURVE, 12: math.nan})).values[6])
+
+
+def test_a_database_marks_what_it_cannot_hold(tmp_path: Path) -> None:
+    for write in (write_trackio, write_mlflow_database):
+        assert math.isnan(read_log(write(tmp_path, {**CURVE, 12: math.nan})).values[6])
+
+
+def test_a_file_of_wandb_itself_is_read() -> None:
+    trace = read_log(SAMPLES / "run-mug.wandb")  # W&B 0.31, 120 records over two blocks
+    assert trace.steps.tolist() == list(range(0, 240, 2))
+    assert trace.values.tolist() == [0.1 + 0.01 * math.exp(-step / 40) for step in range(0, 240, 2)]
+
+
+@given(st.lists(st.binary(max_size=70_000), max_size=8))
+def test_the_records_of_a_wandb_file_are_whole_at_any_size(records: list[bytes]) -> None:
+    assert list(split_records(encode_records(records), Path("run.wandb"))) == records
+
+
+def test_a_wandb_file_that_ends_within_a_record_is_read_up_to_it(tmp_path: Path) -> None:
+    path = find_log(write_wandb_file(tmp_path, CURVE))
+    content = path.read_bytes()
+    for cut in range(1, 12):
+        path.write_bytes(content[:-cut])
+        with pytest.warns(UserWarning, match="the last line is incomplete"):
+            assert read_log(path).steps.tolist() == list(CURVE)[:-1]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        encode_records([b""]).replace(b"\1", b"\x09"),  # a kind of part that does not exist
+        encode_records([b"\x0f"]),  # an encoding that does not exist
+        encode_records([b"\xff\xff"]),  # a number that does not end
+        encode_records([encode_field(2, encode_field(1, encode_field(1, b"\xff")))]),  # a name that is no text
+        encode_records([encode_field(2, encode_field(1, encode_field(1, b"loss") + encode_field(16, b"{")))]),
+    ],
+)
+def test_a_damaged_wandb_file_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "run-1.wandb").write_bytes(content)
+    with pytest.raises(RefusedInput, match=r"is damaged \(.*\): export the run's history from W&B"):
+        read_log(tmp_path)
 
 
 def test_a_wandb_cell_of_text_is_a_number_where_it_says_one(tmp_path: Path) -> None:
@@ -347,6 +521,61 @@ def test_curves_of_several_runs_are_distinguished_by_the_name_of_the_run(tmp_pat
     with pytest.raises(RefusedInput, match=r"holds several 'L_det': name one of a - L_det, b - L_det"):
         read_log(path, "L_det")
     assert read_log(path, "b - L_det").values[0] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("pooled", "others"),
+    [
+        ("loss/val/pooled", ("loss/val/mug", "loss/val/dog")),  # SimpleTuner
+        ("loss/validation_step/total_average", ("loss/validation_step/mug", "loss/validation_step/dog")),  # OneTrainer
+        ("val_loss_mean", ("val_loss_mug", "val_loss_dog")),
+    ],
+)
+def test_of_several_candidates_the_one_over_all_is_preferred_and_the_others_are_named(
+    tmp_path: Path, pooled: str, others: tuple[str, ...]
+) -> None:
+    rows = [{"step": step, **dict.fromkeys(others, 2.0), pooled: loss(step)} for step in STEPS]
+    trace = read_log(write_table(tmp_path, rows))
+    assert trace.header["log"]["metric"] == pooled
+    assert trace.header["log"]["preferred_to"] == list(others)
+    assert trace.values[0] == loss(0)
+    doubled = [{**row, pooled.replace("loss", "mse"): 2.0} for row in rows]
+    with pytest.raises(RefusedInput, match="4 losses on fixed inputs: choose one"):
+        read_log(write_table(tmp_path, doubled))
+
+
+@pytest.mark.parametrize("write", [write_trackio, write_mlflow_database])
+def test_the_runs_of_one_database_are_distinguished_by_name(tmp_path: Path, write: Callable[..., Path]) -> None:
+    path = write(tmp_path, CURVE, ("mug-3", "dog-1"))
+    with pytest.raises(RefusedInput, match="2 losses on fixed inputs: choose one with --metric, of mug-3 - val"):
+        read_log(path)
+    (tmp_path / "twins").mkdir()
+    twins = write(tmp_path / "twins", CURVE, ("mug-3", "mug-3"))
+    with pytest.raises(RefusedInput, match="2 losses on fixed inputs: choose one with --metric, of id-0 - val"):
+        read_log(twins)
+    name = "val_loss" if write is write_trackio else "val/loss"
+    assert read_log(path, f"dog-1 - {name}").steps.tolist() == list(CURVE)
+
+
+def test_trackio_counts_calls_where_the_trainer_counts_updates(tmp_path: Path) -> None:
+    path = write_trackio(tmp_path, {})
+    with closing(sqlite3.connect(path)) as database:
+        for call, step in enumerate(STEPS):
+            text = json.dumps({"eval/loss": loss(step), "train/global_step": step})
+            row = ("id", "2026-08-20", "mug-3", call, text)
+            database.execute(
+                "INSERT INTO metrics (run_id, timestamp, run_name, step, metrics) VALUES (?, ?, ?, ?, ?)", row
+            )
+        database.commit()
+    assert read_log(path).steps.tolist() == list(STEPS)
+
+
+def test_several_runs_of_mlflow_are_refused_with_their_folders(tmp_path: Path) -> None:
+    for run in ("a1", "b2"):
+        log = write_mlflow_files(tmp_path, CURVE, run)
+    with pytest.raises(RefusedInput, match=r"holds 2 runs of MLflow: name the folder of one, of .*a1, .*b2"):
+        read_log(log)
+    assert len(read_log(log / "0" / "b2")) == len(CURVE)
 
 
 def test_kohyas_faulty_average_is_warned_of(tmp_path: Path) -> None:
@@ -533,6 +762,69 @@ def test_another_database_and_a_damaged_one_are_refused(tmp_path: Path) -> None:
         read_log(tmp_path / "damaged.db")
 
 
+def test_a_database_without_its_newest_part_is_refused_by_the_name_of_that_file(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "loss_log.db")) as database:
+        database.execute("PRAGMA journal_mode=WAL")
+        database.execute("CREATE TABLE metrics (step INTEGER, key TEXT, value_real REAL, value_text TEXT)")
+        database.executemany("INSERT INTO metrics VALUES (?, 'val/loss', ?, NULL)", CURVE.items())
+        database.commit()
+        assert len(read_log(tmp_path)) == len(CURVE)  # while the trainer still has it open
+        (tmp_path / "copy").mkdir()
+        shutil.copyfile(tmp_path / "loss_log.db", tmp_path / "copy" / "loss_log.db")
+        with pytest.raises(
+            RefusedInput, match=r"was copied without loss_log\.db-wal, which holds its newest records .*: copy that"
+        ):
+            read_log(tmp_path / "copy")
+        shutil.copyfile(tmp_path / "loss_log.db-wal", tmp_path / "copy" / "loss_log.db-wal")
+        assert len(read_log(tmp_path / "copy")) == len(CURVE)
+
+
+def test_reading_a_database_creates_no_file(tmp_path: Path) -> None:
+    log = write_ai_toolkit(tmp_path, CURVE)
+    assert len(read_log(log)) == len(CURVE)
+    assert [path.name for path in tmp_path.iterdir()] == ["loss_log.db"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("trainer_state.json", '{"log_history": [{"step": 1,', "is not whole JSON .*: wait for the checkpoint"),
+        ("trainer_state.json", '{"log_history": 3}', "must hold records, got '3'"),
+        ("loss.csv", "step,key,value\n1,val_loss,abc\n", "val_loss at step 1 must be a number, got 'abc'|holds none"),
+        ("loss.csv", "when,key,value\n1,val_loss,0.5\n", "none of the columns global_step"),
+        ("mlruns/0/a/metrics/val_loss", "1 2\n", "line 1 must be \"timestamp value step\", got '1 2': restore"),
+    ],
+)
+def test_a_damaged_log_is_refused_by_what_is_wrong(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(content)
+    if "mlruns" in name:
+        (tmp_path / "mlruns" / "0" / "a" / "meta.yaml").write_text("run_id: a\n")
+    with pytest.raises(RefusedInput, match=message):
+        read_log(tmp_path / "mlruns" if "mlruns" in name else tmp_path)
+
+
+def test_a_damaged_record_of_trackio_is_refused_by_its_step(tmp_path: Path) -> None:
+    path = write_trackio(tmp_path, CURVE)
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("UPDATE metrics SET metrics = '{' WHERE step = 4")
+        database.commit()
+    with pytest.raises(RefusedInput, match=r"the record of step 4 is not JSON \(.*\): restore it"):
+        read_log(path)
+
+
+def test_a_live_table_is_read_up_to_its_last_whole_line(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("step,val_loss\n0,0.5\n1,0.45\n2,0.4")
+    assert read_log(tmp_path / "log.csv").values.tolist() == [0.5, 0.45, 0.4]
+    assert read_log(tmp_path / "log.csv", live=True).values.tolist() == [0.5, 0.45]
+    (tmp_path / "log.csv").write_text("step,val_loss\n0,0.5\n1,0.45\n2")
+    assert read_log(tmp_path / "log.csv", live=True).values.tolist() == [0.5]  # and no warning
+    write_trace(tmp_path, CURVE)
+    with (tmp_path / "trace.jsonl").open("a") as file:
+        file.write('{"step": 4')
+    assert len(read_log(tmp_path, live=True)) == len(CURVE)
+
+
 def test_text_in_another_encoding_is_refused(tmp_path: Path) -> None:
     (tmp_path / "log.csv").write_bytes("step,val_loss,note\n1,2,\xe9\n".encode("latin-1"))
     with pytest.raises(RefusedInput, match="cannot be read as text"):
@@ -558,8 +850,6 @@ def test_without_tensorboard_its_files_are_refused_by_the_extra(
 
 def test_reading_a_table_loads_neither_torch_nor_tensorboard(tmp_path: Path) -> None:
     path = write_plain_csv(tmp_path, CURVE)
-    program = (
-        f"import sys; from dvar.stopping.logs.reader import read_log; read_log({str(path)!r}); print(*sys.modules)"
-    )
+    program = f"import sys; from dvar.logs.reader import read_log; read_log({str(path)!r}); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert {"torch", "tensorboard", "pandas"}.isdisjoint(done.stdout.split())

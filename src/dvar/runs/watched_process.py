@@ -1,0 +1,69 @@
+"""A process of another program, watched until it ends and interrupted when its training is done."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+
+from dvar.errors import RefusedInput
+
+
+class WatchedProcess:
+    """A running process.
+
+    Args:
+        pid: Its number.
+
+    Raises:
+        RefusedInput: There is no such process, it belongs to another user, or this system cannot interrupt it.
+    """
+
+    # Where the system has handles of processes, a handle is kept: a number may be given to another process.
+
+    def __init__(self, pid: int) -> None:
+        self.pid, self._handle = pid, -1
+        if sys.platform == "win32":
+            raise RefusedInput([f"pid cannot be interrupted on Windows, got {pid}: use --stop_file or --on_stop"])
+        try:
+            if hasattr(os, "pidfd_open"):
+                self._handle = os.pidfd_open(pid)
+            os.kill(pid, 0)
+        except ProcessLookupError as error:
+            raise RefusedInput(
+                [f"pid must be a running process, and {pid} is none: start the training first"]
+            ) from error
+        except PermissionError as error:
+            raise RefusedInput(
+                [f"pid must be a process that you may interrupt, and {pid} belongs to another user: run dvar as that"]
+            ) from error
+
+    def is_running(self) -> bool:
+        """Return whether the process has not ended yet."""
+        if self._handle >= 0:
+            return not select.select([self._handle], [], [], 0)[0]
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def interrupt(self) -> bool:
+        """Send SIGINT, as Ctrl-C does, and return whether the process was still there."""
+        if not self.is_running():
+            return False
+        try:
+            if self._handle >= 0:
+                signal.pidfd_send_signal(self._handle, signal.SIGINT)
+            else:
+                os.kill(self.pid, signal.SIGINT)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Give the handle back to the system."""
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
