@@ -13,6 +13,7 @@ from cyclopts import App, CycloptsError, UnknownOptionError
 from dvar.cli.console import FAILED, INTERRUPTED, READER_GONE, REFUSED, discard_output, print_message, print_messages
 from dvar.cli.help_pages import format_terms
 from dvar.cli.laboratory import record, reproduce
+from dvar.cli.launch import launch, mark_script
 from dvar.cli.logs import replay
 from dvar.cli.runs import export, generate, report
 from dvar.cli.survey import build_survey_app
@@ -34,7 +35,7 @@ def build_app(tokens: Sequence[str]) -> App:
     )
     app.command(build_train_app(tokens))
     app.command(build_survey_app())
-    for command in (generate, export, report, replay, record, demo, concepts):
+    for command in (launch, generate, export, report, replay, record, demo, concepts):
         app.command(command)
     app.command(reproduce, help_epilogue=_format_experiments() if "reproduce" in tokens else None)
     return app
@@ -50,7 +51,7 @@ def main(tokens: Sequence[str] | None = None) -> int:
     Returns:
         0; 1 for a failure, 2 for refused input, 130 when interrupted, 141 when the reader of standard output is gone.
     """
-    words = sys.argv[1:] if tokens is None else list(tokens)
+    words = mark_script(sys.argv[1:] if tokens is None else list(tokens))
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
         try:

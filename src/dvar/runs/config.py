@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dvar.config.fields import COUNT, NOT_NEGATIVE, POSITIVE, Config, invalid_fields, replace_invalid_fields, setting
 from dvar.config.training import Sampler, TrainingConfig
+from dvar.stopping.rule import RULE_DEFAULTS
 from dvar.stopping.rules import RULES
 
 ALL_RULES = "all"
@@ -63,11 +64,19 @@ class ReplayConfig(Config):
     )
     window: int = setting(TrainingConfig.window, "Number of past steps that a rule uses.")
     threshold: float = setting(TrainingConfig.threshold, "DVAR's alpha: stop when recent / whole variance is below it.")
-    ema_threshold: float = setting(1e-3, "Relative change of the moving average over the window.", POSITIVE)
-    hall_threshold: float = setting(1e-2, "Range of the loss in the window, relative to its maximum.", POSITIVE)
-    trend_threshold: float = setting(1e-6, "Slope per step, relative to the first loss.", POSITIVE)
+    ema_threshold: float = setting(
+        RULE_DEFAULTS["ema_threshold"], "Relative change of the moving average over the window.", POSITIVE
+    )
+    hall_threshold: float = setting(
+        RULE_DEFAULTS["hall_threshold"], "Range of the loss in the window, relative to its maximum.", POSITIVE
+    )
+    trend_threshold: float = setting(
+        RULE_DEFAULTS["trend_threshold"], "Slope per step, relative to the first loss.", POSITIVE
+    )
     patience: int = setting(TrainingConfig.window, "Number of steps without improvement that end a run.", COUNT)
-    min_delta: float = setting(0.0, "Smallest decrease of the loss that counts as improvement.", NOT_NEGATIVE)
+    min_delta: float = setting(
+        RULE_DEFAULTS["min_delta"], "Smallest decrease of the loss that counts as improvement.", NOT_NEGATIVE
+    )
 
     metric: str | None = setting(
         None,

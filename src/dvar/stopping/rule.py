@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -77,6 +78,11 @@ class RuleEntry:
 
 RULES: Registry[RuleEntry] = Registry("rule", "dvar.rules")
 """The rules that a user can choose by name. Other packages add theirs under the entry point group "dvar.rules"."""
+
+RULE_DEFAULTS: Mapping[str, float] = MappingProxyType(
+    {"ema_threshold": 1e-3, "hall_threshold": 1e-2, "trend_threshold": 1e-6, "min_delta": 0.0}
+)
+"""The settings of rules for which Appendix E gives no value, by name: ours, for a loss that falls by a few per cent."""
 
 
 def build_rule(name: str, settings: Mapping[str, Any]) -> Rule:

@@ -1,0 +1,1 @@
+"""Another program's training script, run unchanged and stopped by a rule."""

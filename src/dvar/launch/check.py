@@ -1,0 +1,68 @@
+"""The answers of `dvar launch --check`: which scripts of a folder can be measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from dvar.errors import RefusedInput, first_line
+from dvar.launch.script import TrainingScript, script_problems
+
+
+@dataclass(frozen=True)
+class ScriptCheck:
+    """The answer for one script.
+
+    Attributes:
+        name: The script, as it is shown.
+        loop: Where the loop is and what it iterates over; empty where there is none.
+        loss: The loss that is measured, with its line.
+        problem: Why the script cannot be measured; empty where it can.
+    """
+
+    name: str
+    loop: str
+    loss: str
+    problem: str
+
+    @property
+    def fits(self) -> bool:
+        """Whether the script can be measured."""
+        return not self.problem
+
+    @property
+    def sentence(self) -> str:
+        """The answer in one line."""
+        return f"{self.name}: {self.problem or f'can be measured; loop {self.loop}, loss {self.loss}'}"
+
+
+def check_script(path: Path, name: str = "") -> ScriptCheck:
+    """Return the answer for a script, from its source alone.
+
+    Raises:
+        RefusedInput: The file cannot be read, or is not Python.
+    """
+    script = TrainingScript.read(path)
+    problem = "; ".join(script_problems(script)).removeprefix(f"{path.name}: ")
+    loop = next(iter(script.measurable_loops or script.loops), None)
+    if loop is None:
+        return ScriptCheck(name or path.name, "", "", problem)
+    place = "" if loop.path.name == path.name else f"{loop.path.name} "
+    return ScriptCheck(
+        name or path.name,
+        f"{place}{loop.line}: {loop.iterable}",
+        f"{loop.loss_line}: {loop.loss}",
+        problem,
+    )
+
+
+def check_folder(folder: Path) -> Iterator[ScriptCheck]:
+    """Yield the answer for each file below a folder that has a backward pass."""
+    for path in sorted(folder.rglob("*.py")):
+        if b".backward(" in path.read_bytes():
+            name = str(path.relative_to(folder))
+            try:
+                yield check_script(path, name)
+            except RefusedInput as error:
+                yield ScriptCheck(name, "", "", first_line(error))

@@ -1,0 +1,42 @@
+"""The report of a launched script: its curve and the verdict, as a page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dvar.errors import RefusedInput
+from dvar.runs.config import ReplayConfig
+from dvar.runs.replay import replay_rules
+from dvar.runs.replay_figure import write_replay
+from dvar.stopping.trace import Trace
+
+REPORT = "report.html"
+
+
+def is_launch_trace(path: Path) -> bool:
+    """Return whether a file is the trace of a launched script."""
+    return path.is_file() and "launch" in Trace.read(path).header
+
+
+def write_launch_report(path: Path, output: Path | None = None, launch: Mapping[str, Any] | None = None) -> Path:
+    """Write the report of a launched script and return its path.
+
+    Args:
+        path: The trace.
+        output: The page; ``report.html`` beside the trace by default.
+        launch: Rule and settings to judge by, as in the header of a trace; those of the trace by default.
+
+    Raises:
+        RefusedInput: The trace holds no measurement, or the page cannot be written.
+        TraceError: The trace is damaged.
+    """
+    trace = Trace.read(path)
+    if not len(trace):
+        raise RefusedInput([f"a report needs a measurement, got none in {path}: let the script run to its first step"])
+    settings = launch or trace.header["launch"]
+    config = ReplayConfig(rule=(settings["rule"],), **settings["settings"])
+    return write_replay(
+        output or path.with_name(REPORT), settings["script"], trace, replay_rules(trace, config), config
+    )
