@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL
 from pretraining.pictures import as_tensor, draw_pictures, fingerprint
 from pretraining.training import GRID_EVERY_STEPS, Training, arguments, share
 
+CHANNELS = 8
 LEAST_NOISE = 0.1
 """Standard deviation of the noise that the decoder must bear, latents having about 3: what a U-Net gives it is not
 exact."""
@@ -21,7 +22,7 @@ def build() -> AutoencoderKL:
         layers_per_block=1,
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
-        latent_channels=8,
+        latent_channels=CHANNELS,
         norm_num_groups=8,
         sample_size=64,
     )

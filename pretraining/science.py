@@ -1,4 +1,4 @@
-"""Does the bundled model support the science?  Train past every stop on the twelve tuning concepts, and look at the way.
+"""Does the bundled model support the science?  Train past every stop on the tuning concepts, and look at the way.
 
 ``python -m pretraining.science train --method textual-inversion --learning_rates 1e-2`` trains to the cap, DVAR kept
 from stopping, and scores pictures at steps spread over the run, or with ``--shares 1`` at the cap alone.  A run that

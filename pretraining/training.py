@@ -74,7 +74,7 @@ def share(step: int, batch: int) -> tuple[int, int]:
 
 def together(tensors: list[torch.Tensor], operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
     """Let the processes agree on ``tensors``, in place and in one message."""
-    if processes() > 1:
+    if processes() > 1 and tensors:
         whole = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(whole, operation)
         for tensor, part in zip(tensors, whole.split([tensor.numel() for tensor in tensors]), strict=True):

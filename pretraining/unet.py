@@ -24,21 +24,21 @@ import torch
 import torch.distributed as dist
 from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor
-from safetensors.torch import load_file
 from transformers import CLIPTextModel
 
 from dvar.mini.world.classes import CLASSES
 from dvar.mini.world.places import PLACES
 from dvar.mini.world.scene import COLOURS
+from dvar.stopping.probe import draw_stratified_timesteps
 from pretraining import autoencoder, clip
 from pretraining.attention import bound_heads, peaks, watched
+from pretraining.latents import draw_examples, load_latents, scaling_factor
 from pretraining.pictures import as_tensor, captions_for, draw_pictures
-from pretraining.training import GRID_EVERY_STEPS, WORK, Training, arguments, load_average, rank, share, together
+from pretraining.training import GRID_EVERY_STEPS, Training, arguments, load_average, rank, share, together
 from pretraining.words import load_tokenizer
 
 SNR_CAPS = 2.0, 8.0
 V_CAP = 10.0
-EMPTY = 0.1
 HELD = 999_000
 """The stream of images that no stage trains on."""
 NOISE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -48,8 +48,8 @@ def build() -> UNet2DConditionModel:
     down = ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
     return UNet2DConditionModel(
         sample_size=16,
-        in_channels=8,
-        out_channels=8,
+        in_channels=autoencoder.CHANNELS,
+        out_channels=autoencoder.CHANNELS,
         block_out_channels=(64, 128, 192),
         layers_per_block=1,
         down_block_types=down,
@@ -67,17 +67,6 @@ def prepare(name: str) -> UNet2DConditionModel:
 
 def scheduler() -> DDPMScheduler:
     return DDPMScheduler(**NOISE, clip_sample=False)
-
-
-def load_latents() -> dict[str, torch.Tensor]:
-    shards = [load_file(path) for path in sorted((WORK / "latents").glob("*.safetensors"))]
-    return {key: torch.cat([shard[key] for shard in shards]) for key in shards[0]}
-
-
-def scaling_factor(moments: torch.Tensor) -> float:
-    """What brings the latents' standard deviation to 1; rounded, for it goes into a config."""
-    mean, logvar = moments[:4096].float().chunk(2, dim=1)
-    return round(float(1 / (mean.var() + logvar.exp().mean()).sqrt()), 5)
 
 
 def pipeline(unet: UNet2DConditionModel) -> StableDiffusionPipeline:
@@ -188,16 +177,10 @@ def main() -> None:
     drawing.set_progress_bar_config(disable=True)
     for step in training:
         index, count = share(step, chosen.batch)
-        rng = np.random.default_rng([5000 + chosen.seed, index])
-        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        picked = torch.from_numpy(rng.integers(len(data["moments"]), size=count))
-        captions, _ = captions_for(data["facts"][picked].numpy(), rng)
-        captions = ["" if rng.uniform() < EMPTY else caption for caption in captions]
-        ids = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids.to(device)
-        mean, logvar = data["moments"][picked].float().chunk(2, dim=1)
-        latents = scale * (mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=generator)).to(device)
-        noise = torch.randn(mean.shape, generator=generator).to(device)
-        t = torch.randint(1000, (count,), generator=generator).to(device)
+        examples = draw_examples(data, scale, count, np.random.default_rng([5000 + chosen.seed, index]))
+        latents, noise, region = (each.to(device) for each in (examples.latents, examples.noise, examples.region))
+        ids = tokenizer(examples.captions, padding="max_length", return_tensors="pt").input_ids.to(device)
+        t = draw_stratified_timesteps(count, len(alphas), examples.generator).to(device)
         level = alphas[t][:, None, None, None]
         noisy = (level.sqrt() * latents + (1 - level).sqrt() * noise).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device, torch.bfloat16):
@@ -206,7 +189,6 @@ def main() -> None:
             with watched(unet, look) if chosen.bound else nullcontext():
                 predicted = unet(noisy, t, condition).sample
         squared = (predicted.float() - noise) ** 2
-        region = 1 + 2 * data["masks"][picked].to(device)[:, None].float() / 255
         snr = level / (1 - level)
         weight = snr.clamp(max=SNR_CAPS[step >= 0.8 * chosen.steps]) / snr * (1 / level).clamp(max=V_CAP)
         loss = (squared * region * weight).mean()
