@@ -32,6 +32,11 @@ def orthogonal(matrices: Tensor) -> Tensor:
     return (x if wide else x.mT).to(matrices.dtype)
 
 
+def channels_last(weights: Tensor) -> Tensor:
+    """Return a view of a convolution's weights [out, in, h, w] as [out, h, w, in], which is how they lie in memory."""
+    return weights.permute(0, 2, 3, 1) if weights.ndim == 4 else weights
+
+
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, made orthogonal; matrices of one shape go through together."""
 
@@ -50,10 +55,11 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(parameter)
                 momentum = state["momentum_buffer"].lerp_(parameter.grad, 1 - MOMENTUM)
-                ahead = parameter.grad.lerp(momentum, MOMENTUM).flatten(1)
+                ahead = channels_last(parameter.grad.lerp(momentum, MOMENTUM)).flatten(1)
                 moving.setdefault((ahead.shape[0], ahead.shape[1]), []).append((parameter, ahead))
             for shape, pairs in moving.items():
                 size = group["lr"] * RMS * max(shape) ** 0.5
                 for (parameter, _), update in zip(pairs, orthogonal(torch.stack([m for _, m in pairs])), strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.add_(update.view(parameter.shape), alpha=-size)
+                    moved = channels_last(parameter)
+                    moved.add_(update.view(moved.shape), alpha=-size)

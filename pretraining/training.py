@@ -200,14 +200,19 @@ class Training:
             held = {moment: tensors[f"{moment}.{key}"] for moment in MOMENTS if f"{moment}.{key}" in tensors}
             if held:
                 owner = next(o for o in self.optimizers for g in o.param_groups for p in g["params"] if p is parameter)
-                held = {moment: value.to(parameter) for moment, value in held.items()}
+                held = {moment: torch.empty_like(parameter).copy_(value) for moment, value in held.items()}
                 owner.state[parameter] = {"step": torch.tensor(float(self.step)), **held}
+
+
+def averages(name: str) -> dict[str, torch.Tensor]:
+    """The stage's moving-average weights."""
+    tensors = load_file(WORK / name / "state.safetensors")
+    return {key.removeprefix("average."): value for key, value in tensors.items() if key.startswith("average.")}
 
 
 def load_average(name: str, model: nn.Module) -> nn.Module:
     """The stage's moving-average weights, into a model that is then frozen and in eval mode."""
-    tensors = load_file(WORK / name / "state.safetensors")
-    average = {key.removeprefix("average."): value for key, value in tensors.items() if key.startswith("average.")}
+    average = averages(name)
     missing, unexpected = model.load_state_dict(average, strict=False)
     trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
     if unexpected or trained & set(missing):

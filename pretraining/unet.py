@@ -34,7 +34,7 @@ from pretraining import autoencoder, clip
 from pretraining.attention import bound_heads, peaks, watched
 from pretraining.latents import draw_examples, load_latents, scaling_factor
 from pretraining.pictures import as_tensor, captions_for, draw_pictures
-from pretraining.training import GRID_EVERY_STEPS, Training, arguments, load_average, rank, share, together
+from pretraining.training import GRID_EVERY_STEPS, Training, arguments, averages, load_average, rank, share, together
 from pretraining.words import load_tokenizer
 
 SNR_CAPS = 2.0, 8.0
@@ -60,9 +60,18 @@ def build() -> UNet2DConditionModel:
     )
 
 
-def prepare(name: str) -> UNet2DConditionModel:
-    """Return the model that a name stands for, before its training; ``further`` begins where ``unet`` ended."""
-    return load_average("unet", build()).requires_grad_(True).train() if name == "further" else build()
+def prepare(name: str, start: str | None = None) -> UNet2DConditionModel:
+    """Return the model that a name stands for, before its training; ``further`` begins where ``unet`` ended, and with
+    ``start`` every tensor that has its shape in that stage begins as the stage's average."""
+    if name == "further":
+        return load_average("unet", build()).requires_grad_(True).train()
+    unet = build()
+    if start:
+        state = unet.state_dict()
+        known = {key: value for key, value in averages(start).items() if value.shape == state[key].shape}
+        print(f"{len(known)} of {len(state)} tensors begin as those of {start}", flush=True)
+        unet.load_state_dict(state | known)
+    return unet
 
 
 def scheduler() -> DDPMScheduler:
@@ -143,6 +152,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--bound", type=float, help="of the attention logits, after each step")
     parser.add_argument("--learning_rate", type=float, default=8e-4)
+    parser.add_argument("--begin_from", help="a stage of another U-Net, whose tensors it begins with where they fit")
     parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
     chosen = arguments(steps=12_000, batch=64, parser=parser)
     name = chosen.name or "unet"
@@ -152,7 +162,7 @@ def main() -> None:
     data = load_latents()
     scale = scaling_factor(data["moments"])
     alphas = scheduler().alphas_cumprod.to(device)
-    unet = prepare(name)
+    unet = prepare(name, chosen.begin_from)
     if device == "cpu":
         unet.set_attn_processor(
             AttnProcessor()
@@ -167,6 +177,7 @@ def main() -> None:
         decay=0.9995,
         optimizer=chosen.optimizer,
         attention_bound=chosen.bound,
+        begun_from=chosen.begin_from,
     )
     seen_peaks: dict[Attention, torch.Tensor] = {}
 
