@@ -174,7 +174,7 @@ def main() -> None:
         chosen,
         lr=chosen.learning_rate,
         data=seen,
-        decay=0.9995,
+        decay=0.999,
         optimizer=chosen.optimizer,
         attention_bound=chosen.bound,
         begun_from=chosen.begin_from,

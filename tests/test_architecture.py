@@ -58,6 +58,7 @@ PURE = (
     "runs.config",
     "survey.config",
     "stopping.combinators",
+    "stopping.octave",
     "stopping.curve",
     "stopping.diagnosis",
     "stopping.monitor",

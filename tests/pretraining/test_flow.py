@@ -1,4 +1,4 @@
-"""mini-flow's recipe: one empty token counts as all that the stock pipeline passes, and the pipeline is a stock one."""
+"""The recipe of mini-flow: one empty token counts as all that the stock pipeline passes."""
 
 from __future__ import annotations
 

@@ -61,6 +61,7 @@ def test_each_setting_reaches_its_rule() -> None:
         "Hall(window=20, threshold=0.6)",
         "Trend(window=20, threshold=0.7, metric='eval/first')",
         "Plateau(metric='eval', patience=8, min_delta=0.9)",
+        "Octave()",
     ]
 
 

@@ -50,7 +50,7 @@ def test_settings_are_refused_by_name_and_all_at_once() -> None:
 def test_the_settings_of_a_replay_are_refused_by_name() -> None:
     config = ReplayConfig(rule=("dvra",), hall_threshold=0.0, patience=0, output="replay.png")
     assert problems(config) == [
-        "rule must be one of dvar, paper, ema, hall, trend, plateau, all, got ('dvra',)",
+        "rule must be one of dvar, paper, ema, hall, trend, plateau, octave, all, got ('dvra',)",
         "hall_threshold must be above 0, got 0.0",
         "patience must be at least 1, got 0",
         "output must end in .svg or .html, got 'replay.png': name a figure or a page",

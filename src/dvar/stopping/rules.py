@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from dvar.stopping.combinators import AllOf, AnyOf, AtMost, FixedSteps, NotBefore
 from dvar.stopping.curve import Curve
 from dvar.stopping.diagnosis import Reason, compute_straight_line_step
+from dvar.stopping.octave import Octave
 from dvar.stopping.rule import (
     CONDITION_REASONS,
     DEFAULT_STOP_ON,
@@ -53,6 +54,7 @@ __all__ = [
     "FixedSteps",
     "Hall",
     "NotBefore",
+    "Octave",
     "Plateau",
     "Rule",
     "RuleEntry",
@@ -406,6 +408,10 @@ RULES.register(
         ("patience", "min_delta"),
         lambda patience, min_delta: Plateau(LOSS, patience, min_delta),
     ),
+)
+
+RULES.register(
+    "octave", RuleEntry("the last doubling of the steps brought less than 45 % of what the run has gained", (), Octave)
 )
 
 

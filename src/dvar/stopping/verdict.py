@@ -23,7 +23,8 @@ class Verdict:
         metrics: The numbers behind the verdict, those of a doubt included when that is the reason (see `Diagnosis`).
             Every rule with a window: window, threshold, seen (steps since the first record), records (in the window).
             DVAR also: ratio, window_var, total_var, straight_line_step (see `Dvar`); the other rules: change, range or
-            slope; a plateau: best, best_step, waited, patience, min_delta; a cap: max_steps; a value that is not
+            slope; a plateau: best, best_step, waited, patience, min_delta; octave: gain, octave_gain, noise, doubt,
+            disagreement (see `Octave`) and its settings; a cap: max_steps; a value that is not
             finite: non_finite_step, non_finite_last, non_finite_records.
         diagnose: Computes `diagnoses`.
     """
@@ -165,6 +166,21 @@ def _format_plateau(metrics: Mapping[str, float]) -> str:
     )
 
 
+def _format_octave(metrics: Mapping[str, float]) -> str:
+    gain, noise = metrics["gain"], metrics["noise"]
+    if not gain > metrics["noise_multiple"] * noise:
+        multiple = f"{metrics['noise_multiple']:.6g} times the noise of {100 * noise:.2g} %"
+        return f"the samples' losses have fallen by {100 * gain:.2g} %, no more than {multiple}"
+    brought = (
+        f"the last doubling of the steps brought {100 * metrics['octave_gain'] / gain:.3g} % of the gain "
+        f"(limit {100 * metrics['share']:.6g} %)"
+    )
+    needed = metrics["agreement"] * metrics["disagreement"]
+    if 0 < metrics["doubt"] <= needed:
+        return f"{brought}, but the held samples do not agree on it yet"
+    return brought
+
+
 # By the class of the rule, and by a metric that only its own verdicts hold, once there is something to measure.
 _MEASUREMENTS: dict[str, tuple[str, Callable[[Mapping[str, float]], str]]] = {
     "Dvar": ("total_var", _format_ratio),
@@ -172,6 +188,7 @@ _MEASUREMENTS: dict[str, tuple[str, Callable[[Mapping[str, float]], str]]] = {
     "Hall": ("range", _format_range),
     "Trend": ("slope", _format_slope),
     "Plateau": ("waited", _format_plateau),
+    "Octave": ("octave_gain", _format_octave),
 }
 
 
