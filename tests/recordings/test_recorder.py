@@ -136,7 +136,7 @@ def read_scores(folder: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
-SERIES = ("stratified", "fresh", "frozen", "fresh_timesteps", "unseen", "drift", "token_norm")
+SERIES = ("stratified", "fresh", "frozen", "fresh_timesteps", "unseen", "drift", "stable_rank", "token_norm")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -531,7 +531,7 @@ def test_input_that_cannot_be_recorded_is_refused_before_training(
     refused("holds no concepts", concepts=str(tmp_path))
     refused("no concept 'bal', the nearest is ball", concept="bal")
     refused("method must be one of", method="hypernetwork")
-    refused("preset must be one of quick, cpu, full", protocol="huge")
+    refused("preset must be one of quick, cpu, panel, full", protocol="huge")
     refused("needs a constant learning rate", settings=(*make_spec().settings, ("lr_scheduler", "cosine")))
     refused("does not load as a CLIP", ModelError, clip=str(tmp_path / "nowhere"))
     small = tiny_clip(tmp_path / "small")

@@ -24,7 +24,18 @@ FORMAT = 1
 MAX_BYTES = 20_000_000
 """Size that the public file may have."""
 _INDEX = "index"
-_SERIES = ("eval", "stratified", "fresh", "frozen", "unseen", "drift", "train_loss", "grad_norm", "token_norm")
+_SERIES = (
+    "eval",
+    "stratified",
+    "fresh",
+    "frozen",
+    "unseen",
+    "drift",
+    "stable_rank",
+    "train_loss",
+    "grad_norm",
+    "token_norm",
+)
 
 Array = NDArray[Any]
 

@@ -24,7 +24,9 @@ class RecordConfig(Config):
     )
     config: str | None = setting(None, "TOML file of settings of the method, where one method is recorded.")
 
-    preset: Literal["quick", "cpu", "full"] = setting("cpu", "How much is measured.", section="What is measured")
+    preset: Literal["quick", "cpu", "panel", "full"] = setting(
+        "cpu", "How much is measured.", section="What is measured"
+    )
     quick: bool = setting(False, "The same as --preset quick.")
     clip: str | None = setting(None, "Folder or hub id of the CLIP that scores; by default the bundled one.")
     dino: str | None = setting(None, "Folder or hub id of a DINO that scores too.")

@@ -15,7 +15,7 @@ import torch
 
 from dvar.config.methods import PAPER_METHODS, CustomDiffusionConfig
 from dvar.diffusion.sampling import BATCH
-from dvar.recordings.protocol import FORWARDS, PROTOCOLS, START_UP_CLASS_IMAGES, UNSEEN
+from dvar.recordings.protocol import PROTOCOLS, START_UP_CLASS_IMAGES, UNSEEN
 from dvar.recordings.record import is_complete
 from dvar.recordings.recorded_run import DONE
 from dvar.recordings.recorder import Recorder
@@ -44,7 +44,7 @@ def estimate_seconds(spec: RecordingSpec, units: UnitSeconds) -> float:
     cap = config.max_train_steps
     forwards = (cap // config.probe_every + 1) * config.eval_batch_size
     series = [name for name in protocol.every if name != UNSEEN or spec.bundled]
-    forwards += sum((cap // protocol.every[name] + 1) * FORWARDS[name] for name in series)
+    forwards += sum(protocol.forwards(name, cap) for name in series)
     images = float(len(spec.scored_steps) * 2 * protocol.image_count)
     sampling_steps = protocol.sampling_steps or config.num_inference_steps
     others = config.num_validation_images

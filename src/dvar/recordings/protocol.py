@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 import numpy as np
+
+from dvar.stopping.cadence import Cadence, PerOctave, count_due
 
 Pairing = Literal["all pairs", "row by row"]
 PAIRINGS: tuple[Pairing, ...] = get_args(Pairing)
@@ -21,11 +23,9 @@ START_UP_CLASS_IMAGES = 2
 CHECKPOINTS = 8
 """Checkpoints kept of a run, evenly spaced: a replay of any step trains at most an eighth of the cap."""
 
-STRATIFIED, FRESH, UNSEEN, DRIFT = "stratified", "fresh", "unseen", "drift"
-SAMPLES = {STRATIFIED: 32, FRESH: 8, UNSEEN: 8, DRIFT: 8}
+STRATIFIED, FRESH, UNSEEN, DRIFT, STABLE_RANK = "stratified", "fresh", "unseen", "drift", "stable_rank"
+SAMPLES = MappingProxyType({STRATIFIED: 32, FRESH: 8, UNSEEN: 8, DRIFT: 8})
 """Samples of each series."""
-FORWARDS = {**SAMPLES, FRESH: 2 * SAMPLES[FRESH]}
-"""Samples that each series sends through a model: fresh draws go through the frozen model too."""
 
 PLACES = {
     "beach": "on the beach",
@@ -50,10 +50,12 @@ class RecordingProtocol:
         prompts: Prompts of each part, training and validation.
         seeds: Images of each prompt.
         sampling_steps: Sampling steps of an image; None for the preset's.
-        every: Steps between two values of each series.
+        every: The cadence of each series.
         class_images: Class images of Custom Diffusion; None for the preset's number.
         rounds: Rounds of images, each from other seeds: the first is generated while training, the others from the
             weights that were kept.
+        probe_every: Steps between two evaluations of the paper's held batch.
+        samples: Samples of each series.
     """
 
     share: float
@@ -61,9 +63,11 @@ class RecordingProtocol:
     prompts: int
     seeds: int
     sampling_steps: int | None
-    every: Mapping[str, int]
+    every: Mapping[str, Cadence]
     class_images: int | None = None
     rounds: int = 1
+    probe_every: int = 1
+    samples: Mapping[str, int] = field(default_factory=lambda: SAMPLES)
 
     @property
     def image_count(self) -> int:
@@ -79,21 +83,47 @@ class RecordingProtocol:
             "prompts": self.prompts,
             "seeds": self.seeds,
             "sampling_steps": self.sampling_steps,
-            "every": dict(self.every),
+            "every": {name: cadence_to_json(cadence) for name, cadence in self.every.items()},
             "class_pictures": self.class_images,
+            # Recordings from before these could change do not name them.
+            **({"samples": dict(self.samples)} if self.samples != SAMPLES else {}),
         }
 
+    def forwards(self, name: str, cap: int) -> int:
+        """Return the samples that a series sends through a model in ``cap`` steps."""
+        both = 2 if name == FRESH else 1  # fresh draws go through the frozen model too
+        return count_due(self.every[name], cap) * self.samples[name] * both
 
-def _cadences(stratified: int, fresh: int, unseen: int, drift: int) -> Mapping[str, int]:
+
+def cadence_to_json(cadence: Cadence) -> int | dict[str, int]:
+    """Return a cadence as a plain value."""
+    return cadence if isinstance(cadence, int) else {"per_octave": cadence.count}
+
+
+def _cadences(stratified: Cadence, fresh: Cadence, unseen: Cadence, drift: Cadence) -> Mapping[str, Cadence]:
     return MappingProxyType({STRATIFIED: stratified, FRESH: fresh, UNSEEN: unseen, DRIFT: drift})
+
+
+_OFTEN, _SELDOM = PerOctave(16), PerOctave(4)
 
 
 PROTOCOLS = {
     "quick": RecordingProtocol(0.12, 8, 2, 2, 10, _cadences(20, 20, 20, 50), class_images=16),
     "cpu": RecordingProtocol(1.0, 30, 4, 2, 10, _cadences(10, 10, 20, 50), rounds=4),
+    "panel": RecordingProtocol(
+        1.0,
+        16,
+        8,
+        4,
+        8,
+        _cadences(_OFTEN, _OFTEN, _OFTEN, _SELDOM),
+        probe_every=10,
+        samples=MappingProxyType({STRATIFIED: 64, FRESH: 8, UNSEEN: 64, DRIFT: 8}),
+    ),
     "full": RecordingProtocol(1.0, 40, 8, 4, None, _cadences(5, 1, 5, 25)),
 }
-"""By name: minutes for each run; many concepts on two cores; everything, as densely as the paper's figures need it."""
+"""By name: minutes for each run; many concepts on two cores; many settings, their steps on a logarithmic scale;
+everything, as densely as the paper's figures need it."""
 
 
 def log_spaced_steps(cap: int, count: int, cadence: int = 1) -> list[int]:

@@ -4,9 +4,9 @@
 # every run writes it holds scores.json and, written last, done.json with the SHA-256 of both series:
 #
 # - trace.jsonl: for each step "eval" (the held batch of the paper), "train_loss", "grad_norm" and "seconds" by part; at
-#   sparser cadences "stratified", "fresh", "frozen" and "unseen" (lists, one loss for each sample), "drift" and
-#   "token_norm".  The header has "timesteps" for "eval" and "series": name -> {"every", "timesteps" of a held batch};
-#   the timesteps of fresh draws are in the same step record, as "fresh_timesteps".
+#   sparser cadences "stratified", "fresh", "frozen" and "unseen" (lists, one loss for each sample), "drift",
+#   "stable_rank" and "token_norm".  The header has "timesteps" for "eval" and "series": name -> {"every", "timesteps"
+#   of a held batch}; the timesteps of fresh draws are in the same step record, as "fresh_timesteps".
 # - scores.json: {"header": what scored how, "rows": [{"step", "train": {metric: [one for each image]}, "validation":
 #   the same, "seconds"}]}.
 # - rounds.json, optional: {"header": {"hashes": those of done.json}, "rows": as in scores.json, each with its "round"}:

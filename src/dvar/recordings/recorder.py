@@ -15,11 +15,13 @@ from dvar.diffusion.objective import Draws, denoising_loss
 from dvar.errors import RefusedInput
 from dvar.files import write_json
 from dvar.recordings.image_metrics import Scorer
-from dvar.recordings.protocol import DRIFT, FRESH, PROTOCOLS, SAMPLES, STRATIFIED, UNSEEN
+from dvar.recordings.protocol import DRIFT, FRESH, PROTOCOLS, STABLE_RANK, STRATIFIED, UNSEEN, cadence_to_json
 from dvar.recordings.recorded_run import SCORES
 from dvar.recordings.restore import sheet_path, weights_path, write_sheet
 from dvar.recordings.score_samples import generate_and_score, generate_images
 from dvar.recordings.spec import RecordingSpec, scoring_prompts
+from dvar.recordings.weight_metrics import stable_rank
+from dvar.stopping.cadence import is_due
 from dvar.stopping.probe import PairedProbe, Probe
 from dvar.training.augmentation import encode_examples
 from dvar.training.loop import Stopwatch
@@ -65,7 +67,7 @@ class Recorder:
             images = render_unseen_images(spec.concept)
             captions = [[run.method.expand(text) for text in run.concept.texts(0)]] * len(images)
             examples = encode_examples(images, captions, run.backbone, mirrored=False)
-            self._add_held(UNSEEN, run.draw(examples, UNSEEN, 0, 0, SAMPLES[UNSEEN]))
+            self._add_held(UNSEEN, run.draw(examples, UNSEEN, 0, 0, self.protocol.samples[UNSEEN]))
         self._add_drift(f"a photo of a {spec.noun}")
 
     @property
@@ -78,7 +80,7 @@ class Recorder:
         """Return the values of the series that are due at ``step``; ``watch`` times each of them."""
         values: dict[str, Any] = {}
         for name, series in self._series.items():
-            if step % self.protocol.every[name] == 0:
+            if is_due(self.protocol.every[name], step):
                 with watch(name):
                     values |= series(step)
         rows = getattr(self.run.backbone.text_encoder.get_input_embeddings(), "rows", None)
@@ -110,7 +112,7 @@ class Recorder:
     def _add_series(self, name: str, series: Callable[[int], dict[str, Any]], timesteps: Tensor | None = None) -> None:
         self._series[name] = series
         held = {} if timesteps is None else {"timesteps": timesteps.tolist()}
-        self._header[name] = {"every": self.protocol.every[name], **held}
+        self._header[name] = {"every": cadence_to_json(self.protocol.every[name]), **held}
 
     def _add_held(self, name: str, draws: Draws) -> None:
         """Add the losses on a held batch, one for each sample."""
@@ -118,11 +120,11 @@ class Recorder:
         self._add_series(name, lambda step: {name: probe()}, draws.timesteps)
 
     def _stratified_draws(self) -> Draws:
-        draws = self.run.draw(self.run.examples, STRATIFIED, 0, 0, SAMPLES[STRATIFIED])
+        draws = self.run.draw(self.run.examples, STRATIFIED, 0, 0, self.protocol.samples[STRATIFIED])
         return replace(self.run.stratify(draws, STRATIFIED), mask=None)  # as the held batch
 
     def _fresh_draws(self, step: int) -> Draws:
-        return replace(self.run.draw(self.run.examples, FRESH, step, 0, SAMPLES[FRESH]), mask=None)
+        return replace(self.run.draw(self.run.examples, FRESH, step, 0, self.protocol.samples[FRESH]), mask=None)
 
     def _frozen_losses(self, draws: Draws) -> Tensor:
         """Return the losses of the untouched model, [n]; the trained weights are put back afterwards."""
@@ -134,14 +136,15 @@ class Recorder:
             self.run.method.load(trained)
 
     def _add_drift(self, prompt: str) -> None:
-        """Add the drift: the mean squared change of the prediction on images of the class, on held draws.
+        """Add the drift: the mean squared change of the prediction on images of the class, on held draws; and with it
+        the stable rank of the learned update.
 
         The untouched model generates these images, so that the series needs no data.
         """
         run = self.run
-        images = self.generate([prompt] * SAMPLES[DRIFT], range(SAMPLES[DRIFT]))
+        images = self.generate([prompt] * self.protocol.samples[DRIFT], range(self.protocol.samples[DRIFT]))
         examples = encode_examples(images, [[prompt]] * len(images), run.backbone, mirrored=False)
-        draws = run.draw(examples, DRIFT, 0, 0, SAMPLES[DRIFT])
+        draws = run.draw(examples, DRIFT, 0, 0, self.protocol.samples[DRIFT])
 
         def prediction(draws: Draws) -> Tensor:
             outputs: list[Tensor] = []
@@ -160,7 +163,12 @@ class Recorder:
             return (prediction(draws) - before).square().mean(dim=(1, 2, 3))
 
         probe = Probe(squared_change, draws, run.backbone.modules)
-        self._add_series(DRIFT, lambda step: {DRIFT: float(probe().double().mean())}, draws.timesteps)
+
+        def measure(step: int) -> dict[str, Any]:
+            rank = stable_rank(run.method.state, self._untouched)
+            return {DRIFT: float(probe().double().mean()), **({} if rank is None else {STABLE_RANK: rank})}
+
+        self._add_series(DRIFT, measure, draws.timesteps)
 
     def _scores_header(self) -> dict[str, Any]:
         return {

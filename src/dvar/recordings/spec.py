@@ -132,7 +132,8 @@ class RecordingSpec:
             "instance_data_dir": self.image_folder,
             "output_dir": self.folder,
             "seed": self.seed,
-            "probe_every": 1,  # sparser cadences are read off this one
+            "probe_every": protocol.probe_every,  # sparser cadences are read off this one
+            "eval_timesteps": "uniform",  # the paper's held batch; stratified draws are a series of their own
             **own,
             **dict(self.settings),
         }

@@ -27,6 +27,7 @@ from dvar.recordings.recorded_run import FAILED, SECONDS, RecordedRun, read_fail
 from dvar.recordings.score_samples import find_missing_rounds, load_scorer
 from dvar.recordings.spec import RecordingSpec
 from dvar.recordings.worker_pool import WorkerTask, list_slots, run_workers
+from dvar.stopping.cadence import format_cadence
 from dvar.training.dataset import Concept
 from dvar.training.progress import format_duration
 
@@ -93,7 +94,7 @@ def read_status(spec: RecordingSpec) -> RecordingStatus:
 def format_protocol(spec: RecordingSpec) -> str:
     """Return in one line what a recording measures."""
     protocol = PROTOCOLS[spec.protocol]
-    cadence = ", ".join(f"{name} every {every}" for name, every in protocol.every.items())
+    cadence = ", ".join(f"{name} {format_cadence(every)}" for name, every in protocol.every.items())
     seeds = protocol.seeds * protocol.rounds
     images = f"{protocol.prompts} prompts x {seeds} seeds of each part at about {protocol.scored_steps} steps"
     sampling = f"{protocol.sampling_steps or 'the preset number of'} sampling steps"

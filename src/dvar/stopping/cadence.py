@@ -1,0 +1,55 @@
+"""How often something is measured along a run: every so many steps, or so many times in each doubling of the steps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from dvar.errors import RefusedInput
+
+
+@dataclass(frozen=True)
+class PerOctave:
+    """A cadence of ``count`` measurements in each doubling of the steps.
+
+    The steps are spaced by a constant factor; where it is less than one step, every step is measured: with 16 an octave
+    those up to 27. A step is due or not whatever the length of the run.
+
+    Args:
+        count: At least 1.
+
+    Raises:
+        RefusedInput: ``count`` is out of its range.
+    """
+
+    count: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.count, int) or isinstance(self.count, bool) or self.count < 1:
+            raise RefusedInput([f"a cadence is of 1 or more measurements an octave, got {self.count!r}"])
+
+    def __str__(self) -> str:
+        return f"{self.count} times an octave"
+
+
+Cadence = int | PerOctave
+"""Steps between two measurements, or measurements in each doubling of the steps."""
+
+
+def is_due(cadence: Cadence, step: int) -> bool:
+    """Return whether a measurement is due at ``step``; at step 0, the untouched model, one always is."""
+    if isinstance(cadence, int):
+        return step % cadence == 0
+    if step < 2:
+        return True
+    return math.floor(cadence.count * math.log2(step)) > math.floor(cadence.count * math.log2(step - 1))
+
+
+def count_due(cadence: Cadence, last_step: int) -> int:
+    """Return the number of measurements that are due from step 0 to ``last_step``."""
+    return sum(is_due(cadence, step) for step in range(last_step + 1))
+
+
+def format_cadence(cadence: Cadence) -> str:
+    """Return a cadence in words, such as "every 10 steps"."""
+    return str(cadence) if isinstance(cadence, PerOctave) else f"every {cadence}"
