@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dvar.launch.check import ScriptCheck
     from dvar.launch.session import LaunchSession
 
-WIDE = 240  # of a table that is written into a file or a pipe
+WIDE = 1000  # of a table that is written into a file or a pipe: one line for each script
 
 PLAIN_SHOW_WARNING = warnings.showwarning
 """How Python shows the warnings of a script; the command line shows its own as one line."""

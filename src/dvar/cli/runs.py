@@ -59,15 +59,20 @@ def export(run: Path, /, **flags: Any) -> int:
 
 @with_flags_of(ReportConfig)
 def report(run: Path, /, **flags: Any) -> int:
-    """Write the report of a run, finished or not, as one page.
+    """Write the report of a run, finished or not, as one page; also of a script that `dvar launch` ran.
 
     Parameters
     ----------
     run
-        Folder of the run.
+        Folder of the run, or the trace of a launched script or its folder.
     """
     config = ReportConfig(**flags)
     raise_problems(problems(config))
+    from dvar.runs.launch_report import find_launch_trace, write_launch_report
+
+    if trace := find_launch_trace(run):
+        print(write_launch_report(trace, Path(config.output) if config.output else None))
+        return 0
     from dvar.runs.report import write_report
 
     print(write_report(run, config.output))

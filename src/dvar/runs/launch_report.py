@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dvar.errors import RefusedInput
+from dvar.errors import RefusedInput, TraceError
+from dvar.launch.config import TRACE
 from dvar.runs.config import ReplayConfig
 from dvar.runs.replay import replay_rules
 from dvar.runs.replay_figure import write_replay
@@ -15,9 +16,13 @@ from dvar.stopping.trace import Trace
 REPORT = "report.html"
 
 
-def is_launch_trace(path: Path) -> bool:
-    """Return whether a file is the trace of a launched script."""
-    return path.is_file() and "launch" in Trace.read(path).header
+def find_launch_trace(path: Path) -> Path | None:
+    """Return the trace of a launched script, which is this file or in this folder; None where there is none."""
+    trace = path / TRACE if path.is_dir() else path
+    try:
+        return trace if "launch" in Trace.read(trace).header else None
+    except (OSError, TraceError):
+        return None
 
 
 def write_launch_report(path: Path, output: Path | None = None, launch: Mapping[str, Any] | None = None) -> Path:

@@ -1,0 +1,106 @@
+"""The training scripts of diffusers, unmodified, from the checkout that `DVAR_DIFFUSERS_EXAMPLES` names."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from command_line import Answer, dvar
+from launched_script import NEVER, SOON, fresh_process, read_trace
+
+EXAMPLES = os.environ.get("DVAR_DIFFUSERS_EXAMPLES")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not EXAMPLES, reason="DVAR_DIFFUSERS_EXAMPLES names no folder `examples` of a diffusers checkout"
+    ),
+    pytest.mark.filterwarnings("ignore"),  # those of the scripts
+]
+OFF = ("--dvar_off",)
+STEPS = 12
+PROMPT = ("--instance_prompt", "a photo of ktn mug")
+CLASS = (
+    "--with_prior_preservation",
+    "--class_data_dir",
+    "{images}",
+    "--class_prompt",
+    "a mug",
+    "--num_class_images",
+    "4",
+)
+SCRIPTS = {
+    "textual_inversion/textual_inversion.py": (
+        *("--train_data_dir", "{images}", "--learnable_property", "object", "--repeats", "5"),
+        *("--placeholder_token", "<ball>", "--initializer_token", "mug", "--learning_rate", "0.01"),
+    ),
+    "dreambooth/train_dreambooth_lora.py": ("--instance_data_dir", "{images}", *PROMPT, *CLASS),
+    "dreambooth/train_dreambooth.py": ("--instance_data_dir", "{images}", *PROMPT, "--train_text_encoder"),
+    "custom_diffusion/train_custom_diffusion.py": (
+        *("--instance_data_dir", "{images}", "--instance_prompt", "a photo of <new1> mug", "--no_safe_serialization"),
+        *("--modifier_token", "<new1>", "--initializer_token", "mug", "--freeze_model", "crossattn_kv"),
+    ),
+    "text_to_image/train_text_to_image_lora.py": (
+        *("--train_data_dir", "{captioned}", "--cache_dir", "{cache}", "--rank", "2"),
+        *("--gradient_accumulation_steps", "2"),
+    ),
+}
+"""The scripts, each with the arguments that it needs beside those that all have."""
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folders of a tiny model, of images, and of images with captions."""
+    from dvar.testing import tiny_concept, tiny_pipeline
+
+    folder = tmp_path_factory.mktemp("diffusers")
+    captions = [{"file_name": f"{index:02d}.png", "text": "a photo of a mug"} for index in range(4)]
+    captioned = tiny_concept(folder / "captioned")
+    (captioned / "metadata.jsonl").write_text("\n".join(map(json.dumps, captions)), encoding="utf-8")
+    return {
+        "model": tiny_pipeline(folder / "model"),
+        "images": tiny_concept(folder / "images"),
+        "captioned": captioned,
+        "cache": folder / "cache",
+    }
+
+
+def launch(script: str, places: dict[str, Path], output: Path, flags: tuple[str, ...], steps: int = STEPS) -> Answer:
+    """Launch a script of the checkout for some steps, with a checkpoint at the last one."""
+    arguments = [
+        *("--pretrained_model_name_or_path", "{model}", "--resolution", "32", "--train_batch_size", "1", "--seed", "0"),
+        *("--max_train_steps", str(steps), "--checkpointing_steps", str(steps), "--output_dir", str(output)),
+        *SCRIPTS[script],
+    ]
+    words = [word.format(**places) if "{" in word else word for word in arguments]
+    with fresh_process():
+        return dvar("launch", *flags, Path(str(EXAMPLES)) / script, *words)
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    """Return the files of a run, without the logs and what dvar writes."""
+    files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    skipped = ("logs", "trace.jsonl", "report.html")
+    return {name: path.read_bytes() for name, path in files.items() if not name.startswith(skipped)}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_training_is_that_of_the_plain_script_and_a_stop_saves(
+    script: str, places: dict[str, Path], tmp_path: Path
+) -> None:
+    for folder, flags in (("off", OFF), ("on", NEVER)):
+        answer = launch(script, places, tmp_path / folder, flags)
+        assert answer.status == 0, answer.err
+        assert "switched off" not in answer.err
+    plain, measured = read_files(tmp_path / "off"), read_files(tmp_path / "on")
+    assert [name for name in plain if plain[name] != measured.get(name)] == []
+    assert any("optimizer" in name for name in plain)
+    assert any("random_states" in name for name in plain)
+    assert read_trace(tmp_path / "on").values.std() > 0
+
+    answer = launch(script, places, tmp_path / "stopped", SOON, steps=60)
+    assert answer.status == 0, answer.err
+    assert "dvar: stop at step " in answer.err
+    saved = {name.rpartition("/")[2] for name in read_files(tmp_path / "stopped")}
+    assert saved >= {name.rpartition("/")[2] for name in plain if "checkpoint" not in name}

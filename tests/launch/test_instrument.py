@@ -1,0 +1,114 @@
+"""The additions to a training loop."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dvar.launch.instrument import NAME, compile_instrumented
+
+LOOP = """from __future__ import annotations
+def train():
+    global_step = 5
+    for epoch in range(3):
+        for step, batch in enumerate(batches, 1):
+            log.append(("before", epoch, step, batch))
+            accelerator.backward(batch / 2)
+            log.append(("after", step))
+            global_step += 1
+        log.append(("epoch", epoch))
+    log.append(("end",))
+"""
+
+
+class ScriptedSession:
+    """A session that gives a script one held batch before its own, and stops it where a test wants."""
+
+    def __init__(self, stop_after: int = 99) -> None:
+        self.measuring, self.taken, self.counts, self.stop_after = False, list[Any](), 0, stop_after
+        self.read: list[Any] = []
+
+    def batches(self, key: str, counted: bool, iterable: tuple[Any, ...], *values: Any) -> Iterator[Any]:
+        assert counted
+        self.read.append((key, values[0]()))
+        self.measuring = True
+        yield 0, 100
+        self.measuring = False
+        for index, batch in enumerate(iterable[0], iterable[1]):
+            yield index, batch
+            if self.stopped(key):
+                return
+
+    def take(self, loss: Any) -> None:
+        self.taken.append(loss)
+
+    def count(self) -> None:
+        self.counts += 1
+
+    def absorb(self) -> bool:
+        return self.measuring
+
+    def stopped(self, key: str) -> bool:
+        return self.counts >= self.stop_after
+
+
+def run(session: ScriptedSession, source: str = LOOP, **names: Any) -> list[Any]:
+    """Run an instrumented source and return what it logged."""
+    code, _ = compile_instrumented(source.encode(), Path("train.py"))
+    log: list[Any] = []
+    accelerator = SimpleNamespace(backward=lambda loss: log.append(("backward", loss)))
+    space: dict[str, Any] = {NAME: session, "log": log, "accelerator": accelerator, "batches": [10, 20], **names}
+    exec(code, space)
+    space["train"]()
+    return log
+
+
+def test_a_held_batch_reaches_the_loss_and_nothing_after_it() -> None:
+    session = ScriptedSession()
+    log = run(session)
+    assert session.taken == [50.0] * 3
+    assert [entry for entry in log if 100 in entry] == [("before", epoch, 0, 100) for epoch in range(3)]
+    assert [entry for entry in log if entry[0] in ("backward", "after")][:4] == [
+        ("backward", 5.0),
+        ("after", 1),
+        ("backward", 10.0),
+        ("after", 2),
+    ]
+    assert session.counts == 6
+    assert session.read == [("train.py:5", 5), ("train.py:5", 7), ("train.py:5", 9)]
+
+
+def test_a_stop_leaves_all_loops_at_once() -> None:
+    log = run(ScriptedSession(stop_after=3))
+    assert log[-2:] == [("after", 1), ("end",)]
+    assert ("epoch", 0) in log
+    assert ("epoch", 1) not in log
+
+
+def test_an_error_on_a_held_batch_is_absorbed_and_any_other_is_not() -> None:
+    def fail_on(value: float) -> Any:
+        def backward(loss: float) -> None:
+            if loss == value:
+                raise ValueError("broken")
+
+        return SimpleNamespace(backward=backward)
+
+    source = LOOP.replace("accelerator.backward(batch / 2)", "accelerator.backward(batch / (batch - 100))")
+    session = ScriptedSession()
+    run(session, source, accelerator=fail_on(0))
+    assert (session.taken, session.counts) == ([], 6)
+    with pytest.raises(ValueError, match="broken") as caught:
+        run(ScriptedSession(), LOOP, accelerator=fail_on(10.0))
+    frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(caught.tb)]
+    assert ("train.py", 7) in frames
+
+
+def test_a_module_without_a_training_loop_is_left_as_it_is() -> None:
+    source = "def train():\n    for batch in batches:\n        log.append(batch)\n"
+    assert compile_instrumented(source.encode(), Path("train.py"))[1] == []
+    assert run(ScriptedSession(), source) == [10, 20]
