@@ -66,6 +66,15 @@ def test_a_stop_read_at_every_step_is_the_rules_own(benchmark: Callable[[str], A
     assert cadence.find_stop(np.linspace(1, 0, 400), range(90), rule) is None
 
 
+def test_a_launched_step_is_compared_with_a_plain_one(
+    benchmark: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["launched_step.py", "--steps", "20", "--rounds", "1"])
+    benchmark("launched_step").main()
+    plain, launched = capsys.readouterr().out.splitlines()
+    assert int(plain.split()[2]) > 0 < int(launched.split()[2])
+
+
 @pytest.mark.slow
 def test_time_to_quality_reports_minutes_steps_and_a_score(benchmark: Callable[[str], Any], tmp_path: Path) -> None:
     quality = benchmark("time_to_quality")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from dvar import Reason, Trace, Verdict
+from dvar.cli.launch import mark_script
 from dvar.cli.main import build_app
 
 ROOT = Path(__file__).parent.parent
@@ -129,7 +130,7 @@ def list_documented_commands() -> list[str]:
 
 @pytest.mark.parametrize("line", list_documented_commands())
 def test_every_command_in_the_documentation_parses(line: str) -> None:
-    words = shlex.split(line, comments=True)[1:]
+    words = mark_script(shlex.split(line, comments=True)[1:])
     build_app(words).parse_args(words, exit_on_error=False, print_error=False)
 
 

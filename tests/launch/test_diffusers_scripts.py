@@ -13,9 +13,7 @@ from launched_script import NEVER, SOON, fresh_process, read_trace
 EXAMPLES = os.environ.get("DVAR_DIFFUSERS_EXAMPLES")
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(
-        not EXAMPLES, reason="DVAR_DIFFUSERS_EXAMPLES names no folder `examples` of a diffusers checkout"
-    ),
+    pytest.mark.skipif(not EXAMPLES, reason="DVAR_DIFFUSERS_EXAMPLES is not set to `examples` of a checkout"),
     pytest.mark.filterwarnings("ignore"),  # those of the scripts
 ]
 OFF = ("--dvar_off",)
@@ -30,28 +28,42 @@ CLASS = (
     "--num_class_images",
     "4",
 )
+INSTANCES = ("--instance_data_dir", "{images}", *PROMPT)
 SCRIPTS = {
     "textual_inversion/textual_inversion.py": (
+        "sd",
         *("--train_data_dir", "{images}", "--learnable_property", "object", "--repeats", "5"),
         *("--placeholder_token", "<ball>", "--initializer_token", "mug", "--learning_rate", "0.01"),
     ),
-    "dreambooth/train_dreambooth_lora.py": ("--instance_data_dir", "{images}", *PROMPT, *CLASS),
-    "dreambooth/train_dreambooth.py": ("--instance_data_dir", "{images}", *PROMPT, "--train_text_encoder"),
+    "textual_inversion/textual_inversion_sdxl.py": (
+        "sdxl",
+        *("--train_data_dir", "{images}", "--learnable_property", "object", "--repeats", "5"),
+        *("--placeholder_token", "<ball>", "--initializer_token", "mug", "--learning_rate", "0.01"),
+    ),
+    "dreambooth/train_dreambooth_lora.py": ("sd", *INSTANCES, *CLASS),
+    "dreambooth/train_dreambooth.py": ("sd", *INSTANCES, "--train_text_encoder"),
+    "dreambooth/train_dreambooth_lora_sdxl.py": ("sdxl", *INSTANCES, "--gradient_accumulation_steps", "2"),
+    "dreambooth/train_dreambooth_lora_sd3.py": ("sd3", *INSTANCES, "--cache_latents"),
+    "dreambooth/train_dreambooth_lora_flux.py": ("flux", *INSTANCES, "--cache_latents", "--train_text_encoder"),
     "custom_diffusion/train_custom_diffusion.py": (
+        "sd",
         *("--instance_data_dir", "{images}", "--instance_prompt", "a photo of <new1> mug", "--no_safe_serialization"),
         *("--modifier_token", "<new1>", "--initializer_token", "mug", "--freeze_model", "crossattn_kv"),
     ),
     "text_to_image/train_text_to_image_lora.py": (
+        "sd",
         *("--train_data_dir", "{captioned}", "--cache_dir", "{cache}", "--rank", "2"),
         *("--gradient_accumulation_steps", "2"),
     ),
 }
-"""The scripts, each with the arguments that it needs beside those that all have."""
+"""The scripts, each with its base model and the arguments that it needs beside those that all have."""
 
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The folders of a tiny model, of images, and of images with captions."""
+    """The folders of tiny models, of images, and of images with captions."""
+    from tiny_base_models import tiny_flux, tiny_sd3, tiny_sdxl
+
     from dvar.testing import tiny_concept, tiny_pipeline
 
     folder = tmp_path_factory.mktemp("diffusers")
@@ -59,7 +71,10 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     captioned = tiny_concept(folder / "captioned")
     (captioned / "metadata.jsonl").write_text("\n".join(map(json.dumps, captions)), encoding="utf-8")
     return {
-        "model": tiny_pipeline(folder / "model"),
+        "sd": tiny_pipeline(folder / "sd"),
+        "sdxl": tiny_sdxl(folder / "sdxl"),
+        "sd3": tiny_sd3(folder / "sd3"),
+        "flux": tiny_flux(folder / "flux"),
         "images": tiny_concept(folder / "images"),
         "captioned": captioned,
         "cache": folder / "cache",
@@ -68,14 +83,15 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def launch(script: str, places: dict[str, Path], output: Path, flags: tuple[str, ...], steps: int = STEPS) -> Answer:
     """Launch a script of the checkout for some steps, with a checkpoint at the last one."""
+    model, *rest = SCRIPTS[script]
     arguments = [
-        *("--pretrained_model_name_or_path", "{model}", "--resolution", "32", "--train_batch_size", "1", "--seed", "0"),
-        *("--max_train_steps", str(steps), "--checkpointing_steps", str(steps), "--output_dir", str(output)),
-        *SCRIPTS[script],
+        *("--pretrained_model_name_or_path", str(places[model]), "--resolution", "32", "--train_batch_size", "1"),
+        *("--seed", "0", "--max_train_steps", str(steps), "--checkpointing_steps", str(steps)),
+        *("--output_dir", str(output)),
+        *(word.format(**places) if word.startswith("{") else word for word in rest),
     ]
-    words = [word.format(**places) if "{" in word else word for word in arguments]
     with fresh_process():
-        return dvar("launch", *flags, Path(str(EXAMPLES)) / script, *words)
+        return dvar("launch", *flags, Path(str(EXAMPLES)) / script, *arguments)
 
 
 def read_files(folder: Path) -> dict[str, bytes]:

@@ -27,7 +27,7 @@ class BestWeights:
 
     Attributes:
         step: The step of the copy; None before the first.
-        value: L_det there.
+        value: The lowest L_det so far.
     """
 
     def __init__(self, accelerator: Any, parent: Path, *, resumed: bool) -> None:
