@@ -43,6 +43,18 @@ def launch(script: Path | str, output_dir: Path, *arguments: object, flags: tupl
         return dvar("launch", *flags, SCRIPTS / script, "--output_dir", output_dir, *arguments)
 
 
+def write_script(folder: Path, *changes: tuple[str, str]) -> Path:
+    """Write the plain script with changes, and the module that it imports beside it."""
+    source = (SCRIPTS / "plain.py").read_text(encoding="utf-8")
+    for before, after in changes:
+        assert before in source
+        source = source.replace(before, after)
+    (folder / "tiny.py").write_bytes((SCRIPTS / "tiny.py").read_bytes())
+    path = folder / "script.py"
+    path.write_text(source, encoding="utf-8")
+    return path
+
+
 def read_state(output_dir: Path, process: int = 0) -> dict[str, Any]:
     """Return what a script left at its end."""
     state: dict[str, Any] = torch.load(output_dir / f"final-{process}.pt", weights_only=False)

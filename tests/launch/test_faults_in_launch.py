@@ -8,8 +8,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 import pytest
-from launched_script import find_differences, launch, read_state, read_trace
-from test_refusals import write_script
+from launched_script import find_differences, launch, read_state, read_trace, write_script
 
 OFF = ("--dvar_off",)
 

@@ -45,8 +45,8 @@ def test_two_processes_train_as_without_dvar_and_stop_together(tmp_path: Path) -
     launch_on_two(tmp_path / "off", ("--dvar_off",))
     launch_on_two(tmp_path / "on", NEVER)
     for process in (0, 1):
-        states = (read_state(tmp_path / folder, process) for folder in ("off", "on"))
-        assert find_differences(*states) == []
+        plain, measured = (read_state(tmp_path / folder, process) for folder in ("off", "on"))
+        assert find_differences(plain, measured) == []
     assert read_trace(tmp_path / "on").samples.shape == (12, 8)
 
     first, second = launch_on_two(tmp_path / "stopped", SOON)

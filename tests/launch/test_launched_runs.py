@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import dvar
-from launched_script import NEVER, SCRIPTS, find_differences, launch, read_state, read_trace
+from launched_script import NEVER, SCRIPTS, find_differences, launch, read_state, read_trace, write_script
 from safetensors.torch import load_file
-from test_refusals import write_script
 
-RISING = ("lr=1e-2", "lr=0.3")
-"""A change with which the loss of the plain script soon rises again."""
+RISING = ("optimizer.step()", "optimizer.step(); [p.data.mul_(1.0 + (global_step > 12)) for p in model.parameters()]")
+"""A change with which the loss of the plain script rises after step 12."""
 
 
 def test_a_resumed_script_continues_the_trace_as_if_it_had_not_ended(tmp_path: Path) -> None:
@@ -79,10 +78,10 @@ def test_the_best_weights_are_saved_beside_the_last(tmp_path: Path) -> None:
     trace = read_trace(tmp_path / "on")
     best = int(trace.steps[trace.values.argmin()])
     assert 0 < best < 23
-    folder = tmp_path / "on" / "dvar-best"
-    assert json.loads((folder / "step.json").read_text()) == {"step": best, "L_det": float(trace.values.min())}
+    saved = tmp_path / "on" / "dvar-best"
+    assert json.loads((saved / "step.json").read_text()) == {"step": best, "L_det": float(trace.values.min())}
     launch(script, tmp_path / "capped", "--max_train_steps", best, flags=("--dvar_off",))
-    weights = load_file(folder / "weights.safetensors")
+    weights = load_file(saved / "weights.safetensors")
     (model,) = read_state(tmp_path / "capped")["models"]
     assert weights.keys() == model.keys()
     assert all(torch.equal(weights[name], model[name]) for name in model)

@@ -45,7 +45,7 @@ def test_the_counter_of_updates_is_found_by_its_name(before: str, after: str, co
     assert find_loops(PLAIN.replace(before, after))[0].counter == counter
 
 
-@pytest.mark.parametrize("use", ["cache[step]", "cache[step].sample()", "batch['x'] + self.cache[step]"])
+@pytest.mark.parametrize("use", ["cache[step]", "cache[step - 1].sample()", "batch['x'] + self.cache[step]"])
 def test_a_cache_read_by_position_is_noticed(use: str) -> None:
     assert find_loops(PLAIN.replace("compute(batch)", f"compute({use})"))[0].by_position
     assert not find_loops(PLAIN.replace("compute(batch)", "cache[epoch]"))[0].by_position

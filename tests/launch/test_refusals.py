@@ -5,29 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from launched_script import NEVER, SCRIPTS, launch
+from command_line import Answer
+from launched_script import NEVER, launch, write_script
 
-PLAIN = (SCRIPTS / "plain.py").read_text(encoding="utf-8")
 LOADER = "train_dataloader = load_images(args)"
 IMPORTS = "import tiny\n    from torch.utils.data import DataLoader, IterableDataset\n"
 
 
-def write_script(folder: Path, *changes: tuple[str, str]) -> Path:
-    """Write the plain script with changes, and the module that it imports beside it."""
-    source = PLAIN
-    for before, after in changes:
-        assert before in source
-        source = source.replace(before, after)
-    (folder / "tiny.py").write_bytes((SCRIPTS / "tiny.py").read_bytes())
-    path = folder / "script.py"
-    path.write_text(source, encoding="utf-8")
-    return path
-
-
-def assert_refused(answer: object, *parts: str) -> None:
+def assert_refused(answer: Answer, *parts: str) -> None:
     """Assert that a launch ended with one line which has these parts."""
-    assert getattr(answer, "status") == 2, answer  # noqa: B009
-    (line,) = getattr(answer, "err").splitlines()  # noqa: B009
+    assert answer.status == 2, answer
+    (line,) = answer.err.splitlines()
     assert line.startswith("dvar: ")
     assert [part for part in parts if part not in line] == []
 

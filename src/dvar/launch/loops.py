@@ -168,5 +168,8 @@ def _reads_by_position(loop: Loop) -> bool:
     """Return whether something is subscripted by the number that `enumerate` gives a batch."""
     if enumerated(loop) is None or not isinstance(loop, ast.For) or not isinstance(loop.target, ast.Tuple):
         return False
-    position = ast.unparse(loop.target.elts[0])
-    return any(isinstance(node, ast.Subscript) and ast.unparse(node.slice) == position for node in ast.walk(loop))
+    position = loop.target.elts[0]
+    if not isinstance(position, ast.Name):
+        return False
+    slices = (node.slice for node in ast.walk(loop) if isinstance(node, ast.Subscript))
+    return any(isinstance(name, ast.Name) and name.id == position.id for part in slices for name in ast.walk(part))

@@ -102,7 +102,7 @@ class LaunchSession:
         self._judge: LaunchJudge | None = None
         self._held: HeldItems | None = None
         self._whole = False
-        self._judged_step = -1
+        self._judged_step, self._recorded = -1, False
         self._other_items: dict[str, Any] = {}
         self._loss: Any = None
         self._error: BaseException | None = None
@@ -136,7 +136,7 @@ class LaunchSession:
         batches = iter(source)
         while True:
             if running and self._is_due(running):
-                yield from self._measure(running, source, counted)
+                yield from self._measure(running, source, position if counted else None)
             if self.stopped(key):
                 return
             self._passed_backward = False
@@ -306,21 +306,27 @@ class LaunchSession:
 
     # --- a measurement -----------------------------------------------------------------------------------------------
 
-    def _measure(self, running: RunningLoop, loader: Any, counted: bool) -> Iterator[Any]:
-        """Yield the held batches, then record and judge the losses that the script computed on them."""
+    def _measure(self, running: RunningLoop, loader: Any, position: int | None) -> Iterator[Any]:
+        """Yield the held batches, then record and judge the losses that the script computed on them.
+
+        Args:
+            running: The loop.
+            loader: What it iterates over.
+            position: The number of the next batch; None where the loop does not count.
+        """
         begin, step = time.perf_counter(), running.updates
         if step > running.first:
             running.seconds["train"] = begin - running.since
         self._judged_step = step
         try:
-            measurement = yield from self._yield_held(running, counted)
-            if measurement.error and not self._whole and step == running.first:
+            measurement = yield from self._yield_held(running, position)
+            if measurement.error and not self._whole and not self._recorded:
                 # Some scripts need as many samples as they have in a batch.
                 from dvar.launch.held import find_loader
 
                 self._whole = True
                 self._draw(running, find_loader(loader))
-                measurement = yield from self._yield_held(running, counted)
+                measurement = yield from self._yield_held(running, position)
             if measurement.error:
                 raise DvarError(f"the script computed no loss on a held batch ({measurement.error})")
             running.seconds["probe"] = time.perf_counter() - begin
@@ -329,7 +335,7 @@ class LaunchSession:
             self._switch_off(error)
         running.since = time.perf_counter()
 
-    def _yield_held(self, running: RunningLoop, counted: bool) -> Generator[Any, None, Measurement]:
+    def _yield_held(self, running: RunningLoop, position: int | None) -> Generator[Any, None, Measurement]:
         """Yield the held batches of this process and return the measurement of all."""
         from dvar.launch.held import sample_seed
         from dvar.launch.judge import Measurement, describe_error
@@ -346,20 +352,27 @@ class LaunchSession:
                 batch = self._held.copy(index)
                 self.measuring = True
                 try:
-                    position = index % len(self._held.items)
-                    yield (position, batch) if counted else batch
+                    if position is not None and running.loop.by_position:
+                        position = index % len(self._held.items)
+                    # Elsewhere the number is that of the next batch: a resumed script skips those of lower numbers.
+                    yield batch if position is None else (position, batch)
                 finally:
                     self.measuring = False
             if self._loss is None:
                 error = describe_error(self._error) if self._error else "the loop went on without backward"
                 return Measurement((), error).together(accelerator)
+            if self._loss.element_size() < 4 and not losses and not self._recorded:
+                self.print_message(
+                    f"the script computes its loss in {self._loss.dtype}, of which a rule sees three digits at most: "
+                    "let it convert prediction and target with `.float()`"
+                )
             losses.append(self._loss.float().mean())
         return Measurement(tuple(float(loss) for loss in losses)).together(accelerator)
 
     def _record(self, running: RunningLoop, step: int, losses: tuple[float, ...]) -> None:
         assert self._judge is not None
         self.verdict = self._judge.judge(step, losses, running.seconds)
-        running.seconds = {}
+        running.seconds, self._recorded = {}, True
         if self.best:
             self.best.consider(step, sum(losses) / len(losses))
         if self.verdict.stop:
