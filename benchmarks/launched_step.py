@@ -1,8 +1,8 @@
 """Measure what `dvar launch` costs between measurements: ``python benchmarks/launched_step.py [--steps N]``."""
 
 # One script takes turns in one process: as it is, and launched with a measurement at step 0 alone. It times its own
-# steps, from the 10th on, by the processor time of the process, which does not depend on what else the machine does.
-# The output is the fastest round of both (what else the machine does only adds), and their ratio: at most 1.01 is promised.
+# steps, from the 10th on, by the processor time of the process. The output is the fastest round of both, because what
+# else the machine does only adds, and their ratio; at most 1.01 is promised.
 
 from __future__ import annotations
 

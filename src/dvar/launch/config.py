@@ -30,7 +30,7 @@ class LaunchConfig(Config):
     """
 
     dvar_every: int = setting(5, "Steps between two measurements of L_det.", COUNT, section="Stopping")
-    dvar_rule: str = setting("dvar", "Rule that stops the script: dvar, paper, ema, hall, trend or plateau.")
+    dvar_rule: str = setting("dvar", "Rule that stops the script: dvar, octave, paper, ema, hall, trend or plateau.")
     dvar_window: int = setting(TrainingConfig.window, "Number of past steps that the rule uses.")
     dvar_threshold: float | None = setting(
         None, f"Threshold of the rule; that of DVAR, its alpha, is {TrainingConfig.threshold} by default."

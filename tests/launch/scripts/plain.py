@@ -52,7 +52,8 @@ def main(args: argparse.Namespace) -> None:
         if global_step >= args.max_train_steps:
             break
     accelerator.wait_for_everyone()
-    save(accelerator, args.output_dir, losses=losses, global_step=global_step)
+    reads = train_dataloader.dataset.reads
+    save(accelerator, args.output_dir, losses=losses, global_step=global_step, reads=reads)
     accelerator.end_training()
 
 
