@@ -203,7 +203,8 @@ def test_every_unknown_key_of_a_file_is_named(tmp_path: Path) -> None:
 def test_every_problem_of_a_run_is_a_line_before_a_model_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_pipeline(tmp_path / "model")
     monkeypatch.setattr(
-        "dvar.diffusion.stable_diffusion.StableDiffusion.load", lambda *_, **__: pytest.fail("a model was loaded")
+        "dvar.diffusion.backbones.stable_diffusion.StableDiffusion.load",
+        lambda *_, **__: pytest.fail("a model was loaded"),
     )
     images = tiny_concept(tmp_path / "images")
     (images / "notes.pdf").write_bytes(b"%PDF")

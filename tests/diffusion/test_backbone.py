@@ -13,9 +13,9 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from dvar.diffusion.backbone import BACKBONES, BackboneEntry, load_backbone, load_tokenizer
+from dvar.diffusion.backbones.stable_diffusion import StableDiffusion
 from dvar.diffusion.devices import peak_memory
 from dvar.diffusion.objective import Encoded, denoising_loss, draw
-from dvar.diffusion.stable_diffusion import StableDiffusion
 from dvar.errors import ModelError
 
 
@@ -93,7 +93,7 @@ def test_attention_is_sliced_only_on_request_and_predicts_the_same(tiny_model: P
     predictions, kinds = [], []
     for sliced in (False, True):
         backbone = StableDiffusion.load(tiny_model, device="cpu", attention_slicing=sliced)
-        kinds.append({type(processor).__name__ for processor in backbone.unet.attn_processors.values()})
+        kinds.append({type(processor).__name__ for processor in backbone.denoiser.attn_processors.values()})
         with torch.no_grad():
             predictions.append(backbone.predict(*inputs, backbone.tokenize(["a mug", "a dark cat"])))
     assert kinds == [{"AttnProcessor2_0"}, {"SlicedAttnProcessor"}]
@@ -110,8 +110,8 @@ def test_a_folder_without_a_model_is_refused_in_one_line(tmp_path: Path, tiny_mo
 def test_another_kind_of_pipeline_is_refused(tmp_path: Path, tiny_model: Path) -> None:
     folder = shutil.copytree(tiny_model, tmp_path / "xl")
     index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionXLPipeline"}))
-    with pytest.raises(ModelError, match="is a StableDiffusionXLPipeline"):
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionUpscalePipeline"}))
+    with pytest.raises(ModelError, match="xl is a StableDiffusionUpscalePipeline: choose"):
         load_backbone(folder)
 
 
@@ -143,7 +143,7 @@ def test_a_backbone_of_another_package_is_loaded_by_the_class_of_its_pipeline(
         calls.append((name, options["device"]))
         return "a model"
 
-    entry = BackboneEntry("OtherPipeline", "Other model", load, lambda name: "a tokenizer")
+    entry = BackboneEntry("OtherPipeline", "Other model", load, lambda name: "a tokenizer", ())
     monkeypatch.setattr(BACKBONES, "_items", {**BACKBONES, entry.pipeline: entry})
     model: Any = load_backbone(tmp_path, device="cpu")
     assert model == "a model"

@@ -91,7 +91,7 @@ def test_the_noisy_input_and_the_target_are_those_of_diffusers(
     examples: Encoded, scheduler: DDPMScheduler, kind: str
 ) -> None:
     draws = draw(examples, **STREAM, step=0, first=0, count=6)
-    schedule = Schedule(scheduler.alphas_cumprod, kind, 0.18215)
+    schedule = Schedule.diffusion(scheduler.alphas_cumprod, kind, 0.18215)
     latents = latents_of(draws, 0.18215)
     target = draws.noise if kind == "epsilon" else scheduler.get_velocity(latents, draws.noise, draws.timesteps)
     arguments: list[Tensor] = []
@@ -110,7 +110,7 @@ def test_the_noisy_input_and_the_target_are_those_of_diffusers(
 
 def test_losses_are_float32_under_a_prediction_in_half_precision(examples: Encoded, scheduler: DDPMScheduler) -> None:
     draws = draw(examples, **STREAM, step=0, first=0, count=2)
-    schedule = Schedule(scheduler.alphas_cumprod, "epsilon", 1.0)
+    schedule = Schedule.diffusion(scheduler.alphas_cumprod, "epsilon", 1.0)
     losses = denoising_loss(lambda noisy, *_: torch.zeros_like(noisy, dtype=torch.bfloat16), draws, schedule)
     assert losses.dtype == torch.float32
     torch.testing.assert_close(losses, draws.noise.square().mean(dim=(1, 2, 3)))
@@ -122,7 +122,7 @@ def test_the_loss_under_a_mask_is_the_mean_over_its_elements(examples: Encoded, 
     mask[0, 0, 1, 2] = mask[1, 0, :2] = 1
     mask[2] = 1
     error = torch.arange(3.0 * 4 * 4 * 4).reshape(3, 4, 4, 4) / 50
-    schedule = Schedule(scheduler.alphas_cumprod, "epsilon", 1.0)
+    schedule = Schedule.diffusion(scheduler.alphas_cumprod, "epsilon", 1.0)
 
     def losses(draws: Draws) -> Tensor:
         return denoising_loss(lambda *_: draws.noise + error, draws, schedule)

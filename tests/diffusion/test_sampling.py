@@ -12,8 +12,8 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
 
+from dvar.diffusion.backbones.stable_diffusion import StableDiffusion
 from dvar.diffusion.sampling import BATCH, Abandoned, sample, sample_into
-from dvar.diffusion.stable_diffusion import StableDiffusion
 
 
 def equal_pixels(first: Any, second: Any) -> bool:
@@ -54,7 +54,7 @@ def test_sampling_restores_all_state(tiny_model: Path) -> None:
         if hasattr(part, "dropout"):
             part.dropout = 0.5
     backbone.text_encoder.train()
-    backbone.unet.mid_block.train()
+    backbone.denoiser.mid_block.train()
     flags = [part.training for network in backbone.modules for part in network.modules()]
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     numbers = random.random(), np.random.random(), torch.rand(1)

@@ -11,7 +11,7 @@ from short_run import Outcome, short_run
 
 from dvar.config.methods import TextualInversionConfig
 from dvar.diffusion.backbone import load_backbone
-from dvar.diffusion.stable_diffusion import StableDiffusion
+from dvar.diffusion.backbones.stable_diffusion import StableDiffusion
 from dvar.training.personalise import personalise
 
 

@@ -17,7 +17,7 @@ import torch
 from short_run import Outcome, resume_run, short_run
 
 from dvar.diffusion.backbone import load_backbone
-from dvar.diffusion.stable_diffusion import StableDiffusion
+from dvar.diffusion.backbones.stable_diffusion import StableDiffusion
 from dvar.training.personalise import personalise
 from dvar.training.run_layout import checkpoint_paths
 

@@ -328,8 +328,8 @@ def test_steps_are_restored_in_order_whether_their_weights_were_kept_or_not(copi
 
 def read_weights(backbone: Any, saved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return the weights of a model under the names of ``saved``."""
-    weights = {f"unet.{name.replace('.default', '')}": weight for name, weight in backbone.unet.named_parameters()}
-    weights |= dict(backbone.unet.named_parameters())
+    weights = {f"unet.{name.replace('.default', '')}": weight for name, weight in backbone.denoiser.named_parameters()}
+    weights |= dict(backbone.denoiser.named_parameters())
     rows = backbone.text_encoder.get_input_embeddings().rows
     return {name: (rows if name.startswith("<") else weights[name]).detach() for name in saved}
 

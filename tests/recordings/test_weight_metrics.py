@@ -20,6 +20,7 @@ def test_a_pair_of_lora_matrices_counts_as_its_product(rank: int, seed: int) -> 
     state = {"unet.to_q.lora_A.weight": down, "unet.to_q.lora_B.weight": up}
     values = torch.linalg.svdvals(up @ down).square()
     measured = stable_rank(state, state)
+    assert measured is not None
     assert measured == pytest.approx(float(values.sum() / values.max()), rel=1e-4)
     assert 1 <= measured <= rank + 1e-3
 

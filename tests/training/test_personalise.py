@@ -25,10 +25,10 @@ from safetensors.torch import load_file
 
 import dvar.training.run
 from dvar.config.methods import TextualInversionConfig
+from dvar.diffusion.backbones.stable_diffusion import StableDiffusion
 from dvar.diffusion.clip import Clip
 from dvar.diffusion.objective import denoising_loss
 from dvar.diffusion.sampling import sample, sample_into
-from dvar.diffusion.stable_diffusion import StableDiffusion
 from dvar.errors import CheckpointError, NonFiniteLoss, RefusedInput
 from dvar.runs.load_model import load_personalised_backbone
 from dvar.stopping.diagnosis import Reason

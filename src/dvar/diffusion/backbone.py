@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dvar.config.training import Sampler
-from dvar.diffusion.tokens import load_clip_tokenizer, pipeline_class
+from dvar.diffusion.tokens import load_clip_tokenizer, read_index
 from dvar.errors import ModelError
 from dvar.registry import Registry
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor, nn
 
+    from dvar.diffusion.backbones.stock import TextTower
     from dvar.diffusion.objective import Schedule
 
 
@@ -24,18 +25,43 @@ class Backbone(Protocol):
     """A base model as training and sampling use it: frozen, in eval mode, on one device."""
 
     @property
+    def title(self) -> str:
+        """Its family in prose."""
+        ...
+
+    @property
+    def expands_tokens(self) -> bool:
+        """Whether its stock pipeline writes out the tokens of a placeholder token that has several."""
+        ...
+
+    @property
     def tokenizer(self) -> Any:
-        """Its tokenizer, to which methods add placeholder tokens."""
+        """The tokenizer of its first text encoder."""
         ...
 
     @property
     def text_encoder(self) -> Any:
-        """The network that reads prompts."""
+        """Its first text encoder."""
         ...
 
     @property
-    def unet(self) -> Any:
+    def towers(self) -> Sequence[TextTower]:
+        """Its text encoders, each with its tokenizer."""
+        ...
+
+    @property
+    def denoiser(self) -> Any:
         """The denoising network."""
+        ...
+
+    @property
+    def denoiser_name(self) -> str:
+        """The name of the denoising network in the pipeline, such as "unet"."""
+        ...
+
+    @property
+    def lora_targets(self) -> Mapping[str, tuple[str, ...]]:
+        """The matrices of the denoising network that LoRA adapts, under diffusers' names, by choice."""
         ...
 
     @property
@@ -70,8 +96,8 @@ class Backbone(Protocol):
         """Return the token ids of ``prompts``, int64 [n, L]."""
         ...
 
-    def predict(self, noisy: Tensor, timesteps: Tensor, input_ids: Tensor) -> Tensor:
-        """Return the prediction, [B, C, h, w], for noisy latents at timesteps [B] under captions [B, L]."""
+    def predict(self, noisy: Tensor, times: Tensor, input_ids: Tensor) -> Tensor:
+        """Return the prediction, [B, C, h, w], for noisy latents at `Schedule.times` [B] under captions [B, L]."""
         ...
 
     def autocast(self) -> torch.autocast:
@@ -89,29 +115,63 @@ class BackboneEntry:
         load: Loads a model; called with what `load_backbone` is called with. It imports what it needs when it is
             called, so that the registry loads without torch.
         load_tokenizer: Loads the tokenizer of a folder or hub id, without torch.
+        folders: The folders that a model of it must have.
     """
 
     pipeline: str
     title: str
     load: Callable[..., Backbone]
     load_tokenizer: Callable[[str | Path], Any]
+    folders: tuple[str, ...]
 
 
 def _load_stable_diffusion(name: str | Path, **options: Any) -> Backbone:
-    """Return a Stable Diffusion."""
-    from dvar.diffusion.stable_diffusion import StableDiffusion
+    from dvar.diffusion.backbones.stable_diffusion import StableDiffusion
 
     return StableDiffusion.load(name, **options)
 
 
+def _load_stable_diffusion_xl(name: str | Path, **options: Any) -> Backbone:
+    from dvar.diffusion.backbones.stable_diffusion_xl import StableDiffusionXL
+
+    return StableDiffusionXL.load(name, **options)
+
+
+def _load_stable_diffusion_3(name: str | Path, **options: Any) -> Backbone:
+    from dvar.diffusion.backbones.stable_diffusion_3 import StableDiffusion3
+
+    return StableDiffusion3.load(name, **options)
+
+
+_ONE_CLIP = ("vae", "text_encoder", "tokenizer", "scheduler")
+_TWO_CLIPS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+
 BACKBONES: Registry[BackboneEntry] = Registry("backbone", "dvar.backbones")
 """Every family by the class of its pipelines. Other packages add theirs by an entry point of "dvar.backbones"."""
-BACKBONES.register(
-    "StableDiffusionPipeline",
+for entry in (
     BackboneEntry(
-        "StableDiffusionPipeline", "Stable Diffusion 1.x or 2.x", _load_stable_diffusion, load_clip_tokenizer
+        "StableDiffusionPipeline",
+        "Stable Diffusion 1.x or 2.x",
+        _load_stable_diffusion,
+        load_clip_tokenizer,
+        ("unet", *_ONE_CLIP),
     ),
-)
+    BackboneEntry(
+        "StableDiffusionXLPipeline",
+        "Stable Diffusion XL",
+        _load_stable_diffusion_xl,
+        load_clip_tokenizer,
+        ("unet", *_TWO_CLIPS),
+    ),
+    BackboneEntry(
+        "StableDiffusion3Pipeline",
+        "Stable Diffusion 3 or 3.5",
+        _load_stable_diffusion_3,
+        load_clip_tokenizer,
+        ("transformer", *_TWO_CLIPS),
+    ),
+):
+    BACKBONES.register(entry.pipeline, entry)
 
 
 def load_backbone(
@@ -136,7 +196,7 @@ def load_backbone(
     Raises:
         ModelError: It cannot be loaded, or no backbone is registered for it.
     """
-    return _find_entry(name).load(
+    return find_family(name, read_index(name)["_class_name"]).load(
         name,
         device=device,
         mixed_precision=mixed_precision,
@@ -152,13 +212,16 @@ def load_tokenizer(name: str | Path) -> Any:
     Raises:
         ModelError: There is none, or no backbone is registered for the model.
     """
-    return _find_entry(name).load_tokenizer(name)
+    return find_family(name, read_index(name)["_class_name"]).load_tokenizer(name)
 
 
-def _find_entry(name: str | Path) -> BackboneEntry:
-    """Return the entry of a model, by the class of its pipeline."""
-    pipeline = pipeline_class(name)
+def find_family(name: str | Path, pipeline: str) -> BackboneEntry:
+    """Return the family of the model ``name``, by the class of its pipeline.
+
+    Raises:
+        ModelError: No backbone is registered for it.
+    """
     if pipeline not in BACKBONES:
-        titles = " or a ".join(entry.title for entry in BACKBONES.values())
-        raise ModelError(f"the model must be a {titles}, {name} is a {pipeline}: choose another")
+        titles = ", ".join(entry.title for entry in BACKBONES.values())
+        raise ModelError(f"the model must be one of {titles}; {name} is a {pipeline}: choose another")
     return BACKBONES[pipeline]

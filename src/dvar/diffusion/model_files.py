@@ -10,12 +10,13 @@ from safetensors import SafetensorError, safe_open
 
 from dvar import mini
 from dvar.config.training import BUNDLED_MODEL, TrainingConfig
-from dvar.errors import RefusedInput, first_line
+from dvar.diffusion.backbone import find_family
+from dvar.errors import ModelError, RefusedInput, first_line
 from dvar.files import read_json
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _CONFIG = "config.json"
-_MODEL_PARTS = ("model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler")
+_INDEX = "model_index.json"
 
 
 def problems(config: TrainingConfig) -> list[str]:
@@ -33,13 +34,7 @@ def model_problems(name: str) -> list[str]:
             return list(error.problems)
         return []
     if path.is_dir():
-        missing = [part for part in _MODEL_PARTS if not (path / part).exists()]
-        if missing:
-            message = f"model folder {name} is no diffusers pipeline, it lacks {', '.join(missing)}"
-            return [f"{message}: name a folder that save_pretrained wrote"]
-        return [
-            f"model folder {name}: {problem}" for part in _MODEL_PARTS[1:] for problem in _part_problems(path / part)
-        ]
+        return _folder_problems(name, path)
     if path.is_file():
         return [f"model {name} is a single file: convert it to a diffusers folder and name that"]
     if _HUB_ID.fullmatch(name) and not path.parent.is_dir():
@@ -50,6 +45,24 @@ def model_problems(name: str) -> list[str]:
         f"did you mean {path.parent / similar[0]}?" if similar else "check the path, or give a hub id as owner/name"
     )
     return [f"model {name} is neither a folder here nor a hub id: {remedy}"]
+
+
+def _folder_problems(name: str, path: Path) -> list[str]:
+    """Return what is wrong with the folder ``path`` of a base model."""
+    remedy = "name a folder that save_pretrained wrote"
+    try:
+        pipeline = read_json(path / _INDEX)["_class_name"]
+    except FileNotFoundError:
+        return [f"model folder {name} is no diffusers pipeline, it lacks {_INDEX}: {remedy}"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [f"model folder {name}: {_INDEX} cannot be read ({first_line(error)}): {remedy}"]
+    try:
+        family = find_family(name, pipeline)
+    except ModelError as error:
+        return [str(error)]
+    if missing := [part for part in family.folders if not (path / part).exists()]:
+        return [f"model folder {name} is no whole {family.title}, it lacks {', '.join(missing)}: {remedy}"]
+    return [f"model folder {name}: {problem}" for part in family.folders for problem in _part_problems(path / part)]
 
 
 def clip_problems(name: str | None) -> list[str]:
@@ -63,15 +76,17 @@ def clip_problems(name: str | None) -> list[str]:
 
 def _part_problems(part: Path) -> list[str]:
     """Return what is wrong with one part of a model's folder: a config that is not JSON, weights that are damaged."""
-    config = {"scheduler": "scheduler_config.json", "tokenizer": None}.get(part.name, _CONFIG)
+    config = {"scheduler": "scheduler_config.json", "tokenizer": None, "tokenizer_2": None}.get(part.name, _CONFIG)
     try:
         if config:
             read_json(part / config)
     except (OSError, ValueError) as error:
         return [f"{part.name}/{config} cannot be read ({first_line(error)}): save the model again"]
-    if part.name == "tokenizer":
+    if part.name.startswith("tokenizer"):
         has_vocabulary = (part / "tokenizer.json").exists() or (part / "vocab.json").exists()
-        return [] if has_vocabulary else ["tokenizer has neither tokenizer.json nor vocab.json: save the model again"]
+        return (
+            [] if has_vocabulary else [f"{part.name} has neither tokenizer.json nor vocab.json: save the model again"]
+        )
     if part.name == "scheduler":
         return []
     files = sorted(part.glob("*.safetensors"))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from dvar.diffusion.randomness import generator
 
+Density = Literal["uniform", "logit-normal"]
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 Choose = Callable[[str, int], int]
 """(factor, count) -> a whole number below ``count``, drawn uniformly by the key of one sample's factor."""
@@ -100,26 +101,67 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The target and the noise schedule under which a model was trained.
+    """The noise and the target under which a model was trained.
+
+    A noisy latent is z_t = signal_t z_0 + spread_t epsilon; timestep 0 has the least noise.
 
     Attributes:
-        alphas_cumprod: The share of signal at each timestep, float32 [T].
-        prediction_type: "epsilon" or "v_prediction".
+        signals: float32 [T].
+        spreads: float32 [T].
+        times: The model's input for each timestep, [T]: the timestep itself, or 1,000 times sigma.
+        prediction_type: "epsilon", "v_prediction", or "flow", whose target is epsilon - z_0.
         scaling_factor: The factor of the autoencoder's latents.
+        shift_factor: What is subtracted from them before.
+        density: How training draws timesteps.
     """
 
-    alphas_cumprod: Tensor
+    signals: Tensor
+    spreads: Tensor
+    times: Tensor
     prediction_type: str
     scaling_factor: float
+    shift_factor: float = 0.0
+    density: Density = "uniform"
+
+    @classmethod
+    def diffusion(cls, alphas_cumprod: Tensor, prediction_type: str, scaling_factor: float) -> Schedule:
+        """Return the schedule of a model of diffusion, from its share of signal at each timestep, float32 [T].
+
+        Source: Equation 1 in the notation of DDPM: z_t = sqrt(a_t) z_0 + sqrt(1 - a_t) epsilon.
+        """
+        times = torch.arange(len(alphas_cumprod))
+        return cls(alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt(), times, prediction_type, scaling_factor)
+
+    @classmethod
+    def flow(
+        cls, sigmas: Tensor, scaling_factor: float, shift_factor: float = 0.0, density: Density = "logit-normal"
+    ) -> Schedule:
+        """Return the schedule of a model of flow matching, from its noise levels in rising order, float32 [T].
+
+        Source: Esser et al., Scaling Rectified Flow Transformers (2024), Section 3: z_t = (1 - sigma) z_0 + sigma
+            epsilon, and timesteps drawn from a logit-normal density.
+        """
+        return cls(1 - sigmas, sigmas, 1000 * sigmas, "flow", scaling_factor, shift_factor, density)
+
+    def __len__(self) -> int:
+        return len(self.times)
 
 
 def draw(
-    examples: Examples, *, timesteps: int, seed: int, stream: str, step: int = 0, first: int = 0, count: int
+    examples: Examples,
+    *,
+    timesteps: int,
+    seed: int,
+    stream: str,
+    step: int = 0,
+    first: int = 0,
+    count: int,
+    density: Density = "uniform",
 ) -> Draws:
     """Return the draws of samples ``first`` to ``first + count - 1`` of one step, on the CPU.
 
-    Each sample has its own example, its own t, uniform in 0 .. ``timesteps`` - 1, and its own two Gaussian noises; each
-    of these is keyed by (seed, stream, factor, step, sample), so a step's draws do not depend on how it is split.
+    Each sample has its own example, its own t in 0 .. ``timesteps`` - 1, and its own two Gaussian noises; each of these
+    is keyed by (seed, stream, factor, step, sample), so a step's draws do not depend on how it is split.
 
     Args:
         examples: What is drawn from.
@@ -129,51 +171,61 @@ def draw(
         step: The step.
         first: The first sample.
         count: The number of samples.
+        density: The density of t: uniform, or that of the sigmoid of a standard Gaussian.
 
     Source: Section 2.2, Equations 2 and 3; the held batch of Equation 4 is the same call with its own stream.
     Deviates: The released code takes the held batch's images and captions in list order and its t without
         replacement.
     """
-    samples = [_sample(examples, timesteps, seed, stream, step, index) for index in range(first, first + count)]
+    samples = [_sample(examples, timesteps, density, seed, stream, step, i) for i in range(first, first + count)]
     return Draws(**{name: torch.stack([sample[name] for sample in samples]) for name in samples[0]})
 
 
-def latents_of(draws: Draws, scaling_factor: float) -> Tensor:
+def latents_of(draws: Draws, scaling_factor: float, shift_factor: float = 0.0) -> Tensor:
     """Return the scaled latents z_0, a sample of each posterior, float32 [B, C, h, w].
 
     Source: Section 2.2, z_0 = E(x). The log-variance is clamped to [-30, 20], as in diffusers' autoencoder.
     """
     mean, log_variance = draws.moments.chunk(2, dim=1)
-    return scaling_factor * (mean + torch.exp(0.5 * log_variance.clamp(-30, 20)) * draws.vae_noise)
+    sample = mean + torch.exp(0.5 * log_variance.clamp(-30, 20)) * draws.vae_noise
+    return scaling_factor * (sample - shift_factor)
 
 
 def denoising_loss(predict: Predict, draws: Draws, schedule: Schedule) -> Tensor:
     """Return the loss of each sample, float32 [B]: the mean squared error of the prediction, computed in float32.
 
     Args:
-        predict: The model, called with (z_t, t, input_ids).
+        predict: The model, called with (z_t, times of t, input_ids).
         draws: The draws, on the model's device.
         schedule: The model's noise schedule.
 
     Source: Equations 2 and 4, ||epsilon - epsilon_theta(z_t(E(x), epsilon), c(y), t)||^2; for
-        v-prediction the target is sqrt(a_t) epsilon - sqrt(1 - a_t) z_0.
+        v-prediction the target is sqrt(a_t) epsilon - sqrt(1 - a_t) z_0, for flow matching epsilon - z_0.
     Deviates: It is the mean over the latent's elements, as in all code, where the equations write the sum; it is not
         summed over the batch, so that each input can be followed by itself. With a mask it is the mean over the
         elements in it.
     """
-    latents = latents_of(draws, schedule.scaling_factor)
-    alphas = schedule.alphas_cumprod.to(latents.device)[draws.timesteps].reshape(-1, 1, 1, 1)
-    signal, spread = alphas.sqrt(), (1 - alphas).sqrt()
-    noisy = signal * latents + spread * draws.noise
-    target = draws.noise if schedule.prediction_type == "epsilon" else signal * draws.noise - spread * latents
-    predicted = predict(noisy, draws.timesteps, draws.input_ids)
+    latents = latents_of(draws, schedule.scaling_factor, schedule.shift_factor)
+    signal, spread = (
+        part.to(latents.device)[draws.timesteps].reshape(-1, 1, 1, 1) for part in (schedule.signals, schedule.spreads)
+    )
+    targets = {
+        "epsilon": lambda: draws.noise,
+        "v_prediction": lambda: signal * draws.noise - spread * latents,
+        "flow": lambda: draws.noise - latents,
+    }
+    times = schedule.times.to(latents.device)[draws.timesteps]
+    predicted = predict(signal * latents + spread * draws.noise, times, draws.input_ids)
+    target = targets[schedule.prediction_type]()
     errors, elements = (predicted - target).square(), (1, 2, 3)
     if draws.mask is None:
         return errors.mean(dim=elements)
     return (errors * draws.mask).sum(dim=elements) / (draws.mask.sum(dim=elements) * errors.shape[1])
 
 
-def _sample(examples: Examples, timesteps: int, seed: int, stream: str, step: int, index: int) -> dict[str, Tensor]:
+def _sample(
+    examples: Examples, timesteps: int, density: Density, seed: int, stream: str, step: int, index: int
+) -> dict[str, Tensor]:
     """Return the draws of one sample, by the name of the field."""
 
     def choose(factor: str, count: int) -> int:
@@ -182,6 +234,12 @@ def _sample(examples: Examples, timesteps: int, seed: int, stream: str, step: in
     def gaussian(factor: str) -> Tensor:
         return torch.randn(shape, generator=generator(seed, f"{stream}/{factor}", step, index))
 
+    def timestep() -> int:
+        if density == "uniform":
+            return choose("timestep", timesteps)
+        position = torch.randn((), generator=generator(seed, f"{stream}/timestep", step, index)).sigmoid()
+        return min(int(timesteps * position), timesteps - 1)
+
     example = examples.example(choose)
     channels, height, width = example.moments.shape
     shape = (channels // 2, height, width)
@@ -189,7 +247,7 @@ def _sample(examples: Examples, timesteps: int, seed: int, stream: str, step: in
         "moments": example.moments,
         "vae_noise": gaussian("vae"),
         "noise": gaussian("noise"),
-        "timesteps": torch.tensor(choose("timestep", timesteps)),
+        "timesteps": torch.tensor(timestep()),
         "input_ids": example.input_ids,
     }
     return parts if example.mask is None else {**parts, "mask": example.mask}

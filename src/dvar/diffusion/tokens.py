@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dvar import mini
 from dvar.config.training import BUNDLED_MODEL
@@ -22,8 +22,8 @@ def model_path(name: str) -> str:
     return str(mini.path()) if name == BUNDLED_MODEL else os.path.expanduser(name)
 
 
-def pipeline_class(name: str | Path) -> str:
-    """Return the class of a model's pipeline, as its model_index.json names it.
+def read_index(name: str | Path) -> dict[str, Any]:
+    """Return what a model's model_index.json says: the class of its pipeline, and those of its parts.
 
     Raises:
         ModelError: There is no such model.
@@ -31,7 +31,9 @@ def pipeline_class(name: str | Path) -> str:
     from transformers.utils import cached_file
 
     with _tokenizer_errors(name):
-        return str(read_json(Path(str(cached_file(name, "model_index.json"))))["_class_name"])
+        index = dict(read_json(Path(str(cached_file(name, "model_index.json")))))
+        str(index["_class_name"])
+    return index
 
 
 def load_clip_tokenizer(name: str | Path) -> CLIPTokenizer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
@@ -17,7 +18,8 @@ from dvar.diffusion.tokens import model_path
 from dvar.errors import RefusedInput
 from dvar.files import staged_folder
 from dvar.runs.load_model import load_result, load_weights
-from dvar.training.run_layout import EMBEDS, LORA, MODEL_CARD, weights_kind
+from dvar.training.loading_code import STABLE_DIFFUSION
+from dvar.training.run_layout import CLIP_EMBEDS, EMBEDS, LORA, MODEL_CARD, weights_kind
 from dvar.training.weight_files import public_model_name, write_weights
 
 _KOHYA_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te"}
@@ -42,6 +44,12 @@ def write_kohya_lora(run: str | Path, path: Path) -> Path:
         problems.append(
             f"--kohya needs the LoRA of a dreambooth-lora run, and {run} is of {config.method}: use --merged, "
             f"or its {EMBEDS}, which ComfyUI and AUTOMATIC1111 read as it is"
+        )
+    family = result.get("family", STABLE_DIFFUSION)
+    if LORA in result["weights"] and family != STABLE_DIFFUSION:
+        problems.append(
+            f"--kohya knows the names of Stable Diffusion 1.x and 2.x alone, and {run} is of a {family}: "
+            f"use its {LORA}, which diffusers and ComfyUI read as it is"
         )
     if path.suffix != ".safetensors":
         problems.append(f"--kohya must name a .safetensors file, got {path}: try {path.with_suffix('.safetensors')}")
@@ -83,6 +91,9 @@ def write_merged_pipeline(run: str | Path, folder: Path) -> Path:
         kind = weights_kind(name)
         if kind == EMBEDS:
             pipeline.load_textual_inversion(str(run), weight_name=name)
+        elif kind == CLIP_EMBEDS:
+            for key, part in (("clip_l", ""), ("clip_g", "_2")):
+                _add_vectors(pipeline, part, str(config.placeholder_token), tensors[key])
         elif kind == LORA:
             pipeline.load_lora_weights(str(run), weight_name=name)
             pipeline.fuse_lora()
@@ -93,6 +104,17 @@ def write_merged_pipeline(run: str | Path, folder: Path) -> Path:
         pipeline.save_pretrained(staged)
         (staged / MODEL_CARD).write_text(_format_model_card(config), encoding="utf-8", newline="\n")
     return folder
+
+
+def _add_vectors(pipeline: Any, part: str, token: str, vectors: Tensor) -> None:
+    """Put the vectors of a token into one of two text encoders, by diffusers' loader where the pipeline has it."""
+    tokenizer, encoder = getattr(pipeline, f"tokenizer{part}"), getattr(pipeline, f"text_encoder{part}")
+    if hasattr(pipeline, "load_textual_inversion"):
+        pipeline.load_textual_inversion({token: vectors}, text_encoder=encoder, tokenizer=tokenizer)
+        return
+    tokenizer.add_tokens(token)
+    encoder.resize_token_embeddings(len(tokenizer))
+    encoder.get_input_embeddings().weight.data[-1] = vectors[0]
 
 
 def _rename_for_kohya(lora: Mapping[str, Tensor], alphas: Mapping[str, float]) -> dict[str, Tensor]:
@@ -116,9 +138,9 @@ def _format_model_card(config: TrainingConfig) -> str:
 A whole pipeline: {public_model_name(config)} with {config.learned} merged into it, learned by {config.title}.
 
 ```python
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 
-pipeline = StableDiffusionPipeline.from_pretrained(".")
+pipeline = DiffusionPipeline.from_pretrained(".")
 pipeline({prompt}).images[0].save("image.png")
 ```
 

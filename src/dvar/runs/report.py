@@ -14,7 +14,7 @@ from dvar.html.templates import pluralise, render, write_page
 from dvar.runs import report_figures
 from dvar.runs.run_folder import RunFolder
 from dvar.stopping.diagnosis import Reason
-from dvar.training.loading_code import import_lines, load_lines
+from dvar.training.loading_code import STABLE_DIFFUSION, import_lines, load_lines
 from dvar.training.run_layout import REPORT
 
 NEXT_STEPS = {
@@ -102,14 +102,19 @@ def _command(run: RunFolder) -> str:
 
 def _program(run: RunFolder) -> str:
     """Return Python code that generates an image with the weights of a finished run and stock diffusers."""
-    model, weights = run.config["pretrained_model_name_or_path"], (run.result or {})["weights"]
+    result = run.result or {}
+    model, weights, family = (
+        run.config["pretrained_model_name_or_path"],
+        result["weights"],
+        result.get("family", STABLE_DIFFUSION),
+    )
     bundled = model == BUNDLED_MODEL
     lines = [
         *["import dvar.mini"] * bundled,
         *import_lines(weights),
         "",
-        f"pipeline = StableDiffusionPipeline.from_pretrained({'str(dvar.mini.path())' if bundled else _quote(model)})",
-        *load_lines(weights, run.config["output_dir"]),
+        f"pipeline = DiffusionPipeline.from_pretrained({'str(dvar.mini.path())' if bundled else _quote(model)})",
+        *load_lines(weights, run.config["output_dir"], run.config["placeholder_token"], family),
         f'pipeline({_quote(_prompt(run))}).images[0].save("image.png")',
     ]
     return "\n".join(lines)

@@ -5,35 +5,61 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 
-from dvar.training.run_layout import ATTENTION, EMBEDS, LORA, WEIGHTS, weights_kind
+from dvar.training.run_layout import ATTENTION, CLIP_EMBEDS, EMBEDS, LORA, WEIGHTS, weights_kind
+
+STABLE_DIFFUSION, STABLE_DIFFUSION_3 = "Stable Diffusion", "Stable Diffusion 3"
+"""Families by their `Backbone.title`; the first is what results mean that are from before there were others."""
 
 
 def import_lines(names: Iterable[str]) -> list[str]:
     """Return the import lines that `load_lines` of these files needs, with that of the pipeline."""
-    lines = ["from diffusers import StableDiffusionPipeline"]
-    return [*lines, "from safetensors.torch import load_file"] if ATTENTION in map(weights_kind, names) else lines
+    lines = ["from diffusers import DiffusionPipeline"]
+    read = {ATTENTION, CLIP_EMBEDS} & set(map(weights_kind, names))
+    return [*lines, "from safetensors.torch import load_file"] if read else lines
 
 
-def load_lines(names: Iterable[str], folder: str = ".") -> list[str]:
-    """Return the lines that load weight files into ``pipeline``, a stock `StableDiffusionPipeline`.
+def load_lines(
+    names: Iterable[str], folder: str = ".", token: str | None = None, family: str = STABLE_DIFFUSION
+) -> list[str]:
+    """Return the lines that load weight files into ``pipeline``, a stock `DiffusionPipeline`.
 
     Args:
         names: The names of the files.
         folder: The folder in which they are.
+        token: The placeholder token, which `CLIP_EMBEDS` does not name.
+        family: The family of the base model, by its `Backbone.title`.
 
     Deviates: Custom Diffusion's weights are read by the U-Net itself, since the loader that diffusers documents for
         them changes nothing (its issue 9320).
     """
     ordered = sorted(names, key=lambda name: (WEIGHTS.index(weights_kind(name)), name))
-    return [_load_line(name, folder) for name in ordered]
+    return [line for name in ordered for line in _load_lines_of(name, folder, json.dumps(token), family)]
 
 
-def _load_line(name: str, folder: str) -> str:
-    """Return the line that loads one file."""
+def _load_lines_of(name: str, folder: str, token: str, family: str) -> list[str]:
+    """Return the lines that load one file."""
     quoted_folder = json.dumps(folder, ensure_ascii=False)
     quoted_path = json.dumps(name if folder == "." else f"{folder}/{name}", ensure_ascii=False)
     return {
-        EMBEDS: f'pipeline.load_textual_inversion({quoted_folder}, weight_name="{name}")',
-        LORA: f'pipeline.load_lora_weights({quoted_folder}, weight_name="{name}")',
-        ATTENTION: f"pipeline.unet.load_state_dict(load_file({quoted_path}), strict=False)",
+        EMBEDS: [f'pipeline.load_textual_inversion({quoted_folder}, weight_name="{name}")'],
+        CLIP_EMBEDS: [
+            f"embeds = load_file({quoted_path})",
+            *_embeds_lines("clip_l", "", token, family),
+            *_embeds_lines("clip_g", "_2", token, family),
+        ],
+        LORA: [f'pipeline.load_lora_weights({quoted_folder}, weight_name="{name}")'],
+        ATTENTION: [f"pipeline.unet.load_state_dict(load_file({quoted_path}), strict=False)"],
     }[weights_kind(name)]
+
+
+def _embeds_lines(key: str, part: str, token: str, family: str) -> list[str]:
+    """Return the lines that give one of two CLIPs its vectors; the pipeline of Stable Diffusion 3 has no loader."""
+    tokenizer, encoder = f"pipeline.tokenizer{part}", f"pipeline.text_encoder{part}"
+    if family == STABLE_DIFFUSION_3:
+        return [
+            f"{tokenizer}.add_tokens({token})",
+            f"{encoder}.resize_token_embeddings(len({tokenizer}))",
+            f'{encoder}.get_input_embeddings().weight.data[-1] = embeds["{key}"][0]',
+        ]
+    vectors = f'{{{token}: embeds["{key}"]}}'
+    return [f"pipeline.load_textual_inversion({vectors}, text_encoder={encoder}, tokenizer={tokenizer})"]

@@ -9,7 +9,7 @@ from pathlib import Path
 from dvar.config.training import BUNDLED_MODEL, TrainingConfig
 from dvar.files import write_atomically
 from dvar.stopping.verdict import Verdict
-from dvar.training.loading_code import import_lines, load_lines
+from dvar.training.loading_code import STABLE_DIFFUSION, import_lines, load_lines
 from dvar.training.run_layout import EMBEDS, MODEL_CARD
 from dvar.training.weight_files import is_on_hub, public_model_name
 
@@ -22,6 +22,7 @@ def write_model_card(
     verdict: Verdict,
     samples: Sequence[Path],
     weights: Sequence[str] = (EMBEDS,),
+    family: str = STABLE_DIFFUSION,
 ) -> None:
     """Write README.md: what was learned, how to load it, why training stopped, the settings, the last sample images.
 
@@ -31,13 +32,19 @@ def write_model_card(
         verdict: Its last verdict.
         samples: The paths of the sample images to show.
         weights: The names of the weight files beside the card.
+        family: The family of the base model, by its `Backbone.title`.
     """
-    card = _CARD.format(**_facts(folder, config, verdict, samples, weights))
+    card = _CARD.format(**_facts(folder, config, verdict, samples, weights, family))
     write_atomically(folder / MODEL_CARD, card.encode())
 
 
 def _facts(
-    folder: Path, config: TrainingConfig, verdict: Verdict, samples: Sequence[Path], weights: Sequence[str]
+    folder: Path,
+    config: TrainingConfig,
+    verdict: Verdict,
+    samples: Sequence[Path],
+    weights: Sequence[str],
+    family: str,
 ) -> dict[str, str]:
     """Return what the card says, by placeholder of the template."""
     name = config.pretrained_model_name_or_path
@@ -63,7 +70,7 @@ def _facts(
         "tags": "".join(f"\n- {tag}" for tag in config.tags),
         "title": config.title,
         "imports": "\n".join(["import dvar.mini"] * (name == BUNDLED_MODEL) + import_lines(weights)),
-        "loads": "\n".join(load_lines(weights)),
+        "loads": "\n".join(load_lines(weights, ".", config.placeholder_token, family)),
         "subject": config.subject,
         "learned": config.learned[:1].upper() + config.learned[1:],
         "kind": config.kind,
@@ -101,7 +108,7 @@ tags:
 ```python
 {imports}
 
-pipeline = StableDiffusionPipeline.from_pretrained({source})
+pipeline = DiffusionPipeline.from_pretrained({source})
 {loads}
 pipeline("{prompt}").images[0].save("image.png")
 ```

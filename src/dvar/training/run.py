@@ -217,7 +217,7 @@ class TrainingRun:
             best_weights = self._export(learner.best, learner.best_step, name_step=True)
         self._remove_other_weights({*result.weights, *best_weights})
         names = [path.name for path in result.weights]
-        write_model_card(self.folder, config, verdict, self.generate_samples(exported_step), names)
+        write_model_card(self.folder, config, verdict, self.generate_samples(exported_step), names, self.backbone.title)
         facts = {
             "verdict": verdict.to_json(),
             "stopped": verdict.stop and verdict.reason in CONDITION_REASONS,
@@ -231,6 +231,7 @@ class TrainingRun:
             "weights": names,
             "best_weights": [path.name for path in best_weights],
             "base_sha256": self.backbone.digest,
+            "family": self.backbone.title,
         }
         write_json(self.folder / RESULT, facts)
         return result
@@ -245,7 +246,8 @@ class TrainingRun:
         """Return the draws of samples ``first`` to ``first + count - 1`` of a step of a stream, by the run's seed."""
         draws = draw(
             examples,
-            timesteps=len(self.schedule.alphas_cumprod),
+            timesteps=len(self.schedule),
+            density=self.schedule.density,
             seed=self.config.seed,
             stream=stream,
             step=step,
@@ -257,7 +259,7 @@ class TrainingRun:
     def stratify(self, draws: Draws, stream: str) -> Draws:
         """Return ``draws`` with one timestep from each of as many equal parts of the schedule, in rising order."""
         strata = generator(self.config.seed, f"{stream}/strata")
-        timesteps = draw_stratified_timesteps(len(draws.timesteps), len(self.schedule.alphas_cumprod), strata)
+        timesteps = draw_stratified_timesteps(len(draws.timesteps), len(self.schedule), strata)
         return replace(draws, timesteps=timesteps.to(draws.timesteps.device))
 
     def training_losses(self, step: int, first: int, count: int) -> Tensor:

@@ -24,10 +24,12 @@ GENERATED = "generated"
 GENERATED_LIST = "generated.jsonl"
 
 EMBEDS = "learned_embeds.safetensors"
+CLIP_EMBEDS = "learned_clip_embeds.safetensors"
 LORA = "pytorch_lora_weights.safetensors"
 ATTENTION = "custom_diffusion_weights.safetensors"
-WEIGHTS = (EMBEDS, LORA, ATTENTION)
-"""By name: the vectors of placeholder tokens; a low-rank change of the model; whole weights under the U-Net's names."""
+WEIGHTS = (EMBEDS, CLIP_EMBEDS, LORA, ATTENTION)
+"""By name: the vectors of placeholder tokens; those of one token for two CLIPs, "clip_l" and "clip_g"; a low-rank
+change of the model; whole weights under the U-Net's names."""
 
 # All that a run writes into its folder. A run does not start where any of these exists unless told to overwrite, and
 # overwriting removes nothing else.

@@ -55,16 +55,16 @@ def config(tiny_model: Path, tiny_images: Path, tmp_path: Path) -> CustomDiffusi
     ],
 )
 def test_the_named_part_of_every_cross_attention_is_learned(backbone: Backbone, part: str, suffixes: set[str]) -> None:
-    base = {name: weight.clone() for name, weight in backbone.unet.state_dict().items()}
-    layers = [name for name, _ in backbone.unet.named_modules() if name.endswith(".attn2")]
+    base = {name: weight.clone() for name, weight in backbone.denoiser.state_dict().items()}
+    layers = [name for name, _ in backbone.denoiser.named_modules() if name.endswith(".attn2")]
     method = CustomDiffusion(backbone, {"<new1>": "ktn"}, part=part)
     assert set(method.weights) == {f"{name}.{suffix}" for name in layers for suffix in suffixes}
     assert set(method.weights) <= set(base)
     for name, weight in method.weights.items():
         assert torch.equal(weight, base[name])
         assert weight.requires_grad
-        assert backbone.unet.get_parameter(name) is weight
-    assert backbone.unet.state_dict().keys() == base.keys()
+        assert backbone.denoiser.get_parameter(name) is weight
+    assert backbone.denoiser.state_dict().keys() == base.keys()
 
 
 def test_files_hold_weights_by_the_unets_names_and_vectors(backbone: Backbone) -> None:
@@ -72,7 +72,7 @@ def test_files_hold_weights_by_the_unets_names_and_vectors(backbone: Backbone) -
     files = method.files(method.state)
     assert files.keys() == {ATTENTION, EMBEDS}
     assert files[EMBEDS]["<new1>"].shape == (2, 32)
-    missing, unexpected = backbone.unet.load_state_dict(files[ATTENTION], strict=False)
+    missing, unexpected = backbone.denoiser.load_state_dict(files[ATTENTION], strict=False)
     assert not unexpected
     assert not set(missing) & set(method.weights)
 
@@ -96,7 +96,7 @@ def test_the_learned_state_can_be_saved_and_restored(backbone: Backbone, tiny_mo
 def test_no_gradient_passes_through_the_first_position_of_keys_and_values(backbone: Backbone, projection: str) -> None:
     method = CustomDiffusion(backbone, {"<new1>": "ktn"})
     name = next(name for name in method.weights if projection in name).removesuffix(".weight")
-    layer, hidden = backbone.unet.get_submodule(name), torch.randn(2, 5, 32, requires_grad=True)
+    layer, hidden = backbone.denoiser.get_submodule(name), torch.randn(2, 5, 32, requires_grad=True)
     output = layer(hidden)
     torch.testing.assert_close(output, hidden @ layer.weight.T)
     output.square().sum().backward()
@@ -110,7 +110,7 @@ def test_only_the_learned_weights_are_float32_in_half_precision(tiny_model: Path
     method = CustomDiffusion(backbone, {"<new1>": "ktn"})
     learned_ids = {id(weight) for weight in method.parameters}
     assert {weight.dtype for weight in method.parameters} == {torch.float32}
-    assert {part.dtype for part in backbone.unet.parameters() if id(part) not in learned_ids} == {torch.bfloat16}
+    assert {part.dtype for part in backbone.denoiser.parameters() if id(part) not in learned_ids} == {torch.bfloat16}
 
 
 def test_captions_contain_the_placeholder_token_and_the_class(config: CustomDiffusionConfig) -> None:

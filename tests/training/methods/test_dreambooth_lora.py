@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from dvar.diffusion.backbone import Backbone, load_backbone
-from dvar.training.methods.dreambooth_lora import TARGETS, TEXT_TARGETS, DreamBoothLora
+from dvar.diffusion.backbones.stable_diffusion import StableDiffusion
+from dvar.training.methods.dreambooth_lora import TEXT_TARGETS, DreamBoothLora
 from dvar.training.run_layout import EMBEDS, LORA
 
 
@@ -20,12 +21,12 @@ def backbone(tiny_model: Path) -> Backbone:
 
 
 def test_every_attention_matrix_has_two_low_rank_factors(backbone: Backbone) -> None:
-    attentions = [name for name, part in backbone.unet.named_modules() if name.endswith((".attn1", ".attn2"))]
+    attentions = [name for name, part in backbone.denoiser.named_modules() if name.endswith((".attn1", ".attn2"))]
     method = DreamBoothLora(backbone, rank=2)
     expected = {
         f"unet.{name}.{target}.lora_{side}.weight"
         for name in attentions
-        for target in TARGETS["attention"]
+        for target in StableDiffusion.lora_targets["attention"]
         for side in "AB"
     }
     assert set(method.matrices) == expected
@@ -37,13 +38,13 @@ def test_every_attention_matrix_has_two_low_rank_factors(backbone: Backbone) -> 
 
 def test_targets_may_exclude_self_attention_or_include_the_gates(tiny_model: Path) -> None:
     adapted = {}
-    for choice in TARGETS:
+    for choice in StableDiffusion.lora_targets:
         backbone = load_backbone(tiny_model, device="cpu")
         method = DreamBoothLora(backbone, targets=choice)
         adapted[choice] = {name.removeprefix("unet.").rpartition(".lora_")[0] for name in method.matrices}
         adapter = json.loads(method.metadata["lora_adapter_metadata"])
-        assert adapter["unet.target_modules"] == sorted(TARGETS[choice])
-        layers = dict(backbone.unet.named_modules())
+        assert adapter["unet.target_modules"] == sorted(StableDiffusion.lora_targets[choice])
+        layers = dict(backbone.denoiser.named_modules())
         assert adapted[choice] == {
             name.removesuffix(".lora_A.default") for name in layers if name.endswith(".lora_A.default")
         }
@@ -104,21 +105,21 @@ def test_the_learned_state_can_be_saved_and_restored(backbone: Backbone, tiny_mo
 
 @pytest.mark.parametrize(("alpha", "factor"), [(None, 1.0), (8, 2.0)])
 def test_the_change_is_scaled_by_alpha_over_rank(backbone: Backbone, alpha: int | None, factor: float) -> None:
-    layer = next(name for name, _ in backbone.unet.named_modules() if name.endswith("attn2.to_k"))
+    layer = next(name for name, _ in backbone.denoiser.named_modules() if name.endswith("attn2.to_k"))
     hidden = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
-    base = backbone.unet.get_submodule(layer)(hidden)
+    base = backbone.denoiser.get_submodule(layer)(hidden)
     method = DreamBoothLora(backbone, rank=4, alpha=alpha)
     down, up = (method.matrices[f"unet.{layer}.lora_{side}.weight"] for side in "AB")
     with torch.no_grad():
         up.normal_(generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(backbone.unet.get_submodule(layer)(hidden), base + factor * hidden @ down.T @ up.T)
+    torch.testing.assert_close(backbone.denoiser.get_submodule(layer)(hidden), base + factor * hidden @ down.T @ up.T)
 
 
 def test_the_metadata_states_rank_alpha_and_targets(backbone: Backbone) -> None:
     (metadata,) = DreamBoothLora(backbone, rank=2, alpha=6).metadata.values()
     adapter = json.loads(metadata)
     assert (adapter["unet.r"], adapter["unet.lora_alpha"]) == (2, 6)
-    assert adapter["unet.target_modules"] == sorted(TARGETS["attention"])
+    assert adapter["unet.target_modules"] == sorted(StableDiffusion.lora_targets["attention"])
 
 
 def test_only_the_base_is_in_half_precision(tiny_model: Path) -> None:
@@ -126,7 +127,7 @@ def test_only_the_base_is_in_half_precision(tiny_model: Path) -> None:
     method = DreamBoothLora(backbone)
     assert {matrix.dtype for matrix in method.matrices.values()} == {torch.float32}
     learned_ids = {id(matrix) for matrix in method.parameters}
-    assert {part.dtype for part in backbone.unet.parameters() if id(part) not in learned_ids} == {torch.bfloat16}
+    assert {part.dtype for part in backbone.denoiser.parameters() if id(part) not in learned_ids} == {torch.bfloat16}
 
 
 def test_the_text_encoder_is_adapted_on_request(backbone: Backbone, tiny_model: Path) -> None:
@@ -145,7 +146,7 @@ def test_the_text_encoder_is_adapted_on_request(backbone: Backbone, tiny_model: 
     assert method.matrices.keys() - plain.matrices.keys() == text_matrices
     assert all(torch.equal(method.matrices[name], plain.matrices[name]) for name in plain.matrices)
     learned_ids = {id(weight) for weight in method.parameters}
-    weights = [*backbone.text_encoder.named_parameters(), *backbone.unet.named_parameters()]
+    weights = [*backbone.text_encoder.named_parameters(), *backbone.denoiser.named_parameters()]
     assert learned_ids == {id(weight) for _, weight in weights if weight.requires_grad}
     adapter = json.loads(*method.metadata.values())
     assert (adapter["text_encoder.r"], adapter["text_encoder.lora_alpha"]) == (2, 4)

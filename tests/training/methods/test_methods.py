@@ -401,7 +401,7 @@ def test_each_placeholder_token_has_a_file_that_stock_diffusers_loads(tmp_path: 
 def test_the_model_of_an_earlier_step_is_that_of_its_checkpoint(name: str, reference_runs: dict[str, Path]) -> None:
     backbone = load_personalised_backbone(reference_runs[name], step=8, device="cpu")
     state = Checkpoint.read(reference_runs[name] / "checkpoint-8").state
-    weights = {**backbone.unet.state_dict(), **backbone.text_encoder.state_dict()}
+    weights = {**backbone.denoiser.state_dict(), **backbone.text_encoder.state_dict()}
     for key, tensor in state.items():
         weight_name = key.removeprefix("unet.").removeprefix("text_encoder.text_model.")
         weight_name = weight_name.replace("lora_A.", "lora_A.default.").replace("lora_B.", "lora_B.default.")

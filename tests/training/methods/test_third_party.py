@@ -39,8 +39,8 @@ class OutputBias:
     metadata: Mapping[str, str] = {}
 
     def __init__(self, backbone: Backbone) -> None:
-        self.bias = nn.Parameter(backbone.unet.conv_out.bias.detach().clone())
-        backbone.unet.conv_out.bias = self.bias
+        self.bias = nn.Parameter(backbone.denoiser.conv_out.bias.detach().clone())
+        backbone.denoiser.conv_out.bias = self.bias
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -71,8 +71,8 @@ class TestOutputBiasContract(MethodContract):
 def test_a_run_of_a_third_party_method_is_loaded_with_its_weights(tmp_path: Path) -> None:
     result = personalise(TestOutputBiasContract().short_config(tmp_path))
     assert [path.name for path in result.weights] == [ATTENTION]
-    base = load_backbone(tmp_path / "model", device="cpu").unet.conv_out.bias
-    assert not torch.equal(load_personalised_backbone(result.folder, device="cpu").unet.conv_out.bias, base)
+    base = load_backbone(tmp_path / "model", device="cpu").denoiser.conv_out.bias
+    assert not torch.equal(load_personalised_backbone(result.folder, device="cpu").denoiser.conv_out.bias, base)
     assert "The bias of the last layer" in (result.folder / "README.md").read_text()
     assert "Output bias" in write_report(result.folder).read_text()
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from dvar.diffusion.backbone import Backbone
+from dvar.errors import RefusedInput
 from dvar.training.methods.textual_inversion import TextualInversion
-from dvar.training.run_layout import ATTENTION, EMBEDS
+from dvar.training.run_layout import ATTENTION
 
 LAYERS = {"crossattn_kv": ("to_k", "to_v"), "crossattn": ("to_q", "to_k", "to_v", "to_out.0")}
 
@@ -29,6 +30,9 @@ class CustomDiffusion:
         num_vectors: Vectors of each token.
         part: What is trained, a key of `LAYERS`.
 
+    Raises:
+        RefusedInput: The denoising network is no U-Net, or several concepts meet several text encoders.
+
     Source: Section 2.3 (keys and values of cross-attention, and the token's embedding); the first position is left out
         as in the method's own code.
     Deviates: That code zeroes the gradients of the vocabulary's other rows and lets AdamW decay them.
@@ -42,12 +46,22 @@ class CustomDiffusion:
         *,
         part: str = "crossattn_kv",
     ) -> None:
+        if backbone.denoiser_name != "unet":
+            raise RefusedInput(
+                f"custom-diffusion trains the cross-attention of a U-Net, and a {backbone.title} has none: "
+                "use dreambooth-lora"
+            )
+        if len(tokens) > 1 and len(backbone.towers) > 1:
+            raise RefusedInput(
+                f"custom-diffusion learns one concept at a time on a {backbone.title}, got {len(tokens)}: "
+                "train them one by one"
+            )
         self.tokens = [
             TextualInversion(backbone, placeholder_token, initializer_token, num_vectors)
             for placeholder_token, initializer_token in tokens.items()
         ]
         self.weights: dict[str, nn.Parameter] = {}
-        for name, attention in backbone.unet.named_modules():
+        for name, attention in backbone.denoiser.named_modules():
             if not name.endswith(".attn2"):  # cross-attention, by diffusers' name
                 continue
             for place in LAYERS[part]:
@@ -62,7 +76,7 @@ class CustomDiffusion:
     @cached_property
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that the optimizer updates."""
-        return [*(token.rows for token in self.tokens), *self.weights.values()]
+        return [*(part for token in self.tokens for part in token.parameters), *self.weights.values()]
 
     def expand(self, prompt: str) -> str:
         """Return ``prompt`` with all tokens of each placeholder token written out, as a stock pipeline does."""
@@ -88,8 +102,11 @@ class CustomDiffusion:
 
     def files(self, state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """Return a ``state`` as the weight files that stock diffusers loads: file name to tensors by name."""
-        vectors = {token.placeholder_token: state[token.placeholder_token] for token in self.tokens}
-        return {EMBEDS: vectors, ATTENTION: {name: state[name] for name in self.weights}}
+        files: dict[str, dict[str, Tensor]] = {}
+        for token in self.tokens:
+            for name, vectors in token.files(state).items():
+                files[name] = {**files.get(name, {}), **vectors}
+        return {**files, ATTENTION: {name: state[name] for name in self.weights}}
 
     @property
     def metadata(self) -> dict[str, str]:

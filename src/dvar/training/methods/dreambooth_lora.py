@@ -13,25 +13,19 @@ from torch import Tensor, nn
 
 from dvar.diffusion.backbone import Backbone
 from dvar.diffusion.randomness import seeded_globals
+from dvar.errors import RefusedInput
 from dvar.training.methods.textual_inversion import TextualInversion
 from dvar.training.run_layout import LORA
 
-_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-TARGETS = {
-    "attention": _ATTENTION,
-    "cross-attention": tuple(f"attn2.{name}" for name in _ATTENTION),
-    "attention+gates": (*_ATTENTION, "ff.net.0.proj"),
-}
-"""The matrices of the U-Net that are adapted, under diffusers' names, by choice."""
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 """The matrices of the text encoder that are adapted, under the names of transformers."""
 
 
 class DreamBoothLora:
-    """A product of two thin matrices beside each attention matrix of the U-Net, whose own weights stay frozen.
+    """A product of two thin matrices beside each attention matrix of the denoising network, whose weights stay frozen.
 
-    From construction on, the U-Net adds alpha / ``rank`` times the product to the output of each adapted matrix. Both
-    thin matrices are float32 whatever the U-Net's precision; the first is drawn by ``seed``, Gaussian with standard
+    From construction on, the network adds alpha / ``rank`` times the product to the output of each adapted matrix. Both
+    thin matrices are float32 whatever the network's precision; the first is drawn by ``seed``, Gaussian with standard
     deviation 1 / rank, and the second is zero, so that the untouched model is the base.
 
     Args:
@@ -41,9 +35,12 @@ class DreamBoothLora:
         num_vectors: Vectors of the token.
         rank: Rank of the product.
         alpha: Numerator of its scale; by default the rank.
-        targets: Which matrices of the U-Net are adapted, a key of `TARGETS`.
+        targets: Which matrices of the denoising network are adapted, a key of the backbone's ``lora_targets``.
         seed: Seed of the first matrices.
-        text_encoder: Adapt the attention of the text encoder too.
+        text_encoder: Adapt the attention of the text encoders too, but for T5.
+
+    Raises:
+        RefusedInput: The backbone has no such targets.
 
     Source: Sections 2.3 and 4.1, and the released code: a new token's embedding and LoRA of rank 4, one learning rate.
     Deviates: By default only attention is adapted, as in diffusers' script that the paper cites; the released code also
@@ -66,13 +63,19 @@ class DreamBoothLora:
     ) -> None:
         self.adapters: dict[str, LoraConfig] = {}
         self.matrices: dict[str, nn.Parameter] = {}
-        for prefix, names in [("unet", TARGETS[targets]), ("text_encoder", TEXT_TARGETS)][: 1 + text_encoder]:
-            network = getattr(backbone, prefix)
+        if targets not in backbone.lora_targets:
+            raise RefusedInput(
+                f"lora_targets of {backbone.title} must be one of {', '.join(backbone.lora_targets)}, got {targets!r}"
+            )
+        parts = [(backbone.denoiser_name, backbone.denoiser, backbone.lora_targets[targets])]
+        towers = [tower for tower in backbone.towers if text_encoder and tower.embeds_key is not None]
+        parts += [(tower.name, tower.encoder, TEXT_TARGETS) for tower in towers]
+        for prefix, network, names in parts:
             base_weights = {id(weight) for weight in network.parameters()}
             self.adapters[prefix] = LoraConfig(
                 r=rank, lora_alpha=alpha or rank, init_lora_weights="gaussian", target_modules=list(names)
             )
-            with seeded_globals(seed, "lora" if prefix == "unet" else f"lora/{prefix}"):
+            with seeded_globals(seed, "lora" if network is backbone.denoiser else f"lora/{prefix}"):
                 network.add_adapter(self.adapters[prefix])
             for name, weight in network.named_parameters():
                 if id(weight) not in base_weights:
@@ -127,6 +130,6 @@ class DreamBoothLora:
 def _exported_name(prefix: str, name: str) -> str:
     """Return the name of an adapter's matrix for other loaders, which keep a level of older text encoders."""
     inner = name.replace(".default", "")
-    if prefix == "text_encoder" and not inner.startswith("text_model."):
+    if prefix.startswith("text_encoder") and not inner.startswith("text_model."):
         inner = f"text_model.{inner}"
     return f"{prefix}.{inner}"

@@ -9,23 +9,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dvar.diffusion.backbone import Backbone
+from dvar.errors import RefusedInput
 from dvar.training.placeholder_tokens import token_names
-from dvar.training.run_layout import EMBEDS
+from dvar.training.run_layout import CLIP_EMBEDS, EMBEDS
 from dvar.training.token_initializer import initial_rows
 
 
 class TextualInversion:
     """The vectors of a placeholder token, put into a backbone whose own weights stay frozen.
 
-    From construction on, the backbone's tokenizer knows the token and its text encoder reads the vectors in ``rows``,
-    a float32 parameter [num_vectors, dim]. It alone is trained and decayed: the vocabulary has no gradient and cannot
-    drift.
+    From construction on, the tokenizer of each text encoder knows the token, and the encoder reads its vectors, a
+    float32 parameter [num_vectors, dim]. They alone are trained and decayed: the vocabulary has no gradient and cannot
+    drift. T5 learns none.
 
     Args:
         backbone: The base model.
         placeholder_token: The new token.
         initializer_token: The known token whose embedding it starts from.
         num_vectors: Vectors of the token.
+
+    Raises:
+        RefusedInput: Several vectors are asked of a family whose stock pipeline reads one token a word.
 
     Source: Section 2.3 (the embedding of the new token is all that is trained).
     Deviates: Several vectors a token are an extension; the paper uses one.
@@ -34,20 +38,33 @@ class TextualInversion:
     def __init__(
         self, backbone: Backbone, placeholder_token: str, initializer_token: str, num_vectors: int = 1
     ) -> None:
+        if num_vectors > 1 and not backbone.expands_tokens:
+            raise RefusedInput(
+                f"num_vectors must be 1 on a {backbone.title}, whose pipeline reads one token a word, got {num_vectors}"
+            )
         self.placeholder_token = placeholder_token
         self.names = list(token_names(placeholder_token, num_vectors))
-        rows = initial_rows(backbone.tokenizer, backbone.text_encoder, initializer_token, num_vectors)
-        self.rows = nn.Parameter(rows.to(backbone.device))
-        backbone.tokenizer.add_tokens(self.names)
-        first = backbone.tokenizer.convert_tokens_to_ids(placeholder_token)
-        backbone.text_encoder.set_input_embeddings(
-            ExtendedEmbedding(backbone.text_encoder.get_input_embeddings(), self.rows, first)
-        )
+        self.vectors: dict[str, nn.Parameter] = {}
+        for tower in backbone.towers:
+            if tower.embeds_key is None:
+                continue
+            rows = initial_rows(tower.tokenizer, tower.encoder, initializer_token, num_vectors)
+            vectors = nn.Parameter(rows.to(backbone.device))
+            tower.tokenizer.add_tokens(self.names)
+            first = tower.tokenizer.convert_tokens_to_ids(placeholder_token)
+            table = tower.encoder.get_input_embeddings()
+            tower.encoder.set_input_embeddings(ExtendedEmbedding(table, vectors, first))
+            self.vectors[tower.embeds_key or placeholder_token] = vectors
+
+    @property
+    def rows(self) -> nn.Parameter:
+        """The vectors that the first text encoder reads."""
+        return next(iter(self.vectors.values()))
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that the optimizer updates."""
-        return [self.rows]
+        return list(self.vectors.values())
 
     def expand(self, prompt: str) -> str:
         """Return ``prompt`` with all tokens of the placeholder token written out, as a stock pipeline does."""
@@ -55,17 +72,19 @@ class TextualInversion:
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """A copy of what is learned, on the CPU: the vectors by their token."""
-        return {self.placeholder_token: self.rows.detach().cpu().clone()}
+        """A copy of what is learned, on the CPU: the vectors by their token or, of several encoders, by the encoder."""
+        return {name: vectors.detach().cpu().clone() for name, vectors in self.vectors.items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over what ``state`` returned."""
         with torch.no_grad():
-            self.rows.copy_(state[self.placeholder_token])
+            for name, vectors in self.vectors.items():
+                vectors.copy_(state[name])
 
     def files(self, state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """Return a ``state`` as the weight files that stock diffusers loads: file name to tensors by name."""
-        return {EMBEDS: {self.placeholder_token: state[self.placeholder_token]}}
+        name = EMBEDS if self.placeholder_token in self.vectors else CLIP_EMBEDS
+        return {name: {key: state[key] for key in self.vectors}}
 
     @property
     def metadata(self) -> dict[str, str]:

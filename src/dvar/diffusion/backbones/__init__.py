@@ -1,0 +1,1 @@
+"""The backbones: a module for each family of base models."""

@@ -1,0 +1,88 @@
+"""The backbone of Stable Diffusion 3 and 3.5."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dvar.diffusion.backbones.stock import StockBackbone
+from dvar.diffusion.objective import Schedule
+from dvar.errors import ModelError
+
+T5 = "text_encoder_3"
+T5_LENGTH = 256
+"""Tokens of a prompt for T5, as the stock pipeline takes; without T5 as many empty tokens stand in their place."""
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+
+
+class StableDiffusion3(StockBackbone):
+    """The parts of a Stable Diffusion 3 or 3.5, with or without T5, frozen and in eval mode, on one device.
+
+    Source: Esser et al., Scaling Rectified Flow Transformers (2024): a transformer over the tokens of image and text,
+        trained by flow matching; the penultimate states of two CLIPs side by side, then those of T5.
+    """
+
+    pipeline_class: ClassVar[str] = "StableDiffusion3Pipeline"
+    title: ClassVar[str] = "Stable Diffusion 3"
+    denoiser_name: ClassVar[str] = "transformer"
+    embeds_keys: ClassVar[Mapping[str, str | None]] = MappingProxyType(
+        {"text_encoder": "clip_l", "text_encoder_2": "clip_g", T5: None}
+    )
+    expands_tokens: ClassVar[bool] = False
+    optional: ClassVar[tuple[str, ...]] = (T5,)
+    lora_targets: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+        {"attention": tuple(f"attn.{name}" for name in _ATTENTION)}
+    )
+
+    def check(self, name: str | Path) -> None:
+        """Raise a `ModelError` if the scheduler is not one of flow matching, and as its base class does."""
+        super().check(name)
+        if not hasattr(self.scheduler, "sigmas") or "shift" not in self.scheduler.config:
+            kind = type(self.scheduler).__name__
+            raise ModelError(
+                f"{name} must have a scheduler of flow matching, it has a {kind}: copy the scheduler's folder again"
+            )
+
+    @property
+    def noise(self) -> Tensor:
+        """The noise levels in rising order, [T]."""
+        # The scheduler of a pipeline that has generated an image would have those of its sampling steps.
+        sigmas: Tensor = type(self.scheduler).from_config(self.scheduler.config).sigmas
+        return sigmas.sort().values
+
+    @property
+    def schedule(self) -> Schedule:
+        """The noise and the target under which it was trained: those of its own scheduler."""
+        config = self.vae.config
+        return Schedule.flow(self.noise.float().cpu(), config.scaling_factor, config.shift_factor or 0.0)
+
+    def predict(self, noisy: Tensor, times: Tensor, input_ids: Tensor) -> Tensor:
+        """Return the transformer's prediction, as `StockBackbone.predict`."""
+        with self.autocast():
+            parts = dict(zip((tower.name for tower in self.towers), self._split(input_ids), strict=True))
+            clips = [
+                tower.encoder(parts[tower.name], output_hidden_states=True) for tower in self.towers if tower.name != T5
+            ]
+            tokens = torch.cat([output.hidden_states[-2] for output in clips], dim=2)
+            width = self.denoiser.config.joint_attention_dim
+            tokens = F.pad(tokens, (0, width - tokens.shape[2]))
+            t5 = tokens.new_zeros(len(tokens), T5_LENGTH, width)
+            if T5 in parts:
+                t5 = self.stock.text_encoder_3(parts[T5])[0].to(tokens.dtype)
+            prediction: Tensor = self.denoiser(
+                hidden_states=noisy,
+                timestep=times,
+                encoder_hidden_states=torch.cat([tokens, t5], dim=1),
+                pooled_projections=torch.cat([output[0] for output in clips], dim=1),
+            ).sample
+        return prediction
+
+    def _length(self, name: str, tokenizer: Any, encoder: Any) -> int:
+        """Return the tokens of an encoded prompt, which T5 itself does not bound."""
+        return T5_LENGTH if name == T5 else super()._length(name, tokenizer, encoder)

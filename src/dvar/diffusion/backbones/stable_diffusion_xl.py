@@ -1,0 +1,60 @@
+"""The backbone of Stable Diffusion XL."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from dvar.diffusion.backbones.stock import DiffusionBackbone
+from dvar.errors import ModelError
+
+
+class StableDiffusionXL(DiffusionBackbone):
+    """The parts of a Stable Diffusion XL, frozen and in eval mode, on one device.
+
+    Source: Podell et al., SDXL (2023): the penultimate states of two text encoders, the pooled state of the second, and
+        the size and the crop of the image condition the U-Net.
+    Deviates: Every image counts as one of its training resolution, uncropped, which is what a pipeline assumes when it
+        generates at that resolution; diffusers' script passes each image's own size and crop.
+    """
+
+    pipeline_class: ClassVar[str] = "StableDiffusionXLPipeline"
+    title: ClassVar[str] = "Stable Diffusion XL"
+    embeds_keys: ClassVar[Mapping[str, str | None]] = MappingProxyType(
+        {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+    )
+    options: ClassVar[Mapping[str, Any]] = MappingProxyType({"add_watermarker": False})
+
+    @property
+    def unet(self) -> Any:
+        """The denoising network."""
+        return self.denoiser
+
+    def check(self, name: str | Path) -> None:
+        """Raise a `ModelError` for a refiner, which has one text encoder alone, and as its base class does."""
+        super().check(name)
+        if self.stock.config.get("requires_aesthetics_score"):
+            raise ModelError(f"{name} is a refiner, which continues images of another model: train the base model")
+
+    def predict(self, noisy: Tensor, times: Tensor, input_ids: Tensor) -> Tensor:
+        """Return the U-Net's prediction, as `StockBackbone.predict`."""
+        with self.autocast():
+            outputs = [
+                tower.encoder(ids, output_hidden_states=True)
+                for tower, ids in zip(self.towers, self._split(input_ids), strict=True)
+            ]
+            scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
+            height, width = (scale * side for side in noisy.shape[2:])
+            size_and_crop = torch.tensor([height, width, 0, 0, height, width], device=noisy.device)
+            prediction: Tensor = self.denoiser(
+                noisy,
+                times,
+                encoder_hidden_states=torch.cat([output.hidden_states[-2] for output in outputs], dim=2),
+                added_cond_kwargs={"text_embeds": outputs[1][0], "time_ids": size_and_crop.expand(len(noisy), -1)},
+            ).sample
+        return prediction
