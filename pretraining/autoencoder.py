@@ -16,13 +16,13 @@ LEAST_NOISE = 0.1
 exact."""
 
 
-def build() -> AutoencoderKL:
+def build(channels: int = CHANNELS) -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=(32, 64, 64),
         layers_per_block=1,
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
-        latent_channels=CHANNELS,
+        latent_channels=channels,
         norm_num_groups=8,
         sample_size=64,
     )

@@ -52,7 +52,10 @@ AT_THE_CAP = (
 """The scores that settings are chosen by, both of the recogniser: the subject, and the places it was not seen in."""
 PLAIN, PLACED = 8, ("beach", "snow", "night", "forest", "table", "street", "desert", "blue wall")
 DISTRACTORS = 99
-WATCHED = ("window", "threshold", "probe_every", "validation_steps", "num_validation_images", "checkpointing_steps")
+WATCHED = (
+    *("window", "threshold", "probe_every", "eval_timesteps"),
+    *("validation_steps", "num_validation_images", "checkpointing_steps"),
+)
 """Settings by which a run is judged and shown; they move nothing that is trained."""
 
 

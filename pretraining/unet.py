@@ -44,12 +44,12 @@ HELD = 999_000
 NOISE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 
-def build() -> UNet2DConditionModel:
+def build(channels: int = autoencoder.CHANNELS) -> UNet2DConditionModel:
     down = ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
     return UNet2DConditionModel(
         sample_size=16,
-        in_channels=autoencoder.CHANNELS,
-        out_channels=autoencoder.CHANNELS,
+        in_channels=channels,
+        out_channels=channels,
         block_out_channels=(64, 128, 192),
         layers_per_block=1,
         down_block_types=down,
@@ -64,7 +64,8 @@ def prepare(name: str, start: str | None = None) -> UNet2DConditionModel:
     """Return the model that a name stands for, before its training; ``further`` begins where ``unet`` ended, and with
     ``start`` every tensor that has its shape in that stage begins as the stage's average."""
     if name == "further":
-        return load_average("unet", build()).requires_grad_(True).train()
+        channels = averages("unet")["conv_in.weight"].shape[1]
+        return load_average("unet", build(channels)).requires_grad_(True).train()
     unet = build()
     if start:
         state = unet.state_dict()

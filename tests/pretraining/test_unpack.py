@@ -22,9 +22,10 @@ def test_every_stage_has_the_weights_that_ship(tmp_path: Path, monkeypatch: pyte
     assert unpack(ROOT, tmp_path) == list(MADE_OF)
     pipe = StableDiffusionPipeline.from_pretrained(mini.path(), safety_checker=None)
     text = clip.load("clip", len(pipe.tokenizer)).text_model.state_dict()
+    channels = pipe.vae.config.latent_channels
     pairs = [
-        (load_average("unet", unet.build()).state_dict(), pipe.unet.state_dict()),
-        (load_average("autoencoder", autoencoder.build()).state_dict(), pipe.vae.state_dict()),
+        (load_average("unet", unet.build(channels)).state_dict(), pipe.unet.state_dict()),
+        (load_average("autoencoder", autoencoder.build(channels)).state_dict(), pipe.vae.state_dict()),
         (text, pipe.text_encoder.state_dict()),
     ]
     for unpacked, ships in pairs:
