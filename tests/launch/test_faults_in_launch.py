@@ -119,7 +119,7 @@ def test_the_script_is_the_main_program_with_its_own_arguments(tmp_path: Path) -
     script.write_text(
         "import sys, inspect\nassert __name__ == '__main__' and sys.modules['__main__'].__file__ == __file__\n"
         "def f(): return 1\nprint(sys.argv[1:], sys.path[0], inspect.getsource(f))\n"
-        "for batch in ():\n    accelerator.backward(batch)\n"
+        "def train():\n    for batch in loader:\n        accelerator.backward(batch)\n"
     )
     answer = launch(script, tmp_path, "--help", "--", "-x", flags=())
     arguments = ["--output_dir", str(tmp_path), "--help", "--", "-x"]

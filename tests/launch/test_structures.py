@@ -13,6 +13,7 @@ CASES = [
     *((name, ()) for name in STRUCTURES),
     *((name, ("--gradient_accumulation_steps", "2")) for name in ("plain.py", "text_encoder.py", "other_counter.py")),
     ("plain.py", ("--samples", "3", "--train_batch_size", "1")),
+    ("plain.py", ("--samples", "48", "--num_workers", "2")),
     ("plain.py", ("--num_train_epochs", "3", "--max_train_steps", "1000")),
     ("cached_latents.py", ("--samples", "9", "--train_batch_size", "4")),
 ]
