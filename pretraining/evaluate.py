@@ -252,11 +252,14 @@ def sheet(pixels: np.ndarray, path: Path) -> None:
     Image.fromarray(np.concatenate(rows)).save(path)
 
 
+DERIVED = ("vocab.json", "merges.txt")  # from tokenizer.json, by `ship.save_vocabulary`
+
+
 def folder_hash(root: Path = ROOT) -> str:
-    """sha256 over the names and bytes of the shipped weights."""
+    """sha256 over the names and bytes of the shipped weights, without the derived files."""
     digest = hashlib.sha256()
     for path in sorted([*(root / "model").rglob("*"), *(root / "judges").rglob("*")]):
-        if path.is_file():
+        if path.is_file() and path.name not in DERIVED:
             digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 

@@ -46,14 +46,22 @@ def save_judges(folder: Path) -> None:
 
 
 def save_concepts(folder: Path) -> None:
-    """Each held-out subject: three to five pictures, and ``concept.json`` with its noun and its parameters."""
+    """Each held-out subject: a folder of three to five pictures, and beside it its noun and its parameters as JSON."""
     for name, subject in held_out().items():
         (folder / name).mkdir(parents=True, exist_ok=True)
         scenes = reference_scenes(name)
         for i, scene in enumerate(scenes):
             Image.fromarray(render(subject, scene)).save(folder / name / f"{i:02d}.png", optimize=True)
         record = {"noun": subject.noun, "places": [scene.place for scene in scenes], "subject": asdict(subject)}
-        (folder / name / "concept.json").write_text(json.dumps(record, indent=1) + "\n")
+        (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def save_vocabulary(folder: Path) -> None:
+    """The files of the tokenizer that programs on transformers 4 read: its vocabulary and its merges."""
+    model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]) + "\n")
+    merges = "".join(f"{first} {second}\n" for first, second in model["merges"])
+    (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}", encoding="utf-8")
 
 
 def save_recipe(path: Path) -> None:
@@ -74,6 +82,7 @@ def main() -> None:
     save_judges(chosen.to / "judges")
     drawing = unet.pipeline(load_average("unet", unet.build()))
     drawing.to(dtype=torch.float16).save_pretrained(chosen.to / "model")
+    save_vocabulary(chosen.to / "model" / "tokenizer")
     save_recipe(chosen.to / "recipe.json")
     # transformers loads a text encoder in the type its config names, diffusers a U-Net in float32: they must agree.
     config = chosen.to / "model" / "text_encoder" / "config.json"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from transformers import CLIPTokenizer
 
 import dvar.mini
 from dvar import mini
@@ -20,6 +22,8 @@ from dvar.mini.world.classes import CLASSES
 from dvar.mini.world.concepts import held_out, reference_scenes
 from dvar.mini.world.places import PLACES
 from dvar.mini.world.scene import render
+from pretraining.evaluate import folder_hash
+from pretraining.ship import save_vocabulary
 
 HOME = Path(dvar.mini.__file__).parent
 
@@ -55,13 +59,26 @@ def test_the_words_that_methods_start_from_are_one_token_each(pipeline: StableDi
         assert len(pipeline.tokenizer.tokenize(word)) == 1
 
 
+def test_a_program_that_reads_vocabulary_and_merges_has_the_same_tokenizer(tmp_path: Path) -> None:
+    folder = HOME / "model" / "tokenizer"
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        shutil.copyfile(folder / name, tmp_path / name)
+    texts = [
+        *(f"a rendering of a {subject.noun}" for subject in held_out().values()),
+        "a photo of red_striped_mug, upside-down!",
+        "Zürich 42",
+    ]
+    whole, parts = CLIPTokenizer.from_pretrained(folder), CLIPTokenizer.from_pretrained(tmp_path)
+    assert [parts(text).input_ids for text in texts] == [whole(text).input_ids for text in texts]
+    shutil.copytree(folder, tmp_path / "again")
+    save_vocabulary(tmp_path / "again")
+    assert all((tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes() for name in os.listdir(folder))
+
+
 def test_the_figures_beside_the_weights_were_measured_on_these_weights() -> None:
-    digest = hashlib.sha256()
-    for path in sorted([*(HOME / "model").rglob("*"), *(HOME / "judges").rglob("*")]):
-        if path.is_file():
-            digest.update(path.relative_to(HOME).as_posix().encode() + b"\0" + path.read_bytes())
-    assert json.loads((HOME / "figures.json").read_text())["sha256"] == digest.hexdigest()
-    assert digest.hexdigest() in (HOME / "README.md").read_text(encoding="utf-8")
+    digest = folder_hash(HOME)
+    assert json.loads((HOME / "figures.json").read_text())["sha256"] == digest
+    assert digest in (HOME / "README.md").read_text(encoding="utf-8")
 
 
 def test_all_that_ships_is_small() -> None:
@@ -77,7 +94,7 @@ def test_every_held_out_subject_ships_as_it_is_rendered() -> None:
     assert set(mini.concepts()) == set(held_out())
     assert list(mini.concepts())[-12:] == sorted(mini.TUNING)
     for name, folder in mini.concepts().items():
-        paths = sorted(folder.glob("*.png"))
+        paths = sorted(folder.iterdir())  # nothing but images, so that any script can read the folder
         assert 3 <= len(paths) <= 5
         assert mini.noun(name) == held_out()[name].noun
         for path, scene in zip(paths, reference_scenes(name), strict=True):

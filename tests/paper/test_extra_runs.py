@@ -34,7 +34,7 @@ STEPS, EVERY, COUNT = 10, 5, 10
 def concepts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("concepts")
     tiny_concept(folder / "ball", images=2)
-    (folder / "ball" / "concept.json").write_text('{"noun": "mug"}')
+    (folder / "ball.json").write_text('{"noun": "mug"}')
     return folder
 
 

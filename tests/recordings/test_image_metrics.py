@@ -155,7 +155,7 @@ def test_a_wrong_pairing_and_missing_references_are_refused(clip: Clip, images: 
 def test_the_bundled_judges_know_a_bundled_concept() -> None:
     name = "black_cat"
     images = [Image.open(path) for path in sorted(mini.concepts()[name].glob("*.png"))]
-    places = json.loads((mini.concepts()[name] / "concept.json").read_text())["places"]
+    places = json.loads(mini.concepts()[name].with_suffix(".json").read_text())["places"]
     others = [Image.open(path) for path in sorted(mini.concepts()["brown_boot"].glob("*.png"))]
     scorer = Scorer(Clip.scoring(), images, judge=Judge(name))
     own = scorer(images, ["a photo of a cat"] * len(images), places)

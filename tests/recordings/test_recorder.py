@@ -64,7 +64,7 @@ def concepts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one concept, a mug."""
     folder = tmp_path_factory.mktemp("concepts")
     tiny_concept(folder / "ball", images=3)
-    (folder / "ball" / "concept.json").write_text('{"noun": "mug"}')
+    (folder / "ball.json").write_text('{"noun": "mug"}')
     return folder
 
 
@@ -526,7 +526,7 @@ def test_input_that_cannot_be_recorded_is_refused_before_training(
     for path in sorted((lonely / "ball").glob("*.png"))[1:]:
         path.unlink()
     refused("one image, and a concept that is scored needs two", concepts=str(lonely))
-    (lonely / "ball" / "concept.json").write_text("{}")
+    (lonely / "ball.json").write_text("{}")
     refused("must hold", concepts=str(lonely))
     refused("holds no concepts", concepts=str(tmp_path))
     refused("no concept 'bal', the nearest is ball", concept="bal")

@@ -58,7 +58,7 @@ def base(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Recordin
     folder = tmp_path_factory.mktemp("bench")
     for name in ("ball", "other"):
         tiny_concept(folder / "concepts" / name, images=2)
-        (folder / "concepts" / name / "concept.json").write_text('{"noun": "mug"}')
+        (folder / "concepts" / f"{name}.json").write_text('{"noun": "mug"}')
     paths: dict[str, Any] = {
         "model": str(tiny_model),
         "concepts": str(folder / "concepts"),
@@ -224,7 +224,7 @@ def test_every_problem_is_named_before_the_first_run(base: RecordingSpec, tmp_pa
 
 def test_the_judges_are_tried_on_the_images_of_the_first_recording(base: RecordingSpec, tmp_path: Path) -> None:
     tiny_concept(tmp_path / "more", images=4)
-    (tmp_path / "more" / "concept.json").write_text('{"noun": "mug"}')
+    (tmp_path / "more.json").write_text('{"noun": "mug"}')
     shutil.copytree(str(base.concepts), tmp_path, dirs_exist_ok=True)
     validate_recordings([replace(base, concept=name, concepts=str(tmp_path)) for name in ("ball", "more")])
 

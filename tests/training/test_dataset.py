@@ -81,7 +81,7 @@ def test_a_valid_folder_becomes_a_concept(config: TextualInversionConfig, tokeni
 
 
 def test_hidden_and_system_files_are_ignored(config: TextualInversionConfig, image_folder: Path) -> None:
-    for name in (".DS_Store", "Thumbs.db", "desktop.ini", "concept.json"):
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini"):
         (image_folder / name).write_bytes(b"not an image")
     (image_folder / ".cache").mkdir()
     assert len(read_concept(config).images) == 3

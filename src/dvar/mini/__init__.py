@@ -51,13 +51,13 @@ def judges() -> Path:
 def concepts() -> dict[str, Path]:
     """Return the folders of all 60 held-out concepts by name, with the tuning concepts last.
 
-    Each holds three to five images and a ``concept.json``.
+    Each holds three to five images and nothing else; a file beside it, NAME.json, has its noun and its parameters.
 
     Raises:
         RefusedInput: As `path`.
     """
     path()
-    folders = {folder.parent.name: folder.parent for folder in sorted((_HERE / "concepts").glob("*/concept.json"))}
+    folders = {path.stem: path.with_suffix("") for path in (_HERE / "concepts").glob("*.json")}
     return {name: folders[name] for name in sorted(folders, key=lambda name: (name in TUNING, name))}
 
 
@@ -69,7 +69,7 @@ def gates() -> dict[str, dict[str, Any]]:
 
 def noun(name: str) -> str:
     """Return the class noun of a concept, as captions use it."""
-    return str(json.loads((concepts()[name] / "concept.json").read_text(encoding="utf-8"))["noun"])
+    return str(json.loads(concepts()[name].with_suffix(".json").read_text(encoding="utf-8"))["noun"])
 
 
 def training_settings(method: str, name: str) -> dict[str, str | Path]:

@@ -18,10 +18,11 @@ def concept_folders(folder: str | None = None) -> dict[str, Path]:
     """
     if folder is None:
         return mini.concepts()
-    folders = {path.parent.name: path.parent for path in sorted(Path(folder).expanduser().glob("*/concept.json"))}
+    paths = (path.with_suffix("") for path in sorted(Path(folder).expanduser().glob("*.json")))
+    folders = {path.name: path for path in paths if path.is_dir()}
     if not folders:
-        rule = f"{folder} holds no concepts: each is a folder of images"
-        raise RefusedInput([f'{rule} with a concept.json that names its class, {{"noun": "mug"}}'])
+        rule = f"{folder} holds no concepts: each is a folder of images, NAME"
+        raise RefusedInput([f'{rule}, with a file NAME.json beside it that names its class, {{"noun": "mug"}}'])
     return folders
 
 
@@ -29,12 +30,13 @@ def read_noun(folder: Path) -> str:
     """Return the class noun of the concept in a folder.
 
     Raises:
-        RefusedInput: The folder's concept.json holds none.
+        RefusedInput: The file NAME.json beside the folder holds none.
     """
+    path = folder.with_name(f"{folder.name}.json")
     try:
-        return str(json.loads((folder / "concept.json").read_text(encoding="utf-8"))["noun"])
+        return str(json.loads(path.read_text(encoding="utf-8"))["noun"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RefusedInput([f'{folder}/concept.json must hold {{"noun": "mug"}}, its class ({error})']) from error
+        raise RefusedInput([f'{path} must hold {{"noun": "mug"}}, the class of the concept ({error})']) from error
 
 
 def laboratory_concepts(folder: str | None = None) -> list[str]:

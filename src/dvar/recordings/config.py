@@ -20,7 +20,7 @@ class RecordConfig(Config):
     seeds: tuple[int, ...] = setting((0,), "Seeds of the runs.")
     model: str = setting(BUNDLED_MODEL, "A hub id, a diffusers folder, or 'mini', the bundled model.")
     concepts_dir: str | None = setting(
-        None, "Folder of concepts, each a folder of images with a concept.json; by default the bundled concepts."
+        None, "Folder of concepts, each a folder of images with NAME.json beside it; by default the bundled concepts."
     )
     config: str | None = setting(None, "TOML file of settings of the method, where one method is recorded.")
 

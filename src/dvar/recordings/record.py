@@ -86,7 +86,8 @@ def read_resumable_scores(spec: RecordingSpec) -> list[dict[str, Any]] | None:
     if (folder / DONE).exists() or read_conditions(folder) is None:
         return None
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             last = latest_checkpoint(folder).step
         rows = [row for row in read_json(folder / SCORES)["rows"] if row["step"] <= last]
         steps = [row["step"] for row in rows if weights_path(folder, row["step"]).exists()]

@@ -55,7 +55,8 @@ class RecordingSpec:
         records: The folder of all recorded runs.
         protocol: How much is measured, by its name in `PROTOCOLS`.
         model: The base model: a hub id, a diffusers folder, or "mini".
-        concepts: A folder of concepts, each with a concept.json that holds its "noun"; None for the bundled concepts.
+        concepts: A folder of concepts, each a folder of images, with its "noun" in NAME.json beside it; None for the
+            bundled concepts.
         clip: The CLIP that scores; None for the bundled one.
         dino: A DINO that scores too.
         pairing: What an image is compared with, as in `dvar.recordings.image_metrics.similarity`.
@@ -189,7 +190,8 @@ class RecordingSpec:
         if self.concept not in concepts:
             rule = f"there is no concept {self.concept!r}, the nearest is {nearest(self.concept, concepts)}"
             raise RefusedInput([f"{rule}: see dvar concepts, or the folder given"])
-        with warnings.catch_warnings(action="ignore"):  # the run itself will warn
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the run itself will warn
             concept = preflight(replace(self.config, overwrite=True), load_tokenizer=None)
         if len(concept.images) < 2:
             rule = f"{self.image_folder} holds one image, and a concept that is scored needs two or more"

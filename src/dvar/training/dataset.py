@@ -16,8 +16,8 @@ from dvar.config.training import TrainingConfig
 from dvar.errors import RefusedInput, nearest
 from dvar.files import read_json
 
-# Files that an operating system or the bundled concepts leave beside images.
-_IGNORED = {"Thumbs.db", "desktop.ini", "concept.json"}
+# Files that an operating system leaves beside images.
+_IGNORED = {"Thumbs.db", "desktop.ini"}
 _METADATA = "metadata.jsonl"
 _LIST_KEYS = ("instance_prompt", "instance_data_dir", "class_prompt", "class_data_dir")
 
@@ -150,9 +150,10 @@ def read_image(path: Path, resolution: int, *, crop: bool = True) -> Image.Image
         raise RefusedInput([f"{path.name} is a folder: images are read from one flat folder, move it away"])
     try:
         # A photograph of 100 megapixels is legitimate; Pillow warns of it, and raises at twice that.
-        quiet = warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning)
-        with quiet, Image.open(path) as opened:
-            image = _to_rgb(ImageOps.exif_transpose(opened))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as opened:
+                image = _to_rgb(ImageOps.exif_transpose(opened))
     except UnidentifiedImageError:
         message = f"{path.name} is not an image that can be read: convert it to PNG or JPEG, or move it away"
         raise RefusedInput([message]) from None
