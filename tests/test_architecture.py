@@ -145,7 +145,7 @@ def find_upward_imports(root: Path) -> list[str]:
 
 def find_impure_imports(root: Path) -> list[str]:
     """Return the imports of pure modules that are not of the standard library, numpy or another pure module."""
-    allowed = {*sys.stdlib_module_names, "numpy"}
+    allowed = {*sys.stdlib_module_names, "numpy", "tomli"}  # Python 3.10 has no tomllib
     return [
         f"{name} imports {target}"
         for name, target in list_all_imports(root)

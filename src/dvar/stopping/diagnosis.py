@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import Enum
 
 import numpy as np
 
@@ -23,7 +23,7 @@ _CLEAR_LEVEL = 2.0  # standard deviations of one record
 _EARLY, _HALF = 0.05, 0.5
 
 
-class Reason(StrEnum):
+class Reason(str, Enum):
     """The reason of a verdict.
 
     A rule gives `RUNNING`, `WARMING_UP`, `STABILISED`, `CAP`, `NO_CHANGE` (every value is the same) or `NON_FINITE`.
@@ -43,6 +43,14 @@ class Reason(StrEnum):
     NO_CHANGE = "no change"
     NON_FINITE = "non-finite"
     INTERRUPTED = "interrupted"
+
+    # Python 3.10 has no StrEnum: these two make a reason print as its text.
+
+    def __str__(self) -> str:
+        return str.__str__(self)
+
+    def __format__(self, format_spec: str) -> str:
+        return str.__format__(self, format_spec)
 
     def __repr__(self) -> str:
         return f"Reason.{self.name}"
