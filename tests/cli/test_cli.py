@@ -477,6 +477,19 @@ def test_a_process_that_cannot_be_interrupted_is_refused_before_anything_is_read
     assert answer.err == f"dvar: pid must be a running process, and {process.pid} is none: start the training first\n"
 
 
+def test_integrate_writes_the_files_of_a_tool_and_says_what_is_left_to_do(tmp_path: Path) -> None:
+    answer = dvar("integrate", "onetrainer", tmp_path)
+    problem = "is no checkout of OneTrainer, it lacks modules/trainer/GenericTrainer.py: name the folder that holds"
+    assert (answer.status, answer.err) == (2, f"dvar: {tmp_path} {problem} that file\n")
+    (tmp_path / "modules" / "trainer").mkdir(parents=True)
+    (tmp_path / "modules" / "trainer" / "GenericTrainer.py").touch()
+    answer = dvar("integrate", "onetrainer", tmp_path)
+    assert (answer.status, answer.err) == (0, "")
+    assert answer.out.splitlines()[0] == f"wrote     {tmp_path / 'scripts' / 'train_dvar.py'}"
+    assert "  python scripts/train_dvar.py --config-path CONFIG.json" in answer.out
+    assert dvar("integrate", "onetrainer", tmp_path).out.startswith("wrote     nothing: all files are there already\n")
+
+
 def test_report_writes_the_page_again(trained: Trained) -> None:
     (trained.folder / "report.html").unlink()
     answer = dvar("report", trained.folder)
