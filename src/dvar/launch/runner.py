@@ -67,7 +67,7 @@ def _as_main_program(script: str, arguments: Sequence[str], session: LaunchSessi
     saved_main, saved_arguments, saved_path = sys.modules["__main__"], sys.argv, list(sys.path)
     sys.modules["__main__"] = main
     sys.argv = [script, *arguments]
-    if not sys.flags.safe_path:
+    if not getattr(sys.flags, "safe_path", False):
         sys.path[0] = str(path.resolve().parent)
     finder = _OwnModules(session) if session else None
     if finder:

@@ -22,7 +22,8 @@ class SdScriptsTrainer:
         outputs = batch["text_encoder_outputs_list"]
         outputs[0] = text_encoders[0](outputs[0])
         noisy = batch["latents"] + torch.randn_like(batch["latents"])
-        return (unet(nn.functional.dropout(noisy, 0.1, unet.training)) - outputs[0]).square().mean()
+        predicted: Tensor = unet(nn.functional.dropout(noisy, 0.1, unet.training))
+        return (predicted - outputs[0]).square().mean()
 
 
 def process_musubi_batch(
@@ -40,7 +41,7 @@ def _seed() -> None:
 
 def test_sd_scripts_own_loss_is_measured_on_held_batches_and_disturbs_nothing() -> None:
     encoder, unet = nn.Linear(4, 4), nn.Linear(4, 4)
-    held = [
+    held: list[dict[str, Any]] = [
         {"batch": {"latents": torch.randn(2, 4), "text_encoder_outputs_list": [torch.randn(2, 4)]}} for _ in range(3)
     ]
     copies = [[output.clone() for output in part["batch"]["text_encoder_outputs_list"]] for part in held]
