@@ -22,8 +22,8 @@ class SdScriptsTrainer:
         outputs = batch["text_encoder_outputs_list"]
         outputs[0] = text_encoders[0](outputs[0])
         noisy = batch["latents"] + torch.randn_like(batch["latents"])
-        predicted: Tensor = unet(nn.functional.dropout(noisy, 0.1, unet.training))
-        return (predicted - outputs[0]).square().mean()
+        loss: Tensor = (unet(nn.functional.dropout(noisy, 0.1, unet.training)) - outputs[0]).square().mean()
+        return loss
 
 
 def process_musubi_batch(
