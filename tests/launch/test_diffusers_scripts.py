@@ -7,8 +7,10 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from command_line import Answer, dvar
 from launched_script import NEVER, SOON, fresh_process, read_trace
+from safetensors.torch import load_file
 
 EXAMPLES = os.environ.get("DVAR_DIFFUSERS_EXAMPLES")
 pytestmark = [
@@ -98,7 +100,15 @@ def read_files(folder: Path) -> dict[str, bytes]:
     """Return the files of a run, without the logs and what dvar writes."""
     files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
     skipped = ("logs", "trace.jsonl", "report.html")
-    return {name: path.read_bytes() for name, path in files.items() if not name.startswith(skipped)}
+    return {name: read_content(path) for name, path in files.items() if not name.startswith(skipped)}
+
+
+def read_content(path: Path) -> bytes:
+    """Return the bytes of a file; of weights those of the tensors, because the order of their metadata is random."""
+    if path.suffix != ".safetensors":
+        return path.read_bytes()
+    tensors = sorted(load_file(path).items())
+    return b"".join(name.encode() + weight.flatten().view(torch.uint8).numpy().tobytes() for name, weight in tensors)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
