@@ -111,7 +111,7 @@ def test_what_changes_nothing_is_recorded_once_for_tables_and_variants(
     config = ReproduceConfig(quick=True, records=(str(tmp_path / "records"),), output_dir=str(tmp_path / "out"))
     reproduce.record_missing_runs(replace(config, names=("table1", "initial", "sam")), lambda line: None)
     varied = [spec for spec in recorded if dict(spec.settings)]
-    assert [dict(spec.settings).get("initializer", "sam") for spec in varied] == ["random", "clip", "sam"]
+    assert [dict(spec.settings).get("initializer", "sam") for spec in varied] == ["random", "clip", "clip-worst", "sam"]
     usual = [spec for spec in recorded if spec not in varied]
     assert len({(spec.method, spec.concept) for spec in usual}) == len(usual) == 9
     assert len({spec.records for spec in usual}) == 1

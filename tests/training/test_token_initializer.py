@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from dvar.config.methods import CustomDiffusionConfig, TextualInversionConfig
+from dvar.config.training import problems
 from dvar.diffusion.backbone import load_backbone
 from dvar.diffusion.clip import Clip
 from dvar.errors import ModelError, RefusedInput
@@ -138,6 +139,27 @@ def test_the_best_word_is_chosen_and_the_best_and_worst_are_recorded(config: Tex
         f"<thing> from {record['initializer_token']}, by CLIP the best word with {ranking[0]:.3f}"
     )
     assert sentence.endswith(f"with {ranking[-1]:.3f}")
+
+
+def test_the_worst_word_can_be_the_initializer(config: TextualInversionConfig) -> None:
+    backbone = load_backbone(config.pretrained_model_name_or_path, device="cpu")
+    concept = read_concept(config)
+    best = choose_initializer_tokens(config, concept, backbone).initializer_token
+    worst = choose_initializer_tokens(replace(config, initializer="clip-worst"), concept, backbone).initializer_token
+    (record,) = json.loads((Path(config.output_dir) / "initializer.json").read_text())
+    assert record["initializer_token"] == worst == list(record["worst"])[-1]
+    assert next(iter(record["best"])) == best != worst
+    (sentence,) = describe_initializers(Path(config.output_dir))
+    lowest, highest = min(record["worst"].values()), max(record["best"].values())
+    assert sentence == (
+        f"<thing> from {worst}, by CLIP the worst word with {lowest:.3f}; the best is {best} with {highest:.3f}"
+    )
+    assert not problems(replace(config, initializer="clip-worst"))
+    with_neither = problems(replace(config, initializer="clip-worst", clip_model=None))
+    assert with_neither == [
+        "clip_model is missing: initializer clip-worst needs the folder or hub id of a CLIP, such as "
+        "openai/clip-vit-base-patch32"
+    ]
 
 
 def test_a_random_word_is_keyed_by_the_seed(config: TextualInversionConfig) -> None:

@@ -71,8 +71,8 @@ class TrainingConfig(Config):
     )
     placeholder_token: str | None = setting("<thing>", "New word that stands for the concept in prompts.")
     initializer_token: str | None = setting(None, "Known word whose embedding the new one starts from, such as mug.")
-    initializer: Literal["manual", "random", "clip"] = setting(
-        "manual", "How the known word is chosen: given, drawn from the vocabulary, or found by a CLIP."
+    initializer: Literal["manual", "random", "clip", "clip-worst"] = setting(
+        "manual", "How the known word is chosen: given, drawn from the vocabulary, or the best or the worst by a CLIP."
     )
     num_vectors: int = setting(1, "Embedding vectors of the new word.", COUNT)
     train_batch_size: int = setting(2, "Images in one forward pass of training.", COUNT)
@@ -283,7 +283,7 @@ def missing_token(name: str, token: str, prompt: str) -> tuple[set[str], str]:
 def _clip_conflicts(config: TrainingConfig) -> Conflicts:
     """Yield what is wrong with the CLIP, or with judging the best step by it."""
     choices = {"initializer": config.initializer, "best_by": config.best_by}
-    uses = [f"{name} clip" for name, choice in choices.items() if choice == "clip"]
+    uses = [f"{name} {choice}" for name, choice in choices.items() if choice.startswith("clip")]
     if uses and not config.clip_model and config.pretrained_model_name_or_path != BUNDLED_MODEL:
         message = f"clip_model is missing: {uses[0]} needs the folder or hub id of a CLIP"
         yield {*choices, "clip_model"}, f"{message}, such as openai/clip-vit-base-patch32"

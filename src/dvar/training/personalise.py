@@ -118,7 +118,7 @@ def prepare(config: TrainingConfig, concept: Concept | None = None) -> tuple[Tra
         message = f"{checkpoint_name(checkpoint.step)} was made on another base model (its SHA-256 was {digest[:12]}..."
         remedy = "restore that one, or start another --output_dir"
         raise CheckpointError(f"{message} and is {backbone.digest[:12]}...): {remedy}")
-    needs_clip = config.best_by == "clip" or (config.initializer == "clip" and not checkpoint)
+    needs_clip = config.best_by == "clip" or (config.initializer.startswith("clip") and not checkpoint)
     clip = load_clip(config, backbone) if needs_clip else None
     _remove_matches(folder, (RESULT,) if checkpoint else WRITTEN)
     if checkpoint:  # which holds the initializer token, where it was not given

@@ -48,7 +48,7 @@ def choose_initializer_tokens(
 ) -> TrainingConfig:
     """Return ``config`` with an ``initializer_token`` for each placeholder token, chosen as its ``initializer`` says.
 
-    The choice is written into the run's folder, and under "clip" the best and the worst words with their scores.
+    The choice is written into the run's folder, and by a CLIP the best and the worst words with their scores.
 
     Args:
         config: The config of the run.
@@ -56,8 +56,8 @@ def choose_initializer_tokens(
         backbone: The base model, untouched.
         clip: What `load_clip` returned; by default it is called here where it is needed.
 
-    Source: The paper's first version: a word drawn from the vocabulary, or the one that scores best by CLIP over four
-        sentences.
+    Source: The paper's first version: a word drawn from the vocabulary, or the one that scores best or worst by CLIP
+        over four sentences.
     """
     tokens = concept.placeholder_tokens
     if config.initializer == "manual" or not tokens:
@@ -69,7 +69,7 @@ def choose_initializer_tokens(
         choices = [{"initializer_token": words[key % len(words)]} for key in keys]
     else:
         clip = clip or load_clip(config, backbone)
-        choices = [_find_best(clip, words, concept, token, config) for token in tokens]
+        choices = [_find_extreme(clip, words, concept, token, config) for token in tokens]
         choices = [{**choice, "clip": config.clip_model or BUNDLED_MODEL} for choice in choices]
     folder = Path(config.output_dir).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
@@ -90,8 +90,11 @@ def describe_initializers(folder: Path) -> list[str]:
     for choice in read_json(path) if path.exists() else ():
         sentence = f"{choice['word']} from {choice['initializer_token']}"
         if "best" in choice:
-            best, (worst, lowest) = next(iter(choice["best"].values())), list(choice["worst"].items())[-1]
-            sentence += f", by CLIP the best word with {best:.3f}; the worst is {worst} with {lowest:.3f}"
+            best, worst = (list(choice[part].items()) for part in ("best", "worst"))
+            ends = {"best": best[0], "worst": worst[-1]}
+            chosen, other = ("worst", "best") if choice["initializer_token"] == ends["worst"][0] else ("best", "worst")
+            sentence += f", by CLIP the {chosen} word with {ends[chosen][1]:.3f}"
+            sentence += f"; the {other} is {ends[other][0]} with {ends[other][1]:.3f}"
         sentences.append(sentence)
     return sentences
 
@@ -123,10 +126,10 @@ def score_words(clip: Clip, words: Sequence[str], sentences: Sequence[str], imag
     return torch.stack(cosines).mean(dim=0)
 
 
-def _find_best(
+def _find_extreme(
     clip: Clip, words: Sequence[str], concept: Concept, token: str, config: TrainingConfig
 ) -> dict[str, Any]:
-    """Return the best word for the images of ``token``, with the scores of the best and the worst."""
+    """Return the best word for the images of ``token``, or the worst, with the scores of the best and the worst."""
     templates = TEMPLATES[config.learnable_property]
     order = torch.randperm(len(templates), generator=generator(config.seed, "initializer"))[:SENTENCES]
     sentences = [templates[index] for index in order]
@@ -138,4 +141,5 @@ def _find_best(
     best, worst = (
         {words[index]: float(scores[index]) for index in part} for part in (ranking[:LISTED], ranking[-LISTED:])
     )
-    return {"initializer_token": words[ranking[0]], "sentences": sentences, "best": best, "worst": worst}
+    chosen = words[ranking[-1 if config.initializer == "clip-worst" else 0]]
+    return {"initializer_token": chosen, "sentences": sentences, "best": best, "worst": worst}
