@@ -7,10 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_record import GAIN, START, compute_oracle_step, write_fake_record
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dvar.analysis.stop_quality import LearningCurve, assess_stop, bootstrap_mean, mean_over_concepts
+from dvar.analysis.stop_quality import (
+    LearningCurve,
+    MeanInterval,
+    assess_stop,
+    bootstrap_mean,
+    bootstrap_statistic,
+    mean_over_concepts,
+    weakest,
+)
 from dvar.recordings.recorded_run import CHOOSE, REPORT, RecordedRun
 
 STEPS = np.unique(np.rint(np.geomspace(1, 1000, 40)))
@@ -62,6 +70,7 @@ def test_noise_alone_is_no_learning() -> None:
     assert np.mean(learned) <= 0.1
 
 
+@settings(deadline=None)
 @given(st.floats(0.1, 10), st.floats(-5, 5), st.floats(20, 200))
 def test_q_and_oracle_do_not_depend_on_the_scores_scale_and_origin(scale: float, shift: float, learned: float) -> None:
     values = rising_scores(STEPS, learned)
@@ -106,6 +115,7 @@ def test_a_run_that_gains_nothing_has_no_oracle(end: float) -> None:
     assert np.isnan(curve.gain_at(20))
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=20))
 def test_an_oracle_is_a_step_of_the_run_or_none(values: list[float]) -> None:
     curve = LearningCurve.from_scores(np.arange(len(values)), values)
@@ -159,6 +169,23 @@ def test_an_interval_covers_the_mean_it_estimates() -> None:
     random = np.random.default_rng(1)
     intervals = [bootstrap_mean(random.standard_normal(30)) for _ in range(100)]
     assert 85 <= sum(interval.low < 0 < interval.high for interval in intervals) <= 100
+
+
+def test_a_bootstrapped_mean_is_the_same_by_either_function() -> None:
+    values = np.random.default_rng(2).standard_normal(20)
+    mean, other = bootstrap_mean(values), bootstrap_statistic(20, lambda chosen: float(values[chosen].mean()))
+    assert (other.mean, other.concepts) == (pytest.approx(mean.mean), 20)
+    assert (other.low, other.high) == (pytest.approx(mean.low, abs=0.05), pytest.approx(mean.high, abs=0.05))
+    assert np.isnan(bootstrap_statistic(1, lambda chosen: 1.0).low)
+    assert np.isnan(bootstrap_statistic(0, lambda chosen: 1.0).mean)
+    assert np.isnan(bootstrap_statistic(3, lambda chosen: float("nan")).low)
+
+
+def test_all_of_several_values_are_above_0_where_the_weakest_is() -> None:
+    above, across, below = (MeanInterval(mean, mean - 1, mean + 1, 9) for mean in (2.0, 0.5, -2.0))
+    assert weakest([above, above]).low > 0
+    assert weakest([above, across]).low < 0 < weakest([above, across]).high
+    assert weakest([above, below]).high < 0
 
 
 def test_one_concept_has_no_interval() -> None:

@@ -19,11 +19,21 @@ from dvar.analysis import families, strategies
 from dvar.analysis.families import StrategyFamily
 from dvar.analysis.rule_ranking import ORACLE_NAME, RankedRule, compare_errors, compute_ranking, tune_rules
 from dvar.analysis.signal_to_noise import measure_signal_to_noise
-from dvar.analysis.stop_quality import LearningCurve
+from dvar.analysis.stop_quality import LearningCurve, MeanInterval
 from dvar.analysis.strategy_costs import cost_rows, kept_steps
 from dvar.errors import RefusedInput
 from dvar.paper.config import ReproduceConfig
-from dvar.paper.experiments import convergence, cost, held_batch, other_rules, rule_ranking, samples, timesteps
+from dvar.paper.experiments import (
+    convergence,
+    cost,
+    held_batch,
+    other_rules,
+    rule_ranking,
+    samples,
+    scores,
+    timesteps,
+    variants,
+)
 from dvar.paper.page import render_page
 from dvar.paper.registry import EXPERIMENTS, Experiment
 from dvar.paper.reproduce import reproduce
@@ -160,6 +170,16 @@ def test_a_row_of_table_1_is_its_stop_results(archive: RecordingArchive) -> None
     assert all(result.kept_step <= result.stop for row in rows.values() for result in row.results)
 
 
+def test_few_iterations_are_the_mean_and_the_longest_of_clip_s(tmp_path: Path) -> None:
+    for concept, learned in (("cup", 6.0), ("mug", 8.0), ("owl", 60.0)):
+        write_fake_record(tmp_path, concept=concept, cap=CAP, learned=learned)
+    rows = {row.strategy: row for row in cost_rows(RecordingArchive.open(tmp_path), "textual-inversion")}
+    stops = [result.stop for result in rows["CLIP-s"].results]
+    assert max(stops) > 1.2 * np.mean(stops)
+    assert [result.stop for result in rows["Few iters (max)"].results] == [max(stops)] * 3
+    assert [result.stop for result in rows["Few iters (mean)"].results] == [round(np.mean(stops))] * 3
+
+
 def test_scores_of_table_1_are_of_the_kept_checkpoints_where_all_were_scored_again(archive: RecordingArchive) -> None:
     method = "textual-inversion"
     steps_by_run = {run: sorted(steps) for run, steps in kept_steps(archive).items()}
@@ -203,6 +223,20 @@ def test_minutes_of_table_1_by_hand(archive: RecordingArchive) -> None:
     assert row["Minutes mean"] == pytest.approx((200 * 0.2 + 5 * 4 * 0.5) / 60)
     assert row["Forwards, thousands mean"] == pytest.approx((200 * 4 * 2 + 5 * 4 * 2 * 25) / 1000)
     assert row["Final pictures, min"] == pytest.approx(8 * 0.5 / 60)
+
+
+def test_the_violin_of_stops_is_their_density_and_names_the_number_of_runs(archive: RecordingArchive) -> None:
+    outline = cost.outline_violin([50, 100, 100, 100, 200])
+    assert outline is not None
+    steps, widths = outline
+    assert steps[widths.argmax()] == pytest.approx(100, rel=0.03)
+    assert widths.max() == pytest.approx(0.4)
+    assert steps[0] < 50 < 200 < steps[-1]
+    np.testing.assert_allclose(widths, widths[::-1], atol=1e-6)  # the stops are symmetric in octaves
+    assert cost.outline_violin([100, 100, 100]) is None
+    assert cost.outline_violin([100, 200]) is None
+    (plot,) = cost.table_1(archive).plots
+    assert [panel.get_title() for panel in plot.figure.axes] == ["Textual Inversion, n = 3", "DreamBooth-LoRA, n = 3"]
 
 
 def test_lost_runs_are_named_and_the_table_is_still_built(root: Path) -> None:
@@ -429,8 +463,167 @@ def test_the_page_of_results_keeps_sections_that_were_not_repeated(report: Path,
 
 
 def test_a_pattern_that_is_not_found_is_negated() -> None:
-    assert compare_with_paper(True, "water is wet", "water is not wet") == "As in the paper, water is wet."
-    assert compare_with_paper(False, "water is wet", "water is not wet") == "Unlike in the paper, water is not wet."
+    def sentence(*interval: float, concepts: int = 6) -> str:
+        return compare_with_paper(MeanInterval(*interval, concepts), "water is wet", "water is dry", "by 3")
+
+    assert sentence(1, 0.5, 2) == "As in the paper, water is wet (by 3)."
+    assert sentence(-1, -2, -0.5) == "Unlike in the paper, water is dry (by 3)."
+    for undecided in ((1, -0.5, 2), (-1, -2, 0.5), (1, 0, 2), (0, np.nan, np.nan)):
+        assert sentence(*undecided) == "Whether, as in the paper, water is wet cannot be seen (by 3)."
+    too_few = "On 5 concepts, too few to compare with the paper, water is"
+    assert sentence(1, 0.5, 2, concepts=5) == f"{too_few} wet (by 3)."
+    assert sentence(-1, -2, -0.5, concepts=5) == f"{too_few} dry (by 3)."
+    one = MeanInterval(1, np.nan, np.nan, 1)
+    assert compare_with_paper(one, "wet", "dry", "by 3").startswith("On 1 concept, too few")
+
+
+def test_three_concepts_are_never_said_to_be_as_in_the_paper(report: Path) -> None:
+    compared = 0
+    for name in READ:
+        content = json.loads((report.parent / f"{name}.json").read_text(encoding="utf-8"))
+        for line in content["says"]:
+            assert not re.search(r"(As|Unlike) in the paper", line), (name, line)
+            compared += line.count("On 3 concepts, too few to compare with the paper")
+    assert compared >= 15
+
+
+CONCEPTS = tuple(f"thing_{letter}" for letter in "abcdefgh")
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory, short_baseline: object) -> RecordingArchive:
+    """Enough concepts of one method for an interval."""
+    root = tmp_path_factory.mktemp("many")
+    for number, concept in enumerate(CONCEPTS):
+        write_fake_record(root, concept=concept, cap=CAP, learned=15.0 + 2 * number, noise=0.002)
+    return RecordingArchive.open(root)
+
+
+def test_enough_concepts_are_compared_with_the_paper(many: RecordingArchive) -> None:
+    """By construction L_det falls as the score rises, validation text falls, and nothing relapses."""
+    (costs,) = cost.table_1(many).paragraphs
+    assert "As in the paper, DVAR (preset scaled in time) takes less time than Baseline (minutes: " in costs
+    (text,) = scores.figure_4(many).paragraphs
+    assert text.startswith("Textual Inversion. As in the paper, Validation CLIP text falls in long training (the fall ")
+    visible, low = convergence.figure_2(many).paragraphs
+    assert visible.startswith(
+        "As in the paper, in most runs L_det shows the fall and the training loss hides it (in 8 of"
+    )
+    assert low.startswith("As in the paper, in most runs L_det stays below its first value")
+    assert "(in 8 of 8 runs of Textual Inversion)" in low
+
+
+def test_a_text_score_that_rises_is_unlike_the_paper(many: RecordingArchive) -> None:
+    def reverse(run: RecordedRun) -> RecordedRun:
+        return replace(run, image_scores={of: 1 - values for of, values in run.image_scores.items()})
+
+    (line,) = scores.figure_4(replace(many, runs=tuple(map(reverse, many.runs)))).paragraphs
+    assert "Unlike in the paper, Validation CLIP text rises" in line
+    half = (*many.runs[:4], *map(reverse, many.runs[4:]))
+    (line,) = scores.figure_4(replace(many, runs=half)).paragraphs
+    assert "Whether, as in the paper, Validation CLIP text falls in long training cannot be seen" in line
+
+
+def test_table_3_compares_what_the_paper_pools(many: RecordingArchive) -> None:
+    """Concepts with a higher loss have the higher score: along each run the correlation is -1, pooled it is not."""
+
+    def shift(run: RecordedRun, number: int) -> RecordedRun:
+        image_scores = {of: values + number for of, values in run.image_scores.items()}
+        trace = Trace(run.trace.header)
+        for record in run.trace.records:
+            raised = (
+                {"stratified": (np.array(record["stratified"]) + number).tolist()} if "stratified" in record else {}
+            )
+            trace.record(**{**record, **raised})
+        return replace(run, image_scores=image_scores, trace=trace)
+
+    apart = replace(many, runs=tuple(shift(run, number) for number, run in enumerate(many.runs)))
+    result = timesteps.table_3(apart)
+    assert "Unlike in the paper, image scores fall as L_det falls, pooled over concepts" in result.paragraphs[0]
+    assert "Along a run the mean correlation is −0.99" in result.paragraphs[0] or "−1.00" in result.paragraphs[0]
+    (row,) = (
+        row for row in result.tables[0].data if (row["score"], row["interval"]) == ("Train image score", timesteps.FULL)
+    )
+    assert row["pooled mean"] > 0.9
+    assert row["levels mean"] < -0.9
+    assert "As in the paper, the intervals of a row differ little" in result.paragraphs[0]
+    pairs = [timesteps.read_interval(run, "Train image score", 0, 1) for run in apart.runs]
+    pooled = np.corrcoef(*(np.concatenate([pair[side] for pair in pairs]) for side in (0, 1)))[0, 1]
+    assert row["pooled mean"] == pytest.approx(pooled)
+
+
+def test_only_the_draws_of_an_interval_count(archive: RecordingArchive) -> None:
+    """Draws at early timesteps have losses of 3 and more, late ones less than 0.3."""
+    run = archive.runs_of("textual-inversion")[0]
+    drawn = np.array(run.trace.header["series"]["stratified"]["timesteps"])
+    steps, values = run.series("stratified")
+    at_start = {}
+    for interval, (low, high) in timesteps.INTERVALS.items():
+        loss, _ = timesteps.read_interval(run, "Train image score", low, high)
+        inside = (drawn >= 1000 * low) & (drawn < 1000 * high)
+        np.testing.assert_allclose(loss, np.interp(run.scored_steps, steps, values[:, inside].mean(axis=1)))
+        at_start[interval] = loss[0]
+    assert at_start["Begin (0–333)"] > 3 * at_start["End (666–1000)"]
+
+
+def test_the_octaves_between_two_stops_do_not_grow_with_the_number_of_batches() -> None:
+    assert held_batch.measure_spread([100, 200, 800]) == pytest.approx((1 + 3 + 2) / 3)
+    assert np.isnan(held_batch.measure_spread([100]))
+    random = np.random.default_rng(0)
+
+    def mean_spread(batches: int) -> float:
+        samples = 100 * 2 ** random.standard_normal((4000, batches))
+        return float(np.mean([held_batch.measure_spread(stops) for stops in samples]))
+
+    # Two standard normal numbers are 2 / sqrt(pi) apart on average.
+    for batches in (2, 4, 8):
+        assert mean_spread(batches) == pytest.approx(2 / np.sqrt(np.pi), rel=0.04)
+
+
+def test_stops_are_further_apart_on_smaller_batches_where_an_interval_says_so(many: RecordingArchive) -> None:
+    """Every other sample alternates and falls late, so that batches of one stop apart, and batches of four alike."""
+    assert "Whether, as in the paper" in held_batch.figure_8(many).paragraphs[0]
+
+    def disturb(run: RecordedRun) -> RecordedRun:
+        trace = Trace(run.trace.header)
+        for record in run.trace.records:
+            losses = np.array(record["eval"])
+            losses[::2] *= 1 + 0.05 * (-1) ** record["step"] - 0.3 * (record["step"] >= 120)
+            trace.record(**{**record, "eval": losses})
+        return replace(run, trace=trace)
+
+    result = held_batch.figure_8(replace(many, runs=tuple(map(disturb, many.runs))))
+    assert (
+        "As in the paper, stops are further apart on smaller batches (octaves between two stops: "
+        in (result.paragraphs[0])
+    )
+    assert "between the earliest and the latest" not in result.tables[0].caption
+
+
+def test_levels_at_the_oracle_are_compared_with_an_interval() -> None:
+    random = np.random.default_rng(0)
+    narrow, wide = (2 ** (spread * random.standard_normal(16)) for spread in (0.2, 3.0))
+    measures = {"EMA percentile": wide, "Hall": wide, "Trend": wide, "DVAR": narrow}
+    assert other_rules._compare_levels(measures).startswith("As in the paper, what DVAR measures at the oracle differs")
+    assert other_rules._compare_levels({**measures, "DVAR": wide, "Hall": narrow}).startswith(
+        "Unlike in the paper, what another rule measures"
+    )
+    assert other_rules._compare_levels({**measures, "Hall": narrow}).startswith("Whether, as in the paper, what DVAR")
+    few = {name: of_measure[:5] for name, of_measure in measures.items()}
+    assert other_rules._compare_levels(few).startswith("On 5 concepts, too few")
+
+
+def test_the_best_word_is_not_compared_where_it_is_the_class_noun(many: RecordingArchive) -> None:
+    for run in many:
+        run.config["initializer_token"] = "mug"  # type: ignore[index]
+    same = variants._compare_word("best word by CLIP", many.runs, many.runs)
+    assert same == "The best word by CLIP is the class noun itself on every concept here, so that nothing is compared."
+    others = [replace(run, config={**run.config, "initializer_token": "cat"}) for run in many]
+    line = variants._compare_word("random word", [*others[:7], many.runs[7]], many.runs)
+    assert line.startswith("As in the paper, the random word ends as well as the class noun (0.8")
+    assert line.endswith("on 1 of 8 concepts it is the same word).")
+    worse = [replace(run, image_scores={of: values - 0.1 for of, values in run.image_scores.items()}) for run in others]
+    assert variants._compare_word("random word", worse, many.runs).startswith("Unlike in the paper, the random word")
 
 
 def test_a_spread_by_hand() -> None:
@@ -449,10 +642,9 @@ def test_a_relapse_of_the_loss_is_described_with_its_gradient(tmp_path: Path) ->
         trace.record(**{**row, "eval": loss, **large})
     relapsed = replace(run, trace=trace)
     assert convergence.measure_relapse(relapsed) == pytest.approx(500 / np.median(relapsed.series("grad_norm")[1]))
-    assert convergence._describe_relapses([run]).startswith(
-        "As in the paper, L_det of Textual Inversion stays below its first value"
-    )
-    assert "rises again in 1 of 2, within 30 steps of a gradient" in convergence._describe_relapses([run, relapsed])
+    assert "(in 1 of 1 runs of Textual Inversion)" in convergence._compare_relapses([run])
+    line = convergence._compare_relapses([run, relapsed])
+    assert "in 1 of 2 runs of Textual Inversion; it rises above it in 1, within 30 steps of a gradient" in line
 
 
 def test_a_caption_says_which_methods_were_recorded_on_fewer_concepts(tmp_path: Path) -> None:

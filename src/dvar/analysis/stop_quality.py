@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import SupportsFloat
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -14,6 +15,7 @@ from scipy.stats import bootstrap
 from dvar.recordings.recorded_run import REPORT, SCORE, Half, Part, RecordedRun
 
 Floats = NDArray[np.float64]
+Indices = NDArray[np.int64]
 ORACLE = 0.9
 """Share of a run's gain at which its oracle is."""
 PREMATURE, WASTEFUL = 0.8, 2.0
@@ -202,6 +204,34 @@ def bootstrap_mean(values: Iterable[float]) -> MeanInterval:
     result = bootstrap((sample,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0))
     low, high = result.confidence_interval
     return MeanInterval(mean, float(low), float(high), sample.size)
+
+
+def bootstrap_statistic(concepts: int, statistic: Callable[[Indices], SupportsFloat]) -> MeanInterval:
+    """Return a statistic of concepts that is not their mean, with its bootstrapped 95 % percentile interval.
+
+    Args:
+        concepts: Number of concepts.
+        statistic: From the indices of concepts, in which some come several times, to the value; nan where they have
+            none.
+    """
+    value = float(statistic(np.arange(concepts))) if concepts else float("nan")
+    if concepts < 2:
+        return MeanInterval(value, float("nan"), float("nan"), concepts)
+    random = np.random.default_rng(0)
+    values = np.array([float(statistic(random.integers(concepts, size=concepts))) for _ in range(RESAMPLES)])
+    if not np.isfinite(values).any():
+        return MeanInterval(value, float("nan"), float("nan"), concepts)
+    low, high = np.nanpercentile(values, (2.5, 97.5))
+    return MeanInterval(value, float(low), float(high), concepts)
+
+
+def weakest(intervals: Sequence[MeanInterval]) -> MeanInterval:
+    """Return the interval of the least of several values, for a claim that all of them are above 0.
+
+    It lies above 0 if all do, and below 0 if one does.
+    """
+    least = [min(getattr(interval, name) for interval in intervals) for name in ("mean", "low", "high", "concepts")]
+    return MeanInterval(least[0], least[1], least[2], int(least[3]))
 
 
 def _fit_rise_and_fall(values: Floats) -> Floats:

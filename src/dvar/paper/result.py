@@ -16,7 +16,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from dvar.analysis.stop_quality import ORACLE
+from dvar.analysis.stop_quality import ORACLE, MeanInterval
 from dvar.config.training import BUNDLED_MODEL
 from dvar.html.tables import Column, cells
 from dvar.paper.style import DOTS, STYLE
@@ -24,6 +24,8 @@ from dvar.recordings.recorded_run import RecordedRun
 from dvar.training.methods.registry import METHODS
 
 T = TypeVar("T")
+MIN_CONCEPTS = 6
+"""Concepts that a comparison needs: of five, all agree in sign by chance more often than in 5 % of cases (2 / 2^5)."""
 DESCRIBE_TUNING = (
     f"Settings that were tuned keep at least {100 * ORACLE:.0f} % of the gain over the untouched model at the least "
     f"cost, on the tuning concepts, from at most 100 points each; the paper's keep {100 * ORACLE:.0f} % of the maximum "
@@ -170,15 +172,32 @@ def method_title(method: str) -> str:
     return METHODS[method].title if method in METHODS else method
 
 
-def compare_with_paper(holds: bool, claim: str, negation: str) -> str:
-    """Return the sentence that a pattern of the paper is found here, or that it is not.
+def compare_with_paper(difference: MeanInterval, claim: str, opposite: str, detail: str) -> str:
+    """Return the sentence that a pattern of the paper is found here, that its opposite is, or that neither can be seen.
 
     Args:
-        holds: Whether the pattern is found.
+        difference: What is above 0 where the pattern is found, with an interval from resampling concepts.
         claim: The pattern, as a clause.
-        negation: The same clause, negated.
+        opposite: The clause for a difference below 0.
+        detail: The numbers behind it.
     """
-    return f"As in the paper, {claim}." if holds else f"Unlike in the paper, {negation}."
+    if difference.concepts < MIN_CONCEPTS:
+        concepts = f"{difference.concepts} concept{'s' * (difference.concepts != 1)}"
+        clause = claim if difference.mean > 0 else opposite
+        return f"On {concepts}, too few to compare with the paper, {clause} ({detail})."
+    if difference.low > 0:
+        return f"As in the paper, {claim} ({detail})."
+    if difference.high < 0:
+        return f"Unlike in the paper, {opposite} ({detail})."
+    return f"Whether, as in the paper, {claim} cannot be seen ({detail})."
+
+
+def format_estimate(estimate: MeanInterval, digits: int = 2) -> str:
+    """Return a mean with its interval, where there is one."""
+    if not math.isfinite(estimate.low):
+        return format_number(estimate.mean, digits)
+    mean, low, high = (format_number(value, digits) for value in (estimate.mean, estimate.low, estimate.high))
+    return f"{mean} [{low}, {high}]"
 
 
 def format_number(value: float, digits: int = 3) -> str:

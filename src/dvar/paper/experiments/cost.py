@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from scipy.stats import gaussian_kde
 
 from dvar.analysis import strategies
-from dvar.analysis.stop_quality import bootstrap_mean
+from dvar.analysis.stop_quality import MeanInterval, bootstrap_mean
 from dvar.analysis.strategy_costs import CostRow, best_dvar, cost_rows
 from dvar.html.tables import Column
 from dvar.paper.published import TABLE_1, PaperRow
@@ -24,6 +25,7 @@ from dvar.paper.result import (
     Table,
     build_table,
     compare_with_paper,
+    format_estimate,
     format_mean_sd,
     format_number,
     format_percent,
@@ -31,14 +33,18 @@ from dvar.paper.result import (
 )
 from dvar.paper.style import COLOURS, SOFT, axes
 from dvar.recordings.archive import RecordingArchive
-from dvar.recordings.recorded_run import IMAGES, Part
+from dvar.recordings.recorded_run import IMAGES, Floats, Part
 
 SCORES: tuple[tuple[str, Part, str], ...] = (
     ("Train CLIP img", "train", "clip_image"),
     ("Val CLIP img", "validation", "clip_image"),
     ("Val CLIP txt", "validation", "clip_text"),
+    ("Train DINO", "train", "dino"),
+    ("Diversity", "validation", "diversity"),
     ("Identity", "train", "identity"),
 )
+OPTIONAL = ("Train DINO", "Diversity", "Identity")
+"""Scores that are shown where they were recorded."""
 COSTS = {"Iterations": 1, "Minutes": 2, "Forwards, thousands": 1}
 """What a strategy spends, the less the better, with the digits that are shown; of scores three are shown."""
 
@@ -131,8 +137,8 @@ def _columns(names: Sequence[str]) -> list[Column[_CostSummary]]:
 def _table_of_strategies(
     archive: RecordingArchive, rows: Mapping[str, Sequence[CostRow]], provenance: Provenance
 ) -> Table:
-    identity = any(row.scores("train", "identity") for group in rows.values() for row in group)
-    names = [name for name, *_ in SCORES if identity or name != "Identity"] + list(COSTS)
+    recorded = {name for name, *score in SCORES if any(row.scores(*score) for group in rows.values() for row in group)}
+    names = [name for name, *_ in SCORES if name in recorded or name not in OPTIONAL] + list(COSTS)
     summaries, bold = list[_CostSummary](), set[tuple[int, int]]()
     for group in rows.values():
         lines = [_summarise_row(row, archive, group[0]) for row in group]
@@ -147,7 +153,8 @@ def _table_of_strategies(
     caption = (
         "Mean ± standard deviation over concepts (seeds averaged first); the best mean of a method is bold. Iterations "
         f"are the steps trained; scores are those of the kept checkpoint, {_describe_scoring(rows)}. Identity, where "
-        "shown, is the bundled recogniser's probability that the subject is this one and not another of its class. "
+        "shown, is the bundled recogniser's probability that the subject is this one and not another of its class; "
+        "Diversity, where shown, is the LPIPS between samples of one prompt. "
         "Minutes are counts times median unit seconds and include a strategy's own probe and the images that it read, "
         "but not start-up (with its class images, where a method has them) and final images, which have columns of "
         "their own. A forward is one sample through the U-Net; minutes and forwards count the same images, with as "
@@ -220,7 +227,7 @@ def _plot_stops(rows: Mapping[str, Sequence[CostRow]], provenance: Provenance) -
                 }
                 for run, result in zip(row.runs, row.results, strict=True)
             ]
-        panel.set_title(method_title(method))
+        panel.set_title(f"{method_title(method)}, n = {len(group[0].runs)}")
         panel.set_xscale("log")
         _label_steps(panel)
         panel.set_xlabel("step trained to")
@@ -229,15 +236,19 @@ def _plot_stops(rows: Mapping[str, Sequence[CostRow]], provenance: Provenance) -
     panels[0][0].set_yticks(range(len(names)), names, color=SOFT)
     panels[0][0].invert_yaxis()
     caption = (
-        "Where each strategy stopped: a dot is a run, the bar the median; a hollow triangle is a run that had not "
-        f"stopped where its recording ends. {provenance}"
+        "Where each strategy stopped: the violin is the distribution of the n runs on the logarithmic axis, a dot a "
+        "run, the bar the median; a hollow triangle is a run that had not stopped where its recording ends. A strategy "
+        f"that stops all runs at one step has no violin. {provenance}"
     )
     return Plot("stops", caption, figure, data)
 
 
 def _plot_row(panel: Axes, place: int, row: CostRow) -> None:
-    """Plot the stops of a strategy as dots that are scattered around the height ``place``."""
+    """Plot the stops of a strategy around the height ``place``: a violin, and a scattered dot for each run."""
     random, colour = np.random.default_rng(place), COLOURS[place % len(COLOURS)]
+    if outline := outline_violin([result.stop for result in row.results]):
+        steps, widths = outline
+        panel.fill_between(steps, place - widths, place + widths, color=colour, alpha=0.18, linewidth=0)
     for censored, shape in ((False, "o"), (True, ">")):
         steps = [result.stop for result in row.results if result.censored == censored]
         heights = place + random.uniform(-0.22, 0.22, len(steps))
@@ -245,6 +256,22 @@ def _plot_row(panel: Axes, place: int, row: CostRow) -> None:
         panel.scatter(steps, heights, s=16, marker=shape, facecolor=face, edgecolor=colour, alpha=0.8)
     median = float(np.median([result.stop for result in row.results]))
     panel.plot([median, median], [place - 0.32, place + 0.32], color=colour, linewidth=2)
+
+
+def outline_violin(stops: Sequence[int]) -> tuple[Floats, Floats] | None:
+    """Return the steps and half widths of a violin: the density of the logarithms of stops, at most 0.4 wide.
+
+    Returns:
+        None where all stops are equal, or fewer than three.
+    """
+    logarithms = np.log(np.maximum(stops, 1))
+    if len(stops) < 3 or not np.ptp(logarithms):
+        return None
+    density = gaussian_kde(logarithms)
+    spread = 2 * float(np.sqrt(density.covariance.item()))
+    grid = np.linspace(logarithms.min() - spread, logarithms.max() + spread, 100)
+    heights = density(grid)
+    return np.exp(grid), 0.4 * heights / heights.max()
 
 
 def _label_steps(panel: Axes) -> None:
@@ -260,46 +287,34 @@ def _label_steps(panel: Axes) -> None:
 def _compare_method(method: str, group: Sequence[CostRow], archive: RecordingArchive) -> str:
     """Say which of the paper's three findings about DVAR and Baseline are found on this method."""
     rows = {row.strategy: row for row in group}
-    dvar = best_dvar(rows)
-    ours, baseline = (
-        float(
-            np.mean(
-                [strategies.estimate_minutes(result, archive.unit_seconds(method)) for result in rows[name].results]
-            )
-        )
-        for name in (dvar, "Baseline")
-    )
-    minutes = f"({ours:.2f} against {baseline:.2f} minutes)"
-    image, higher_image = _compare_scores(rows["Baseline"], rows[dvar], "train", "clip_image")
-    text, higher_text = _compare_scores(rows[dvar], rows["Baseline"], "validation", "clip_text")
+    dvar, unit_seconds = best_dvar(rows), archive.unit_seconds(method)
+
+    def minutes(row: CostRow) -> list[float]:
+        return row.per_concept([strategies.estimate_minutes(result, unit_seconds) for result in row.results])
+
+    baseline, ours = rows["Baseline"], rows[dvar]
+    saved, time = _compare_values(minutes(baseline), minutes(ours), 2)
+    image, images = _compare_values(baseline.scores("train", "clip_image"), ours.scores("train", "clip_image"))
+    text, texts = _compare_values(ours.scores("validation", "clip_text"), baseline.scores("validation", "clip_text"))
     sentences = (
         f"{method_title(method)}.",
         compare_with_paper(
-            ours < baseline,
-            f"{dvar} takes less time than Baseline {minutes}",
-            f"{dvar} does not take less time than Baseline {minutes}",
+            saved, f"{dvar} takes less time than Baseline", f"{dvar} takes more time than Baseline", f"minutes: {time}"
         ),
         compare_with_paper(
-            higher_image,
-            f"Baseline keeps the higher Train CLIP img {image}",
-            f"Baseline does not keep the higher Train CLIP img {image}",
+            image, "Baseline keeps the higher Train CLIP img", "Baseline keeps the lower Train CLIP img", images
         ),
-        compare_with_paper(
-            higher_text,
-            f"DVAR keeps the higher Val CLIP txt {text}",
-            f"DVAR does not keep the higher Val CLIP txt {text}",
-        ),
+        compare_with_paper(text, "DVAR keeps the higher Val CLIP txt", "DVAR keeps the lower Val CLIP txt", texts),
     )
     return " ".join(sentences)
 
 
-def _compare_scores(first: CostRow, second: CostRow, part: Part, metric: str) -> tuple[str, bool]:
-    """Return both means and their difference paired by concept, as text, and whether the difference is above 0."""
-    scores, others = (np.array(row.scores(part, metric) or [np.nan]) for row in (first, second))
-    difference = bootstrap_mean(scores - others)
-    low, mean, high = (format_number(value) for value in (difference.low, difference.mean, difference.high))
-    means = f"{np.mean(scores):.3f} against {np.mean(others):.3f}"
-    return f"({means}; paired by concept {mean} [{low}, {high}])", difference.mean > 0
+def _compare_values(values: Sequence[float], others: Sequence[float], digits: int = 3) -> tuple[MeanInterval, str]:
+    """Return the mean difference of values by concept, and it with both means as text."""
+    pairs = zip(values, others, strict=True)
+    difference = bootstrap_mean([value - other for value, other in pairs])
+    means = (format_number(float(np.mean(of or [np.nan])), digits) for of in (values, others))
+    return difference, f"{' against '.join(means)}; paired by concept {format_estimate(difference, digits)}"
 
 
 def _describe_lost(archive: RecordingArchive) -> tuple[str, ...]:

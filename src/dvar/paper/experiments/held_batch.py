@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 
 from dvar.analysis import strategies
 from dvar.analysis.signal_to_noise import measure_signal_to_noise
+from dvar.analysis.stop_quality import mean_over_concepts
 from dvar.html.tables import Column
 from dvar.paper.result import (
     ExperimentResult,
@@ -19,6 +21,7 @@ from dvar.paper.result import (
     Table,
     build_table,
     compare_with_paper,
+    format_estimate,
     format_mean_sd,
     format_percent,
     method_title,
@@ -40,8 +43,8 @@ class BatchSizeSummary:
     Args:
         size: Samples in a batch.
         ratios: Median fall of L_det over its jitter.
-        stops: Mean step at which DVAR stops; runs on which no batch stops are left out.
-        octaves: Octaves between the earliest and the latest stop, where at least two batches stop.
+        stops: Mean step at which DVAR stops; nan where no batch stops.
+        octaves: Octaves between the stops of two batches; nan where fewer than two stop.
         never: Share of batches on which DVAR never stops.
     """
 
@@ -57,8 +60,8 @@ class BatchSizeSummary:
         return {
             "size": self.size,
             "ratio": float(np.mean(self.ratios)),
-            "stop": float(np.mean(self.stops)) if self.stops else None,
-            "octaves": float(np.mean(self.octaves)) if self.octaves else None,
+            "stop": _mean_or_none(self.stops),
+            "octaves": _mean_or_none(self.octaves),
             "never": float(np.mean(self.never)),
         }
 
@@ -67,7 +70,7 @@ COLUMNS = (
     Column[BatchSizeSummary]("Samples", "size"),
     Column[BatchSizeSummary]("Fall over jitter", "ratios", partial(format_mean_sd, digits=1)),
     Column[BatchSizeSummary]("DVAR stops at", "stops", partial(format_mean_sd, digits=0)),
-    Column[BatchSizeSummary]("Octaves between stops", "octaves", partial(format_mean_sd, digits=2)),
+    Column[BatchSizeSummary]("Octaves between two stops", "octaves", partial(format_mean_sd, digits=2)),
     Column[BatchSizeSummary]("Never stops", lambda row: np.mean(row.never), format_percent),
 )
 
@@ -75,10 +78,11 @@ COLUMNS = (
 def figure_8(archive: RecordingArchive) -> ExperimentResult:
     """Plot L_det by batch size on some concepts, and summarise curves and stops over all of them."""
     method = archive.methods[0]
-    summaries = [_summarise_size(archive.runs_of(method), size) for size in SIZES]
+    runs = archive.runs_of(method)
+    summaries = [_summarise_size(runs, size) for size in SIZES]
     return ExperimentResult(
-        (_compare_stops(summaries),),
-        (_table_of_sizes(summaries, method, archive.runs_of(method)),),
+        (_compare_stops(runs, summaries),),
+        (_table_of_sizes(summaries, method, runs),),
         (_plot_batches(archive.example_runs(method, SHOWN), method),),
     )
 
@@ -102,11 +106,23 @@ def _summarise_size(runs: Sequence[RecordedRun], size: int) -> BatchSizeSummary:
         stops = [stop for _, stop in results if stop is not None]
         summary.ratios.append(float(np.median([ratio for ratio, _ in results])))
         summary.never.append(1 - len(stops) / len(results))
-        if stops:
-            summary.stops.append(float(np.mean(stops)))
-        if len(stops) > 1:
-            summary.octaves.append(float(np.ptp(np.log2(stops))))
+        summary.stops.append(float(np.mean(stops)) if stops else float("nan"))
+        summary.octaves.append(measure_spread(stops))
     return summary
+
+
+def measure_spread(stops: Sequence[int]) -> float:
+    """Return the octaves between two stops, as the mean over all pairs; nan for fewer than two.
+
+    The mean over pairs estimates the same number from two batches as from eight, where the range grows with them.
+    """
+    pairs = list(combinations(np.log2(stops), 2))
+    return float(np.mean([abs(first - second) for first, second in pairs])) if pairs else float("nan")
+
+
+def _mean_or_none(values: Sequence[float]) -> float | None:
+    finite = [value for value in values if np.isfinite(value)]
+    return float(np.mean(finite)) if finite else None
 
 
 def _evaluate_batch(run: RecordedRun, batch: Sequence[int]) -> tuple[float, int | None]:
@@ -120,28 +136,32 @@ def _evaluate_batch(run: RecordedRun, batch: Sequence[int]) -> tuple[float, int 
     return measure_signal_to_noise(steps, values).ratio, None
 
 
-def _compare_stops(summaries: Sequence[BatchSizeSummary]) -> str:
+def _compare_stops(runs: Sequence[RecordedRun], summaries: Sequence[BatchSizeSummary]) -> str:
     """Say whether smaller batches agree less on where to stop, as in Section 4.5 of the paper."""
-    distances = {row.size: float(np.mean(row.octaves)) for row in summaries if row.octaves}
-    if len(distances) < 2:
+    several = [row for row in summaries if np.isfinite(row.octaves).any()]
+    if len(several) < 2:
         return "Too few batches stopped to say how far apart their stops are."
-    smallest, largest = min(distances), max(distances)
-    detail = (
-        f"{distances[smallest]:.2f} octaves for {smallest} sample{'s' * (smallest > 1)}, {distances[largest]:.2f} for "
-        f"{largest}"
-    )
+    smallest, largest = several[0], several[-1]
+    difference = mean_over_concepts(runs, np.subtract(smallest.octaves, largest.octaves).tolist())
+    means = (f"{np.nanmean(row.octaves):.2f} for {_count_samples(row.size)}" for row in (smallest, largest))
     return compare_with_paper(
-        distances[smallest] > distances[largest],
-        f"stops are further apart on smaller batches ({detail})",
-        f"stops are not further apart on smaller batches ({detail})",
+        difference,
+        "stops are further apart on smaller batches",
+        "stops are closer together on smaller batches",
+        f"octaves between two stops: {', '.join(means)}; paired by concept {format_estimate(difference)}",
     )
+
+
+def _count_samples(size: int) -> str:
+    return f"{size} sample{'s' * (size > 1)}"
 
 
 def _table_of_sizes(summaries: Sequence[BatchSizeSummary], method: str, runs: Sequence[RecordedRun]) -> Table:
     caption = (
         f"{method_title(method)}, mean ± standard deviation over {len(runs)} recorded runs. Stops are those of the "
-        "paper's preset, scaled in time; an octave is a factor of two between the earliest and the latest stop on "
-        f"batches of one size. Of 8 samples there is one batch. {Provenance.of(runs)}"
+        "paper's preset, scaled in time. Octaves, factors of two, are between the stops on two batches of one size, "
+        "as the mean over all pairs: that does not grow with the number of batches, as a range would. Of 8 samples "
+        f"there is one batch. {Provenance.of(runs)}"
     )
     return build_table("sizes", caption, COLUMNS, summaries, data=[summary.data for summary in summaries])
 

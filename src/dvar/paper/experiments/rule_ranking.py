@@ -44,6 +44,7 @@ from dvar.paper.result import (
     Provenance,
     Table,
     build_table,
+    format_estimate,
     format_number,
     format_percent,
     method_title,
@@ -115,11 +116,7 @@ def _summarise_rule(rule: RankedRule, control: RankedRule | None) -> dict[str, A
 
 def _format_estimate(estimate: MeanInterval | None) -> str:
     """Return a mean with its interval where there is one."""
-    if estimate is None or not np.isfinite(estimate.mean):
-        return "–"
-    if not np.isfinite(estimate.low):
-        return format_number(estimate.mean, 2)
-    return f"{format_number(estimate.mean, 2)} [{format_number(estimate.low, 2)}, {format_number(estimate.high, 2)}]"
+    return "–" if estimate is None else format_estimate(estimate)
 
 
 def _format_range(row: Mapping[str, Any]) -> str:

@@ -8,10 +8,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dvar.analysis.stop_quality import reported_score
+from dvar.analysis.stop_quality import mean_over_concepts, reported_score
 from dvar.analysis.strategy_costs import CostRow, cost_rows
 from dvar.paper.experiments.cost import SCORES
-from dvar.paper.result import ExperimentResult, Plot, Provenance, compare_with_paper, method_title
+from dvar.paper.result import ExperimentResult, Plot, Provenance, compare_with_paper, format_estimate, method_title
 from dvar.paper.style import COLOURS, INK, axes
 from dvar.recordings.archive import RecordingArchive
 from dvar.recordings.recorded_run import REPORT, Floats, Part, RecordedRun, Steps
@@ -79,11 +79,11 @@ def _compare_text_score(method: str, runs: Sequence[RecordedRun]) -> str:
         reported_score(run, 0, "validation", "clip_text") - reported_score(run, run.cap, "validation", "clip_text")
         for run in runs
     ]
-    fall = float(np.mean(falls))
-    change = f"it {'falls' if fall > 0 else 'rises'} by {abs(fall):.3f} from the first step to the last"
+    fall = mean_over_concepts(runs, falls)
     sentence = compare_with_paper(
-        fall > 0,
-        f"Validation CLIP text falls in long training ({change})",
-        f"Validation CLIP text does not fall in long training ({change})",
+        fall,
+        "Validation CLIP text falls in long training",
+        "Validation CLIP text rises in long training",
+        f"the fall from the first step to the last: {format_estimate(fall, 3)}",
     )
     return f"{method_title(method)}. {sentence}"

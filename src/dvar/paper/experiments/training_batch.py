@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from dvar.analysis.signal_to_noise import SignalToNoise, measure_signal_to_noise
+from dvar.analysis.stop_quality import bootstrap_mean
 from dvar.html.tables import Column
 from dvar.paper.extra_runs import ExtraRuns, train_to_cap
 from dvar.paper.result import ExperimentResult, Plot, Table, build_table, compare_with_paper, format_number
@@ -138,18 +139,20 @@ def _plot_traces(traces: Mapping[int, Trace], description: str) -> Plot:
 
 
 def _compare_largest_batch(row: BatchSummary) -> str:
-    fall = f"the fall with batches of {row.size} ({row.signal.ratio:.2g} times its jitter)"
-    norms = f"({row.first_norm:.2g} at first, {row.last_norm:.2g} at the end)"
+    """Say of the one concept that was trained what the largest batch shows."""
+    hidden, fall = 3 - row.signal.ratio, row.first_norm - row.last_norm
     sentences = (
         compare_with_paper(
-            row.signal.ratio < 3,
-            f"the training loss still hides {fall}",
-            f"the training loss no longer hides {fall}",
+            bootstrap_mean([hidden]),
+            f"the training loss still hides the fall with batches of {row.size}",
+            f"the training loss no longer hides the fall with batches of {row.size}",
+            f"{row.signal.ratio:.2g} times its jitter",
         ),
         compare_with_paper(
-            row.last_norm < row.first_norm,
-            f"their gradient norm falls {norms}",
-            f"their gradient norm does not fall {norms}",
+            bootstrap_mean([fall]),
+            "their gradient norm falls",
+            "their gradient norm rises",
+            f"{row.first_norm:.2g} at first, {row.last_norm:.2g} at the end",
         ),
     )
     return " ".join(sentences)
