@@ -260,6 +260,10 @@ def test_an_estimate_counts_all_that_is_measured(
     assert measured.keys() == units.keys()
     assert min(measured.values()) > 0
     assert not run.folder.exists()
+    monkeypatch.setattr(cost, "_median_seconds", lambda work, count: 12.0)
+    per_unit = measure_unit_seconds(run)
+    # An update is one; the probe is 8 samples; 2 prompts with 2 seeds are generated at once.
+    assert (per_unit["train"], per_unit["forward"], per_unit["picture"]) == (12.0, 12 / 8, 12 / 4)
 
 
 @given(st.floats(0, 1), st.floats(1, 1e5), st.integers(1, 8), st.floats(1, 100))

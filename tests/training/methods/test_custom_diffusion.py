@@ -21,7 +21,7 @@ from dvar.stopping.trace import Trace
 from dvar.testing import tiny_concept
 from dvar.training.dataset import read_concept
 from dvar.training.methods.custom_diffusion import CustomDiffusion
-from dvar.training.personalise import personalise
+from dvar.training.personalise import personalise, prepare
 from dvar.training.run_layout import ATTENTION, EMBEDS
 
 
@@ -140,6 +140,24 @@ def test_the_prior_adds_the_weighted_loss_on_class_images_to_training_only(
     assert losses[3.0][0] == pytest.approx(losses[0.0][0] + 3 * prior, rel=1e-5)
     assert losses[0.0][1] == losses[1.0][1] == losses[3.0][1]
     assert not (tmp_path / "0" / "class_images").exists()
+
+
+def test_class_images_have_draws_of_their_own(config: CustomDiffusionConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An instance image and the class image that it is paired with share neither noise nor timestep."""
+    run, _ = prepare(config)
+    joined: list[Draws] = []
+
+    def remember(draws: Draws) -> Tensor:
+        joined.append(draws)
+        return torch.zeros(len(draws.timesteps))
+
+    monkeypatch.setattr(run, "losses", remember)
+    run.training_losses(1, 0, 8)
+    (draws,) = joined
+    for name in ("noise", "vae_noise", "timesteps"):
+        instance, of_class = getattr(draws, name).chunk(2)
+        same = (instance == of_class).flatten(1).all(dim=1) if instance.dim() > 1 else instance == of_class
+        assert same.float().mean() < 0.5, name
 
 
 def test_class_images_are_generated_once_by_the_base_model(config: CustomDiffusionConfig) -> None:

@@ -65,6 +65,16 @@ def test_the_first_factor_is_gaussian_with_deviation_one_over_rank_and_the_secon
     assert all(not matrix.any() for name, matrix in method.matrices.items() if "lora_B" in name)
 
 
+def test_the_first_factor_is_as_wide_in_every_layer_and_has_the_tails_of_a_gaussian(backbone: Backbone) -> None:
+    """PEFT's default is uniform and narrower the wider the layer; over all layers of this model it is as wide."""
+    weights = [matrix for name, matrix in DreamBoothLora(backbone, rank=8).matrices.items() if "lora_A" in name]
+    for weight in weights:
+        assert float(weight.std()) == pytest.approx(1 / 8, abs=5 * (1 / 8) / (2 * weight.numel()) ** 0.5)
+    values = torch.cat([weight.detach().flatten() for weight in weights])
+    # 4.55 % of a Gaussian lie beyond two standard deviations, and none of a uniform distribution.
+    assert float((values.abs() > 2 / 8).float().mean()) == pytest.approx(0.0455, abs=4 * (0.0434 / len(values)) ** 0.5)
+
+
 def test_the_draw_is_keyed_by_the_seed_and_preserves_the_global_random_state(tiny_model: Path) -> None:
     states: list[dict[str, Tensor]] = []
     for seed in (0, 0, 1):
