@@ -99,6 +99,18 @@ def test_the_example_of_a_custom_rule_judges_every_public_trace(
     assert all(re.search(r" stops at +\d+, keeps -?\d", line) for line in lines)
 
 
+def test_numbers_of_runs_are_computed_and_not_typed() -> None:
+    """A page that is written by hand points to the generated one, which counts the runs that there are."""
+    generated = {"results.md", "verdicts.md", "performance.md"}
+    typed = [
+        (page.name, count)
+        for page in (DOCS.parent / "README.md", *sorted(DOCS.glob("*.md")))
+        if page.name not in generated
+        for count in re.findall(r"\b\d+ of (?:the )?\d+ (?:recorded )?runs\b", page.read_text(encoding="utf-8"))
+    ]
+    assert typed == []
+
+
 def test_the_reference_is_current_and_holds_every_public_name() -> None:
     text = (DOCS / "reference.md").read_text(encoding="utf-8")
     assert load_script("reference").page() == text, "reference.md is old: make docs"
