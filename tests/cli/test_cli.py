@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -223,6 +224,37 @@ def test_every_problem_of_a_run_is_a_line_before_a_model_loads(tmp_path: Path, m
 
 def test_the_version_is_that_of_the_package() -> None:
     assert dvar("--version").out.strip() == __version__
+
+
+def test_a_folder_of_concepts_is_checked(tmp_path: Path) -> None:
+    for name in ("cat1", "red_teapot", "lone", "torn"):
+        (tmp_path / name).mkdir()
+        for number in range(1 if name == "lone" else 3):
+            Image.new("RGB", (8, 8)).save(tmp_path / name / f"{number}.png")
+    (tmp_path / "cat1" / "concept.json").write_text('{"noun": "cat", "prompts": ["{} in the snow"]}')
+    (tmp_path / "red_teapot" / "concept.json").write_text('{"noun": "tea pot", "prompts": ["in the snow"]}')
+    (tmp_path / "torn" / "concept.json").write_text('{"noun": "mug"}')
+    (tmp_path / "torn" / "1.png").write_bytes(b"torn")
+    answer = dvar("concepts", tmp_path)
+    lines = answer.out.splitlines()
+    assert [line.split()[0] for line in lines[:4]] == ["cat1", "lone", "red_teapot", "torn"]
+    assert lines[0].endswith("3 images, 1 prompts of its own")
+    assert lines[4].startswith("the paper's, from DreamBooth: 1 of 30; not there: backpack, ")
+    assert answer.status == 2
+    for problem in (
+        "lone/concept.json must hold",
+        "lone must hold at least 2 images, got 1",
+        "must be one word, got 'tea pot'",
+        "must be a list of texts with {} where the concept stands",
+        "1.png must be an image, and cannot be read",
+    ):
+        assert problem in answer.err
+    whole = tmp_path / "whole"
+    shutil.copytree(tmp_path / "cat1", whole / "cat1")
+    assert dvar("concepts", whole).status == 0
+    empty = dvar("concepts", tmp_path / "cat1")
+    assert empty.status == 2
+    assert "must hold a folder for each concept, got none" in empty.err
 
 
 def test_the_bundled_concepts_are_listed_with_their_nouns() -> None:

@@ -93,12 +93,38 @@ def demo(**flags: Any) -> int:
     return run_training(config.training_settings, TextualInversionConfig)
 
 
-def concepts() -> int:
-    """List the bundled concepts: name, class noun, folder of images."""
+def concepts(folder: str | None = None, /) -> int:
+    """List the bundled concepts, or check a folder of your own: name, class noun, images.
+
+    Parameters
+    ----------
+    folder
+        Folder of concepts, each a folder of images with a concept.json, as dvar record --concepts_dir reads it.
+    """
     from dvar import mini
 
-    for name, folder in mini.concepts().items():
-        print(f"{name:<28}{mini.noun(name):<12}{folder}")
+    if folder is not None:
+        return check_folder(folder)
+    for name, images in mini.concepts().items():
+        print(f"{name:<28}{mini.noun(name):<12}{images}")
+    return 0
+
+
+def check_folder(folder: str) -> int:
+    """Print what each concept in ``folder`` holds, every problem, and which of the paper's are there."""
+    from dvar.paper.published import CONCEPTS
+    from dvar.recordings.concepts import check_concepts
+
+    checks = check_concepts(folder)
+    for check in checks:
+        print(f"{check.name:<28}{check.noun or '–':<12}{check.images} images, {check.prompts} prompts of its own")
+    names = {check.name for check in checks if not check.problems}
+    for source, of_source in CONCEPTS.items():
+        missing = [name for name in of_source if name not in names]
+        if len(missing) < len(of_source):
+            listed = f"; not there: {', '.join(missing)}" if missing else ""
+            print(f"the paper's, from {source}: {len(of_source) - len(missing)} of {len(of_source)}{listed}")
+    raise_problems([problem for check in checks for problem in check.problems])
     return 0
 
 

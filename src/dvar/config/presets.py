@@ -167,7 +167,27 @@ def _lean(row: PresetRow) -> PresetRow:
     return lean
 
 
-TABLE = (*_PAPER_AND_MINI, *(_lean(row) for row in _PAPER_AND_MINI if row.name == "paper"))
+_V1 = {
+    "window": (282, "command of the first version"),
+    "threshold": (0.39, "command of the first version"),
+    "eval_batch_size": (4, "command of the first version"),
+    "train_batch_size": (4, "command of the first version for Stable Diffusion; 8 for Latent Diffusion"),
+    "learning_rate": (2e-2, "command of the first version: 5e-3, scaled by the batch of 4"),
+    "num_inference_steps": (200, "default of the first version's code"),
+}
+"""What the paper's first version, on Textual Inversion alone, set otherwise than the last one, and its source."""
+
+
+def _v1(row: PresetRow) -> PresetRow:
+    value, source = _V1.get(row.setting, (row.value, row.source))
+    return replace(row, name="v1", value=value, source=source, expected="")
+
+
+TABLE = (
+    *_PAPER_AND_MINI,
+    *(_lean(row) for row in _PAPER_AND_MINI if row.name == "paper"),
+    *(_v1(row) for row in _PAPER_AND_MINI if (row.name, row.method) == ("paper", TI)),
+)
 
 
 def preset_settings(name: str, method: str = TI) -> dict[str, Any]:

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
+
+from PIL import Image
 
 from dvar import mini
 from dvar.errors import RefusedInput
 from dvar.mini import TUNING
+
+MIN_IMAGES = 2
+"""Images that a concept needs to be scored: similarity to a single one rewards its background."""
+_IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 def concept_folders(folder: str | None = None) -> dict[str, Path]:
@@ -37,6 +44,77 @@ def read_noun(folder: Path) -> str:
         return str(json.loads(path.read_text(encoding="utf-8"))["noun"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RefusedInput([f'{path} must hold {{"noun": "mug"}}, the class of the concept ({error})']) from error
+
+
+def read_prompts(folder: Path) -> tuple[str, ...]:
+    """Return the validation prompts of the concept in a folder, with {} for the concept; empty where it has none.
+
+    Raises:
+        RefusedInput: The prompts in the folder's concept.json cannot be used.
+    """
+    try:
+        content = json.loads((folder / "concept.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ()
+    prompts = content.get("prompts", ()) if isinstance(content, dict) else ()
+    if not isinstance(prompts, list | tuple) or not all(isinstance(text, str) and "{}" in text for text in prompts):
+        rule = f"prompts in {folder}/concept.json must be a list of texts with {{}} where the concept stands"
+        raise RefusedInput([f'{rule}, such as "a photo of {{}} in the snow", got {prompts!r}'])
+    return tuple(prompts)
+
+
+@dataclass(frozen=True)
+class ConceptCheck:
+    """A folder of images as a concept to record.
+
+    Args:
+        name: Name of the folder.
+        noun: Class noun; empty where it cannot be read.
+        images: Number of images that can be read.
+        prompts: Number of validation prompts of its own.
+        problems: Why it cannot be recorded, one line each.
+    """
+
+    name: str
+    noun: str
+    images: int
+    prompts: int
+    problems: tuple[str, ...]
+
+
+def check_concepts(folder: str | Path) -> list[ConceptCheck]:
+    """Return what each folder inside ``folder`` is worth as a concept, by name; no model is loaded.
+
+    Raises:
+        RefusedInput: There is no folder in ``folder``.
+    """
+    folders = [path for path in sorted(Path(folder).expanduser().glob("*")) if path.is_dir()]
+    if not folders:
+        raise RefusedInput([f"{folder} must hold a folder for each concept, got none: name another folder"])
+    return [_check_concept(path) for path in folders]
+
+
+def _check_concept(folder: Path) -> ConceptCheck:
+    noun, prompts, problems = "", 0, []
+    try:
+        noun = read_noun(folder)
+        if len(noun.split()) != 1:
+            problems.append(f"noun in {folder}/concept.json must be one word, got {noun!r}: name the class by one")
+        prompts = len(read_prompts(folder))
+    except RefusedInput as error:
+        problems += error.problems
+    images = 0
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in _IMAGES:
+            try:
+                with Image.open(path) as image:
+                    image.verify()
+                images += 1
+            except (OSError, SyntaxError, ValueError) as error:
+                problems.append(f"{path} must be an image, and cannot be read ({error}): download it again")
+    if images < MIN_IMAGES:
+        problems.append(f"{folder} must hold at least {MIN_IMAGES} images, got {images}: add some")
+    return ConceptCheck(folder.name, noun, images, prompts, tuple(problems))
 
 
 def laboratory_concepts(folder: str | None = None) -> list[str]:

@@ -30,6 +30,7 @@ class RecordConfig(Config):
     quick: bool = setting(False, "The same as --preset quick.")
     clip: str | None = setting(None, "Folder or hub id of the CLIP that scores; by default the bundled one.")
     dino: str | None = setting(None, "Folder or hub id of a DINO that scores too.")
+    lpips: str | None = setting(None, "File of an LPIPS that measures the diversity of samples.")
     pairing: Literal["all pairs", "row by row"] = setting(
         "all pairs", "Compare an image with all references, or with the one in its row."
     )

@@ -21,6 +21,7 @@ from dvar.diffusion.clip import Clip, embed_in_batches, image_size_problems, nor
 from dvar.diffusion.devices import best_device
 from dvar.diffusion.loading import loading_errors
 from dvar.errors import ModelError, RefusedInput
+from dvar.recordings.lpips import Lpips
 from dvar.recordings.protocol import PAIRINGS, Pairing
 
 DISTRACTORS = 99
@@ -154,12 +155,13 @@ class Scorer:
         pairing: Pairing = "all pairs",
         dino: Dino | None = None,
         judge: Judge | None = None,
+        lpips: Lpips | None = None,
     ) -> None:
         if pairing not in PAIRINGS:
             raise RefusedInput([f"pairing must be one of {', '.join(PAIRINGS)}, got {pairing!r}"])
         if not references:
             raise RefusedInput(["there must be a reference to compare images with, got none: name a concept"])
-        self.pairing, self.clip, self.dino, self.judge = pairing, clip, dino, judge
+        self.pairing, self.clip, self.dino, self.judge, self.lpips = pairing, clip, dino, judge, lpips
         self._clip_references = clip.embed_images(references)
         self._dino_references = dino.embed_images(references) if dino else None
 
@@ -167,6 +169,7 @@ class Scorer:
     def names(self) -> dict[str, str]:
         """The judges, for the header of a table."""
         others = {"dino": self.dino.name} if self.dino else {}
+        others |= {"lpips": self.lpips.name} if self.lpips else {}
         return {"clip": self.clip.name, **others, **({"recogniser": "the bundled recogniser"} if self.judge else {})}
 
     def __call__(
@@ -180,7 +183,8 @@ class Scorer:
 
         Returns:
             "clip_image" and, with a DINO, "dino": the similarity to the references; "clip_text": the similarity to the
-            image's own text; with a judge, all of `Judge.scores`.
+            image's own text; with an LPIPS, "diversity": the mean distance to the other images of that text, where
+            every text has several; with a judge, all of `Judge.scores`.
 
         Source: Section 4.1, "Train CLIP img" and "Val CLIP txt".
         """
@@ -191,6 +195,8 @@ class Scorer:
         }
         if self.dino and self._dino_references is not None:
             scores["dino"] = similarity(self.dino.embed_images(images), self._dino_references, self.pairing)
+        if self.lpips and (diversity := self.lpips.diversity(images, texts)) is not None:
+            scores["diversity"] = diversity
         if self.judge:
             scores |= self.judge.scores(images, places)
         return {name: values.tolist() for name, values in scores.items()}

@@ -12,6 +12,7 @@ from dvar.diffusion.clip import Clip
 from dvar.diffusion.sampling import sample
 from dvar.files import read_json, write_json
 from dvar.recordings.image_metrics import Dino, Judge, Scorer
+from dvar.recordings.lpips import Lpips
 from dvar.recordings.protocol import PROTOCOLS, ScoringPrompts
 from dvar.recordings.recorded_run import DONE, ROUNDS, read_rounds
 from dvar.recordings.restore import restore_runs
@@ -38,6 +39,7 @@ def load_scorer(spec: RecordingSpec, concept: Concept) -> Scorer:
         pairing=spec.pairing,
         dino=Dino.load(spec.dino) if spec.dino else None,
         judge=Judge(spec.concept) if spec.bundled else None,
+        lpips=Lpips.load(spec.lpips) if spec.lpips else None,
     )
 
 

@@ -17,7 +17,7 @@ from dvar.config.methods import PAPER_METHODS, CustomDiffusionConfig
 from dvar.config.presets import configure
 from dvar.config.training import BUNDLED_MODEL, TrainingConfig
 from dvar.errors import RefusedInput, nearest
-from dvar.recordings.concepts import concept_folders, laboratory_concepts, read_noun
+from dvar.recordings.concepts import MIN_IMAGES, concept_folders, laboratory_concepts, read_noun, read_prompts
 from dvar.recordings.config import RecordConfig
 from dvar.recordings.protocol import (
     CAP_FACTORS,
@@ -59,6 +59,7 @@ class RecordingSpec:
             bundled concepts.
         clip: The CLIP that scores; None for the bundled one.
         dino: A DINO that scores too.
+        lpips: File of an LPIPS that measures the diversity of samples.
         pairing: What an image is compared with, as in `dvar.recordings.image_metrics.similarity`.
         threads: CPU threads of the run.
         settings: Settings of the method by name, which take precedence over its preset.
@@ -73,6 +74,7 @@ class RecordingSpec:
     concepts: str | None = None
     clip: str | None = None
     dino: str | None = None
+    lpips: str | None = None
     pairing: Pairing = "all pairs"
     threads: int = 1
     settings: tuple[tuple[str, Any], ...] = ()
@@ -158,7 +160,11 @@ class RecordingSpec:
     @property
     def conditions(self) -> dict[str, Any]:
         """The values that two recordings share if they are the same, whatever their folders and machines."""
-        judged = {"clip": self.clip, "dino": self.dino, "pairing": self.pairing, "noun": self.noun}
+        judged: dict[str, Any] = {"clip": self.clip, "dino": self.dino, "pairing": self.pairing, "noun": self.noun}
+        if prompts := read_prompts(self.image_folder):
+            judged["prompts"] = list(prompts)
+        if self.lpips:  # a recording without one stays what it was
+            judged["lpips"] = self.lpips
         weights = {"weights": _bundled_weights()} if BUNDLED_MODEL in (self.model, self.clip or BUNDLED_MODEL) else {}
         measured = {"plan": self.protocol, **PROTOCOLS[self.protocol].conditions}
         settings = _identifying_settings(self.config)
@@ -193,7 +199,7 @@ class RecordingSpec:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the run itself will warn
             concept = preflight(replace(self.config, overwrite=True), load_tokenizer=None)
-        if len(concept.images) < 2:
+        if len(concept.images) < MIN_IMAGES:
             rule = f"{self.image_folder} holds one image, and a concept that is scored needs two or more"
             raise RefusedInput([f"{rule}: similarity to one image rewards its background"])
         return concept
@@ -221,6 +227,7 @@ def plan_recordings(config: RecordConfig) -> list[RecordingSpec]:
             concepts=config.concepts_dir,
             clip=config.clip,
             dino=config.dino,
+            lpips=config.lpips,
             pairing=config.pairing,
             settings=tuple(settings.items()),
         )
@@ -232,17 +239,21 @@ def scoring_prompts(spec: RecordingSpec, concept: Concept) -> dict[str, ScoringP
     """Return the scoring prompts by part: training prompts, evenly from the run's captions, and validation prompts.
 
     Source: Section 4.1: 8 samples of prompts used in training, and prompts that training never saw.
-    Deviates: the paper's validation prompts go with its concepts; ours are `PLACES`, the same for every concept.
+    Deviates: the paper's validation prompts go with its concepts, as those in a concept.json do; where there are none
+        they are `PLACES`, the same for every concept.
     """
     config, protocol = spec.config, PROTOCOLS[spec.protocol]
     captions = list(dict.fromkeys(text for index in range(len(concept.images)) for text in concept.texts(index)))
     seen = [captions[index * len(captions) // protocol.prompts] for index in range(protocol.prompts)]
-    places = list(PLACES)[: protocol.prompts]
-    unseen = [f"a photo of the {config.subject} {PLACES[place]}" for place in places]
-    return {
-        "train": ScoringPrompts.for_prompts(seen, config.subject, spec.noun, protocol.seeds),
-        "validation": ScoringPrompts.for_prompts(unseen, config.subject, spec.noun, protocol.seeds, places),
-    }
+    train = ScoringPrompts.for_prompts(seen, config.subject, spec.noun, protocol.seeds)
+    if own := read_prompts(spec.image_folder):
+        unseen = [own[index % len(own)].replace("{}", config.subject) for index in range(protocol.prompts)]
+        validation = ScoringPrompts.for_prompts(unseen, config.subject, spec.noun, protocol.seeds)
+    else:
+        places = list(PLACES)[: protocol.prompts]
+        unseen = [f"a photo of the {config.subject} {PLACES[place]}" for place in places]
+        validation = ScoringPrompts.for_prompts(unseen, config.subject, spec.noun, protocol.seeds, places)
+    return {"train": train, "validation": validation}
 
 
 def read_conditions(folder: Path) -> dict[str, Any] | None:
