@@ -170,7 +170,7 @@ def test_a_file_may_name_the_preset_and_a_flag_another(configs: list[TextualInve
         ([*TRAIN, "--train_data_dir", "a", "--instance_data_dir", "b"], "specified multiple times"),
         ([*TRAIN, "images"], "images"),
         ([*TRAIN, "--config", "nowhere.toml"], "settings file nowhere.toml"),
-        ([*TRAIN, "--preset", "papr"], "preset must be one of lean, mini, paper, got 'papr': try paper"),
+        ([*TRAIN, "--preset", "papr"], "preset must be one of lean, mini, paper, v1, got 'papr': try paper"),
         (["train", "dreambooth"], "dreambooth-lora"),
         (["train", "textual-inversion", "--rank", "4"], "unknown flag --rank"),
         (["train", "custom-diffusion", "--class_nown", "mug"], "the nearest known one is --class_noun"),
@@ -231,9 +231,9 @@ def test_a_folder_of_concepts_is_checked(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         for number in range(1 if name == "lone" else 3):
             Image.new("RGB", (8, 8)).save(tmp_path / name / f"{number}.png")
-    (tmp_path / "cat1" / "concept.json").write_text('{"noun": "cat", "prompts": ["{} in the snow"]}')
-    (tmp_path / "red_teapot" / "concept.json").write_text('{"noun": "tea pot", "prompts": ["in the snow"]}')
-    (tmp_path / "torn" / "concept.json").write_text('{"noun": "mug"}')
+    (tmp_path / "cat1.json").write_text('{"noun": "cat", "prompts": ["{} in the snow"]}')
+    (tmp_path / "red_teapot.json").write_text('{"noun": "tea pot", "prompts": ["in the snow"]}')
+    (tmp_path / "torn.json").write_text('{"noun": "mug"}')
     (tmp_path / "torn" / "1.png").write_bytes(b"torn")
     answer = dvar("concepts", tmp_path)
     lines = answer.out.splitlines()
@@ -242,7 +242,7 @@ def test_a_folder_of_concepts_is_checked(tmp_path: Path) -> None:
     assert lines[4].startswith("the paper's, from DreamBooth: 1 of 30; not there: backpack, ")
     assert answer.status == 2
     for problem in (
-        "lone/concept.json must hold",
+        "lone.json must hold",
         "lone must hold at least 2 images, got 1",
         "must be one word, got 'tea pot'",
         "must be a list of texts with {} where the concept stands",
@@ -251,6 +251,7 @@ def test_a_folder_of_concepts_is_checked(tmp_path: Path) -> None:
         assert problem in answer.err
     whole = tmp_path / "whole"
     shutil.copytree(tmp_path / "cat1", whole / "cat1")
+    shutil.copy(tmp_path / "cat1.json", whole)
     assert dvar("concepts", whole).status == 0
     empty = dvar("concepts", tmp_path / "cat1")
     assert empty.status == 2

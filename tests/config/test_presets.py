@@ -120,7 +120,7 @@ def test_settings_override_the_preset_and_the_preset_overrides_defaults() -> Non
 
 
 def test_an_unknown_preset_is_refused_with_the_nearest() -> None:
-    with pytest.raises(RefusedInput, match="preset must be one of lean, mini, paper, got 'papr': try paper"):
+    with pytest.raises(RefusedInput, match="preset must be one of lean, mini, paper, v1, got 'papr': try paper"):
         configure({"preset": "papr"}, TextualInversionConfig)
 
 

@@ -463,8 +463,8 @@ def test_the_page_of_results_keeps_sections_that_were_not_repeated(report: Path,
 
 
 def test_a_pattern_that_is_not_found_is_negated() -> None:
-    def sentence(*interval: float, concepts: int = 6) -> str:
-        return compare_with_paper(MeanInterval(*interval, concepts), "water is wet", "water is dry", "by 3")
+    def sentence(mean: float, low: float, high: float, concepts: int = 6) -> str:
+        return compare_with_paper(MeanInterval(mean, low, high, concepts), "water is wet", "water is dry", "by 3")
 
     assert sentence(1, 0.5, 2) == "As in the paper, water is wet (by 3)."
     assert sentence(-1, -2, -0.5) == "Unlike in the paper, water is dry (by 3)."
@@ -473,8 +473,8 @@ def test_a_pattern_that_is_not_found_is_negated() -> None:
     too_few = "On 5 concepts, too few to compare with the paper, water is"
     assert sentence(1, 0.5, 2, concepts=5) == f"{too_few} wet (by 3)."
     assert sentence(-1, -2, -0.5, concepts=5) == f"{too_few} dry (by 3)."
-    one = MeanInterval(1, np.nan, np.nan, 1)
-    assert compare_with_paper(one, "wet", "dry", "by 3").startswith("On 1 concept, too few")
+    single = MeanInterval(1, np.nan, np.nan, 1)
+    assert compare_with_paper(single, "wet", "dry", "by 3").startswith("On 1 concept, too few")
 
 
 def test_three_concepts_are_never_said_to_be_as_in_the_paper(report: Path) -> None:
@@ -548,19 +548,19 @@ def test_table_3_compares_what_the_paper_pools(many: RecordingArchive) -> None:
     assert row["levels mean"] < -0.9
     assert "As in the paper, the intervals of a row differ little" in result.paragraphs[0]
     pairs = [timesteps.read_interval(run, "Train image score", 0, 1) for run in apart.runs]
-    pooled = np.corrcoef(*(np.concatenate([pair[side] for pair in pairs]) for side in (0, 1)))[0, 1]
-    assert row["pooled mean"] == pytest.approx(pooled)
+    losses, values = (np.concatenate([pair[side] for pair in pairs]) for side in (0, 1))
+    assert row["pooled mean"] == pytest.approx(np.corrcoef(losses, values)[0, 1])
 
 
 def test_only_the_draws_of_an_interval_count(archive: RecordingArchive) -> None:
     """Draws at early timesteps have losses of 3 and more, late ones less than 0.3."""
     run = archive.runs_of("textual-inversion")[0]
-    drawn = np.array(run.trace.header["series"]["stratified"]["timesteps"])
+    timesteps_drawn = np.array(run.trace.header["series"]["stratified"]["timesteps"])
     steps, values = run.series("stratified")
     at_start = {}
     for interval, (low, high) in timesteps.INTERVALS.items():
         loss, _ = timesteps.read_interval(run, "Train image score", low, high)
-        inside = (drawn >= 1000 * low) & (drawn < 1000 * high)
+        inside = (timesteps_drawn >= 1000 * low) & (timesteps_drawn < 1000 * high)
         np.testing.assert_allclose(loss, np.interp(run.scored_steps, steps, values[:, inside].mean(axis=1)))
         at_start[interval] = loss[0]
     assert at_start["Begin (0–333)"] > 3 * at_start["End (666–1000)"]

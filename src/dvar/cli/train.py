@@ -99,7 +99,7 @@ def concepts(folder: str | None = None, /) -> int:
     Parameters
     ----------
     folder
-        Folder of concepts, each a folder of images with a concept.json, as dvar record --concepts_dir reads it.
+        Folder of concepts, each a folder of images with a file beside it, as dvar record --concepts_dir reads it.
     """
     from dvar import mini
 

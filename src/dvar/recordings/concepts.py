@@ -50,15 +50,16 @@ def read_prompts(folder: Path) -> tuple[str, ...]:
     """Return the validation prompts of the concept in a folder, with {} for the concept; empty where it has none.
 
     Raises:
-        RefusedInput: The prompts in the folder's concept.json cannot be used.
+        RefusedInput: The prompts in the file NAME.json beside the folder cannot be used.
     """
+    path = folder.with_name(f"{folder.name}.json")
     try:
-        content = json.loads((folder / "concept.json").read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return ()
     prompts = content.get("prompts", ()) if isinstance(content, dict) else ()
     if not isinstance(prompts, list | tuple) or not all(isinstance(text, str) and "{}" in text for text in prompts):
-        rule = f"prompts in {folder}/concept.json must be a list of texts with {{}} where the concept stands"
+        rule = f"prompts in {path} must be a list of texts with {{}} where the concept stands"
         raise RefusedInput([f'{rule}, such as "a photo of {{}} in the snow", got {prompts!r}'])
     return tuple(prompts)
 
@@ -99,7 +100,7 @@ def _check_concept(folder: Path) -> ConceptCheck:
     try:
         noun = read_noun(folder)
         if len(noun.split()) != 1:
-            problems.append(f"noun in {folder}/concept.json must be one word, got {noun!r}: name the class by one")
+            problems.append(f"noun in {folder}.json must be one word, got {noun!r}: name the class by one")
         prompts = len(read_prompts(folder))
     except RefusedInput as error:
         problems += error.problems

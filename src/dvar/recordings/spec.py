@@ -239,8 +239,8 @@ def scoring_prompts(spec: RecordingSpec, concept: Concept) -> dict[str, ScoringP
     """Return the scoring prompts by part: training prompts, evenly from the run's captions, and validation prompts.
 
     Source: Section 4.1: 8 samples of prompts used in training, and prompts that training never saw.
-    Deviates: the paper's validation prompts go with its concepts, as those in a concept.json do; where there are none
-        they are `PLACES`, the same for every concept.
+    Deviates: the paper's validation prompts go with its concepts, as those in a concept's own file do; where there are
+        none they are `PLACES`, the same for every concept.
     """
     config, protocol = spec.config, PROTOCOLS[spec.protocol]
     captions = list(dict.fromkeys(text for index in range(len(concept.images)) for text in concept.texts(index)))

@@ -137,7 +137,11 @@ def _columns(names: Sequence[str]) -> list[Column[_CostSummary]]:
 def _table_of_strategies(
     archive: RecordingArchive, rows: Mapping[str, Sequence[CostRow]], provenance: Provenance
 ) -> Table:
-    recorded = {name for name, *score in SCORES if any(row.scores(*score) for group in rows.values() for row in group)}
+    recorded = {
+        name
+        for name, part, metric in SCORES
+        if any(row.scores(part, metric) for group in rows.values() for row in group)
+    }
     names = [name for name, *_ in SCORES if name in recorded or name not in OPTIONAL] + list(COSTS)
     summaries, bold = list[_CostSummary](), set[tuple[int, int]]()
     for group in rows.values():
@@ -247,8 +251,8 @@ def _plot_row(panel: Axes, place: int, row: CostRow) -> None:
     """Plot the stops of a strategy around the height ``place``: a violin, and a scattered dot for each run."""
     random, colour = np.random.default_rng(place), COLOURS[place % len(COLOURS)]
     if outline := outline_violin([result.stop for result in row.results]):
-        steps, widths = outline
-        panel.fill_between(steps, place - widths, place + widths, color=colour, alpha=0.18, linewidth=0)
+        grid, widths = outline
+        panel.fill_between(grid, place - widths, place + widths, color=colour, alpha=0.18, linewidth=0)
     for censored, shape in ((False, "o"), (True, ">")):
         steps = [result.stop for result in row.results if result.censored == censored]
         heights = place + random.uniform(-0.22, 0.22, len(steps))

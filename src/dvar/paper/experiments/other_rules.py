@@ -133,14 +133,14 @@ def _compare_levels(sizes: Mapping[str, Floats]) -> str:
     Args:
         sizes: By measure, its size at the oracle of each concept.
     """
-    known = np.logical_and.reduce([_positive(of_measure) for of_measure in sizes.values()])
-    common = {name: of_measure[known] for name, of_measure in sizes.items()}
-    if known.sum() < 2:
+    finite = np.logical_and.reduce([_positive(of_measure) for of_measure in sizes.values()])
+    common = {name: of_measure[finite] for name, of_measure in sizes.items()}
+    if finite.sum() < 2:
         return "Too few concepts learned enough to say whether one threshold suits them all."
 
     def spread_beyond_dvar(name: str) -> MeanInterval:
         return bootstrap_statistic(
-            int(known.sum()), lambda chosen: _octaves(common[name][chosen]) - _octaves(common["DVAR"][chosen])
+            int(finite.sum()), lambda chosen: _octaves(common[name][chosen]) - _octaves(common["DVAR"][chosen])
         )
 
     others = {name: spread_beyond_dvar(name) for name in common if name != "DVAR"}
