@@ -38,9 +38,9 @@ def train(stage: Training) -> Training:
 def test_a_matrix_is_off_by_half_a_step_of_its_row_at_most() -> None:
     tensors = {"a": torch.randn(5, 3, 2, 2), "b": torch.randn(7), "c": torch.zeros(2, 2)}
     tensors["a"][0] *= 1000
-    kept = interim.quantise(tensors)
-    assert kept["a"].dtype == torch.int8
-    again = interim.restore_tensors(kept)
+    quantised = interim.quantise(tensors)
+    assert quantised["a"].dtype == torch.int8
+    again = interim.restore_tensors(quantised)
     step = tensors["a"].flatten(1).abs().amax(1) / 127
     assert ((again["a"] - tensors["a"]).flatten(1).abs() <= step[:, None] * 0.5001).all()
     torch.testing.assert_close(again["b"], tensors["b"], rtol=1e-3, atol=1e-4)
