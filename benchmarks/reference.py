@@ -18,7 +18,7 @@ from PIL import Image
 from dvar.config.methods import CustomDiffusionConfig, DreamBoothLoraConfig, TextualInversionConfig
 from dvar.config.training import TrainingConfig
 from dvar.diffusion.backbone import Backbone
-from dvar.training.methods.dreambooth_lora import TARGETS
+from dvar.diffusion.backbones.stable_diffusion import StableDiffusion
 
 
 class ImageDataset(torch.utils.data.Dataset):
@@ -70,7 +70,7 @@ class Reference:
             weights.append(table)
         if isinstance(config, DreamBoothLoraConfig):
             shape = {"r": config.rank, "lora_alpha": config.rank, "init_lora_weights": "gaussian"}
-            unet.add_adapter(LoraConfig(target_modules=list(TARGETS["attention"]), **shape))
+            unet.add_adapter(LoraConfig(target_modules=list(StableDiffusion.lora_targets["attention"]), **shape))
             weights += [weight for weight in unet.parameters() if weight.requires_grad]
         if isinstance(config, CustomDiffusionConfig):
             for name, weight in unet.named_parameters():

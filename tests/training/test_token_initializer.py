@@ -245,7 +245,7 @@ def test_a_resumed_run_keeps_its_initializer(config: TextualInversionConfig, mon
         ({"clip_model": "/nowhere/clip"}, "clip_model /nowhere/clip is neither a folder here nor a hub id"),
         ({"initializer_token": "mug"}, "initializer_token is for initializer manual, got 'mug' with clip"),
         ({"initializer": "random"}, "clip_model is for initializer clip"),
-        ({"initializer": "best"}, "initializer must be one of manual, random, clip, got 'best'"),
+        ({"initializer": "best"}, "initializer must be one of manual, random, clip, clip-worst, got 'best'"),
     ],
 )
 def test_an_invalid_initializer_is_refused_before_a_model_loads(
