@@ -454,7 +454,9 @@ def test_a_followed_log_prints_verdicts_as_they_change_and_acts_once_it_stops(lo
     command = "import os; open('command', 'w').write(os.environ['DVAR_STEP'] + ' ' + os.environ['DVAR_VERDICT'])"
     (tmp_path / "act.py").write_text(command)
     on_stop = f'cd "{tmp_path}" && "{sys.executable}" act.py'
-    trainer = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    # A program that is started in the background ignores SIGINT, and so would its child.
+    program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); input()"
+    trainer = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stderr=subprocess.PIPE)
     flags = ["--on_stop", on_stop, "--stop_file", tmp_path / "stop.json", "--pid", trainer.pid]
     answer = dvar("replay", log, "--follow", *flags, "--output", tmp_path / "replay.svg")
     assert (answer.status, answer.err) == (0, "")
