@@ -24,15 +24,15 @@ SCALE = ".scale"
 
 def quantise(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return matrices as int8, each row by its own scale beside it, and everything else in float16."""
-    kept = {}
+    quantised = {}
     for key, tensor in tensors.items():
         if tensor.ndim < 2:
-            kept[key] = tensor.half()
+            quantised[key] = tensor.half()
             continue
         scale = tensor.flatten(1).abs().amax(dim=1).clamp(min=1e-12) / 127
-        kept[key] = (tensor / scale.view(-1, *[1] * (tensor.ndim - 1))).round().to(torch.int8).contiguous()
-        kept[key + SCALE] = scale.float()
-    return kept
+        quantised[key] = (tensor / scale.view(-1, *[1] * (tensor.ndim - 1))).round().to(torch.int8).contiguous()
+        quantised[key + SCALE] = scale.float()
+    return quantised
 
 
 def restore_tensors(kept: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -227,7 +227,7 @@ def test_a_truncated_log_is_judged_from_its_new_beginning(tmp_path: Path) -> Non
         log.write_text("step,val_loss\n" + format_rows(range(10)))
 
     events = list(Trainer(begin_again, append(log, format_rows(range(10, 100)))).follow(log))
-    assert [event.note for event in events if event.note] == ["the log was begun anew at step 0"]
+    assert [event.note for event in events if event.note] == ["the log was restarted at step 0"]
     expected = next(verdict for verdict in replay_rule(record_trace(range(100)), RULE) if verdict.stop)
     assert events[-1].verdict == expected
 
@@ -258,7 +258,7 @@ def test_a_new_file_with_another_number_of_samples_is_another_run() -> None:
     for step in range(20):
         past.record(step, [1.0, 2.0])
         newest.record(step + 10, 1.0)
-    assert join_traces(past, newest) == (newest, "the log was begun anew at step 10")
+    assert join_traces(past, newest) == (newest, "the log was restarted at step 10")
 
 
 def test_traces_agree_up_to_the_first_difference() -> None:

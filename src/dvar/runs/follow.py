@@ -29,7 +29,7 @@ class FollowedLog:
     Attributes:
         trace: All records so far.
         verdict: The verdict at the newest record, or the first one that stops; None while there is no record.
-        note: What happened to the log beside growing: it cannot be read yet, was rotated or begun anew.
+        note: What happened to the log beside growing: it cannot be read yet, was rotated or restarted.
         end: Why following ends, in words; empty while it goes on.
     """
 
@@ -54,8 +54,8 @@ def follow_log(
     """Yield what is known of a log after each new record, and whenever something else happens to it, until an end.
 
     The end is the first verdict that stops; or the end of the program that writes; or too long a time without a new
-    record. The log need not exist yet. A log that is rotated is continued by the new file; one that is begun anew is
-    judged anew; where a run was resumed, its last attempt counts.
+    record. The log need not exist yet. A log that is rotated is continued by the new file; one that is restarted is
+    judged again; where a run was resumed, its last attempt counts.
 
     Args:
         log: A file or a folder of any format that `read_log` reads.
@@ -128,10 +128,10 @@ def join_traces(past: Trace, newest: Trace) -> tuple[Trace, str]:
             for record in newest.records:
                 trace.record(**record)
         except TraceError:  # another number of held samples: this is another run
-            return newest, f"the log was begun anew at step {first}"
+            return newest, f"the log was restarted at step {first}"
         return trace, f"the log goes on in a new file from step {first}: the records before it count"
     if newest.last_step < past.last_step and find_last_agreed_step(past, newest) < first:
-        return newest, f"the log was begun anew at step {first}"
+        return newest, f"the log was restarted at step {first}"
     return newest, ""
 
 
