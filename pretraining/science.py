@@ -186,13 +186,15 @@ def rescore(trial: Trial) -> None:
 def gate(runs: Sequence[Path]) -> Eligibility:
     """Whether rules may be ranked on a method: the gain in identity over runs of several concepts and seeds."""
     records = [json.loads((run / "scores.json").read_text()) for run in runs]
+    traces = [Trace.read(run / "trace.jsonl") for run in runs]
     return Eligibility.from_scores(
         records[0]["cap"],
         [row["step"] for row in records[0]["scores"]],
         [[row["plain"]["identity"] for row in record["scores"]] for record in records],
-        [Trace.read(run / "trace.jsonl").values for run in runs],
+        [trace.values for trace in traces],
         [_concept(run) for run in runs],
         float(np.mean([ceiling(_concept(run))["identity"] for run in runs])),
+        [trace.metric("grad_norm")[1] for trace in traces],
     )
 
 

@@ -18,6 +18,8 @@ from dvar.recordings.recorded_run import SCORE, RecordedRun
 IDENTITY, CEILING = "identity", 1.0
 """The judge's probability that an image shows this very subject, where a judge knows the subjects; and its maximum."""
 MIN_ERRORS, MIN_WAY, MIN_EARLY, MIN_JITTERS = 5.0, 0.25, 0.9, 5.0
+MIN_SMOOTH, MAX_GRADIENT = 0.95, 30.0
+"""The share of runs that must be smooth, and how many times the median the largest gradient norm of such a run is."""
 MIN_RUNS = 12
 """Runs that eligibility is computed from: four tuning concepts with three seeds each."""
 
@@ -39,6 +41,9 @@ class Eligibility:
         jitters: The median over runs of L_det's fall, from step 0 to the last tenth of its values, over its jitter
             there: the standard deviation of first differences over the square root of 2, which is the noise of a curve
             that changes slowly.
+        calm: The share of runs whose largest gradient norm is at most `MAX_GRADIENT` times their median; nan where no
+            norms are known.
+        below: The share of runs whose L_det is never above its first value after its minimum.
     """
 
     runs: int
@@ -50,6 +55,8 @@ class Eligibility:
     way: float
     early: float
     jitters: float
+    calm: float = np.nan
+    below: float = np.nan
 
     @classmethod
     def from_scores(
@@ -60,6 +67,7 @@ class Eligibility:
         losses: Sequence[NDArray[np.float64]],
         concepts: Sequence[str],
         ceiling: float = np.nan,
+        gradients: Sequence[NDArray[np.float64]] = (),
     ) -> Eligibility:
         """Return the eligibility by runs that were scored at the same steps.
 
@@ -68,6 +76,7 @@ class Eligibility:
             scores: [runs, steps].
             losses: L_det of each run.
             concepts: The concept of each run.
+            gradients: The gradient norms of each run, where they are known.
         """
         curves = np.asarray(scores, np.float64)
         gains, mean = curves[:, -1] - curves[:, 0], curves.mean(axis=0)
@@ -87,6 +96,8 @@ class Eligibility:
                 way=float(np.divide(gain, ceiling - mean[0])),
                 early=float(np.divide(early, gain)),
                 jitters=float(np.median([_fall_over_jitter(values) for values in losses])),
+                calm=float(np.mean([norms.max() <= MAX_GRADIENT * np.median(norms) for norms in gradients] or np.nan)),
+                below=float(np.mean([values[values.argmin() :].max() <= values[0] for values in losses])),
             )
 
     @classmethod
@@ -105,7 +116,10 @@ class Eligibility:
             scored_steps, values = run.scores("train", metric)
             scores.append(np.interp(steps, scored_steps, values.mean(axis=1)))
         losses = [run.trace.values[run.trace.steps <= cap] for run in runs]
-        return cls.from_scores(cap, steps, scores, losses, [run.concept for run in runs], ceiling)
+        gradients = []
+        if all(run.has_series("grad_norm") for run in runs):
+            gradients = [norms[at <= cap].ravel() for at, norms in (run.series("grad_norm") for run in runs)]
+        return cls.from_scores(cap, steps, scores, losses, [run.concept for run in runs], ceiling, gradients)
 
     @property
     def failures(self) -> tuple[str, ...]:
@@ -119,6 +133,16 @@ class Eligibility:
             (self.way < MIN_WAY, f"it goes {100 * self.way:.0f} % of the way to the ceiling (bar {100 * MIN_WAY:.0f})"),
             (self.early < MIN_EARLY, early),
             (self.jitters < MIN_JITTERS, f"L_det falls by {self.jitters:.1f} times its jitter (bar {MIN_JITTERS:g})"),
+            (
+                self.calm < MIN_SMOOTH,
+                f"{100 * self.calm:.0f} % of its runs have no gradient above {MAX_GRADIENT:g} times the median "
+                f"(bar {100 * MIN_SMOOTH:.0f})",
+            ),
+            (
+                self.below < MIN_SMOOTH,
+                f"in {100 * self.below:.0f} % of its runs L_det stays below its first value after its minimum "
+                f"(bar {100 * MIN_SMOOTH:.0f})",
+            ),
         )
         return tuple(message for failed, message in bars if failed)
 

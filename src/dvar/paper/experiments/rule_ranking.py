@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 
 from dvar.analysis.eligibility import (
+    MAX_GRADIENT,
     MIN_EARLY,
     MIN_ERRORS,
     MIN_JITTERS,
     MIN_RUNS,
+    MIN_SMOOTH,
     MIN_WAY,
     Eligibility,
     judge_eligibility,
@@ -230,17 +232,21 @@ def _format_gain(verdict: Eligibility) -> str:
     return f"{format_number(verdict.start, 2)} → {format_number(verdict.end, 2)}{ceiling}"
 
 
+def _format_share(share: float) -> str:
+    return format_percent(share) if np.isfinite(share) else "–"
+
+
 ELIGIBILITY_COLUMNS: tuple[Column[EligibilityRow], ...] = (
     Column("Method", lambda row: method_title(row[0])),
     _figure_column("Runs", lambda verdict: f"{verdict.runs}"),
     _figure_column("Cap", lambda verdict: f"{verdict.cap}"),
     _figure_column("Score, start → end", _format_gain),
     _figure_column("Gain, standard errors over concepts", lambda verdict: format_number(verdict.errors, 1)),
-    _figure_column(
-        "Way to the ceiling", lambda verdict: format_percent(verdict.way) if np.isfinite(verdict.way) else "–"
-    ),
+    _figure_column("Way to the ceiling", lambda verdict: _format_share(verdict.way)),
     _figure_column("Of the gain by half the cap", lambda verdict: format_percent(verdict.early)),
     _figure_column("Fall of L_det over its jitter", lambda verdict: format_number(verdict.jitters, 0)),
+    _figure_column("Runs without a large gradient", lambda verdict: _format_share(verdict.calm)),
+    _figure_column("Runs that stay below their first L_det", lambda verdict: _format_share(verdict.below)),
     Column("Rules are ranked", lambda row: "not judged" if not row[1] else "no" if row[1].failures else "yes"),
 )
 
@@ -250,7 +256,9 @@ def _table_of_eligibility(verdicts: Mapping[str, Eligibility | None], ranked: Se
         "Eligibility: rules can be told apart only where a method learns, early, and L_det shows it. Runs of the "
         "tuning concepts up to Baseline's cap; the score is the recogniser's identity where it is known, else Train "
         f"CLIP image. Bars: {MIN_ERRORS:g} standard errors, {100 * MIN_WAY:.0f} % of the way where the ceiling is "
-        f"known, {100 * MIN_EARLY:.0f} % of the gain by half of the cap, {MIN_JITTERS:g} jitters. What was ranked: "
+        f"known, {100 * MIN_EARLY:.0f} % of the gain by half of the cap, {MIN_JITTERS:g} jitters, and "
+        f"{100 * MIN_SMOOTH:.0f} % of runs with no gradient above {MAX_GRADIENT:g} times the median and with an L_det "
+        "that stays below its first value after its minimum. What was ranked: "
         f"{Provenance.of(ranked)}"
     )
     data = [{"method": method, **(asdict(verdict) if verdict else {})} for method, verdict in verdicts.items()]
