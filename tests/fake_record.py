@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from dvar.recordings.setting import format_variant
 from dvar.stopping.trace import Trace
 
 TIMESTEPS = (981, 37, 411, 266, 702, 843, 130, 555)
@@ -41,6 +42,8 @@ def write_fake_record(
     images: int = 8,
     every: int = 5,
     seconds: float = 0.2,
+    setting: Mapping[str, Mapping[str, Any]] | None = None,
+    header: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a finished recording under ``root`` and return its folder.
 
@@ -53,12 +56,16 @@ def write_fake_record(
         images: Images of each part at a scored step.
         every: Steps between two values of the sparser series.
         seconds: Seconds of an update.
+        setting: What differs from the preset.
+        header: Further values of the header.
     """
     random = np.random.default_rng([seed, *(method + concept).encode()])
-    folder = root / method / concept / str(seed)
+    folder = root / method / concept / f"{seed}{format_variant(setting or {})}"
     folder.mkdir(parents=True, exist_ok=True)
     _generate_trace(random, cap, learned, jitter, every, seconds).write(folder / "trace.jsonl")
-    _write_json(folder / "scores.json", _generate_scores(random, cap, learned, noise, decline, images))
+    scores = _generate_scores(random, cap, learned, noise, decline, images)
+    scores["header"] |= {**({"setting": setting} if setting else {}), **(header or {})}
+    _write_json(folder / "scores.json", scores)
     config = {"method": method, "preset": "mini", "max_train_steps": cap, "seed": seed, "train_batch_size": 4}
     config |= {"pretrained_model_name_or_path": "mini", "num_inference_steps": 25, "eval_batch_size": 8}
     _write_json(folder / "config.json", config)

@@ -193,6 +193,9 @@ def test_the_content_of_a_recorded_run(make_spec: Make, finished: Callable[[str]
             assert run.scores(part, metric)[1].shape == (4, 4)
         assert run.scores(part, "clip_image")[1].std(axis=0).min() > 0
     assert run.header["sampling_steps"] == 2
+    assert run.header["protocol"] == {"name": "cpu", "version": 1}
+    assert run.header["setting"]["learning_rate"] == {"value": 0.05, "preset": 1e-3}
+    assert len(run.header["base"]) == 64
     assert run.header["seeds"] == [0, 1, 2, 3]
     assert run.header["validation_prompts"][1:3] == [
         "a photo of the <thing> on the beach",
@@ -275,14 +278,16 @@ def test_a_recording_older_than_a_setting_was_made_with_its_default(
     del conditions["settings"]["validation_scheduler"]
     (folder / "recording.json").write_text(json.dumps(conditions))
     assert make_spec().find_conflict() == ""
-    assert "another settings" in make_spec(settings={"validation_scheduler": "DDIMScheduler"}).find_conflict()
+    conditions["settings"]["validation_scheduler"] = "DDIMScheduler"
+    (folder / "recording.json").write_text(json.dumps(conditions))
+    assert "another settings" in make_spec().find_conflict()
 
 
 def test_another_recording_is_refused_and_not_changed(make_spec: Make, copied: Callable[[str], Path]) -> None:
     folder = copied("textual-inversion")
     before = read_contents(folder)
     with pytest.raises(RefusedInput, match="recorded under another settings"):
-        record_run(make_spec(settings={"learning_rate": 0.01}))
+        record_run(make_spec(length=2.0))
     with pytest.raises(RefusedInput, match="recorded under another judged"):
         record_run(make_spec(pairing="row by row"))
     (folder / "recording.json").unlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,12 +85,12 @@ class RecordingArchive:
         return tuple(method for method in order if method in methods) + tuple(sorted(methods.difference(order)))
 
     def runs_of(self, method: str) -> tuple[RecordedRun, ...]:
-        """Return the runs of a method that tables count."""
-        return tuple(run for run in self.runs if run.method == method and run.concept not in self.tuning_concepts)
+        """Return the runs of a method that tables count: under one setting, and of no tuning concept."""
+        return tuple(run for run in self._under_one_setting(method) if run.concept not in self.tuning_concepts)
 
     def tuning_runs(self, method: str) -> tuple[RecordedRun, ...]:
         """Return the runs of a method that settings are chosen on."""
-        return tuple(run for run in self.runs if run.method == method and run.concept in self.tuning_concepts)
+        return tuple(run for run in self._under_one_setting(method) if run.concept in self.tuning_concepts)
 
     def example_runs(self, method: str, count: int) -> tuple[RecordedRun, ...]:
         """Return one run each of a method's first ``count`` concepts by name, so that none is picked for its looks.
@@ -108,6 +109,15 @@ class RecordingArchive:
         names = sorted({name for units in of_runs for name in units})
         medians = {name: float(np.median([units[name] for units in of_runs if name in units])) for name in names}
         return medians | dict(self.measured_seconds.get(method, {}))
+
+    def _under_one_setting(self, method: str) -> Iterator[RecordedRun]:
+        """Yield the runs of a method under its preset's settings, or under its most common ones where there are none.
+
+        No table mixes settings; the panel, which compares them, reads all runs.
+        """
+        counts = Counter(run.variant for run in self.runs if run.method == method)
+        counted = "" if "" in counts else min(counts, key=lambda variant: (-counts[variant], variant), default="")
+        yield from (run for run in self.runs if run.method == method and run.variant == counted)
 
     def __iter__(self) -> Iterator[RecordedRun]:
         return iter(self.runs)

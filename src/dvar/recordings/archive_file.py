@@ -118,6 +118,7 @@ def _pack(run: RecordedRun, rescored: RescoredRun | None) -> tuple[dict[str, Any
         "method": run.method,
         "concept": run.concept,
         "seed": run.seed,
+        "variant": run.variant,
         "config": {name: value for name, value in run.config.items() if not str(name).endswith(("_dir", "versions"))},
         "header": dict(run.header),
         "trace": run.trace.header,
@@ -144,6 +145,7 @@ def _unpack(
         scored_steps=arrays["scored"].astype(np.int64),
         image_scores=_image_scores(arrays, "scores"),
         scoring_seconds=arrays["scoring"].astype(np.float64),
+        variant=description.get("variant", ""),
     )
     if "rescored" not in arrays:
         return run, None

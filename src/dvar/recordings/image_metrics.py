@@ -162,6 +162,7 @@ class Scorer:
         if not references:
             raise RefusedInput(["there must be a reference to compare images with, got none: name a concept"])
         self.pairing, self.clip, self.dino, self.judge, self.lpips = pairing, clip, dino, judge, lpips
+        self.references = len(references)
         self._clip_references = clip.embed_images(references)
         self._dino_references = dino.embed_images(references) if dino else None
 

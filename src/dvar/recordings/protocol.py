@@ -56,6 +56,7 @@ class RecordingProtocol:
             weights that were kept.
         probe_every: Steps between two evaluations of the paper's held batch.
         samples: Samples of each series.
+        version: Raised whenever what is measured under the same name changes; versions are never mixed.
     """
 
     share: float
@@ -68,6 +69,7 @@ class RecordingProtocol:
     rounds: int = 1
     probe_every: int = 1
     samples: Mapping[str, int] = field(default_factory=lambda: SAMPLES)
+    version: int = 1
 
     @property
     def image_count(self) -> int:
@@ -87,6 +89,7 @@ class RecordingProtocol:
             "class_pictures": self.class_images,
             # Recordings from before these could change do not name them.
             **({"samples": dict(self.samples)} if self.samples != SAMPLES else {}),
+            **({"version": self.version} if self.version > 1 else {}),
         }
 
     def forwards(self, name: str, cap: int) -> int:

@@ -1,14 +1,15 @@
 """Recorded runs, read back as values."""
 
-# A recorded run is a run folder, RECORDS/<method>/<concept>/<seed>/, that was trained past every stop.  Beside what
-# every run writes it holds scores.json and, written last, done.json with the SHA-256 of both series:
+# A recorded run is a run folder, RECORDS/<method>/<concept>/<seed>/, that was trained past every stop; with settings
+# that are not the preset's it is <seed>,<setting>=<value>/ (`dvar.recordings.setting`).  Beside what every run writes
+# it holds scores.json and, written last, done.json with the SHA-256 of both series:
 #
 # - trace.jsonl: for each step "eval" (the held batch of the paper), "train_loss", "grad_norm" and "seconds" by part; at
 #   sparser cadences "stratified", "fresh", "frozen" and "unseen" (lists, one loss for each sample), "drift",
 #   "stable_rank" and "token_norm".  The header has "timesteps" for "eval" and "series": name -> {"every", "timesteps"
 #   of a held batch}; the timesteps of fresh draws are in the same step record, as "fresh_timesteps".
-# - scores.json: {"header": what scored how, "rows": [{"step", "train": {metric: [one for each image]}, "validation":
-#   the same, "seconds"}]}.
+# - scores.json: {"header": what scored how, and the "setting", "protocol" and "base" model of the run, "rows":
+#   [{"step", "train": {metric: [one for each image]}, "validation": the same, "seconds"}]}.
 # - rounds.json, optional: {"header": {"hashes": those of done.json}, "rows": as in scores.json, each with its "round"}:
 #   further images of the same prompts at every scored step, generated afterwards from other seeds.
 # - rescored.json, optional: {"header": {"hashes": those of done.json, "seeds"}, "rows": as in scores.json, of the steps
@@ -31,6 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dvar.errors import RefusedInput
+from dvar.recordings.setting import Setting, split_folder_name
 from dvar.stopping.trace import LOSS, RELATIVE_LOSS, Trace
 from dvar.training.run_layout import CONFIG, TRACE
 
@@ -63,12 +65,14 @@ class RecordedRun:
     """A finished recording, read back.
 
     Attributes:
-        header: How the images were scored: pairing, judges, prompts, seeds, sampling steps, guidance, references.
+        header: How the images were scored: pairing, judges, prompts, seeds, sampling steps, guidance, references; and
+            under which "setting", by which "protocol" and on which "base" model the run was recorded.
         scored_steps: The steps whose images were scored, [n].
         image_scores: The scores of these images, round by round.
         scoring_seconds: Seconds that generating the images of a scored step took, [n].
         folder: Where the run is; None for a run from an archive file.
         threads: CPU threads that it was computed with.
+        variant: What its name has after the seed; empty under the preset's settings.
     """
 
     method: str
@@ -82,17 +86,18 @@ class RecordedRun:
     scoring_seconds: Floats
     folder: Path | None = None
     threads: int = 1
+    variant: str = ""
 
     @classmethod
     def open(cls, folder: str | Path) -> RecordedRun:
-        """Return the recorded run in a folder named ``<method>/<concept>/<seed>``.
+        """Return the recorded run in a folder named ``<method>/<concept>/<seed>``, or ``<seed>,<setting>=<value>``.
 
         Raises:
             RefusedInput: The recording is unfinished or damaged; every problem is named.
             TraceError: Its trace is damaged.
         """
         folder = Path(folder)
-        method, concept, seed = folder.parts[-3:]
+        method, concept, name = folder.parts[-3:]
         done = read_recorded_json(folder / DONE)
         hashes = done.get("hashes", {})
         problems = [
@@ -102,12 +107,16 @@ class RecordedRun:
         ]
         if problems:
             raise RefusedInput(problems)
+        try:
+            seed, variant = split_folder_name(name)
+        except ValueError as error:
+            raise RefusedInput([f"{folder} must be named by a seed, such as 0, got {name!r}: rename it"]) from error
         scores = read_recorded_json(folder / SCORES)
         header, rows = _merge_rounds(scores["header"], scores["rows"], read_rounds(folder))
         return cls(
             method=method,
             concept=concept,
-            seed=int(seed),
+            seed=seed,
             config=read_recorded_json(folder / CONFIG),
             trace=Trace.read(folder / TRACE),
             header=header,
@@ -116,6 +125,7 @@ class RecordedRun:
             scoring_seconds=np.array([row["seconds"] for row in rows], np.float64),
             folder=folder,
             threads=int(done.get("threads", 1)),
+            variant=variant,
         )
 
     @property
@@ -125,8 +135,14 @@ class RecordedRun:
 
     @property
     def name(self) -> str:
-        """Method, concept and seed in one word."""
-        return f"{self.method}/{self.concept}/{self.seed}"
+        """Method, concept and seed in one word, with the settings that are not the preset's."""
+        return f"{self.method}/{self.concept}/{self.seed}{self.variant}"
+
+    @property
+    def setting(self) -> Setting:
+        """What differs from the preset's settings, by name; empty for a run from before headers said so."""
+        setting: Setting = self.header.get("setting", {})
+        return setting
 
     @property
     def image_count(self) -> int:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -14,12 +13,13 @@ from torch import Tensor
 from dvar.diffusion.objective import Draws, denoising_loss
 from dvar.errors import RefusedInput
 from dvar.files import write_json
+from dvar.recordings.concept_images import render_unseen_images
 from dvar.recordings.image_metrics import Scorer
 from dvar.recordings.protocol import DRIFT, FRESH, PROTOCOLS, STABLE_RANK, STRATIFIED, UNSEEN, cadence_to_json
 from dvar.recordings.recorded_run import SCORES
 from dvar.recordings.restore import sheet_path, weights_path, write_sheet
-from dvar.recordings.score_samples import generate_and_score, generate_images
-from dvar.recordings.spec import RecordingSpec, scoring_prompts
+from dvar.recordings.score_samples import generate_and_score, generate_images, scoring_prompts
+from dvar.recordings.spec import RecordingSpec
 from dvar.recordings.weight_metrics import stable_rank
 from dvar.stopping.cadence import is_due
 from dvar.stopping.probe import PairedProbe, Probe
@@ -27,8 +27,6 @@ from dvar.training.augmentation import encode_examples
 from dvar.training.loop import Stopwatch
 from dvar.training.run import TrainingRun
 from dvar.training.weight_files import write_weights
-
-UNSEEN_IMAGES = 4
 
 
 class Recorder:
@@ -52,6 +50,11 @@ class Recorder:
         self.prompts = scoring_prompts(spec, run.concept)
         self.sampling_steps = self.protocol.sampling_steps or run.config.num_inference_steps
         self.rows = list(rows)
+        self._conditions = {
+            "setting": spec.setting,
+            "protocol": {"name": spec.protocol, "version": self.protocol.version},
+            "base": run.backbone.digest,
+        }
         texts = {text for part in self.prompts.values() for text in part.texts}
         if long := [text for text in texts if len(scorer.clip.tokenizer(text).input_ids) > scorer.clip.length]:
             raise RefusedInput([f"the CLIP that scores reads {scorer.clip.length} tokens, too few for {long[0]!r}"])
@@ -172,6 +175,7 @@ class Recorder:
 
     def _scores_header(self) -> dict[str, Any]:
         return {
+            **self._conditions,
             "share": self.protocol.share,
             "pairing": self.scorer.pairing,
             "judges": self.scorer.names,
@@ -180,21 +184,8 @@ class Recorder:
             "seeds": list(self.prompts["train"].seeds),
             "sampling_steps": self.sampling_steps,
             "guidance": self.run.config.guidance_scale,
-            "references": len(self.run.concept.images),
+            "references": self.scorer.references,
         }
-
-
-def render_unseen_images(concept: str) -> list[Image.Image]:
-    """Return renderings of a bundled concept that no run trains on, in places that none of its own images shows."""
-    from dvar.mini.world.concepts import held_out, reference_scenes
-    from dvar.mini.world.places import PLACES
-    from dvar.mini.world.scene import render, sample_scene
-
-    rng = np.random.default_rng([11, list(held_out()).index(concept)])
-    own_places = {scene.place for scene in reference_scenes(concept)}
-    places = rng.permutation([place for place in PLACES if place not in own_places])[:UNSEEN_IMAGES]
-    scenes = [sample_scene(rng, place=str(place), style="photo") for place in places]
-    return [Image.fromarray(render(held_out()[concept], scene)) for scene in scenes]
 
 
 def _measure_pair(paired: PairedProbe[Draws], step: int) -> dict[str, Any]:

@@ -11,12 +11,13 @@ from PIL import Image
 from dvar.diffusion.clip import Clip
 from dvar.diffusion.sampling import sample
 from dvar.files import read_json, write_json
+from dvar.recordings.concepts import read_prompts
 from dvar.recordings.image_metrics import Dino, Judge, Scorer
 from dvar.recordings.lpips import Lpips
-from dvar.recordings.protocol import PROTOCOLS, ScoringPrompts
+from dvar.recordings.protocol import PLACES, PROTOCOLS, ScoringPrompts
 from dvar.recordings.recorded_run import DONE, ROUNDS, read_rounds
 from dvar.recordings.restore import restore_runs
-from dvar.recordings.spec import RecordingSpec, scoring_prompts
+from dvar.recordings.spec import RecordingSpec
 from dvar.training.dataset import Concept
 from dvar.training.run import TrainingRun
 
@@ -30,8 +31,8 @@ def load_scorer(spec: RecordingSpec, concept: Concept) -> Scorer:
         ModelError, RefusedInput: A judge cannot be loaded.
     """
     references = []
-    for name in concept.names:
-        with Image.open(spec.image_folder / name) as image:
+    for path in spec.reference_paths(concept):
+        with Image.open(path) as image:
             references.append(image.convert("RGB"))
     return Scorer(
         Clip.load(spec.clip) if spec.clip else Clip.scoring(),
@@ -41,6 +42,27 @@ def load_scorer(spec: RecordingSpec, concept: Concept) -> Scorer:
         judge=Judge(spec.concept) if spec.bundled else None,
         lpips=Lpips.load(spec.lpips) if spec.lpips else None,
     )
+
+
+def scoring_prompts(spec: RecordingSpec, concept: Concept) -> dict[str, ScoringPrompts]:
+    """Return the scoring prompts by part: training prompts, evenly from the run's captions, and validation prompts.
+
+    Source: Section 4.1: 8 samples of prompts used in training, and prompts that training never saw.
+    Deviates: the paper's validation prompts go with its concepts, as those in a concept's own file do; where there are
+        none they are `PLACES`, the same for every concept.
+    """
+    config, protocol = spec.config, PROTOCOLS[spec.protocol]
+    captions = list(dict.fromkeys(text for index in range(len(concept.images)) for text in concept.texts(index)))
+    seen = [captions[index * len(captions) // protocol.prompts] for index in range(protocol.prompts)]
+    train = ScoringPrompts.for_prompts(seen, config.subject, spec.noun, protocol.seeds)
+    if own := read_prompts(spec.image_folder):
+        unseen = [own[index % len(own)].replace("{}", config.subject) for index in range(protocol.prompts)]
+        validation = ScoringPrompts.for_prompts(unseen, config.subject, spec.noun, protocol.seeds)
+    else:
+        places = list(PLACES)[: protocol.prompts]
+        unseen = [f"a photo of the {config.subject} {PLACES[place]}" for place in places]
+        validation = ScoringPrompts.for_prompts(unseen, config.subject, spec.noun, protocol.seeds, places)
+    return {"train": train, "validation": validation}
 
 
 def generate_and_score(

@@ -17,34 +17,24 @@ from dvar.config.methods import PAPER_METHODS, CustomDiffusionConfig
 from dvar.config.presets import configure
 from dvar.config.training import BUNDLED_MODEL, TrainingConfig
 from dvar.errors import RefusedInput, nearest
+from dvar.recordings.concept_images import list_image_files, write_training_images
 from dvar.recordings.concepts import MIN_IMAGES, concept_folders, laboratory_concepts, read_noun, read_prompts
 from dvar.recordings.config import RecordConfig
 from dvar.recordings.protocol import (
     CAP_FACTORS,
     CHECKPOINTS,
-    PLACES,
     PROTOCOLS,
     Pairing,
-    ScoringPrompts,
     log_spaced_steps,
 )
 from dvar.recordings.recorded_run import file_digest
+from dvar.recordings.setting import IMAGES, LOCATIONS, MODEL, MONITORING, Setting, format_variant, list_changes
 from dvar.training.dataset import Concept
 from dvar.training.methods.registry import config_from_dict
 from dvar.training.preflight import preflight
 from dvar.training.run_layout import CONFIG
 
 CONDITIONS = "recording.json"
-_LOCATION_SETTINGS = (
-    "instance_data_dir",
-    "class_data_dir",
-    "output_dir",
-    "overwrite",
-    "resume_from_checkpoint",
-    "report_to",
-)
-_MONITORING_SETTINGS = ("window", "threshold", "validation_steps", "num_validation_images")
-"""When a run is judged and sampled: any rule reads a recorded run, so these may change without making it another."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +53,8 @@ class RecordingSpec:
         pairing: What an image is compared with, as in `dvar.recordings.image_metrics.similarity`.
         threads: CPU threads of the run.
         settings: Settings of the method by name, which take precedence over its preset.
+        images: Number of instance images, its own first and then further renderings; None for all of its own.
+        length: Recorded cap over that of the preset.
     """
 
     method: str
@@ -78,6 +70,8 @@ class RecordingSpec:
     pairing: Pairing = "all pairs"
     threads: int = 1
     settings: tuple[tuple[str, Any], ...] = ()
+    images: int | None = None
+    length: float = 1.0
 
     @classmethod
     def from_json(cls, text: str) -> RecordingSpec:
@@ -95,10 +89,28 @@ class RecordingSpec:
         settings = ", ".join(f"{name} {value}" for name, value in self.settings)
         return f"{self.method}/{self.concept}/{self.seed}" + (f" ({settings})" if settings else "")
 
+    @cached_property
+    def setting(self) -> Setting:
+        """What makes this another recording than the preset's, by name.
+
+        Raises:
+            RefusedInput: A setting is unknown.
+        """
+        changes = list_changes(self.model, dict(self.settings), PAPER_METHODS[self.method])
+        if self.images is not None:
+            own = len(list_image_files(self.image_folder))
+            changes |= {IMAGES: {"value": self.images, "preset": own}} if self.images != own else {}
+        return changes
+
     @property
     def folder(self) -> Path:
-        """The folder of the recorded run."""
-        return Path(self.records).expanduser() / self.method / self.concept / str(self.seed)
+        """The folder of the recorded run: its seed, and after it the settings that are not the preset's.
+
+        A recording from before settings were in the name keeps its folder.
+        """
+        seeds = Path(self.records).expanduser() / self.method / self.concept
+        plain = seeds / str(self.seed)
+        return plain if self._recorded_without_name(plain) else seeds / f"{self.seed}{format_variant(self.setting)}"
 
     @property
     def bundled(self) -> bool:
@@ -112,8 +124,21 @@ class RecordingSpec:
 
     @property
     def image_folder(self) -> Path:
-        """The folder of the concept's images."""
+        """The folder of the concept's own images."""
         return concept_folders(self.concepts)[self.concept]
+
+    @property
+    def training_folder(self) -> Path:
+        """The folder of the images that the run trains on."""
+        if IMAGES not in self.setting:
+            return self.image_folder
+        return Path(self.records).expanduser() / "images" / str(self.images) / self.concept
+
+    def reference_paths(self, concept: Concept) -> list[Path]:
+        """Return the images that generated ones are compared with: the concept's own, whatever the run trains on."""
+        if IMAGES in self.setting:
+            return list_image_files(self.image_folder)
+        return [self.image_folder / name for name in concept.names]
 
     @cached_property
     def config(self) -> TrainingConfig:
@@ -132,7 +157,7 @@ class RecordingSpec:
             own["initializer_token"] = self.noun
         settings = {
             "pretrained_model_name_or_path": self.model,
-            "instance_data_dir": self.image_folder,
+            "instance_data_dir": self.training_folder,
             "output_dir": self.folder,
             "seed": self.seed,
             "probe_every": protocol.probe_every,  # sparser cadences are read off this one
@@ -143,7 +168,7 @@ class RecordingSpec:
         config = configure(settings, PAPER_METHODS[self.method])
         if not config.lr_scheduler.startswith("constant"):
             raise RefusedInput([f"a recorded run needs a constant learning rate, got {config.lr_scheduler}: change it"])
-        cap = round(config.max_train_steps * CAP_FACTORS[self.method] * protocol.share)
+        cap = round(config.max_train_steps * CAP_FACTORS[self.method] * protocol.share * self.length)
         return replace(
             config,
             max_train_steps=cap,
@@ -168,6 +193,8 @@ class RecordingSpec:
         weights = {"weights": _bundled_weights()} if BUNDLED_MODEL in (self.model, self.clip or BUNDLED_MODEL) else {}
         measured = {"plan": self.protocol, **PROTOCOLS[self.protocol].conditions}
         settings = _identifying_settings(self.config)
+        if IMAGES in self.setting:
+            measured[IMAGES] = self.images
         return {"concept": self.concept, "settings": settings, "measured": measured, "judged": judged, **weights}
 
     def find_conflict(self) -> str:
@@ -196,13 +223,25 @@ class RecordingSpec:
         if self.concept not in concepts:
             rule = f"there is no concept {self.concept!r}, the nearest is {nearest(self.concept, concepts)}"
             raise RefusedInput([f"{rule}: see dvar concepts, or the folder given"])
+        if IMAGES in self.setting:
+            count = int(self.setting[IMAGES]["value"])
+            write_training_images(self.image_folder, self.training_folder, count, bundled=self.concepts is None)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the run itself will warn
             concept = preflight(replace(self.config, overwrite=True), load_tokenizer=None)
-        if len(concept.images) < MIN_IMAGES:
+        if len(self.reference_paths(concept)) < MIN_IMAGES:
             rule = f"{self.image_folder} holds one image, and a concept that is scored needs two or more"
             raise RefusedInput([f"{rule}: similarity to one image rewards its background"])
         return concept
+
+    def _recorded_without_name(self, folder: Path) -> bool:
+        """Return whether a folder that names no setting holds a recording under this one."""
+        recorded = (read_conditions(folder) or {}).get("settings", {}) if self.setting else {}
+        return bool(recorded) and all(
+            recorded.get("pretrained_model_name_or_path" if name == MODEL else name)
+            == (self.model if name == MODEL else change["value"])
+            for name, change in self.setting.items()
+        )
 
 
 def plan_recordings(config: RecordConfig) -> list[RecordingSpec]:
@@ -235,27 +274,6 @@ def plan_recordings(config: RecordConfig) -> list[RecordingSpec]:
     ]
 
 
-def scoring_prompts(spec: RecordingSpec, concept: Concept) -> dict[str, ScoringPrompts]:
-    """Return the scoring prompts by part: training prompts, evenly from the run's captions, and validation prompts.
-
-    Source: Section 4.1: 8 samples of prompts used in training, and prompts that training never saw.
-    Deviates: the paper's validation prompts go with its concepts, as those in a concept's own file do; where there are
-        none they are `PLACES`, the same for every concept.
-    """
-    config, protocol = spec.config, PROTOCOLS[spec.protocol]
-    captions = list(dict.fromkeys(text for index in range(len(concept.images)) for text in concept.texts(index)))
-    seen = [captions[index * len(captions) // protocol.prompts] for index in range(protocol.prompts)]
-    train = ScoringPrompts.for_prompts(seen, config.subject, spec.noun, protocol.seeds)
-    if own := read_prompts(spec.image_folder):
-        unseen = [own[index % len(own)].replace("{}", config.subject) for index in range(protocol.prompts)]
-        validation = ScoringPrompts.for_prompts(unseen, config.subject, spec.noun, protocol.seeds)
-    else:
-        places = list(PLACES)[: protocol.prompts]
-        unseen = [f"a photo of the {config.subject} {PLACES[place]}" for place in places]
-        validation = ScoringPrompts.for_prompts(unseen, config.subject, spec.noun, protocol.seeds, places)
-    return {"train": train, "validation": validation}
-
-
 def read_conditions(folder: Path) -> dict[str, Any] | None:
     """Return the `RecordingSpec.conditions` of the recording in a folder; None if there is no recording."""
     try:
@@ -266,7 +284,7 @@ def read_conditions(folder: Path) -> dict[str, Any] | None:
 
 def _identifying_settings(config: TrainingConfig) -> dict[str, Any]:
     """Return the settings whose change makes another recording."""
-    others = _LOCATION_SETTINGS + _MONITORING_SETTINGS
+    others = LOCATIONS + MONITORING
     return {name: value for name, value in config.to_dict().items() if name not in others}
 
 
