@@ -136,7 +136,7 @@ def read_scores(folder: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
-SERIES = ("stratified", "fresh", "frozen", "fresh_timesteps", "unseen", "drift", "stable_rank", "token_norm")
+SERIES = ("stratified", "fresh", "frozen", "fresh_timesteps", "unseen", "drift", "stable_rank", "token_norm", "images")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -193,6 +193,8 @@ def test_the_content_of_a_recorded_run(make_spec: Make, finished: Callable[[str]
             assert run.scores(part, metric)[1].shape == (4, 4)
         assert run.scores(part, "clip_image")[1].std(axis=0).min() > 0
     assert run.header["sampling_steps"] == 2
+    assert run.series("images")[0].tolist() == run.scored_steps.tolist()
+    assert run.series("images")[1].shape == (4, 64)
     assert run.header["protocol"] == {"name": "cpu", "version": 1}
     assert run.header["setting"]["learning_rate"] == {"value": 0.05, "preset": 1e-3}
     assert len(run.header["base"]) == 64

@@ -240,6 +240,8 @@ def test_an_estimate_counts_all_that_is_measured(
     assert estimate_seconds(run, {**units, "start_up": 3.0}) == 3
     assert estimate_seconds(run, {**units, "train": 2.0}) == 2 * cap
     # 21 evaluations of 8; at steps 0 and 20 32, and 8 fresh ones by two models; at step 0 8 class pictures.
+    twice = replace(run, settings=(*run.settings, ("train_batch_size", 2 * run.config.train_batch_size)))
+    assert estimate_seconds(twice, {**units, "train": 2.0}) == 4 * cap
     assert estimate_seconds(run, {**units, "forward": 1.0}) == 21 * 8 + 2 * (32 + 16) + 8
     with_unseen = replace(run, model="mini", concepts=None, concept="black_cat")
     assert estimate_seconds(with_unseen, {**units, "forward": 1.0}) == 21 * 8 + 2 * (32 + 16 + 8) + 8

@@ -43,17 +43,21 @@ def record(*methods: str, **flags: Any) -> int:
         flags["methods"] = methods
     config = RecordConfig(**flags)
     raise_problems(record_problems(config))
-    from dvar.recordings import sweep
+    from dvar.recordings import panel, sweep
     from dvar.recordings.spec import plan_recordings
 
+    plan = panel.plan_panel(config) if config.panel else {}
+    for line in panel.describe_omissions(config) if config.panel else ():
+        print(line)
     rows = sweep.record_missing(
-        plan_recordings(config),
+        [spec for specs in plan.values() for spec in specs] or plan_recordings(config),
         lambda line: print(line, flush=True),
         workers=config.workers,
         only_estimate=config.estimate,
+        describe=lambda units: panel.format_stages(plan, units),
     )
-    if config.estimate:
+    if config.estimate and plan:
         return 0
     for line in sweep.format_statuses(rows):
         print(line)
-    return FAILED if any(row.state != "done" for row in rows) else 0
+    return FAILED if any(row.state != "done" for row in rows) and not config.estimate else 0

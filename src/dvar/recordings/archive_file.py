@@ -32,6 +32,7 @@ _SERIES = (
     "unseen",
     "drift",
     "stable_rank",
+    "images",
     "train_loss",
     "grad_norm",
     "token_norm",

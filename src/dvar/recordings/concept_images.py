@@ -24,8 +24,9 @@ def render_unseen_images(concept: str) -> list[Image.Image]:
 
 
 def render_further_images(concept: str, count: int) -> list[Image.Image]:
-    """Return renderings of a bundled concept to train on beside its own images, in places that neither those nor the
-    unseen ones show, as far as there are enough.
+    """Return renderings of a bundled concept to train on beside its own images.
+
+    They show places that neither its own images nor the unseen ones show; where there are too few, places come twice.
     """
     unseen = np.random.default_rng([_UNSEEN_SEED, _number(concept)]).permutation(_places(concept))[:UNSEEN_IMAGES]
     rng = np.random.default_rng([_FURTHER_SEED, _number(concept)])
@@ -39,8 +40,7 @@ def list_image_files(folder: Path) -> list[Path]:
 
 
 def write_training_images(own: Path, target: Path, count: int, *, bundled: bool) -> None:
-    """Write ``count`` images of a concept into the folder ``target``, unless it is there: its own ones by name, then
-    further renderings.
+    """Write ``count`` images of a concept into a folder, unless it is there: its own by name, then further renderings.
 
     Args:
         own: The folder of the concept's own images, named after it.

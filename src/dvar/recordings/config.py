@@ -9,6 +9,13 @@ from dvar.config.fields import COUNT, Config, invalid_fields, setting
 from dvar.config.methods import PAPER_METHODS
 from dvar.config.training import BUNDLED_MODEL
 
+Panel = Literal["shift", "main", "flow", "images", "batch", "rank", "word", "more", "all"]
+"""Parts of the panel: learning rates; all methods; the second base model; then one setting each; more concepts."""
+_FIXED_BY_PANEL = (
+    *("methods", "concepts", "first", "seeds", "model", "concepts_dir", "config"),
+    *("preset", "quick", "clip", "dino", "lpips", "pairing"),
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RecordConfig(Config):
@@ -21,6 +28,10 @@ class RecordConfig(Config):
     model: str = setting(BUNDLED_MODEL, "A hub id, a diffusers folder, or 'mini', the bundled model.")
     concepts_dir: str | None = setting(
         None, "Folder of concepts, each a folder of images with NAME.json beside it; by default the bundled concepts."
+    )
+    panel: Panel | None = setting(
+        None,
+        "Record a part of the panel that compares stopping rules, or 'all' of it; docs/protocol.md describes it.",
     )
     config: str | None = setting(None, "TOML file of settings of the method, where one method is recorded.")
 
@@ -37,7 +48,7 @@ class RecordConfig(Config):
 
     records: str = setting("records", "Folder of all recorded runs.", section="Where and how")
     workers: int | None = setting(None, "Runs at once; by default one for each GPU, or else for each core.", COUNT)
-    estimate: bool = setting(False, "Only estimate how long it will take.")
+    estimate: bool = setting(False, "Only list what is recorded and what is missing, and estimate how long it takes.")
 
     @property
     def protocol(self) -> str:
@@ -55,4 +66,11 @@ def record_problems(config: RecordConfig) -> list[str]:
         problems.append(f"seeds must be at least 0, got {min(config.seeds)}")
     if config.config and len(config.methods) > 1:
         problems.append(f"settings are of one method, got {', '.join(config.methods)}: name one before --config")
+    if config.panel:
+        defaults = RecordConfig()
+        problems += [
+            f"--panel fixes {name}, got {getattr(config, name)!r}: drop it"
+            for name in _FIXED_BY_PANEL
+            if getattr(config, name) != getattr(defaults, name)
+        ]
     return problems

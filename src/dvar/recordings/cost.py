@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from dvar.config.methods import PAPER_METHODS, CustomDiffusionConfig
+from dvar.config.presets import preset_settings
 from dvar.diffusion.sampling import BATCH
 from dvar.recordings.protocol import PROTOCOLS, START_UP_CLASS_IMAGES, UNSEEN
 from dvar.recordings.record import is_complete
@@ -27,9 +28,8 @@ from dvar.training.progress import format_duration
 from dvar.training.run_layout import TRACE
 
 UnitSeconds = Mapping[str, float]
-"""Seconds of each unit of work: "start_up", all before the first step, with
-`START_UP_CLASS_IMAGES` where there are class images; "train", one update; "forward", one held sample;
-"picture", one scored image."""
+"""Seconds of each unit of work: "start_up", all before the first step, with `START_UP_CLASS_IMAGES` where there are
+class images; "train", one update with the preset's batch; "forward", one held sample; "picture", one scored image."""
 
 REPETITIONS = 15
 """Updates and evaluations that unit seconds are a median of: with five, a busy moment made one a third too long."""
@@ -39,7 +39,7 @@ _EXPECTED_SHARE = 0.05
 
 
 def estimate_seconds(spec: RecordingSpec, units: UnitSeconds) -> float:
-    """Return the seconds that a whole recording takes."""
+    """Return the seconds that a whole recording takes; a training batch costs as many times more as it is larger."""
     config, protocol = spec.config, PROTOCOLS[spec.protocol]
     cap = config.max_train_steps
     forwards = (cap // config.probe_every + 1) * config.eval_batch_size
@@ -51,7 +51,8 @@ def estimate_seconds(spec: RecordingSpec, units: UnitSeconds) -> float:
     if isinstance(config, CustomDiffusionConfig) and not config.class_data_dir and config.prior_loss_weight:
         others += max(0, config.num_class_images - START_UP_CLASS_IMAGES)
     images += others * config.num_inference_steps / sampling_steps
-    return units["start_up"] + cap * units["train"] + forwards * units["forward"] + images * units["picture"]
+    train = cap * _relative_batch(spec) * units["train"]
+    return units["start_up"] + train + forwards * units["forward"] + images * units["picture"]
 
 
 def estimate_seconds_left(spec: RecordingSpec, units: UnitSeconds) -> float:
@@ -104,6 +105,7 @@ def measure_unit_seconds(spec: RecordingSpec) -> dict[str, float]:
         start_up = time.perf_counter() - start
         prompts = recorder.prompts["train"]
         train = _median_seconds(lambda number: run.learner.update(run.training_losses, number + 1), REPETITIONS)
+        train /= _relative_batch(spec)
         forward = _median_seconds(lambda _: run.probe(), REPETITIONS) / run.config.eval_batch_size
         count = min(BATCH, len(prompts.prompts))
         images = _median_seconds(lambda _: recorder.generate(prompts.prompts[:count], prompts.seeds[:count]), 3)
@@ -129,12 +131,20 @@ def format_estimate(
         return
     remaining_seconds = {spec: estimate_seconds_left(spec, units[spec.method]) for spec in specs}
     for method, unit_seconds in units.items():
+        if method not in {spec.method for spec in specs}:
+            continue
         of_method = [seconds for spec, seconds in remaining_seconds.items() if spec.method == method]
         costs = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in unit_seconds.items())
         yield f"{method}: {len(of_method)} runs of {format_duration(sum(of_method) / len(of_method))} each ({costs})"
     slots = len(list_slots(workers, specs[0].threads))
     total = format_duration(sum(remaining_seconds.values()) / min(slots, len(remaining_seconds)))
     yield f"about {total} with {slots} at once, if that does not slow each of them down"
+
+
+def _relative_batch(spec: RecordingSpec) -> float:
+    """Return the size of a run's training batch over its preset's."""
+    config = spec.config
+    return float(config.train_batch_size / preset_settings(config.preset or "paper", spec.method)["train_batch_size"])
 
 
 def _median_seconds(work: Callable[[int], Any], count: int) -> float:

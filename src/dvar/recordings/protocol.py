@@ -24,6 +24,8 @@ CHECKPOINTS = 8
 """Checkpoints kept of a run, evenly spaced: a replay of any step trains at most an eighth of the cap."""
 
 STRATIFIED, FRESH, UNSEEN, DRIFT, STABLE_RANK = "stratified", "fresh", "unseen", "drift", "stable_rank"
+IMAGE_PROJECTIONS = "images"
+"""The series of projections of the scored images, at scored steps."""
 SAMPLES = MappingProxyType({STRATIFIED: 32, FRESH: 8, UNSEEN: 8, DRIFT: 8})
 """Samples of each series."""
 
@@ -107,7 +109,7 @@ def _cadences(stratified: Cadence, fresh: Cadence, unseen: Cadence, drift: Caden
     return MappingProxyType({STRATIFIED: stratified, FRESH: fresh, UNSEEN: unseen, DRIFT: drift})
 
 
-_OFTEN, _SELDOM = PerOctave(16), PerOctave(4)
+_OFTEN, _LESS_OFTEN, _SELDOM = PerOctave(16), PerOctave(8), PerOctave(4)
 
 
 PROTOCOLS = {
@@ -119,7 +121,7 @@ PROTOCOLS = {
         8,
         4,
         8,
-        _cadences(_OFTEN, _OFTEN, _OFTEN, _SELDOM),
+        _cadences(_OFTEN, _LESS_OFTEN, _LESS_OFTEN, _SELDOM),
         probe_every=10,
         samples=MappingProxyType({STRATIFIED: 64, FRESH: 8, UNSEEN: 64, DRIFT: 8}),
     ),
@@ -131,7 +133,7 @@ everything, as densely as the paper's figures need it."""
 
 def log_spaced_steps(cap: int, count: int, cadence: int = 1) -> list[int]:
     """Return about ``count`` steps: 0, ``cap``, and steps in equal ratios between, in multiples of ``cadence``."""
-    between = np.geomspace(min(4, cap), cap, max(count - 1, 2))
+    between = np.geomspace(min(max(4, cadence), cap), cap, max(count - 1, 2))
     return sorted({0, cap, *(min(cadence * round(step / cadence), cap) for step in between)})
 
 

@@ -6,8 +6,9 @@
 #
 # - trace.jsonl: for each step "eval" (the held batch of the paper), "train_loss", "grad_norm" and "seconds" by part; at
 #   sparser cadences "stratified", "fresh", "frozen" and "unseen" (lists, one loss for each sample), "drift",
-#   "stable_rank" and "token_norm".  The header has "timesteps" for "eval" and "series": name -> {"every", "timesteps"
-#   of a held batch}; the timesteps of fresh draws are in the same step record, as "fresh_timesteps".
+#   "stable_rank" and "token_norm"; at scored steps "images" (`dvar.recordings.image_change`).  The header has
+#   "timesteps" for "eval" and "series": name -> {"every", "timesteps" of a held batch}; the timesteps of fresh draws
+#   are in the same step record, as "fresh_timesteps".
 # - scores.json: {"header": what scored how, and the "setting", "protocol" and "base" model of the run, "rows":
 #   [{"step", "train": {metric: [one for each image]}, "validation": the same, "seconds"}]}.
 # - rounds.json, optional: {"header": {"hashes": those of done.json}, "rows": as in scores.json, each with its "round"}:
@@ -140,7 +141,7 @@ class RecordedRun:
 
     @property
     def setting(self) -> Setting:
-        """What differs from the preset's settings, by name; empty for a run from before headers said so."""
+        """The settings that differ from the preset's, by name; empty for a run from before headers said so."""
         setting: Setting = self.header.get("setting", {})
         return setting
 

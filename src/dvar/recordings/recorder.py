@@ -14,8 +14,18 @@ from dvar.diffusion.objective import Draws, denoising_loss
 from dvar.errors import RefusedInput
 from dvar.files import write_json
 from dvar.recordings.concept_images import render_unseen_images
+from dvar.recordings.image_change import project_images
 from dvar.recordings.image_metrics import Scorer
-from dvar.recordings.protocol import DRIFT, FRESH, PROTOCOLS, STABLE_RANK, STRATIFIED, UNSEEN, cadence_to_json
+from dvar.recordings.protocol import (
+    DRIFT,
+    FRESH,
+    IMAGE_PROJECTIONS,
+    PROTOCOLS,
+    STABLE_RANK,
+    STRATIFIED,
+    UNSEEN,
+    cadence_to_json,
+)
 from dvar.recordings.recorded_run import SCORES
 from dvar.recordings.restore import sheet_path, weights_path, write_sheet
 from dvar.recordings.score_samples import generate_and_score, generate_images, scoring_prompts
@@ -77,7 +87,8 @@ class Recorder:
     def header(self) -> dict[str, Any]:
         """The part of the trace's header that describes the series: cadences, and timesteps of held batches."""
         always = {"eval": self.run.config.probe_every, "token_norm": 1}
-        return {"series": {**{name: {"every": every} for name, every in always.items()}, **self._header}}
+        scored = {IMAGE_PROJECTIONS: {"steps": sorted(self.scored_steps)}}
+        return {"series": {**{name: {"every": every} for name, every in always.items()}, **self._header, **scored}}
 
     def __call__(self, step: int, watch: Stopwatch) -> dict[str, Any]:
         """Return the values of the series that are due at ``step``; ``watch`` times each of them."""
@@ -91,16 +102,21 @@ class Recorder:
             values["token_norm"] = float(rows.detach().double().norm())
         if step in self.scored_steps:
             with watch("score"):
-                self.score_step(step)
+                values |= self.score_step(step)
                 self.save_weights(step)
         return values
 
-    def score_step(self, step: int) -> None:
-        """Generate and score the images of a step, and write them as a sheet and a row of scores."""
+    def score_step(self, step: int) -> dict[str, Any]:
+        """Generate and score the images of a step, and write them as a sheet and a row of scores.
+
+        Returns:
+            What the trace holds of the images of training prompts, whose seeds are the same at every step.
+        """
         images, scores = generate_and_score(self.run, self.prompts, self.scorer, self.sampling_steps)
         write_sheet(sheet_path(self.folder, step), images)
         self.rows = [*(row for row in self.rows if row["step"] != step), {"step": step, **scores}]
         write_json(self.folder / SCORES, {"header": self._scores_header(), "rows": self.rows})
+        return {IMAGE_PROJECTIONS: project_images(images[0])}
 
     def save_weights(self, step: int) -> None:
         """Write the trained weights as they are now."""

@@ -28,7 +28,16 @@ from dvar.recordings.protocol import (
     log_spaced_steps,
 )
 from dvar.recordings.recorded_run import file_digest
-from dvar.recordings.setting import IMAGES, LOCATIONS, MODEL, MONITORING, Setting, format_variant, list_changes
+from dvar.recordings.setting import (
+    FLOW_MODEL,
+    IMAGES,
+    LOCATIONS,
+    MODEL,
+    MONITORING,
+    Setting,
+    format_variant,
+    list_changes,
+)
 from dvar.training.dataset import Concept
 from dvar.training.methods.registry import config_from_dict
 from dvar.training.preflight import preflight
@@ -91,7 +100,7 @@ class RecordingSpec:
 
     @cached_property
     def setting(self) -> Setting:
-        """What makes this another recording than the preset's, by name.
+        """The settings that make this another recording than the preset's, by name.
 
         Raises:
             RefusedInput: A setting is unknown.
@@ -103,19 +112,24 @@ class RecordingSpec:
         return changes
 
     @property
+    def name_in_records(self) -> str:
+        """The name of the recorded run: method, concept and seed, with the settings that are not the preset's."""
+        return f"{self.method}/{self.concept}/{self.seed}{format_variant(self.setting)}"
+
+    @property
     def folder(self) -> Path:
         """The folder of the recorded run: its seed, and after it the settings that are not the preset's.
 
         A recording from before settings were in the name keeps its folder.
         """
-        seeds = Path(self.records).expanduser() / self.method / self.concept
-        plain = seeds / str(self.seed)
-        return plain if self._recorded_without_name(plain) else seeds / f"{self.seed}{format_variant(self.setting)}"
+        records = Path(self.records).expanduser()
+        plain = records / self.method / self.concept / str(self.seed)
+        return plain if self._recorded_without_name(plain) else records / self.name_in_records
 
     @property
     def bundled(self) -> bool:
-        """Whether this is the bundled model on a bundled concept, whose images can be judged further."""
-        return self.model == BUNDLED_MODEL and self.concepts is None
+        """Whether this is a bundled model on a bundled concept, whose images can be judged further."""
+        return self.model in (BUNDLED_MODEL, FLOW_MODEL) and self.concepts is None
 
     @cached_property
     def noun(self) -> str:

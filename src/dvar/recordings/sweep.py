@@ -103,14 +103,20 @@ def format_protocol(spec: RecordingSpec) -> str:
 
 
 def record_missing(
-    specs: Sequence[RecordingSpec], notify: Notify, *, workers: int | None = None, only_estimate: bool = False
+    specs: Sequence[RecordingSpec],
+    notify: Notify,
+    *,
+    workers: int | None = None,
+    only_estimate: bool = False,
+    describe: Callable[[Mapping[str, UnitSeconds]], Iterable[str]] = lambda units: (),
 ) -> list[RecordingStatus]:
     """Make the recordings that are missing, after reporting what is measured and how long it will take.
 
     Args:
         notify: Called with lines of progress.
         workers: Processes at once, as for `list_slots`.
-        only_estimate: Report, and record nothing.
+        only_estimate: Report, and record nothing; unit seconds that were measured before are not measured again.
+        describe: From the unit seconds of each method to further lines of the report.
 
     Returns:
         The status of each recording.
@@ -121,8 +127,10 @@ def record_missing(
     validate_recordings(specs)
     missing = [spec for spec in specs if read_status(spec).state != "done"]
     notify(f"{len(specs)} runs, {len(missing)} of them to record; {format_protocol(specs[0])}")
-    units = measure_methods(missing)
-    for line in format_estimate(missing, units, workers):
+    saved = _read_unit_seconds(Path(specs[0].records).expanduser()) if only_estimate else {}
+    unmeasured = [spec for spec in missing if spec.method not in saved]
+    units = {**saved, **measure_methods(unmeasured)}
+    for line in (*format_estimate(missing, units, workers), *describe(units)):
         notify(line)
     if only_estimate:
         return [read_status(spec) for spec in specs]
@@ -208,10 +216,13 @@ def _save_unit_seconds(root: Path, units: Mapping[str, UnitSeconds]) -> None:
 
     Those of a method that is there stay, so that all of its runs have one price.
     """
-    path = root / SECONDS
-    saved = read_json(path) if path.exists() else {}
     root.mkdir(parents=True, exist_ok=True)
-    write_json(path, {**units, **saved})
+    write_json(root / SECONDS, {**units, **_read_unit_seconds(root)})
+
+
+def _read_unit_seconds(root: Path) -> dict[str, UnitSeconds]:
+    path = root / SECONDS
+    return dict(read_json(path)) if path.exists() else {}
 
 
 def _worker_task(spec: RecordingSpec) -> WorkerTask:
