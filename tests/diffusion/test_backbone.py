@@ -12,9 +12,10 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from dvar.diffusion.backbone import BACKBONES, BackboneEntry, load_backbone, load_tokenizer
+from dvar.diffusion.backbone import load_backbone, load_tokenizer
 from dvar.diffusion.backbones.stable_diffusion import StableDiffusion
 from dvar.diffusion.devices import peak_memory
+from dvar.diffusion.families import BACKBONES, BackboneEntry
 from dvar.diffusion.objective import Encoded, denoising_loss, draw
 from dvar.errors import ModelError
 
@@ -111,7 +112,7 @@ def test_another_kind_of_pipeline_is_refused(tmp_path: Path, tiny_model: Path) -
     folder = shutil.copytree(tiny_model, tmp_path / "xl")
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionUpscalePipeline"}))
-    with pytest.raises(ModelError, match="xl is a StableDiffusionUpscalePipeline: choose"):
+    with pytest.raises(ModelError, match="xl is a StableDiffusionUpscalePipeline, which starts from an image: choose"):
         load_backbone(folder)
 
 

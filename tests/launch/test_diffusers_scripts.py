@@ -64,9 +64,13 @@ SCRIPTS = {
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The folders of tiny models, of images, and of images with captions."""
-    from tiny_base_models import tiny_flux, tiny_sd3, tiny_sdxl
-
-    from dvar.testing import tiny_concept, tiny_pipeline
+    from dvar.testing import (
+        tiny_concept,
+        tiny_flux_pipeline,
+        tiny_pipeline,
+        tiny_sd3_pipeline,
+        tiny_xl_pipeline,
+    )
 
     folder = tmp_path_factory.mktemp("diffusers")
     captions = [{"file_name": f"{index:02d}.png", "text": "a photo of a mug"} for index in range(4)]
@@ -74,9 +78,9 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     (captioned / "metadata.jsonl").write_text("\n".join(map(json.dumps, captions)), encoding="utf-8")
     return {
         "sd": tiny_pipeline(folder / "sd"),
-        "sdxl": tiny_sdxl(folder / "sdxl"),
-        "sd3": tiny_sd3(folder / "sd3"),
-        "flux": tiny_flux(folder / "flux"),
+        "sdxl": tiny_xl_pipeline(folder / "sdxl"),
+        "sd3": tiny_sd3_pipeline(folder / "sd3", t5=True),
+        "flux": tiny_flux_pipeline(folder / "flux"),
         "images": tiny_concept(folder / "images"),
         "captioned": captioned,
         "cache": folder / "cache",

@@ -1,16 +1,14 @@
-"""Backbones: what training and sampling ask of a base model, and the registry of the families that have one."""
+"""Backbones: what training and sampling ask of a base model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dvar.config.training import Sampler
-from dvar.diffusion.tokens import load_clip_tokenizer, read_index
-from dvar.errors import ModelError
-from dvar.registry import Registry
+from dvar.diffusion.families import find_family
+from dvar.diffusion.tokens import read_index
 
 if TYPE_CHECKING:
     import torch
@@ -88,6 +86,10 @@ class Backbone(Protocol):
         """Return a stock diffusers pipeline of the same networks, with the model's own scheduler or the named one."""
         ...
 
+    def generation_options(self, prompts: Sequence[str], guidance: float) -> dict[str, Any]:
+        """Return the arguments with which the stock pipeline generates an image of each prompt at this guidance."""
+        ...
+
     def encode(self, images: Sequence[Image.Image]) -> Tensor:
         """Return the posterior moments of RGB images, float32 [n, 2C, h, w] on the CPU: means, then log-variances."""
         ...
@@ -103,75 +105,6 @@ class Backbone(Protocol):
     def autocast(self) -> torch.autocast:
         """Return the scope in which the networks compute in their precision."""
         ...
-
-
-@dataclass(frozen=True)
-class BackboneEntry:
-    """A family of base models, as the registry holds it.
-
-    Attributes:
-        pipeline: The class of its diffusers pipelines, as model_index.json names it; the name in the registry.
-        title: The family in prose.
-        load: Loads a model; called with what `load_backbone` is called with. It imports what it needs when it is
-            called, so that the registry loads without torch.
-        load_tokenizer: Loads the tokenizer of a folder or hub id, without torch.
-        folders: The folders that a model of it must have.
-    """
-
-    pipeline: str
-    title: str
-    load: Callable[..., Backbone]
-    load_tokenizer: Callable[[str | Path], Any]
-    folders: tuple[str, ...]
-
-
-def _load_stable_diffusion(name: str | Path, **options: Any) -> Backbone:
-    from dvar.diffusion.backbones.stable_diffusion import StableDiffusion
-
-    return StableDiffusion.load(name, **options)
-
-
-def _load_stable_diffusion_xl(name: str | Path, **options: Any) -> Backbone:
-    from dvar.diffusion.backbones.stable_diffusion_xl import StableDiffusionXL
-
-    return StableDiffusionXL.load(name, **options)
-
-
-def _load_stable_diffusion_3(name: str | Path, **options: Any) -> Backbone:
-    from dvar.diffusion.backbones.stable_diffusion_3 import StableDiffusion3
-
-    return StableDiffusion3.load(name, **options)
-
-
-_ONE_CLIP = ("vae", "text_encoder", "tokenizer", "scheduler")
-_TWO_CLIPS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
-
-BACKBONES: Registry[BackboneEntry] = Registry("backbone", "dvar.backbones")
-"""Every family by the class of its pipelines. Other packages add theirs by an entry point of "dvar.backbones"."""
-for entry in (
-    BackboneEntry(
-        "StableDiffusionPipeline",
-        "Stable Diffusion 1.x or 2.x",
-        _load_stable_diffusion,
-        load_clip_tokenizer,
-        ("unet", *_ONE_CLIP),
-    ),
-    BackboneEntry(
-        "StableDiffusionXLPipeline",
-        "Stable Diffusion XL",
-        _load_stable_diffusion_xl,
-        load_clip_tokenizer,
-        ("unet", *_TWO_CLIPS),
-    ),
-    BackboneEntry(
-        "StableDiffusion3Pipeline",
-        "Stable Diffusion 3 or 3.5",
-        _load_stable_diffusion_3,
-        load_clip_tokenizer,
-        ("transformer", *_TWO_CLIPS),
-    ),
-):
-    BACKBONES.register(entry.pipeline, entry)
 
 
 def load_backbone(
@@ -196,7 +129,7 @@ def load_backbone(
     Raises:
         ModelError: It cannot be loaded, or no backbone is registered for it.
     """
-    return find_family(name, read_index(name)["_class_name"]).load(
+    backbone: Backbone = find_family(name, read_index(name)["_class_name"]).load(
         name,
         device=device,
         mixed_precision=mixed_precision,
@@ -204,6 +137,7 @@ def load_backbone(
         attention_slicing=attention_slicing,
         compile=compile,
     )
+    return backbone
 
 
 def load_tokenizer(name: str | Path) -> Any:
@@ -213,15 +147,3 @@ def load_tokenizer(name: str | Path) -> Any:
         ModelError: There is none, or no backbone is registered for the model.
     """
     return find_family(name, read_index(name)["_class_name"]).load_tokenizer(name)
-
-
-def find_family(name: str | Path, pipeline: str) -> BackboneEntry:
-    """Return the family of the model ``name``, by the class of its pipeline.
-
-    Raises:
-        ModelError: No backbone is registered for it.
-    """
-    if pipeline not in BACKBONES:
-        titles = ", ".join(entry.title for entry in BACKBONES.values())
-        raise ModelError(f"the model must be one of {titles}; {name} is a {pipeline}: choose another")
-    return BACKBONES[pipeline]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from dvar import mini
 from dvar.config.training import BUNDLED_MODEL, TrainingConfig
-from dvar.diffusion.backbone import find_family
+from dvar.diffusion.families import BackboneEntry, find_family
 from dvar.errors import ModelError, RefusedInput, first_line
 from dvar.files import read_json
 
@@ -51,7 +53,8 @@ def _folder_problems(name: str, path: Path) -> list[str]:
     """Return what is wrong with the folder ``path`` of a base model."""
     remedy = "name a folder that save_pretrained wrote"
     try:
-        pipeline = read_json(path / _INDEX)["_class_name"]
+        index = read_json(path / _INDEX)
+        pipeline = index["_class_name"]
     except FileNotFoundError:
         return [f"model folder {name} is no diffusers pipeline, it lacks {_INDEX}: {remedy}"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -60,9 +63,10 @@ def _folder_problems(name: str, path: Path) -> list[str]:
         family = find_family(name, pipeline)
     except ModelError as error:
         return [str(error)]
-    if missing := [part for part in family.folders if not (path / part).exists()]:
+    if missing := [part for part in family.folders if not (path / part).exists() or index.get(part) == [None, None]]:
         return [f"model folder {name} is no whole {family.title}, it lacks {', '.join(missing)}: {remedy}"]
-    return [f"model folder {name}: {problem}" for part in family.folders for problem in _part_problems(path / part)]
+    problems = [problem for part in family.folders for problem in _part_problems(path / part)]
+    return [f"model folder {name}: {problem}" for problem in problems or _mixture_problems(path, family)]
 
 
 def clip_problems(name: str | None) -> list[str]:
@@ -96,6 +100,30 @@ def _part_problems(part: Path) -> list[str]:
         message += f", only {pickles[0]}, which is never read" if pickles else ""
         return [f"{message}: save the model again with safe_serialization=True"]
     return [problem for file in files for problem in _weights_problems(file)]
+
+
+def _mixture_problems(path: Path, family: BackboneEntry) -> list[str]:
+    """Return which parts of a model's folder are none of this family, or do not fit each other."""
+    configs = {part: read_json(path / part / _CONFIG) for part in family.kinds}
+    problems = []
+    for part, kinds in family.kinds.items():
+        kind = configs[part].get("_class_name") or configs[part].get("model_type")
+        if kind and kind not in kinds:
+            message = f"{part} must be a {kinds[0]} in a {family.title}, got a {kind}"
+            problems.append(f"{message}: the folder is of several models, copy the model again")
+    for size, parts in () if problems else family.widths:
+        width, widths = _read_size(configs, size), [_read_size(configs, part) for part in parts]
+        if width and all(widths) and width != (total := sum(filter(None, widths))):
+            message = f"{size} must be {total}, the sum of {' and '.join(parts)}, got {width}"
+            problems.append(f"{message}: the folder is of several models, copy the model again")
+    return problems
+
+
+def _read_size(configs: Mapping[str, Mapping[str, Any]], name: str) -> int | None:
+    """Return a size such as "unet.in_channels" by the configs of the parts; None where they do not say it."""
+    part, _, key = name.partition(".")
+    value = configs[part].get(key) or configs[part].get("text_config", {}).get(key)
+    return value if isinstance(value, int) else None
 
 
 def _weights_problems(file: Path) -> list[str]:

@@ -110,8 +110,8 @@ class Schedule:
         spreads: float32 [T].
         times: The model's input for each timestep, [T]: the timestep itself, or 1,000 times sigma.
         prediction_type: "epsilon", "v_prediction", or "flow", whose target is epsilon - z_0.
-        scaling_factor: The factor of the autoencoder's latents.
-        shift_factor: What is subtracted from them before.
+        scaling_factor: The factor of the autoencoder's latents, of all or of each channel, float32 [C, 1, 1].
+        shift_factor: What is subtracted from them before, of all or of each channel.
         density: How training draws timesteps.
     """
 
@@ -119,8 +119,8 @@ class Schedule:
     spreads: Tensor
     times: Tensor
     prediction_type: str
-    scaling_factor: float
-    shift_factor: float = 0.0
+    scaling_factor: float | Tensor
+    shift_factor: float | Tensor = 0.0
     density: Density = "uniform"
 
     @classmethod
@@ -134,7 +134,11 @@ class Schedule:
 
     @classmethod
     def flow(
-        cls, sigmas: Tensor, scaling_factor: float, shift_factor: float = 0.0, density: Density = "logit-normal"
+        cls,
+        sigmas: Tensor,
+        scaling_factor: float | Tensor,
+        shift_factor: float | Tensor = 0.0,
+        density: Density = "logit-normal",
     ) -> Schedule:
         """Return the schedule of a model of flow matching, from its noise levels in rising order, float32 [T].
 
@@ -181,11 +185,19 @@ def draw(
     return Draws(**{name: torch.stack([sample[name] for sample in samples]) for name in samples[0]})
 
 
-def latents_of(draws: Draws, scaling_factor: float, shift_factor: float = 0.0) -> Tensor:
+def latents_of(draws: Draws, scaling_factor: float | Tensor, shift_factor: float | Tensor = 0.0) -> Tensor:
     """Return the scaled latents z_0, a sample of each posterior, float32 [B, C, h, w].
+
+    Args:
+        draws: The draws.
+        scaling_factor: As in `Schedule`.
+        shift_factor: As in `Schedule`.
 
     Source: Section 2.2, z_0 = E(x). The log-variance is clamped to [-30, 20], as in diffusers' autoencoder.
     """
+    scaling_factor, shift_factor = (
+        part.to(draws.moments.device) if isinstance(part, Tensor) else part for part in (scaling_factor, shift_factor)
+    )
     mean, log_variance = draws.moments.chunk(2, dim=1)
     sample = mean + torch.exp(0.5 * log_variance.clamp(-30, 20)) * draws.vae_noise
     return scaling_factor * (sample - shift_factor)

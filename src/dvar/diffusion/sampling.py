@@ -44,7 +44,7 @@ def sample(
         seeds: The seed of each image.
         size: The side of the images, in pixels.
         steps: Denoising steps.
-        guidance: Weight of classifier-free guidance; with 1 or less there is none.
+        guidance: Weight of guidance, as the stock pipeline counts it; as a rule there is none with 1 or less.
         scheduler: The scheduler, by default the model's own.
         interrupted: Whether to stop; asked after each denoising step.
 
@@ -64,12 +64,11 @@ def sample(
     with preserve_state(backbone.modules), backbone.autocast():
         for first in range(0, len(prompts), BATCH):
             output = pipeline(
-                list(prompts[first : first + BATCH]),
+                **backbone.generation_options(prompts[first : first + BATCH], guidance),
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds[first : first + BATCH]],
                 height=size,
                 width=size,
                 num_inference_steps=steps,
-                guidance_scale=guidance,
                 callback_on_step_end=check_interrupted,
             )
             images += output.images

@@ -14,7 +14,10 @@ from dvar.errors import ModelError, first_line
 from dvar.files import read_json
 
 if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
+    from transformers import BertTokenizer, CLIPTokenizer
+
+LANGUAGE_MODEL_TEXT = 480
+"""Tokens of a prompt that fit into the 512 of a language model beside the template."""
 
 
 def model_path(name: str) -> str:
@@ -52,8 +55,42 @@ def load_clip_tokenizer(name: str | Path) -> CLIPTokenizer:
     return tokenizer
 
 
+def load_bert_tokenizer(name: str | Path) -> BertTokenizer:
+    """Return the BERT tokenizer of the model in a diffusers folder or behind a hub id.
+
+    Raises:
+        ModelError: There is none.
+    """
+    from transformers import BertTokenizer
+
+    with _tokenizer_errors(name, "Latent Diffusion"):
+        tokenizer = BertTokenizer.from_pretrained(name, subfolder="tokenizer", model_max_length=77)
+    _check_vocabulary(name, tokenizer, "Latent Diffusion")
+    return tokenizer
+
+
+def load_language_tokenizer(name: str | Path) -> Any:
+    """Return the tokenizer of a language model that is a text encoder, in a diffusers folder or behind a hub id.
+
+    Raises:
+        ModelError: There is none.
+    """
+    from transformers import AutoTokenizer
+
+    with _tokenizer_errors(name, "base"):
+        tokenizer = AutoTokenizer.from_pretrained(name, subfolder="tokenizer", model_max_length=LANGUAGE_MODEL_TEXT)
+    _check_vocabulary(name, tokenizer, "base")
+    return tokenizer
+
+
+def _check_vocabulary(name: str | Path, tokenizer: Any, kind: str) -> None:
+    """Raise a `ModelError` if transformers made up an empty vocabulary, as it does without files."""
+    if len(tokenizer) < 128:  # a real one spells at least the letters
+        raise ModelError(f"{name} does not load as a {kind} model: its tokenizer has no vocabulary")
+
+
 @contextmanager
-def _tokenizer_errors(name: str | Path) -> Iterator[None]:
+def _tokenizer_errors(name: str | Path, kind: str = "Stable Diffusion") -> Iterator[None]:
     """Read a part of a model in a scope: silence transformers, and turn errors into a `ModelError`."""
     from transformers import logging
 
@@ -62,6 +99,6 @@ def _tokenizer_errors(name: str | Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        raise ModelError(f"{name} does not load as a Stable Diffusion model: {first_line(error)}") from error
+        raise ModelError(f"{name} does not load as a {kind} model: {first_line(error)}") from error
     finally:
         logging.set_verbosity(level)

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # the contracts need NumPy alone: whatever is heavier is imported where it is used
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-
-
-WORDS = """
-a an the my of in on at with and to one photo picture rendering drawing depiction painting illustration image style good
-nice bright dark clean dirty small large big cool weird close up cropped red green blue yellow white black mug vase cat
-dog house lamp chair boat bird robot sculpture toy object beach grass snow night table ktn pll ucd
-""".split()  # noqa: SIM905 (sixty words read better as text)
-ALPHABET = [chr(code) for code in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]
-START, END = "<|startoftext|>", "<|endoftext|>"
+from dvar.testing.tiny_parts import (
+    WORDS,
+    build_autoencoder,
+    build_ldm_bert,
+    build_projected_text_encoder,
+    build_t5,
+    build_text_encoder,
+    build_unet,
+    tiny_bert_tokenizer,
+    tiny_t5_tokenizer,
+    tiny_tokenizer,
+)
 
 
 def tiny_pipeline(
@@ -43,10 +40,10 @@ def tiny_pipeline(
         torch.manual_seed(seed)
         tokenizer = tiny_tokenizer(vocabulary)
         pipeline = StableDiffusionPipeline(
-            vae=_build_autoencoder(resolution),
-            text_encoder=_build_text_encoder(tokenizer),
+            vae=build_autoencoder(resolution),
+            text_encoder=build_text_encoder(tokenizer),
             tokenizer=tokenizer,
-            unet=_build_unet(resolution // 4),
+            unet=build_unet(resolution // 4),
             scheduler=DDIMScheduler(
                 beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
             ),
@@ -66,7 +63,7 @@ def tiny_xl_pipeline(folder: str | Path, *, resolution: int = 32, seed: int = 0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = tiny_tokenizer()
-        unet = _build_unet(
+        unet = build_unet(
             resolution // 4,
             cross_attention_dim=64,
             addition_embed_type="text_time",
@@ -74,9 +71,9 @@ def tiny_xl_pipeline(folder: str | Path, *, resolution: int = 32, seed: int = 0)
             projection_class_embeddings_input_dim=6 * 8 + 16,
         )
         pipeline = StableDiffusionXLPipeline(
-            vae=_build_autoencoder(resolution),
-            text_encoder=_build_text_encoder(tokenizer),
-            text_encoder_2=_build_projected_text_encoder(tokenizer),
+            vae=build_autoencoder(resolution),
+            text_encoder=build_text_encoder(tokenizer),
+            text_encoder_2=build_projected_text_encoder(tokenizer),
             tokenizer=tokenizer,
             tokenizer_2=tiny_tokenizer(),
             unet=unet,
@@ -87,10 +84,10 @@ def tiny_xl_pipeline(folder: str | Path, *, resolution: int = 32, seed: int = 0)
     return Path(folder)
 
 
-def tiny_sd3_pipeline(folder: str | Path, *, resolution: int = 32, seed: int = 0) -> Path:
+def tiny_sd3_pipeline(folder: str | Path, *, resolution: int = 32, seed: int = 0, t5: bool = False) -> Path:
     """Save a random `StableDiffusion3Pipeline` to ``folder`` and return the folder: see `tiny_pipeline`.
 
-    It has no T5, so that stock diffusers loads it with ``text_encoder_3=None, tokenizer_3=None``.
+    Without ``t5`` stock diffusers loads it with ``text_encoder_3=None, tokenizer_3=None``.
     """
     import torch
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -112,36 +109,43 @@ def tiny_sd3_pipeline(folder: str | Path, *, resolution: int = 32, seed: int = 0
             pos_embed_max_size=resolution // 8,
             qk_norm="rms_norm",
         ).eval()
-        vae = _build_autoencoder(resolution)
-        vae.register_to_config(shift_factor=0.1)
         pipeline = StableDiffusion3Pipeline(
             transformer=transformer,
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-            vae=vae,
-            text_encoder=_build_projected_text_encoder(tokenizer),
-            text_encoder_2=_build_projected_text_encoder(tokenizer),
-            text_encoder_3=None,
+            vae=build_autoencoder(resolution, shift_factor=0.1),
+            text_encoder=build_projected_text_encoder(tokenizer),
+            text_encoder_2=build_projected_text_encoder(tokenizer),
+            text_encoder_3=build_t5(tiny_t5_tokenizer(), 64) if t5 else None,
             tokenizer=tokenizer,
             tokenizer_2=tiny_tokenizer(),
-            tokenizer_3=None,
+            tokenizer_3=tiny_t5_tokenizer() if t5 else None,
         )
     pipeline.save_pretrained(folder)
     return Path(folder)
 
 
-def tiny_tokenizer(words: Iterable[str] = WORDS) -> CLIPTokenizer:
-    """Return a `CLIPTokenizer` whose byte pairs are merged until each of ``words`` is a single token."""
-    from transformers import CLIPTokenizer
+def tiny_ldm_pipeline(folder: str | Path, *, resolution: int = 32, seed: int = 0) -> Path:
+    """Save a random `LDMTextToImagePipeline` to ``folder`` and return the folder: see `tiny_pipeline`.
 
-    spellings = {word: [*word[:-1], word[-1] + "</w>"] for word in dict.fromkeys(words)}
-    merges: list[tuple[str, str]] = []
-    while pairs := Counter(pair for pieces in spellings.values() for pair in pairwise(pieces)):
-        best = max(pairs, key=lambda pair: (pairs[pair], pair))
-        merges.append(best)
-        spellings = {word: _merge_pair(pieces, best) for word, pieces in spellings.items()}
-    pieces = [*ALPHABET, *(letter + "</w>" for letter in ALPHABET), *map("".join, merges), START, END]
-    vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
+    Its latents are an eighth of its images, as the stock pipeline takes for granted.
+    """
+    import torch
+    from diffusers import DDIMScheduler, LDMTextToImagePipeline
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = tiny_bert_tokenizer()
+        pipeline = LDMTextToImagePipeline(
+            vqvae=build_autoencoder(resolution, levels=4),
+            bert=build_ldm_bert(tokenizer),
+            tokenizer=tokenizer,
+            unet=build_unet(resolution // 8),
+            scheduler=DDIMScheduler(
+                beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+            ),
+        )
+    pipeline.save_pretrained(folder)
+    return Path(folder)
 
 
 def tiny_clip(folder: str | Path, *, resolution: int = 32, vocabulary: Iterable[str] = WORDS, seed: int = 1) -> Path:
@@ -191,72 +195,3 @@ def tiny_concept(folder: str | Path, *, images: int = 4, size: int = 64) -> Path
         )
         image.save(folder / f"{index:02d}.png")
     return folder
-
-
-def _merge_pair(pieces: list[str], pair: tuple[str, str]) -> list[str]:
-    merged: list[str] = []
-    for piece in pieces:
-        if merged and (merged[-1], piece) == pair:
-            merged[-1] += piece
-        else:
-            merged.append(piece)
-    return merged
-
-
-def _build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    from transformers import CLIPTextModel
-
-    return CLIPTextModel(_text_config(tokenizer)).eval()
-
-
-def _build_projected_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
-    from transformers import CLIPTextModelWithProjection
-
-    return CLIPTextModelWithProjection(_text_config(tokenizer)).eval()
-
-
-def _text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
-    from transformers import CLIPTextConfig
-
-    return CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=77,
-        projection_dim=16,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        initializer_factor=5.0,
-    )
-
-
-def _build_autoencoder(resolution: int) -> AutoencoderKL:
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(
-        block_out_channels=(8, 8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=resolution,
-    ).eval()
-
-
-def _build_unet(side: int, **config: Any) -> UNet2DConditionModel:
-    from diffusers import UNet2DConditionModel
-
-    shared = {"sample_size": side, "in_channels": 4, "out_channels": 4, "block_out_channels": (16, 32)}
-    blocks = {
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-        "layers_per_block": 1,
-        "cross_attention_dim": 32,
-        "attention_head_dim": 8,
-        "norm_num_groups": 8,
-    }
-    return UNet2DConditionModel(**{**shared, **blocks, **config}).eval()

@@ -1,4 +1,4 @@
-"""Every family against stock diffusers: its images, the condition of its network, its noise."""
+"""Families of base models: what is refused by name, before weights are read or when they load, and their noise."""
 
 from __future__ import annotations
 
@@ -6,122 +6,29 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import diffusers
 import pytest
 import torch
-from PIL import Image
 
 from dvar.diffusion.backbone import load_backbone
-from dvar.diffusion.backbones.stock import StockBackbone
-from dvar.diffusion.objective import Encoded, denoising_loss, draw, latents_of
-from dvar.diffusion.sampling import sample
+from dvar.diffusion.families import BACKBONES, find_family
+from dvar.diffusion.model_files import model_problems
+from dvar.diffusion.objective import Encoded, draw
 from dvar.errors import ModelError
-from dvar.testing import tiny_pipeline, tiny_sd3_pipeline, tiny_xl_pipeline
+from dvar.testing import (
+    tiny_flux_pipeline,
+    tiny_klein_pipeline,
+    tiny_ldm_pipeline,
+    tiny_pipeline,
+    tiny_sd3_pipeline,
+    tiny_xl_pipeline,
+)
 
-FAMILIES: dict[str, Callable[..., Path]] = {
-    "StableDiffusionPipeline": tiny_pipeline,
-    "StableDiffusionXLPipeline": tiny_xl_pipeline,
-    "StableDiffusion3Pipeline": tiny_sd3_pipeline,
-}
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return FAMILIES[request.param](tmp_path_factory.mktemp("family") / "model")
+Save = Callable[..., Path]
 
 
-@pytest.fixture
-def backbone(folder: Path) -> StockBackbone:
-    loaded = load_backbone(folder, device="cpu")
-    assert isinstance(loaded, StockBackbone)
-    return loaded
-
-
-def load_stock(folder: Path) -> Any:
-    absent = {"text_encoder_3": None, "tokenizer_3": None} if (folder / "transformer").exists() else {}
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, **absent)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def test_everything_is_frozen_and_every_weight_is_in_the_digest(folder: Path, backbone: StockBackbone) -> None:
-    for network in backbone.modules:
-        assert not any(weight.requires_grad for weight in network.parameters())
-        assert not any(part.training for part in network.modules())
-    changed = load_backbone(folder, device="cpu")
-    assert changed.digest == backbone.digest
-    assert len(backbone.modules) == 2 + len(backbone.towers)
-
-
-def test_an_image_is_the_stock_pipelines_bit_for_bit(folder: Path, backbone: StockBackbone) -> None:
-    """Generate with two prompts at guidance, so that the condition of every text encoder is in it."""
-    prompts = ["a photo of mug", "a dark cat"]
-    ours = sample(backbone, prompts, [3, 4], size=32, steps=3, guidance=4.0)
-    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
-    stock = load_stock(folder)
-    theirs = stock(prompts, generator=generators, height=32, width=32, num_inference_steps=3, guidance_scale=4.0).images
-    assert [image.tobytes() for image in ours] == [image.tobytes() for image in theirs]
-
-
-def test_the_prediction_has_the_condition_that_the_stock_pipeline_passes(
-    folder: Path, backbone: StockBackbone, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Record what the stock pipeline sends to its network, and send the same latents and time through ours."""
-    stock, calls = load_stock(folder), []
-    network = getattr(stock, backbone.denoiser_name)
-    forward = network.forward
-
-    def recorded(*inputs: Any, **named: Any) -> Any:
-        output = forward(*inputs, **named)
-        calls.append((inputs, named, output[0]))
-        return output
-
-    monkeypatch.setattr(network, "forward", recorded)
-    prompt = "a photo of mug on the beach"
-    stock(prompt, height=32, width=32, num_inference_steps=1, guidance_scale=1.0, output_type="latent")
-    inputs, named, expected = calls[0]
-    noisy, time = [*inputs, *(named[name] for name in ("hidden_states", "timestep") if name in named)][:2]
-    with torch.no_grad():
-        ours = backbone.predict(noisy, time.reshape(1).to(noisy.device), backbone.tokenize([prompt]))
-    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_the_prompt_of_every_text_encoder_matters(backbone: StockBackbone) -> None:
-    noisy, times = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), backbone.schedule.times[[500]]
-    ids = backbone.tokenize(["a photo of mug"])
-    first = 0
-    with torch.no_grad():
-        base = backbone.predict(noisy, times, ids)
-        for tower in backbone.towers:
-            changed = ids.clone()
-            changed[0, first + 2] = ids[0, first + 4]
-            assert not torch.equal(backbone.predict(noisy, times, changed), base), tower.name
-            first += tower.length
-
-
-def test_the_noise_is_that_of_the_models_own_scheduler(folder: Path, backbone: StockBackbone) -> None:
-    scheduler = load_stock(folder).scheduler
-    examples = Encoded(torch.randn(2, 1, 8, 8, 8), [backbone.tokenize(["a mug"])] * 2)
-    schedule = backbone.schedule
-    draws = draw(examples, timesteps=len(schedule), seed=0, stream="train", count=6, density=schedule.density)
-    latents = latents_of(draws, schedule.scaling_factor, schedule.shift_factor)
-    seen: list[torch.Tensor] = []
-
-    def predict(noisy: torch.Tensor, times: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-        seen.extend((noisy, times))
-        return torch.zeros_like(noisy)
-
-    losses = denoising_loss(predict, draws, schedule)
-    if schedule.prediction_type == "flow":
-        expected = scheduler.scale_noise(latents, seen[1], draws.noise)
-        target = draws.noise - latents
-    else:
-        reference = diffusers.DDPMScheduler.from_config(scheduler.config)
-        expected, target = reference.add_noise(latents, draws.noise, draws.timesteps), draws.noise
-    torch.testing.assert_close(seen[0], expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(losses, target.square().mean(dim=(1, 2, 3)))
+def edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def test_timesteps_of_flow_matching_are_logit_normal() -> None:
@@ -132,17 +39,71 @@ def test_timesteps_of_flow_matching_are_logit_normal() -> None:
     torch.testing.assert_close(quartiles, torch.tensor([337.5, 500.0, 662.5], dtype=torch.float64), rtol=0, atol=20)
 
 
-def test_moments_of_an_image_do_not_depend_on_its_batch(backbone: StockBackbone) -> None:
-    images = [Image.new("RGB", (32, 32), colour) for colour in ("red", "green", "blue")]
-    assert torch.equal(backbone.encode(images)[1:2], backbone.encode(images[1:2]))
-
-
-@pytest.mark.parametrize("family", ["StableDiffusionXLPipeline", "StableDiffusion3Pipeline"])
-def test_a_model_that_lacks_a_text_encoder_is_refused(family: str, tmp_path: Path) -> None:
-    folder = FAMILIES[family](tmp_path / "model")
-    index = json.loads((folder / "model_index.json").read_text())
-    index |= {"text_encoder_2": [None, None], "tokenizer_2": [None, None]}
-    (folder / "model_index.json").write_text(json.dumps(index))
+@pytest.mark.parametrize("save", [tiny_xl_pipeline, tiny_sd3_pipeline, tiny_flux_pipeline])
+def test_a_model_that_lacks_a_text_encoder_is_refused(save: Save, tmp_path: Path) -> None:
+    folder = save(tmp_path / "model")
+    edit(folder / "model_index.json", text_encoder_2=[None, None], tokenizer_2=[None, None])
+    (problem,) = model_problems(str(folder))
+    assert "lacks text_encoder_2, tokenizer_2: name a folder that save_pretrained wrote" in problem
     shutil.rmtree(folder / "text_encoder_2")
     with pytest.raises(ModelError, match="text_encoder_2"):
         load_backbone(folder, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("save", "donor", "part", "message"),
+    [
+        (tiny_pipeline, tiny_sd3_pipeline, "text_encoder", None),  # a CLIP of the same size fits
+        (tiny_pipeline, tiny_xl_pipeline, "unet", "unet.cross_attention_dim must be 32, the sum of text_encoder.hid"),
+        (tiny_pipeline, tiny_klein_pipeline, "text_encoder", "text_encoder must be a clip_text_model in a Stable Dif"),
+        (tiny_pipeline, tiny_klein_pipeline, "vae", "vae must be a AutoencoderKL in a Stable Diffusion 1.x or 2.x, g"),
+        (tiny_flux_pipeline, tiny_sd3_pipeline, "transformer", "transformer must be a FluxTransformer2DModel in a FL"),
+        (tiny_flux_pipeline, tiny_xl_pipeline, "text_encoder_2", "text_encoder_2 must be a t5 in a FLUX.1, got a cli"),
+        (tiny_ldm_pipeline, tiny_xl_pipeline, "unet", "unet.cross_attention_dim must be 32, the sum of bert.d_mod"),
+    ],
+)
+def test_a_folder_of_several_models_is_refused_before_weights_are_read(
+    save: Save, donor: Save, part: str, message: str | None, tmp_path: Path
+) -> None:
+    folder, other = save(tmp_path / "model"), donor(tmp_path / "other")
+    assert model_problems(str(folder)) == []
+    shutil.rmtree(folder / part)
+    shutil.copytree(other / part, folder / part)
+    problems = model_problems(str(folder))
+    assert len(problems) == (message is not None)
+    if message:
+        assert message in problems[0]
+        assert problems[0].endswith("the folder is of several models, copy the model again")
+        assert "\n" not in problems[0]
+
+
+def test_a_unet_for_inpainting_is_refused(tmp_path: Path) -> None:
+    folder = tiny_pipeline(tmp_path / "model")
+    edit(folder / "unet" / "config.json", in_channels=9)
+    (problem,) = model_problems(str(folder))
+    assert "unet.in_channels must be 4, the sum of vae.latent_channels, got 9" in problem
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "kind"),
+    [
+        ("StableDiffusionImg2ImgPipeline", "which starts from an image: choose"),
+        ("StableDiffusionXLInpaintPipeline", "which starts from an image: choose"),
+        ("FluxKontextPipeline", "which starts from an image: choose"),
+        ("QwenImageEditPipeline", "which starts from an image: choose"),
+        ("StableVideoDiffusionPipeline", "which makes videos: choose"),
+        ("WanPipeline", "which makes videos: choose"),
+        ("WanImageToVideoPipeline", "which makes videos: choose"),
+        ("LTXPipeline", "which makes videos: choose"),
+        ("SanaPipeline", "is a SanaPipeline: choose"),
+    ],
+)
+def test_another_kind_of_pipeline_is_refused_by_name_with_the_list(pipeline: str, kind: str, tmp_path: Path) -> None:
+    folder = tiny_pipeline(tmp_path / "model")
+    edit(folder / "model_index.json", _class_name=pipeline)
+    (problem,) = model_problems(str(folder))
+    assert f"is a {pipeline}" in problem
+    assert kind in problem
+    assert all(entry.title in problem for entry in BACKBONES.values())
+    with pytest.raises(ModelError, match=kind):
+        find_family("a model", pipeline)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from dvar.diffusion.backbones.stock import DiffusionBackbone
+from dvar.diffusion.backbones.ddpm import DiffusionBackbone
 
 
 class StableDiffusion(DiffusionBackbone):

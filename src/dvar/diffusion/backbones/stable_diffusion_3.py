@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -11,9 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dvar.diffusion.backbones.stock import StockBackbone
-from dvar.diffusion.objective import Schedule
-from dvar.errors import ModelError
+from dvar.diffusion.backbones.flow import FlowBackbone
 
 T5 = "text_encoder_3"
 T5_LENGTH = 256
@@ -21,7 +18,7 @@ T5_LENGTH = 256
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 
-class StableDiffusion3(StockBackbone):
+class StableDiffusion3(FlowBackbone):
     """The parts of a Stable Diffusion 3 or 3.5, with or without T5, frozen and in eval mode, on one device.
 
     Source: Esser et al., Scaling Rectified Flow Transformers (2024): a transformer over the tokens of image and text,
@@ -36,31 +33,9 @@ class StableDiffusion3(StockBackbone):
     )
     expands_tokens: ClassVar[bool] = False
     optional: ClassVar[tuple[str, ...]] = (T5,)
-    lora_targets: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    targets: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType(
         {"attention": tuple(f"attn.{name}" for name in _ATTENTION)}
     )
-
-    def check(self, name: str | Path) -> None:
-        """Raise a `ModelError` if the scheduler is not one of flow matching, and as its base class does."""
-        super().check(name)
-        if not hasattr(self.scheduler, "sigmas") or "shift" not in self.scheduler.config:
-            kind = type(self.scheduler).__name__
-            raise ModelError(
-                f"{name} must have a scheduler of flow matching, it has a {kind}: copy the scheduler's folder again"
-            )
-
-    @property
-    def noise(self) -> Tensor:
-        """The noise levels in rising order, [T]."""
-        # The scheduler of a pipeline that has generated an image would have those of its sampling steps.
-        sigmas: Tensor = type(self.scheduler).from_config(self.scheduler.config).sigmas
-        return sigmas.sort().values
-
-    @property
-    def schedule(self) -> Schedule:
-        """The noise and the target under which it was trained: those of its own scheduler."""
-        config = self.vae.config
-        return Schedule.flow(self.noise.float().cpu(), config.scaling_factor, config.shift_factor or 0.0)
 
     def predict(self, noisy: Tensor, times: Tensor, input_ids: Tensor) -> Tensor:
         """Return the transformer's prediction, as `StockBackbone.predict`."""

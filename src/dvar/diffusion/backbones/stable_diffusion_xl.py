@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dvar.diffusion.backbones.stock import DiffusionBackbone
+from dvar.diffusion.backbones.ddpm import DiffusionBackbone
 from dvar.errors import ModelError
 
 

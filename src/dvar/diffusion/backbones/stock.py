@@ -81,14 +81,14 @@ class StockBackbone(ABC):
     """Text encoders that a model may lack."""
     options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     """Arguments of the pipeline beside its parts."""
-    lora_targets: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    targets: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType(
         {
             "attention": _ATTENTION,
             "cross-attention": tuple(f"attn2.{name}" for name in _ATTENTION),
             "attention+gates": (*_ATTENTION, "ff.net.0.proj"),
         }
     )
-    """The matrices of the denoising network that LoRA adapts, under diffusers' names, by choice."""
+    """What ``lora_targets`` returns, where that does not depend on the size of the model."""
 
     @classmethod
     def load(
@@ -190,6 +190,11 @@ class StockBackbone(ABC):
         return self.stock.text_encoder
 
     @property
+    def lora_targets(self) -> Mapping[str, tuple[str, ...]]:
+        """The matrices of the denoising network that LoRA adapts, under diffusers' names, by choice."""
+        return self.targets
+
+    @property
     def vae(self) -> Any:
         """The autoencoder."""
         return self.stock.vae
@@ -223,6 +228,10 @@ class StockBackbone(ABC):
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
+    def generation_options(self, prompts: Sequence[str], guidance: float) -> dict[str, Any]:
+        """Return the arguments with which the stock pipeline generates an image of each prompt at this guidance."""
+        return {"prompt": list(prompts), "guidance_scale": guidance}
+
     @torch.no_grad()
     def encode(self, images: Sequence[Image.Image]) -> Tensor:
         """Return the posterior moments of RGB images, float32 [n, 2C, h, w] on the CPU: means, then log-variances.
@@ -255,31 +264,6 @@ class StockBackbone(ABC):
         """Return the pixels of an image in [-1, 1], float32 [1, 3, H, W] on the model's device."""
         values = torch.from_numpy(np.array(image.convert("RGB"), dtype=np.float32)).permute(2, 0, 1)
         return (values / 127.5 - 1).unsqueeze(0).to(self.device)
-
-
-class DiffusionBackbone(StockBackbone):
-    """A backbone whose model predicts noise or velocity under the noise schedule of DDPM."""
-
-    def check(self, name: str | Path) -> None:
-        """Raise a `ModelError` if the model predicts something else, and as its base class does."""
-        super().check(name)
-        if (kind := self.scheduler.config.prediction_type) not in ("epsilon", "v_prediction"):
-            raise ModelError(
-                f"the model must predict epsilon or v_prediction, {name} predicts {kind}: choose another model"
-            )
-
-    @property
-    def noise(self) -> Tensor:
-        """The share of signal at each timestep, [T]."""
-        alphas_cumprod: Tensor = self.scheduler.alphas_cumprod
-        return alphas_cumprod
-
-    @property
-    def schedule(self) -> Schedule:
-        """The noise and the target under which it was trained: those of its own scheduler."""
-        return Schedule.diffusion(
-            self.noise.float().cpu(), self.scheduler.config.prediction_type, self.vae.config.scaling_factor
-        )
 
 
 def _digest(networks: Sequence[nn.Module], noise: Tensor) -> str:
