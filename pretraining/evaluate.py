@@ -329,7 +329,7 @@ def page(figures: dict[str, dict[str, float]], recipe: dict[str, dict[str, Any]]
             "training never saw; the last twelve,"
         ),
         (
-            "listed in `dvar.mini.TUNING`, are for choosing settings. `docs/bundled-model.md` shows "
+            "listed in `dvar.mini.TUNING`, are for choosing settings. `docs/bundled-models.md` shows "
             "what it generates and how to make"
         ),
         "another.",

@@ -1,4 +1,4 @@
-"""Stage 8: the pictures of ``docs/bundled-model.md``, from the shipped folder and the logs of the stages.
+"""Stage 8: the pictures of ``docs/bundled-models.md``, from the shipped folder and the logs of the stages.
 
 ``python -m pretraining.gallery`` draws the world, what the autoencoder gives back, what the model draws for the prompts
 of `pretraining.evaluate` and which of them the recogniser reads as something else, and the curves.
@@ -33,7 +33,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 ROOT = Path(mini.__file__).parent
-DOCS = Path(__file__).parents[1] / "docs" / "bundled-model"
+DOCS = Path(__file__).parents[1] / "docs" / "bundled-models"
 SIDE, GAP, LINE = 104, 6, 13
 INK, MUTED, PAPER = (40, 40, 46), (120, 120, 128), (255, 255, 255)
 
