@@ -71,8 +71,10 @@ def test_a_launched_step_is_compared_with_a_plain_one(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["launched_step.py", "--steps", "20", "--rounds", "1"])
     benchmark("launched_step").main()
-    plain, launched = capsys.readouterr().out.splitlines()
-    assert int(plain.split()[2]) > 0 < int(launched.split()[2])
+    plain, added, share = capsys.readouterr().out.splitlines()[-3:]
+    assert int(plain.split()[2]) > 0 < int(share.split(" is ")[1].split()[0])
+    microseconds, milliseconds = int(added.split()[3]), int(share.split(" is ")[1].split()[0])
+    assert float(share.split(": ")[1].split()[0]) == pytest.approx(microseconds / milliseconds / 10, rel=0.1, abs=0.02)
 
 
 @pytest.mark.slow
