@@ -4,8 +4,8 @@ empty.
 Two weights on the plain objective, which leave the best prediction at every cell and timestep what it is, let
 shapes be learned sooner: the subject's cells weigh threefold, and timesteps min(SNR, c) / SNR (Hang et al. 2023)
 times min(1 / alpha_bar, 10), the weight that predicting v would give them, so that high noise, where shape is
-decided, counts.  While the learning rate falls, over the last fifth, c goes from 2 to 8: shapes are known by then,
-and low noise is where detail is decided.
+decided, counts.  After the first quarter c goes from 2 to 8: shapes are known by then, and low noise is where detail is
+decided.
 
 ``--bound`` bounds the logits of every attention head after each step, over the draws of that step
 (`pretraining.attention`), without which they grow until attention is hard.  ``--name further`` begins where the U-Net
@@ -38,6 +38,8 @@ from pretraining.training import GRID_EVERY_STEPS, Training, arguments, averages
 from pretraining.words import load_tokenizer
 
 SNR_CAPS = 2.0, 8.0
+DETAIL_FROM = 0.25
+"""The share of the steps after which the second of these caps holds."""
 V_CAP = 10.0
 HELD = 999_000
 """The stream of images that no stage trains on."""
@@ -202,7 +204,7 @@ def main() -> None:
                 predicted = unet(noisy, t, condition).sample
         squared = (predicted.float() - noise) ** 2
         snr = level / (1 - level)
-        weight = snr.clamp(max=SNR_CAPS[step >= 0.8 * chosen.steps]) / snr * (1 / level).clamp(max=V_CAP)
+        weight = snr.clamp(max=SNR_CAPS[step >= DETAIL_FROM * chosen.steps]) / snr * (1 / level).clamp(max=V_CAP)
         loss = (squared * region * weight).mean()
         training.update(loss)
         together(list(seen_peaks.values()), dist.ReduceOp.MAX)
