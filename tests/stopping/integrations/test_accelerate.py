@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from processes import run_two
 from task import CAP, STOP, assert_as_expected, build_monitor, build_network, record_expected_trace
+from two_processes import work_on_two
 
 from dvar import RefusedInput, Trace, Verdict
 from dvar.stopping.integrations.accelerate import judge_together
@@ -63,7 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def outcomes(folder: Path) -> list[dict[str, Any]]:
-    return run_two(WORKER, folder)
+    return work_on_two(WORKER, folder)
 
 
 def test_two_processes_stop_at_the_same_step_by_the_verdict_of_the_first(

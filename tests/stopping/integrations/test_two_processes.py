@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from processes import run_two
 from task import CAP, assert_as_expected, record_expected_trace
+from two_processes import work_on_two
 
 from dvar import Trace, Verdict
 
@@ -109,7 +109,7 @@ outcome = {"kind": kind, "step": step, "verdict": callback.verdict.to_json(), "r
 @pytest.mark.slow
 @pytest.mark.parametrize("host", TRAINS)
 def test_two_processes_stop_at_the_same_step_by_the_verdict_of_the_first(host: str, tmp_path: Path) -> None:
-    first, other = run_two(HEAD + TRAINS[host] + TAIL, tmp_path)
+    first, other = work_on_two(HEAD + TRAINS[host] + TAIL, tmp_path)
     assert first["kind"] == other["kind"] == "DistributedDataParallel"
     assert first["step"] == other["step"] == record_expected_trace().last_step < CAP
     assert first["verdict"] == other["verdict"]
