@@ -47,6 +47,12 @@ SCRIPTS = {
     "dreambooth/train_dreambooth_lora_sdxl.py": ("sdxl", *INSTANCES, "--gradient_accumulation_steps", "2"),
     "dreambooth/train_dreambooth_lora_sd3.py": ("sd3", *INSTANCES, "--cache_latents"),
     "dreambooth/train_dreambooth_lora_flux.py": ("flux", *INSTANCES, "--cache_latents", "--train_text_encoder"),
+    "dreambooth/train_dreambooth_lora_flux2_klein.py": (
+        "klein",
+        *(*INSTANCES, "--cache_latents", "--text_encoder_out_layers", "9", "18", "27"),
+    ),
+    "dreambooth/train_dreambooth_lora_z_image.py": ("z_image", *INSTANCES, "--cache_latents"),
+    "dreambooth/train_dreambooth_lora_qwen_image.py": ("qwen_image", *INSTANCES, "--cache_latents"),
     "custom_diffusion/train_custom_diffusion.py": (
         "sd",
         *("--instance_data_dir", "{images}", "--instance_prompt", "a photo of <new1> mug", "--no_safe_serialization"),
@@ -67,9 +73,12 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     from dvar.testing import (
         tiny_concept,
         tiny_flux_pipeline,
+        tiny_klein_pipeline,
         tiny_pipeline,
+        tiny_qwen_image_pipeline,
         tiny_sd3_pipeline,
         tiny_xl_pipeline,
+        tiny_z_image_pipeline,
     )
 
     folder = tmp_path_factory.mktemp("diffusers")
@@ -81,6 +90,9 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "sdxl": tiny_xl_pipeline(folder / "sdxl"),
         "sd3": tiny_sd3_pipeline(folder / "sd3", t5=True),
         "flux": tiny_flux_pipeline(folder / "flux"),
+        "klein": tiny_klein_pipeline(folder / "klein"),
+        "z_image": tiny_z_image_pipeline(folder / "z_image"),
+        "qwen_image": tiny_qwen_image_pipeline(folder / "qwen_image"),
         "images": tiny_concept(folder / "images"),
         "captioned": captioned,
         "cache": folder / "cache",
@@ -104,13 +116,14 @@ def read_files(folder: Path) -> dict[str, bytes]:
     """Return the files of a run, without the logs and what dvar writes."""
     files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
     skipped = ("logs", "trace.jsonl", "report.html")
-    return {name: read_content(path) for name, path in files.items() if not name.startswith(skipped)}
+    return {name: read_content(path, folder) for name, path in files.items() if not name.startswith(skipped)}
 
 
-def read_content(path: Path) -> bytes:
-    """Return the bytes of a file; of weights those of the tensors, because the order of their metadata is random."""
+def read_content(path: Path, folder: Path) -> bytes:
+    """Return the bytes of a file without the name of its folder, which model cards have; of weights those of the
+    tensors, because the order of their metadata is random."""
     if path.suffix != ".safetensors":
-        return path.read_bytes()
+        return path.read_bytes().replace(folder.name.encode(), b"")
     tensors = sorted(load_file(path).items())
     return b"".join(name.encode() + weight.flatten().view(torch.uint8).numpy().tobytes() for name, weight in tensors)
 
