@@ -21,10 +21,12 @@ HERE = Path(__file__).parent
 LIMIT = 120_000
 """Bytes of an SVG; a larger one is shown as pixels."""
 WIDTH = 1400
-OPENING = """# Results
+TITLE = """# Results
 
 <!-- written by docs/results.py -->
 
+"""
+OPENING = """\
 Every table and figure of the paper, re-run by `make results` and shown with the paper's numbers where it prints them.
 Everything except what trains runs of its own is read from recorded runs, by the rules in [fidelity](fidelity.md);
 [their traces](traces.md) come with this repository, so that anyone can read them again.
@@ -42,8 +44,8 @@ What differs from the paper throughout:
 - The raters of Table 2 are simulated.
 
 """
-RECORDS = "records"
-"""The section that says what was recorded."""
+RECORDS, SUMMARY, REST = "records", "summary", "opening"
+"""The sections that say what was recorded, and in ten lines what the panel shows; and the mark of what follows them."""
 
 
 def sections(folder: Path) -> tuple[dict[str, str], dict[str, bytes]]:
@@ -65,6 +67,8 @@ def sections(folder: Path) -> tuple[dict[str, str], dict[str, bytes]]:
             images[file_name] = image
             parts += [f"![{_escape(plot['name'])}](results/{file_name})", "", f"*{_escape(plot['caption'])}*", ""]
         texts[name] = "\n".join(parts)
+        if lines := content.get("summary"):
+            texts[SUMMARY] = "\n".join(["## In ten lines", "", *(f"- {_escape(line)}" for line in lines)])
     return texts, images
 
 
@@ -75,9 +79,10 @@ def read_sections(page: str) -> dict[str, str]:
 
 
 def format_page(texts: Mapping[str, str]) -> str:
-    """Return the page with these sections, in the order of the report."""
+    """Return the page with these sections, in the order of the report, and the summary of the panel at its head."""
     order = (name for name in (RECORDS, *EXPERIMENTS) if name in texts)
-    return OPENING + "\n".join(f"<!-- {name} -->\n{texts[name].strip()}\n" for name in order)
+    summary = f"<!-- {SUMMARY} -->\n{texts[SUMMARY].strip()}\n\n<!-- {REST} -->\n" if SUMMARY in texts else ""
+    return TITLE + summary + OPENING + "\n".join(f"<!-- {name} -->\n{texts[name].strip()}\n" for name in order)
 
 
 def _format_table(table: Mapping[str, Any]) -> Iterator[str]:

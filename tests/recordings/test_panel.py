@@ -15,20 +15,10 @@ from fake_record import write_fake_record
 from dvar.config.presets import preset_settings
 from dvar.errors import RefusedInput
 from dvar.mini import TUNING, noun
-from dvar.recordings import panel, sweep
+from dvar.recordings import panel_plan, sweep
 from dvar.recordings.config import Panel, RecordConfig, record_problems
-from dvar.recordings.panel import (
-    SHIFTED,
-    STAGES,
-    PanelStage,
-    describe_omissions,
-    format_stages,
-    name_variation,
-    panel_concepts,
-    plan_panel,
-    plan_stage,
-    rate_length,
-)
+from dvar.recordings.panel import SHIFTED, STAGES, PanelStage, name_variation, panel_concepts, rate_length
+from dvar.recordings.panel_plan import describe_omissions, find_missing_model, format_stages, plan_panel, plan_stage
 from dvar.recordings.protocol import PROTOCOLS
 from dvar.recordings.spec import RecordingSpec
 from dvar.training.progress import format_duration
@@ -87,7 +77,7 @@ def test_a_slower_run_is_recorded_longer() -> None:
 
 def test_each_stage_changes_one_thing_and_its_runs_say_so() -> None:
     for stage in STAGES:
-        if panel.find_missing_model(stage):
+        if find_missing_model(stage):
             continue
         titles = [variation.title for variation in stage.variations]
         for spec in plan_stage(stage, "r"):
@@ -108,13 +98,13 @@ def test_scored_steps_are_log_spaced_and_sixteen() -> None:
 
 
 def test_a_base_model_that_is_not_installed_is_left_out_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(panel, "model_problems", lambda name: [f"no {name} here"] * (name == "mini-flow"))
+    monkeypatch.setattr(panel_plan, "model_problems", lambda name: [f"no {name} here"] * (name == "mini-flow"))
     config = RecordConfig(panel="all", records="r")
     assert list(describe_omissions(config)) == ["second base model: left out, no mini-flow here"]
     assert not any(spec.model == "mini-flow" for spec in plan("all"))
     with pytest.raises(RefusedInput, match="--panel flow cannot be recorded: no mini-flow here"):
         plan("flow")
-    monkeypatch.setattr(panel, "model_problems", lambda name: [])
+    monkeypatch.setattr(panel_plan, "model_problems", lambda name: [])
     assert len(plan("flow")) == 24
     assert {spec.folder.name for spec in plan("flow")} == {"0,model=mini-flow"}
 

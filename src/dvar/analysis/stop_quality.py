@@ -21,6 +21,8 @@ ORACLE = 0.9
 PREMATURE, WASTEFUL = 0.8, 2.0
 """A stop is premature with less than this share of the gain, wasteful at more than this multiple of the oracle."""
 RESAMPLES = 2000
+MIN_CONCEPTS = 6
+"""Concepts that a comparison needs: of five, all agree in sign by chance more often than in 5 % of cases (2 / 2^5)."""
 _CLEAR_DECLINE, _CLEAR_GAIN = 2.0, 3.0  # in standard deviations about the fit
 
 

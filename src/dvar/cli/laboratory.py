@@ -43,18 +43,18 @@ def record(*methods: str, **flags: Any) -> int:
         flags["methods"] = methods
     config = RecordConfig(**flags)
     raise_problems(record_problems(config))
-    from dvar.recordings import panel, sweep
+    from dvar.recordings import panel_plan, sweep
     from dvar.recordings.spec import plan_recordings
 
-    plan = panel.plan_panel(config) if config.panel else {}
-    for line in panel.describe_omissions(config) if config.panel else ():
+    plan = panel_plan.plan_panel(config) if config.panel else {}
+    for line in panel_plan.describe_omissions(config) if config.panel else ():
         print(line)
     rows = sweep.record_missing(
         [spec for specs in plan.values() for spec in specs] or plan_recordings(config),
         lambda line: print(line, flush=True),
         workers=config.workers,
         only_estimate=config.estimate,
-        describe=lambda units: panel.format_stages(plan, units),
+        describe=lambda units: panel_plan.format_stages(plan, units),
     )
     if config.estimate and plan:
         return 0

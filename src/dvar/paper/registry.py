@@ -149,6 +149,13 @@ def _rules(inputs: ExperimentInputs) -> ExperimentResult:
     return rank_rules(inputs.archive)
 
 
+@_experiment("panel", "The panel: stopping rules where the time scale is not known")
+def _panel(inputs: ExperimentInputs) -> ExperimentResult:
+    from dvar.paper.experiments.panel import compare_on_panel
+
+    return compare_on_panel(inputs.archive)
+
+
 @_experiment("figure1", "Figure 1: the training loss and the deterministic loss")
 def _figure_1(inputs: ExperimentInputs) -> ExperimentResult:
     from dvar.paper.experiments.convergence import figure_1

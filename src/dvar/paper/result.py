@@ -16,7 +16,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from dvar.analysis.stop_quality import ORACLE, MeanInterval
+from dvar.analysis.stop_quality import MIN_CONCEPTS, ORACLE, MeanInterval
 from dvar.config.training import BUNDLED_MODEL
 from dvar.html.tables import Column, cells
 from dvar.paper.style import DOTS, STYLE
@@ -24,8 +24,6 @@ from dvar.recordings.recorded_run import RecordedRun
 from dvar.training.methods.registry import METHODS
 
 T = TypeVar("T")
-MIN_CONCEPTS = 6
-"""Concepts that a comparison needs: of five, all agree in sign by chance more often than in 5 % of cases (2 / 2^5)."""
 DESCRIBE_TUNING = (
     f"Settings that were tuned keep at least {100 * ORACLE:.0f} % of the gain over the untouched model at the least "
     f"cost, on the tuning concepts, from at most 100 points each; the paper's keep {100 * ORACLE:.0f} % of the maximum "
@@ -67,12 +65,17 @@ class Plot:
 
 @dataclass(frozen=True)
 class ExperimentResult:
-    """The paragraphs, tables and figures of an experiment; or, in ``missing``, why there are none."""
+    """The paragraphs, tables and figures of an experiment; or, in ``missing``, why there are none.
+
+    Args:
+        summary: Lines that head the page of results.
+    """
 
     paragraphs: tuple[str, ...] = ()
     tables: tuple[Table, ...] = ()
     plots: tuple[Plot, ...] = ()
     missing: str = ""
+    summary: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -227,6 +230,7 @@ def save_result(name: str, title: str, result: ExperimentResult, folder: Path) -
         "title": title,
         "says": result.paragraphs,
         "missing": result.missing,
+        **({"summary": result.summary} if result.summary else {}),
         "tables": [
             {
                 "name": table.name,

@@ -1,0 +1,267 @@
+"""The panel's runs and where each rule of the protocol stops them, tuned by cross-validation over concepts."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+import numpy as np
+
+from dvar.analysis.families import FAMILIES, StrategyFamily
+from dvar.analysis.prefilter import Prefilter
+from dvar.analysis.stop_quality import LearningCurve
+from dvar.config.presets import preset_settings
+from dvar.config.training import BUNDLED_MODEL
+from dvar.errors import RefusedInput
+from dvar.recordings.archive import RecordingArchive
+from dvar.recordings.panel import PRESET, PROTOCOL, name_variation
+from dvar.recordings.recorded_run import CHOOSE, Floats, RecordedRun
+from dvar.recordings.setting import FLOW_MODEL
+from dvar.stopping.octave import Octave
+from dvar.stopping.rules import Dvar, Rule
+from dvar.stopping.trace import LOSS, Trace
+
+STRATIFIED = "stratified"
+OCTAVE, CONSTANT, CORRECTED = "octave", "constant", "constant × old rate / new rate"
+DVAR_PRESET, DVAR_TUNED, TREND_TUNED = "DVAR, preset", "DVAR, tuned", "Trend, tuned"
+OCTAVE_16, DVAR_STRATIFIED = "octave, 16 of the draws", "DVAR, tuned, 64 stratified draws"
+PERFECT = "perfect rule"
+REGISTERED = (OCTAVE, CONSTANT, CORRECTED, DVAR_PRESET, DVAR_TUNED, TREND_TUNED)
+LATER = (OCTAVE_16, DVAR_STRATIFIED)
+"""Rules that the protocol does not name; nothing is claimed of them."""
+MIN_LENGTH = 4.0
+"""Oracles that a run should be long."""
+_TUNED = {DVAR_TUNED: ("DVAR", LOSS), DVAR_STRATIFIED: ("DVAR", STRATIFIED), TREND_TUNED: ("Trend", LOSS)}
+"""Tuned rules: the family, and the series that it reads."""
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Where a rule ends a run: the step, and whether the record ended before the rule stopped."""
+
+    step: float
+    censored: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class PanelRun:
+    """A run of the panel that has learned.
+
+    Attributes:
+        run: The recorded run.
+        variation: What is changed in it, as the panel calls it.
+        rate: Its learning rate over the preset's.
+        oracle: The right step, by the images that are reported.
+        choice: The right step by the other half of the images, what a perfect rule would stop at; nan if it has none.
+    """
+
+    run: RecordedRun
+    variation: str
+    rate: float
+    oracle: float
+    choice: float
+
+    @classmethod
+    def of(cls, run: RecordedRun) -> PanelRun:
+        """Return a recorded run with its place in the panel."""
+        rate = run.setting.get("learning_rate")
+        return cls(
+            run,
+            name_variation(run.setting) if run.setting else PRESET.title,
+            rate["value"] / rate["preset"] if rate else 1.0,
+            max(LearningCurve.of_run(run).step_at(), 1.0),
+            LearningCurve.of_run(run, CHOOSE).step_at(),
+        )
+
+    @property
+    def is_short(self) -> bool:
+        """Whether the run is shorter than `MIN_LENGTH` oracles."""
+        return self.run.cap < MIN_LENGTH * self.oracle
+
+    def error(self, stop: Stop) -> float:
+        """Return the distance of a stop from the oracle, in octaves; nan for no stop."""
+        return float(abs(np.log2(max(stop.step, 1.0) / self.oracle)))
+
+
+@dataclass(frozen=True, eq=False)
+class PanelRuns:
+    """The runs of the panel that count, and those that do not.
+
+    Attributes:
+        runs: The runs that have learned.
+        unlearned: Names of the others.
+    """
+
+    runs: tuple[PanelRun, ...]
+    unlearned: tuple[str, ...]
+
+    @classmethod
+    def of(cls, archive: RecordingArchive) -> PanelRuns:
+        """Return the panel in an archive.
+
+        Raises:
+            RefusedInput: There is none, or it is mixed with runs of another protocol, version or base model, or some
+                run lacks a series that a rule reads; the runs are named.
+        """
+        runs = [run for run in archive if _protocol(run)[0] == PROTOCOL]
+        if not runs:
+            rule = "no run of the panel was recorded"
+            raise RefusedInput([f"{rule}: dvar record --panel all records them, as docs/protocol.md says"])
+        problems = [*_mixture_problems(list(archive)), *_series_problems(runs)]
+        if problems:
+            raise RefusedInput(problems)
+        learned = [run for run in runs if LearningCurve.of_run(run).learned]
+        names = {run.name for run in learned}
+        return cls(tuple(map(PanelRun.of, learned)), tuple(run.name for run in runs if run.name not in names))
+
+    def select(self, variations: Iterable[str], methods: Iterable[str] = ()) -> list[PanelRun]:
+        """Return the runs of these variations; with ``methods``, those of these methods alone."""
+        variations, methods = set(variations), set(methods)
+        return [run for run in self.runs if run.variation in variations and (not methods or run.run.method in methods)]
+
+
+@dataclass(frozen=True, eq=False)
+class PanelStops:
+    """The stops of every rule on the runs of a comparison.
+
+    Args:
+        runs: The runs.
+        presets: The runs at the preset of the same concepts and methods, on which settings are chosen.
+    """
+
+    runs: tuple[PanelRun, ...]
+    presets: tuple[PanelRun, ...]
+
+    @classmethod
+    def of(cls, panel: PanelRuns, runs: Sequence[PanelRun]) -> PanelStops:
+        """Return the stops on some runs of a panel, whose settings are chosen on their concepts at the preset."""
+        concepts = {run.run.concept for run in runs}
+        presets = [run for run in panel.select([PRESET.title]) if run.run.concept in concepts]
+        return cls(tuple(runs), tuple(presets))
+
+    @cached_property
+    def stops(self) -> Mapping[str, Mapping[PanelRun, Stop]]:
+        """The stop of each rule on each run; a run without other concepts to tune on has none of the tuned rules."""
+        stops: dict[str, dict[PanelRun, Stop]] = {name: {} for name in (*REGISTERED, *LATER, PERFECT)}
+        for run in self.runs:
+            stops[PERFECT] |= {run: Stop(run.choice)} if np.isfinite(run.choice) else {}
+            stops[OCTAVE][run] = find_stops((Octave(),), run.run, STRATIFIED)[0]
+            stops[OCTAVE_16][run] = find_stops((Octave(),), run.run, STRATIFIED, every=4)[0]
+            preset = preset_settings("mini", run.run.method)
+            rule = Dvar(int(preset["window"]), preset["threshold"], strict_paper=True)
+            stops[DVAR_PRESET][run] = find_stops((rule,), run.run, LOSS)[0]
+            others = self._others(run)
+            if not others:
+                continue
+            constant = float(2 ** np.median([np.log2(other.oracle) for other in others]))
+            stops[CONSTANT][run], stops[CORRECTED][run] = Stop(constant), Stop(constant / run.rate)
+            for name, (family, series) in _TUNED.items():
+                # Of equally good settings the first of the grid.
+                best = int(np.mean([_grid_errors(name, other) for other in others], axis=0).argmin())
+                stops[name][run] = find_stops((make_grid(family, run.run.method)[best],), run.run, series)[0]
+        return stops
+
+    def _others(self, run: PanelRun) -> list[PanelRun]:
+        return [
+            other
+            for other in self.presets
+            if other.run.method == run.run.method and other.run.concept != run.run.concept
+        ]
+
+
+def make_grid(family: str, method: str) -> tuple[Rule, ...]:
+    """Return the rules of a family that are tried for a method, their windows in steps of its preset."""
+    found = next(each for each in FAMILIES if each.name == family)
+    return tuple(dict.fromkeys(_make_rule(found, setting, method) for setting in found.settings()))
+
+
+def find_stops(rules: Sequence[Rule], run: RecordedRun, series: str, *, every: int = 1) -> list[Stop]:
+    """Return where each rule stops a run whose held losses are one of its series; the end of the record if nowhere.
+
+    Args:
+        rules: Rules that read the losses, such as `Octave`.
+        run: A recorded run.
+        series: Name of the series.
+        every: Read only each so-manieth draw.
+    """
+    steps, losses = run.series(series)
+    losses = losses[:, ::every]
+    complete = Trace()
+    for step, values in zip(steps.tolist(), losses, strict=True):
+        complete.record(step, values)
+    prefilter = Prefilter(complete)
+    due: dict[Rule, list[int]] = {rule: np.flatnonzero(prefilter(rule)).tolist() for rule in rules}
+    callers = defaultdict[int, list[Rule]](list)
+    for rule, indices in due.items():
+        for index in indices:
+            callers[index].append(rule)
+    stops: dict[Rule, Stop] = {}
+    trace = Trace()
+    for index, (step, values) in enumerate(zip(steps.tolist(), losses, strict=True)):
+        trace.record(step, values)
+        for rule in callers[index]:
+            if rule not in stops and rule(trace).stop:
+                stops[rule] = Stop(float(step))
+    return [stops.get(rule, Stop(float(run.cap), censored=True)) for rule in rules]
+
+
+@cache
+def _grid_errors(name: str, run: PanelRun) -> Floats:
+    """Return the errors of every setting of a tuned rule on a run, [settings]."""
+    family, series = _TUNED[name]
+    return np.array([run.error(stop) for stop in find_stops(make_grid(family, run.run.method), run.run, series)])
+
+
+def _make_rule(family: StrategyFamily, setting: tuple[float, float, float], method: str) -> Rule:
+    return family.strategy(setting, int(preset_settings("mini", method)["max_train_steps"])).rule
+
+
+def _protocol(run: RecordedRun) -> tuple[str, int]:
+    protocol = run.header.get("protocol", {})
+    return str(protocol.get("name", "before the panel")), int(protocol.get("version", 0))
+
+
+def _mixture_problems(runs: Sequence[RecordedRun]) -> list[str]:
+    """Return which protocols and base models are mixed, with the runs of each."""
+    problems = []
+    protocols = _group((f"{name}, version {version}", run) for run in runs for name, version in [_protocol(run)])
+    if len(protocols) > 1:
+        problems.append(f"the panel is of one protocol, got {_name_groups(protocols)}: name the records of one alone")
+    models = _group((str(run.config.get("pretrained_model_name_or_path")), run) for run in runs)
+    for model, of_model in models.items():
+        bases = _group((f"{str(run.header.get('base', 'unknown'))[:12]}", run) for run in of_model)
+        if len(bases) > 1:
+            names = _name_groups(bases)
+            problems.append(f"base model {model} must be one and the same, got {names}: name the records of one alone")
+    if others := {model: of_model for model, of_model in models.items() if model not in (BUNDLED_MODEL, FLOW_MODEL)}:
+        names = _name_groups(others)
+        problems.append(f"the panel is of {BUNDLED_MODEL} and {FLOW_MODEL}, got {names}: take the others away")
+    return problems
+
+
+def _series_problems(runs: Sequence[RecordedRun]) -> list[str]:
+    """Return which rules read series that some runs lack."""
+    problems = []
+    for series, rules in ((STRATIFIED, (OCTAVE, *LATER)), (LOSS, (DVAR_PRESET, DVAR_TUNED, TREND_TUNED))):
+        if lacking := [run.name for run in runs if not run.has_series(series)]:
+            names = ", ".join(rules)
+            problems.append(f"{names} read the series {series!r}, which {_name_some(lacking)} lacks: record it again")
+    return problems
+
+
+def _group(pairs: Iterable[tuple[str, RecordedRun]]) -> dict[str, list[RecordedRun]]:
+    groups: dict[str, list[RecordedRun]] = {}
+    for name, run in pairs:
+        groups.setdefault(name, []).append(run)
+    return groups
+
+
+def _name_groups(groups: Mapping[str, Sequence[RecordedRun]]) -> str:
+    return " and ".join(f"{name} ({_name_some([run.name for run in runs])})" for name, runs in groups.items())
+
+
+def _name_some(names: Sequence[str]) -> str:
+    more = len(names) - 2
+    return ", ".join(names[:2]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,347 @@
+"""The panel: rules where the time scale of training is not known, as tables, a figure and what may be claimed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import numpy as np
+
+from dvar.analysis.panel import (
+    CONSTANT,
+    CORRECTED,
+    DVAR_TUNED,
+    LATER,
+    MIN_LENGTH,
+    OCTAVE,
+    PERFECT,
+    REGISTERED,
+    STRATIFIED,
+    PanelRun,
+    PanelRuns,
+    PanelStops,
+)
+from dvar.analysis.panel_comparison import (
+    RATE_ENDS,
+    Comparison,
+    average_errors,
+    compare_registered,
+    compare_rules,
+    may_claim,
+)
+from dvar.analysis.stop_quality import MIN_CONCEPTS, MeanInterval
+from dvar.html.tables import Column
+from dvar.paper.panel_summary import summarise_panel
+from dvar.paper.result import (
+    ExperimentResult,
+    Plot,
+    Provenance,
+    Table,
+    build_table,
+    format_estimate,
+    format_number,
+    format_percent,
+    method_title,
+)
+from dvar.paper.style import COLOURS, axes
+from dvar.recordings.archive import RecordingArchive
+from dvar.recordings.panel import PRESET, STAGES
+
+RATES = ("rate × 1/4", "rate × 1/2", PRESET.title, "rate × 2", "rate × 4")
+_ROWS = (*REGISTERED, *LATER, PERFECT)
+_REGISTERED_ROWS = frozenset((*REGISTERED, PERFECT))
+
+
+@dataclass(frozen=True)
+class PanelResults:
+    """Everything that the tables and sentences about a panel are made of.
+
+    Args:
+        archive: The recorded runs.
+        panel: The panel among them.
+        ends: The stops on the runs at both ends of the learning rates.
+        comparisons: The comparisons of the protocol.
+    """
+
+    archive: RecordingArchive
+    panel: PanelRuns
+    ends: PanelStops
+    comparisons: tuple[Comparison, ...]
+
+    @classmethod
+    def of(cls, archive: RecordingArchive) -> PanelResults:
+        """Return the results of the panel in an archive.
+
+        Raises:
+            RefusedInput: As `PanelRuns.of` and `compare_registered`.
+        """
+        panel = PanelRuns.of(archive)
+        ends, comparisons = compare_registered(panel)
+        return cls(archive, panel, ends, tuple(comparisons))
+
+    @cached_property
+    def rates(self) -> PanelStops:
+        """The stops on the runs of all learning rates, on the concepts that both ends were recorded on."""
+        concepts = {run.run.concept for run in self.ends.runs}
+        methods = {run.run.method for run in self.ends.runs}
+        runs = [run for run in self.panel.select(RATES, methods) if run.run.concept in concepts]
+        return PanelStops.of(self.panel, runs)
+
+    @cached_property
+    def presets(self) -> PanelStops:
+        """The stops at the preset, on all concepts and methods."""
+        return PanelStops.of(self.panel, self.panel.select([PRESET.title]))
+
+    @cached_property
+    def others(self) -> dict[str, PanelStops]:
+        """The stops on the runs of each other setting that was recorded, by its title."""
+        titles = [variation.title for stage in STAGES for variation in stage.variations if variation.title not in RATES]
+        recorded = {run.variation for run in self.panel.runs}
+        return {
+            title: PanelStops.of(self.panel, self.panel.select([title]))
+            for title in dict.fromkeys(titles)
+            if title in recorded
+        }
+
+    @property
+    def claims(self) -> list[bool]:
+        """Whether the outcome of each comparison of the protocol may be claimed."""
+        return may_claim(self.comparisons)
+
+    def probe_share(self) -> float:
+        """Return the share of a run's time that octave's probes take, as a mean over the runs at the preset."""
+        shares = []
+        for run, stop in self.presets.stops[OCTAVE].items():
+            units = self.archive.unit_seconds(run.run.method)
+            probe = run.run.count_samples(STRATIFIED, int(stop.step)) * units.get("forward", np.nan)
+            shares.append(probe / (probe + stop.step * units.get("train", np.nan)))
+        return float(np.mean(shares)) if shares else float("nan")
+
+
+def compare_on_panel(archive: RecordingArchive) -> ExperimentResult:
+    """Compare the rules of the protocol on the panel, and those that were looked at later."""
+    results = PanelResults.of(archive)
+    methods = sorted({run.run.method for run in results.rates.runs}, reverse=True)
+    tables = [
+        _table_of_comparisons(results),
+        _table_of_rates("rates", "Learning rates, all methods", results.rates, results.rates.runs),
+        *(
+            _table_of_rates(
+                f"rates-{method}",
+                f"Learning rates, {method_title(method)}",
+                results.rates,
+                [run for run in results.rates.runs if run.run.method == method],
+            )
+            for method in methods
+        ),
+        _table_of_presets(results),
+        *([_table_of_others(results)] if results.others else []),
+    ]
+    paragraphs = (*_describe_comparisons(results), *_describe_runs(results))
+    summary = summarise_panel(results)
+    return ExperimentResult(paragraphs, tuple(tables), (_plot_rates(results),), summary=summary)
+
+
+ErrorRow = tuple[str, list[MeanInterval]]
+"""A rule and its mean error on each group of runs."""
+
+
+def _table_of_rates(name: str, title: str, stops: PanelStops, runs: Sequence[PanelRun]) -> Table:
+    groups = [[run for run in runs if run.variation == rate] for rate in RATES]
+    groups.append([run for run in runs if run.variation in RATE_ENDS])
+    rows = [(rule, [average_errors(stops, rule, group) for group in groups]) for rule in _ROWS]
+    titles = (*(title.removeprefix("rate ") for title in RATES), "× 1/4 and × 4")
+    caption = (
+        f"{title}: mean error of a stop in octaves, |log2(stop / oracle)|, over concepts; in the last column with the "
+        "95 % interval from resampling concepts. The perfect rule is the oracle of the other half of the images: the "
+        f"room that is left. Rules marked so were looked at later. {_describe_provenance(runs)}"
+    )
+    return _table_of_errors(name, caption, titles, rows)
+
+
+def _table_of_presets(results: PanelResults) -> Table:
+    stops = results.presets
+    methods = sorted({run.run.method for run in stops.runs})
+    groups = [[run for run in stops.runs if run.run.method == method] for method in methods]
+    rows = [(rule, [average_errors(stops, rule, group) for group in (*groups, stops.runs)]) for rule in _ROWS]
+    caption = (
+        "The preset, where nothing is shifted: mean error in octaves by method, in the last column over all with the "
+        f"95 % interval from resampling concepts. {_describe_provenance(stops.runs)}"
+    )
+    return _table_of_errors("preset", caption, (*map(method_title, methods), "all"), rows)
+
+
+def _table_of_errors(
+    name: str, caption: str, titles: Sequence[str], rows: Sequence[ErrorRow], *, intervals: int = 1
+) -> Table:
+    """Return a table of mean errors, the last ``intervals`` columns with their interval."""
+    last = len(titles) - intervals
+    columns: list[Column[ErrorRow]] = [Column("Rule", _name_rule)]
+    columns += [Column(title, partial(_format_error, index, index >= last)) for index, title in enumerate(titles)]
+    data = [{"rule": rule, **dict(zip(titles, errors, strict=True))} for rule, errors in rows]
+    return build_table(name, caption, columns, rows, data=data)
+
+
+def _name_rule(row: ErrorRow) -> str:
+    return row[0] if row[0] in _REGISTERED_ROWS else f"{row[0]} (later)"
+
+
+def _format_error(index: int, interval: bool, row: ErrorRow) -> str:
+    error = row[1][index]
+    return format_estimate(error) if interval else format_number(error.mean, 2)
+
+
+@dataclass(frozen=True)
+class ComparisonRow:
+    """A line of the table of comparisons.
+
+    Args:
+        group: What its runs are.
+        name: Its number in the protocol, or "later".
+        comparison: The comparison.
+        long: The same without runs that are short, where that differs.
+        outcome: What may be said.
+    """
+
+    group: str
+    name: str
+    comparison: Comparison
+    long: Comparison
+    outcome: str
+
+
+def _compare(
+    stops: PanelStops, group: str, name: str, comparison: Comparison, outcome: str | None = None
+) -> ComparisonRow:
+    runs = [run for run in stops.runs if not run.is_short]
+    long = compare_rules(stops, comparison.first, comparison.second, runs)
+    return ComparisonRow(group, name, comparison, long, outcome or comparison.outcome)
+
+
+def _table_of_comparisons(results: PanelResults) -> Table:
+    rows = [
+        _compare(
+            results.ends,
+            "Registered: learning rates × 1/4 and × 4",
+            f"{number}",
+            comparison,
+            comparison.outcome if claim else f"{comparison.outcome}, not claimed",
+        )
+        for number, (comparison, claim) in enumerate(zip(results.comparisons, results.claims, strict=True), start=1)
+    ]
+    later = {"all learning rates": results.rates, PRESET.title: results.presets, **results.others}
+    for title, stops in later.items():
+        for second in (CONSTANT, DVAR_TUNED):
+            comparison = compare_rules(stops, OCTAVE, second)
+            if comparison.difference.concepts:
+                rows.append(_compare(stops, "Looked at later", title, comparison))
+    columns: list[Column[ComparisonRow]] = [
+        Column("Comparison", lambda row: f"{row.name}: {row.comparison.first} − {row.comparison.second}"),
+        Column("Octaves", lambda row: _format_difference(row.comparison)),
+        Column("p", lambda row: format_number(row.comparison.p)),
+        Column("Without short runs", lambda row: _format_difference(row.long)),
+        Column("Concepts", lambda row: f"{row.comparison.difference.concepts}"),
+        Column("Runs", lambda row: f"{row.comparison.runs}"),
+        Column("Outcome", lambda row: row.outcome),
+    ]
+    caption = (
+        "Differences of mean errors in octaves, paired by concept, below 0 where the first rule is nearer to the "
+        "oracle. The interval resamples concepts; p is the share of sign flips of the concepts' differences that are "
+        "as far from 0. Won: the interval lies below 0 and p < 0.05; lost: above. With fewer than "
+        f"{MIN_CONCEPTS} concepts no interval is given. Short runs last less than {MIN_LENGTH:g} oracles. Registered "
+        "comparisons are tested in this order, and none is claimed after one that is not won (docs/protocol.md)."
+    )
+    data = [
+        {
+            "group": row.group,
+            "name": row.name,
+            "first": row.comparison.first,
+            "second": row.comparison.second,
+            "difference": row.comparison.difference,
+            "p": row.comparison.p,
+            "runs": row.comparison.runs,
+            "without short runs": row.long.difference,
+            "outcome": row.outcome,
+        }
+        for row in rows
+    ]
+    return build_table("comparisons", caption, columns, rows, data=data, heading=lambda row: row.group)
+
+
+def _table_of_others(results: PanelResults) -> Table:
+    rows = [
+        (rule, [average_errors(stops, rule, stops.runs) for stops in results.others.values()])
+        for rule in _ROWS
+        if rule != CORRECTED  # the learning rate is the preset's here
+    ]
+    runs = [run for stops in results.others.values() for run in stops.runs]
+    caption = (
+        "Other changes of the time scale, not pre-registered: mean error in octaves over concepts; settings are "
+        f"those of the preset. {_describe_provenance(runs)}"
+    )
+    return _table_of_errors("others", caption, tuple(results.others), rows, intervals=0)
+
+
+def _plot_rates(results: PanelResults) -> Plot:
+    figure, panels = axes(height=3.0)
+    panel = panels[0, 0]
+    positions = np.log2([0.25, 0.5, 1, 2, 4])
+    data = []
+    for colour, rule in zip(COLOURS, (OCTAVE, CONSTANT, CORRECTED, DVAR_TUNED, PERFECT), strict=False):
+        groups = [[run for run in results.rates.runs if run.variation == rate] for rate in RATES]
+        errors = [average_errors(results.rates, rule, group).mean for group in groups]
+        panel.plot(positions, errors, "o-", color=colour, label=rule)
+        data.append({"rule": rule, "rates": RATES, "errors": errors})
+    panel.set_xticks(positions, ["× 1/4", "× 1/2", "× 1", "× 2", "× 4"])
+    panel.set_xlabel("learning rate over the preset's")
+    panel.set_ylabel("octaves from the oracle")
+    panel.set_ylim(bottom=0)
+    panel.legend()
+    caption = f"Mean error of a stop at each learning rate. {_describe_provenance(results.rates.runs)}"
+    return Plot("rates", caption, figure, data)
+
+
+def _describe_comparisons(results: PanelResults) -> list[str]:
+    """Return a sentence for each comparison of the protocol, in its order."""
+    sentences = []
+    for number, (comparison, claim) in enumerate(zip(results.comparisons, results.claims, strict=True), start=1):
+        head = f"Comparison {number}, {comparison.first} − {comparison.second}: "
+        detail = f"{_format_difference(comparison)} octaves, p = {format_number(comparison.p)}"
+        if comparison.outcome == "tie":
+            sentences.append(f"{head}a tie ({detail}); which of them is nearer cannot be said.")
+        elif claim:
+            sentences.append(f"{head}{comparison.outcome} ({detail}).")
+        else:
+            sentences.append(f"{head}would be {comparison.outcome} ({detail}); not claimed, as one before was not won.")
+    return sentences
+
+
+def _describe_runs(results: PanelResults) -> list[str]:
+    """Return sentences about runs that are left out, short or censored."""
+    sentences = []
+    if unlearned := results.panel.unlearned:
+        sentences.append(f"{len(unlearned)} runs gained nothing and are left out: {', '.join(unlearned)}.")
+    if short := [run.run.name for run in results.panel.runs if run.is_short]:
+        sentences.append(
+            f"{len(short)} of {len(results.panel.runs)} runs are shorter than {MIN_LENGTH:g} oracles: "
+            f"{', '.join(short)}."
+        )
+    stops = results.ends.stops
+    censored = {rule: sum(stop.censored for stop in stops[rule].values()) for rule in _ROWS if stops.get(rule)}
+    if any(censored.values()):
+        counts = ", ".join(f"{rule} {count}" for rule, count in censored.items() if count)
+        sentences.append(f"Records that ended before the rule stopped, of {len(results.ends.runs)}: {counts}.")
+    if np.isfinite(share := results.probe_share()):
+        sentences.append(f"Octave's probes, 64 draws 16 times an octave, take {format_percent(share)} of a run's time.")
+    return sentences
+
+
+def _format_difference(comparison: Comparison) -> str:
+    if comparison.difference.concepts < MIN_CONCEPTS:
+        return f"{format_number(comparison.difference.mean, 2)}, too few concepts"
+    return format_estimate(comparison.difference)
+
+
+def _describe_provenance(runs: Sequence[PanelRun]) -> str:
+    return str(Provenance.of([run.run for run in runs])) if runs else "No run."

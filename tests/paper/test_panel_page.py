@@ -1,0 +1,126 @@
+"""The panel's tables, sentences and summary, made from records whose answer is known."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_record import write_fake_record
+
+from dvar.paper.config import ReproduceConfig
+from dvar.paper.experiments.panel import PanelResults, compare_on_panel
+from dvar.paper.panel_summary import MAX_LINES, summarise_panel
+from dvar.paper.reproduce import reproduce
+from dvar.paper.result import ExperimentResult, Table
+from dvar.recordings.archive import RecordingArchive
+
+HEADER = {"protocol": {"name": "panel", "version": 1}, "base": "a" * 64}
+RATES = (0.25, 0.5, 1.0, 2.0, 4.0)
+
+
+def write_record(root: Path, concept: str, learned: float, setting: dict[str, Any], cap: int) -> None:
+    options: dict[str, Any] = {"header": HEADER, "images": 4, "jitter": 1e-5, "every": 4}
+    write_fake_record(root, concept=concept, cap=cap, learned=learned, setting=setting, **options)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six concepts at five learning rates, whose time scales as 1 / rate; and three of them on one image."""
+    root = tmp_path_factory.mktemp("panel")
+    for index, concept in enumerate("abcdef"):
+        learned = 32.0 * 2 ** (index / 10 - 0.25)
+        for rate in RATES:
+            setting = {"learning_rate": {"value": 0.005 * rate, "preset": 0.005}} if rate != 1 else {}
+            write_record(root, concept, learned / rate, setting, round(10 * learned / rate))
+        if index < 3:
+            write_record(root, concept, learned, {"images": {"value": 1, "preset": 4}}, round(10 * learned))
+    return root
+
+
+@pytest.fixture(scope="module")
+def results(root: Path) -> PanelResults:
+    return PanelResults.of(RecordingArchive.open(root))
+
+
+@pytest.fixture(scope="module")
+def result(root: Path) -> ExperimentResult:
+    return compare_on_panel(RecordingArchive.open(root))
+
+
+def find_table(result: ExperimentResult, name: str) -> Table:
+    return next(table for table in result.tables if table.name == name)
+
+
+def read_row(table: Table, rule: str) -> dict[str, Any]:
+    return dict(next(row for row in table.data if row["rule"] == rule))
+
+
+def test_the_tables_hold_the_known_errors(result: ExperimentResult) -> None:
+    table = find_table(result, "rates")
+    assert table.columns == ("Rule", "× 1/4", "× 1/2", "preset", "× 2", "× 4", "× 1/4 and × 4")
+    constant, corrected = read_row(table, "constant"), read_row(table, "constant × old rate / new rate")
+    assert [constant[rate].mean for rate in ("× 1/4", "× 1/2", "× 2")] == pytest.approx([2, 1, 1], abs=0.12)
+    assert corrected["× 1/4"].mean < 0.3
+    assert read_row(table, "perfect rule")["× 1/4 and × 4"].mean == 0
+    assert tuple(row[0] for row in table.rows if "16 of" in row[0]) == ("octave, 16 of the draws (later)",)
+    assert {table.name for table in result.tables} == {
+        "comparisons",
+        "rates",
+        "rates-textual-inversion",
+        "preset",
+        "others",
+    }
+
+
+def test_registered_comparisons_come_first_and_say_what_may_be_claimed(
+    result: ExperimentResult, results: PanelResults
+) -> None:
+    data = find_table(result, "comparisons").data
+    assert [row["name"] for row in data[:3]] == ["1", "2", "3"]
+    assert [row["second"] for row in data[:3]] == ["constant", "constant × old rate / new rate", "DVAR, tuned"]
+    assert {row["group"] for row in data[3:]} == {"Looked at later"}
+    assert data[0]["outcome"] == "won"
+    assert data[1]["outcome"] != "won", "the corrected constant knows the time scale"
+    assert data[2]["outcome"].endswith("not claimed")
+    assert result.paragraphs[0].startswith("Comparison 1, octave − constant: won (−")
+    assert results.claims == [True, True, False]
+
+
+def test_three_concepts_give_no_interval(result: ExperimentResult) -> None:
+    table = find_table(result, "comparisons")
+    (row,) = [row for row in table.rows if row[0] == "images 1: octave − constant"]
+    assert row[1].endswith(", too few concepts")
+    assert row[-1] == "too few concepts"
+    assert len(read_row(find_table(result, "others"), "octave")) == 2
+
+
+def test_the_summary_is_plain_and_short_and_agrees_with_the_tables(
+    result: ExperimentResult, results: PanelResults
+) -> None:
+    assert result.summary == summarise_panel(results)
+    assert 7 <= len(result.summary) <= MAX_LINES
+    assert "33 recorded runs of 6 concepts" in result.summary[0]
+    assert result.summary[1].startswith("Pre-registered 1: octave stops nearer to the right step than a fixed number")
+    assert "(not claimed: one before was not won)" in result.summary[3] or "no difference" in result.summary[3]
+    assert any(line.startswith("For a user: under a preset that was tuned") for line in result.summary)
+    assert result.summary[-1].startswith("Not shown here: anything about Stable Diffusion")
+
+
+def test_the_summary_heads_the_page_and_stays_when_other_sections_are_made_again(root: Path, tmp_path: Path) -> None:
+    page = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "results.py"))
+    config = ReproduceConfig(names=("panel",), records=(str(root),), output_dir=str(tmp_path / "out"))
+    reproduce(config)
+    summary = json.loads((tmp_path / "out" / "panel.json").read_text(encoding="utf-8"))["summary"]
+    page["main"](tmp_path / "out", to=tmp_path)
+    text = (tmp_path / "results.md").read_text(encoding="utf-8")
+    lines = text.splitlines()
+    assert lines[5] == "## In ten lines"
+    assert len([line for line in lines[6:20] if line.startswith("- ")]) >= len(summary)
+    assert text.index(summary[0][:40]) < text.index("What differs from the paper throughout")
+    again = page["format_page"](page["read_sections"](text))
+    assert again == text
+    without = {name: part for name, part in page["read_sections"](text).items() if name != "summary"}
+    assert "In ten lines" not in page["format_page"](without)
