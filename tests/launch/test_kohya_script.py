@@ -1,4 +1,4 @@
-"""kohya's train_network.py, unmodified, from the checkout that `DVAR_SD_SCRIPTS` names."""
+"""The script train_network.py of kohya, unmodified, from the checkout that `DVAR_SD_SCRIPTS` names."""
 
 # It wants versions of its own: `DVAR_SD_SCRIPTS_PYTHON` names a Python that has them. Its U-Net has the size of Stable
 # Diffusion in constants of a module, which a line before the launch makes small.
