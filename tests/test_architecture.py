@@ -43,6 +43,7 @@ LAYERS = {
 PURE = (
     "errors",
     "files",
+    "locks",
     "registry",
     "config.fields",
     "config.templates",

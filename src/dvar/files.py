@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dvar.locks import LOCK, lock_path
+
 
 def read_json(path: Path) -> Any:
     """Return the value that a JSON file holds.
@@ -52,15 +54,20 @@ def staged_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder beside ``path`` to fill; on success, rename it to ``path``, in place of an older one.
 
     A reader never sees a part of the folder. Its files must be on the disk already where that matters: `write_synced`.
+
+    Raises:
+        RefusedInput: Another process writes this folder.
     """
-    staged = path.with_name(f".{path.name}.part")
-    remove(staged)
-    staged.mkdir(parents=True)
-    yield staged
-    _sync_folder(staged)
-    remove(path)
-    staged.replace(path)
-    _sync_folder(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with lock_path(path.with_name(f".{path.name}{LOCK}"), path):
+        staged = path.with_name(f".{path.name}.part")
+        remove(staged)
+        staged.mkdir()
+        yield staged
+        _sync_folder(staged)
+        remove(path)
+        staged.replace(path)
+        _sync_folder(path.parent)
 
 
 def remove(path: Path) -> None:

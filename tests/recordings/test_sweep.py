@@ -205,7 +205,8 @@ def test_an_interrupted_sweep_asks_its_runs_to_save_and_starts_no_more(
 
 
 def test_two_processes_do_not_record_one_run_at_once(base: RecordingSpec, tmp_path: Path) -> None:
-    from dvar.recordings.record import lock_folder, record_run
+    from dvar.locks import lock_folder
+    from dvar.recordings.record import record_run
 
     run = replace(base, records=str(tmp_path))
     with lock_folder(run.folder), pytest.raises(RefusedInput, match="is being written by another process"):

@@ -23,6 +23,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import dvar.training.personalise
 import dvar.training.run
 from dvar.config.methods import TextualInversionConfig
 from dvar.diffusion.backbones.stable_diffusion import StableDiffusion
@@ -30,6 +31,7 @@ from dvar.diffusion.clip import Clip
 from dvar.diffusion.objective import denoising_loss
 from dvar.diffusion.sampling import sample, sample_into
 from dvar.errors import CheckpointError, NonFiniteLoss, RefusedInput
+from dvar.locks import lock_folder
 from dvar.runs.load_model import load_personalised_backbone
 from dvar.stopping.diagnosis import Reason
 from dvar.stopping.trace import Trace
@@ -39,6 +41,7 @@ from dvar.training.augmentation import encode_examples
 from dvar.training.checkpoint import Checkpoint, latest_checkpoint
 from dvar.training.loop import StepRecord
 from dvar.training.personalise import personalise
+from dvar.training.preflight import preflight
 
 CAP = 12
 
@@ -780,3 +783,22 @@ def test_a_resumed_run_finds_the_same_best_step_by_clip(config: TextualInversion
     resumed = personalise(replace(settings, resume_from_checkpoint="latest"))
     assert load_records(resumed.folder) == load_records(reference_run.folder)
     assert resumed.best_step == reference_run.best_step
+
+
+def test_a_folder_that_another_run_writes_is_refused_before_a_model_is_loaded(
+    config: TextualInversionConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dvar.training.personalise, "load_backbone", None)
+    for ours in (config, replace(config, resume_from_checkpoint="latest"), replace(config, overwrite=True)):
+        with lock_folder(Path(config.output_dir)), pytest.raises(RefusedInput, match="is being written by process"):
+            personalise(ours)
+    assert not Path(config.output_dir).exists()
+
+
+def test_a_run_that_another_process_made_since_the_check_is_not_removed(config: TextualInversionConfig) -> None:
+    concept = preflight(config)
+    personalise(replace(config, max_train_steps=2, seed=1))
+    before = {path: path.read_bytes() for path in Path(config.output_dir).rglob("*") if path.is_file()}
+    with pytest.raises(RefusedInput, match="holds another run"):
+        personalise(config, concept=concept)
+    assert {path: path.read_bytes() for path in Path(config.output_dir).rglob("*") if path.is_file()} == before

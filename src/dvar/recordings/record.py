@@ -9,8 +9,7 @@ from __future__ import annotations
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 
 from dvar.errors import CheckpointError, DvarError, NonFiniteLoss, RefusedInput
 from dvar.files import read_json, write_json
+from dvar.locks import lock_folder
 from dvar.recordings.image_metrics import Scorer
 from dvar.recordings.recorded_run import DONE, FAILED, RESCORED, ROUNDS, SCORES, RecordedRun, file_digest
 from dvar.recordings.recorder import Recorder
@@ -32,11 +32,6 @@ from dvar.training.checkpoint import latest_checkpoint
 from dvar.training.loop import StepRecord
 from dvar.training.personalise import interruption, prepare
 from dvar.training.run_layout import CONFIG, TRACE
-
-try:
-    import fcntl
-except ModuleNotFoundError:
-    fcntl = None  # type: ignore[assignment]
 
 Consumer = Callable[[StepRecord], None]
 
@@ -102,23 +97,6 @@ def remove_measurements(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
     for name in (WEIGHTS, SHEETS, RESCORED_SHEETS):
         shutil.rmtree(folder / name, ignore_errors=True)
-
-
-@contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold a run's folder while it is written; a process that dies releases it.  Windows has no such lock.
-
-    Raises:
-        RefusedInput: Another process holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("wb") as lock:
-        try:
-            if fcntl:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RefusedInput([f"{folder} is being written by another process: wait for it, or end it"]) from error
-        yield
 
 
 class LiveStops:

@@ -18,9 +18,9 @@ import torch
 from dvar import mini
 from dvar.errors import DvarError
 from dvar.files import read_json, write_json
+from dvar.locks import lock_folder
 from dvar.recordings.archive import RecordingArchive, load_rescored
 from dvar.recordings.protocol import CHECKPOINTS, ScoringPrompts
-from dvar.recordings.record import lock_folder
 from dvar.recordings.recorded_run import DONE, RESCORED, RecordedRun, RescoredRun
 from dvar.recordings.restore import RESCORED_SHEETS, restore_runs, sheet_path, weights_path, write_sheet
 from dvar.recordings.score_samples import generate_and_score, load_scorer

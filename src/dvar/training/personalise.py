@@ -18,7 +18,8 @@ from dvar.config.training import TrainingConfig
 from dvar.diffusion.backbone import Backbone, load_backbone
 from dvar.diffusion.sampling import Abandoned
 from dvar.diffusion.tokens import model_path
-from dvar.errors import CheckpointError, OutOfResources
+from dvar.errors import CheckpointError, OutOfResources, RefusedInput
+from dvar.locks import lock_folder
 from dvar.stopping.diagnosis import Reason
 from dvar.training.checkpoint import Checkpoint, latest_checkpoint
 from dvar.training.class_images import generate_class_images
@@ -27,7 +28,7 @@ from dvar.training.loop import StepRecord
 from dvar.training.methods.registry import build_method, config_from_dict
 from dvar.training.preflight import preflight
 from dvar.training.run import TrainingResult, TrainingRun, digest_of
-from dvar.training.run_layout import RESULT, WRITTEN, checkpoint_name
+from dvar.training.run_layout import RESULT, WRITTEN, checkpoint_name, problems
 from dvar.training.token_initializer import choose_initializer_tokens, load_clip
 from dvar.training.trackers import Tracker
 
@@ -70,7 +71,8 @@ def personalise(
         How the run ended.
 
     Raises:
-        RefusedInput: Something is wrong with the input; every problem is named, before a model is loaded.
+        RefusedInput: Something is wrong with the input, or another process writes into the folder; every problem is
+            named, before a model is loaded.
         ModelError: A model cannot be loaded.
         CheckpointError: There is no checkpoint to resume from, or only one of another config, concept or base model.
         OutOfResources: Memory or disk ran out.
@@ -78,7 +80,7 @@ def personalise(
 
     Source: Sections 3.2, 3.3 and 4.1.
     """
-    with _resource_errors(config):
+    with _resource_errors(config), lock_folder(Path(config.output_dir).expanduser()):
         run, checkpoint = prepare(config, concept)
         run.open(checkpoint)
         verdict = run.rule(run.learner.trace)
@@ -112,6 +114,8 @@ def prepare(config: TrainingConfig, concept: Concept | None = None) -> tuple[Tra
     """
     folder = Path(config.output_dir).expanduser()
     concept = concept or preflight(config)
+    if found := problems(config):  # another process may have begun a run there since the check, and ended it
+        raise RefusedInput(found)
     checkpoint = _checkpoint_to_resume(folder, config, concept) if config.resume_from_checkpoint else None
     backbone = _load_base_model(config)
     if checkpoint and (digest := checkpoint.facts["base"]) != backbone.digest:

@@ -1,0 +1,85 @@
+"""Locks of what is being written; they end with the process that holds them, however it ends."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from dvar.errors import RefusedInput
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+LOCK = ".lock"
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Hold a folder while it is written; it is made where it does not exist, and removed if nothing was written.
+
+    Raises:
+        RefusedInput: Another process holds it.
+    """
+    missing = next((parent for parent in (folder, *folder.parents) if parent.exists()), folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with lock_path(folder / LOCK, folder):
+            yield
+    finally:
+        with suppress(OSError):  # it holds something
+            while folder != missing:
+                folder.rmdir()
+                folder = folder.parent
+
+
+@contextmanager
+def lock_path(path: Path, written: Path) -> Iterator[None]:
+    """Hold a lock at ``path``, a file that exists for as long, while ``written`` is written.
+
+    Raises:
+        RefusedInput: Another process holds it.
+    """
+    lock = _open_locked(path, written)
+    try:
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+    finally:
+        with suppress(OSError):  # Windows removes no open file
+            path.unlink()
+        lock.close()
+
+
+def _open_locked(path: Path, written: Path) -> IO[str]:
+    """Return the open file of a lock that this process now holds."""
+    while True:
+        lock = path.open("a+", encoding="utf-8")
+        try:
+            _lock(lock)
+        except OSError as error:
+            lock.seek(0)
+            with suppress(OSError):  # Windows lets nobody read a locked file
+                holder = lock.read(20).strip()
+            process = f"process {holder}" if holder else "another process"
+            lock.close()
+            raise RefusedInput([f"{written} is being written by {process}: wait for it, or end it"]) from error
+        # Its last holder may have removed the file after it was opened here; then nobody else sees this lock.
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                lock.truncate(0)
+                return lock
+        lock.close()
+
+
+def _lock(file: IO[str]) -> None:
+    if sys.platform == "win32":
+        file.seek(0)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
