@@ -27,8 +27,8 @@ from dvar.training.dataset import Concept
 from dvar.training.loop import StepRecord
 from dvar.training.methods.registry import build_method, config_from_dict
 from dvar.training.preflight import preflight
-from dvar.training.run import TrainingResult, TrainingRun, digest_of
-from dvar.training.run_layout import RESULT, WRITTEN, checkpoint_name, problems
+from dvar.training.run import TrainingResult, TrainingRun, digest_of, digest_of_classes
+from dvar.training.run_layout import CLASS_IMAGES, RESULT, WRITTEN, checkpoint_name, problems
 from dvar.training.token_initializer import choose_initializer_tokens, load_clip
 from dvar.training.trackers import Tracker
 
@@ -130,6 +130,10 @@ def prepare(config: TrainingConfig, concept: Concept | None = None) -> tuple[Tra
     else:
         config = choose_initializer_tokens(config, concept, backbone, clip)
     classes = tuple(generate_class_images(config, concept.classes, backbone))
+    if checkpoint and checkpoint.facts.get("class_images", digest_of_classes(classes)) != digest_of_classes(classes):
+        message = f"{checkpoint_name(checkpoint.step)} was made with other class images than those in {folder}"
+        remedy = f"put them back, remove {folder / CLASS_IMAGES} to have them generated as before, or start another"
+        raise CheckpointError(f"{message}: {remedy} --output_dir")
     method = build_method(config, backbone)
     return TrainingRun(folder, config, concept, classes, backbone, method, clip), checkpoint
 

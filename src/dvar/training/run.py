@@ -96,7 +96,7 @@ class TrainingRun:
         clip: Clip | None = None,
     ) -> None:
         self.folder, self.config, self.concept, self.backbone, self.method = folder, config, concept, backbone, method
-        self.clip = clip
+        self.classes, self.clip = classes, clip
         self.schedule = backbone.schedule
         for network in backbone.modules:  # what is trained keeps its dropout, where a model has any
             network.train(any(weight.requires_grad for weight in network.parameters()))
@@ -149,6 +149,7 @@ class TrainingRun:
     def save(self, keep: int | None) -> None:
         """Write a checkpoint; of the older ones, leave the ``keep`` newest."""
         facts = {"config": self.config.to_dict(), "pictures": digest_of(self.concept), "base": self.backbone.digest}
+        facts["class_images"] = digest_of_classes(self.classes)
         self.learner.checkpoint(**facts).write(self.folder, keep)
 
     def generate_samples(self, step: int, interrupted: Callable[[], bool] = lambda: False) -> list[Path]:
@@ -311,11 +312,22 @@ def digest_of(concept: Concept) -> str:
     digest = sha256()
     for index, image in enumerate(concept.images):
         digest.update(image.tobytes() + json.dumps(concept.texts(index)).encode())
-    for class_images in concept.classes:
+    _update_by_classes(digest, concept.classes)
+    return digest.hexdigest()
+
+
+def digest_of_classes(classes: Sequence[ClassImages]) -> str:
+    """Return the SHA-256 of class images and their prompts."""
+    digest = sha256()
+    _update_by_classes(digest, classes)
+    return digest.hexdigest()
+
+
+def _update_by_classes(digest: Any, classes: Sequence[ClassImages]) -> None:
+    for class_images in classes:
         for image in class_images.images:
             digest.update(image.tobytes())
         digest.update(class_images.prompt.encode())
-    return digest.hexdigest()
 
 
 def _cut_trace(path: Path, checkpoint: Checkpoint) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import dvar.training.run
 from dvar.config.methods import CustomDiffusionConfig
 from dvar.diffusion.backbone import Backbone, load_backbone
 from dvar.diffusion.objective import Draws, denoising_loss
-from dvar.errors import RefusedInput
+from dvar.errors import CheckpointError, RefusedInput
 from dvar.stopping.trace import Trace
 from dvar.testing import tiny_concept
 from dvar.training.dataset import read_concept
@@ -167,12 +168,30 @@ def test_class_images_are_generated_once_by_the_base_model(config: CustomDiffusi
     assert len(set(images.values())) == 3
     with Image.open(folder / "00.png") as image:
         assert (image.mode, image.size) == ("RGB", (32, 32))
-    Image.new("RGB", (32, 32)).save(folder / "01.png")
-    replacement = (folder / "01.png").read_bytes()
+    read_again = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     personalise(replace(config, resume_from_checkpoint="latest", max_train_steps=10, extend=True))
-    assert (folder / "01.png").read_bytes() == replacement, "a resumed run reads them"
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == read_again, "a resumed run reads them"
+
+
+@pytest.mark.parametrize("change", ["replaced", "removed"])
+def test_a_run_is_not_resumed_with_other_class_images(config: CustomDiffusionConfig, change: str) -> None:
+    folder = personalise(config).folder / "class_images"
+    images = {path.name: path.read_bytes() for path in folder.iterdir()}
+    if change == "replaced":
+        Image.new("RGB", (32, 32)).save(folder / "01.png")
+    else:
+        (folder / "01.png").unlink()
+    resumed = replace(config, resume_from_checkpoint="latest", max_train_steps=10, extend=True)
+    with pytest.raises(
+        CheckpointError, match=r"was made with other class images .* remove \S+class_images"
+    ):
+        personalise(resumed)
+    shutil.rmtree(folder)
+    personalise(resumed)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == images, "they are generated as before"
+    (folder / "01.png").unlink()
     personalise(replace(config, overwrite=True))
-    assert (folder / "01.png").read_bytes() == images["01.png"], "another run generates its own"
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == images, "another run generates its own"
 
 
 def test_class_images_of_a_folder_replace_generated_ones(config: CustomDiffusionConfig, tmp_path: Path) -> None:
