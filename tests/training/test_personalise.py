@@ -785,6 +785,26 @@ def test_a_resumed_run_finds_the_same_best_step_by_clip(config: TextualInversion
     assert resumed.best_step == reference_run.best_step
 
 
+@pytest.mark.parametrize(
+    "foreign",
+    ["samples/mine.png", "logs/notes.md", "checkpoint-500/optimizer.bin", "checkpoint-12/mine.bin", "references/link"],
+)
+def test_nothing_is_overwritten_beside_what_no_run_wrote(config: TextualInversionConfig, foreign: str) -> None:
+    folder = personalise(replace(config, report_to="tensorboard")).folder
+    path = folder / foreign
+    path.parent.mkdir(exist_ok=True)
+    path.symlink_to(folder) if path.name == "link" else path.write_bytes(b"mine")
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(RefusedInput, match=f"no run wrote {foreign} in "):
+        personalise(replace(config, seed=1, overwrite=True))
+    assert sorted(folder.rglob("*")) == before
+    path.unlink()
+    if not any(path.parent.iterdir()):
+        path.parent.rmdir()
+    personalise(replace(config, seed=1, overwrite=True))
+    assert not list(folder.glob("logs/*")), "of the run before"
+
+
 def test_a_folder_that_another_run_writes_is_refused_before_a_model_is_loaded(
     config: TextualInversionConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -797,7 +817,7 @@ def test_a_folder_that_another_run_writes_is_refused_before_a_model_is_loaded(
 
 def test_a_run_that_another_process_made_since_the_check_is_not_removed(config: TextualInversionConfig) -> None:
     concept = preflight(config)
-    personalise(replace(config, max_train_steps=2, seed=1))
+    personalise(replace(config, seed=1))
     before = {path: path.read_bytes() for path in Path(config.output_dir).rglob("*") if path.is_file()}
     with pytest.raises(RefusedInput, match="holds another run"):
         personalise(config, concept=concept)

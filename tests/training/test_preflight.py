@@ -107,7 +107,14 @@ def test_another_run_is_never_overwritten_by_default(config: TextualInversionCon
     (problem,) = run_layout.problems(config)
     assert "holds another run" in problem
     assert "--overwrite" in problem
-    assert run_layout.problems(replace(config, overwrite=True)) == []
+    (problem,) = run_layout.problems(replace(config, overwrite=True))
+    assert problem.startswith(f"overwrite replaces what a run wrote, and no run wrote {name} in ")
+
+
+def test_an_output_folder_has_a_name(config: TextualInversionConfig) -> None:
+    for name in ("", " "):
+        (problem,) = run_layout.problems(replace(config, output_dir=name, overwrite=True))
+        assert problem == f"output_dir must name a folder, got {name!r}: give one, such as runs/mug"
 
 
 def test_a_folder_with_unrelated_files_is_accepted(config: TextualInversionConfig) -> None:

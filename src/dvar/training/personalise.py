@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 import threading
 import warnings
@@ -19,6 +18,7 @@ from dvar.diffusion.backbone import Backbone, load_backbone
 from dvar.diffusion.sampling import Abandoned
 from dvar.diffusion.tokens import model_path
 from dvar.errors import CheckpointError, OutOfResources, RefusedInput
+from dvar.files import remove
 from dvar.locks import lock_folder
 from dvar.stopping.diagnosis import Reason
 from dvar.training.checkpoint import Checkpoint, latest_checkpoint
@@ -27,8 +27,8 @@ from dvar.training.dataset import Concept
 from dvar.training.loop import StepRecord
 from dvar.training.methods.registry import build_method, config_from_dict
 from dvar.training.preflight import preflight
-from dvar.training.run import TrainingResult, TrainingRun, digest_of, digest_of_classes
-from dvar.training.run_layout import CLASS_IMAGES, RESULT, WRITTEN, checkpoint_name, problems
+from dvar.training.run import TrainingResult, TrainingRun, digest_of, digest_of_classes, write_config
+from dvar.training.run_layout import CLASS_IMAGES, RESULT, checkpoint_name, find_written, problems
 from dvar.training.token_initializer import choose_initializer_tokens, load_clip
 from dvar.training.trackers import Tracker
 
@@ -107,7 +107,7 @@ def prepare(config: TrainingConfig, concept: Concept | None = None) -> tuple[Tra
     """Return the run of ``config``, ready to be opened, and the checkpoint to resume it from.
 
     What is in its way is removed from its folder, and the initializer tokens and the class images that it needs are
-    chosen and written there; nothing of the run itself is written yet.
+    chosen and written there, with the config; nothing else of the run is written yet.
 
     Raises:
         DvarError: As `personalise`, before anything is removed.
@@ -124,11 +124,13 @@ def prepare(config: TrainingConfig, concept: Concept | None = None) -> tuple[Tra
         raise CheckpointError(f"{message} and is {backbone.digest[:12]}...): {remedy}")
     needs_clip = config.best_by == "clip" or (config.initializer.startswith("clip") and not checkpoint)
     clip = load_clip(config, backbone) if needs_clip else None
-    _remove_matches(folder, (RESULT,) if checkpoint else WRITTEN)
+    for path in [folder / RESULT] if checkpoint else find_written(folder):
+        remove(path)
     if checkpoint:  # which holds the initializer token, where it was not given
         config = replace(config, initializer_token=checkpoint.facts["config"]["initializer_token"])
     else:
         config = choose_initializer_tokens(config, concept, backbone, clip)
+        write_config(folder, config)
     classes = tuple(generate_class_images(config, concept.classes, backbone))
     if checkpoint and checkpoint.facts.get("class_images", digest_of_classes(classes)) != digest_of_classes(classes):
         message = f"{checkpoint_name(checkpoint.step)} was made with other class images than those in {folder}"
@@ -179,12 +181,6 @@ def _checkpoint_to_resume(folder: Path, config: TrainingConfig, concept: Concept
         hint = " (a higher cap alone is accepted with --extend)" if higher and constant and not config.extend else ""
         raise CheckpointError(f"{message}: resume with those{hint}, or start another --output_dir")
     return checkpoint
-
-
-def _remove_matches(folder: Path, patterns: Sequence[str]) -> None:
-    """Remove the files and folders in ``folder`` that match one of the patterns."""
-    for path in [path for pattern in patterns for path in folder.glob(pattern)]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextmanager

@@ -123,7 +123,7 @@ class TrainingRun:
             _cut_trace(self.folder / TRACE, checkpoint)
             self._complete_last_step(checkpoint.trace)
         (self.folder / REFERENCES).mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / CONFIG, {**self.config.to_dict(), "versions": _versions()})
+        write_config(self.folder, self.config)
         for index, image in enumerate(self.concept.images):
             image.save(self.folder / REFERENCES / f"{index:02d}.png")
 
@@ -336,6 +336,12 @@ def _cut_trace(path: Path, checkpoint: Checkpoint) -> None:
     if later := lines[1 + len(checkpoint.trace) :]:
         write_atomically(path.with_name(f"{path.name}.cut-{checkpoint.step}"), b"".join(later))
     checkpoint.trace.write(path)
+
+
+def write_config(folder: Path, config: TrainingConfig) -> None:
+    """Write the config of a run, with the versions of what it runs on, into its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / CONFIG, {**config.to_dict(), "versions": _versions()})
 
 
 def _versions() -> dict[str, str]:

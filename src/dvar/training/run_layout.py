@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dvar.files import read_json
+
 if TYPE_CHECKING:
     from dvar.config.training import TrainingConfig
 
@@ -32,17 +34,57 @@ WEIGHTS = (EMBEDS, CLIP_EMBEDS, LORA, ATTENTION)
 change of the model; whole weights under the U-Net's names."""
 
 # All that a run writes into its folder. A run does not start where any of these exists unless told to overwrite, and
-# overwriting removes nothing else.
+# overwriting removes nothing else. What no run writes there, such as a file of one's own in one of its folders, or a
+# checkpoint of another program, is `foreign`, and nothing is overwritten beside it.
 WRITTEN = (
     *(CONFIG, TRACE, f"{TRACE}.*", "checkpoint-*", ".checkpoint-*"),
     *(f"{Path(name).stem}*.safetensors" for name in WEIGHTS),
     *(REFERENCES, SAMPLES, f"{CLASS_IMAGES}*", f".{CLASS_IMAGES}*.part", TRACKER_LOGS),
     *(INITIALIZER, RESULT, REPORT, MODEL_CARD),
 )
+_IN_FOLDERS = re.compile(
+    r"\.?checkpoint-\d+(\.part)?/(tensors\.safetensors|facts\.json|trace\.jsonl(\.part)?|manifest\.json)"
+    rf"|{REFERENCES}/\d+\.png"
+    rf"|{SAMPLES}/({re.escape(SAMPLE_PROMPTS)}(\.part)?|\.?step-\d+(\.part)?/\d+\.png|\.step-\d+\.lock)"
+    rf"|\.?{CLASS_IMAGES}(_\d+)?(\.part)?/\d+\.png"
+    rf"|{TRACKER_LOGS}/events\.out\.tfevents\..*"
+)
+"""What a run writes into the folders of its folder."""
+
+
+def find_written(folder: Path) -> list[Path]:
+    """Return the files and folders in a run's folder that have the names of what a run writes."""
+    return sorted({path for name in WRITTEN for path in folder.glob(name)})
+
+
+def find_foreign(folder: Path) -> list[str]:
+    """Return what `find_written` finds although no run wrote it, as paths within ``folder``.
+
+    That is a link, a file in one of a run's folders that no run writes there, and everything where no run ever was.
+    """
+    found = find_written(folder)
+    links = [path for path in found if path.is_symlink()]
+    inside = [file for path in found if path.is_dir() and path not in links for file in path.rglob("*")]
+    names = [path.relative_to(folder).as_posix() for path in inside if path.is_symlink() or not path.is_dir()]
+    foreign = [name for name in names if not _IN_FOLDERS.fullmatch(name) or (folder / name).is_symlink()]
+    if found and not _was_run(folder):
+        return [path.name for path in found]
+    return [*(path.name for path in links), *foreign]
+
+
+def _was_run(folder: Path) -> bool:
+    """Return whether a run has begun in a folder: it writes its config first."""
+    try:
+        config = read_json(folder / CONFIG)
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "versions" in config
 
 
 def problems(config: TrainingConfig) -> list[str]:
     """Return what keeps a run from writing into its folder: a file, the images, another run, or nothing to resume."""
+    if not str(config.output_dir).strip():
+        return [f"output_dir must name a folder, got {str(config.output_dir)!r}: give one, such as runs/mug"]
     folder, resume = Path(config.output_dir).expanduser(), config.resume_from_checkpoint
     if folder.exists() and not folder.is_dir():
         return [f"output_dir must be a folder, and {folder} is a file: choose another"]
@@ -53,10 +95,14 @@ def problems(config: TrainingConfig) -> list[str]:
         if not names or (resume != "latest" and Path(resume).name not in names):
             content = f"it holds {', '.join(names)}" if names else "it holds no checkpoint"
             return [f"resume_from_checkpoint {resume!r} is not in {folder}, {content}: correct it or start afresh"]
-    elif not config.overwrite and (names := sorted(path.name for name in WRITTEN for path in folder.glob(name))):
-        message = f"output_dir {folder} holds another run, or files in its place ({', '.join(names[:4])})"
+    elif not config.overwrite and (found := find_written(folder)):
+        shown = ", ".join(path.name for path in found[:4])
+        message = f"output_dir {folder} holds another run, or files in its place ({shown})"
         remedy = "choose another folder, resume with --resume_from_checkpoint latest, or replace them with --overwrite"
         return [f"{message}: {remedy}"]
+    elif config.overwrite and (foreign := find_foreign(folder)):
+        message = f"overwrite replaces what a run wrote, and no run wrote {', '.join(foreign[:4])} in {folder}"
+        return [f"{message}: move it away, or choose another folder"]
     return []
 
 

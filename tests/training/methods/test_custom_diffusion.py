@@ -182,9 +182,7 @@ def test_a_run_is_not_resumed_with_other_class_images(config: CustomDiffusionCon
     else:
         (folder / "01.png").unlink()
     resumed = replace(config, resume_from_checkpoint="latest", max_train_steps=10, extend=True)
-    with pytest.raises(
-        CheckpointError, match=r"was made with other class images .* remove \S+class_images"
-    ):
+    with pytest.raises(CheckpointError, match=r"was made with other class images .* remove \S+class_images"):
         personalise(resumed)
     shutil.rmtree(folder)
     personalise(resumed)
