@@ -209,7 +209,7 @@ def test_two_processes_do_not_record_one_run_at_once(base: RecordingSpec, tmp_pa
     from dvar.recordings.record import record_run
 
     run = replace(base, records=str(tmp_path))
-    with lock_folder(run.folder), pytest.raises(RefusedInput, match="is being written by another process"):
+    with lock_folder(run.folder), pytest.raises(RefusedInput, match="is being written by process"):
         record_run(run)
 
 

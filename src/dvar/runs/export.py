@@ -17,7 +17,7 @@ from dvar.diffusion.backbone import load_backbone
 from dvar.diffusion.tokens import model_path
 from dvar.errors import RefusedInput
 from dvar.files import staged_folder
-from dvar.runs.load_model import load_result, load_weights
+from dvar.runs.load_model import load_personalised_backbone, load_result, load_weights
 from dvar.training.loading_code import STABLE_DIFFUSION
 from dvar.training.run_layout import CLIP_EMBEDS, EMBEDS, LORA, MODEL_CARD, weights_kind
 from dvar.training.weight_files import public_model_name, write_weights
@@ -58,13 +58,18 @@ def write_kohya_lora(run: str | Path, path: Path) -> Path:
     if problems:
         raise RefusedInput(problems)
     (lora,) = load_weights(Path(run), [LORA])
-    with safe_open(Path(run) / LORA, "pt") as file:
-        metadata = dict(file.metadata())
-    adapters = json.loads(metadata.pop(LORA_ADAPTER_METADATA_KEY))
-    parts = [part for part in _KOHYA_PREFIXES if f"{part}.lora_alpha" in adapters]
-    alphas = {part: float(adapters[f"{part}.lora_alpha"]) for part in parts}
+    try:
+        with safe_open(Path(run) / LORA, "pt") as file:
+            metadata = dict(file.metadata())
+        adapters = json.loads(metadata.pop(LORA_ADAPTER_METADATA_KEY))
+        parts = [part for part in _KOHYA_PREFIXES if f"{part}.lora_alpha" in adapters]
+        alphas = {part: float(adapters[f"{part}.lora_alpha"]) for part in parts}
+        tensors = _rename_for_kohya(lora, alphas)
+    except (ValueError, TypeError, KeyError) as error:
+        message = f"{Path(run) / LORA} is not the LoRA that this run wrote ({error})"
+        raise RefusedInput([f"{message}: restore it or train again"]) from error
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_weights(path, _rename_for_kohya(lora, alphas), metadata)
+    write_weights(path, tensors, metadata)
     return path
 
 
@@ -84,8 +89,10 @@ def write_merged_pipeline(run: str | Path, folder: Path) -> Path:
     config, result = load_result(run)
     if folder.exists():
         raise RefusedInput([f"--merged {folder} exists already: name a new folder"])
-    # Loaded before diffusers sees the folder, which might read a pickle in place of a missing safetensors file.
+    # Loaded before diffusers sees the folder, which might read a pickle in place of a missing safetensors file, and
+    # would leave out what does not fit without a word.
     weights = load_weights(Path(run), result["weights"])
+    load_personalised_backbone(run, device="cpu")
     pipeline = load_backbone(model_path(config.pretrained_model_name_or_path), device="cpu").pipeline()
     for name, tensors in zip(result["weights"], weights, strict=True):
         kind = weights_kind(name)

@@ -18,7 +18,7 @@ from dvar.errors import RefusedInput
 from dvar.files import read_json
 from dvar.training.checkpoint import Checkpoint
 from dvar.training.methods.registry import build_method, config_from_dict
-from dvar.training.run_layout import CONFIG, RESULT, checkpoint_name
+from dvar.training.run_layout import CONFIG, RESULT, WEIGHTS, checkpoint_name
 
 
 def load_personalised_backbone(folder: str | Path, *, step: int | None = None, **options: Any) -> Backbone:
@@ -55,7 +55,7 @@ def load_personalised_backbone(folder: str | Path, *, step: int | None = None, *
         warnings.warn(f"{change}: its images will differ", stacklevel=2)
     try:
         build_method(config, backbone).load(weights)
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, ValueError, RuntimeError) as error:
         mismatch = f"the weights in {folder} do not fit its {CONFIG} ({error})"
         raise RefusedInput([f"{mismatch}: restore them or train again"]) from error
     return backbone
@@ -65,23 +65,35 @@ def load_result(folder: str | Path) -> tuple[TrainingConfig, dict[str, Any]]:
     """Return the config and the result of a finished run.
 
     Raises:
-        RefusedInput: The folder holds no finished run.
+        RefusedInput: The folder holds no finished run, or one whose result lists no weights.
     """
     folder = Path(folder)
     try:
         config, result = (read_json(folder / name) for name in (CONFIG, RESULT))
-        return config_from_dict(config), result
-    except (OSError, ValueError) as error:
+        config, weights, _ = config_from_dict(config), result["weights"], result["base_sha256"]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise RefusedInput([f"{folder} is no finished run: it must hold {CONFIG} and {RESULT} ({error})"]) from error
+    if not isinstance(weights, list) or not weights or not all(_is_weight_file(name) for name in weights):
+        message = f"{RESULT} of {folder} must list the run's weight files under weights, got {weights!r}"
+        raise RefusedInput([f"{message}: restore it or train again"])
+    return config, result
+
+
+def _is_weight_file(name: Any) -> bool:
+    return isinstance(name, str) and "/" not in name and name.startswith(tuple(Path(kind).stem for kind in WEIGHTS))
 
 
 def load_weights(folder: Path, names: Sequence[str]) -> list[dict[str, Tensor]]:
     """Return the tensors of each of these weight files by name. Only safetensors files are read, never pickles.
 
     Raises:
-        RefusedInput: A file is missing or damaged.
+        RefusedInput: A file is missing or damaged, or holds a value that is not finite.
     """
     try:
-        return [load_file(folder / name) for name in names]
+        files = [load_file(folder / name) for name in names]
     except (OSError, SafetensorError) as error:
         raise RefusedInput([f"{folder} lacks its weights or they are damaged ({error}): train again"]) from error
+    for name, tensors in zip(names, files, strict=True):
+        if broken := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
+            raise RefusedInput([f"{folder / name} holds values that are not finite ({broken[0]}): train again"])
+    return files

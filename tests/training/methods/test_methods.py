@@ -17,7 +17,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dvar.config.methods import CustomDiffusionConfig, DreamBoothLoraConfig, TextualInversionConfig
@@ -356,6 +356,33 @@ def test_a_kohya_file_needs_a_lora_and_a_new_path(reference_runs: dict[str, Path
         write_kohya_lora(reference_runs["lora-without-token"], tmp_path / "taken.ckpt")
     assert len(error.value.problems) == 2
     assert (tmp_path / "taken.ckpt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("damage", ["not finite", "other shape", "other names", "none listed", "elsewhere"])
+def test_damaged_weights_are_exported_in_no_form(damage: str, reference_runs: dict[str, Path], tmp_path: Path) -> None:
+    run = Path(shutil.copytree(reference_runs["lora-without-token"], tmp_path / "run"))
+    with safe_open(run / LORA, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(run / LORA)
+    key = sorted(tensors)[0]
+    result = json.loads((run / "result.json").read_text())
+    if damage == "not finite":
+        tensors[key][0, 0] = torch.nan
+    elif damage == "other shape":
+        tensors[key] = tensors[key][:, 1:].contiguous()
+    elif damage == "other names":
+        tensors = {f"text_encoder.{name}": tensor for name, tensor in tensors.items()}
+    else:
+        result["weights"] = [] if damage == "none listed" else [f"../run/{LORA}"]
+    save_file(tensors, run / LORA, metadata)
+    (run / "result.json").write_text(json.dumps(result))
+    exports = [lambda: write_merged_pipeline(run, tmp_path / "merged")]
+    if damage != "other shape":  # kohya's file has the shapes of the run's, whatever the base model is
+        exports.append(lambda: write_kohya_lora(run, tmp_path / "kohya.safetensors"))
+    for export in [*exports, lambda: load_personalised_backbone(run, device="cpu")]:
+        with pytest.raises(RefusedInput, match=r"train again|restore"):
+            export()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_every_weight_file_states_the_digest_of_its_base(
