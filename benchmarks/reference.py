@@ -70,7 +70,7 @@ class Reference:
             weights.append(table)
         if isinstance(config, DreamBoothLoraConfig):
             shape = {"r": config.rank, "lora_alpha": config.rank, "init_lora_weights": "gaussian"}
-            unet.add_adapter(LoraConfig(target_modules=list(StableDiffusion.lora_targets["attention"]), **shape))
+            unet.add_adapter(LoraConfig(target_modules=list(StableDiffusion.targets["attention"]), **shape))
             weights += [weight for weight in unet.parameters() if weight.requires_grad]
         if isinstance(config, CustomDiffusionConfig):
             for name, weight in unet.named_parameters():

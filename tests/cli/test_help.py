@@ -67,7 +67,7 @@ def test_the_page_of_a_method_shows_all_its_flags_in_sections(method: str) -> No
     text = read_help("train", method)
     assert all(f" --{field.name} " in text for field in fields(PAPER_METHODS[method]))
     titles = re.findall(r"╭─ (\w[\w ]*) ─", text)
-    assert titles == ["Data", "Model", "Method", "Stopping", "Sampling", "Output", "Settings file"]
+    assert titles == ["Data", "Model", "Method", "Objective", "Stopping", "Sampling", "Output", "Settings file"]
 
 
 @pytest.mark.parametrize("method", PAPER_METHODS)

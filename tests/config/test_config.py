@@ -113,12 +113,12 @@ def test_the_sample_prompt_is_plain_by_default() -> None:
     ("config", "subject", "learned"),
     [
         (VALID, "<thing>", "a new word"),
-        (LORA, "<thing>", "a new word and a low-rank change of the U-Net's attention"),
-        (LORA_WITHOUT_TOKEN, "a photo of sks dog", "a low-rank change of the U-Net's attention"),
+        (LORA, "<thing>", "a new word and a low-rank change of the denoising network's attention"),
+        (LORA_WITHOUT_TOKEN, "a photo of sks dog", "a low-rank change of the denoising network's attention"),
         (
             replace(LORA_PRIOR, train_text_encoder=True),
             "a photo of sks dog",
-            "a low-rank change of the U-Net's and the text encoder's attention",
+            "a low-rank change of the denoising network's and the text encoder's attention",
         ),
         (CUSTOM, "<new1> mug", "a new word and new keys and values of cross-attention"),
         (replace(CUSTOM, freeze_model="crossattn"), "<new1> mug", "a new word and new cross-attention"),

@@ -233,7 +233,7 @@ def test_another_model_is_loaded_by_its_name(tmp_path: Path) -> None:
             {"method": "dreambooth-lora", "placeholder_token": None, "instance_prompt": "a photo of sks mug"},
             "DreamBooth-LoRA",
             "a photo of sks mug",
-            "A low-rank change of the U-Net's attention for the bundled model, learned from 4 images",
+            "A low-rank change of the denoising network's attention for the bundled model, learned from 4 images",
             ["load_lora_weights"],
         ),
         (

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from dvar.config.fields import Config
 
 Command = Callable[..., int]
+_SECTIONS = ("Data", "Model", "Method", "Objective", "Stopping", "Sampling", "Output")
+"""The sections of training in their order on a help page; those of other commands come as their fields do."""
 
 
 def with_flags_of(
@@ -80,7 +82,8 @@ def option_value(tokens: Sequence[str], name: str) -> str | None:
 
 
 def _group(section: str, place: int) -> Group:
-    return Group(section or "Options", sort_key=place, help_formatter=print_panel)
+    key = _SECTIONS.index(section) if section in _SECTIONS else len(_SECTIONS) + place
+    return Group(section or "Options", sort_key=key, help_formatter=print_panel)
 
 
 def _flag(

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 HELP = {
     "textual-inversion": "Learn a new word for a concept.",
     "dreambooth-lora": (
-        "Learn a low-rank change of the U-Net for a concept, and a new word if one is given.\n\n"
+        "Learn a low-rank change of the denoising network for a concept, and a new word if one is given.\n\n"
         "With --placeholder_token a new word is learned too, as in the paper; with --instance_prompt alone this is the "
         "DreamBooth-LoRA of diffusers."
     ),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import permutations
 from typing import Literal
 
-from dvar.config.fields import COUNT, NOT_NEGATIVE, POSITIVE, setting
+from dvar.config.fields import COUNT, NOT_NEGATIVE, POSITIVE, Range, setting
 from dvar.config.training import Conflicts, TrainingConfig, missing_token
 
 
@@ -62,7 +62,13 @@ class DreamBoothLoraConfig(TrainingConfig):
         None, "The low-rank change is scaled by alpha / rank; alpha is the rank by default.", COUNT
     )
     lora_targets: Literal["attention", "cross-attention", "attention+gates"] = setting(
-        "attention", "Which matrices of the U-Net change; the released code changes the feed-forward gates too."
+        "attention",
+        "Which matrices of the denoising network change: those of diffusers' script for the model, those of "
+        "cross-attention alone, or the feed-forward gates too, as in the released code.",
+    )
+    use_dora: bool = setting(False, "Learn the length of each adapted row apart from its direction: DoRA.")
+    lora_plus_ratio: float | None = setting(
+        None, "LoRA+: how many times as fast the second factors learn as the first; 16 is usual.", Range(1)
     )
     train_text_encoder: bool = setting(False, "Learn a low-rank change of the text encoder's attention too.")
     prior_loss_weight: float = setting(1.0, "Weight of the loss on class images.", POSITIVE)
@@ -70,7 +76,11 @@ class DreamBoothLoraConfig(TrainingConfig):
     @property
     def learned(self) -> str:
         """A description of what is trained."""
-        change = "a low-rank change of the U-Net's" + " and the text encoder's" * self.train_text_encoder + " attention"
+        change = (
+            "a low-rank change of the denoising network's"
+            + " and the text encoder's" * self.train_text_encoder
+            + " attention"
+        )
         return f"a new word and {change}" if self.placeholder_token else change
 
     @property
@@ -95,6 +105,9 @@ class DreamBoothLoraConfig(TrainingConfig):
         if self.with_prior_preservation and not (self.class_prompt or "").strip():
             message = "class_prompt is missing: with_prior_preservation needs the caption of the class images"
             yield {"class_prompt", "with_prior_preservation"}, f"{message}, such as 'a photo of dog'"
+        if self.lora_plus_ratio and self.optimizer == "prodigy":
+            message = "lora_plus_ratio needs an optimizer with learning rates of ours, and prodigy finds one for all"
+            yield {"lora_plus_ratio", "optimizer"}, f"{message}: drop one of them"
         for name in ("class_prompt", "class_data_dir"):
             if (value := getattr(self, name)) and not self.with_prior_preservation:
                 message = f"{name} needs with_prior_preservation, got {value!r} without it: add the flag or drop it"

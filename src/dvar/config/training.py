@@ -10,12 +10,12 @@ from dvar.config.fields import (
     COUNT,
     NOT_NEGATIVE,
     POSITIVE,
-    Config,
     Range,
     invalid_fields,
     replace_invalid_fields,
     setting,
 )
+from dvar.config.objective import ObjectiveConfig, objective_conflicts
 from dvar.config.templates import PLAIN_PROMPTS, TEMPLATES
 
 BUNDLED_MODEL = "mini"
@@ -26,7 +26,7 @@ Conflicts = Iterator[tuple[set[str], str]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig(Config):
+class TrainingConfig(ObjectiveConfig):
     """The settings that all methods share; a step is one update of the optimizer.
 
     A method subclasses it, adds its fields, and overrides the properties in which it differs, with a field where the
@@ -244,6 +244,7 @@ def _conflicts(config: TrainingConfig) -> Conflicts:
     yield from _clip_conflicts(config)
     yield from config.conflicts()
     yield from _optimizer_conflicts(config)
+    yield from objective_conflicts(config)
     if config.resolution % 8:
         multiple = 8 * round(config.resolution / 8)
         yield {"resolution"}, f"resolution must be a multiple of 8, got {config.resolution}: try {multiple}"

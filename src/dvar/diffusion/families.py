@@ -50,8 +50,13 @@ class BackboneEntry:
 
     @property
     def is_unet(self) -> bool:
-        """Whether its denoising network is a U-Net."""
-        return self.folders[:1] == ("unet",)
+        """Whether its denoising network is a U-Net, as far as is known."""
+        return not self.folders or self.folders[:1] == ("unet",)
+
+    @property
+    def has_clip(self) -> bool:
+        """Whether one of its text encoders is a CLIP."""
+        return not self.kinds or any(kind == _CLIP for kind in self.kinds.values())
 
 
 def _load_stable_diffusion(name: str | Path, **options: Any) -> Any:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dvar.diffusion.randomness import generator
+from dvar.diffusion.timesteps import LOGIT_NORMAL, UNIFORM, Density
 
-Density = Literal["uniform", "logit-normal"]
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 Choose = Callable[[str, int], int]
 """(factor, count) -> a whole number below ``count``, drawn uniformly by the key of one sample's factor."""
@@ -121,7 +121,7 @@ class Schedule:
     prediction_type: str
     scaling_factor: float | Tensor
     shift_factor: float | Tensor = 0.0
-    density: Density = "uniform"
+    density: Density = UNIFORM
 
     @classmethod
     def diffusion(cls, alphas_cumprod: Tensor, prediction_type: str, scaling_factor: float) -> Schedule:
@@ -138,7 +138,7 @@ class Schedule:
         sigmas: Tensor,
         scaling_factor: float | Tensor,
         shift_factor: float | Tensor = 0.0,
-        density: Density = "logit-normal",
+        density: Density = LOGIT_NORMAL,
     ) -> Schedule:
         """Return the schedule of a model of flow matching, from its noise levels in rising order, float32 [T].
 
@@ -160,7 +160,10 @@ def draw(
     step: int = 0,
     first: int = 0,
     count: int,
-    density: Density = "uniform",
+    density: Density = UNIFORM,
+    noise_offset: float = 0.0,
+    caption_dropout: float = 0.0,
+    empty_caption: Tensor | None = None,
 ) -> Draws:
     """Return the draws of samples ``first`` to ``first + count - 1`` of one step, on the CPU.
 
@@ -175,13 +178,25 @@ def draw(
         step: The step.
         first: The first sample.
         count: The number of samples.
-        density: The density of t: uniform, or that of the sigmoid of a standard Gaussian.
+        density: The density of t.
+        noise_offset: The deviation of a Gaussian number that is added to all noise of a channel.
+        caption_dropout: The chance that a sample has the empty caption.
+        empty_caption: The ids of the empty caption, int64 [L].
 
-    Source: Section 2.2, Equations 2 and 3; the held batch of Equation 4 is the same call with its own stream.
+    Source: Section 2.2, Equations 2 and 3; the held batch of Equation 4 is the same call with its own stream. Offset
+        noise: Guttenberg, Diffusion with Offset Noise (2023). Dropped captions: Ho and Salimans, Classifier-Free
+        Diffusion Guidance (2022), Algorithm 1.
     Deviates: The released code takes the held batch's images and captions in list order and its t without
         replacement.
     """
     samples = [_sample(examples, timesteps, density, seed, stream, step, i) for i in range(first, first + count)]
+    for index, sample in enumerate(samples, start=first):
+        if noise_offset:
+            offset = torch.randn(len(sample["noise"]), 1, 1, generator=generator(seed, f"{stream}/offset", step, index))
+            sample["noise"] = sample["noise"] + noise_offset * offset
+        if caption_dropout and empty_caption is not None:
+            chance = torch.rand((), generator=generator(seed, f"{stream}/dropped", step, index))
+            sample["input_ids"] = empty_caption if chance < caption_dropout else sample["input_ids"]
     return Draws(**{name: torch.stack([sample[name] for sample in samples]) for name in samples[0]})
 
 
@@ -247,10 +262,10 @@ def _sample(
         return torch.randn(shape, generator=generator(seed, f"{stream}/{factor}", step, index))
 
     def timestep() -> int:
-        if density == "uniform":
+        if density.kind == "uniform":
             return choose("timestep", timesteps)
-        position = torch.randn((), generator=generator(seed, f"{stream}/timestep", step, index)).sigmoid()
-        return min(int(timesteps * position), timesteps - 1)
+        place = density.draw(generator(seed, f"{stream}/timestep", step, index))
+        return min(int(timesteps * place), timesteps - 1)
 
     example = examples.example(choose)
     channels, height, width = example.moments.shape

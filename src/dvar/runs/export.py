@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from dvar.config.training import TrainingConfig
 from dvar.diffusion.backbone import load_backbone
@@ -49,8 +49,10 @@ def write_kohya_lora(run: str | Path, path: Path) -> Path:
     if LORA in result["weights"] and family != STABLE_DIFFUSION:
         problems.append(
             f"--kohya knows the names of Stable Diffusion 1.x and 2.x alone, and {run} is of a {family}: "
-            f"use its {LORA}, which diffusers and ComfyUI read as it is"
+            f"use its {LORA}, which diffusers reads as it is"
         )
+    if getattr(config, "use_dora", False):
+        problems.append(f"--kohya writes LoRA alone, and {run} is DoRA: use its {LORA}, or --merged")
     if path.suffix != ".safetensors":
         problems.append(f"--kohya must name a .safetensors file, got {path}: try {path.with_suffix('.safetensors')}")
     if path.exists():
@@ -97,14 +99,12 @@ def write_merged_pipeline(run: str | Path, folder: Path) -> Path:
     for name, tensors in zip(result["weights"], weights, strict=True):
         kind = weights_kind(name)
         if kind == EMBEDS:
-            pipeline.load_textual_inversion(str(run), weight_name=name)
+            _add_words(pipeline, tensors)
         elif kind == CLIP_EMBEDS:
             for key, part in (("clip_l", ""), ("clip_g", "_2")):
                 _add_vectors(pipeline, part, str(config.placeholder_token), tensors[key])
         elif kind == LORA:
-            pipeline.load_lora_weights(str(run), weight_name=name)
-            pipeline.fuse_lora()
-            pipeline.unload_lora_weights()
+            _fuse_lora(pipeline, str(run), name)
         else:
             pipeline.unet.load_state_dict(tensors, strict=False)
     with staged_folder(folder) as staged:
@@ -113,15 +113,45 @@ def write_merged_pipeline(run: str | Path, folder: Path) -> Path:
     return folder
 
 
+def _add_words(pipeline: Any, vectors: Mapping[str, Tensor]) -> None:
+    """Put the vectors of placeholder tokens into the only text encoder that learns."""
+    if hasattr(pipeline, "load_textual_inversion"):
+        pipeline.load_textual_inversion(dict(vectors))
+        return
+    for token, rows in vectors.items():
+        _append_vector(pipeline.tokenizer, pipeline.bert, token, rows)
+
+
+def _fuse_lora(pipeline: Any, folder: str, name: str) -> None:
+    """Add a LoRA to the weights that it changes, by the U-Net itself where the pipeline has no loader."""
+    if hasattr(pipeline, "load_lora_weights"):
+        pipeline.load_lora_weights(folder, weight_name=name)
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
+        return
+    pipeline.unet.load_lora_adapter(folder, weight_name=name, prefix="unet")
+    pipeline.unet.fuse_lora()
+    pipeline.unet.unload_lora()
+
+
 def _add_vectors(pipeline: Any, part: str, token: str, vectors: Tensor) -> None:
     """Put the vectors of a token into one of two text encoders, by diffusers' loader where the pipeline has it."""
     tokenizer, encoder = getattr(pipeline, f"tokenizer{part}"), getattr(pipeline, f"text_encoder{part}")
     if hasattr(pipeline, "load_textual_inversion"):
         pipeline.load_textual_inversion({token: vectors}, text_encoder=encoder, tokenizer=tokenizer)
         return
+    _append_vector(tokenizer, encoder, token, vectors)
+
+
+def _append_vector(tokenizer: Any, encoder: Any, token: str, vectors: Tensor) -> None:
+    """Make a placeholder token the last of the vocabulary, with its vector."""
     tokenizer.add_tokens(token)
     encoder.resize_token_embeddings(len(tokenizer))
     encoder.get_input_embeddings().weight.data[-1] = vectors[0]
+    if hasattr(encoder, "to_logits"):  # of the BERT of Latent Diffusion, which nothing reads but its loader measures
+        old = encoder.to_logits
+        encoder.to_logits = nn.Linear(old.in_features, len(tokenizer)).requires_grad_(False)
+        encoder.to_logits.weight[: old.out_features], encoder.to_logits.bias[: old.out_features] = old.weight, old.bias
 
 
 def _rename_for_kohya(lora: Mapping[str, Tensor], alphas: Mapping[str, float]) -> dict[str, Tensor]:
@@ -148,7 +178,7 @@ A whole pipeline: {public_model_name(config)} with {config.learned} merged into 
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained(".")
-pipeline({prompt}).images[0].save("image.png")
+pipeline(prompt={prompt}).images[0].save("image.png")
 ```
 
 Licence: that of the base model.

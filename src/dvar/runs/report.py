@@ -111,11 +111,11 @@ def _program(run: RunFolder) -> str:
     bundled = model == BUNDLED_MODEL
     lines = [
         *["import dvar.mini"] * bundled,
-        *import_lines(weights),
+        *import_lines(weights, family),
         "",
         f"pipeline = DiffusionPipeline.from_pretrained({'str(dvar.mini.path())' if bundled else _quote(model)})",
         *load_lines(weights, run.config["output_dir"], run.config["placeholder_token"], family),
-        f'pipeline({_quote(_prompt(run))}).images[0].save("image.png")',
+        f'pipeline(prompt={_quote(_prompt(run))}).images[0].save("image.png")',
     ]
     return "\n".join(lines)
 

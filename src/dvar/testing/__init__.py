@@ -2,6 +2,7 @@
 
 from dvar.testing.backbone_contract import BackboneContract
 from dvar.testing.contracts import CURVES, LOGGED_CURVE, LogFormatContract, RuleContract
+from dvar.testing.family_contract import FamilyTrainingContract
 from dvar.testing.method_contract import MethodContract, assert_only_the_method_moves
 from dvar.testing.tiny_flow_models import (
     tiny_flux_pipeline,
@@ -24,6 +25,7 @@ __all__ = [
     "LOGGED_CURVE",
     "WORDS",
     "BackboneContract",
+    "FamilyTrainingContract",
     "LogFormatContract",
     "MethodContract",
     "RuleContract",

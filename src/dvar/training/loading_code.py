@@ -7,14 +7,14 @@ from collections.abc import Iterable
 
 from dvar.training.run_layout import ATTENTION, CLIP_EMBEDS, EMBEDS, LORA, WEIGHTS, weights_kind
 
-STABLE_DIFFUSION, STABLE_DIFFUSION_3 = "Stable Diffusion", "Stable Diffusion 3"
+STABLE_DIFFUSION, STABLE_DIFFUSION_3, LATENT_DIFFUSION = "Stable Diffusion", "Stable Diffusion 3", "Latent Diffusion"
 """Families by their `Backbone.title`; the first is what results mean that are from before there were others."""
 
 
-def import_lines(names: Iterable[str]) -> list[str]:
+def import_lines(names: Iterable[str], family: str = STABLE_DIFFUSION) -> list[str]:
     """Return the import lines that `load_lines` of these files needs, with that of the pipeline."""
     lines = ["from diffusers import DiffusionPipeline"]
-    read = {ATTENTION, CLIP_EMBEDS} & set(map(weights_kind, names))
+    read = {ATTENTION, CLIP_EMBEDS, *((EMBEDS,) if family == LATENT_DIFFUSION else ())} & set(map(weights_kind, names))
     return [*lines, "from safetensors.torch import load_file"] if read else lines
 
 
@@ -30,16 +30,26 @@ def load_lines(
         family: The family of the base model, by its `Backbone.title`.
 
     Deviates: Custom Diffusion's weights are read by the U-Net itself, since the loader that diffusers documents for
-        them changes nothing (its issue 9320).
+        them changes nothing (its issue 9320). The pipeline of Latent Diffusion has no loader, so its parts load.
     """
     ordered = sorted(names, key=lambda name: (WEIGHTS.index(weights_kind(name)), name))
     return [line for name in ordered for line in _load_lines_of(name, folder, json.dumps(token), family)]
+
+
+_BERT_LINES = """for token, vectors in load_file({path}).items():
+    pipeline.tokenizer.add_tokens(token)
+    pipeline.bert.resize_token_embeddings(len(pipeline.tokenizer))
+    pipeline.bert.get_input_embeddings().weight.data[-1] = vectors[0]"""
 
 
 def _load_lines_of(name: str, folder: str, token: str, family: str) -> list[str]:
     """Return the lines that load one file."""
     quoted_folder = json.dumps(folder, ensure_ascii=False)
     quoted_path = json.dumps(name if folder == "." else f"{folder}/{name}", ensure_ascii=False)
+    if family == LATENT_DIFFUSION and weights_kind(name) == EMBEDS:
+        return [_BERT_LINES.format(path=quoted_path)]
+    if family == LATENT_DIFFUSION and weights_kind(name) == LORA:
+        return [f'pipeline.unet.load_lora_adapter({quoted_folder}, weight_name="{name}", prefix="unet")']
     return {
         EMBEDS: [f'pipeline.load_textual_inversion({quoted_folder}, weight_name="{name}")'],
         CLIP_EMBEDS: [

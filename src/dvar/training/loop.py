@@ -136,7 +136,7 @@ class Learner:
     def __init__(self, method: TrainableMethod, config: TrainingConfig, header: Mapping[str, Any]) -> None:
         self.method, self.config, self.trace = method, config, Trace(header)
         self.best_step, self.best = 0, method.state
-        self.optimizer = make_optimizer(config, method.parameters)
+        self.optimizer = make_optimizer(config, method.parameters, getattr(method, "rate_factors", ()))
         self.scaler = torch.amp.GradScaler(method.parameters[0].device.type, enabled=config.mixed_precision == "fp16")
         self._rate_factor = _rate_factor(config)
 
@@ -170,7 +170,7 @@ class Learner:
             if config.max_grad_norm is not None and math.isfinite(norm):
                 nn.utils.clip_grads_with_norm_(self.method.parameters, config.max_grad_norm, torch.tensor(norm))
             for group in self.optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group.get("factor", 1.0)
             self.scaler.step(self.optimizer)
             self.scaler.update()
         return Update(loss, norm, rate, taken)

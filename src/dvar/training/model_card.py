@@ -13,7 +13,7 @@ from dvar.training.loading_code import STABLE_DIFFUSION, import_lines, load_line
 from dvar.training.run_layout import EMBEDS, MODEL_CARD
 from dvar.training.weight_files import is_on_hub, public_model_name
 
-_OWN_FIELDS = ("rank", "lora_alpha", "lora_targets", "class_noun", "instance_prompt", "freeze_model")
+_OWN_FIELDS = ("rank", "lora_alpha", "lora_targets", "lora_plus_ratio", "class_noun", "instance_prompt", "freeze_model")
 
 
 def write_model_card(
@@ -69,7 +69,7 @@ def _facts(
         "source": "str(dvar.mini.path())" if name == BUNDLED_MODEL else f'"{public_name}"',
         "tags": "".join(f"\n- {tag}" for tag in config.tags),
         "title": config.title,
-        "imports": "\n".join(["import dvar.mini"] * (name == BUNDLED_MODEL) + import_lines(weights)),
+        "imports": "\n".join(["import dvar.mini"] * (name == BUNDLED_MODEL) + import_lines(weights, family)),
         "loads": "\n".join(load_lines(weights, ".", config.placeholder_token, family)),
         "subject": config.subject,
         "learned": config.learned[:1].upper() + config.learned[1:],
@@ -110,7 +110,7 @@ tags:
 
 pipeline = DiffusionPipeline.from_pretrained({source})
 {loads}
-pipeline("{prompt}").images[0].save("image.png")
+pipeline(prompt="{prompt}").images[0].save("image.png")
 ```
 
 How training ended: {verdict}.

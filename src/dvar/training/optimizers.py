@@ -13,8 +13,16 @@ from torch import Tensor, nn
 from dvar.config.training import TrainingConfig
 
 
-def make_optimizer(config: TrainingConfig, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+def make_optimizer(
+    config: TrainingConfig, parameters: Sequence[nn.Parameter], factors: Sequence[float] = ()
+) -> torch.optim.Optimizer:
     """Return the optimizer that ``config`` names, for ``parameters``.
+
+    Args:
+        config: The config.
+        parameters: What is trained.
+        factors: The learning rate of each of them as a multiple of the config's; by default 1. The groups of the
+            optimizer hold theirs as "factor", unless all are 1.
 
     Source: AdamW, as the paper trains; SAM over SGD with momentum 0.9, as in the paper's first version; Prodigy with
         the switches of diffusers' scripts.
@@ -26,20 +34,26 @@ def make_optimizer(config: TrainingConfig, parameters: Sequence[nn.Parameter]) -
         "weight_decay": config.adam_weight_decay,
     }
     optimizer: torch.optim.Optimizer
+    trained: Any = parameters
+    if any(factor != 1 for factor in factors):
+        trained = [
+            {"params": [part for part, own in zip(parameters, factors, strict=True) if own == factor], "factor": factor}
+            for factor in dict.fromkeys(factors)
+        ]
     match config.optimizer:
         case "adamw8bit":
             from bitsandbytes.optim import AdamW8bit
 
-            optimizer = AdamW8bit(parameters, **adam)
+            optimizer = AdamW8bit(trained, **adam)
         case "prodigy":
             from prodigyopt import Prodigy
 
             with redirect_stdout(io.StringIO()):  # it prints that its weight decay is AdamW's
-                optimizer = Prodigy(parameters, **adam, use_bias_correction=True, safeguard_warmup=True)
+                optimizer = Prodigy(trained, **adam, use_bias_correction=True, safeguard_warmup=True)
         case "sam":
-            optimizer = torch.optim.SGD(parameters, lr=config.learning_rate, momentum=0.9)
+            optimizer = torch.optim.SGD(trained, lr=config.learning_rate, momentum=0.9)
         case "adamw":
-            optimizer = torch.optim.AdamW(parameters, **adam)
+            optimizer = torch.optim.AdamW(trained, **adam)
     return optimizer
 
 

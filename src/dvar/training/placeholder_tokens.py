@@ -121,5 +121,7 @@ def _single_token(tokenizer: Tokenizer, text: str) -> str:
     last = (text.lower().split() or [""])[-1]
     if last != text and token_id(tokenizer, last) is not None:
         return last
-    words = [entry.removesuffix("</w>") for entry in tokenizer.get_vocab() if entry.endswith("</w>")]
+    entries = list(tokenizer.get_vocab())
+    # CLIP marks the end of a word; BERT marks what continues one, so whole words are letters alone.
+    words = [entry.removesuffix("</w>") for entry in entries if entry.endswith("</w>")] or entries
     return nearest(last, [word for word in words if word.isalpha() and word[0] == last[:1]] or words)

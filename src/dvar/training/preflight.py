@@ -10,7 +10,7 @@ from dvar.config.fields import replace_invalid_fields
 from dvar.config.training import TrainingConfig
 from dvar.diffusion import model_files
 from dvar.errors import ModelError, RefusedInput
-from dvar.training import packages, placeholder_tokens, rule, run_layout
+from dvar.training import family_fit, packages, placeholder_tokens, rule, run_layout
 from dvar.training.dataset import Concept, scan_concept
 from dvar.training.placeholder_tokens import Tokenizer, load_tokenizer_of
 
@@ -25,8 +25,9 @@ def preflight(config: TrainingConfig, load_tokenizer: Callable[[str], Tokenizer]
         load_tokenizer: Loads the tokenizer of a base model; with None the placeholder tokens are not checked.
 
     Raises:
-        RefusedInput: Something is wrong with the config, the process, the rule, the base model, the CLIP, the run's
-            folder, a package, the images, their captions or the placeholder tokens; every problem is named.
+        RefusedInput: Something is wrong with the config, the process, the rule, the base model or what it is asked to
+            learn, the CLIP, the run's folder, a package, the images, their captions or the placeholder tokens; every
+            problem is named.
     """
     valid = replace_invalid_fields(config)
     concept, image_problems = scan_concept(valid)
@@ -40,7 +41,9 @@ def preflight(config: TrainingConfig, load_tokenizer: Callable[[str], Tokenizer]
         *run_layout.problems(valid),
         *image_problems,
     ]
-    if load_tokenizer and not model_problems:
+    fit_problems = family_fit.problems(valid) if load_tokenizer and not model_problems else []
+    problems += fit_problems
+    if load_tokenizer and not model_problems and not fit_problems:
         try:
             tokenizer = load_tokenizer(valid.pretrained_model_name_or_path)
             problems += placeholder_tokens.problems(valid, tokenizer, concept.prompts)

@@ -23,6 +23,7 @@ from dvar.diffusion.devices import peak_memory
 from dvar.diffusion.objective import Draws, Examples, denoising_loss, draw
 from dvar.diffusion.randomness import generator
 from dvar.diffusion.sampling import sample_into
+from dvar.diffusion.timesteps import density_of, loss_weights
 from dvar.errors import NonFiniteLoss
 from dvar.files import write_atomically, write_json
 from dvar.stopping.diagnosis import Reason
@@ -97,7 +98,16 @@ class TrainingRun:
     ) -> None:
         self.folder, self.config, self.concept, self.backbone, self.method = folder, config, concept, backbone, method
         self.classes, self.clip = classes, clip
-        self.schedule = backbone.schedule
+        self.schedule = schedule = backbone.schedule
+        self.density = density_of(config, schedule.density)
+        self.weights = loss_weights(
+            schedule.signals,
+            schedule.spreads,
+            schedule.prediction_type,
+            snr_gamma=config.snr_gamma,
+            weighting=config.loss_weighting,
+        )
+        self.empty_caption = backbone.tokenize([""])[0]
         for network in backbone.modules:  # what is trained keeps its dropout, where a model has any
             network.train(any(weight.requires_grad for weight in network.parameters()))
         texts = [[method.expand(text) for text in concept.texts(index)] for index in range(len(concept.images))]
@@ -248,12 +258,15 @@ class TrainingRun:
         draws = draw(
             examples,
             timesteps=len(self.schedule),
-            density=self.schedule.density,
+            density=self.density,
             seed=self.config.seed,
             stream=stream,
             step=step,
             first=first,
             count=count,
+            noise_offset=0.0 if stream == "held" else self.config.noise_offset,
+            caption_dropout=self.config.caption_dropout if stream == "train" else 0.0,
+            empty_caption=self.empty_caption,
         )
         return draws.to(self.backbone.device)
 
@@ -270,10 +283,15 @@ class TrainingRun:
         """
         draws = self.draw(self.examples, "train", step, first, count)
         if self.prior is None:
-            return self.losses(draws)
+            return self.weighted_losses(draws)
         both = draws.joined(self.draw(self.prior, "prior", step, first, count))
-        instance_losses, class_losses = self.losses(both).chunk(2)
+        instance_losses, class_losses = self.weighted_losses(both).chunk(2)
         return instance_losses + self.config.effective_prior_weight * class_losses
+
+    def weighted_losses(self, draws: Draws) -> Tensor:
+        """Return the losses of these draws, float32 [B], each times what its timestep weighs in training."""
+        losses = self.losses(draws)
+        return losses if self.weights is None else losses * self.weights.to(losses.device)[draws.timesteps]
 
     def losses(self, draws: Draws) -> Tensor:
         """Return the losses of these draws, float32 [B]."""

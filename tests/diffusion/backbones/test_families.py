@@ -14,6 +14,7 @@ from dvar.diffusion.backbone import load_backbone
 from dvar.diffusion.families import BACKBONES, find_family
 from dvar.diffusion.model_files import model_problems
 from dvar.diffusion.objective import Encoded, draw
+from dvar.diffusion.timesteps import LOGIT_NORMAL
 from dvar.errors import ModelError
 from dvar.testing import (
     tiny_flux_pipeline,
@@ -33,7 +34,7 @@ def edit(path: Path, **changes: object) -> None:
 
 def test_timesteps_of_flow_matching_are_logit_normal() -> None:
     examples = Encoded(torch.randn(1, 1, 8, 2, 2), [torch.zeros(1, 4, dtype=torch.int64)])
-    draws = draw(examples, timesteps=1000, seed=1, stream="train", count=4000, density="logit-normal")
+    draws = draw(examples, timesteps=1000, seed=1, stream="train", count=4000, density=LOGIT_NORMAL)
     # The quartiles of the sigmoid of a standard Gaussian are sigmoid(-0.6745), 0.5 and sigmoid(0.6745).
     quartiles = torch.quantile(draws.timesteps.double(), torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
     torch.testing.assert_close(quartiles, torch.tensor([337.5, 500.0, 662.5], dtype=torch.float64), rtol=0, atol=20)

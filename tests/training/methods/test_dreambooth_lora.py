@@ -26,7 +26,7 @@ def test_every_attention_matrix_has_two_low_rank_factors(backbone: Backbone) -> 
     expected = {
         f"unet.{name}.{target}.lora_{side}.weight"
         for name in attentions
-        for target in StableDiffusion.lora_targets["attention"]
+        for target in StableDiffusion.targets["attention"]
         for side in "AB"
     }
     assert set(method.matrices) == expected
@@ -38,12 +38,12 @@ def test_every_attention_matrix_has_two_low_rank_factors(backbone: Backbone) -> 
 
 def test_targets_may_exclude_self_attention_or_include_the_gates(tiny_model: Path) -> None:
     adapted = {}
-    for choice in StableDiffusion.lora_targets:
+    for choice in StableDiffusion.targets:
         backbone = load_backbone(tiny_model, device="cpu")
         method = DreamBoothLora(backbone, targets=choice)
         adapted[choice] = {name.removeprefix("unet.").rpartition(".lora_")[0] for name in method.matrices}
         adapter = json.loads(method.metadata["lora_adapter_metadata"])
-        assert adapter["unet.target_modules"] == sorted(StableDiffusion.lora_targets[choice])
+        assert adapter["unet.target_modules"] == sorted(StableDiffusion.targets[choice])
         layers = dict(backbone.denoiser.named_modules())
         assert adapted[choice] == {
             name.removesuffix(".lora_A.default") for name in layers if name.endswith(".lora_A.default")
@@ -129,7 +129,7 @@ def test_the_metadata_states_rank_alpha_and_targets(backbone: Backbone) -> None:
     (metadata,) = DreamBoothLora(backbone, rank=2, alpha=6).metadata.values()
     adapter = json.loads(metadata)
     assert (adapter["unet.r"], adapter["unet.lora_alpha"]) == (2, 6)
-    assert adapter["unet.target_modules"] == sorted(StableDiffusion.lora_targets["attention"])
+    assert adapter["unet.target_modules"] == sorted(StableDiffusion.targets["attention"])
 
 
 def test_only_the_base_is_in_half_precision(tiny_model: Path) -> None:

@@ -37,12 +37,15 @@ class DreamBoothLora:
         alpha: Numerator of its scale; by default the rank.
         targets: Which matrices of the denoising network are adapted, a key of the backbone's ``lora_targets``.
         seed: Seed of the first matrices.
-        text_encoder: Adapt the attention of the text encoders too, but for T5.
+        text_encoder: Adapt the attention of the CLIPs among the text encoders too.
+        dora: Learn the length of each row of an adapted matrix too, and only its direction by the product.
+        plus_ratio: How many times as fast as the first matrices the second ones learn; by default as fast.
 
     Raises:
-        RefusedInput: The backbone has no such targets.
+        RefusedInput: The backbone has no such targets, or no CLIP to adapt.
 
     Source: Sections 2.3 and 4.1, and the released code: a new token's embedding and LoRA of rank 4, one learning rate.
+        Liu et al., DoRA (2024), as in PEFT and diffusers' scripts; Hayou et al., LoRA+ (2024), for the ratio.
     Deviates: By default only attention is adapted, as in diffusers' script that the paper cites; the released code also
         adapts the feed-forward gates. Without a placeholder token it is that script: LoRA alone, on the U-Net or on
         both networks.
@@ -60,7 +63,10 @@ class DreamBoothLora:
         targets: str = "attention",
         seed: int = 0,
         text_encoder: bool = False,
+        dora: bool = False,
+        plus_ratio: float | None = None,
     ) -> None:
+        self.plus_ratio = plus_ratio or 1.0
         self.adapters: dict[str, LoraConfig] = {}
         self.matrices: dict[str, nn.Parameter] = {}
         if targets not in backbone.lora_targets:
@@ -68,12 +74,19 @@ class DreamBoothLora:
                 f"lora_targets of {backbone.title} must be one of {', '.join(backbone.lora_targets)}, got {targets!r}"
             )
         parts = [(backbone.denoiser_name, backbone.denoiser, backbone.lora_targets[targets])]
-        towers = [tower for tower in backbone.towers if text_encoder and tower.embeds_key is not None]
+        names_of_clips = (tower for tower in backbone.towers if text_encoder and tower.name.startswith("text_encoder"))
+        towers = [tower for tower in names_of_clips if tower.embeds_key is not None]
+        if text_encoder and not towers:
+            raise RefusedInput(f"train_text_encoder adapts a CLIP, and a {backbone.title} has none: drop it")
         parts += [(tower.name, tower.encoder, TEXT_TARGETS) for tower in towers]
         for prefix, network, names in parts:
             base_weights = {id(weight) for weight in network.parameters()}
             self.adapters[prefix] = LoraConfig(
-                r=rank, lora_alpha=alpha or rank, init_lora_weights="gaussian", target_modules=list(names)
+                r=rank,
+                lora_alpha=alpha or rank,
+                init_lora_weights="gaussian",
+                target_modules=list(names),
+                use_dora=dora,
             )
             with seeded_globals(seed, "lora" if network is backbone.denoiser else f"lora/{prefix}"):
                 network.add_adapter(self.adapters[prefix])
@@ -92,6 +105,12 @@ class DreamBoothLora:
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that the optimizer updates."""
         return [*(self.token.parameters if self.token else ()), *self.matrices.values()]
+
+    @property
+    def rate_factors(self) -> list[float]:
+        """The learning rate of each of ``parameters``, as a multiple of the config's."""
+        factors = [self.plus_ratio if ".lora_B." in name else 1.0 for name in self.matrices]
+        return [1.0] * (len(self.parameters) - len(factors)) + factors
 
     def expand(self, prompt: str) -> str:
         """Return ``prompt`` with all tokens of the placeholder token, if any, written out."""
@@ -130,6 +149,8 @@ class DreamBoothLora:
 def _exported_name(prefix: str, name: str) -> str:
     """Return the name of an adapter's matrix for other loaders, which keep a level of older text encoders."""
     inner = name.replace(".default", "")
+    if "lora_magnitude_vector" in inner:  # PEFT takes off what its own module adds
+        inner = inner.removesuffix(".weight")
     if prefix.startswith("text_encoder") and not inner.startswith("text_model."):
         inner = f"text_model.{inner}"
     return f"{prefix}.{inner}"

@@ -97,6 +97,8 @@ def build_dreambooth_lora(config: DreamBoothLoraConfig, backbone: Backbone) -> P
         targets=config.lora_targets,
         text_encoder=config.train_text_encoder,
         seed=config.seed,
+        dora=config.use_dora,
+        plus_ratio=config.lora_plus_ratio,
     )
 
 

@@ -20,7 +20,7 @@ class TextualInversion:
 
     From construction on, the tokenizer of each text encoder knows the token, and the encoder reads its vectors, a
     float32 parameter [num_vectors, dim]. They alone are trained and decayed: the vocabulary has no gradient and cannot
-    drift. T5 learns none.
+    drift. T5 and language models learn none.
 
     Args:
         backbone: The base model.
@@ -29,7 +29,8 @@ class TextualInversion:
         num_vectors: Vectors of the token.
 
     Raises:
-        RefusedInput: Several vectors are asked of a family whose stock pipeline reads one token a word.
+        RefusedInput: Several vectors are asked of a family whose stock pipeline reads one token a word, or no text
+            encoder of it can learn one.
 
     Source: Section 2.3 (the embedding of the new token is all that is trained).
     Deviates: Several vectors a token are an extension; the paper uses one.
@@ -41,6 +42,11 @@ class TextualInversion:
         if num_vectors > 1 and not backbone.expands_tokens:
             raise RefusedInput(
                 f"num_vectors must be 1 on a {backbone.title}, whose pipeline reads one token a word, got {num_vectors}"
+            )
+        if all(tower.embeds_key is None for tower in backbone.towers):
+            raise RefusedInput(
+                f"placeholder_token cannot be learned on a {backbone.title}, whose text encoder is a language model: "
+                "train dreambooth-lora on an --instance_prompt alone"
             )
         self.placeholder_token = placeholder_token
         self.names = list(token_names(placeholder_token, num_vectors))

@@ -1,0 +1,189 @@
+"""The contract of training a family of base models: a test suite to subclass."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from dvar.testing.backbone_contract import RESOLUTION, BackboneContract
+from dvar.testing.tiny_models import tiny_concept
+
+if TYPE_CHECKING:  # the contracts need NumPy alone: whatever is heavier is imported where it is used
+    from dvar.config.training import TrainingConfig
+    from dvar.training.loop import StepRecord
+
+EMBEDS, CLIP_EMBEDS = "learned_embeds.safetensors", "learned_clip_embeds.safetensors"
+LORA, ATTENTION = "pytorch_lora_weights.safetensors", "custom_diffusion_weights.safetensors"
+NO_UNET = "custom-diffusion trains the cross-attention of a U-Net"
+NO_WORD = "placeholder_token cannot be learned on a"
+
+
+class _Stopped(Exception):
+    """A run was stopped by its test."""
+
+
+class FamilyTrainingContract:
+    """Tests that training passes on every family: subclass it in a test module with what each method leaves::
+
+        @pytest.mark.slow
+        class TestTrainingOfMine(FamilyTrainingContract):
+            family = TestMine  # a BackboneContract
+            files = {"lora": {LORA}}
+            refusals = {"textual-inversion": "reason", "dreambooth-lora": "reason", "custom-diffusion": "reason"}
+
+    Attributes:
+        family: The contract of the backbone.
+        files: The files that a run of each method leaves, by the names of `configs`.
+        refusals: What the message must say of each method that the family cannot learn by.
+        lora: The name of the method whose run is resumed, and trained without its probe.
+    """
+
+    family: type[BackboneContract]
+    files: ClassVar[Mapping[str, set[str]]]
+    refusals: ClassVar[Mapping[str, str]] = {}
+    lora: ClassVar[str] = "dreambooth-lora"
+
+    def configs(self, tmp_path_factory: Any, output: Path) -> dict[str, TrainingConfig]:
+        """Return the config of a short run of each method, by its name; "lora" learns no word."""
+        from dvar.config.methods import CustomDiffusionConfig, DreamBoothLoraConfig, TextualInversionConfig
+
+        images = tmp_path_factory.getbasetemp() / "family-images"
+        shared: dict[str, Any] = {
+            "pretrained_model_name_or_path": str(self.family().folder(tmp_path_factory)),
+            "instance_data_dir": str(images if images.exists() else tiny_concept(images)),
+            "resolution": RESOLUTION,
+            "learning_rate": 5e-2,
+            "train_batch_size": 1,
+            "eval_batch_size": 2,
+            "max_train_steps": 9,
+            "window": 8,
+            "threshold": 1e-9,
+            "validation_steps": 9,
+            "checkpointing_steps": 4,
+            "num_validation_images": 1,
+            "num_inference_steps": 2,
+            "output_dir": str(output),
+        }
+        word = {"placeholder_token": "<thing>", "initializer_token": "mug"}
+        return {
+            "textual-inversion": TextualInversionConfig(**shared, **word),
+            "dreambooth-lora": DreamBoothLoraConfig(**shared, **word),
+            "lora": DreamBoothLoraConfig(**shared, instance_prompt="a photo of mug"),
+            "custom-diffusion": CustomDiffusionConfig(**shared, **word, class_noun="mug", num_class_images=1),
+        }
+
+    def test_each_method_trains_or_is_refused(self, tmp_path_factory: Any, tmp_path: Path) -> None:
+        """Refuse in one line, with the reason, whatever method leaves no files."""
+        from dvar.errors import RefusedInput
+        from dvar.training.personalise import personalise
+
+        configs = self.configs(tmp_path_factory, tmp_path / "run")
+        assert {*self.files, *self.refusals} == configs.keys()
+        for name, reason in self.refusals.items():
+            problems: tuple[str, ...] = ()
+            try:
+                personalise(configs[name])
+            except RefusedInput as error:
+                problems = tuple(error.problems)
+            assert len(problems) == 1, name
+            assert re.search(reason, problems[0]), name
+            assert "\n" not in problems[0], name
+        assert not (tmp_path / "run").exists()
+
+    def test_stock_diffusers_loads_what_is_learned_and_generates_the_same_image(
+        self, tmp_path_factory: Any, tmp_path: Path
+    ) -> None:
+        """Load the files by the lines of the model card, merge them, and compare images, each within 1 of 255."""
+        import numpy as np
+        from safetensors.torch import load_file
+
+        from dvar.diffusion.sampling import sample
+        from dvar.files import read_json
+        from dvar.runs.export import write_merged_pipeline
+        from dvar.runs.load_model import load_personalised_backbone
+        from dvar.training.loading_code import load_lines
+        from dvar.training.personalise import personalise
+
+        family = self.family()
+        folder = family.folder(tmp_path_factory)
+        for name, expected in self.files.items():
+            config = self.configs(tmp_path_factory, tmp_path / name)[name]
+            run = personalise(config).folder
+            names = {path.name for path in run.glob("*.safetensors") if "-steps-" not in path.name}
+            assert names == expected, name
+            prompt = "a photo of mug" if config.placeholder_token is None else "a photo of <thing>"
+            backbone = load_personalised_backbone(run, device="cpu")
+            (ours,) = sample(backbone, [prompt], [5], size=RESOLUTION, steps=2, guidance=4.0)
+            pipeline = family.load_stock(folder)
+            base = self._generate(pipeline, "a photo of mug")
+            title = read_json(run / "result.json")["family"]
+            scope = {"pipeline": pipeline, "load_file": load_file}
+            for line in load_lines(names, str(run), config.placeholder_token, title):
+                exec(line, scope)  # as the model card and the report print it
+            theirs = self._generate(pipeline, prompt)
+            assert np.abs(theirs - np.asarray(ours, dtype=np.int64)).max() <= 1, name
+            assert np.abs(theirs - base).max() > 1, name
+            merged = family.load_stock(write_merged_pipeline(run, tmp_path / f"{name}-merged"))
+            assert np.abs(self._generate(merged, prompt) - theirs).max() <= 1, name
+
+    def test_probing_changes_nothing_and_a_resumed_run_is_the_whole_one(
+        self, tmp_path_factory: Any, tmp_path: Path
+    ) -> None:
+        """Compare weights bit for bit: of a whole run, of one that is hardly probed, and of one that is resumed."""
+        from dataclasses import replace
+
+        import torch
+        from safetensors.torch import load_file
+
+        from dvar.stopping.trace import Trace
+        from dvar.training.personalise import personalise
+
+        config = self.configs(tmp_path_factory, tmp_path / "resumed")[self.lora]
+        whole = personalise(replace(config, output_dir=str(tmp_path / "whole")))
+        seldom = replace(config, probe_every=2, window=8, validation_steps=3, output_dir=str(tmp_path / "seldom"))
+
+        def stop(step: StepRecord) -> None:
+            if step.step == 6:
+                raise _Stopped
+
+        with suppress(_Stopped):
+            personalise(config, [stop])
+        resumed = personalise(replace(config, resume_from_checkpoint="latest"))
+        traces = [Trace.read(run.folder / "trace.jsonl").values.tolist() for run in (whole, resumed)]
+        assert traces[0] == traces[1]
+        for run in (resumed, self._without_rule(seldom)):
+            for path, other in zip(whole.weights, run.weights, strict=True):
+                tensors, others = load_file(path), load_file(other)
+                assert all(torch.equal(tensor, others[key]) for key, tensor in tensors.items()), run.folder
+
+    def _without_rule(self, config: TrainingConfig) -> Any:
+        """Return the result of a run whose probe is evaluated too seldom for the rule to judge."""
+        from dvar.diffusion.backbone import load_backbone
+        from dvar.training.dataset import read_concept
+        from dvar.training.methods.registry import build_method
+        from dvar.training.run import TrainingRun
+
+        backbone = load_backbone(config.pretrained_model_name_or_path, device="cpu")
+        concept, method = read_concept(config), build_method(config, backbone)
+        run = TrainingRun(Path(config.output_dir), config, concept, (), backbone, method)
+        run.open(None)
+        verdict = None
+        for step in run.steps(lambda: False):
+            verdict = step.verdict
+        assert verdict is not None
+        return run.finish(verdict)
+
+    def _generate(self, pipeline: Any, prompt: str) -> Any:
+        """Return the pixels of the image that a stock pipeline generates, int64."""
+        import numpy as np
+        import torch
+
+        generator = torch.Generator().manual_seed(5)
+        size = {"height": RESOLUTION, "width": RESOLUTION}
+        image = pipeline(
+            prompt=prompt, num_inference_steps=2, generator=generator, **size, **self.family.guidance
+        ).images[0]
+        return np.asarray(image, dtype=np.int64)

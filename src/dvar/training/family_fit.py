@@ -1,0 +1,58 @@
+"""Checks of a config against the family of its base model: what this family cannot learn or do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dvar.config.training import TrainingConfig
+from dvar.diffusion.families import BackboneEntry, find_family
+from dvar.diffusion.tokens import model_path, read_index
+from dvar.errors import ModelError
+
+
+def problems(config: TrainingConfig) -> list[str]:
+    """Return what the base model of ``config`` cannot do of what the config asks, where the model is at hand."""
+    name = model_path(config.pretrained_model_name_or_path)
+    try:
+        family = find_family(name, read_index(name)["_class_name"])
+    except ModelError:
+        return []
+    return [*_method_problems(config, family), *_setting_problems(config, family)]
+
+
+def _method_problems(config: TrainingConfig, family: BackboneEntry) -> Iterator[str]:
+    """Yield why the method, or what it learns beside its weights, cannot be on this family."""
+    if config.method == "custom-diffusion" and not family.is_unet:
+        yield (
+            f"custom-diffusion trains the cross-attention of a U-Net, and a {family.title} has none: "
+            "use dreambooth-lora"
+        )
+    elif config.placeholder_token and family.learns_no_token:
+        remedy = "drop it and give an --instance_prompt"
+        if config.method != "dreambooth-lora":
+            remedy = "train dreambooth-lora on an --instance_prompt alone"
+        yield f"placeholder_token cannot be learned on a {family.title}, for {family.learns_no_token}: {remedy}"
+    if getattr(config, "train_text_encoder", False) and not family.has_clip:
+        yield f"train_text_encoder adapts a CLIP, and a {family.title} has none: drop it"
+    targets = getattr(config, "lora_targets", None)
+    if targets and family.lora_targets and targets not in family.lora_targets:
+        choices = ", ".join(family.lora_targets)
+        yield f"lora_targets of {family.title} must be one of {choices}, got {targets!r}: choose one of them"
+
+
+def _setting_problems(config: TrainingConfig, family: BackboneEntry) -> Iterator[str]:
+    """Yield the settings of images and memory that this family does not take."""
+    if config.resolution % 8 == 0 and config.resolution % family.multiple:
+        multiple = family.multiple * max(1, round(config.resolution / family.multiple))
+        message = f"resolution must be a multiple of {family.multiple} on a {family.title}, got {config.resolution}"
+        yield f"{message}: try {multiple}"
+    if config.snr_gamma and not family.is_unet:
+        yield f"snr_gamma is for models that predict noise, and a {family.title} matches flows: use loss_weighting"
+    if config.loss_weighting != "none" and family.is_unet:
+        message = f"loss_weighting is for models that match flows, and a {family.title} predicts noise"
+        yield f"{message}, got {config.loss_weighting}: use snr_gamma"
+    if config.attention_slicing and not family.is_unet:
+        yield f"attention_slicing is for a U-Net, and a {family.title} has none: drop it"
+    if config.validation_scheduler != "model" and not family.is_unet:
+        scheduler = config.validation_scheduler
+        yield f"validation_scheduler must be model on a {family.title}, which matches flows, got {scheduler}: drop it"
