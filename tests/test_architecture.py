@@ -48,6 +48,7 @@ PURE = (
     "config.fields",
     "config.templates",
     "config.methods",
+    "config.objective",
     "config.training",
     "launch.config",
     "launch.instrument",

@@ -67,7 +67,7 @@ class FamilyTrainingContract:
             "num_inference_steps": 2,
             "output_dir": str(output),
         }
-        word = {"placeholder_token": "<thing>", "initializer_token": "mug"}
+        word: dict[str, Any] = {"placeholder_token": "<thing>", "initializer_token": "mug"}
         return {
             "textual-inversion": TextualInversionConfig(**shared, **word),
             "dreambooth-lora": DreamBoothLoraConfig(**shared, **word),
