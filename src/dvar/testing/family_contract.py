@@ -21,12 +21,14 @@ NO_UNET = "custom-diffusion trains the cross-attention of a U-Net"
 NO_WORD = "placeholder_token cannot be learned on a"
 
 
-class _Stopped(Exception):
+class _Halted(Exception):
     """A run was stopped by its test."""
 
 
 class FamilyTrainingContract:
-    """Tests that training passes on every family: subclass it in a test module with what each method leaves::
+    """Tests that training passes on every family.
+
+    Subclass it in a test module with what each method leaves::
 
         @pytest.mark.slow
         class TestTrainingOfMine(FamilyTrainingContract):
@@ -147,9 +149,9 @@ class FamilyTrainingContract:
 
         def stop(step: StepRecord) -> None:
             if step.step == 6:
-                raise _Stopped
+                raise _Halted
 
-        with suppress(_Stopped):
+        with suppress(_Halted):
             personalise(config, [stop])
         resumed = personalise(replace(config, resume_from_checkpoint="latest"))
         traces = [Trace.read(run.folder / "trace.jsonl").values.tolist() for run in (whole, resumed)]
