@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -116,7 +116,7 @@ def tune_family(family: StrategyFamily, runs: Sequence[RecordedRun]) -> Setting 
     Deviates: 90 % of the gain from the untouched model, which is more than 90 % of the score; and iterations together
     with the images and held samples that a strategy reads.
     """
-    grids = [grid for run in runs if (grid := _evaluate_grid(family, run)) is not None]
+    grids = [grid for run in runs if (grid := evaluate_grids((family,), run)[family]) is not None]
     if not grids:
         return None
     gains, costs = np.mean(grids, axis=0)
@@ -124,18 +124,34 @@ def tune_family(family: StrategyFamily, runs: Sequence[RecordedRun]) -> Setting 
     return family.settings()[int(np.where(enough, costs, np.inf).argmin())]
 
 
+def evaluate_grids(
+    families: Sequence[StrategyFamily], run: RecordedRun
+) -> Mapping[StrategyFamily, NDArray[np.float64] | None]:
+    """Return the gain kept and the forward passes of each setting of each family, [2, settings], on one run.
+
+    Families that are evaluated together share the work on each record, and none is evaluated twice.
+
+    Returns:
+        None for a family of which neither is known: the run has no gain, or lacks a series that the family reads.
+    """
+    grids, curve, cap = _grids_of(run), LearningCurve.of_run(run), baseline_cap(run)
+    missing = {
+        family: [family.strategy(setting, cap) for setting in family.settings()]
+        for family in families
+        if family not in grids
+    }
+    for family, strategies in list(missing.items()):
+        if not curve.learned or not can_evaluate(strategies[0].rule, run):
+            grids[family] = None
+            del missing[family]
+    results = evaluate_strategies([strategy for strategies in missing.values() for strategy in strategies], run)
+    for family, strategies in missing.items():
+        gains = [curve.gain_at(results[strategy].kept_step) for strategy in strategies]
+        costs = [count_forward_equivalents(results[strategy], run) for strategy in strategies]
+        grids[family] = np.array([gains, costs], np.float64)
+    return grids
+
+
 @cache
-def _evaluate_grid(family: StrategyFamily, run: RecordedRun) -> NDArray[np.float64] | None:
-    """Return the gain kept and the forward passes for each setting, [2, settings]; None where neither is known."""
-    curve = LearningCurve.of_run(run)
-    strategies = [family.strategy(setting, baseline_cap(run)) for setting in family.settings()]
-    if not curve.learned or not can_evaluate(strategies[0].rule, run):
-        return None
-    results = evaluate_strategies(strategies, run)
-    return np.array(
-        [
-            [curve.gain_at(results[strategy].kept_step) for strategy in strategies],
-            [count_forward_equivalents(results[strategy], run) for strategy in strategies],
-        ],
-        np.float64,
-    )
+def _grids_of(run: RecordedRun) -> dict[StrategyFamily, NDArray[np.float64] | None]:
+    return {}

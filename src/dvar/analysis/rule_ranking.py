@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 
 from dvar.analysis import strategies
-from dvar.analysis.families import CONSTANT_FAMILY, FAMILIES, StrategyFamily, tune_family
+from dvar.analysis.families import CONSTANT_FAMILY, FAMILIES, StrategyFamily, evaluate_grids, tune_family
 from dvar.analysis.stop_quality import (
     ORACLE,
     LearningCurve,
@@ -65,8 +65,18 @@ class RankedRule:
         return [abs(distance) for distance in self.distances]
 
 
-def tune_rules(runs: Sequence[RecordedRun]) -> dict[str, Setting | None]:
-    """Return the setting of every strategy family, by its name, tuned on these runs."""
+def tune_rules(
+    runs: Sequence[RecordedRun], notify: Callable[[str], None] = lambda line: None
+) -> dict[str, Setting | None]:
+    """Return the setting of every strategy family, by its name, tuned on these runs.
+
+    Args:
+        runs: The runs to tune on.
+        notify: Called with a line of progress for each run.
+    """
+    for number, run in enumerate(runs, start=1):
+        notify(f"tuning on {run.name}, {number} of {len(runs)}")
+        evaluate_grids(FAMILIES, run)
     return {family.name: tune_family(family, runs) for family in FAMILIES}
 
 

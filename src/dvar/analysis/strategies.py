@@ -181,22 +181,38 @@ def _find_stops(rules: Sequence[Rule], run: RecordedRun, every: int | None) -> d
         metrics |= {LOSS, *(name for name in MEAN_SERIES if run.has_series(name))}
     *_, complete = run.replay(metrics, every)
     prefilter = Prefilter(complete)
-    due = {rule: np.flatnonzero(prefilter(rule)).tolist()[::-1] for rule in rules}
+    due: dict[int, list[Rule]] = {}
+    for rule in rules:
+        for number in np.flatnonzero(prefilter(rule)).tolist():
+            due.setdefault(number, []).append(rule)
+    last, known = max(due, default=-1), dict[Rule, tuple[int, bool]]()
     stops: dict[Rule, int | None] = dict.fromkeys(rules)
     for number, trace in enumerate(run.replay(metrics, every)):
-        for rule in [rule for rule, numbers in due.items() if numbers and numbers[-1] == number]:
-            due[rule].pop()
-            if _stops(rule, trace):
+        for rule in due.get(number, ()):
+            if stops[rule] is None and _stops(rule, trace, known):
                 stops[rule] = trace.last_step
-                del due[rule]
-        if not any(due.values()):
+        if number >= last or None not in stops.values():
             break
     return stops
 
 
-def _stops(rule: Rule, trace: Trace) -> bool:
-    """Return whether the rule stops; of rules that must all stop, none is called after one that does not."""
-    return all(_stops(part, trace) for part in rule.rules) if isinstance(rule, AllOf) else rule(trace).stop
+def _stops(rule: Rule, trace: Trace, known: dict[Rule, tuple[int, bool]]) -> bool:
+    """Return whether the rule stops; of rules that must all stop, none is called after one that does not.
+
+    A rule that reads one metric is called again only when that has a new value.
+
+    Args:
+        known: The answer of each rule, with the number of values that it has seen.
+    """
+    if isinstance(rule, AllOf):
+        return all(_stops(part, trace, known) for part in rule.rules)
+    metric = getattr(rule, "metric", None)
+    if metric is None or not _is_builtin(rule):
+        return rule(trace).stop
+    count = len(trace.metric(metric)[0])
+    if rule not in known or known[rule][0] != count:
+        known[rule] = count, rule(trace).stop
+    return known[rule][1]
 
 
 def _stop_result(strategy: Strategy, run: RecordedRun, stop: int | None) -> StopResult:

@@ -146,7 +146,7 @@ def _agreement(inputs: ExperimentInputs) -> ExperimentResult:
 def _rules(inputs: ExperimentInputs) -> ExperimentResult:
     from dvar.paper.experiments.rule_ranking import rank_rules
 
-    return rank_rules(inputs.archive)
+    return rank_rules(inputs.archive, inputs.notify)
 
 
 @_experiment("panel", "The panel: stopping rules where the time scale is not known")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dvar.stopping.trace import LOSS, Trace
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,10 @@ class Curve:
         Raises:
             TraceError: As `Trace.metric`.
         """
+        return trace.derive(("curve", metric, first_step), lambda: cls._read(trace, metric, first_step))
+
+    @classmethod
+    def _read(cls, trace: Trace, metric: str, first_step: int) -> Curve:
         steps, values = trace.metric(metric)
         start = int(steps.searchsorted(first_step))
         steps, values = steps[start:], values[start:]
@@ -50,6 +58,20 @@ class Curve:
         a coarse cadence would be wider than one read at every step, and the same curve would stop up to three cadences
         later.
         """
+        return self.derive(("last", window), lambda: self._last(window))
+
+    def derive(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """Return what ``compute`` gives, computed once for each key: a curve never changes."""
+        if key not in self._derived:
+            self._derived[key] = compute()
+        value: T = self._derived[key]
+        return value
+
+    @cached_property
+    def _derived(self) -> dict[Hashable, Any]:
+        return {}
+
+    def _last(self, window: int) -> Curve:
         before = self.steps[-1] - window
         start = int(self.steps.searchsorted(before, side="right"))
         weights = np.minimum(self.weights[start:], self.steps[start:] - before)
@@ -68,7 +90,7 @@ class Curve:
         """Largest minus smallest value; not finite if one value is not."""
         return float(self.values.max()) - float(self.values.min())
 
-    @property
+    @cached_property
     def mean(self) -> float:
         """Weighted mean."""
         return float(self.values[0] + np.dot(self.weights / np.sum(self.weights), self.values - self.values[0]))
@@ -79,12 +101,18 @@ class Curve:
         A weight w counts as w values. The first value is subtracted first, so that a constant curve has a variance of
         exactly 0; the unit keeps the squares of very large or small losses within the range of float64.
         """
+        return self.derive(("variance", unit, ddof), lambda: self._variance(unit, ddof))
+
+    def _variance(self, unit: float, ddof: int) -> float:
         values, count = (self.values - self.values[0]) / unit, self.weights.sum()
         deviations = values - np.dot(self.weights, values) / count
         return float(np.dot(self.weights, deviations * deviations) / (count - ddof))
 
     def slope(self) -> float:
         """Return the slope per step of the weighted least-squares line: sum(w x y) / sum(w x x), x and y centred."""
+        return self.derive("slope", self._slope)
+
+    def _slope(self) -> float:
         ages = self.steps - np.dot(self.weights, self.steps) / np.sum(self.weights)
         weighted = self.weights * ages
         return float(np.dot(weighted / np.dot(weighted, ages), self.values - self.values[0]))
@@ -95,6 +123,9 @@ class Curve:
         With r the correlation of neighbouring residuals, n records carry as much information as n (1 - r) / (1 + r)
         independent ones. A negative r is taken as 0, so that the correction never makes the error smaller.
         """
+        return self.derive(("slope error", unit), lambda: self._slope_error(unit))
+
+    def _slope_error(self, unit: float) -> float:
         ages = self.steps - np.dot(self.weights, self.steps) / np.sum(self.weights)
         values = (self.values - self.values[0]) / unit
         values = values - np.dot(self.weights, values) / np.sum(self.weights)

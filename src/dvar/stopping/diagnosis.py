@@ -106,14 +106,13 @@ def diagnose(curve: Curve, window: int, threshold: float | None = None) -> tuple
     if not curve.spread:
         level = float(curve.values[0])
         return (Diagnosis(Reason.NOT_LEARNING, {"start": level, "level": level, "jitter": 0.0, "window": window}),)
-    recent = curve.last(window)
-    doubts = (
-        *(_find_outlier(curve, recent, window, threshold) if threshold is not None else ()),
-        *_find_rise(curve, curve.last(window - window // 2)),
-        *_find_no_learning(curve, recent, window),
-        *_find_fall(curve, recent, window, threshold),
-    )
-    return tuple(Diagnosis(reason, metrics) for reason, metrics in doubts)
+    outliers = _find_outlier(curve, curve.last(window), window, threshold) if threshold is not None else ()
+    others = curve.derive(("doubts", window), lambda: _find_doubts(curve, window))
+    diagnoses = [Diagnosis(reason, metrics) for reason, metrics in (*outliers, *others)]
+    if threshold is not None and diagnoses and diagnoses[-1].reason is Reason.STILL_FALLING:
+        step = compute_straight_line_step(curve, window, threshold)
+        diagnoses[-1] = Diagnosis(Reason.STILL_FALLING, {**diagnoses[-1].metrics, "straight_line_step": step})
+    return tuple(diagnoses)
 
 
 def compute_straight_line_step(curve: Curve, window: int, threshold: float) -> float:
@@ -125,24 +124,27 @@ def compute_straight_line_step(curve: Curve, window: int, threshold: float) -> f
     return int(curve.steps[0]) + window / math.sqrt(threshold)
 
 
+def _find_doubts(curve: Curve, window: int) -> tuple[tuple[Reason, dict[str, float]], ...]:
+    """Return the doubts that depend on no threshold."""
+    recent = curve.last(window)
+    return (
+        *_find_rise(curve, curve.last(window - window // 2)),
+        *_find_no_learning(curve, recent, window),
+        *_find_fall(curve, recent, window),
+    )
+
+
 def _find_outlier(
     curve: Curve, recent: Curve, window: int, threshold: float
 ) -> Iterator[tuple[Reason, dict[str, float]]]:
     """Yield the doubt that one record, or the first 5 % of the steps, holds half of the total variance."""
-    values, unit = (curve.values - curve.values[0]) / curve.spread, curve.spread
-    parts = curve.weights * np.square(values - np.dot(curve.weights, values) / np.sum(curve.weights))
-    total, heaviest = float(np.sum(parts)), int(np.argmax(parts))
-    if parts[heaviest] > _HALF * total:
-        first, end = heaviest, heaviest + 1
-    else:
-        first, end = 0, int(np.searchsorted(curve.steps, curve.steps[0] + _EARLY * curve.span, side="right"))
-        if float(np.sum(parts[:end])) <= _HALF * total:
-            return
-        # Above the first value, in units of the spread: the first value over the window's mean, and the early maximum.
-        if -float(recent.mean - curve.values[0]) / unit >= float(np.max(values[:end])):
-            return
-    others = np.r_[0:first, end : len(curve)]
-    rest = Curve(curve.steps[others], curve.values[others], curve.weights[others])
+    heavy = curve.derive("heavy", lambda: _find_heavy(curve))
+    if heavy is None:
+        return
+    unit, first, end, rest = curve.spread, heavy.first, heavy.end, heavy.rest
+    # Above the first value, in units of the spread: the first value over the window's mean, and the early maximum.
+    if heavy.early_maximum is not None and -float(recent.mean - curve.values[0]) / unit >= heavy.early_maximum:
+        return
     ratio = 1.0
     if len(rest) > 1 and rest.span >= window:
         total_var = rest.variance(unit)
@@ -154,10 +156,40 @@ def _find_outlier(
         {
             "outlier_first": int(curve.steps[first]),
             "outlier_last": int(curve.steps[end - 1]),
-            "outlier_share": float(np.sum(parts[first:end])) / total,
+            "outlier_share": heavy.share,
             "ratio_without": ratio,
         },
     )
+
+
+@dataclass(frozen=True)
+class _Heavy:
+    """The records that hold over half of the total variance: their indices, their share, and the curve without them.
+
+    ``early_maximum`` is that of the first 5 % of the steps above the first value, where it is these.
+    """
+
+    first: int
+    end: int
+    share: float
+    rest: Curve
+    early_maximum: float | None
+
+
+def _find_heavy(curve: Curve) -> _Heavy | None:
+    values, early_maximum = (curve.values - curve.values[0]) / curve.spread, None
+    parts = curve.weights * np.square(values - np.dot(curve.weights, values) / np.sum(curve.weights))
+    total, heaviest = float(np.sum(parts)), int(np.argmax(parts))
+    if parts[heaviest] > _HALF * total:
+        first, end = heaviest, heaviest + 1
+    else:
+        first, end = 0, int(np.searchsorted(curve.steps, curve.steps[0] + _EARLY * curve.span, side="right"))
+        if float(np.sum(parts[:end])) <= _HALF * total:
+            return None
+        early_maximum = float(np.max(values[:end]))
+    others = np.r_[0:first, end : len(curve)]
+    rest = Curve(curve.steps[others], curve.values[others], curve.weights[others])
+    return _Heavy(first, end, float(np.sum(parts[first:end])) / total, rest, early_maximum)
 
 
 def _find_rise(curve: Curve, late: Curve) -> Iterator[tuple[Reason, dict[str, float]]]:
@@ -180,9 +212,7 @@ def _find_no_learning(curve: Curve, recent: Curve, window: int) -> Iterator[tupl
         yield Reason.NOT_LEARNING, {"start": start, "level": level, "jitter": jitter, "window": window}
 
 
-def _find_fall(
-    curve: Curve, recent: Curve, window: int, threshold: float | None
-) -> Iterator[tuple[Reason, dict[str, float]]]:
+def _find_fall(curve: Curve, recent: Curve, window: int) -> Iterator[tuple[Reason, dict[str, float]]]:
     """Yield the doubt that the loss still falls."""
     late = curve.last(max(1, round(curve.span / 4)))
     if len(late) < 4 or len(recent) < 4:
@@ -195,10 +225,10 @@ def _find_fall(
     fall = float(curve.values[0]) - (late.mean - late_fall / 2)
     error = recent.slope_error(curve.spread)
     if fall > 0 and late_fall >= _FALLING_SHARE * fall and slope < -_CLEAR_FALL * error:
-        metrics = {"late_share": late_fall / fall, "slope": slope, "slope_error": error, "window": window}
-        if threshold is not None:
-            metrics["straight_line_step"] = compute_straight_line_step(curve, window, threshold)
-        yield Reason.STILL_FALLING, metrics
+        yield (
+            Reason.STILL_FALLING,
+            {"late_share": late_fall / fall, "slope": slope, "slope_error": error, "window": window},
+        )
 
 
 # --- sentences ------------------------------------------------------------------------------------------------------

@@ -213,8 +213,21 @@ def require_positive_level(rule: object, level: float, step: int) -> None:
         )
 
 
+_SOURCE = "_source"
+
+
 def format_rule(rule: Any) -> str:
-    """Return the rule as Python source, without the settings that have their default."""
+    """Return the rule as Python source, without the settings that have their default.
+
+    Every verdict holds it, and writing it takes longer than many a judgement: it is written once for each rule.
+    """
+    attributes = vars(rule)
+    if _SOURCE not in attributes:
+        attributes[_SOURCE] = _write_rule(rule)
+    return str(attributes[_SOURCE])
+
+
+def _write_rule(rule: Any) -> str:
     settings = [
         f"{item.name}={getattr(rule, item.name)!r}" for item in fields(rule) if getattr(rule, item.name) != item.default
     ]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import operator
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -27,6 +27,7 @@ from dvar.stopping.trace_format import (
     validate_losses,
 )
 
+T = TypeVar("T")
 LOSS = "eval"
 """The metric that a rule reads by default: L_det, the mean over the held samples."""
 RELATIVE_LOSS = "eval/first"
@@ -53,6 +54,7 @@ class Trace:
         self._samples = _Column(np.float64)
         self._relatives = _Column(np.float64)
         self._metrics: dict[str, _Metric] = {}
+        self._derived: dict[Hashable, Any] = {}
 
     def record(self, step: int, eval: ArrayLike | None = None, **metrics: Any) -> dict[str, Any]:
         """Append one record and return it.
@@ -75,6 +77,7 @@ class Trace:
         row |= {name: convert_metric(name, value) for name, value in metrics.items() if value is not None}
 
         self._rows.append(row)
+        self._derived.clear()
         if losses is not None:
             self._steps.append(row["step"])
             self._samples.append(losses)
@@ -152,6 +155,16 @@ class Trace:
                 metric.values.append(value)
             metric.rows_read += 1
         return metric.steps.view(), metric.values.view()
+
+    def derive(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """Return what ``compute`` gives for the records so far, computed once until the next record.
+
+        Many rules that judge the same record then share their work.
+        """
+        if key not in self._derived:
+            self._derived[key] = compute()
+        value: T = self._derived[key]
+        return value
 
     @property
     def metric_names(self) -> list[str]:

@@ -59,10 +59,14 @@ OTHER_SHARES = (0.8, 0.95)
 _CONTROLS = frozenset({ORACLE_NAME, RANDOM_NAME, "Baseline", CONTROL})
 
 
-def rank_rules(archive: RecordingArchive) -> ExperimentResult:
+def rank_rules(archive: RecordingArchive, notify: Callable[[str], None] = lambda line: None) -> ExperimentResult:
     """Rank all rules with one setting for each method, with one setting for all, and on each method separately.
 
     Methods that are not eligible are left out; those that cannot be judged are not.
+
+    Args:
+        archive: The recorded runs.
+        notify: Called with lines of progress.
     """
     verdicts = {method: judge_eligibility(archive, method) for method in archive.methods}
     methods = [method for method, verdict in verdicts.items() if not (verdict and verdict.failures)]
@@ -71,7 +75,8 @@ def rank_rules(archive: RecordingArchive) -> ExperimentResult:
     runs = tuple(run for method in methods for run in archive.runs_of(method) if LearningCurve.of_run(run).learned)
     if not runs:
         raise RefusedInput(["no recorded run has learned anything that its scores show: record longer runs"])
-    own = {method: tune_rules(archive.tuning_runs(method)) for method in methods}
+    own = {method: tune_rules(archive.tuning_runs(method), notify) for method in methods}
+    notify(f"ranking the rules on {len(runs)} runs")
     common = dict.fromkeys(own, tune_rules(tuple(run for method in methods for run in archive.tuning_runs(method))))
     scopes = {
         "one setting per method": compute_ranking(runs, own),
