@@ -286,7 +286,11 @@ def test_rules_are_ranked_by_where_they_stop_and_valued_by_what_they_keep(archiv
     assert baseline.errors == [abs(quality.distance) for quality in baseline.outcomes]
     means = [np.mean(rule.errors) for rule in read_ranking(archive)]
     assert means == sorted(means)
-    table = rule_ranking.rank_rules(archive).tables[0]
+    lines: list[str] = []
+    table = rule_ranking.rank_rules(archive, lines.append).tables[0]
+    count = sum(len(archive.tuning_runs(method)) for method in METHODS)
+    assert sum(line.startswith("tuning on ") for line in lines) == count
+    assert lines[-1].startswith("ranking the rules on ")
     assert "what they train to decides, and not what they keep" in table.caption
     (row,) = (row for row in table.data if row["rule"] == "Baseline")
     assert row["median"] > row["kept median"]

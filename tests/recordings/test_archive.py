@@ -12,6 +12,7 @@ from fake_record import GAIN, START, TIMESTEPS, space_scored_steps, write_fake_r
 
 from dvar.errors import RefusedInput
 from dvar.recordings.archive import RecordingArchive
+from dvar.recordings.mixture import base_model_problems
 from dvar.recordings.recorded_run import RecordedRun, RescoredRun
 
 
@@ -138,3 +139,22 @@ def test_measured_seconds_replace_the_medians(tmp_path: Path) -> None:
 def test_a_folder_without_recordings_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RefusedInput, match="no recorded runs in"):
         RecordingArchive.open(tmp_path)
+
+
+def test_runs_of_two_base_models_under_one_name_are_named(tmp_path: Path) -> None:
+    for index, base in enumerate(["a" * 64, "a" * 64, "a" * 64, "b" * 64]):
+        write_fake_record(tmp_path, seed=index, cap=20, header={"base": base})
+    runs = RecordingArchive.open(tmp_path).runs
+    assert base_model_problems(runs[:3]) == []
+    (problem,) = base_model_problems(runs)
+    name = "textual-inversion/red_mug"
+    assert problem == (
+        f"base model mini must be one and the same, got aaaaaaaaaaaa ({name}/0, {name}/1 and 1 more) and "
+        f"bbbbbbbbbbbb ({name}/3): name the records of one alone"
+    )
+    older = write_fake_record(tmp_path, seed=9, cap=20)
+    (problem,) = base_model_problems([runs[0], RecordedRun.open(older)])
+    assert f"a model from before headers named it ({name}/9)" in problem
+    config = json.loads((older / "config.json").read_text())
+    (older / "config.json").write_text(json.dumps({**config, "pretrained_model_name_or_path": "owner/name"}))
+    assert base_model_problems([runs[0], RecordedRun.open(older)]) == []

@@ -389,3 +389,36 @@ def test_residuals_that_alternate_make_no_error_smaller() -> None:
     plain = np.sqrt(residuals @ residuals / 8 / (ages @ ages))
     error = Curve(np.arange(10), 0.5 * np.arange(10) + noise, np.ones(10)).slope_error(unit=2.0)
     assert error == pytest.approx(plain, rel=1e-12)
+
+
+def test_what_rules_derive_is_shared_until_the_next_record() -> None:
+    trace = Trace()
+    trace.record(0, 1.0)
+    calls = []
+
+    def count() -> int:
+        calls.append(len(trace))
+        return len(trace)
+
+    assert [trace.derive("length", count) for _ in range(3)] == [1, 1, 1]
+    trace.record(1, 0.5)
+    assert trace.derive("length", count) == 2
+    assert calls == [1, 2]
+
+
+def test_rules_that_judge_one_record_read_one_curve() -> None:
+    trace = Trace()
+    for step in range(12):
+        trace.record(step, 1.0 / (step + 1))
+    curve = Curve.from_trace(trace)
+    assert Curve.from_trace(trace) is curve
+    assert Curve.from_trace(trace, first_step=1) is not curve
+    assert curve.last(4) is curve.last(4)
+    assert curve.last(4) is not curve.last(5)
+    again = Curve(curve.steps, curve.values, curve.weights)
+    for _ in range(2):  # computed, and read again
+        assert curve.variance(1.0) == again.variance(1.0)
+        assert curve.variance(2.0, 1) == again._variance(2.0, 1)
+        assert (curve.slope(), curve.slope_error(1.0)) == (again._slope(), again._slope_error(1.0))
+    trace.record(12, 0.01)
+    assert len(Curve.from_trace(trace)) == 13

@@ -16,6 +16,7 @@ from dvar.config.presets import preset_settings
 from dvar.config.training import BUNDLED_MODEL
 from dvar.errors import RefusedInput
 from dvar.recordings.archive import RecordingArchive
+from dvar.recordings.mixture import base_model_problems, group_runs, name_groups, name_some
 from dvar.recordings.panel import PRESET, PROTOCOL, name_variation
 from dvar.recordings.recorded_run import CHOOSE, Floats, RecordedRun
 from dvar.recordings.setting import FLOW_MODEL
@@ -226,17 +227,13 @@ def _protocol(run: RecordedRun) -> tuple[str, int]:
 def _mixture_problems(runs: Sequence[RecordedRun]) -> list[str]:
     """Return which protocols and base models are mixed, with the runs of each."""
     problems = []
-    protocols = _group((f"{name}, version {version}", run) for run in runs for name, version in [_protocol(run)])
+    protocols = group_runs((f"{name}, version {version}", run) for run in runs for name, version in [_protocol(run)])
     if len(protocols) > 1:
-        problems.append(f"the panel is of one protocol, got {_name_groups(protocols)}: name the records of one alone")
-    models = _group((str(run.config.get("pretrained_model_name_or_path")), run) for run in runs)
-    for model, of_model in models.items():
-        bases = _group((f"{str(run.header.get('base', 'unknown'))[:12]}", run) for run in of_model)
-        if len(bases) > 1:
-            names = _name_groups(bases)
-            problems.append(f"base model {model} must be one and the same, got {names}: name the records of one alone")
+        problems.append(f"the panel is of one protocol, got {name_groups(protocols)}: name the records of one alone")
+    problems += base_model_problems(runs)
+    models = group_runs((str(run.config.get("pretrained_model_name_or_path")), run) for run in runs)
     if others := {model: of_model for model, of_model in models.items() if model not in (BUNDLED_MODEL, FLOW_MODEL)}:
-        names = _name_groups(others)
+        names = name_groups(others)
         problems.append(f"the panel is of {BUNDLED_MODEL} and {FLOW_MODEL}, got {names}: take the others away")
     return problems
 
@@ -247,21 +244,5 @@ def _series_problems(runs: Sequence[RecordedRun]) -> list[str]:
     for series, rules in ((STRATIFIED, (OCTAVE, *LATER)), (LOSS, (DVAR_PRESET, DVAR_TUNED, TREND_TUNED))):
         if lacking := [run.name for run in runs if not run.has_series(series)]:
             names = ", ".join(rules)
-            problems.append(f"{names} read the series {series!r}, which {_name_some(lacking)} lacks: record it again")
+            problems.append(f"{names} read the series {series!r}, which {name_some(lacking)} lacks: record it again")
     return problems
-
-
-def _group(pairs: Iterable[tuple[str, RecordedRun]]) -> dict[str, list[RecordedRun]]:
-    groups: dict[str, list[RecordedRun]] = {}
-    for name, run in pairs:
-        groups.setdefault(name, []).append(run)
-    return groups
-
-
-def _name_groups(groups: Mapping[str, Sequence[RecordedRun]]) -> str:
-    return " and ".join(f"{name} ({_name_some([run.name for run in runs])})" for name, runs in groups.items())
-
-
-def _name_some(names: Sequence[str]) -> str:
-    more = len(names) - 2
-    return ", ".join(names[:2]) + (f" and {more} more" if more > 0 else "")

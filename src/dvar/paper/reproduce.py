@@ -18,6 +18,7 @@ from dvar.paper.result import ExperimentResult, Provenance, save_result
 from dvar.paper.style import STYLE
 from dvar.recordings.archive import RecordingArchive
 from dvar.recordings.archive_file import read_traces
+from dvar.recordings.mixture import base_model_problems
 
 if TYPE_CHECKING:
     from dvar.recordings.spec import RecordingSpec
@@ -82,10 +83,16 @@ def record_missing_runs(config: ReproduceConfig, notify: Callable[[str], None]) 
 
 
 def open_archive(config: ReproduceConfig) -> RecordingArchive:
-    """Return the recorded runs that ``config`` names, from folders of recorded runs and files of traces."""
+    """Return the recorded runs that ``config`` names, from folders of recorded runs and files of traces.
+
+    Raises:
+        RefusedInput: Runs of two base models under one name are mixed.
+    """
     archive = RecordingArchive.join(
         [read_traces(path) if path.is_file() else RecordingArchive.open(path) for path in config.sources]
     )
+    if problems := base_model_problems(archive):
+        raise RefusedInput(problems)
     return _select_few(archive) if config.quick else archive
 
 
