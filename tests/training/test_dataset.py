@@ -139,7 +139,9 @@ def test_transparency_is_composed_on_white(tmp_path: Path) -> None:
 
 
 def test_grey_with_transparency_is_composed_on_white(tmp_path: Path) -> None:
-    assert read_image(save_image(tmp_path, Image.new("LA", (64, 64), (0, 0))), 64).getpixel((9, 9)) == WHITE
+    clear = Image.new("LA", (64, 64), (0, 0))
+    clear.putpixel((0, 0), (0, 255))
+    assert read_image(save_image(tmp_path, clear), 64).getpixel((9, 9)) == WHITE
     # 50 grey under an alpha of 51 / 255 = 0.2 on white: 0.2 * 50 + 0.8 * 255 = 214.
     image = read_image(save_image(tmp_path, Image.new("LA", (64, 64), (50, 51))), 64)
     assert image.getpixel((9, 9)) == (214, 214, 214)
@@ -160,6 +162,37 @@ def test_sixteen_bit_grey_keeps_its_brightness(tmp_path: Path, grey: int, level:
     # Eight bits of 255 are sixteen of 65535, so a level is 257: 30000 / 257 = 116.7.
     image = read_image(save_image(tmp_path, Image.fromarray(np.full((64, 64), grey, np.uint16))), 64)
     assert image.getpixel((9, 9)) == (level, level, level)
+
+
+@pytest.mark.parametrize(("value", "level"), [(0.0, 0), (0.2, 51), (0.5, 128), (1.0, 255)])
+def test_grey_from_0_to_1_keeps_its_brightness(tmp_path: Path, value: float, level: int) -> None:
+    pixels = np.full((64, 64), value, np.float32)
+    assert read_image(save_image(tmp_path, Image.fromarray(pixels), "image.tiff"), 64).getpixel((9, 9)) == (level,) * 3
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (np.full((64, 64), -1, np.int32), "has values from -1 to -1, and only those from 0 to 65535 are understood"),
+        (np.full((64, 64), 65536, np.int32), "has values from 65536 to 65536"),
+        (np.full((64, 64), 1.5, np.float32), "has values from 1.5 to 1.5, and only those from 0 to 1 are understood"),
+        (np.full((64, 64), np.nan, np.float32), "has values from nan to nan"),
+        (np.zeros((64, 64, 4), np.uint8), "is fully transparent"),
+    ],
+)
+def test_values_that_could_mean_anything_are_refused(tmp_path: Path, pixels: Any, message: str) -> None:
+    path = save_image(tmp_path, Image.fromarray(pixels), "image.tiff")
+    with pytest.raises(RefusedInput, match=f"{message}.*: save it as PNG or JPEG with 8 bits, or move it away"):
+        read_image(path, 64)
+
+
+@pytest.mark.parametrize("suffix", ["eps", "pdf", "ico", "tga"])
+def test_formats_that_photographs_do_not_come_in_are_not_opened(tmp_path: Path, suffix: str) -> None:
+    path = save_image(tmp_path, Image.new("RGB", (64, 64)), f"image.{suffix}")
+    with pytest.raises(RefusedInput, match="is not an image that can be read"):
+        read_image(path, 64)
+    with pytest.raises(RefusedInput, match="is not an image that can be read"):
+        read_image(path.rename(tmp_path / "renamed.png"), 64)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "RGB"])

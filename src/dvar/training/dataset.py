@@ -19,6 +19,9 @@ from dvar.files import read_json
 # Files that an operating system leaves beside images.
 _IGNORED = {"Thumbs.db", "desktop.ini"}
 _METADATA = "metadata.jsonl"
+# What photographs come in. Pillow opens 40 more, of which some run programs (EPS) or are no images of pixels.
+_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+_WHITE_16 = 65535
 _LIST_KEYS = ("instance_prompt", "instance_data_dir", "class_prompt", "class_data_dir")
 
 
@@ -132,8 +135,8 @@ def scan_concept(config: TrainingConfig) -> tuple[Concept, list[str]]:
 def read_image(path: Path, resolution: int, *, crop: bool = True) -> Image.Image:
     """Return the image in a file: upright, RGB, square.
 
-    Transparent parts become white, 16-bit greys keep their brightness, and of several frames the first is taken. An
-    image that must be enlarged is warned of.
+    Transparent parts become white, greys of 16 bits and of floating-point values from 0 to 1 keep their brightness, and
+    of several frames the first is taken. An image that must be enlarged is warned of.
 
     Args:
         path: The file.
@@ -141,8 +144,8 @@ def read_image(path: Path, resolution: int, *, crop: bool = True) -> Image.Image
         crop: Take the middle square; otherwise the whole image is squeezed.
 
     Raises:
-        RefusedInput: The file is not an image, is damaged or far too large, or its shorter side is under half the
-            resolution.
+        RefusedInput: The file is not an image in a format that photographs come in, is damaged, fully transparent, far
+            too large or of values whose white is not known, or its shorter side is under half the resolution.
 
     Deviates: The orientation tag is applied and transparency is composed, which diffusers' script does not do.
     """
@@ -152,8 +155,14 @@ def read_image(path: Path, resolution: int, *, crop: bool = True) -> Image.Image
         # A photograph of 100 megapixels is legitimate; Pillow warns of it, and raises at twice that.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as opened:
-                image = _to_rgb(ImageOps.exif_transpose(opened))
+            Image.init()
+            with Image.open(path, formats=[name for name in _FORMATS if name in Image.OPEN]) as opened:
+                upright = ImageOps.exif_transpose(opened)
+                if reason := _find_unclear_values(upright):
+                    raise RefusedInput([f"{path.name} {reason}: save it as PNG or JPEG with 8 bits, or move it away"])
+                image = _to_rgb(upright)
+    except RefusedInput:
+        raise
     except UnidentifiedImageError:
         message = f"{path.name} is not an image that can be read: convert it to PNG or JPEG, or move it away"
         raise RefusedInput([message]) from None
@@ -173,8 +182,23 @@ def read_image(path: Path, resolution: int, *, crop: bool = True) -> Image.Image
     return image.resize(square, Image.Resampling.BICUBIC)
 
 
+def _find_unclear_values(image: Image.Image) -> str | None:
+    """Return why nobody can say what an image looks like: it is all transparent, or its white is not known."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image)
+        least, largest = float(values.min()), float(values.max())
+        white = 1 if image.mode == "F" else _WHITE_16
+        if not (least >= 0 and largest <= white):  # nor a number
+            return f"has values from {least:g} to {largest:g}, and only those from 0 to {white} are understood"
+    if image.has_transparency_data and not np.asarray(image.convert("RGBA"))[..., 3].any():
+        return "is fully transparent"
+    return None
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Return ``image`` in RGB, on white where it is transparent."""
+    if image.mode == "F":
+        image = Image.fromarray((np.asarray(image) * 255).round().astype(np.uint8))
     if image.mode.startswith("I"):
         # 257 = 65535 / 255: Pillow's own conversion cuts 16-bit greys off at 255 and leaves white.
         image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
