@@ -853,3 +853,41 @@ def test_reading_a_table_loads_neither_torch_nor_tensorboard(tmp_path: Path) -> 
     program = f"import sys; from dvar.logs.reader import read_log; read_log({str(path)!r}); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert {"torch", "tensorboard", "pandas"}.isdisjoint(done.stdout.split())
+
+
+def test_a_number_is_what_other_programs_read_as_one(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    for text, message in {
+        "step,L_det\n1,0.5\n2,1_900\n": "L_det at step 2 must be a number, got '1_900'",
+        "step,L_det\n1,0.5\n2_0,0.4\n": "a step must be a whole number of updates, got '2_0' under step",
+        "step,loss,loss\n1,0.5,0.6\n2,0.4,0.3\n": "has several columns 'loss': rename or remove all but one",
+    }.items():
+        path.write_text(text)
+        with pytest.raises(RefusedInput, match=message):
+            read_log(path)
+
+
+@pytest.mark.parametrize("write", [write_ai_toolkit, write_mlflow_database])
+def test_a_database_with_half_a_step_is_refused(tmp_path: Path, write: Callable[..., Path]) -> None:
+    folder = write(tmp_path, CURVE)
+    (path,) = folder.glob("*.db")
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("UPDATE metrics SET step = 4.5 WHERE step = 4")
+        database.commit()
+    with pytest.raises(RefusedInput, match=r"a step must be a whole number of updates, got 4\.5 under step"):
+        read_log(folder)
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed"])
+def test_a_damaged_event_file_is_warned_of(tmp_path: Path, damage: str) -> None:
+    folder = write_tensorboard(tmp_path, CURVE)
+    (path,) = folder.rglob("*tfevents*")
+    content = bytearray(path.read_bytes())
+    whole = len(read_log(folder))
+    if damage == "cut":
+        del content[3 * len(content) // 4 :]
+    else:
+        content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.warns(UserWarning, match="ends within a record or is damaged there; what follows was not read"):
+        assert 0 < len(read_log(folder)) < whole

@@ -11,7 +11,7 @@ from typing import Any
 
 from dvar.errors import RefusedInput
 from dvar.logs.log_format import LogFormat, Point, read_head
-from dvar.logs.tables import STEP_COLUMNS, read_rows
+from dvar.logs.tables import STEP_COLUMNS, parse_step, read_rows
 
 _MAGIC = b"SQLite format 3\0"
 
@@ -78,7 +78,8 @@ def _read_ai_toolkit(path: Path, step_column: str | None) -> Iterator[Point]:
     """
     query = "SELECT step, key, value_real, value_text FROM metrics ORDER BY step"
     for step, name, value, text in _select(path, query, "ai-toolkit"):
-        yield int(step), str(name), float("nan" if value is None else value) if text is None else str(text)
+        number = float("nan" if value is None else value) if text is None else str(text)
+        yield parse_step(step, path, "step"), str(name), number
 
 
 def _read_trackio(path: Path, step_column: str | None) -> Iterator[Point]:
@@ -110,7 +111,7 @@ def _read_mlflow_database(path: Path, step_column: str | None) -> Iterator[Point
     rows = _select(path, query, "MLflow")
     prefixes = _prefix_runs({run: name or run for run, name, *_ in rows})
     for run, _, step, key, value, is_nan in rows:
-        yield int(step), f"{prefixes[run]}{key}", float("nan") if is_nan else float(value)
+        yield parse_step(step, path, "step"), f"{prefixes[run]}{key}", float("nan") if is_nan else float(value)
 
 
 AI_TOOLKIT = LogFormat(

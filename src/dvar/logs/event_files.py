@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from dvar.errors import RefusedInput
@@ -34,7 +37,8 @@ def _read_events(path: Path, folder: Path) -> list[Point]:
         raise RefusedInput([f"{path}: event files need {package}: pip install 'dvar[tensorboard]'"]) from error
     # Every record, also those before a restart: `read_log` drops what a resumed run repeats, for all formats alike.
     events = EventAccumulator(str(folder), {"scalars": 0, "tensors": 0}, purge_orphaned_data=False)
-    events.Reload()
+    with _warn_of_damage(folder):
+        events.Reload()
     points: list[Point] = [
         (event.step, tag, float(event.value)) for tag in events.Tags()["scalars"] for event in events.Scalars(tag)
     ]
@@ -44,6 +48,37 @@ def _read_events(path: Path, folder: Path) -> list[Point]:
             (step, tag, float(value)) for step, value in tensors if value.size == 1 and value.dtype.kind in "fiu"
         ]
     return points
+
+
+@contextmanager
+def _warn_of_damage(path: Path) -> Iterator[None]:
+    """Warn where tensorboard stops at a damaged record, of which it tells its debugging log alone."""
+    logger, damage = logging.getLogger("tensorboard"), _Damage()
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(damage)
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(damage)
+        logger.setLevel(level)
+        logger.propagate = propagate
+    if damage.found:
+        message = f"{path}: an event file ends within a record or is damaged there; what follows was not read"
+        warnings.warn(f"{message} ({damage.found[0]})", stacklevel=2)
+
+
+class _Damage(logging.Handler):
+    """What tensorboard says of damaged records."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.msg.startswith("Truncated record"):
+            self.found.append(record.getMessage())
 
 
 TENSORBOARD = LogFormat(

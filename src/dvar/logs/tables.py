@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def read_rows(rows: Iterable[Mapping[str, Any]], path: Path, step_column: str | 
         problem = f"no column {step_column!r}" if step_column else f"none of the columns {', '.join(STEP_COLUMNS)}"
         raise RefusedInput([f"{path} has {problem}: name the column of steps, of {format_names(columns)}"])
     for row in flat_rows:
-        step = _parse_step(row.get(column), path, column)
+        step = parse_step(row.get(column), path, column)
         for name, cell in row.items():
             value = _parse_value(cell)
             if name != column and value is not None:
@@ -58,14 +59,20 @@ def _parse_value(cell: Any) -> float | str | None:
     """Return a cell as a number; None where it is empty, its text where it holds no number."""
     if cell is None or isinstance(cell, bool | list) or cell == "":
         return None
+    if isinstance(cell, str) and "_" in cell:  # Python reads 1_900 as 1900, and nobody else does
+        return cell
     try:
         return float(cell)
     except (TypeError, ValueError):
         return str(cell)
 
 
-def _parse_step(cell: Any, path: Path, column: str) -> int | None:
-    """Return a cell of the column of steps as a whole number; None where it is empty or nan."""
+def parse_step(cell: Any, path: Path, column: str) -> int | None:
+    """Return a cell of the column of steps as a whole number; None where it is empty or nan.
+
+    Raises:
+        RefusedInput: It is neither.
+    """
     value = _parse_value(cell)
     if value is None or value != value:
         return None
@@ -98,6 +105,9 @@ def _parse_csv(path: Path) -> list[dict[str, str]]:
     """Return the rows of a CSV file, without a last one that is incomplete."""
     text = _read_text(path)
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=_find_delimiter(text))
+    columns = [name for name in reader.fieldnames or () if name]
+    if repeated := [name for name, count in Counter(columns).items() if count > 1]:
+        raise RefusedInput([f"{path} has several columns {repeated[0]!r}: rename or remove all but one"])
     numbered_rows = [(reader.line_num, row) for row in reader]
     if numbered_rows and None in numbered_rows[-1][1].values():
         warnings.warn(f"{path}: {INCOMPLETE_LINE}", stacklevel=2)
