@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -31,7 +32,17 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         if not torch.isfinite(tensor).all():
             raise NonFiniteLoss(f"the values of {name} are not finite and are not exported: lower the learning rate")
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, save(contiguous, metadata={"format": "pt", **(metadata or {})}))
+    write_atomically(path, _sort_metadata(save(contiguous, metadata={"format": "pt", **(metadata or {})})))
+
+
+def _sort_metadata(content: bytes) -> bytes:
+    """Return a safetensors file with its metadata sorted; the library writes them in an order of its own each time."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
 def provenance(config: TrainingConfig, base_digest: str, step: int) -> dict[str, str]:

@@ -358,6 +358,33 @@ def test_a_kohya_file_needs_a_lora_and_a_new_path(reference_runs: dict[str, Path
     assert (tmp_path / "taken.ckpt").read_text() == "mine"
 
 
+def test_identical_runs_leave_identical_files(
+    name: str, config: TrainingConfig, reference_runs: dict[str, Path]
+) -> None:
+    """All but what was measured with a clock, which stands under names of its own."""
+
+    def read(folder: Path) -> dict[str, Any]:
+        paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "manifest.json"]
+        return {path.relative_to(folder).as_posix(): read_content(path) for path in paths}
+
+    def read_content(path: Path) -> Any:
+        if path.suffix == ".jsonl":
+            return [drop_times(json.loads(line)) for line in path.read_text().splitlines()]
+        return drop_times(json.loads(path.read_text())) if path.suffix == ".json" else path.read_bytes()
+
+    def drop_times(value: Any) -> Any:
+        if isinstance(value, list):
+            return [drop_times(item) for item in value]
+        dropped = ("seconds", "memory", "output_dir", "concepts_list")
+        if isinstance(value, dict):
+            return {key: drop_times(item) for key, item in value.items() if key not in dropped}
+        return value
+
+    first, second = read(reference_runs[name]), read(personalise(config).folder)
+    assert second.keys() <= first.keys(), "other tests write into the first"
+    assert [path for path in second if first[path] != second[path]] == []
+
+
 @pytest.mark.parametrize("damage", ["not finite", "other shape", "other names", "none listed", "elsewhere"])
 def test_damaged_weights_are_exported_in_no_form(damage: str, reference_runs: dict[str, Path], tmp_path: Path) -> None:
     run = Path(shutil.copytree(reference_runs["lora-without-token"], tmp_path / "run"))
