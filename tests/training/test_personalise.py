@@ -390,7 +390,16 @@ def test_all_problems_are_reported_before_a_model_loads(
     assert not Path(config.output_dir).exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_under_nohup_a_closed_terminal_ends_nothing(config: TextualInversionConfig) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        result = personalise(config, [lambda step: os.kill(os.getpid(), signal.SIGHUP)])
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert result.verdict.reason is Reason.CAP
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_run_after_its_step_and_it_resumes_bit_for_bit(
     config: TextualInversionConfig, reference_run: Path, number: signal.Signals
 ) -> None:

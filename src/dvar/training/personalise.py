@@ -57,10 +57,10 @@ def personalise(
 ) -> TrainingResult:
     """Learn the concept of ``config`` by the method of its class, and write the run into its folder.
 
-    Training goes on until DVAR or the cap stops it. SIGTERM or SIGINT ends the run after the step in progress, between
-    two forward passes of its update, or between two denoising steps of its samples, with a checkpoint to resume from
-    and the verdict "interrupted"; nothing is exported then. A loss that is not finite ends it too, and the best step
-    before it is exported.
+    Training goes on until DVAR or the cap stops it. SIGTERM, SIGINT or SIGHUP ends the run after the step in progress,
+    between two forward passes of its update, or between two denoising steps of its samples, with a checkpoint to resume
+    from and the verdict "interrupted"; nothing is exported then. A loss that is not finite ends it too, and the best
+    step before it is exported.
 
     Args:
         config: The config of the run.
@@ -208,7 +208,10 @@ def _resource_errors(config: TrainingConfig) -> Iterator[None]:
 
 @contextmanager
 def interruption() -> Iterator[Callable[[], bool]]:
-    """Yield whether SIGTERM or SIGINT has asked to stop; a second signal interrupts at once.  Main thread only."""
+    """Yield whether SIGTERM, SIGINT or SIGHUP has asked to stop; a second signal interrupts at once.  Main thread only.
+
+    Where SIGHUP is ignored, as under nohup, it stays so.
+    """
     requested = threading.Event()
 
     def request(number: int, frame: FrameType | None) -> None:
@@ -216,7 +219,9 @@ def interruption() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         requested.set()
 
-    numbers = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+    numbers = [signal.SIGTERM, signal.SIGINT] if threading.current_thread() is threading.main_thread() else []
+    if numbers and hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)  # a terminal that closes; Windows has none
     handlers = {number: signal.signal(number, request) for number in numbers}
     try:
         yield requested.is_set
