@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import runpy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_record import write_fake_record
 
+from dvar.analysis.stop_quality import MeanInterval
 from dvar.paper.config import ReproduceConfig
-from dvar.paper.experiments.panel import PanelResults, compare_on_panel
+from dvar.paper.experiments.panel import _describe_comparisons, compare_on_panel
+from dvar.paper.panel_results import PanelResults
 from dvar.paper.panel_summary import MAX_LINES, summarise_panel
 from dvar.paper.reproduce import reproduce
 from dvar.paper.result import ExperimentResult, Table
@@ -107,6 +110,21 @@ def test_the_summary_is_plain_and_short_and_agrees_with_the_tables(
     assert "(not claimed: one before was not won)" in result.summary[3] or "no difference" in result.summary[3]
     assert any(line.startswith("For a user: under a preset that was tuned") for line in result.summary)
     assert result.summary[-1].startswith("Not shown here: anything about Stable Diffusion")
+
+
+def test_a_tie_is_printed_as_a_tie(results: PanelResults) -> None:
+    tie = MeanInterval(-0.1, -0.4, 0.2, 8)
+    tied = replace(results, comparisons=tuple(replace(each, difference=tie, p=0.4) for each in results.comparisons))
+    sentences = _describe_comparisons(tied)
+    detail = "a tie (−0.10 [−0.40, 0.20] octaves, p = 0.400); which of them is nearer cannot be said."
+    assert all(sentence.endswith(detail) for sentence in sentences)
+    lines = summarise_panel(tied)
+    assert "no difference can be seen between octave and a fixed number of steps" in lines[1]
+    assert any("nothing here is a reason to prefer an adaptive stop" in line for line in lines)
+    lost = replace(results, comparisons=(replace(results.comparisons[0], difference=MeanInterval(1, 0.5, 1.5, 8)),) * 3)
+    assert _describe_comparisons(lost)[0].startswith("Comparison 1, octave − constant: lost (1.00 [0.50, 1.50]")
+    assert "would be lost" in _describe_comparisons(lost)[1]
+    assert any("train a fixed number of steps" in line for line in summarise_panel(lost))
 
 
 def test_the_summary_heads_the_page_and_stays_when_other_sections_are_made_again(root: Path, tmp_path: Path) -> None:

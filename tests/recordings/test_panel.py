@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from command_line import dvar
 from fake_record import write_fake_record
 
 from dvar.config.presets import preset_settings
@@ -158,3 +159,10 @@ def test_the_protocol_s_page_is_what_is_recorded() -> None:
     protocol = PROTOCOLS["panel"]
     assert f"{protocol.samples['stratified']} stratified held draws at every step up to 27" in page
     assert f"{protocol.image_count} images of training prompts" in page
+
+
+def test_the_command_refuses_what_the_panel_fixes(tmp_path: Path) -> None:
+    answer = dvar("record", "--panel", "main", "--first", 2, "--records", tmp_path / "records")
+    assert answer.status == 2
+    assert "--panel fixes first, got 2: drop it" in answer.err
+    assert not (tmp_path / "records").exists()

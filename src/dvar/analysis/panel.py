@@ -40,7 +40,7 @@ _TUNED = {DVAR_TUNED: ("DVAR", LOSS), DVAR_STRATIFIED: ("DVAR", STRATIFIED), TRE
 
 @dataclass(frozen=True)
 class Stop:
-    """Where a rule ends a run: the step, and whether the record ended before the rule stopped."""
+    """The end of a run by a rule: the step, and whether the record ended before the rule stopped."""
 
     step: float
     censored: bool = False
@@ -174,8 +174,8 @@ class PanelStops:
 
 def make_grid(family: str, method: str) -> tuple[Rule, ...]:
     """Return the rules of a family that are tried for a method, their windows in steps of its preset."""
-    found = next(each for each in FAMILIES if each.name == family)
-    return tuple(dict.fromkeys(_make_rule(found, setting, method) for setting in found.settings()))
+    named = next(each for each in FAMILIES if each.name == family)
+    return tuple(dict.fromkeys(_make_rule(named, setting, method) for setting in named.settings()))
 
 
 def find_stops(rules: Sequence[Rule], run: RecordedRun, series: str, *, every: int = 1) -> list[Stop]:

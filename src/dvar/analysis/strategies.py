@@ -185,34 +185,34 @@ def _find_stops(rules: Sequence[Rule], run: RecordedRun, every: int | None) -> d
     for rule in rules:
         for number in np.flatnonzero(prefilter(rule)).tolist():
             due.setdefault(number, []).append(rule)
-    last, known = max(due, default=-1), dict[Rule, tuple[int, bool]]()
+    last, answers = max(due, default=-1), dict[Rule, tuple[int, bool]]()
     stops: dict[Rule, int | None] = dict.fromkeys(rules)
     for number, trace in enumerate(run.replay(metrics, every)):
         for rule in due.get(number, ()):
-            if stops[rule] is None and _stops(rule, trace, known):
+            if stops[rule] is None and _stops(rule, trace, answers):
                 stops[rule] = trace.last_step
         if number >= last or None not in stops.values():
             break
     return stops
 
 
-def _stops(rule: Rule, trace: Trace, known: dict[Rule, tuple[int, bool]]) -> bool:
+def _stops(rule: Rule, trace: Trace, answers: dict[Rule, tuple[int, bool]]) -> bool:
     """Return whether the rule stops; of rules that must all stop, none is called after one that does not.
 
     A rule that reads one metric is called again only when that has a new value.
 
     Args:
-        known: The answer of each rule, with the number of values that it has seen.
+        answers: The answer of each rule, with the number of values that it has seen.
     """
     if isinstance(rule, AllOf):
-        return all(_stops(part, trace, known) for part in rule.rules)
+        return all(_stops(part, trace, answers) for part in rule.rules)
     metric = getattr(rule, "metric", None)
     if metric is None or not _is_builtin(rule):
         return rule(trace).stop
     count = len(trace.metric(metric)[0])
-    if rule not in known or known[rule][0] != count:
-        known[rule] = count, rule(trace).stop
-    return known[rule][1]
+    if rule not in answers or answers[rule][0] != count:
+        answers[rule] = count, rule(trace).stop
+    return answers[rule][1]
 
 
 def _stop_result(strategy: Strategy, run: RecordedRun, stop: int | None) -> StopResult:

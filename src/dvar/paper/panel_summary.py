@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from dvar.analysis.panel import CONSTANT, OCTAVE, PERFECT, PanelRun, PanelStops
 from dvar.analysis.panel_comparison import Comparison, average_errors, compare_rules
 from dvar.analysis.stop_quality import MIN_CONCEPTS
+from dvar.paper.panel_results import PanelResults
 from dvar.paper.result import format_estimate, format_number, format_percent, method_title
-
-if TYPE_CHECKING:
-    from dvar.paper.experiments.panel import PanelResults
 
 MAX_LINES = 10
 _ANSWERS = {

@@ -18,8 +18,8 @@ def base_model_problems(runs: Iterable[RecordedRun]) -> list[str]:
     problems = []
     models = group_runs((str(run.config.get("pretrained_model_name_or_path")), run) for run in runs)
     for model, of_model in models.items():
-        known = [run for run in of_model if model == BUNDLED_MODEL or "base" in run.header]
-        bases = group_runs((str(run.header["base"])[:12] if "base" in run.header else _UNKNOWN, run) for run in known)
+        judged = [run for run in of_model if model == BUNDLED_MODEL or "base" in run.header]
+        bases = group_runs((str(run.header["base"])[:12] if "base" in run.header else _UNKNOWN, run) for run in judged)
         if len(bases) > 1:
             rule = f"base model {model} must be one and the same, got {name_groups(bases)}"
             problems.append(f"{rule}: name the records of one alone")

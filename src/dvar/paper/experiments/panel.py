@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 
 import numpy as np
 
@@ -17,21 +17,18 @@ from dvar.analysis.panel import (
     OCTAVE,
     PERFECT,
     REGISTERED,
-    STRATIFIED,
     PanelRun,
-    PanelRuns,
     PanelStops,
 )
 from dvar.analysis.panel_comparison import (
     RATE_ENDS,
     Comparison,
     average_errors,
-    compare_registered,
     compare_rules,
-    may_claim,
 )
 from dvar.analysis.stop_quality import MIN_CONCEPTS, MeanInterval
 from dvar.html.tables import Column
+from dvar.paper.panel_results import RATES, PanelResults
 from dvar.paper.panel_summary import summarise_panel
 from dvar.paper.result import (
     ExperimentResult,
@@ -46,77 +43,10 @@ from dvar.paper.result import (
 )
 from dvar.paper.style import COLOURS, axes
 from dvar.recordings.archive import RecordingArchive
-from dvar.recordings.panel import PRESET, STAGES
+from dvar.recordings.panel import PRESET
 
-RATES = ("rate × 1/4", "rate × 1/2", PRESET.title, "rate × 2", "rate × 4")
 _ROWS = (*REGISTERED, *LATER, PERFECT)
 _REGISTERED_ROWS = frozenset((*REGISTERED, PERFECT))
-
-
-@dataclass(frozen=True)
-class PanelResults:
-    """Everything that the tables and sentences about a panel are made of.
-
-    Args:
-        archive: The recorded runs.
-        panel: The panel among them.
-        ends: The stops on the runs at both ends of the learning rates.
-        comparisons: The comparisons of the protocol.
-    """
-
-    archive: RecordingArchive
-    panel: PanelRuns
-    ends: PanelStops
-    comparisons: tuple[Comparison, ...]
-
-    @classmethod
-    def of(cls, archive: RecordingArchive) -> PanelResults:
-        """Return the results of the panel in an archive.
-
-        Raises:
-            RefusedInput: As `PanelRuns.of` and `compare_registered`.
-        """
-        panel = PanelRuns.of(archive)
-        ends, comparisons = compare_registered(panel)
-        return cls(archive, panel, ends, tuple(comparisons))
-
-    @cached_property
-    def rates(self) -> PanelStops:
-        """The stops on the runs of all learning rates, on the concepts that both ends were recorded on."""
-        concepts = {run.run.concept for run in self.ends.runs}
-        methods = {run.run.method for run in self.ends.runs}
-        runs = [run for run in self.panel.select(RATES, methods) if run.run.concept in concepts]
-        return PanelStops.of(self.panel, runs)
-
-    @cached_property
-    def presets(self) -> PanelStops:
-        """The stops at the preset, on all concepts and methods."""
-        return PanelStops.of(self.panel, self.panel.select([PRESET.title]))
-
-    @cached_property
-    def others(self) -> dict[str, PanelStops]:
-        """The stops on the runs of each other setting that was recorded, by its title."""
-        titles = [variation.title for stage in STAGES for variation in stage.variations if variation.title not in RATES]
-        recorded = {run.variation for run in self.panel.runs}
-        return {
-            title: PanelStops.of(self.panel, self.panel.select([title]))
-            for title in dict.fromkeys(titles)
-            if title in recorded
-        }
-
-    @property
-    def claims(self) -> list[bool]:
-        """Whether the outcome of each comparison of the protocol may be claimed."""
-        return may_claim(self.comparisons)
-
-    def probe_share(self) -> float:
-        """Return the share of a run's time that octave's probes take, as a mean over the runs at the preset."""
-        shares = []
-        for run, stop in self.presets.stops[OCTAVE].items():
-            units = self.archive.unit_seconds(run.run.method)
-            probe = run.run.count_samples(STRATIFIED, int(stop.step)) * units.get("forward", np.nan)
-            shares.append(probe / (probe + stop.step * units.get("train", np.nan)))
-        return float(np.mean(shares)) if shares else float("nan")
 
 
 def compare_on_panel(archive: RecordingArchive) -> ExperimentResult:
