@@ -1,7 +1,8 @@
 """Kill runs at random moments: ``python kill_driver.py MODEL IMAGES FOLDER KILLS``; print kills and finished runs."""
 
 # A process of its own, because it forks: each child has everything imported and the model loaded before its run begins,
-# so the kills fall into the run.
+# so the kills fall into the run. The lock of tqdm, which is shared across a fork, would stay held by a child that is
+# killed while it prints; one of threads is each process's own.
 
 from __future__ import annotations
 
@@ -9,12 +10,14 @@ import copy
 import multiprocessing
 import random
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from short_run import Outcome, resume_run, short_run
+from tqdm import tqdm
 
 from dvar.diffusion.backbone import load_backbone
 from dvar.diffusion.backbones.stable_diffusion import StableDiffusion
@@ -24,6 +27,7 @@ from dvar.training.run_layout import checkpoint_paths
 
 def main(model: str, images: str, folder: str, kills: str) -> None:
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())
     backbone = load_backbone(model, device="cpu")
     StableDiffusion.load = lambda *_, **__: copy.deepcopy(backbone)  # type: ignore[method-assign, assignment]
     config = replace(short_run(Path(model), Path(images), Path(folder) / "reference"), checkpointing_steps=1)
