@@ -25,6 +25,7 @@ from dvar.analysis.panel import (
     PanelRuns,
     PanelStops,
     find_stops,
+    list_cheap_records,
     make_grid,
 )
 from dvar.analysis.panel_comparison import (
@@ -40,6 +41,7 @@ from dvar.analysis.stop_quality import MeanInterval
 from dvar.analysis.strategies import Strategy, evaluate_strategy
 from dvar.errors import RefusedInput
 from dvar.recordings.archive import RecordingArchive
+from dvar.stopping.cadence import PerOctave, is_due
 from dvar.stopping.octave import Octave
 from dvar.stopping.rules import Dvar
 
@@ -213,6 +215,16 @@ def test_octave_reads_the_draws_one_by_one(archive: RecordingArchive) -> None:
     assert trace.last_step == stop.step
 
 
+def test_the_cheap_rule_reads_one_record_in_each_sixth_of_an_octave() -> None:
+    steps = np.array([step for step in range(2000) if is_due(PerOctave(16), step)])
+    cheap = steps[list_cheap_records(steps)]
+    assert cheap[0] == 0
+    assert cheap[1] >= 32
+    for start in (64, 128, 256, 512):
+        assert ((cheap >= start) & (cheap < 2 * start)).sum() == 6, start
+    assert list_cheap_records(np.array([0, 10, 20])).tolist() == [0]
+
+
 def test_grids_are_of_a_hundred_settings_in_steps() -> None:
     grid = make_grid("DVAR", TI)
     assert len(grid) == 100
@@ -276,7 +288,7 @@ def test_a_rule_whose_series_a_record_lacks_is_named(archive: RecordingArchive) 
     lacking = replace(lacking)
     lacking.__dict__["_series"] = series
     message = refusal(replace(archive, runs=(lacking, *archive.runs[1:])))
-    assert "octave, octave, 16 of the draws, DVAR, tuned, 64 stratified draws read the series 'stratified', " in message
+    assert "octave, octave, cheap, DVAR, tuned, 64 stratified draws read the series 'stratified', " in message
     assert f"which {lacking.name} lacks: record it again" in message
 
 

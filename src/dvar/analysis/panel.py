@@ -18,7 +18,7 @@ from dvar.errors import RefusedInput
 from dvar.recordings.archive import RecordingArchive
 from dvar.recordings.mixture import base_model_problems, group_runs, name_groups, name_some
 from dvar.recordings.panel import PRESET, PROTOCOL, name_variation
-from dvar.recordings.recorded_run import CHOOSE, Floats, RecordedRun
+from dvar.recordings.recorded_run import CHOOSE, Floats, RecordedRun, Steps
 from dvar.recordings.setting import FLOW_MODEL
 from dvar.stopping.octave import Octave
 from dvar.stopping.rules import Dvar, Rule
@@ -27,11 +27,13 @@ from dvar.stopping.trace import LOSS, Trace
 STRATIFIED = "stratified"
 OCTAVE, CONSTANT, CORRECTED = "octave", "constant", "constant × old rate / new rate"
 DVAR_PRESET, DVAR_TUNED, TREND_TUNED = "DVAR, preset", "DVAR, tuned", "Trend, tuned"
-OCTAVE_16, DVAR_STRATIFIED = "octave, 16 of the draws", "DVAR, tuned, 64 stratified draws"
+OCTAVE_CHEAP, DVAR_STRATIFIED = "octave, cheap", "DVAR, tuned, 64 stratified draws"
 PERFECT = "perfect rule"
-REGISTERED = (OCTAVE, CONSTANT, CORRECTED, DVAR_PRESET, DVAR_TUNED, TREND_TUNED)
-LATER = (OCTAVE_16, DVAR_STRATIFIED)
+REGISTERED = (OCTAVE, OCTAVE_CHEAP, CONSTANT, CORRECTED, DVAR_PRESET, DVAR_TUNED, TREND_TUNED)
+LATER = (DVAR_STRATIFIED,)
 """Rules that the protocol does not name; nothing is claimed of them."""
+CHEAP_DRAWS, CHEAP_FIRST, CHEAP_PER_OCTAVE = 16, 32, 6
+"""What octave reads where it must be cheap: so many draws, from which step on, and how often in an octave."""
 MIN_LENGTH = 4.0
 """Oracles that a run should be long."""
 _TUNED = {DVAR_TUNED: ("DVAR", LOSS), DVAR_STRATIFIED: ("DVAR", STRATIFIED), TREND_TUNED: ("Trend", LOSS)}
@@ -149,7 +151,7 @@ class PanelStops:
         for run in self.runs:
             stops[PERFECT] |= {run: Stop(run.choice)} if np.isfinite(run.choice) else {}
             stops[OCTAVE][run] = find_stops((Octave(),), run.run, STRATIFIED)[0]
-            stops[OCTAVE_16][run] = find_stops((Octave(),), run.run, STRATIFIED, every=4)[0]
+            stops[OCTAVE_CHEAP][run] = find_stops((Octave(),), run.run, STRATIFIED, cheap=True)[0]
             preset = preset_settings("mini", run.run.method)
             rule = Dvar(int(preset["window"]), preset["threshold"], strict_paper=True)
             stops[DVAR_PRESET][run] = find_stops((rule,), run.run, LOSS)[0]
@@ -178,17 +180,27 @@ def make_grid(family: str, method: str) -> tuple[Rule, ...]:
     return tuple(dict.fromkeys(_make_rule(named, setting, method) for setting in named.settings()))
 
 
-def find_stops(rules: Sequence[Rule], run: RecordedRun, series: str, *, every: int = 1) -> list[Stop]:
+def list_cheap_records(steps: Steps) -> Steps:
+    """Return the indices of the records that the cheap octave reads: the first, and one in each sixth of an octave."""
+    octaves = np.floor(CHEAP_PER_OCTAVE * np.log2(np.maximum(steps, 1)))
+    first = np.concatenate([[True], (steps[1:] >= CHEAP_FIRST) & (octaves[1:] > octaves[:-1])])
+    indices: Steps = np.flatnonzero(first)
+    return indices
+
+
+def find_stops(rules: Sequence[Rule], run: RecordedRun, series: str, *, cheap: bool = False) -> list[Stop]:
     """Return where each rule stops a run whose held losses are one of its series; the end of the record if nowhere.
 
     Args:
         rules: Rules that read the losses, such as `Octave`.
         run: A recorded run.
         series: Name of the series.
-        every: Read only each so-manieth draw.
+        cheap: Read only `CHEAP_DRAWS` of the draws, evenly, at `list_cheap_records`.
     """
     steps, losses = run.series(series)
-    losses = losses[:, ::every]
+    if cheap:
+        records = list_cheap_records(steps)
+        steps, losses = steps[records], losses[records, :: max(1, losses.shape[1] // CHEAP_DRAWS)]
     complete = Trace()
     for step, values in zip(steps.tolist(), losses, strict=True):
         complete.record(step, values)
@@ -241,7 +253,7 @@ def _mixture_problems(runs: Sequence[RecordedRun]) -> list[str]:
 def _series_problems(runs: Sequence[RecordedRun]) -> list[str]:
     """Return which rules read series that some runs lack."""
     problems = []
-    for series, rules in ((STRATIFIED, (OCTAVE, *LATER)), (LOSS, (DVAR_PRESET, DVAR_TUNED, TREND_TUNED))):
+    for series, rules in ((STRATIFIED, (OCTAVE, OCTAVE_CHEAP, *LATER)), (LOSS, (DVAR_PRESET, DVAR_TUNED, TREND_TUNED))):
         if lacking := [run.name for run in runs if not run.has_series(series)]:
             names = ", ".join(rules)
             problems.append(f"{names} read the series {series!r}, which {name_some(lacking)} lacks: record it again")

@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
-from dvar.analysis.panel import OCTAVE, STRATIFIED, PanelRuns, PanelStops
+from dvar.analysis.panel import CHEAP_DRAWS, OCTAVE_CHEAP, STRATIFIED, PanelRuns, PanelStops, list_cheap_records
 from dvar.analysis.panel_comparison import Comparison, compare_registered, may_claim
 from dvar.recordings.archive import RecordingArchive
 from dvar.recordings.panel import PRESET, STAGES
@@ -72,10 +72,11 @@ class PanelResults:
         return may_claim(self.comparisons)
 
     def probe_share(self) -> float:
-        """Return the share of a run's time that octave's probes take, as a mean over the runs at the preset."""
+        """Return the share of a run's time that cheap octave's probes take, as a mean over the runs at the preset."""
         shares = []
-        for run, stop in self.presets.stops[OCTAVE].items():
-            units = self.archive.unit_seconds(run.run.method)
-            probe = run.run.count_samples(STRATIFIED, int(stop.step)) * units.get("forward", np.nan)
+        for run, stop in self.presets.stops[OCTAVE_CHEAP].items():
+            units, steps = self.archive.unit_seconds(run.run.method), run.run.series(STRATIFIED)[0]
+            probes = int((steps[list_cheap_records(steps)] <= stop.step).sum())
+            probe = probes * CHEAP_DRAWS * units.get("forward", np.nan)
             shares.append(probe / (probe + stop.step * units.get("train", np.nan)))
         return float(np.mean(shares)) if shares else float("nan")

@@ -80,7 +80,7 @@ def _describe_cost(results: PanelResults) -> str:
     late = _median_distance(results.ends)
     direction = "late" if late > 0 else "early"
     share = results.probe_share()
-    cost = f", and its probes take {format_percent(share)} of a run's time" if np.isfinite(share) else ""
+    cost = f"; the probes of its cheap form take {format_percent(share)} of a run's time" if np.isfinite(share) else ""
     return f"In the median octave stops {format_number(abs(late), 2)} octaves {direction} at these rates{cost}."
 
 

@@ -15,6 +15,7 @@ from dvar.analysis.panel import (
     LATER,
     MIN_LENGTH,
     OCTAVE,
+    OCTAVE_CHEAP,
     PERFECT,
     REGISTERED,
     PanelRun,
@@ -45,6 +46,7 @@ from dvar.paper.style import COLOURS, axes
 from dvar.recordings.archive import RecordingArchive
 from dvar.recordings.panel import PRESET
 
+_DEFAULT, _LATER = "Registered for the default alone", "Looked at later"
 _ROWS = (*REGISTERED, *LATER, PERFECT)
 _REGISTERED_ROWS = frozenset((*REGISTERED, PERFECT))
 
@@ -160,12 +162,17 @@ def _table_of_comparisons(results: PanelResults) -> Table:
         )
         for number, (comparison, claim) in enumerate(zip(results.comparisons, results.claims, strict=True), start=1)
     ]
+    # What decides about the default, as the cheap rule is what would be used; nothing else is claimed from it.
+    rows += [
+        _compare(results.ends, _DEFAULT, "rates × 1/4, × 4", compare_rules(results.ends, OCTAVE_CHEAP, second))
+        for second in (CONSTANT, DVAR_TUNED)
+    ]
     later = {"all learning rates": results.rates, PRESET.title: results.presets, **results.others}
     for title, stops in later.items():
         for second in (CONSTANT, DVAR_TUNED):
             comparison = compare_rules(stops, OCTAVE, second)
             if comparison.difference.concepts:
-                rows.append(_compare(stops, "Looked at later", title, comparison))
+                rows.append(_compare(stops, _LATER, title, comparison))
     columns: list[Column[ComparisonRow]] = [
         Column("Comparison", lambda row: f"{row.name}: {row.comparison.first} − {row.comparison.second}"),
         Column("Octaves", lambda row: _format_difference(row.comparison)),
@@ -263,7 +270,7 @@ def _describe_runs(results: PanelResults) -> list[str]:
         counts = ", ".join(f"{rule} {count}" for rule, count in censored.items() if count)
         sentences.append(f"Records that ended before the rule stopped, of {len(results.ends.runs)}: {counts}.")
     if np.isfinite(share := results.probe_share()):
-        sentences.append(f"Octave's probes, 64 draws 16 times an octave, take {format_percent(share)} of a run's time.")
+        sentences.append(f"Cheap octave's probes take {format_percent(share)} of a run's time at the preset.")
     return sentences
 
 
