@@ -64,9 +64,9 @@ def _warn_of_damage(path: Path) -> Iterator[None]:
         logger.removeHandler(damage)
         logger.setLevel(level)
         logger.propagate = propagate
-    if damage.found:
+    if damage.messages:
         message = f"{path}: an event file ends within a record or is damaged there; what follows was not read"
-        warnings.warn(f"{message} ({damage.found[0]})", stacklevel=2)
+        warnings.warn(f"{message} ({damage.messages[0]})", stacklevel=2)
 
 
 class _Damage(logging.Handler):
@@ -74,11 +74,11 @@ class _Damage(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.messages: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.msg.startswith("Truncated record"):
-            self.found.append(record.getMessage())
+            self.messages.append(record.getMessage())
 
 
 TENSORBOARD = LogFormat(

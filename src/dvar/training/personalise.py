@@ -114,8 +114,8 @@ def prepare(config: TrainingConfig, concept: Concept | None = None) -> tuple[Tra
     """
     folder = Path(config.output_dir).expanduser()
     concept = concept or preflight(config)
-    if found := problems(config):  # another process may have begun a run there since the check, and ended it
-        raise RefusedInput(found)
+    if new_problems := problems(config):  # another process may have begun a run there since the check, and ended it
+        raise RefusedInput(new_problems)
     checkpoint = _checkpoint_to_resume(folder, config, concept) if config.resume_from_checkpoint else None
     backbone = _load_base_model(config)
     if checkpoint and (digest := checkpoint.facts["base"]) != backbone.digest:

@@ -62,13 +62,13 @@ def find_foreign(folder: Path) -> list[str]:
 
     That is a link, a file in one of a run's folders that no run writes there, and everything where no run ever was.
     """
-    found = find_written(folder)
-    links = [path for path in found if path.is_symlink()]
-    inside = [file for path in found if path.is_dir() and path not in links for file in path.rglob("*")]
+    written = find_written(folder)
+    links = [path for path in written if path.is_symlink()]
+    inside = [file for path in written if path.is_dir() and path not in links for file in path.rglob("*")]
     names = [path.relative_to(folder).as_posix() for path in inside if path.is_symlink() or not path.is_dir()]
     foreign = [name for name in names if not _IN_FOLDERS.fullmatch(name) or (folder / name).is_symlink()]
-    if found and not _was_run(folder):
-        return [path.name for path in found]
+    if written and not _was_run(folder):
+        return [path.name for path in written]
     return [*(path.name for path in links), *foreign]
 
 
@@ -91,13 +91,13 @@ def problems(config: TrainingConfig) -> list[str]:
     if config.instance_data_dir and folder.resolve() == Path(config.instance_data_dir).expanduser().resolve():
         return [f"output_dir must not be the folder of the images, {folder}: choose another"]
     if resume:
-        names = sorted(path.name for path in checkpoint_paths(folder))
-        if not names or (resume != "latest" and Path(resume).name not in names):
-            content = f"it holds {', '.join(names)}" if names else "it holds no checkpoint"
+        checkpoints = sorted(path.name for path in checkpoint_paths(folder))
+        if not checkpoints or (resume != "latest" and Path(resume).name not in checkpoints):
+            content = f"it holds {', '.join(checkpoints)}" if checkpoints else "it holds no checkpoint"
             return [f"resume_from_checkpoint {resume!r} is not in {folder}, {content}: correct it or start afresh"]
-    elif not config.overwrite and (found := find_written(folder)):
-        shown = ", ".join(path.name for path in found[:4])
-        message = f"output_dir {folder} holds another run, or files in its place ({shown})"
+    elif not config.overwrite and (written := find_written(folder)):
+        names = ", ".join(path.name for path in written[:4])
+        message = f"output_dir {folder} holds another run, or files in its place ({names})"
         remedy = "choose another folder, resume with --resume_from_checkpoint latest, or replace them with --overwrite"
         return [f"{message}: {remedy}"]
     elif config.overwrite and (foreign := find_foreign(folder)):
