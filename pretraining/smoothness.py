@@ -75,8 +75,8 @@ def describe(runs: Iterable[Mapping[str, Any]]) -> str:
     climbing, rough = sum(run["climbs"] for run in runs), sum(run["largest"] > MAX_GRADIENT for run in runs)
     largest = np.median([run["largest"] for run in runs])
     return (
-        f"{len(runs)} runs: L_det climbs above its first value after its minimum in {climbing}; the largest gradient is "
-        f"{largest:.0f} times the median of its run (median over runs), more than {MAX_GRADIENT:g} times in {rough}"
+        f"{len(runs)} runs: L_det climbs above its first value after its minimum in {climbing}; the largest gradient "
+        f"is {largest:.0f} times the median of its run (median over runs), more than {MAX_GRADIENT:g} times in {rough}"
     )
 
 
