@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,16 @@ from dvar.diffusion.backbones.stable_diffusion import StableDiffusion
 from dvar.diffusion.devices import peak_memory
 from dvar.diffusion.families import BACKBONES, BackboneEntry
 from dvar.diffusion.objective import Encoded, denoising_loss, draw
+from dvar.diffusion.sampling import sample
 from dvar.errors import ModelError
+from dvar.testing import (
+    tiny_flux_pipeline,
+    tiny_klein_pipeline,
+    tiny_ldm_pipeline,
+    tiny_qwen_image_pipeline,
+    tiny_z_image_pipeline,
+)
+from dvar.training.methods.dreambooth_lora import DreamBoothLora
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +84,31 @@ def test_half_precision_still_gives_float32_losses_and_gradients(
     assert losses.dtype == torch.float32
     torch.testing.assert_close(losses, denoising_loss(backbone.predict, draws, backbone.schedule), rtol=5e-3, atol=0)
     assert not torch.equal(losses, denoising_loss(backbone.predict, draws, backbone.schedule))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "save",
+    [tiny_ldm_pipeline, tiny_flux_pipeline, tiny_klein_pipeline, tiny_z_image_pipeline, tiny_qwen_image_pipeline],
+)
+def test_every_family_computes_its_loss_and_generates_in_half_precision(
+    save: Callable[[Path], Path], tiny_images: Path, tmp_path: Path
+) -> None:
+    folder = save(tmp_path / "model")
+    losses = []
+    for options in ({}, {"mixed_precision": "bf16", "gradient_checkpointing": True}):
+        model = load_backbone(folder, device="cpu", **options)  # type: ignore[arg-type]
+        examples = Encoded(model.encode(load_images(tiny_images)).unsqueeze(1), [model.tokenize(["a mug"])] * 4)
+        draws = draw(examples, timesteps=1000, seed=0, stream="train", first=0, count=2)
+        method = DreamBoothLora(model)
+        losses.append(denoising_loss(model.predict, draws, model.schedule))
+    assert losses[1].dtype == torch.float32
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-2, atol=0)
+    assert not torch.equal(losses[1], losses[0])
+    torch.autograd.backward(losses[1].mean())
+    assert any(matrix.grad is not None and matrix.grad.any() for matrix in method.parameters)
+    (image,) = sample(model, ["a mug"], [0], size=32, steps=2, guidance=4.0)
+    assert image.size == (32, 32)
 
 
 def test_gradient_checkpointing_gives_the_same_gradient(tiny_model: Path) -> None:

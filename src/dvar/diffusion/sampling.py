@@ -71,8 +71,14 @@ def sample(
                 num_inference_steps=steps,
                 callback_on_step_end=check_interrupted,
             )
-            images += output.images
+            images += output.images if isinstance(output.images, list) else to_images(output.images)
     return images
+
+
+def to_images(pixels: torch.Tensor) -> list[Image.Image]:
+    """Return RGB images of pixels [B, 3, H, W] in [0, 1], as diffusers rounds them."""
+    values = (255 * pixels.float().cpu().permute(0, 2, 3, 1)).round().to(torch.uint8).numpy()
+    return [Image.fromarray(image) for image in values]
 
 
 def sample_into(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -46,6 +46,10 @@ class LatentDiffusion(DiffusionBackbone):
         """Its text encoder."""
         length = self._length(BERT, self.tokenizer, self.text_encoder)
         return (TextTower(BERT, self.tokenizer, self.text_encoder, length),)
+
+    def generation_options(self, prompts: Sequence[str], guidance: float) -> dict[str, Any]:
+        """Return the arguments of the stock pipeline, which cannot turn pixels of half precision into images."""
+        return {**super().generation_options(prompts, guidance), "output_type": "pt"}
 
     def predict(self, noisy: Tensor, times: Tensor, input_ids: Tensor) -> Tensor:
         """Return the U-Net's prediction, as `StockBackbone.predict`."""
