@@ -1,7 +1,8 @@
 """Stage 8: the pictures of ``docs/bundled-models.md``, from the shipped folder and the logs of the stages.
 
 ``python -m pretraining.gallery`` draws the world, what the autoencoder gives back, what the model draws for the prompts
-of `pretraining.evaluate` and which of them the recogniser reads as something else, and the curves.
+of `pretraining.evaluate` and which of them the recogniser reads as something else, what was learned of the tuning
+concepts, and the curves.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
 
 from dvar import mini
+from dvar.config.methods import PAPER_METHODS
+from dvar.config.presets import preset_settings
 from dvar.mini import recogniser
 from dvar.mini.world.classes import CLASSES
 from dvar.mini.world.concepts import held_out
 from dvar.mini.world.places import PLACES
 from dvar.mini.world.scene import PATTERNS, render, sample_scene, sample_subject
 from dvar.mini.world.styles import STYLES
+from pretraining import science
 from pretraining.evaluate import UNSEEN, draw, prompts, truths
 from pretraining.pictures import as_tensor, draw_pictures
 from pretraining.training import WORK
@@ -134,6 +138,25 @@ def held_out_page() -> None:
     page([shown[at : at + 12] for at in range(0, len(shown), 12)], DOCS / "concepts.webp", side=80)
 
 
+def learned() -> None:
+    """For each method, what it learned of four tuning concepts at its cap, where `pretraining.science` trained it: one
+    of the concept's own pictures, three plain prompts, five places it was never seen in."""
+    for method in PAPER_METHODS:
+        preset = preset_settings("mini", method)
+        rows = []
+        for concept in mini.TUNING[:4]:
+            trial = science.Trial(method, concept, preset["learning_rate"], 0, preset["max_train_steps"])
+            path = trial.folder / f"pictures-{trial.cap:06d}.npy"
+            if path.exists():
+                pixels = np.load(path)
+                own = np.asarray(Image.open(mini.concepts()[concept] / "00.png"))
+                shown = [own, *pixels[:3], *pixels[science.PLAIN : science.PLAIN + 5]]
+                rows.append([(each, concept.replace("_", " ") if i == 0 else "") for i, each in enumerate(shown)])
+        if rows:
+            heads = ("its own", "plain", "", "", *science.PLACED[:5])
+            page(rows, DOCS / f"learned-{method}.webp", heads)
+
+
 CURVES = (
     ("autoencoder", ("psnr", "psnr_object"), "reconstruction, dB"),
     ("unet", ("mse", "mse_high"), "U-Net, squared error of the noise"),
@@ -144,9 +167,12 @@ CURVES = (
 
 
 def curves() -> None:
-    """What each stage logged about its own batches, smoothed over a twentieth of its length."""
-    figure, panels = plt.subplots(1, len(CURVES), figsize=(2.6 * len(CURVES), 2.8), layout="constrained")
-    for panel, (stage, keys, title) in zip(panels.flat, CURVES, strict=True):
+    """What each stage of which ``work/`` has a log says about its own batches, smoothed over a twentieth of it."""
+    logged = [curve for curve in CURVES if (WORK / curve[0] / "log.jsonl").exists()]
+    if not logged:
+        return
+    figure, panels = plt.subplots(1, len(logged), figsize=(2.6 * len(logged), 2.8), layout="constrained", squeeze=False)
+    for panel, (stage, keys, title) in zip(panels.flat, logged, strict=True):
         rows = [json.loads(line) for line in (WORK / stage / "log.jsonl").read_text().splitlines()]
         rows = list({row["step"]: row for row in rows}.values())  # what a restart did again counts once
         steps = np.array([row["step"] for row in rows])
@@ -162,7 +188,7 @@ def curves() -> None:
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
         panel.legend(fontsize=8, frameon=False)
-    panels.flat[1].set_yscale("log")
+        panel.set_yscale("log" if stage == "unet" else "linear")
     DOCS.mkdir(parents=True, exist_ok=True)
     figure.savefig(DOCS / "curves.svg")
 
@@ -183,6 +209,7 @@ def main() -> None:
     reconstructions(pipe.vae)
     drawn(pipe, recogniser.load(ROOT / "judges" / "recogniser.safetensors"), 200)
     held_out_page()
+    learned()
     curves()
 
 
