@@ -276,7 +276,9 @@ def main() -> None:
         print(f"== {chosen.method}, learning rate {rate:g}: {len(runs)} runs")
         found = gate(runs)
         print(
-            {name: round(value, 3) for name, value in asdict(found).items()}, *found.failures or ("rankable",), sep="; "
+            {name: round(value, 3) for name, value in asdict(found).items()},
+            *[*found.failures, *found.roughness] or ["passes"],
+            sep="; ",
         )
         frozen_run = rate == preset["learning_rate"] and steps == preset["max_train_steps"] and chosen.model is None
         if frozen_run and found.runs >= MIN_RUNS:

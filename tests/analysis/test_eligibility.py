@@ -66,20 +66,22 @@ def test_the_standard_error_is_that_of_concepts() -> None:
     assert np.isnan(seeds.errors)
 
 
-def test_a_method_with_rough_runs_is_not_eligible() -> None:
+def test_rough_runs_are_told_and_ranked_all_the_same() -> None:
     """One run of twenty may be rough, two may not; of a run, one gradient above 30 medians or a climb suffices."""
     climbing = generate_loss(0.1)
     climbing[60] = 1.0001
     calm, spiked = np.ones(CAP), np.where(np.arange(CAP) == 70, 31.0, 1.0)
     scores, concepts = [[0.1, 0.5, 0.7, 0.7 + 0.001 * i] for i in range(20)], [f"{i}" for i in range(20)]
 
-    def failures(rough: int) -> tuple[str, ...]:
+    def roughness(rough: int) -> tuple[str, ...]:
         losses = [climbing] * rough + [generate_loss(0.1)] * (20 - rough)
         norms = [spiked] * rough + [calm] * (20 - rough)
-        return Eligibility.from_scores(CAP, STEPS, scores, losses, concepts, 0.9, norms).failures
+        eligibility = Eligibility.from_scores(CAP, STEPS, scores, losses, concepts, 0.9, norms)
+        assert not eligibility.failures
+        return eligibility.roughness
 
-    assert not failures(1)
-    gradient, climb = failures(2)
+    assert not roughness(1)
+    gradient, climb = roughness(2)
     assert "90 % of its runs have no gradient above 30 times the median" in gradient
     assert "in 90 % of its runs L_det stays below its first value" in climb
 
@@ -87,6 +89,7 @@ def test_a_method_with_rough_runs_is_not_eligible() -> None:
 def test_norms_that_nobody_recorded_fail_nothing() -> None:
     eligibility = Eligibility.from_scores(CAP, STEPS, [[0.1, 0.5, 0.7, 0.7]], [generate_loss(0.1)], "a")
     assert np.isnan(eligibility.calm)
+    assert not eligibility.roughness
     assert eligibility.below == 1.0
 
 

@@ -133,6 +133,14 @@ class Eligibility:
             (self.way < MIN_WAY, f"it goes {100 * self.way:.0f} % of the way to the ceiling (bar {100 * MIN_WAY:.0f})"),
             (self.early < MIN_EARLY, early),
             (self.jitters < MIN_JITTERS, f"L_det falls by {self.jitters:.1f} times its jitter (bar {MIN_JITTERS:g})"),
+        )
+        return tuple(message for failed, message in bars if failed)
+
+    @property
+    def roughness(self) -> tuple[str, ...]:
+        """The reasons why training on the model is rough, in words. Rules are ranked all the same: a rule meets rough
+        training in practice too, but on a base model that everything is measured on it is a fault."""
+        bars = (
             (
                 self.calm < MIN_SMOOTH,
                 f"{100 * self.calm:.0f} % of its runs have no gradient above {MAX_GRADIENT:g} times the median "
