@@ -194,7 +194,7 @@ def gate(runs: Sequence[Path]) -> Eligibility:
         [trace.values for trace in traces],
         [_concept(run) for run in runs],
         float(np.mean([ceiling(_concept(run))["identity"] for run in runs])),
-        [trace.metric("grad_norm")[1] for trace in traces],
+        [norms for trace in traces if len(norms := trace.metric("grad_norm")[1])],
     )
 
 

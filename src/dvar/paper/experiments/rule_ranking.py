@@ -260,9 +260,9 @@ def _table_of_eligibility(verdicts: Mapping[str, Eligibility | None], ranked: Se
         "Eligibility: rules can be told apart only where a method learns, early, and L_det shows it. Runs of the "
         "tuning concepts up to Baseline's cap; the score is the recogniser's identity where it is known, else Train "
         f"CLIP image. Bars: {MIN_ERRORS:g} standard errors, {100 * MIN_WAY:.0f} % of the way where the ceiling is "
-        f"known, {100 * MIN_EARLY:.0f} % of the gain by half of the cap, {MIN_JITTERS:g} jitters. Two "
-        f"more say how smooth training was: the share of runs with no gradient above {MAX_GRADIENT:g} times the median, "
-        "and of those whose L_det stays below its first value after its minimum. What was ranked: "
+        f"known, {100 * MIN_EARLY:.0f} % of the gain by half of the cap, {MIN_JITTERS:g} jitters. Two more columns say "
+        f"how smooth training was: the share of runs with no gradient above {MAX_GRADIENT:g} times the median, and of "
+        f"those whose L_det stays below its first value after its minimum. What was ranked: "
         f"{Provenance.of(ranked)}"
     )
     data = [{"method": method, **(asdict(verdict) if verdict else {})} for method, verdict in verdicts.items()]
