@@ -94,7 +94,7 @@ def launch(places: dict[str, Path], output: Path, flags: tuple[str, ...], steps:
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Return all tensors that a run saved, by file and name."""
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for path in sorted(folder.rglob("*.safetensors")):
         tensors |= {f"{path.relative_to(folder)}: {name}": tensor for name, tensor in load_file(path).items()}
     return tensors

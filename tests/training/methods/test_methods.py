@@ -403,7 +403,7 @@ def test_damaged_weights_are_exported_in_no_form(damage: str, reference_runs: di
         result["weights"] = [] if damage == "none listed" else [f"../run/{LORA}"]
     save_file(tensors, run / LORA, metadata)
     (run / "result.json").write_text(json.dumps(result))
-    exports = [lambda: write_merged_pipeline(run, tmp_path / "merged")]
+    exports: list[Callable[[], object]] = [lambda: write_merged_pipeline(run, tmp_path / "merged")]
     if damage != "other shape":  # kohya's file has the shapes of the run's, whatever the base model is
         exports.append(lambda: write_kohya_lora(run, tmp_path / "kohya.safetensors"))
     for export in [*exports, lambda: load_personalised_backbone(run, device="cpu")]:
