@@ -66,7 +66,7 @@ def test_the_standard_error_is_that_of_concepts() -> None:
     assert np.isnan(seeds.errors)
 
 
-def test_rough_runs_are_told_and_ranked_all_the_same() -> None:
+def test_rough_runs_are_named_and_ranked_all_the_same() -> None:
     """One run of twenty may be rough, two may not; of a run, one gradient above 30 medians or a climb suffices."""
     climbing = generate_loss(0.1)
     climbing[60] = 1.0001

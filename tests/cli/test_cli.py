@@ -162,7 +162,7 @@ def test_a_file_may_name_the_preset_and_a_flag_another(configs: list[TextualInve
     [
         ([*TRAIN, "--learnin_rate", "1"], "unknown flag --learnin_rate: the nearest known one is --learning_rate"),
         ([*TRAIN, "--learnin-rate=1"], "unknown flag --learnin-rate"),
-        ([*TRAIN, "--snr_gamma", "5"], "unknown flag --snr_gamma: the nearest known one is --"),
+        ([*TRAIN, "--snr_gama", "5"], "unknown flag --snr_gama: the nearest known one is --snr_gamma"),
         ([*TRAIN, "--learning_rate", "fast"], "--learning_rate"),
         ([*TRAIN, "--learning_rate"], "--learning_rate requires an argument"),
         ([*TRAIN, "--lr_scheduler", "wavy"], "constant_with_warmup"),

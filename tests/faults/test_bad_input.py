@@ -214,7 +214,7 @@ MODELS = [
     file("model/model_index.json", b"{", "model_index.json cannot be read ("),
     file("model/model_index.json", b"[]", "model_index.json cannot be read ("),
     file("model/model_index.json", b"{}", "model_index.json cannot be read ("),
-    file("model/model_index.json", b'{"_class_name": "FluxPipeline"}', "is a FluxPipeline: choose another"),
+    file("model/model_index.json", b'{"_class_name": "KolorsPipeline"}', "is a KolorsPipeline: choose another"),
     *[file(f"model/{part}/config.json", None, f"{part}/config.json cannot be read") for part in ("unet", "vae")],
     *[file(f"model/{part}/config.json", b"{", f"{part}/config.json cannot be read") for part in ("unet", "vae")],
     file("model/text_encoder/config.json", b"\xff", "text_encoder/config.json cannot be read"),

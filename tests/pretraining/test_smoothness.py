@@ -43,7 +43,7 @@ def test_what_was_kept_is_plotted_beside_a_new_run(tmp_path: Path, monkeypatch: 
     for step in range(40):
         trace.record(step, [1 - 0.01 * step], **({"grad_norm": 1.0 + step % 3} if step else {}))
     trace.write(tmp_path / "trace.jsonl")
-    kept = smoothness.read()
-    assert len(kept["before"]) == 16
-    smoothness.plot({"before": kept["before"], "after": [of_folder(tmp_path)]}, tmp_path / "plot" / "smoothness.svg")
+    before = smoothness.read()["before"]
+    assert len(before) == 16
+    smoothness.plot({"before": before, "after": [of_folder(tmp_path)]}, tmp_path / "plot" / "smoothness.svg")
     assert (tmp_path / "plot" / "smoothness.svg").read_text().startswith("<?xml")

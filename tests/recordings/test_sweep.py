@@ -288,7 +288,8 @@ def test_time_left_begins_as_estimated_and_ends_as_measured(
 
 def test_a_run_that_must_be_repeated_takes_its_whole_time(base: RecordingSpec, tmp_path: Path) -> None:
     run = replace(base, records=str(tmp_path))
-    write_fake_record(tmp_path, run.method, run.concept, run.seed, cap=run.config.max_train_steps)
+    record = write_fake_record(tmp_path, run.method, run.concept, run.seed, cap=run.config.max_train_steps)
+    record.rename(run.folder)  # which has the settings in its name
     assert estimate_seconds_left(run, ROUGH_UNITS) == ROUGH_UNITS["start_up"]
     (run.folder / "done.json").unlink()
     assert estimate_seconds_left(run, ROUGH_UNITS) == ROUGH_UNITS["start_up"]  # trained, and not marked as done yet

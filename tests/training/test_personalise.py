@@ -403,18 +403,22 @@ def test_under_nohup_a_closed_terminal_ends_nothing(config: TextualInversionConf
 def test_a_signal_ends_the_run_after_its_step_and_it_resumes_bit_for_bit(
     config: TextualInversionConfig, reference_run: Path, number: signal.Signals
 ) -> None:
-    handler = signal.getsignal(number)
+    usual = signal.signal(number, signal.default_int_handler)  # under nohup, SIGHUP would be ignored
+    try:
+        handler = signal.getsignal(number)
 
-    def send(step: StepRecord) -> None:
-        if step.step == 6:
-            os.kill(os.getpid(), number)
+        def send(step: StepRecord) -> None:
+            if step.step == 6:
+                os.kill(os.getpid(), number)
 
-    result = personalise(config, [send])
+        result = personalise(config, [send])
+        assert signal.getsignal(number) is handler
+    finally:
+        signal.signal(number, usual)
     assert result.verdict.reason is Reason.INTERRUPTED
     assert result.steps == 7
     assert latest_checkpoint(result.folder).step == 7
     assert not (result.folder / "result.json").exists()
-    assert signal.getsignal(number) is handler
     personalise(replace(config, resume_from_checkpoint="latest"))
     assert torch.equal(load_vectors(result.folder), load_vectors(reference_run))
     assert load_records(result.folder) == load_records(reference_run)

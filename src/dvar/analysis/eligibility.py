@@ -138,8 +138,11 @@ class Eligibility:
 
     @property
     def roughness(self) -> tuple[str, ...]:
-        """The reasons why training on the model is rough, in words. Rules are ranked all the same: a rule meets rough
-        training in practice too, but on a base model that everything is measured on it is a fault."""
+        """The reasons why training on the model is rough, in words.
+
+        Rules are ranked all the same, for they meet rough training in practice too; on a base model that everything is
+        measured on it is a fault.
+        """
         bars = (
             (
                 self.calm < MIN_SMOOTH,

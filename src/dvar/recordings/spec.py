@@ -105,6 +105,8 @@ class RecordingSpec:
         Raises:
             RefusedInput: A setting is unknown.
         """
+        if self.method not in PAPER_METHODS:  # `validate` refuses it, under the folder's lock
+            return {}
         changes = list_changes(self.model, dict(self.settings), PAPER_METHODS[self.method])
         if self.images is not None:
             own = len(list_image_files(self.image_folder))

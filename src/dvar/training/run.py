@@ -107,7 +107,7 @@ class TrainingRun:
             snr_gamma=config.snr_gamma,
             weighting=config.loss_weighting,
         )
-        self.empty_caption = backbone.tokenize([""])[0]
+        self.empty_caption = backbone.tokenize([""])[0] if config.caption_dropout else None
         for network in backbone.modules:  # what is trained keeps its dropout, where a model has any
             network.train(any(weight.requires_grad for weight in network.parameters()))
         texts = [[method.expand(text) for text in concept.texts(index)] for index in range(len(concept.images))]
