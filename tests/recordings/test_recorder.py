@@ -505,7 +505,7 @@ def test_a_run_that_an_experiment_needs_is_found_among_the_recordings(
 def test_checkpoints_of_several_runs_are_rescored_at_once(copied: Callable[[str], Path]) -> None:
     folders = [copied(method) for method in METHODS[:2]]
     archive, lines = RecordingArchive.open(folders[0].parents[2]), list[str]()
-    broken = next(record for record in archive if record.method == METHODS[1])
+    whole, broken = (next(record for record in archive if record.method == method) for method in METHODS[:2])
     for path in folders[1].glob("checkpoint-*"):
         shutil.rmtree(path)
     steps_by_run = {record: {0, 5} for record in archive}
@@ -513,7 +513,7 @@ def test_checkpoints_of_several_runs_are_rescored_at_once(copied: Callable[[str]
     assert lines[0].startswith("4 checkpoints of 2 runs to rescore, about ")
     assert any(line.startswith(f"{broken.name}: ") and "no checkpoint before step 5" in line for line in lines)
     assert {name: run.steps.tolist() for name, run in rescored.rescored.items()} == {
-        "textual-inversion/ball/0": [0, 5],
+        whole.name: [0, 5],
         broken.name: [0],
     }
     intact = {record: steps for record, steps in steps_by_run.items() if record is not broken}
