@@ -80,10 +80,10 @@ def describe(runs: Iterable[Mapping[str, Any]]) -> str:
     )
 
 
-def plot(kept: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
+def plot(groups: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
     """Draw the held losses of each group, and the share of gradients above each multiple of the median."""
     figure, panels = plt.subplots(1, 3, figsize=(10.5, 3.1), layout="constrained")
-    for panel, (group, runs) in zip(panels, kept.items(), strict=False):
+    for panel, (group, runs) in zip(panels, groups.items(), strict=False):
         for run in runs:
             panel.plot(run["steps"], 100 * np.array(run["losses"]), color=COLOURS[group], linewidth=0.9, alpha=0.7)
         panel.axhline(100, color="0.4", linewidth=0.8, linestyle=":")
@@ -92,7 +92,7 @@ def plot(kept: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
     low, high = zip(*(panel.get_ylim() for panel in panels[:2]), strict=True)
     for panel in panels[:2]:
         panel.set_ylim(min(low), max(high))
-    for group, runs in kept.items():
+    for group, runs in groups.items():
         for i, run in enumerate(runs):
             shares = np.where(np.array(run["shares"]) > 0, run["shares"], np.nan)
             panels[2].plot(
@@ -113,8 +113,8 @@ def plot(kept: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
 
 def read() -> dict[str, list[dict[str, Any]]]:
     """Return the kept runs of each group, ``before`` first."""
-    kept = json.loads(FILE.read_text()) if FILE.exists() else {}
-    return {group: kept[group] for group in COLOURS if group in kept}
+    groups = json.loads(FILE.read_text()) if FILE.exists() else {}
+    return {group: groups[group] for group in COLOURS if group in groups}
 
 
 def main() -> None:
@@ -123,17 +123,17 @@ def main() -> None:
     parser.add_argument("group", nargs="?", choices=tuple(COLOURS))
     parser.add_argument("folders", nargs="*", type=Path)
     chosen = parser.parse_args()
-    kept = read()
+    groups = read()
     if chosen.action == "keep":
-        kept[chosen.group] = [of_folder(folder) for folder in chosen.folders]
+        groups[chosen.group] = [of_folder(folder) for folder in chosen.folders]
         lines = ",\n".join(
             f' "{group}": [\n' + ",\n".join(f"  {json.dumps(run)}" for run in runs) + "\n ]"
-            for group, runs in kept.items()
+            for group, runs in groups.items()
         )
         FILE.write_text(f"{{\n{lines}\n}}\n")
     else:
-        plot(kept, PLOT)
-    for group, runs in kept.items():
+        plot(groups, PLOT)
+    for group, runs in groups.items():
         print(f"{group}: {describe(runs)}")
 
 
