@@ -124,18 +124,21 @@ def prepare(config: TrainingConfig, concept: Concept | None = None) -> tuple[Tra
         raise CheckpointError(f"{message} and is {backbone.digest[:12]}...): {remedy}")
     needs_clip = config.best_by == "clip" or (config.initializer.startswith("clip") and not checkpoint)
     clip = load_clip(config, backbone) if needs_clip else None
-    for path in [folder / RESULT] if checkpoint else find_written(folder):
-        remove(path)
     if checkpoint:  # which holds the initializer token, where it was not given
         config = replace(config, initializer_token=checkpoint.facts["config"]["initializer_token"])
     else:
+        for path in find_written(folder):
+            remove(path)
         config = choose_initializer_tokens(config, concept, backbone, clip)
         write_config(folder, config)
     classes = tuple(generate_class_images(config, concept.classes, backbone))
-    if checkpoint and checkpoint.facts.get("class_images", digest_of_classes(classes)) != digest_of_classes(classes):
-        message = f"{checkpoint_name(checkpoint.step)} was made with other class images than those in {folder}"
-        remedy = f"put them back, remove {folder / CLASS_IMAGES} to have them generated as before, or start another"
-        raise CheckpointError(f"{message}: {remedy} --output_dir")
+    if checkpoint:
+        digest = digest_of_classes(classes)
+        if checkpoint.facts.get("class_images", digest) != digest:
+            message = f"{checkpoint_name(checkpoint.step)} was made with other class images than those in {folder}"
+            remedy = f"put them back, remove {folder / CLASS_IMAGES} to have them generated as before, or start another"
+            raise CheckpointError(f"{message}: {remedy} --output_dir")
+        remove(folder / RESULT)
     method = build_method(config, backbone)
     return TrainingRun(folder, config, concept, classes, backbone, method, clip), checkpoint
 

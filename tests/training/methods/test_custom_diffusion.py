@@ -184,6 +184,7 @@ def test_a_run_is_not_resumed_with_other_class_images(config: CustomDiffusionCon
     resumed = replace(config, resume_from_checkpoint="latest", max_train_steps=10, extend=True)
     with pytest.raises(CheckpointError, match=r"was made with other class images .* remove \S+class_images"):
         personalise(resumed)
+    assert (folder.parent / "result.json").exists(), "a refused resume leaves the finished run as it was"
     shutil.rmtree(folder)
     personalise(resumed)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == images, "they are generated as before"
