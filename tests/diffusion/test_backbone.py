@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from dvar.diffusion.backbone import load_backbone, load_tokenizer
 from dvar.diffusion.backbones.stable_diffusion import StableDiffusion
@@ -157,6 +158,29 @@ def test_a_model_that_predicts_samples_is_refused(tmp_path: Path, tiny_model: Pa
     path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "sample"}))
     with pytest.raises(ModelError, match="predicts sample"):
         StableDiffusion.load(folder)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_weight_that_is_not_finite_is_refused_by_name(tmp_path: Path, tiny_model: Path, part: str) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    (path,) = (folder / part).glob("*.safetensors")
+    weights = load_file(path)
+    name = sorted(weights)[-1]
+    weights[name].view(-1)[3] = float("nan")
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(
+        ModelError, match=f"model holds weights that are not finite, .*{name} among them: copy"
+    ) as error:
+        load_backbone(folder, device="cpu")
+    assert "\n" not in str(error.value)
+
+
+def test_latents_without_a_scale_are_refused(tmp_path: Path, tiny_model: Path) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    path = folder / "vae" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"scaling_factor": 0}))
+    with pytest.raises(ModelError, match=r"scaled by a number above 0, .*model scales them by 0.0: copy"):
+        load_backbone(folder, device="cpu")
 
 
 def test_loading_prints_nothing(tiny_model: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import Field, fields
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from dvar.config.fields import Config
 
 Command = Callable[..., int]
+MAX_DIGITS = 30  # of a number; more have no use, and Python refuses to read thousands
 _SECTIONS = ("Data", "Model", "Method", "Objective", "Stopping", "Sampling", "Output")
 """The sections of training in their order on a help page; those of other commands come as their fields do."""
 
@@ -57,11 +59,14 @@ def with_flags_of(
     return decorate
 
 
-def convert_whole(hint: Any, tokens: Sequence[Token]) -> Any:
-    """Convert whole numbers as they are written; Cyclopts by itself reads 1.5 as 2."""
+def convert_numbers(hint: Any, tokens: Sequence[Token]) -> Any:
+    """Convert numbers in plain digits; Cyclopts by itself reads 1.5 as the whole number 2, and 1_9 as 19."""
+    whole = _holds(hint, int)
     for token in tokens:
-        if "." in token.value:
-            raise ValueError(f"must be a whole number, got {token.value}")
+        if whole and not re.fullmatch(r"[+-]?[0-9]+", token.value):
+            raise ValueError(f"must be a whole number, got {_shorten(token.value)}")
+        if "_" in token.value or len(token.value) > MAX_DIGITS:
+            raise ValueError(f"must be a number, got {_shorten(token.value)}")
     return convert(hint, tokens)
 
 
@@ -94,14 +99,19 @@ def _flag(
         help=field.metadata["help"],
         group=group,
         negative=[f"--no_{field.name}"] if hint is bool else (),
-        converter=convert_whole if _holds_whole_numbers(hint) else None,
+        converter=convert_numbers if _holds(hint, int) or _holds(hint, float) else None,
         consume_multiple=several,
         show_default=False if default is None or default is False else _format_default,
     )
 
 
-def _holds_whole_numbers(hint: Any) -> bool:
-    return hint is int or any(_holds_whole_numbers(part) for part in get_args(hint))
+def _holds(hint: Any, kind: type) -> bool:
+    """Return whether a type is this one, or is made of it."""
+    return hint is kind or any(_holds(part, kind) for part in get_args(hint))
+
+
+def _shorten(value: str) -> str:
+    return value if len(value) <= MAX_DIGITS else f"{value[:MAX_DIGITS]}..."
 
 
 def _format_default(value: object) -> str:

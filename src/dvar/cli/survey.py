@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from cyclopts import App
-from cyclopts.types import PositiveInt
+from cyclopts import App, Parameter
 
-from dvar.cli.options import raise_problems, with_flags_of
+from dvar.cli.options import convert_numbers, raise_problems, with_flags_of
 from dvar.errors import RefusedInput
 from dvar.survey.config import (
     SurveyBuildConfig,
@@ -119,7 +118,7 @@ def import_table(folder: Path, answers: Path, /, **flags: Any) -> int:
     return 0
 
 
-def forget_people(folder: Path, /, *people: PositiveInt) -> int:
+def forget_people(folder: Path, /, *people: Annotated[int, Parameter(converter=convert_numbers)]) -> int:
     """Delete people and all their answers, for good; their numbers are on the progress page.
 
     Answers that came by import return when their table is read again.

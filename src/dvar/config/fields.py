@@ -20,23 +20,36 @@ else:
 
 @dataclass(frozen=True)
 class Range:
-    """The finite numbers from ``low`` up to but not including ``high``; with ``above``, ``low`` is excluded too."""
+    """The finite numbers from ``low`` up to but not including ``high``; with ``above``, ``low`` is excluded too.
+
+    With ``most``, the numbers up to and including it.
+    """
 
     low: float
     high: float = math.inf
     above: bool = False
+    most: float = math.inf
 
     def __contains__(self, value: float) -> bool:
-        return self.low <= value < self.high and not (self.above and value == self.low)
+        return self.low <= value < self.high and value <= self.most and not (self.above and value == self.low)
 
     def __str__(self) -> str:
         start = f"{'above' if self.above else 'at least'} {self.low:g}"
+        if not math.isinf(self.most):
+            return f"{start} and at most {self.most}"
         return start if math.isinf(self.high) else f"{start} and below {self.high:g}"
 
 
 COUNT = Range(1)
 NOT_NEGATIVE = Range(0)
 POSITIVE = Range(0, above=True)
+BATCH = Range(1, most=65_536)
+"""Samples in one forward pass: more are a slip of the keyboard, and would fill any memory before they are refused."""
+IMAGE_COUNT = Range(1, most=100_000)
+SAMPLING_STEPS = Range(1, most=1000)
+"""Denoising steps of an image: no schedule of a supported family has more."""
+SEED = Range(0, most=2**63 - 1)
+"""Seeds of torch, which takes twice as many: the images after the first have the following ones."""
 
 
 def setting(default: Any, help: str, allowed: Range | None = None, *, section: str = "", alias: str = "") -> Any:
@@ -69,7 +82,8 @@ def invalid_fields(config: Config) -> Iterator[tuple[str, str]]:
         if not _admits(annotation, value):
             yield item.name, f"{item.name} must be {_describe(annotation)}, got {value!r}"
         elif value is not None and allowed and value not in allowed:
-            yield item.name, f"{item.name} must be {allowed}, got {value!r}"
+            finite = " and finite" if isinstance(value, float) and not math.isfinite(value) else ""
+            yield item.name, f"{item.name} must be {allowed}{finite}, got {value!r}"
 
 
 def replace_invalid_fields(config: C) -> C:

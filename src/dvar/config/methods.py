@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import permutations
 from typing import Literal
 
-from dvar.config.fields import COUNT, NOT_NEGATIVE, POSITIVE, Range, setting
+from dvar.config.fields import COUNT, IMAGE_COUNT, NOT_NEGATIVE, POSITIVE, Range, setting
 from dvar.config.training import Conflicts, TrainingConfig, missing_token
 
 
@@ -56,8 +56,10 @@ class DreamBoothLoraConfig(TrainingConfig):
     class_data_dir: str | None = setting(
         None, "Folder with class images; by default the base model generates them before training."
     )
-    num_class_images: int = setting(100, "Class images to generate where no folder is given.", COUNT)
-    rank: int = setting(4, "Rank of the low-rank change of each attention matrix.", COUNT, section="Method")
+    num_class_images: int = setting(100, "Class images to generate where no folder is given.", IMAGE_COUNT)
+    rank: int = setting(
+        4, "Rank of the low-rank change of each attention matrix.", Range(1, most=4096), section="Method"
+    )
     lora_alpha: int | None = setting(
         None, "The low-rank change is scaled by alpha / rank; alpha is the rank by default.", COUNT
     )
@@ -154,7 +156,7 @@ class CustomDiffusionConfig(TrainingConfig):
     class_data_dir: str | None = setting(
         None, "Folder with class images; by default the base model generates them before training."
     )
-    num_class_images: int = setting(200, "Class images to generate where no folder is given.", COUNT)
+    num_class_images: int = setting(200, "Class images to generate where no folder is given.", IMAGE_COUNT)
     prior_loss_weight: float = setting(
         1.0, "Weight of the loss on class images; 0 trains without them.", NOT_NEGATIVE, section="Method"
     )

@@ -7,9 +7,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
 from dvar.config.fields import (
+    BATCH,
     COUNT,
+    IMAGE_COUNT,
     NOT_NEGATIVE,
     POSITIVE,
+    SAMPLING_STEPS,
+    SEED,
     Range,
     invalid_fields,
     replace_invalid_fields,
@@ -49,7 +53,9 @@ class TrainingConfig(ObjectiveConfig):
     instance_data_dir: str | None = setting(
         None, "Folder with the images of the concept.", section="Data", alias="train_data_dir"
     )
-    resolution: int = setting(512, "Side of the square training images in pixels, a multiple of 8.", Range(8))
+    resolution: int = setting(
+        512, "Side of the square training images in pixels, a multiple of 8.", Range(8, most=8192)
+    )
     center_crop: bool = setting(True, "Crop the middle square; otherwise squeeze the whole image into a square.")
     random_flip: bool = setting(True, "Mirror each image left to right half of the time.")
 
@@ -74,8 +80,8 @@ class TrainingConfig(ObjectiveConfig):
     initializer: Literal["manual", "random", "clip", "clip-worst"] = setting(
         "manual", "How the known word is chosen: given, drawn from the vocabulary, or the best or the worst by a CLIP."
     )
-    num_vectors: int = setting(1, "Embedding vectors of the new word.", COUNT)
-    train_batch_size: int = setting(2, "Images in one forward pass of training.", COUNT)
+    num_vectors: int = setting(1, "Embedding vectors of the new word.", Range(1, most=75))
+    train_batch_size: int = setting(2, "Images in one forward pass of training.", BATCH)
     gradient_accumulation_steps: int = setting(1, "Forward passes in one step.", COUNT)
     optimizer: Literal["adamw", "adamw8bit", "sam", "prodigy"] = setting(
         "adamw", "AdamW, AdamW with 8-bit state, SAM over SGD, or Prodigy."
@@ -93,10 +99,10 @@ class TrainingConfig(ObjectiveConfig):
     max_grad_norm: float | None = setting(
         None, "Norm to which a larger gradient is scaled down; none by default.", POSITIVE
     )
-    seed: int = setting(0, "Seed of all randomness.", NOT_NEGATIVE)
+    seed: int = setting(0, "Seed of all randomness.", SEED)
 
     probe_every: int = setting(1, "Steps between two evaluations of the held batch.", COUNT, section="Stopping")
-    eval_batch_size: int = setting(8, "Inputs in the held batch.", COUNT)
+    eval_batch_size: int = setting(8, "Inputs in the held batch.", BATCH)
     eval_timesteps: Literal["uniform", "stratified"] = setting(
         "uniform", "Timesteps of the held batch: each drawn from all, or one from each of as many equal parts of them."
     )
@@ -108,8 +114,8 @@ class TrainingConfig(ObjectiveConfig):
         None, "Prompt of the sample images; by default a plain one with the concept.", section="Sampling"
     )
     validation_steps: int = setting(500, "Steps between two sets of sample images.", COUNT)
-    num_validation_images: int = setting(8, "Images in a set.", COUNT)
-    num_inference_steps: int = setting(50, "Denoising steps of an image.", COUNT)
+    num_validation_images: int = setting(8, "Images in a set.", IMAGE_COUNT)
+    num_inference_steps: int = setting(50, "Denoising steps of an image.", SAMPLING_STEPS)
     guidance_scale: float = setting(7.5, "Classifier-free guidance of the sample images.", NOT_NEGATIVE)
     validation_scheduler: Sampler = setting(
         "model", "Scheduler of the sample images: the model's own, or one that needs fewer steps, say 20."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -103,9 +104,9 @@ def _part_problems(part: Path) -> list[str]:
 
 
 def _mixture_problems(path: Path, family: BackboneEntry) -> list[str]:
-    """Return which parts of a model's folder are none of this family, or do not fit each other."""
+    """Return which parts of a model's folder are none of this family, do not fit each other, or have no scale."""
     configs = {part: read_json(path / part / _CONFIG) for part in family.kinds}
-    problems = []
+    problems = [line for part in ("vae", "vqvae") if part in configs for line in _scale_problems(part, configs[part])]
     for part, kinds in family.kinds.items():
         kind = configs[part].get("_class_name") or configs[part].get("model_type")
         if kind and kind not in kinds:
@@ -117,6 +118,14 @@ def _mixture_problems(path: Path, family: BackboneEntry) -> list[str]:
             message = f"{size} must be {total}, the sum of {' and '.join(parts)}, got {width}"
             problems.append(f"{message}: the folder is of several models, copy the model again")
     return problems
+
+
+def _scale_problems(part: str, config: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with the scale of the latents of an autoencoder, where its config says it."""
+    scale = config.get("scaling_factor", 1.0)
+    if isinstance(scale, int | float) and 0 < scale < math.inf:
+        return []
+    return [f"scaling_factor in {part}/{_CONFIG} must be a number above 0, got {scale!r}: copy the file again"]
 
 
 def _read_size(configs: Mapping[str, Mapping[str, Any]], name: str) -> int | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dvar.config.fields import COUNT, NOT_NEGATIVE, Config, invalid_fields, setting
+from dvar.config.fields import BATCH, COUNT, SEED, Config, invalid_fields, setting
 from dvar.config.training import TrainingConfig
 from dvar.errors import DvarError, RefusedInput, first_line, nearest
 from dvar.stopping.rule import RULE_DEFAULTS, build_rule
@@ -39,9 +39,9 @@ class LaunchConfig(Config):
         None,
         f"Held samples; {TrainingConfig.eval_batch_size} by default, where a small dataset gives some of them twice, "
         "with other noise.",
-        COUNT,
+        BATCH,
     )
-    dvar_seed: int = setting(0, "Seed of the held samples, their noise and their timesteps.", NOT_NEGATIVE)
+    dvar_seed: int = setting(0, "Seed of the held samples, their noise and their timesteps.", SEED)
     dvar_keep_best: bool = setting(
         False, "Save the weights of the step with the lowest L_det too, in the folder dvar-best beside the trace."
     )

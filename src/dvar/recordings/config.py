@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dvar.config.fields import COUNT, Config, invalid_fields, setting
+from dvar.config.fields import COUNT, SEED, Config, Range, invalid_fields, setting
 from dvar.config.methods import PAPER_METHODS
 from dvar.config.training import BUNDLED_MODEL
 
@@ -47,7 +47,9 @@ class RecordConfig(Config):
     )
 
     records: str = setting("records", "Folder of all recorded runs.", section="Where and how")
-    workers: int | None = setting(None, "Runs at once; by default one for each GPU, or else for each core.", COUNT)
+    workers: int | None = setting(
+        None, "Runs at once; by default one for each GPU, or else for each core.", Range(1, most=1024)
+    )
     estimate: bool = setting(False, "Only list what is recorded and what is missing, and estimate how long it takes.")
 
     @property
@@ -62,8 +64,8 @@ def record_problems(config: RecordConfig) -> list[str]:
     `dvar.recordings.spec.RecordingSpec.validate` looks up methods and concepts.
     """
     problems = [message for _, message in invalid_fields(config)]
-    if not problems and min(config.seeds) < 0:
-        problems.append(f"seeds must be at least 0, got {min(config.seeds)}")
+    if not problems:
+        problems += [f"seeds must be {SEED}, got {seed}" for seed in config.seeds if seed not in SEED]
     if config.config and len(config.methods) > 1:
         problems.append(f"settings are of one method, got {', '.join(config.methods)}: name one before --config")
     if config.panel:

@@ -5,7 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from dvar.config.fields import COUNT, NOT_NEGATIVE, POSITIVE, Config, invalid_fields, replace_invalid_fields, setting
+from dvar.config.fields import (
+    COUNT,
+    IMAGE_COUNT,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SAMPLING_STEPS,
+    SEED,
+    Config,
+    invalid_fields,
+    replace_invalid_fields,
+    setting,
+)
 from dvar.config.training import Sampler, TrainingConfig
 from dvar.stopping.rule import RULE_DEFAULTS
 from dvar.stopping.rules import RULES
@@ -19,10 +30,10 @@ class GenerateConfig(Config):
     """Every setting of ``dvar generate``."""
 
     prompt: str | None = setting(None, "Text of the images; write the learned word where the subject goes.")
-    num_images: int = setting(4, "Number of images.", COUNT)
-    seed: int = setting(0, "Seed of the first image; each further one has the next.", NOT_NEGATIVE)
+    num_images: int = setting(4, "Number of images.", IMAGE_COUNT)
+    seed: int = setting(0, "Seed of the first image; each further one has the next.", SEED)
     guidance_scale: float | None = setting(None, "Classifier-free guidance; the run's own by default.", NOT_NEGATIVE)
-    num_inference_steps: int | None = setting(None, "Denoising steps; the run's own by default.", COUNT)
+    num_inference_steps: int | None = setting(None, "Denoising steps; the run's own by default.", SAMPLING_STEPS)
     scheduler: Sampler | None = setting(None, "Scheduler that samples; the run's own by default.")
     output: str | None = setting(None, "Folder for the images; 'generated' in the run's folder by default.")
 

@@ -7,7 +7,7 @@ from dataclasses import MISSING, dataclass
 from typing import Literal
 from urllib.parse import urlsplit
 
-from dvar.config.fields import COUNT, NOT_NEGATIVE, Config, Range, invalid_fields, setting
+from dvar.config.fields import COUNT, NOT_NEGATIVE, SEED, Config, Range, invalid_fields, setting
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")  # addresses that only this machine can reach
 
@@ -22,10 +22,10 @@ class SurveyBuildConfig(Config):
     output_dir: str = setting("survey", "Folder of the survey.", section="Survey")
     candidate: str = setting("DVAR", "Name of the run that is named first in each pair.")
     baseline: str = setting("baseline", "Name of the run that is named second.")
-    overlap: int = setting(10, "Number of raters for each pair.", COUNT)
+    overlap: int = setting(10, "Number of raters for each pair.", Range(1, most=100_000))
     per_person: int = setting(40, "Maximum number of pairs of each question for one rater.", COUNT)
     control_every: int = setting(6, "One task in this many is a control with an obvious answer.", Range(2))
-    seed: int = setting(0, "Seed of orders and sides.", NOT_NEGATIVE)
+    seed: int = setting(0, "Seed of orders and sides.", SEED)
 
     generate: bool = setting(
         True, "Generate the images that the runs do not have yet; otherwise use those they have.", section="Images"
@@ -33,7 +33,7 @@ class SurveyBuildConfig(Config):
     scenes: str | None = setting(
         None, "Text file with one scene per line, such as 'on the beach'; eight built-in scenes by default."
     )
-    images_per_prompt: int = setting(2, "Number of images of each prompt from each run.", COUNT)
+    images_per_prompt: int = setting(2, "Number of images of each prompt from each run.", Range(1, most=1000))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +63,10 @@ class SurveyScoreConfig(Config):
         0.8, "Share of the controls that must be right for a rater's votes to count.", NOT_NEGATIVE
     )
     confidence: float = setting(0.95, "Coverage of the intervals.", Range(0.5, 1))
-    resamples: int = setting(2000, "Number of resamples of raters and concepts for the intervals.", Range(100))
-    seed: int = setting(0, "Seed of the resamples.", NOT_NEGATIVE)
+    resamples: int = setting(
+        2000, "Number of resamples of raters and concepts for the intervals.", Range(100, most=1_000_000)
+    )
+    seed: int = setting(0, "Seed of the resamples.", SEED)
     output: str | None = setting(None, "Page to write; score.html in the survey's folder by default.")
 
 

@@ -126,6 +126,7 @@ class StockBackbone(ABC):
                 network.to(torch.float32).requires_grad_(False).eval()
             for key in (key for network in networks for key, part in network.state_dict().items() if part.is_meta):
                 raise ModelError(f"{name} lacks weights, {key} among them: copy the model again")
+            backbone.check_values(name)
             digest = _digest(networks, backbone.noise)
             for network in networks:  # each weight in its precision at once: a GPU need not hold them all in float32
                 precision = PRECISIONS[mixed_precision] if network is backbone.denoiser else torch.float32
@@ -153,6 +154,21 @@ class StockBackbone(ABC):
         missing = [part for part in self.embeds_keys if getattr(self.stock, part) is None and part not in self.optional]
         if missing:
             raise ModelError(f"{name} lacks its {missing[0]}: copy the model again, or choose another")
+
+    def check_values(self, name: str | Path) -> None:
+        """Raise a `ModelError` if a weight or the scale of the latents of the model ``name`` is of no use."""
+        for network in self.modules:
+            for key, weight in network.state_dict().items():
+                if not weight.isfinite().all():
+                    raise ModelError(
+                        f"{name} holds weights that are not finite, {key} among them: copy the model again"
+                    )
+        scale = torch.as_tensor(self.schedule.scaling_factor, dtype=torch.float32)
+        if not (scale.isfinite() & (scale > 0)).all():
+            raise ModelError(
+                f"the latents of a model are scaled by a number above 0, {name} scales them by {scale.tolist()}: "
+                "copy the config of its autoencoder again"
+            )
 
     @property
     @abstractmethod
