@@ -1,7 +1,7 @@
 """Stage 8: measure the shipped folder against its bars and write the figures beside it.
 
 ``python -m pretraining.evaluate`` reads ``src/dvar/mini/`` (or ``--root``) only, not ``work/``, draws everything it
-needs from fixed seeds, and writes ``figures.json`` and ``README.md`` there.
+needs from fixed seeds, and writes ``figures.json`` and ``README.md`` there; ``--flow`` measures the second model.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
@@ -26,7 +26,7 @@ from dvar.mini.world.captions import FACTS
 from dvar.mini.world.classes import CLASSES
 from dvar.mini.world.concepts import held_out
 from dvar.mini.world.places import PLACES
-from dvar.mini.world.scene import COLOURS, PATTERNS, render, sample_scene, sample_subject
+from dvar.mini.world.scene import COLOURS, PATTERNS, SIZE, render, sample_scene, sample_subject
 from pretraining.attention import hard_share, hardness
 from pretraining.autoencoder import psnr
 from pretraining.details import ACCENT, accent_prompts, cmmd, estimates, nearest_colours, proportion_prompts, rise
@@ -44,6 +44,9 @@ BARS = {
     "prompted accent, %": 92, "proportion moves as asked, % (chance 50)": 60,
     "same subject nearer, % of triples": 90,
 }  # fmt: skip
+FLOW_BARS = {"prompted class, %": 97, "prompted place, %": 97, "prompted main colour, %": 92, "prompted pattern, %": 85}
+"""Those of the second model, where they differ."""
+Figures = dict[str, dict[str, float]]
 SAMPLING_STEPS, GUIDANCE = 25, 5.0
 """Of every image that is measured."""
 MOST_CMMD = 1.0
@@ -54,10 +57,10 @@ MOST_HARD = 10
 """The limit of the hard queries of each attention module of the U-Net, in percent."""
 
 
-def verdict(name: str, value: float) -> tuple[str, bool] | None:
+def verdict(name: str, value: float, bars: dict[str, int] = BARS) -> tuple[str, bool] | None:
     """Return the bar of a figure as the page shows it, and whether ``value`` meets it; None where there is none."""
-    if name in BARS:
-        return f"≥ {BARS[name]}", value >= BARS[name]
+    if name in bars:
+        return f"≥ {bars[name]}", value >= bars[name]
     limit = MOST_HARD if name.startswith(HARD_QUERIES) else LIMITS.get(name)
     return None if limit is None else (f"≤ {limit}", value <= limit)
 
@@ -207,7 +210,7 @@ def prompts(n: int) -> tuple[list[str], np.ndarray]:
 
 
 def draw(
-    pipe: StableDiffusionPipeline,
+    pipe: DiffusionPipeline,
     texts: list[str],
     steps: int = SAMPLING_STEPS,
     guidance: float = GUIDANCE,
@@ -223,14 +226,14 @@ def draw(
             guidance_scale=guidance,
             generator=generators,
             output_type="np",
-            height=64,
-            width=64,
+            height=SIZE,
+            width=SIZE,
         )
         pictures.append((made.images * 255).round().astype(np.uint8))
     return np.concatenate(pictures)
 
 
-def details(pipe: StableDiffusionPipeline, judge: recogniser.Recogniser, n: int) -> dict[str, float]:
+def details(pipe: DiffusionPipeline, judge: recogniser.Recogniser, n: int) -> dict[str, float]:
     """Return how often the accent is read as asked, of n prompts and of renderings, and whether proportions follow."""
     texts, nouns, accents = accent_prompts(n, UNSEEN)
     read = nearest_colours(estimates(judge, draw(pipe, texts), nouns)[:, ACCENT])
@@ -255,10 +258,10 @@ def sheet(pixels: np.ndarray, path: Path) -> None:
 DERIVED = ("vocab.json", "merges.txt")  # from tokenizer.json, by `ship.save_vocabulary`
 
 
-def folder_hash(root: Path = ROOT) -> str:
+def folder_hash(root: Path = ROOT, parts: tuple[str, ...] = ("model", "judges")) -> str:
     """sha256 over the names and bytes of the shipped weights, without the derived files."""
     digest = hashlib.sha256()
-    for path in sorted([*(root / "model").rglob("*"), *(root / "judges").rglob("*")]):
+    for path in sorted(path for part in parts for path in (root / part).rglob("*")):
         if path.is_file() and path.name not in DERIVED:
             digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
@@ -273,14 +276,13 @@ def conditioner(text_encoder: CLIPTextModel, root: Path) -> CLIPModel:
     return model
 
 
-def measure(n_prompts: int, grid: Path | None, root: Path = ROOT) -> dict[str, dict[str, float]]:
+def measure(n_prompts: int, grid: Path | None, root: Path = ROOT) -> Figures:
+    """The first model, its judges included."""
     pipe = StableDiffusionPipeline.from_pretrained(root / "model", safety_checker=None)
-    pipe.set_progress_bar_config(disable=True)
-    judge = recogniser.load(root / "judges" / "recogniser.safetensors")
-    scorer = CLIPModel.from_pretrained(root / "judges" / "clip", dtype=torch.float32).eval()
+    judge, scorer = load_judges(root)
     pictures = draw_pictures(UNSEEN, 1, 1000, style="photo")
     shown = truths(pictures.facts)
-    figures: dict[str, dict[str, float]] = {"autoencoder": reconstruction(pipe.vae)}
+    figures: Figures = {"autoencoder": reconstruction(pipe.vae)}
     for title, model in {
         "the CLIP that conditions": conditioner(pipe.text_encoder, root).eval(),
         "the CLIP that scores": scorer,
@@ -292,17 +294,40 @@ def measure(n_prompts: int, grid: Path | None, root: Path = ROOT) -> dict[str, d
     figures["the recogniser"] = {f"recogniser: {name}, %": value for name, value in right.items()}
     figures["the recogniser"] |= knows_subjects(judge)
     figures |= attention(pipe)
+    return figures | measure_pictures(pipe, judge, scorer, n_prompts, grid)
+
+
+def measure_flow(n_prompts: int, grid: Path | None, root: Path = ROOT) -> Figures:
+    """The second model, which shares the autoencoder and the judges of the first."""
+    pipe = StableDiffusion3Pipeline.from_pretrained(root / "flow", text_encoder_3=None, tokenizer_3=None)
+    return measure_pictures(pipe, *load_judges(root), n_prompts, grid)
+
+
+def load_judges(root: Path) -> tuple[recogniser.Recogniser, CLIPModel]:
+    """The recogniser and the CLIP that scores."""
+    scorer = CLIPModel.from_pretrained(root / "judges" / "clip", dtype=torch.float32).eval()
+    return recogniser.load(root / "judges" / "recogniser.safetensors"), scorer
+
+
+def measure_pictures(
+    pipe: DiffusionPipeline, judge: recogniser.Recogniser, scorer: CLIPModel, n_prompts: int, grid: Path | None
+) -> Figures:
+    """What a model draws, and how fast."""
+    pipe.set_progress_bar_config(disable=True)
     texts, facts = prompts(n_prompts)
     pixels, wanted = draw(pipe, texts), truths(facts)
     if grid is not None:
         sheet(pixels, grid)
-    figures["pictures, read by the recogniser"] = {
-        f"prompted {name}, %": value for name, value in recognised(judge, pixels, wanted).items()
+    figures: Figures = {
+        "pictures, read by the recogniser": {
+            f"prompted {name}, %": value for name, value in recognised(judge, pixels, wanted).items()
+        },
+        "pictures, read by the CLIP that scores": {
+            f"{name} as prompted, %": value for name, value in zero_shot(scorer, pipe.tokenizer, pixels, wanted).items()
+        },
+        "details, read by the recogniser": details(pipe, judge, n_prompts // 2),
     }
-    figures["pictures, read by the CLIP that scores"] = {
-        f"{name} as prompted, %": value for name, value in zero_shot(scorer, pipe.tokenizer, pixels, wanted).items()
-    }
-    figures["details, read by the recogniser"] = details(pipe, judge, n_prompts // 2)
+    pictures = draw_pictures(UNSEEN, 1, 1000, style="photo")
     captions, _ = captions_for(pictures.facts, np.random.default_rng(UNSEEN))
     generated, rendered = (picture_features(scorer, each) for each in (draw(pipe, captions), pictures.pixels))
     figures["1,000 captions, generated against rendered"] = {"CMMD": cmmd(generated, rendered)}
@@ -310,19 +335,34 @@ def measure(n_prompts: int, grid: Path | None, root: Path = ROOT) -> dict[str, d
     return figures
 
 
-def seconds(pipe: StableDiffusionPipeline) -> float:
+def seconds(pipe: DiffusionPipeline) -> float:
     """What one image takes."""
-    began = time.perf_counter()
-    pipe("a photo of a mug", num_inference_steps=SAMPLING_STEPS, guidance_scale=GUIDANCE, output_type="np")
+    began, size = time.perf_counter(), {"height": SIZE, "width": SIZE}
+    pipe("a photo of a mug", num_inference_steps=SAMPLING_STEPS, guidance_scale=GUIDANCE, output_type="np", **size)
     return time.perf_counter() - began
 
 
-def page(figures: dict[str, dict[str, float]], recipe: dict[str, dict[str, Any]], digest: str) -> str:
-    """The README beside the weights: every figure, its bar, whether it is met, and what the weights were made of."""
+def table(figures: Figures, bars: dict[str, int] = BARS) -> list[str]:
+    """Every figure, its bar and whether it is met, as lines."""
+    lines = ["| part | figure | measured | bar | met |", "|---|---|---:|---:|---|"]
+    for part, values in figures.items():
+        for name, value in values.items():
+            bar, met = verdict(name, value, bars) or ("", None)
+            lines.append(f"| {part} | {name} | {value:.{1 if value >= 1 else 2}f} | {bar} | {MET[met]} |")
+    return lines
+
+
+def page(record: dict[str, Any], recipe: dict[str, dict[str, Any]]) -> str:
+    """The README beside the weights: the figures of each model, and what the weights were made of.
+
+    Args:
+        record: What ``figures.json`` has: "sha256" and "figures", and the same of the second model under "flow".
+        recipe: What ``recipe.json`` has.
+    """
     lines = [
-        "# The bundled model",
+        "# The bundled models",
         "",
-        "A small, complete latent diffusion model, trained by this project on images of a world that it renders;",
+        "Small, complete latent diffusion models, trained by this project on images of a world that it renders.",
         "`StableDiffusionPipeline.from_pretrained` loads `model/` as it is. `judges/` (a second CLIP, the rest of the",
         (
             "conditioning CLIP, a recogniser) only score images. `concepts/` holds 60 subjects that "
@@ -336,15 +376,20 @@ def page(figures: dict[str, dict[str, float]], recipe: dict[str, dict[str, Any]]
         "",
         "Measured on fixed prompts and seeds; the last column says whether a bar is met.",
         "",
-        "| part | figure | measured | bar | met |",
-        "|---|---|---:|---:|---|",
+        *table(record["figures"]),
+        "",
+        "Command: `python -m pretraining.evaluate`  ",
+        f"sha256 of the weights: `{record['sha256']}`",
     ]
-    for part, values in figures.items():
-        for name, value in values.items():
-            bar, met = verdict(name, value) or ("", None)
-            lines.append(f"| {part} | {name} | {value:.{1 if value >= 1 else 2}f} | {bar} | {MET[met]} |")
-    lines += ["", "Command: `python -m pretraining.evaluate`  ", f"sha256 of the weights: `{digest}`", ""]
-    lines += ["| stage | steps of pictures | seed | data, sha256 |", "|---|---:|---:|---|"]
+    if flow := record.get("flow"):
+        lines += ["", "mini-flow, in `flow/`, loads into `StableDiffusion3Pipeline`:", ""]
+        lines += table(flow["figures"], BARS | FLOW_BARS)
+        lines += [
+            "",
+            "Command: `python -m pretraining.evaluate --flow`  ",
+            f"sha256 of the weights: `{flow['sha256']}`",
+        ]
+    lines += ["", "| stage | steps of pictures | seed | data, sha256 |", "|---|---:|---:|---|"]
     for stage, made in recipe.items():
         lines.append(f"| {stage} | {made['reached']:,} × {made['batch']} | {made['seed']} | `{made['data'][:16]}` |")
     return "\n".join([*lines, ""])
@@ -354,14 +399,22 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--flow", action="store_true", help="measure the second model")
     parser.add_argument("--grid", type=Path, default=None, help="also save the prompted pictures as one PNG")
     parser.add_argument("--root", type=Path, default=ROOT, help="where `ship` put what is measured")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
-    figures, digest = measure(chosen.prompts, chosen.grid, chosen.root), folder_hash(chosen.root)
-    (chosen.root / "figures.json").write_text(json.dumps({"sha256": digest, "figures": figures}, indent=1) + "\n")
+    path = chosen.root / "figures.json"
+    record = json.loads(path.read_text()) if path.exists() else {}
+    if chosen.flow:
+        figures = measure_flow(chosen.prompts, chosen.grid, chosen.root)
+        record["flow"] = {"sha256": folder_hash(chosen.root, ("flow",)), "figures": figures}
+    else:
+        figures = measure(chosen.prompts, chosen.grid, chosen.root)
+        record |= {"sha256": folder_hash(chosen.root), "figures": figures}
+    path.write_text(json.dumps(record, indent=1) + "\n")
     recipe = json.loads((chosen.root / "recipe.json").read_text())
-    (chosen.root / "README.md").write_text(page(figures, recipe, digest))
+    (chosen.root / "README.md").write_text(page(record, recipe))
     print((chosen.root / "README.md").read_text())
 
 

@@ -25,7 +25,8 @@ from transformers import CLIPModel, CLIPTokenizer
 from dvar import mini
 from dvar.analysis.eligibility import MIN_RUNS, Eligibility
 from dvar.config.methods import PAPER_METHODS
-from dvar.config.presets import configure, preset_settings
+from dvar.config.presets import TABLE, configure, preset_settings
+from dvar.config.training import BUNDLED_MODEL, BUNDLED_MODELS
 from dvar.diffusion.sampling import sample
 from dvar.mini import recogniser
 from dvar.mini.world.classes import CLASSES
@@ -42,6 +43,8 @@ from pretraining.training import WORK
 RUNS = WORK / "science"
 FROZEN = Path(__file__).with_name("frozen.json")
 GATES = ROOT / "gate.json"
+PARTS = {"mini": ("model", "judges"), "mini-flow": ("flow",)}
+"""The folders that each base model is made of."""
 CADENCE, PROBE_EVERY = 25, 5
 SHARES = (0.0, 0.02, 0.05, 0.1, 0.17, 0.25, 0.35, 0.5, 0.75, 1.0)
 """Parts of the cap at which pictures are drawn and scored, rounded to checkpoints."""
@@ -66,12 +69,13 @@ class Trial:
     rate: float
     seed: int
     cap: int
+    base: str = BUNDLED_MODEL
     model: Path | None = None
-    """The folder of a pipeline, in place of the one that ships."""
+    """The folder of a pipeline, in place of the one that ships under the name of the base."""
 
     @property
     def folder(self) -> Path:
-        runs = RUNS if self.model is None else RUNS / self.model.parent.name
+        runs = RUNS / (self.base if self.model is None else self.model.parent.name)
         return runs / f"{self.method}-{self.concept}-{self.rate:g}-{self.seed}-{self.cap}"
 
 
@@ -140,9 +144,9 @@ def train(trial: Trial, shares: Sequence[float] = SHARES) -> None:
         "output_dir": run,
         "learning_rate": trial.rate,
         "seed": trial.seed,
+        "pretrained_model_name_or_path": trial.model or trial.base,
+        "preset": trial.base,
     }
-    if trial.model is not None:
-        given |= {"pretrained_model_name_or_path": trial.model, "preset": "mini"}
     config = replace(
         configure(given, PAPER_METHODS[trial.method]),
         max_train_steps=trial.cap,
@@ -198,14 +202,13 @@ def gate(runs: Sequence[Path]) -> Eligibility:
     )
 
 
-def keep(method: str, found: Eligibility) -> None:
-    """Write the gate of a method beside the model, for the laboratory."""
+def keep(base: str, method: str, found: Eligibility) -> None:
+    """Write the gate of a method beside the models, for the laboratory."""
     whole = json.loads(GATES.read_text()) if GATES.exists() else {}
-    if whole.get("sha256") != folder_hash():
-        whole = {"sha256": folder_hash(), "gates": {}}
-    gates = whole["gates"] | {method: asdict(found)}
-    whole["gates"] = {known: gates[known] for known in PAPER_METHODS if known in gates}
-    GATES.write_text(json.dumps(whole, indent=1) + "\n")
+    of_base, digest = whole.get(base, {}), folder_hash(parts=PARTS[base])
+    gates = (of_base["gates"] if of_base.get("sha256") == digest else {}) | {method: asdict(found)}
+    of_base = {"sha256": digest, "gates": {known: gates[known] for known in PAPER_METHODS if known in gates}}
+    GATES.write_text(json.dumps(whole | {base: of_base}, indent=1) + "\n")
 
 
 def _concept(run: Path) -> str:
@@ -218,21 +221,24 @@ def curve(runs: Sequence[Path], part: str, key: str) -> list[float]:
     return [float(np.mean([row[part][key] for row in rows])) for rows in zip(*records, strict=True)]
 
 
-def frozen() -> dict[str, str]:
-    """What may not change once a concept of the laboratory has been run, each part by its sha256: the weights (and
-    with them the vocabulary), and how each method trains on the bundled model.  When it is judged and shown may."""
-    chosen = {
-        method: json.dumps(
-            {key: value for key, value in preset_settings("mini", method).items() if key not in WATCHED}, sort_keys=True
-        )
-        for method in PAPER_METHODS
-    }
-    return {"weights": folder_hash()} | {name: sha256(text.encode()).hexdigest() for name, text in chosen.items()}
+def frozen() -> dict[str, dict[str, str]]:
+    """What may not change of a base model that ships once a concept of the laboratory has been run, each part by its
+    sha256: the weights (and with them the vocabulary), and how each method trains on it.  When it is judged and shown
+    may."""
+    parts: dict[str, dict[str, str]] = {}
+    for base in BUNDLED_MODELS:
+        if (ROOT / PARTS[base][0]).exists():
+            parts[base] = {"weights": folder_hash(parts=PARTS[base])}
+            for method in sorted({row.method for row in TABLE if row.name == base}, key=[*PAPER_METHODS].index):
+                chosen = {key: value for key, value in preset_settings(base, method).items() if key not in WATCHED}
+                parts[base][method] = sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
+    return parts
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("action", choices=("train", "score", "compare", "freeze", "judge"))
+    parser.add_argument("--base", default=BUNDLED_MODEL, choices=BUNDLED_MODELS)
     parser.add_argument("--method", default="textual-inversion")
     parser.add_argument("--learning_rates", type=float, nargs="+", help="the preset's by default")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -247,11 +253,11 @@ def main() -> None:
         FROZEN.write_text(json.dumps(frozen(), indent=1) + "\n")
         print(FROZEN.read_text(), end="")
         return
-    preset = preset_settings("mini", chosen.method)
+    preset = preset_settings(chosen.base, chosen.method)
     steps = chosen.steps or preset["max_train_steps"]
     for rate in chosen.learning_rates or [preset["learning_rate"]]:
         trials = [
-            Trial(chosen.method, name, rate, seed, steps, chosen.model)
+            Trial(chosen.method, name, rate, seed, steps, chosen.base, chosen.model)
             for seed in chosen.seeds
             for name in chosen.concepts
         ]
@@ -267,13 +273,15 @@ def main() -> None:
             continue
         runs = [trial.folder for trial in whole]
         if not runs:
-            print(f"{chosen.method}, learning rate {rate:g}, cap {steps}: no run was scored, train first")
+            print(
+                f"{chosen.base}, {chosen.method}, learning rate {rate:g}, cap {steps}: no run was scored, train first"
+            )
             continue
         if chosen.action == "compare":
             shown = {f"{part} {key}": curve(runs, part, key)[-1] for part, key in AT_THE_CAP}
             print(f"{rate:g}: {len(runs)} runs;", ", ".join(f"{name} {value:.3f}" for name, value in shown.items()))
             continue
-        print(f"== {chosen.method}, learning rate {rate:g}: {len(runs)} runs")
+        print(f"== {chosen.base}, {chosen.method}, learning rate {rate:g}: {len(runs)} runs")
         found = gate(runs)
         print(
             {name: round(value, 3) for name, value in asdict(found).items()},
@@ -282,7 +290,7 @@ def main() -> None:
         )
         frozen_run = rate == preset["learning_rate"] and steps == preset["max_train_steps"] and chosen.model is None
         if frozen_run and found.runs >= MIN_RUNS:
-            keep(chosen.method, found)
+            keep(chosen.base, chosen.method, found)
         for part, keys in (("plain", ("identity", "first", "class", "clip image")), ("placed", ("place", "clip text"))):
             for key in keys:
                 print(f"{part:7s}{key:12s}", *(f"{value:8.3f}" for value in curve(runs, part, key)))

@@ -112,6 +112,14 @@ def test_lean_differs_from_paper_only_in_its_cadence_and_timesteps(method: str) 
     assert lean["window"] // lean["probe_every"] >= 9
 
 
+def test_mini_flow_has_presets_of_its_own_for_the_methods_that_it_can() -> None:
+    flow = {"pretrained_model_name_or_path": "mini-flow"}
+    presets = {method: configure(flow, config_type).preset for method, config_type in PAPER_METHODS.items()}
+    assert presets == {"textual-inversion": "mini-flow", "dreambooth-lora": "mini-flow", "custom-diffusion": "lean"}
+    settings = {"initializer_token": "mug", "instance_data_dir": "images"}
+    assert problems(configure(flow | settings, TextualInversionConfig)) == []
+
+
 def test_settings_override_the_preset_and_the_preset_overrides_defaults() -> None:
     config = configure({"learning-rate": 0.5, "train_data_dir": Path("images")}, TextualInversionConfig)
     assert (config.learning_rate, config.instance_data_dir) == (0.5, "images")
@@ -120,7 +128,9 @@ def test_settings_override_the_preset_and_the_preset_overrides_defaults() -> Non
 
 
 def test_an_unknown_preset_is_refused_with_the_nearest() -> None:
-    with pytest.raises(RefusedInput, match="preset must be one of lean, mini, paper, v1, got 'papr': try paper"):
+    with pytest.raises(
+        RefusedInput, match="preset must be one of lean, mini, mini-flow, paper, v1, got 'papr': try paper"
+    ):
         configure({"preset": "papr"}, TextualInversionConfig)
 
 

@@ -113,7 +113,9 @@ def test_the_recogniser_reads_the_classes_of_the_concepts(judge: recogniser.Reco
 
 def test_without_the_weights_the_message_names_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(mini, "_HERE", tmp_path)
-    with pytest.raises(RefusedInput, match="pip install dvar-mini"):
+    with pytest.raises(RefusedInput, match="the bundled model is not installed: pip install dvar-mini"):
         mini.path()
+    with pytest.raises(RefusedInput, match="the bundled model mini-flow is not installed: pip install dvar-mini"):
+        mini.path("mini-flow")
     with pytest.raises(RefusedInput, match="pip install dvar-mini"):
         mini.concepts()

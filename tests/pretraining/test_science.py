@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from dvar import mini
+from dvar.config.methods import PAPER_METHODS
 from dvar.config.presets import preset_settings
 from dvar.stopping.trace import Trace
 from pretraining import science
@@ -44,19 +45,22 @@ def test_the_gate_of_kept_runs_has_the_figures_they_have(tmp_path: Path) -> None
 def test_a_saved_gate_names_the_weights_it_was_measured_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(science, "GATES", tmp_path / "gate.json")
     gate = science.gate([write_run(tmp_path, 0, [0.1, 0.5, 0.7, 0.7], 0.1)])
-    science.keep("custom-diffusion", gate)
-    science.keep("textual-inversion", gate)
+    science.keep("mini", "custom-diffusion", gate)
+    science.keep("mini", "textual-inversion", gate)
     content = json.loads(science.GATES.read_text())
-    assert [*content["gates"]] == ["textual-inversion", "custom-diffusion"]
-    assert content["sha256"] == json.loads(science.FROZEN.read_text())["weights"]
-    science.GATES.write_text(json.dumps({**content, "sha256": "other weights"}))
-    science.keep("textual-inversion", gate)
-    assert [*json.loads(science.GATES.read_text())["gates"]] == ["textual-inversion"]
+    assert [*content["mini"]["gates"]] == ["textual-inversion", "custom-diffusion"]
+    assert content["mini"]["sha256"] == json.loads(science.FROZEN.read_text())["mini"]["weights"]
+    other = {**content["mini"], "sha256": "other weights"}
+    science.GATES.write_text(json.dumps({"mini": other, "mini-flow": other}))
+    science.keep("mini", "textual-inversion", gate)
+    content = json.loads(science.GATES.read_text())
+    assert [*content["mini"]["gates"]] == ["textual-inversion"]
+    assert content["mini-flow"] == other
 
 
 def test_the_gates_that_ship_are_of_the_weights_that_ship() -> None:
     ships = Path(mini.__file__).with_name("gate.json")
-    assert json.loads(ships.read_text())["sha256"] == json.loads(science.FROZEN.read_text())["weights"]
+    assert json.loads(ships.read_text())["mini"]["sha256"] == json.loads(science.FROZEN.read_text())["mini"]["weights"]
     assert [*mini.gates()] == ["textual-inversion", "dreambooth-lora", "custom-diffusion"]
 
 
@@ -71,6 +75,6 @@ def test_only_what_moves_the_training_is_frozen(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(science, "preset_settings", lambda name, method: own(name, method) | {"window": 7})
     assert science.frozen() == before
     monkeypatch.setattr(science, "preset_settings", lambda name, method: own(name, method) | {"learning_rate": 7.0})
-    changed = science.frozen()
-    assert changed["weights"] == before["weights"]
-    assert all(changed[method] != before[method] for method in before if method != "weights")
+    for base, changed in science.frozen().items():
+        assert changed["weights"] == before[base]["weights"]
+        assert all(changed[method] != before[base][method] for method in PAPER_METHODS if method in changed)

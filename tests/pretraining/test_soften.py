@@ -173,7 +173,9 @@ def test_a_projection_with_a_bias_is_scaled_whole() -> None:
 @pytest.mark.parametrize(("value", "met"), [(0.0, True), (10.0, True), (10.1, False), (100.0, False)])
 def test_hard_queries_have_a_bar_that_can_be_missed(value: float, met: bool) -> None:
     assert evaluate.verdict("hard queries, down 2.0 self, %", value) == ("≤ 10", met)
-    page = evaluate.page({"the U-Net's attention": {"hard queries, down 2.0 self, %": value}}, {}, "0")
+    page = evaluate.page(
+        {"sha256": "0", "figures": {"the U-Net's attention": {"hard queries, down 2.0 self, %": value}}}, {}
+    )
     assert ("**no**" in page) is not met
 
 

@@ -106,7 +106,7 @@ def test_a_base_model_that_is_not_installed_is_left_out_by_name(monkeypatch: pyt
     with pytest.raises(RefusedInput, match="--panel flow cannot be recorded: no mini-flow here"):
         plan("flow")
     monkeypatch.setattr(panel_plan, "model_problems", lambda name: [])
-    assert len(plan("flow")) == 24
+    assert len(plan("flow")) == 16
     assert {spec.folder.name for spec in plan("flow")} == {"0,model=mini-flow"}
 
 

@@ -39,6 +39,7 @@ def test_vectors_that_are_not_finite_are_never_written(tmp_path: Path, value: fl
     ("model", "base", "loads"),
     [
         ("mini", None, "from_pretrained(str(dvar.mini.path()))"),
+        ("mini-flow", None, 'from_pretrained(str(dvar.mini.path("mini-flow")))'),
         ("owner/model", "base_model: owner/model", 'from_pretrained("owner/model")'),
         ("/home/someone/models/sd15", None, 'from_pretrained("sd15")'),
     ],

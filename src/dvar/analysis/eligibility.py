@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from dvar import mini
 from dvar.analysis import strategies
 from dvar.analysis.stop_quality import average_concepts
-from dvar.config.training import BUNDLED_MODEL
+from dvar.config.training import BUNDLED_MODELS
 from dvar.recordings.archive import RecordingArchive
 from dvar.recordings.recorded_run import SCORE, RecordedRun
 
@@ -162,14 +162,15 @@ def judge_eligibility(archive: RecordingArchive, method: str) -> Eligibility | N
     """Return the eligibility of a method by the archive's tuning runs.
 
     Returns:
-        With fewer than `MIN_RUNS` tuning runs: for the bundled model the eligibility measured when its settings were
+        With fewer than `MIN_RUNS` tuning runs: for a bundled model the eligibility measured when its settings were
         frozen, for any other model None.
     """
     runs = archive.tuning_runs(method)
     if len(runs) >= MIN_RUNS:
         return Eligibility.of_runs(runs)
-    bundled = all(run.config.get("pretrained_model_name_or_path") == BUNDLED_MODEL for run in archive.runs_of(method))
-    return Eligibility(**figures) if bundled and (figures := mini.gates().get(method)) else None
+    names = {run.config.get("pretrained_model_name_or_path") for run in archive.runs_of(method)}
+    figures = mini.gates(names.pop()).get(method) if len(names) == 1 and names <= {*BUNDLED_MODELS} else None
+    return Eligibility(**figures) if figures else None
 
 
 def _fall_over_jitter(values: NDArray[np.float64]) -> float:

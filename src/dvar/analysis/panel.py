@@ -13,13 +13,12 @@ from dvar.analysis.families import FAMILIES, StrategyFamily
 from dvar.analysis.prefilter import Prefilter
 from dvar.analysis.stop_quality import LearningCurve
 from dvar.config.presets import preset_settings
-from dvar.config.training import BUNDLED_MODEL
+from dvar.config.training import BUNDLED_MODELS
 from dvar.errors import RefusedInput
 from dvar.recordings.archive import RecordingArchive
 from dvar.recordings.mixture import base_model_problems, group_runs, name_groups, name_some
 from dvar.recordings.panel import PRESET, PROTOCOL, name_variation
 from dvar.recordings.recorded_run import CHOOSE, Floats, RecordedRun, Steps
-from dvar.recordings.setting import FLOW_MODEL
 from dvar.stopping.octave import Octave
 from dvar.stopping.rules import Dvar, Rule
 from dvar.stopping.trace import LOSS, Trace
@@ -244,9 +243,9 @@ def _mixture_problems(runs: Sequence[RecordedRun]) -> list[str]:
         problems.append(f"the panel is of one protocol, got {name_groups(protocols)}: name the records of one alone")
     problems += base_model_problems(runs)
     models = group_runs((str(run.config.get("pretrained_model_name_or_path")), run) for run in runs)
-    if others := {model: of_model for model, of_model in models.items() if model not in (BUNDLED_MODEL, FLOW_MODEL)}:
+    if others := {model: of_model for model, of_model in models.items() if model not in BUNDLED_MODELS}:
         names = name_groups(others)
-        problems.append(f"the panel is of {BUNDLED_MODEL} and {FLOW_MODEL}, got {names}: take the others away")
+        problems.append(f"the panel is of {' and '.join(BUNDLED_MODELS)}, got {names}: take the others away")
     return problems
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from dvar.config.fields import canonical_settings
 from dvar.config.methods import PAPER_METHODS
-from dvar.config.training import BUNDLED_MODEL, TrainingConfig
+from dvar.config.training import BUNDLED_MODEL, BUNDLED_MODELS, FLOW_MODEL, TrainingConfig
 from dvar.errors import RefusedInput, nearest
 
 C = TypeVar("C", bound=TrainingConfig)
@@ -167,6 +167,17 @@ def _lean(row: PresetRow) -> PresetRow:
     return lean
 
 
+_FLOW = {
+    "learning_rate": ("as for mini; not tuned yet", ""),
+}
+"""What is said of the settings of mini-flow in place of what is said of those of mini, by setting."""
+
+
+def _flow(row: PresetRow) -> PresetRow:
+    source, expected = _FLOW.get(row.setting, (row.source, row.expected))
+    return replace(row, name=FLOW_MODEL, source=source, expected=expected)
+
+
 _V1 = {
     "window": (282, "command of the first version"),
     "threshold": (0.39, "command of the first version"),
@@ -186,6 +197,7 @@ def _v1(row: PresetRow) -> PresetRow:
 TABLE = (
     *_PAPER_AND_MINI,
     *(_lean(row) for row in _PAPER_AND_MINI if row.name == "paper"),
+    *(_flow(row) for row in _PAPER_AND_MINI if row.name == "mini" and row.method != CUSTOM),
     *(_v1(row) for row in _PAPER_AND_MINI if (row.name, row.method) == ("paper", TI)),
 )
 
@@ -207,8 +219,9 @@ def preset_settings(name: str, method: str = TI) -> dict[str, Any]:
 def configure(values: Mapping[str, Any], config_type: type[C]) -> C:
     """Return the config of a run: ``values`` over the preset over the defaults.
 
-    Without a ``preset`` in ``values`` it is "mini" for the bundled model and "lean" for any other; methods of other
-    packages have none. The config keeps the name. Ranges are not checked here: `dvar.config.training.problems`.
+    Without a ``preset`` in ``values`` it is that of the bundled model, "mini" or "mini-flow", and "lean" for any other
+    model; methods of other packages have none. The config keeps the name. Ranges are not checked here:
+    `dvar.config.training.problems`.
 
     Args:
         values: Settings by field name or alias; paths may be `Path`.
@@ -221,6 +234,7 @@ def configure(values: Mapping[str, Any], config_type: type[C]) -> C:
     named = canonical_settings(plain, config_type)
     name, model = named.get("preset"), named.get("pretrained_model_name_or_path", BUNDLED_MODEL)
     if not name and config_type.method in _DEFAULTS:
-        name = "mini" if model == BUNDLED_MODEL else "lean"
+        own = model in BUNDLED_MODELS and any((row.name, row.method) == (model, config_type.method) for row in TABLE)
+        name = model if own else "lean"
     preset = preset_settings(name, config_type.method) if name else {}
     return config_type(**{**preset, **named, "preset": name})

@@ -22,7 +22,9 @@ from dvar.config.fields import (
 from dvar.config.objective import ObjectiveConfig, objective_conflicts
 from dvar.config.templates import PLAIN_PROMPTS, TEMPLATES
 
-BUNDLED_MODEL = "mini"
+BUNDLED_MODEL, FLOW_MODEL = "mini", "mini-flow"
+BUNDLED_MODELS = {BUNDLED_MODEL: "the bundled model", FLOW_MODEL: "mini-flow, the second bundled model"}
+"""What pages call the models that come with dvar, by name; the second is a transformer of flow matching."""
 Sampler = Literal["model", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DDIMScheduler"]
 """Schedulers of diffusers that images can be generated with, beside the model's own."""
 Conflicts = Iterator[tuple[set[str], str]]
@@ -60,7 +62,9 @@ class TrainingConfig(ObjectiveConfig):
     random_flip: bool = setting(True, "Mirror each image left to right half of the time.")
 
     pretrained_model_name_or_path: str = setting(
-        BUNDLED_MODEL, "Hub id or diffusers folder of the base model, or 'mini', the bundled one.", section="Model"
+        BUNDLED_MODEL,
+        "Hub id or diffusers folder of the base model, or a bundled one: 'mini' or 'mini-flow'.",
+        section="Model",
     )
     clip_model: str | None = setting(
         None, "Hub id or folder of the CLIP for --initializer clip and --best_by clip; the bundled model has its own."
@@ -291,7 +295,7 @@ def _clip_conflicts(config: TrainingConfig) -> Conflicts:
     """Yield what is wrong with the CLIP, or with judging the best step by it."""
     choices = {"initializer": config.initializer, "best_by": config.best_by}
     uses = [f"{name} {choice}" for name, choice in choices.items() if choice.startswith("clip")]
-    if uses and not config.clip_model and config.pretrained_model_name_or_path != BUNDLED_MODEL:
+    if uses and not config.clip_model and config.pretrained_model_name_or_path not in BUNDLED_MODELS:
         message = f"clip_model is missing: {uses[0]} needs the folder or hub id of a CLIP"
         yield {*choices, "clip_model"}, f"{message}, such as openai/clip-vit-base-patch32"
     if config.clip_model and not uses:

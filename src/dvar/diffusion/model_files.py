@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from dvar import mini
-from dvar.config.training import BUNDLED_MODEL, TrainingConfig
+from dvar.config.training import BUNDLED_MODELS, TrainingConfig
 from dvar.diffusion.families import BackboneEntry, find_family
 from dvar.errors import ModelError, RefusedInput, first_line
 from dvar.files import read_json
@@ -30,9 +30,9 @@ def problems(config: TrainingConfig) -> list[str]:
 def model_problems(name: str) -> list[str]:
     """Return what is wrong with a base model, given by hub id, by folder, or as the bundled one."""
     path = Path(name).expanduser()
-    if name == BUNDLED_MODEL:
+    if name in BUNDLED_MODELS:
         try:
-            mini.path()
+            mini.path(name)
         except RefusedInput as error:
             return list(error.problems)
         return []

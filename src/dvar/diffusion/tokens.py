@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dvar import mini
-from dvar.config.training import BUNDLED_MODEL
+from dvar.config.training import BUNDLED_MODELS
 from dvar.errors import ModelError, first_line
 from dvar.files import read_json
 
@@ -21,8 +21,8 @@ LANGUAGE_MODEL_TEXT = 480
 
 
 def model_path(name: str) -> str:
-    """Return the folder or hub id of a base model; "mini" is the bundled one."""
-    return str(mini.path()) if name == BUNDLED_MODEL else os.path.expanduser(name)
+    """Return the folder or hub id of a base model, which may be a bundled one."""
+    return str(mini.path(name)) if name in BUNDLED_MODELS else os.path.expanduser(name)
 
 
 def read_index(name: str | Path) -> dict[str, Any]:

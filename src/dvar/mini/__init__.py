@@ -1,4 +1,4 @@
-"""The bundled model, a small latent diffusion model of a world of its own, and the concepts that it never saw."""
+"""The bundled models, small latent diffusion models of one made-up world, and the concepts that they never saw."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from dvar.errors import RefusedInput
 
 _HERE = Path(__file__).parent
+_FOLDERS = {"mini": "model", "mini-flow": "flow"}
 TUNING = (
     "pink_checked_house",
     "brown_boot",
@@ -26,15 +27,19 @@ TUNING = (
 """The twelve concepts that settings are chosen on; every table is made on the other 48."""
 
 
-def path() -> Path:
-    """Return the model's folder in the format of diffusers, for ``StableDiffusionPipeline.from_pretrained``.
+def path(name: str = "mini") -> Path:
+    """Return the folder of a bundled model in the format of diffusers.
+
+    Args:
+        name: "mini", for ``StableDiffusionPipeline.from_pretrained``, or "mini-flow", for ``StableDiffusion3Pipeline``.
 
     Raises:
         RefusedInput: The weights, which are a distribution of their own, are not installed.
     """
-    folder = _HERE / "model"
+    folder = _HERE / _FOLDERS[name]
     if not (folder / "model_index.json").exists():
-        raise RefusedInput(["the bundled model is not installed: pip install dvar-mini, or name another model"])
+        model = "the bundled model" if name == "mini" else f"the bundled model {name}"
+        raise RefusedInput([f"{model} is not installed: pip install dvar-mini, or name another model"])
     return folder
 
 
@@ -61,10 +66,10 @@ def concepts() -> dict[str, Path]:
     return {name: folders[name] for name in sorted(folders, key=lambda name: (name in TUNING, name))}
 
 
-def gates() -> dict[str, dict[str, Any]]:
-    """Return the `dvar.analysis.eligibility.Eligibility` of each method, measured when the model was frozen."""
-    gates: dict[str, dict[str, Any]] = json.loads((_HERE / "gate.json").read_text(encoding="utf-8"))["gates"]
-    return gates
+def gates(name: str = "mini") -> dict[str, dict[str, Any]]:
+    """Return the `dvar.analysis.eligibility.Eligibility` of each method, measured when a bundled model was frozen."""
+    models: dict[str, dict[str, Any]] = json.loads((_HERE / "gate.json").read_text(encoding="utf-8"))
+    return dict(models[name]["gates"]) if name in models else {}
 
 
 def noun(name: str) -> str:

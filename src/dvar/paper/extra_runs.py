@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dvar.config.training import BUNDLED_MODEL, TrainingConfig
+from dvar.config.training import BUNDLED_MODEL, BUNDLED_MODELS, TrainingConfig
 from dvar.errors import CheckpointError, RefusedInput
 from dvar.mini import TUNING
 from dvar.paper.config import ReproduceConfig
@@ -94,7 +94,7 @@ class ExtraRuns:
 
     def describe(self, spec: RecordingSpec) -> str:
         """Return what a caption must say about a run."""
-        model = "the bundled model" if spec.model == BUNDLED_MODEL else spec.model
+        model = BUNDLED_MODELS.get(spec.model, spec.model)
         small = " A small run (--quick): the whole one is longer, with larger batches." if self.quick else ""
         concepts = f"1, the first by name ({spec.concept.replace('_', ' ')})"
         return f"{method_title(spec.method)}. Base model: {model}. Concepts: {concepts}; seeds: 1.{small}"

@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from dvar.analysis.stop_quality import MIN_CONCEPTS, ORACLE, MeanInterval
-from dvar.config.training import BUNDLED_MODEL
+from dvar.config.training import BUNDLED_MODELS
 from dvar.html.tables import Column, cells
 from dvar.paper.style import DOTS, STYLE
 from dvar.recordings.recorded_run import RecordedRun
@@ -125,7 +125,7 @@ class Provenance:
         )
 
     def __str__(self) -> str:
-        model = ", ".join("the bundled model" if name == BUNDLED_MODEL else name for name in self.models)
+        model = ", ".join(BUNDLED_MODELS.get(name, name) for name in self.models)
         images = " or ".join(map(str, self.images))
         fewer = ", ".join(f"{count} of {method_title(method)}" for method, count in self.fewer)
         concepts = f"{len(self.concepts)} ({fewer})" if fewer else f"{len(self.concepts)}"

@@ -25,7 +25,7 @@ class RecordConfig(Config):
     concepts: tuple[str, ...] | None = setting(None, "Concepts by name; by default all but the tuning concepts.")
     first: int | None = setting(None, "Record only the first so many of these concepts.", COUNT)
     seeds: tuple[int, ...] = setting((0,), "Seeds of the runs.")
-    model: str = setting(BUNDLED_MODEL, "A hub id, a diffusers folder, or 'mini', the bundled model.")
+    model: str = setting(BUNDLED_MODEL, "A hub id, a diffusers folder, or a bundled model: 'mini' or 'mini-flow'.")
     concepts_dir: str | None = setting(
         None, "Folder of concepts, each a folder of images with NAME.json beside it; by default the bundled concepts."
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from dvar.config.training import BUNDLED_MODEL
+from dvar.config.training import BUNDLED_MODELS
 from dvar.recordings.recorded_run import RecordedRun
 
 _UNKNOWN = "a model from before headers named it"
@@ -18,7 +18,7 @@ def base_model_problems(runs: Iterable[RecordedRun]) -> list[str]:
     problems = []
     models = group_runs((str(run.config.get("pretrained_model_name_or_path")), run) for run in runs)
     for model, of_model in models.items():
-        judged = [run for run in of_model if model == BUNDLED_MODEL or "base" in run.header]
+        judged = [run for run in of_model if model in BUNDLED_MODELS or "base" in run.header]
         bases = group_runs((str(run.header["base"])[:12] if "base" in run.header else _UNKNOWN, run) for run in judged)
         if len(bases) > 1:
             rule = f"base model {model} must be one and the same, got {name_groups(bases)}"

@@ -8,9 +8,8 @@ from hashlib import sha256
 from typing import Any
 
 from dvar.config.methods import PAPER_METHODS
-from dvar.config.training import BUNDLED_MODEL
+from dvar.config.training import BUNDLED_MODEL, FLOW_MODEL
 from dvar.recordings.concepts import concept_folders, laboratory_concepts, read_noun
-from dvar.recordings.setting import FLOW_MODEL
 
 PROTOCOL = "panel"
 TI, LORA, CUSTOM = PAPER_METHODS
@@ -74,7 +73,7 @@ STAGES = (
         "shift", "learning rate × 1/2 and × 2", 8, SHIFTED, (Variation("rate × 1/2", 0.5), Variation("rate × 2", 2.0))
     ),
     PanelStage("main", "all methods", 16, tuple(PAPER_METHODS), (PRESET,)),
-    PanelStage("flow", "second base model", 8, tuple(PAPER_METHODS), (Variation("mini-flow", model=FLOW_MODEL),)),
+    PanelStage("flow", "second base model", 8, SHIFTED, (Variation("mini-flow", model=FLOW_MODEL),)),
     PanelStage(
         "images",
         "1, 3 and 10 images",

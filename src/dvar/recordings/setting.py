@@ -23,8 +23,6 @@ MONITORING = ("window", "threshold", "validation_steps", "num_validation_images"
 """When a run is judged and sampled: any rule reads a recorded run, so these may change without making it another."""
 MODEL, IMAGES = "model", "images"
 """Names of what is no setting of a method: the base model, and the number of instance images."""
-FLOW_MODEL = "mini-flow"
-"""The second bundled model, of flow matching."""
 _MAX_NAME = 120
 
 Setting = Mapping[str, Mapping[str, Any]]

@@ -15,7 +15,7 @@ from dvar import mini
 from dvar.config.fields import read_settings
 from dvar.config.methods import PAPER_METHODS, CustomDiffusionConfig
 from dvar.config.presets import configure
-from dvar.config.training import BUNDLED_MODEL, TrainingConfig
+from dvar.config.training import BUNDLED_MODEL, BUNDLED_MODELS, TrainingConfig
 from dvar.errors import RefusedInput, nearest
 from dvar.recordings.concept_images import list_image_files, write_training_images
 from dvar.recordings.concepts import MIN_IMAGES, concept_folders, laboratory_concepts, read_noun, read_prompts
@@ -29,7 +29,6 @@ from dvar.recordings.protocol import (
 )
 from dvar.recordings.recorded_run import file_digest
 from dvar.recordings.setting import (
-    FLOW_MODEL,
     IMAGES,
     LOCATIONS,
     MODEL,
@@ -53,7 +52,7 @@ class RecordingSpec:
     Attributes:
         records: The folder of all recorded runs.
         protocol: How much is measured, by its name in `PROTOCOLS`.
-        model: The base model: a hub id, a diffusers folder, or "mini".
+        model: The base model: a hub id, a diffusers folder, or a bundled one by name.
         concepts: A folder of concepts, each a folder of images, with its "noun" in NAME.json beside it; None for the
             bundled concepts.
         clip: The CLIP that scores; None for the bundled one.
@@ -131,7 +130,7 @@ class RecordingSpec:
     @property
     def bundled(self) -> bool:
         """Whether this is a bundled model on a bundled concept, whose images can be judged further."""
-        return self.model in (BUNDLED_MODEL, FLOW_MODEL) and self.concepts is None
+        return self.model in BUNDLED_MODELS and self.concepts is None
 
     @cached_property
     def noun(self) -> str:
@@ -206,7 +205,8 @@ class RecordingSpec:
             judged["prompts"] = list(prompts)
         if self.lpips:  # a recording without one stays what it was
             judged["lpips"] = self.lpips
-        weights = {"weights": _bundled_weights()} if BUNDLED_MODEL in (self.model, self.clip or BUNDLED_MODEL) else {}
+        model = self.model if self.model in BUNDLED_MODELS else BUNDLED_MODEL
+        weights = {"weights": _bundled_weights(model)} if model == self.model or not self.clip else {}
         measured = {"plan": self.protocol, **PROTOCOLS[self.protocol].conditions}
         settings = _identifying_settings(self.config)
         if IMAGES in self.setting:
@@ -305,10 +305,10 @@ def _identifying_settings(config: TrainingConfig) -> dict[str, Any]:
 
 
 @cache
-def _bundled_weights() -> str:
-    """Return the SHA-256 of the bundled model and judges: with other weights a recording is another one."""
+def _bundled_weights(model: str) -> str:
+    """Return the SHA-256 of a bundled model and of the judges: with other weights a recording is another one."""
     digest = sha256()
-    for folder in (mini.path(), mini.judges()):
+    for folder in (mini.path(model), mini.judges()):
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             digest.update(file_digest(path).encode())
     return digest.hexdigest()

@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dvar.config.training import BUNDLED_MODEL
+from dvar.config.training import BUNDLED_MODELS
 from dvar.html.images import embed_image
 from dvar.html.templates import pluralise, render, write_page
 from dvar.runs import report_figures
 from dvar.runs.run_folder import RunFolder
 from dvar.stopping.diagnosis import Reason
 from dvar.training.loading_code import STABLE_DIFFUSION, import_lines, load_lines
+from dvar.training.model_card import bundled_source
 from dvar.training.run_layout import REPORT
 
 NEXT_STEPS = {
@@ -63,7 +64,7 @@ def render_report(run: RunFolder) -> str:
         run=run,
         verdict=run.verdict,
         subject=run.settings.subject,
-        model="the bundled model" if model == BUNDLED_MODEL else model,
+        model=BUNDLED_MODELS.get(model, model),
         next_step=NEXT_STEPS.get(run.verdict.reason) if run.result else None,
         numbers=list(_key_numbers(run)),
         figures=report_figures,
@@ -108,12 +109,12 @@ def _program(run: RunFolder) -> str:
         result["weights"],
         result.get("family", STABLE_DIFFUSION),
     )
-    bundled = model == BUNDLED_MODEL
+    bundled = model in BUNDLED_MODELS
     lines = [
         *["import dvar.mini"] * bundled,
         *import_lines(weights, family),
         "",
-        f"pipeline = DiffusionPipeline.from_pretrained({'str(dvar.mini.path())' if bundled else _quote(model)})",
+        f"pipeline = DiffusionPipeline.from_pretrained({bundled_source(model) if bundled else _quote(model)})",
         *load_lines(weights, run.config["output_dir"], run.config["placeholder_token"], family),
         f'pipeline(prompt={_quote(_prompt(run))}).images[0].save("image.png")',
     ]

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from dvar.config.training import BUNDLED_MODEL, TrainingConfig
+from dvar.config.training import BUNDLED_MODEL, BUNDLED_MODELS, TrainingConfig
 from dvar.files import write_atomically
 from dvar.stopping.verdict import Verdict
 from dvar.training.loading_code import STABLE_DIFFUSION, import_lines, load_lines
@@ -50,7 +50,8 @@ def _facts(
     name = config.pretrained_model_name_or_path
     # A card travels: it must not tell where its writer keeps a model.
     public_name, licence = public_model_name(config), _licence(name)
-    model = "the model bundled with dvar" if name == BUNDLED_MODEL else f"`{public_name}`"
+    bundled = name in BUNDLED_MODELS
+    model = f"`{name}`, bundled with dvar" if bundled else f"`{public_name}`"
     settings = {
         "first word": config.initializer_token,
         "vectors": config.num_vectors,
@@ -66,10 +67,10 @@ def _facts(
         "head": (f"base_model: {name}\n" * is_on_hub(name)) + (f"license: {licence}\n" if licence else ""),
         "model": model,
         "licence": f"{licence}, that of the base model" if licence else f"that of the base model, {model}",
-        "source": "str(dvar.mini.path())" if name == BUNDLED_MODEL else f'"{public_name}"',
+        "source": bundled_source(name) if bundled else f'"{public_name}"',
         "tags": "".join(f"\n- {tag}" for tag in config.tags),
         "title": config.title,
-        "imports": "\n".join(["import dvar.mini"] * (name == BUNDLED_MODEL) + import_lines(weights, family)),
+        "imports": "\n".join(["import dvar.mini"] * bundled + import_lines(weights, family)),
         "loads": "\n".join(load_lines(weights, ".", config.placeholder_token, family)),
         "subject": config.subject,
         "learned": config.learned[:1].upper() + config.learned[1:],
@@ -81,9 +82,14 @@ def _facts(
     }
 
 
+def bundled_source(name: str) -> str:
+    """Return the Python expression for the folder of a bundled model."""
+    return "str(dvar.mini.path())" if name == BUNDLED_MODEL else f'str(dvar.mini.path("{name}"))'
+
+
 def _licence(name: str) -> str | None:
     """Return the licence that a base model's own card names, where the card is at hand."""
-    if name == BUNDLED_MODEL:
+    if name in BUNDLED_MODELS:
         return "apache-2.0"
     card = Path(name).expanduser() / MODEL_CARD
     parts = card.read_text(encoding="utf-8", errors="replace").split("---") if card.is_file() else []

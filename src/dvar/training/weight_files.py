@@ -11,7 +11,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dvar._version import __version__
-from dvar.config.training import BUNDLED_MODEL, TrainingConfig
+from dvar.config.training import BUNDLED_MODELS, TrainingConfig
 from dvar.errors import NonFiniteLoss
 from dvar.files import write_atomically
 from dvar.training.run_layout import EMBEDS, of_token
@@ -64,7 +64,7 @@ def public_model_name(config: TrainingConfig) -> str:
 
 def is_on_hub(name: str) -> bool:
     """Return whether a base model's name is a hub id."""
-    return name != BUNDLED_MODEL and not Path(name).expanduser().exists()
+    return name not in BUNDLED_MODELS and not Path(name).expanduser().exists()
 
 
 def split_by_token(files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Mapping[str, Tensor]]:
