@@ -85,7 +85,7 @@ def save_flow(folder: Path) -> None:
 
 
 def save_recipe(path: Path, stages: tuple[str, ...] = MADE_OF) -> None:
-    """Stage by stage: steps, seed, learning rate, a hash of the data, versions; what it says of the other model stays."""
+    """Stage by stage: steps, seed, learning rate, a hash of the data, versions; of the other model, what was there."""
     before = json.loads(path.read_text()) if path.exists() else {}
     made = {stage: json.loads((WORK / stage / "stage.json").read_text()) for stage in stages}
     recipe = {stage: made.get(stage, before.get(stage)) for stage in (*MADE_OF, *MADE_OF_FLOW)}
