@@ -12,7 +12,7 @@ STAGES = (
     ("autoencoder", "--batch 16 --steps 3000"),
     ("clip", "--batch 96 --steps 2600"),
     ("latents", "--steps 40"),
-    ("unet", "--batch 96 --steps 9000 --bound 25 --learning_rate 1.5e-3"),
+    ("unet", "--batch 96 --steps 8000 --bound 25 --learning_rate 1.5e-3"),
     ("clip", "--name vision --batch 96 --steps 3400"),
     ("clip", "--name judge --batch 96 --steps 6000"),
     ("recogniser", "--batch 64 --steps 7000"),
