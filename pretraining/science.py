@@ -42,6 +42,7 @@ from pretraining.training import WORK
 
 RUNS = WORK / "science"
 FROZEN = Path(__file__).with_name("frozen.json")
+"""What `frozen` returned when it was frozen, and under "recorded" the weights of mini in ``docs/traces.npz``."""
 GATES = ROOT / "gate.json"
 PARTS = {"mini": ("model", "judges"), "mini-flow": ("flow",)}
 """The folders that each base model is made of."""
@@ -250,7 +251,8 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     if chosen.action == "freeze":
-        FROZEN.write_text(json.dumps(frozen(), indent=1) + "\n")
+        recorded = json.loads(FROZEN.read_text())["recorded"]
+        FROZEN.write_text(json.dumps(frozen() | {"recorded": recorded}, indent=1) + "\n")
         print(FROZEN.read_text(), end="")
         return
     preset = preset_settings(chosen.base, chosen.method)

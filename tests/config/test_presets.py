@@ -44,7 +44,7 @@ def test_the_first_version_s_settings_are_those_of_its_command() -> None:
         {"preset": "v1", "instance_data_dir": "images", "initializer_token": "mug"}, TextualInversionConfig
     )
     assert problems(config) == []
-    with pytest.raises(RefusedInput, match="preset must be one of lean, mini, paper, got 'v1'"):
+    with pytest.raises(RefusedInput, match="preset must be one of lean, mini, mini-flow, paper, got 'v1'"):
         preset_settings("v1", "dreambooth-lora")
 
 
