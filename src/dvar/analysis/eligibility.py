@@ -11,7 +11,6 @@ from numpy.typing import ArrayLike, NDArray
 from dvar import mini
 from dvar.analysis import strategies
 from dvar.analysis.stop_quality import average_concepts
-from dvar.config.training import BUNDLED_MODELS
 from dvar.recordings.archive import RecordingArchive
 from dvar.recordings.recorded_run import SCORE, RecordedRun
 
@@ -168,8 +167,8 @@ def judge_eligibility(archive: RecordingArchive, method: str) -> Eligibility | N
     runs = archive.tuning_runs(method)
     if len(runs) >= MIN_RUNS:
         return Eligibility.of_runs(runs)
-    names = {run.config.get("pretrained_model_name_or_path") for run in archive.runs_of(method)}
-    figures = mini.gates(names.pop()).get(method) if len(names) == 1 and names <= {*BUNDLED_MODELS} else None
+    names = {str(run.config.get("pretrained_model_name_or_path")) for run in archive.runs_of(method)}
+    figures = mini.gates(*names).get(method) if len(names) == 1 else None
     return Eligibility(**figures) if figures else None
 
 
