@@ -174,7 +174,7 @@ def test_a_file_may_name_the_preset_and_a_flag_another(configs: list[TextualInve
         (["train", "dreambooth"], "dreambooth-lora"),
         (["train", "textual-inversion", "--rank", "4"], "unknown flag --rank"),
         (["train", "custom-diffusion", "--class_nown", "mug"], "the nearest known one is --class_noun"),
-        (["train", "dreambooth-lora", "--preset", "papr"], "must be one of lean, mini, mini-flow, paper, got 'papr': try paper"),
+        (["train", "dreambooth-lora", "--preset", "papr"], "lean, mini, mini-flow, paper, got 'papr': try paper"),
         (["generat"], 'Did you mean "generate"?'),
         (["generate"], "RUN"),
         (["generate", "run"], "--prompt"),
