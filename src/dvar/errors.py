@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 # DvarError
 # ├── RefusedInput     (ValueError)       settings, images or files that cannot be used, all problems at once
+# │   └── FolderInUse                     a folder that another process is writing
 # ├── TraceError       (ValueError)       a record or a trace file that breaks the order or the shape of a trace
 # ├── CheckpointError                     a checkpoint that is damaged, or made under other settings
 # ├── ModelError                          a model folder or hub id that cannot be loaded or does not fit
@@ -35,6 +36,10 @@ class RefusedInput(DvarError, ValueError):
 
     def __str__(self) -> str:
         return "\n".join(self.problems)
+
+
+class FolderInUse(RefusedInput):
+    """A folder that another process is writing: the same may be accepted later."""
 
 
 class TraceError(DvarError, ValueError):

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from dvar.errors import RefusedInput
+from dvar.errors import FolderInUse
 
 if sys.platform == "win32":
     import msvcrt
@@ -24,7 +24,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
     """Hold a folder while it is written; it is made where it does not exist, and removed if nothing was written.
 
     Raises:
-        RefusedInput: Another process holds it.
+        FolderInUse: Another process holds it.
     """
     missing = next((parent for parent in (folder, *folder.parents) if parent.exists()), folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ def lock_path(path: Path, written: Path) -> Iterator[None]:
     """Hold a lock at ``path``, a file that exists for as long, while ``written`` is written.
 
     Raises:
-        RefusedInput: Another process holds it.
+        FolderInUse: Another process holds it.
     """
     lock = _open_locked(path, written)
     try:
@@ -68,7 +68,7 @@ def _open_locked(path: Path, written: Path) -> IO[str]:
                 holder = lock.read(20).strip()
             process = f"process {holder}" if holder else "another process"
             lock.close()
-            raise RefusedInput([f"{written} is being written by {process}: wait for it, or end it"]) from error
+            raise FolderInUse([f"{written} is being written by {process}: wait for it, or end it"]) from error
         # Its last holder may have removed the file after it was opened here; then nobody else sees this lock.
         with suppress(OSError):
             if os.path.samestat(os.fstat(lock.fileno()), path.stat()):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from cyclopts import App, CycloptsError, UnknownOptionError
 
+from dvar.cli.batch import batch
 from dvar.cli.console import FAILED, INTERRUPTED, READER_GONE, REFUSED, discard_output, print_message, print_messages
 from dvar.cli.help_pages import format_terms
 from dvar.cli.integrate import integrate
@@ -36,7 +37,7 @@ def build_app(tokens: Sequence[str]) -> App:
     )
     app.command(build_train_app(tokens))
     app.command(build_survey_app())
-    for command in (launch, integrate, generate, export, report, replay, record, demo, concepts):
+    for command in (batch, launch, integrate, generate, export, report, replay, record, demo, concepts):
         app.command(command)
     app.command(reproduce, help_epilogue=_format_experiments() if "reproduce" in tokens else None)
     return app

@@ -30,6 +30,14 @@ Sampler = Literal["model", "DPMSolverMultistepScheduler", "UniPCMultistepSchedul
 Conflicts = Iterator[tuple[set[str], str]]
 """(fields concerned, problem) for values that are valid by themselves and cannot be used, alone or together."""
 
+FREE_FIELDS = frozenset(
+    (
+        *("preset", "instance_data_dir", "class_data_dir", "concepts_list", "output_dir", "overwrite"),
+        *("resume_from_checkpoint", "report_to", "checkpointing_steps", "checkpoints_total_limit", "extend", "keep"),
+    )
+)
+"""Fields that decide where a run reads and writes, not what it computes: they may differ when it is resumed."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig(ObjectiveConfig):

@@ -13,7 +13,7 @@ from types import FrameType
 
 import torch
 
-from dvar.config.training import TrainingConfig
+from dvar.config.training import FREE_FIELDS, TrainingConfig
 from dvar.diffusion.backbone import Backbone, load_backbone
 from dvar.diffusion.sampling import Abandoned
 from dvar.diffusion.tokens import model_path
@@ -32,28 +32,13 @@ from dvar.training.run_layout import CLASS_IMAGES, RESULT, checkpoint_name, find
 from dvar.training.token_initializer import choose_initializer_tokens, load_clip
 from dvar.training.trackers import Tracker
 
-# Fields that may differ when a run is resumed: they decide where it is written, not what it computes.
-_FREE_FIELDS = {
-    "preset",
-    "instance_data_dir",
-    "class_data_dir",
-    "concepts_list",
-    "output_dir",
-    "overwrite",
-    "resume_from_checkpoint",
-    "report_to",
-    "checkpointing_steps",
-    "checkpoints_total_limit",
-    "extend",
-    "keep",
-}
-
 
 def personalise(
     config: TrainingConfig,
     consumers: Sequence[Callable[[StepRecord], None]] = (),
     *,
     concept: Concept | None = None,
+    load: Callable[[TrainingConfig], Backbone] | None = None,
 ) -> TrainingResult:
     """Learn the concept of ``config`` by the method of its class, and write the run into its folder.
 
@@ -66,6 +51,7 @@ def personalise(
         config: The config of the run.
         consumers: Each is called with every `StepRecord`.
         concept: What `preflight` returned for this config; by default it is called here.
+        load: Loads the base model of a config, for callers that hold one already; by default `load_base_model`.
 
     Returns:
         How the run ended.
@@ -81,7 +67,7 @@ def personalise(
     Source: Sections 3.2, 3.3 and 4.1.
     """
     with _resource_errors(config), lock_folder(Path(config.output_dir).expanduser()):
-        run, checkpoint = prepare(config, concept)
+        run, checkpoint = prepare(config, concept, load)
         run.open(checkpoint)
         verdict = run.rule(run.learner.trace)
         tracker = Tracker(config.report_to, run.folder, run.config.to_dict())
@@ -103,7 +89,9 @@ def personalise(
         return run.result(verdict) if verdict.reason is Reason.INTERRUPTED else run.finish(verdict)
 
 
-def prepare(config: TrainingConfig, concept: Concept | None = None) -> tuple[TrainingRun, Checkpoint | None]:
+def prepare(
+    config: TrainingConfig, concept: Concept | None = None, load: Callable[[TrainingConfig], Backbone] | None = None
+) -> tuple[TrainingRun, Checkpoint | None]:
     """Return the run of ``config``, ready to be opened, and the checkpoint to resume it from.
 
     What is in its way is removed from its folder, and the initializer tokens and the class images that it needs are
@@ -117,7 +105,7 @@ def prepare(config: TrainingConfig, concept: Concept | None = None) -> tuple[Tra
     if new_problems := problems(config):  # another process may have begun a run there since the check, and ended it
         raise RefusedInput(new_problems)
     checkpoint = _checkpoint_to_resume(folder, config, concept) if config.resume_from_checkpoint else None
-    backbone = _load_base_model(config)
+    backbone = (load or load_base_model)(config)
     if checkpoint and (digest := checkpoint.facts["base"]) != backbone.digest:
         message = f"{checkpoint_name(checkpoint.step)} was made on another base model (its SHA-256 was {digest[:12]}..."
         remedy = "restore that one, or start another --output_dir"
@@ -143,7 +131,7 @@ def prepare(config: TrainingConfig, concept: Concept | None = None) -> tuple[Tra
     return TrainingRun(folder, config, concept, classes, backbone, method, clip), checkpoint
 
 
-def _load_base_model(config: TrainingConfig) -> Backbone:
+def load_base_model(config: TrainingConfig) -> Backbone:
     """Return the base model of ``config``."""
     backbone = load_backbone(
         model_path(config.pretrained_model_name_or_path),
@@ -170,7 +158,7 @@ def _checkpoint_to_resume(folder: Path, config: TrainingConfig, concept: Concept
     # A schedule that bends towards the cap makes other steps under another cap; a constant one does not.
     constant = config.lr_scheduler.startswith("constant")
     higher = config.max_train_steps > saved["max_train_steps"]
-    free = _FREE_FIELDS | ({"max_train_steps"} if config.extend and higher and constant else set())
+    free = FREE_FIELDS | ({"max_train_steps"} if config.extend and higher and constant else set())
     free |= {"initializer_token"} if config.initializer != "manual" else set()
     differences = [
         f"{key} was {saved.get(key)!r} and is {value!r}"

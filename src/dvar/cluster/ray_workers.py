@@ -1,0 +1,240 @@
+"""Workers that are actors of a Ray cluster."""
+
+# An actor supervises a process of its node, as a pool does on this machine: the process loads the base model once, may
+# crash without the actor, and ends by itself when the actor is gone.  Ray brings the actor back, here or on another
+# node, and the pool lets the task go on from its last checkpoint.
+
+from __future__ import annotations
+
+import os
+import platform
+import secrets
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from dvar._version import __version__
+from dvar.cluster.local import LocalWorker
+from dvar.cluster.task import ENDS, Report, Task, Worker
+from dvar.errors import RefusedInput, first_line
+
+try:
+    import ray
+    from ray.exceptions import RayError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+except ModuleNotFoundError as error:
+    raise ImportError(f"{__name__} needs {error.name}: pip install 'dvar[ray]'", name=error.name) from None
+
+CONNECT_SECONDS, NODE_SECONDS = 5.0, 60.0
+"""Seconds to wait for an address, and for a node to say what it has."""
+COMPARED = ("torch", "diffusers", "transformers", "peft")
+"""Packages whose versions change the results of a run."""
+
+
+class Supervisor:
+    """The actor of one worker: a process on its node."""
+
+    def __init__(self, name: str) -> None:
+        self.worker = LocalWorker(name)
+
+    def ping(self) -> str:
+        """Return the name of the node."""
+        return platform.node()
+
+    def run(self, task: Mapping[str, Any]) -> Iterator[Report]:
+        """Run a task and yield its reports."""
+        yield from self.worker.run(Task(**{**task, "log": Path(task["log"])}))
+
+    def cancel(self) -> None:
+        """Ask the task that is running to save and end."""
+        self.worker.cancel()
+
+
+class RayWorker:
+    """A worker somewhere on the cluster; it waits for a place, and for another one where its node is lost.
+
+    Args:
+        name: Its name, for people.
+        threads: CPUs that it needs.
+        gpus: GPUs that it needs, or the share of one.
+    """
+
+    def __init__(self, name: str, threads: int, gpus: float) -> None:
+        self.name = name
+        actor = ray.remote(Supervisor).options(num_cpus=threads, num_gpus=gpus, max_restarts=-1, max_concurrency=3)
+        self._actor = actor.remote(name)
+        self._ping: Any = None
+
+    def ready(self, seconds: float) -> bool:
+        """Return whether it has a place and answers, after waiting so long at most."""
+        self._ping = self._ping or self._actor.ping.remote()
+        answered, _ = ray.wait([self._ping], timeout=seconds)
+        if not answered:
+            return False
+        ping, self._ping = self._ping, None
+        try:
+            ray.get(ping)
+        except RayError:  # it was lost since, and is coming back
+            return False
+        return True
+
+    def run(self, task: Task) -> Iterator[Report]:
+        """Run a task and yield its reports; the last one is of `ENDS`."""
+        fields = {"name": task.name, "program": task.program, "argument": task.argument, "threads": task.threads}
+        try:
+            stream = self._actor.run.options(num_returns="streaming").remote({**fields, "log": str(task.log)})
+            for reference in stream:
+                report: Report = ray.get(reference)
+                yield report
+                if report["report"] in ENDS:
+                    return
+        except RayError as error:
+            yield {"report": "interrupted", "reason": f"the worker was lost: {_shortened(error)}"}
+
+    def cancel(self) -> None:
+        """Ask the task that is running to save and end."""
+        self._actor.cancel.remote()
+
+    def close(self) -> None:
+        """End the actor; its process ends with it."""
+        with suppress(RayError):
+            ray.kill(self._actor)
+
+    def kill(self) -> None:
+        """End the actor at once."""
+        self.close()
+
+
+def connect(address: str, workers: int, threads: int) -> None:
+    """Connect to a Ray cluster.
+
+    Args:
+        address: "auto" for the cluster that this machine is a part of or that RAY_ADDRESS names and, where there is
+            none, one that is started here; or HOST:PORT.
+        workers: Workers of a cluster that is started here.
+        threads: CPUs of each.
+
+    Raises:
+        RefusedInput: There is no cluster at this address, or it cannot be joined.
+    """
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "WARNING"}
+    address = os.environ.get("RAY_ADDRESS", "auto") if address == "auto" else address
+    if address.startswith("ray://"):
+        rule = f"ray must be an address HOST:PORT that this machine is a node of, got {address}"
+        raise RefusedInput([f"{rule}: submit the command with `ray job submit --address http://HOST:8265`"])
+    try:
+        if address != "auto":
+            _knock(address)
+        ray.init(address=address, **options)
+    except ConnectionError as error:
+        if address != "auto":
+            raise RefusedInput([_refusal(address, error)]) from error
+        ray.init(num_cpus=workers * threads, include_dashboard=False, **options)
+    except (OSError, ValueError, RuntimeError, RayError) as error:
+        raise RefusedInput([_refusal(address, error)]) from error
+
+
+def start_workers(workers: int | None, threads: int, gpus: float | None) -> list[Worker]:
+    """Return workers of the connected cluster: so many, or as many as it has places for now.
+
+    Args:
+        gpus: GPUs of each worker, or the share of one; by default 1 where the cluster has any.
+    """
+    resources = ray.cluster_resources()
+    gpus = float("GPU" in resources) if gpus is None else gpus
+    places = [int(resources.get("CPU", 0) // threads)]
+    if gpus:
+        places.append(int(resources.get("GPU", 0) / gpus + 1e-9))
+    return [RayWorker(f"ray-{number + 1}", threads, gpus) for number in range(workers or max(1, min(places)))]
+
+
+def node_problems(shared: Path | None) -> list[str]:
+    """Return what keeps the nodes of the connected cluster from running tasks of this version.
+
+    Args:
+        shared: A folder that every node must see, which exists here.
+    """
+    token = shared / f".{secrets.token_hex(8)}.seen" if shared else None
+    if token:
+        token.write_text("")
+    try:
+        return [problem for node in _list_nodes() for problem in _problems_of_node(node, token)]
+    finally:
+        if token:
+            token.unlink()
+
+
+def _list_nodes() -> list[dict[str, Any]]:
+    """Return the living nodes that can run something."""
+    return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+
+
+def _problems_of_node(node: Mapping[str, Any], token: Path | None) -> Iterator[str]:
+    name = f"node {node['NodeManagerAddress']}"
+    place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    inspect = ray.remote(_inspector()).options(num_cpus=0, scheduling_strategy=place, max_retries=0)
+    try:
+        facts = ray.get(inspect.remote(COMPARED, str(token or "")), timeout=NODE_SECONDS)
+    except (RayError, TimeoutError) as error:
+        yield f"every node must answer, and {name} does not ({_shortened(error)}): repair it or take it away"
+        return
+    ours = {"python": platform.python_version(), "dvar": __version__, **{name: _version(name) for name in COMPARED}}
+    theirs = facts["versions"]
+    differences = [f"{key} {theirs[key] or 'missing'}, not {ours[key]}" for key in ours if theirs[key] != ours[key]]
+    if differences:
+        rule = f"every node must have the versions of this machine, and {name} has {'; '.join(differences)}"
+        yield f"{rule}: install the same"
+    if token and not facts["sees"]:
+        yield f"every node must see output_dir, and {name} does not see {token.parent}: name a shared folder or a URL"
+
+
+def _inspector() -> Callable[[tuple[str, ...], str], dict[str, Any]]:
+    """Return the function that says what a node has; nested, so that Ray carries it to nodes without dvar."""
+
+    def inspect(packages: tuple[str, ...], token: str) -> dict[str, Any]:
+        import os
+        import platform
+        from importlib.metadata import PackageNotFoundError, version
+
+        versions: dict[str, str] = {"python": platform.python_version()}
+        for name in packages:
+            try:
+                versions[name] = version(name)
+            except PackageNotFoundError:
+                versions[name] = ""
+        try:
+            from dvar._version import __version__
+        except ModuleNotFoundError:
+            versions["dvar"] = ""
+        else:
+            versions["dvar"] = __version__
+        return {"versions": versions, "sees": os.path.exists(token)}
+
+    return inspect
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _knock(address: str) -> None:
+    """Raise an OSError or a ValueError if nothing listens at HOST:PORT; Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    with socket.create_connection((host, int(port)), CONNECT_SECONDS):
+        pass
+
+
+def _refusal(address: str, error: Exception) -> str:
+    return f"ray must be 'auto' or the address of a running cluster, got {address} ({first_line(error)}): check it"
+
+
+def _shortened(error: Exception) -> str:
+    """Return what Ray says last about an error: the cause, after the names of actor and node."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__)[:200]

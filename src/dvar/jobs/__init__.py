@@ -1,0 +1,1 @@
+"""Many runs: jobs from a file or a folder, trained by the workers of a pool."""

@@ -1,0 +1,57 @@
+"""A base model that a worker loads once, for all of its runs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from dvar.config.training import TrainingConfig
+from dvar.diffusion.backbone import Backbone
+from dvar.training.personalise import load_base_model
+
+_LOADED_BY = (
+    "pretrained_model_name_or_path",
+    "mixed_precision",
+    "gradient_checkpointing",
+    "attention_slicing",
+    "compile",
+)
+"""The settings that a base model is loaded by."""
+
+
+class BaseModels:
+    """A loader that holds the last base model and returns copies of it.
+
+    A copy has networks, tokenizers and caches of its own and shares the weights, which stay frozen: a method adds
+    parameters beside them.
+
+    Args:
+        load: Loads the base model of a config.
+    """
+
+    def __init__(self, load: Callable[[TrainingConfig], Backbone] = load_base_model) -> None:
+        self.load = load
+        self._key: tuple[Any, ...] = ()
+        self._model: Backbone | None = None
+
+    def __call__(self, config: TrainingConfig) -> Backbone:
+        """Return a copy of the base model of ``config``, untouched by any run before."""
+        if config.compile:  # a compiled network cannot be copied
+            return self.load(config)
+        key = tuple(getattr(config, name) for name in _LOADED_BY)
+        if self._model is None or key != self._key:
+            self._model = None  # never two of them in memory
+            self._model, self._key = self.load(config), key
+        return copy_sharing_weights(self._model)
+
+
+def copy_sharing_weights(backbone: Backbone) -> Backbone:
+    """Return a copy of a backbone whose parameters are others, over the same numbers in memory."""
+    weights = [weight for network in backbone.modules for weight in network.parameters()]
+    shared: dict[int, Any] = {
+        id(weight): nn.Parameter(weight.detach(), requires_grad=weight.requires_grad) for weight in weights
+    }
+    return copy.deepcopy(backbone, shared)

@@ -1,0 +1,184 @@
+"""A batch: many jobs, the events of their runs, and the summary."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dvar.cluster.local import LocalWorker, list_slots
+from dvar.cluster.pool import Pool, interrupting_signals
+from dvar.cluster.task import EventKind, Task, TaskEvent, Worker
+from dvar.config.fields import canonical_settings
+from dvar.errors import RefusedInput
+from dvar.files import write_json
+from dvar.jobs.config import BatchConfig, batch_problems
+from dvar.jobs.job import Job
+from dvar.jobs.read_jobs import Table, read_jobs
+from dvar.jobs.status import JobStatus, read_status, summarise
+from dvar.jobs.store import is_url, url_problems
+from dvar.locks import lock_path
+
+EVENTS, SUMMARY, LOCK, LOGS = "events.jsonl", "summary.json", ".batch.lock", "logs"
+
+
+@dataclass(frozen=True)
+class JobEvent:
+    """An event in the life of a job.
+
+    Attributes:
+        job: The id of the job.
+        kind: As of `dvar.cluster.task.TaskEvent`: "started", "progress", "retried", "preempted", "done", "failed" or
+            "interrupted".
+        worker: The name of the worker.
+        time: Seconds since 1970.
+        facts: "attempt" of a start; "step", "cap", "ratio" and "threshold" of progress; "reason" of a failure; "steps",
+            "cap", "verdict", "sentence" and "seconds" of an end.
+    """
+
+    job: str
+    kind: EventKind
+    worker: str
+    time: float
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """Return the event as a line of JSON."""
+        return json.dumps({"time": round(self.time, 3), "job": self.job, "event": self.kind, **self._rest()})
+
+    def _rest(self) -> dict[str, Any]:
+        return {"worker": self.worker, **self.facts}
+
+
+class Batch:
+    """Jobs that have been checked, and the workers that will train them.
+
+    Args:
+        source: What `read_jobs` reads.
+        config: The settings of the batch.
+
+    Raises:
+        RefusedInput: Settings, jobs, folders or the cluster cannot be used; every problem is named.
+    """
+
+    def __init__(self, source: str | Path | Sequence[Table], config: BatchConfig) -> None:
+        problems = batch_problems(config)
+        self.config, self.jobs, self.statuses = config, list[Job](), list[JobStatus]()
+        self.failures: dict[str, str] = {}
+        if not problems:
+            try:
+                self.jobs = read_jobs(source, config)
+            except RefusedInput as refused:
+                problems += refused.problems
+            problems += self._place_problems()
+        self.statuses = [] if problems else [read_status(job) for job in self.jobs]
+        problems += [status.conflict for status in self.statuses if status.conflict]
+        if problems:
+            raise RefusedInput(problems)
+
+    @property
+    def missing(self) -> list[Job]:
+        """The jobs that are to be run."""
+        return [status.job for status in self.statuses if status.state == "missing"]
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of the batch; None behind a URL."""
+        return None if is_url(self.config.output_dir) else Path(self.config.output_dir).expanduser().resolve()
+
+    def events(self, every: float = 60.0) -> Iterator[JobEvent | None]:
+        """Run the jobs that are missing, and yield their events; None after ``every`` seconds without one.
+
+        Raises:
+            RefusedInput: Another process runs this batch.
+            KeyboardInterrupt: It was asked to stop; each run has saved, and the same batch goes on.
+        """
+        missing = self.missing
+        if not missing:
+            return
+        with ExitStack() as stack:
+            if self.folder:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(lock_path(self.folder / LOCK, self.folder))
+            log = stack.enter_context(
+                (self.folder / EVENTS).open("a", encoding="utf-8") if self.folder else nullcontext()
+            )
+            stack.enter_context(interrupting_signals())
+            workers = self._start_workers(len(missing))
+            pool = Pool(workers, retries=self.config.retries, preemptions=self.config.preemptions)
+            stack.enter_context(pool)
+            for job in missing:
+                pool.submit(self._task(job))
+            for event in pool.events(every):
+                job_event = self._take_event(event) if event else None
+                if job_event and log and job_event.kind != "progress":
+                    log.write(job_event.to_json() + "\n")
+                    log.flush()
+                yield job_event
+
+    def summary(self) -> dict[str, Any]:
+        """Return the summary of the batch as it is now, and write it into its folder."""
+        self.statuses = [read_status(job) for job in self.jobs]
+        summary = summarise(self.statuses, self.failures)
+        if self.folder:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self.folder / SUMMARY, summary)
+        return summary
+
+    def _place_problems(self) -> list[str]:
+        """Return what is wrong with where the runs are to be written and trained, having connected to the cluster."""
+        config = self.config
+        problems = url_problems(config.output_dir) if is_url(config.output_dir) else []
+        if self.folder and self.folder.exists() and not self.folder.is_dir():
+            problems.append(f"output_dir must be a folder, and {self.folder} is a file: choose another")
+        if config.ray is None or problems:
+            return problems
+        from dvar.cluster import ray_workers
+
+        try:
+            ray_workers.connect(config.ray, config.workers or len(list_slots(None, config.threads)), config.threads)
+        except RefusedInput as refused:
+            return list(refused.problems)
+        if self.folder:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        return ray_workers.node_problems(self.folder)
+
+    def _start_workers(self, count: int) -> list[Worker]:
+        """Return as many workers as the config asks for, but no more than there are jobs."""
+        config = self.config
+        if config.ray is None:
+            slots = list_slots(config.workers, config.threads)
+            return [LocalWorker(f"worker-{number + 1}", slot) for number, slot in enumerate(slots[:count])]
+        from dvar.cluster import ray_workers
+
+        return ray_workers.start_workers(config.workers, config.threads, config.gpus_per_worker)[:count]
+
+    def _task(self, job: Job) -> Task:
+        logs = (self.folder or Path(tempfile.gettempdir()) / "dvar-jobs") / LOGS
+        return Task(job.id, "dvar.jobs.train_job", job.to_json(), logs / f"{job.id}.log", self.config.threads)
+
+    def _take_event(self, event: TaskEvent) -> JobEvent:
+        if event.kind == "failed":
+            self.failures[event.task] = str(event.facts["reason"])
+        return JobEvent(event.task, event.kind, event.worker, time.time(), event.facts)
+
+
+def batch(source: str | Path | Sequence[Table], **settings: Any) -> Iterator[JobEvent]:
+    """Train many jobs on several workers, and yield their events; jobs that are done are not trained again.
+
+    Args:
+        source: A TOML or CSV file or a folder of folders, as ``dvar batch`` takes it, or a list of tables, each with an
+            "id", a "method" and settings of that method.
+        settings: Settings of ``dvar batch``: output_dir, workers, ray, …
+
+    Raises:
+        RefusedInput: Settings, jobs, folders or the cluster cannot be used; every problem is named, and nothing has
+            been started.
+    """
+    opened = Batch(source, BatchConfig(**canonical_settings(settings, BatchConfig)))
+    return (event for event in opened.events() if event)

@@ -1,0 +1,60 @@
+"""Jobs: runs of a batch, each with an id that says whether it is the same run as before."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+
+from dvar.config.training import FREE_FIELDS, TrainingConfig
+from dvar.jobs.config import Checkpoints
+from dvar.training.methods.registry import config_from_dict
+
+JOB = "job.json"
+"""The file in a run's folder that says which job it belongs to."""
+_DIGESTED = FREE_FIELDS - {"keep"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run of a batch.
+
+    Attributes:
+        id: Its name in the batch.
+        config: The settings of the run; ``output_dir`` is its folder, or the URL of one.
+        checkpoints: The checkpoints that it leaves.
+    """
+
+    id: str
+    config: TrainingConfig
+    checkpoints: Checkpoints = "none"
+
+    @cached_property
+    def digest(self) -> str:
+        """The SHA-256 of what the run computes: its settings, and the files that it reads."""
+        settings = {name: value for name, value in self.config.to_dict().items() if name not in _DIGESTED}
+        digest = sha256(json.dumps(settings, sort_keys=True).encode())
+        for path in self._files():
+            digest.update(path.name.encode() + b"\0" + sha256(path.read_bytes()).digest())
+        return digest.hexdigest()
+
+    def to_json(self) -> str:
+        """Return the job as text, for a worker."""
+        return json.dumps({"id": self.id, "config": self.config.to_dict(), "checkpoints": self.checkpoints})
+
+    @classmethod
+    def from_json(cls, text: str) -> Job:
+        """Return the job that `to_json` returned."""
+        content = json.loads(text)
+        return cls(content["id"], config_from_dict(content["config"]), content["checkpoints"])
+
+    def _files(self) -> Iterator[Path]:
+        config = self.config
+        if config.concepts_list:
+            yield Path(config.concepts_list).expanduser()
+        for folder in (config.instance_data_dir, config.class_data_dir):
+            if folder:
+                yield from sorted(path for path in Path(folder).expanduser().iterdir() if path.is_file())

@@ -1,0 +1,128 @@
+"""The program that trains the jobs of a batch, one after another."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dvar.cluster.program import serve
+from dvar.errors import FolderInUse, NonFiniteLoss
+from dvar.files import remove, write_json
+from dvar.jobs.base_models import BaseModels
+from dvar.jobs.config import Checkpoints
+from dvar.jobs.job import JOB, Job
+from dvar.jobs.status import end_facts
+from dvar.jobs.store import RunStore, run_folder
+from dvar.stopping.diagnosis import Reason
+from dvar.training.loop import StepRecord
+from dvar.training.personalise import personalise
+from dvar.training.run import TrainingResult
+from dvar.training.run_layout import TRACE, checkpoint_paths, find_written
+
+WAIT_SECONDS = 60
+"""How long a job waits for the worker that trained it last to end."""
+REPORT_SECONDS = 1.0
+Report = Callable[..., None]
+
+
+class JobTrainer:
+    """A trainer of jobs.
+
+    Args:
+        load: The loader of base models.
+        sleep: Waits for so many seconds.
+    """
+
+    def __init__(self, load: BaseModels, sleep: Callable[[float], None] = time.sleep) -> None:
+        self.load, self.sleep = load, sleep
+
+    def __call__(self, argument: str, report: Report) -> Mapping[str, Any]:
+        """Train a job, from its last checkpoint if it has one, and return the facts about its end.
+
+        Raises:
+            DvarError: As `personalise`.
+            KeyboardInterrupt: It was asked to stop, and can go on later.
+        """
+        job = Job.from_json(argument)
+        with run_folder(job.config.output_dir) as store:
+            result = self._train_when_free(job, store, report)
+            if result.verdict.reason is not Reason.INTERRUPTED:
+                prune(store.folder, job.checkpoints)
+            store.push()
+        if result.verdict.reason is Reason.INTERRUPTED:
+            raise KeyboardInterrupt
+        if result.verdict.reason is Reason.NON_FINITE:
+            raise NonFiniteLoss(result.verdict.sentence)
+        return {**end_facts(result.verdict.to_json(), result.steps, job), "seconds": sum(result.seconds.values())}
+
+    def _train_when_free(self, job: Job, store: RunStore, report: Report) -> TrainingResult:
+        for _ in range(WAIT_SECONDS):
+            try:
+                return self._train(job, store, report)
+            except FolderInUse:  # by a worker whose driver has died: it is saving
+                self.sleep(1.0)
+        return self._train(job, store, report)
+
+    def _train(self, job: Job, store: RunStore, report: Report) -> TrainingResult:
+        folder = store.folder
+        can_resume = bool(checkpoint_paths(folder))
+        if not can_resume:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / JOB, {"id": job.id, "digest": job.digest})
+        config = replace(
+            job.config,
+            output_dir=str(folder),
+            resume_from_checkpoint="latest" if can_resume else None,
+            overwrite=not can_resume and bool(find_written(folder)),
+        )
+        return personalise(config, [_ProgressReports(config.max_train_steps, report), _Pushes(store)], load=self.load)
+
+
+class _ProgressReports:
+    """A consumer of steps that reports the first one, and then one each second."""
+
+    def __init__(self, cap: int, report: Report) -> None:
+        self.cap, self.report, self.due = cap, report, 0.0
+
+    def __call__(self, step: StepRecord) -> None:
+        now = time.monotonic()
+        if now >= self.due or step.verdict.stop:
+            self.due = now + REPORT_SECONDS
+            metrics = step.verdict.metrics
+            numbers = {name: metrics[name] for name in ("ratio", "threshold") if name in metrics}
+            self.report(step=step.step, cap=self.cap, **numbers)
+
+
+class _Pushes:
+    """A consumer of steps that pushes the run where there is a new checkpoint."""
+
+    def __init__(self, store: RunStore) -> None:
+        self.store, self.newest = store, self._newest_checkpoint(store)
+
+    def __call__(self, step: StepRecord) -> None:
+        newest = self._newest_checkpoint(self.store)
+        if newest != self.newest:
+            self.newest = newest
+            self.store.push()
+
+    @staticmethod
+    def _newest_checkpoint(store: RunStore) -> Path | None:
+        return next(iter(checkpoint_paths(store.folder)), None)
+
+
+def prune(folder: Path, checkpoints: Checkpoints) -> None:
+    """Remove the checkpoints of a finished run but those it is to leave, and what a resume has set aside."""
+    paths = checkpoint_paths(folder)
+    for path in {"none": paths, "last": paths[1:], "all": []}[checkpoints]:
+        remove(path)
+    if checkpoints == "none":
+        for path in folder.glob(f"{TRACE}.cut-*"):
+            remove(path)
+
+
+if __name__ == "__main__":
+    sys.exit(serve(JobTrainer(BaseModels())))
