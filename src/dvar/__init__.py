@@ -24,6 +24,7 @@ from dvar.stopping.verdict import Verdict
 if _typing.TYPE_CHECKING:
     from dvar.config.methods import CustomDiffusionConfig, DreamBoothLoraConfig, TextualInversionConfig
     from dvar.diffusion.backbone import Backbone, load_backbone
+    from dvar.jobs.batch import batch
     from dvar.runs.report import write_report
     from dvar.stopping.probe import Probe
     from dvar.training.personalise import personalise
@@ -45,6 +46,7 @@ __all__ = [
     "Trace",
     "Verdict",
     "__version__",
+    "batch",
     "load_backbone",
     "personalise",
     "write_report",
@@ -78,6 +80,8 @@ if not _typing.TYPE_CHECKING:  # or a type checker would accept any name
                 from dvar.stopping.probe import Probe as value
             case "TextualInversionConfig":
                 from dvar.config.methods import TextualInversionConfig as value
+            case "batch":
+                from dvar.jobs.batch import batch as value
             case "load_backbone":
                 from dvar.diffusion.backbone import load_backbone as value
             case "personalise":

@@ -6,7 +6,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,9 +105,7 @@ class Batch:
             if self.folder:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(lock_path(self.folder / LOCK, self.folder))
-            log = stack.enter_context(
-                (self.folder / EVENTS).open("a", encoding="utf-8") if self.folder else nullcontext()
-            )
+            log = stack.enter_context((self.folder / EVENTS).open("ab", buffering=0)) if self.folder else None
             stack.enter_context(interrupting_signals())
             workers = self._start_workers(len(missing))
             pool = Pool(workers, retries=self.config.retries, preemptions=self.config.preemptions)
@@ -117,8 +115,8 @@ class Batch:
             for event in pool.events(every):
                 job_event = self._take_event(event) if event else None
                 if job_event and log and job_event.kind != "progress":
-                    log.write(job_event.to_json() + "\n")
-                    log.flush()
+                    with suppress(OSError):  # a full disk: the runs report it, each with its reason
+                        log.write(job_event.to_json().encode() + b"\n")
                 yield job_event
 
     def summary(self) -> dict[str, Any]:
@@ -126,8 +124,9 @@ class Batch:
         self.statuses = [read_status(job) for job in self.jobs]
         summary = summarise(self.statuses, self.failures)
         if self.folder:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.folder / SUMMARY, summary)
+            with suppress(OSError):  # as above
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_json(self.folder / SUMMARY, summary)
         return summary
 
     def _place_problems(self) -> list[str]:

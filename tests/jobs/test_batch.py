@@ -1,0 +1,202 @@
+"""Batches on the tiny model: each worker is a real process."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from batch_tables import tiny_settings, tiny_table, write_toml
+from command_line import dvar
+from short_run import Outcome
+
+import dvar as package
+from dvar.cluster.pool import Pool
+from dvar.errors import RefusedInput
+from dvar.jobs.batch import Batch, JobEvent
+from dvar.jobs.config import BatchConfig
+from dvar.jobs.read_jobs import Table, read_jobs
+from dvar.locks import lock_path
+from dvar.training.personalise import personalise
+
+
+def run_batch(source: Any, **settings: Any) -> tuple[list[JobEvent], dict[str, Any]]:
+    """Return the events of a batch and its summary."""
+    opened = Batch(source, BatchConfig(**settings))
+    return [event for event in opened.events() if event], opened.summary()
+
+
+def list_kinds(events: list[JobEvent], job: str) -> list[str]:
+    return [event.kind for event in events if event.job == job and event.kind != "progress"]
+
+
+def train_alone(table: Table, folder: Path) -> Outcome:
+    """Return the outcome of a job that is trained without a batch."""
+    (job,) = read_jobs([table], BatchConfig(output_dir=str(folder)))
+    return Outcome.of(personalise(replace(job.config, output_dir=str(folder / "alone"))).folder)
+
+
+def test_a_batch_is_its_runs_and_its_second_start_does_only_what_is_missing(
+    tiny_model: Path, concepts: Path, tmp_path: Path
+) -> None:
+    settings = tiny_settings(tiny_model, initializer_token="mug")
+    tables = [{"id": name, "instance_data_dir": str(concepts / name)} for name in ("ball", "torn", "mug")]
+    path, out = write_toml(tmp_path / "jobs.toml", settings, tables), tmp_path / "out"
+    answer = dvar("batch", path, "--output_dir", out, "--workers", 1, "--json")
+    assert answer.status == 1, answer.err
+    rows = [json.loads(line) for line in answer.out.splitlines()]
+    ends = {row["job"]: row for row in rows if row["event"] in ("done", "failed")}
+    assert [ends[name]["event"] for name in ("ball", "torn", "mug")] == ["done", "failed", "done"]
+    assert "is not an image that can be read" in ends["torn"]["reason"]
+    assert (ends["mug"]["steps"], ends["mug"]["verdict"]) == (9, "cap reached")
+    assert "jobs      2 done, 1 failed of 3" in answer.err
+    logged = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    assert logged == [row for row in rows if row["event"] != "progress"]
+    assert json.loads((out / "summary.json").read_text())["verdicts"] == {"cap reached": 2}
+    for name in ("ball", "mug"):  # the second one on a base model that the first one has used
+        assert Outcome.of(out / name) == train_alone(tiny_table(tiny_model, concepts, name), tmp_path / f"{name}-alone")
+        assert not list((out / name).glob("checkpoint-*"))
+
+    answer = dvar("batch", path, "--output_dir", out, "--workers", 1)
+    assert "3 jobs, 1 of them to train" in answer.err
+    assert "torn: failed" in answer.err
+    assert "mug: started" not in answer.err
+    path.write_text(path.read_text().replace("max_train_steps = 9", "max_train_steps = 10"))
+    answer = dvar("batch", path, "--output_dir", out, "--workers", 1)
+    assert answer.status == 2
+    assert "ball has other settings or images than the run in" in answer.err
+    assert "mug has other settings or images" in answer.err
+
+
+def test_a_batch_as_a_function_yields_events_and_refuses_before_the_first(
+    tiny_model: Path, concepts: Path, tmp_path: Path
+) -> None:
+    table = tiny_table(tiny_model, concepts, "mug")
+    with pytest.raises(RefusedInput, match="unknown setting 'worker'"):
+        package.batch([table], worker=1)
+    with pytest.raises(RefusedInput) as refused:
+        package.batch([{**table, "sede": 1}], output_dir=str(concepts / "ball.json"))
+    assert len(refused.value.problems) == 2
+    events = list(package.batch([table], output_dir=str(tmp_path), workers=1, checkpoints="last"))
+    assert [event.kind for event in events if event.kind != "progress"] == ["started", "done"]
+    assert events[1].facts == {"step": 0, "cap": 9}
+    assert [path.name for path in (tmp_path / "mug").glob("checkpoint-*")] == ["checkpoint-9"]
+    assert list(package.batch([table], output_dir=str(tmp_path))) == []
+
+
+def test_the_run_of_another_is_not_touched(tiny_model: Path, concepts: Path, tmp_path: Path) -> None:
+    table = tiny_table(tiny_model, concepts, "mug")
+    (tmp_path / "mug").mkdir()
+    (tmp_path / "mug" / "config.json").write_text("{}")
+    with pytest.raises(RefusedInput, match="holds a run that no batch has started"):
+        Batch([table], BatchConfig(output_dir=str(tmp_path)))
+
+
+def test_two_commands_do_not_run_one_batch_at_once(tiny_model: Path, concepts: Path, tmp_path: Path) -> None:
+    opened = Batch([tiny_table(tiny_model, concepts, "mug")], BatchConfig(output_dir=str(tmp_path)))
+    with lock_path(tmp_path / ".batch.lock", tmp_path), pytest.raises(RefusedInput, match="is being written"):
+        next(opened.events())
+
+
+@contextmanager
+def small_files(size: int) -> Iterator[None]:
+    """Let no process that is started in a scope write more than ``size`` bytes into a file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.slow
+def test_a_full_disk_fails_the_jobs_with_the_reason_and_the_next_start_does_them(
+    tiny_model: Path, concepts: Path, tmp_path: Path
+) -> None:
+    table = tiny_table(tiny_model, concepts, "mug")
+    with small_files(4096):
+        events, summary = run_batch([table], output_dir=str(tmp_path), workers=1, retries=1)
+    assert list_kinds(events, "mug") == ["started", "retried", "started", "failed"]
+    assert "cannot be written or read (File too large)" in summary["failures"]["mug"]
+    events, summary = run_batch([table], output_dir=str(tmp_path), workers=1)
+    assert summary["done"] == 1
+    assert Outcome.of(tmp_path / "mug") == train_alone(table, tmp_path / "alone")
+
+
+@pytest.mark.slow
+def test_a_driver_that_is_killed_leaves_a_batch_that_goes_on(tiny_model: Path, concepts: Path, tmp_path: Path) -> None:
+    tables = [tiny_table(tiny_model, concepts, name, max_train_steps=40) for name in ("ball", "mug")]
+    path = write_toml(tmp_path / "jobs.toml", {}, tables)
+    command = [
+        sys.executable,
+        "-m",
+        "dvar",
+        "batch",
+        str(path),
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--workers",
+        "2",
+    ]
+    driver = subprocess.Popen([*command, "--json"], stdout=subprocess.PIPE, text=True)
+    assert driver.stdout
+    for line in driver.stdout:
+        if json.loads(line).get("step", 0) > 0:
+            break
+    driver.kill()
+    driver.communicate()
+    events, summary = run_batch(path, output_dir=str(tmp_path / "out"), workers=2)
+    assert summary["done"] == 2
+    for table in tables:
+        assert Outcome.of(tmp_path / "out" / table["id"]) == train_alone(table, tmp_path / f"{table['id']}-alone")
+
+
+@pytest.mark.slow
+def test_two_hundred_jobs_under_twenty_kills_are_done_once_each_and_are_the_same_runs(
+    tiny_model: Path, concepts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables = [
+        {**tiny_table(tiny_model, concepts, "mug", seed=seed, validation_steps=100), "id": f"job-{seed}"}
+        for seed in range(200)
+    ]
+    pools: list[Pool] = []
+    enter = Pool.__enter__
+    monkeypatch.setattr(Pool, "__enter__", lambda pool: pools.append(pool) or enter(pool))  # type: ignore[func-returns-value]
+    opened, numbers, kills, events = Batch(tables, BatchConfig(output_dir=str(tmp_path / "killed"))), Random(0), 0, []
+    for event in opened.events():
+        assert event
+        events.append(event)
+        process = getattr(numbers.choice(list(pools[0].workers)), "_process", None)
+        if kills < 20 and event.kind == "progress" and numbers.random() < 0.2 and process and process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+    assert kills == 20
+    summary = opened.summary()
+    assert summary["done"] == 200, summary["failures"]
+    assert sorted(event.job for event in events if event.kind == "done") == sorted(table["id"] for table in tables)
+    _, calm = run_batch(tables, output_dir=str(tmp_path / "calm"))
+    assert calm["done"] == 200
+    for table in tables:
+        assert Outcome.of(tmp_path / "killed" / table["id"]) == Outcome.of(tmp_path / "calm" / table["id"])
+
+
+@pytest.mark.slow
+def test_an_interrupted_batch_saves_its_runs_and_goes_on(tiny_model: Path, concepts: Path, tmp_path: Path) -> None:
+    table = tiny_table(tiny_model, concepts, "mug", max_train_steps=2000, checkpointing_steps=2000)
+    opened = Batch([table], BatchConfig(output_dir=str(tmp_path), workers=1))
+    with pytest.raises(KeyboardInterrupt):
+        for event in opened.events():
+            if event and event.facts.get("step", 0) > 0:
+                signal.raise_signal(signal.SIGINT)
+    assert opened.summary()["missing"] == 1
+    assert max(int(path.name.partition("-")[2]) for path in (tmp_path / "mug").glob("checkpoint-*")) > 0

@@ -1,0 +1,148 @@
+"""Runs whose folder is behind a URL."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from batch_tables import tiny_table
+from short_run import Outcome
+
+import dvar.jobs.train_job
+from dvar.errors import RefusedInput
+from dvar.jobs.base_models import BaseModels
+from dvar.jobs.config import BatchConfig
+from dvar.jobs.job import Job
+from dvar.jobs.read_jobs import read_jobs
+from dvar.jobs.store import RemoteStore, read_run_json, run_folder, url_problems
+from dvar.jobs.train_job import JobTrainer
+from dvar.training.loop import StepRecord
+
+
+class Lost(Exception):
+    """The end of a worker."""
+
+
+@pytest.fixture(scope="module")
+def models() -> BaseModels:
+    return BaseModels()
+
+
+def remote_job(model: Path, concepts: Path, folder: Path) -> Job:
+    (job,) = read_jobs([tiny_table(model, concepts, "mug")], BatchConfig(output_dir=f"file://{folder}"))
+    return job
+
+
+def train(models: BaseModels, job: Job) -> Any:
+    return JobTrainer(models)(job.to_json(), lambda **facts: None)
+
+
+def list_files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_behind_a_url_is_the_run_on_the_disk(
+    models: BaseModels, tiny_model: Path, concepts: Path, tmp_path: Path
+) -> None:
+    facts = train(models, remote_job(tiny_model, concepts, tmp_path / "remote"))
+    assert (facts["steps"], facts["cap"], facts["verdict"]) == (9, 9, "cap reached")
+    (here,) = read_jobs([tiny_table(tiny_model, concepts, "mug")], BatchConfig(output_dir=str(tmp_path / "here")))
+    train(models, here)
+    assert list_files(tmp_path / "remote" / "mug") == list_files(tmp_path / "here" / "mug")
+    assert Outcome.of(tmp_path / "remote" / "mug") == Outcome.of(tmp_path / "here" / "mug")
+    assert not list((tmp_path / "remote" / "mug").glob("checkpoint-*"))
+    assert read_run_json(f"file://{tmp_path}/remote/mug", "result.json")["steps"] == 9
+
+
+def test_a_worker_that_is_lost_leaves_a_checkpoint_behind_the_url_and_the_next_one_goes_on(
+    models: BaseModels, tiny_model: Path, concepts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = remote_job(tiny_model, concepts, tmp_path / "remote")
+    train(models, remote_job(tiny_model, concepts, tmp_path / "reference"))
+    steps: list[int] = []
+
+    class LosesWorker(dvar.jobs.train_job._Pushes):
+        def __call__(self, step: StepRecord) -> None:
+            super().__call__(step)
+            steps.append(step.step)
+            if step.step == 6 and steps.count(6) == 1:
+                raise Lost
+
+    monkeypatch.setattr(dvar.jobs.train_job, "_Pushes", LosesWorker)
+    with pytest.raises(Lost):
+        train(models, job)
+    assert (tmp_path / "remote" / "mug" / "checkpoint-4" / "manifest.json").exists()
+    train(models, job)
+    assert steps == [0, 1, 2, 3, 4, 5, 6, 5, 6, 7, 8, 9]
+    assert Outcome.of(tmp_path / "remote" / "mug") == Outcome.of(tmp_path / "reference" / "mug")
+
+
+def test_what_makes_other_files_count_is_pushed_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = RemoteStore(tmp_path / "local", f"file://{tmp_path}/remote")
+    store.fetch()
+    for name in ("checkpoint-4/manifest.json", "checkpoint-4/tensors", "result.json", "trace.jsonl"):
+        path = store.folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(name)
+    order: list[str] = []
+    put = store.system.put_file
+
+    def put_file(path: str, target: str) -> None:
+        order.append(Path(target).name)
+        put(path, target)
+
+    monkeypatch.setattr(store.system, "put_file", put_file)
+    store.push()
+    assert {*order[:2]} == {"tensors", "trace.jsonl"}
+    shutil.rmtree(store.folder / "checkpoint-4")
+    (store.folder / "trace.jsonl").write_text("longer than before")
+    order.clear()
+    store.push()
+    assert order == ["trace.jsonl"]
+    assert list_files(tmp_path / "remote") == {"result.json", "trace.jsonl"}
+
+
+def test_nothing_stays_on_the_machine_of_a_worker(tmp_path: Path) -> None:
+    with run_folder(f"file://{tmp_path}/remote") as store:
+        assert store.folder.exists()
+    assert not store.folder.exists()
+
+
+def test_a_url_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    assert url_problems(f"file://{tmp_path}/new") == []
+    assert "a URL that fsspec knows, got nonsense://there" in url_problems("nonsense://there")[0]
+    (tmp_path / "file").write_text("")
+    assert "cannot" in url_problems(f"file://{tmp_path}/file/in")[0]
+
+
+def test_a_damaged_file_counts_as_missing(tmp_path: Path) -> None:
+    assert read_run_json(str(tmp_path), "result.json") is None
+    (tmp_path / "result.json").write_text("{")
+    assert read_run_json(str(tmp_path), "result.json") is None
+    assert read_run_json(f"file://{tmp_path}", "result.json") is None
+    (tmp_path / "result.json").write_text(json.dumps({"steps": 1}))
+    assert read_run_json(f"file://{tmp_path}", "result.json") == {"steps": 1}
+
+
+def test_a_folder_that_another_worker_still_writes_is_waited_for(
+    models: BaseModels, tiny_model: Path, concepts: Path, tmp_path: Path
+) -> None:
+    from dvar.locks import lock_folder
+
+    (job,) = read_jobs([tiny_table(tiny_model, concepts, "mug")], BatchConfig(output_dir=str(tmp_path)))
+    lock = lock_folder(Path(job.config.output_dir))
+    lock.__enter__()
+    waits: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 2:
+            lock.__exit__(None, None, None)
+
+    JobTrainer(models, sleep)(job.to_json(), lambda **facts: None)
+    assert waits == [1.0, 1.0]
+    with lock_folder(Path(job.config.output_dir)), pytest.raises(RefusedInput, match="is being written"):
+        JobTrainer(models, lambda seconds: None)(job.to_json(), lambda **facts: None)
