@@ -136,26 +136,16 @@ def test_a_full_disk_fails_the_jobs_with_the_reason_and_the_next_start_does_them
 @pytest.mark.slow
 def test_a_driver_that_is_killed_leaves_a_batch_that_goes_on(tiny_model: Path, concepts: Path, tmp_path: Path) -> None:
     tables = [tiny_table(tiny_model, concepts, name, max_train_steps=40) for name in ("ball", "mug")]
-    path = write_toml(tmp_path / "jobs.toml", {}, tables)
-    command = [
-        sys.executable,
-        "-m",
-        "dvar",
-        "batch",
-        str(path),
-        "--output_dir",
-        str(tmp_path / "out"),
-        "--workers",
-        "2",
-    ]
-    driver = subprocess.Popen([*command, "--json"], stdout=subprocess.PIPE, text=True)
+    path, out = write_toml(tmp_path / "jobs.toml", {}, tables), str(tmp_path / "out")
+    command = [sys.executable, "-m", "dvar", "batch", str(path), "--output_dir", out, "--workers", "2", "--json"]
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert driver.stdout
     for line in driver.stdout:
         if json.loads(line).get("step", 0) > 0:
             break
     driver.kill()
     driver.communicate()
-    events, summary = run_batch(path, output_dir=str(tmp_path / "out"), workers=2)
+    _, summary = run_batch(path, output_dir=out, workers=2)
     assert summary["done"] == 2
     for table in tables:
         assert Outcome.of(tmp_path / "out" / table["id"]) == train_alone(table, tmp_path / f"{table['id']}-alone")
@@ -195,8 +185,12 @@ def test_an_interrupted_batch_saves_its_runs_and_goes_on(tiny_model: Path, conce
     table = tiny_table(tiny_model, concepts, "mug", max_train_steps=2000, checkpointing_steps=2000)
     opened = Batch([table], BatchConfig(output_dir=str(tmp_path), workers=1))
     with pytest.raises(KeyboardInterrupt):
-        for event in opened.events():
-            if event and event.facts.get("step", 0) > 0:
-                signal.raise_signal(signal.SIGINT)
+        interrupt_when_under_way(opened)
     assert opened.summary()["missing"] == 1
     assert max(int(path.name.partition("-")[2]) for path in (tmp_path / "mug").glob("checkpoint-*")) > 0
+
+
+def interrupt_when_under_way(opened: Batch) -> None:
+    for event in opened.events():
+        if event and event.facts.get("step", 0) > 0:
+            signal.raise_signal(signal.SIGINT)

@@ -60,7 +60,7 @@ def test_table_1_has_its_checkpoints_scored_again(tmp_path: Path, monkeypatch: p
         write_fake_record(tmp_path / "records", concept=concept, cap=60, learned=8.0)
 
     def rescore_runs(
-        archive: RecordingArchive, steps_by_run: Mapping[RecordedRun, set[int]], notify: object
+        archive: RecordingArchive, steps_by_run: Mapping[RecordedRun, set[int]], notify: object, ray: str | None
     ) -> RecordingArchive:
         def score(run: RecordedRun, steps: list[int]) -> RescoredRun:
             return RescoredRun(np.array(steps), {of: np.ones((len(steps), 8)) for of in run.image_scores})

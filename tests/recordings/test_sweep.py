@@ -19,6 +19,8 @@ from fake_record import write_fake_record
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dvar.cluster.local import list_slots
+from dvar.cluster.places import Places
 from dvar.errors import ModelError, RefusedInput
 from dvar.recordings import cost, sweep
 from dvar.recordings.archive import RecordingArchive
@@ -41,7 +43,6 @@ from dvar.recordings.sweep import (
     run_sweep,
     validate_recordings,
 )
-from dvar.recordings.worker_pool import list_slots
 from dvar.testing import tiny_clip, tiny_concept
 
 SETTINGS: dict[str, Any] = {
@@ -81,6 +82,19 @@ def write_program(recording: RecordingSpec, status: int = 0, output: str = "") -
     return f"import sys; open({str(recording.folder / 'ran')!r}, 'a').write('x'); print({output!r}); sys.exit({status})"
 
 
+STAND_IN = """
+import json, sys
+task, answers = json.loads(sys.stdin.readline()), sys.stdout
+sys.stdout = sys.stderr  # which is the log of the task
+try:
+    exec(json.loads(sys.argv[1])[task["argument"]])
+except SystemExit as end:
+    if end.code:
+        raise
+print(json.dumps({"report": "done"}), file=answers, flush=True)
+"""
+
+
 @contextmanager
 def handle_signal(number: signal.Signals, handler: Any) -> Iterator[None]:
     """Set a signal's handler, whatever these tests were started under, and check that it is still there at the end."""
@@ -94,13 +108,12 @@ def handle_signal(number: signal.Signals, handler: Any) -> Iterator[None]:
 
 @pytest.fixture
 def programs(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """Programs by the name of the recording that they stand in for."""
+    """Programs by the recording, as JSON, that they stand in for."""
     programs: dict[str, str] = {}
     start = subprocess.Popen
 
     def popen(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
-        recording = RecordingSpec.from_json(command[-1])
-        return start([command[0], "-c", programs[recording.name]], **options)
+        return start([command[0], "-c", STAND_IN, json.dumps(programs)], **options)
 
     monkeypatch.setattr(subprocess, "Popen", popen)
     return programs
@@ -116,7 +129,7 @@ def test_a_sweep_records_what_is_missing_or_damaged_and_nothing_else(
     assert lines[-1].startswith("1 of 1 runs, 100 %")
     assert len(RecordingArchive.open(tmp_path)) == 1
     with monkeypatch.context() as patch:
-        patch.setattr(sweep, "run_workers", None)  # nothing may be made
+        patch.setattr(sweep, "Pool", None)  # nothing may be made
         assert [row.state for row in run_sweep([run])] == ["done"]
     first_time = (run.folder / "done.json").stat().st_mtime_ns
     (run.folder / "scores.json").write_text("{}")
@@ -138,8 +151,8 @@ def test_a_run_that_fails_is_a_row_with_its_reason_and_is_tried_again(
         write_program(runs[2], 130),
         write_program(runs[3], 3),
     ]
-    programs |= {run.name: program for run, program in zip(runs, programs_in_order, strict=True)}
-    rows = run_sweep(runs, workers=2)
+    programs |= {run.to_json(): program for run, program in zip(runs, programs_in_order, strict=True)}
+    rows = run_sweep(runs, places=Places(2))
     assert [(row.state, row.reason) for row in rows[:2]] == [
         ("failed", "the loss was not finite"),
         ("failed", "killed by SIGKILL"),
@@ -150,7 +163,7 @@ def test_a_run_that_fails_is_a_row_with_its_reason_and_is_tried_again(
     assert lines[-1] == "3 failed, 1 missing"
     assert "textual-inversion/ball/0" in lines[0]
     assert "failed  the loss was not finite" in lines[0]
-    run_sweep(runs, workers=2)
+    run_sweep(runs, places=Places(2))
     assert (runs[0].folder / "ran").read_text() == "xx"
 
 
@@ -159,7 +172,7 @@ def test_unit_seconds_are_measured_before_a_sweep_and_kept_with_its_recordings(
 ) -> None:
     root = tmp_path / "not" / "there yet"
     run, lines = replace(base, records=str(root)), list[str]()
-    programs |= {run.name: write_program(run, 1)}
+    programs |= {run.to_json(): write_program(run, 1)}
     record_missing([run], lines.append, only_estimate=True)
     assert not (root / "seconds.json").exists()
     record_missing([run], lines.append)
@@ -176,7 +189,7 @@ def test_a_sweep_under_nohup_outlives_its_terminal(
     base: RecordingSpec, tmp_path: Path, programs: dict[str, str]
 ) -> None:
     run = replace(base, records=str(tmp_path))
-    programs[run.name] = write_program(run)
+    programs[run.to_json()] = write_program(run)
     with handle_signal(signal.SIGHUP, signal.SIG_IGN):
         run_sweep([run], notify=lambda line: signal.raise_signal(signal.SIGHUP))
     assert (run.folder / "ran").exists()
@@ -190,7 +203,7 @@ def test_an_interrupted_sweep_asks_its_runs_to_save_and_starts_no_more(
     program = (
         "import signal, sys; signal.signal(15, lambda *_: (open({0!r}, 'w'), sys.exit(130))); print(1); signal.pause()"
     )
-    programs |= {run.name: program.format(str(run.folder / "asked")) for run in runs}
+    programs |= {run.to_json(): program.format(str(run.folder / "asked")) for run in runs}
 
     def interrupt(line: str) -> None:
         # Called after a while without an end: the first run has had the time to report that it listens.
@@ -200,7 +213,7 @@ def test_an_interrupted_sweep_asks_its_runs_to_save_and_starts_no_more(
 
     usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
     with handle_signal(number, usual), pytest.raises(KeyboardInterrupt):
-        run_sweep(runs, workers=1, notify=interrupt, every=0.2)
+        run_sweep(runs, places=Places(1), notify=interrupt, every=0.2)
     assert [(run.folder / "asked").exists() for run in runs] == [True, False, False, False]
 
 

@@ -43,16 +43,18 @@ def record(*methods: str, **flags: Any) -> int:
         flags["methods"] = methods
     config = RecordConfig(**flags)
     raise_problems(record_problems(config))
+    from dvar.cluster.places import Places
     from dvar.recordings import panel_plan, sweep
     from dvar.recordings.spec import plan_recordings
 
     plan = panel_plan.plan_panel(config) if config.panel else {}
     for line in panel_plan.describe_omissions(config) if config.panel else ():
         print(line)
+    specs = [spec for stage in plan.values() for spec in stage] or plan_recordings(config)
     rows = sweep.record_missing(
-        [spec for specs in plan.values() for spec in specs] or plan_recordings(config),
+        specs,
         lambda line: print(line, flush=True),
-        workers=config.workers,
+        places=Places(config.workers, specs[0].threads, config.ray, config.gpus_per_worker),
         only_estimate=config.estimate,
         describe=lambda units: panel_plan.format_stages(plan, units),
     )

@@ -53,6 +53,7 @@ class LocalWorker:
     def run(self, task: Task) -> Iterator[Report]:
         """Run a task and yield its reports; the last one is of `ENDS`."""
         try:
+            before = task.log.stat().st_size if task.log.exists() else 0
             process = self._start(task)
         except OSError as error:  # no more processes, or a log that cannot be written
             yield failure(f"{error.filename or sys.executable}: {error.strerror or error}")
@@ -71,7 +72,7 @@ class LocalWorker:
                     self._cancelled = False
                     return
         self._cancelled = False
-        yield _explain_end(task.log, process.wait())
+        yield _explain_end(task.log, before, process.wait())
 
     def cancel(self) -> None:
         """Ask the task that is running to save and end."""
@@ -127,11 +128,12 @@ def _parse_report(line: bytes) -> dict[str, Any] | None:
     return None
 
 
-def _explain_end(log: Path, status: int) -> Report:
-    """Return the report of a process that ended in the middle of a task."""
+def _explain_end(log: Path, before: int, status: int) -> Report:
+    """Return the report of a process that ended in the middle of a task, by what it wrote after so many bytes."""
     if status in INTERRUPTED:
         return {"report": "interrupted"}
     if status < 0:
         return failure(f"killed by {signal.Signals(-status).name}")
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    text = log.read_bytes()[before:].decode(errors="replace") if log.exists() else ""
+    lines = [line for line in text.splitlines() if line.strip()]
     return failure(lines[-1].removeprefix("dvar: ") if lines else f"ended with status {status} and said nothing")

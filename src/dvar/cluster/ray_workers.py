@@ -35,9 +35,16 @@ COMPARED = ("torch", "diffusers", "transformers", "peft")
 
 
 class Supervisor:
-    """The actor of one worker: a process on its node."""
+    """The actor of one worker: a process on its node.
 
-    def __init__(self, name: str) -> None:
+    Args:
+        name: Its name, for people.
+        folder: The folder that it runs in, where the node has it, so that relative paths mean the same everywhere.
+    """
+
+    def __init__(self, name: str, folder: str) -> None:
+        with suppress(OSError):  # one that this node does not have is no part of any path that it must see
+            os.chdir(folder)
         self.worker = LocalWorker(name)
 
     def ping(self) -> str:
@@ -65,7 +72,7 @@ class RayWorker:
     def __init__(self, name: str, threads: int, gpus: float) -> None:
         self.name = name
         actor = ray.remote(Supervisor).options(num_cpus=threads, num_gpus=gpus, max_restarts=-1, max_concurrency=3)
-        self._actor = actor.remote(name)
+        self._actor = actor.remote(name, os.getcwd())
         self._ping: Any = None
 
     def ready(self, seconds: float) -> bool:
@@ -120,6 +127,8 @@ def connect(address: str, workers: int, threads: int) -> None:
     Raises:
         RefusedInput: There is no cluster at this address, or it cannot be joined.
     """
+    if ray.is_initialized():
+        return
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "WARNING"}
     address = os.environ.get("RAY_ADDRESS", "auto") if address == "auto" else address
     if address.startswith("ray://"):
@@ -137,18 +146,23 @@ def connect(address: str, workers: int, threads: int) -> None:
         raise RefusedInput([_refusal(address, error)]) from error
 
 
-def start_workers(workers: int | None, threads: int, gpus: float | None) -> list[Worker]:
-    """Return workers of the connected cluster: so many, or as many as it has places for now.
-
-    Args:
-        gpus: GPUs of each worker, or the share of one; by default 1 where the cluster has any.
-    """
-    resources = ray.cluster_resources()
-    gpus = float("GPU" in resources) if gpus is None else gpus
+def count_places(threads: int, gpus: float | None) -> int:
+    """Return how many workers the connected cluster has places for now; at least 1, for it may grow."""
+    resources, share = ray.cluster_resources(), _share(gpus)
     places = [int(resources.get("CPU", 0) // threads)]
-    if gpus:
-        places.append(int(resources.get("GPU", 0) / gpus + 1e-9))
-    return [RayWorker(f"ray-{number + 1}", threads, gpus) for number in range(workers or max(1, min(places)))]
+    if share:
+        places.append(int(resources.get("GPU", 0) / share + 1e-9))
+    return max(1, min(places))
+
+
+def start_workers(count: int, threads: int, gpus: float | None) -> list[Worker]:
+    """Return workers of the connected cluster; those that it has no places for wait for them."""
+    return [RayWorker(f"ray-{number + 1}", threads, _share(gpus)) for number in range(count)]
+
+
+def _share(gpus: float | None) -> float:
+    """Return the GPUs of a worker: by default 1 where the cluster has any."""
+    return float("GPU" in ray.cluster_resources()) if gpus is None else gpus
 
 
 def node_problems(shared: Path | None) -> list[str]:

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dvar.cluster.local import LocalWorker, list_slots
+from dvar.cluster.places import Places
 from dvar.cluster.pool import Pool, interrupting_signals
-from dvar.cluster.task import EventKind, Task, TaskEvent, Worker
+from dvar.cluster.task import EventKind, Task, TaskEvent
 from dvar.config.fields import canonical_settings
 from dvar.errors import RefusedInput
 from dvar.files import write_json
@@ -107,8 +107,9 @@ class Batch:
                 stack.enter_context(lock_path(self.folder / LOCK, self.folder))
             log = stack.enter_context((self.folder / EVENTS).open("ab", buffering=0)) if self.folder else None
             stack.enter_context(interrupting_signals())
-            workers = self._start_workers(len(missing))
-            pool = Pool(workers, retries=self.config.retries, preemptions=self.config.preemptions)
+            pool = Pool(
+                self._places.start(len(missing)), retries=self.config.retries, preemptions=self.config.preemptions
+            )
             stack.enter_context(pool)
             for job in missing:
                 pool.submit(self._task(job))
@@ -135,27 +136,12 @@ class Batch:
         problems = url_problems(config.output_dir) if is_url(config.output_dir) else []
         if self.folder and self.folder.exists() and not self.folder.is_dir():
             problems.append(f"output_dir must be a folder, and {self.folder} is a file: choose another")
-        if config.ray is None or problems:
-            return problems
-        from dvar.cluster import ray_workers
+        return problems or self._places.problems(self.folder)
 
-        try:
-            ray_workers.connect(config.ray, config.workers or len(list_slots(None, config.threads)), config.threads)
-        except RefusedInput as refused:
-            return list(refused.problems)
-        if self.folder:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        return ray_workers.node_problems(self.folder)
-
-    def _start_workers(self, count: int) -> list[Worker]:
-        """Return as many workers as the config asks for, but no more than there are jobs."""
+    @property
+    def _places(self) -> Places:
         config = self.config
-        if config.ray is None:
-            slots = list_slots(config.workers, config.threads)
-            return [LocalWorker(f"worker-{number + 1}", slot) for number, slot in enumerate(slots[:count])]
-        from dvar.cluster import ray_workers
-
-        return ray_workers.start_workers(config.workers, config.threads, config.gpus_per_worker)[:count]
+        return Places(config.workers, config.threads, config.ray, config.gpus_per_worker)
 
     def _task(self, job: Job) -> Task:
         logs = (self.folder or Path(tempfile.gettempdir()) / "dvar-jobs") / LOGS

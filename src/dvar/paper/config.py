@@ -28,6 +28,9 @@ class ReproduceConfig(Config):
         False, "Make a small report soon: record only what is needed where there are no recorded runs, and train less."
     )
     model: str = setting(BUNDLED_MODEL, "Base model of the runs that an experiment trains itself.")
+    ray: str | None = setting(
+        None, "Record on a Ray cluster: 'auto' for the one of this machine, or else a new one; or HOST:PORT."
+    )
     concepts_dir: str | None = setting(None, "Folder of concepts for those runs; the bundled concepts by default.")
 
     @property

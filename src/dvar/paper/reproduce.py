@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import matplotlib
 
+from dvar.cluster.places import Places
 from dvar.errors import DvarError, RefusedInput
 from dvar.paper.config import ReproduceConfig
 from dvar.paper.page import render_page
@@ -48,7 +49,7 @@ def reproduce(config: ReproduceConfig, notify: Callable[[str], None] = lambda li
     if config.quick:
         record_missing_runs(config, notify)
     archive = open_archive(config) if _need_recorded_runs(experiments) else RecordingArchive(())
-    archive = _score_checkpoints(experiments, archive, notify)
+    archive = _score_checkpoints(experiments, archive, notify, config.ray)
     facts = _describe_inputs(experiments, archive, config.quick)
     inputs = ExperimentInputs(config, archive, notify)
     results = []
@@ -78,7 +79,8 @@ def record_missing_runs(config: ReproduceConfig, notify: Callable[[str], None]) 
         own = experiment.recordings(extra_runs) if experiment.recordings else []
         specs += [spec for spec in own if replace(spec, records=str(extra_runs.records)) not in specs]
     if specs:
-        for line in sweep.format_statuses(sweep.record_missing(list(dict.fromkeys(specs)), notify)):
+        places = Places(threads=specs[0].threads, ray=config.ray)
+        for line in sweep.format_statuses(sweep.record_missing(list(dict.fromkeys(specs)), notify, places=places)):
             notify(line)
 
 
@@ -108,7 +110,7 @@ def _select_few(archive: RecordingArchive) -> RecordingArchive:
 
 
 def _score_checkpoints(
-    experiments: Sequence[Experiment], archive: RecordingArchive, notify: Callable[[str], None]
+    experiments: Sequence[Experiment], archive: RecordingArchive, notify: Callable[[str], None], ray: str | None
 ) -> RecordingArchive:
     """Return the archive with the checkpoints scored again that the experiments ask for, where runs have folders."""
     if all(run.folder is None for run in archive):
@@ -117,7 +119,7 @@ def _score_checkpoints(
         if experiment.checkpoints:
             from dvar.recordings.rescore import rescore_archive  # imports torch, which reading recorded runs does not
 
-            archive = rescore_archive(archive, experiment.checkpoints(archive), notify)
+            archive = rescore_archive(archive, experiment.checkpoints(archive), notify, ray)
     return archive
 
 

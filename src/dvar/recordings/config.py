@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dvar.config.fields import COUNT, SEED, Config, Range, invalid_fields, setting
+from dvar.config.fields import COUNT, POSITIVE, SEED, Config, Range, invalid_fields, setting
 from dvar.config.methods import PAPER_METHODS
 from dvar.config.training import BUNDLED_MODEL
 
@@ -49,6 +49,12 @@ class RecordConfig(Config):
     records: str = setting("records", "Folder of all recorded runs.", section="Where and how")
     workers: int | None = setting(
         None, "Runs at once; by default one for each GPU, or else for each core.", Range(1, most=1024)
+    )
+    ray: str | None = setting(
+        None, "Record on a Ray cluster: 'auto' for the one of this machine, or else a new one; or HOST:PORT."
+    )
+    gpus_per_worker: float | None = setting(
+        None, "On Ray: GPUs of each run, or a share of one; by default 1 where the cluster has any.", POSITIVE
     )
     estimate: bool = setting(False, "Only list what is recorded and what is missing, and estimate how long it takes.")
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dvar.cluster.places import Places
 from dvar.config.methods import PAPER_METHODS, CustomDiffusionConfig
 from dvar.config.presets import preset_settings
 from dvar.diffusion.sampling import BATCH
@@ -22,7 +23,6 @@ from dvar.recordings.recorded_run import DONE
 from dvar.recordings.recorder import Recorder
 from dvar.recordings.score_samples import find_missing_rounds, load_scorer
 from dvar.recordings.spec import RecordingSpec
-from dvar.recordings.worker_pool import list_slots
 from dvar.training.personalise import prepare
 from dvar.training.progress import format_duration
 from dvar.training.run_layout import TRACE
@@ -119,13 +119,13 @@ def measure_methods(specs: Sequence[RecordingSpec]) -> dict[str, dict[str, float
 
 
 def format_estimate(
-    specs: Sequence[RecordingSpec], units: Mapping[str, UnitSeconds], workers: int | None = None
+    specs: Sequence[RecordingSpec], units: Mapping[str, UnitSeconds], places: Places | None = None
 ) -> Iterator[str]:
     """Yield how long recordings will take: a line for each method, and one for all.
 
     Args:
         units: The unit seconds of each method.
-        workers: Processes at once, as for `list_slots`.
+        places: Where they are made; by default on this machine.
     """
     if not specs:
         return
@@ -136,7 +136,7 @@ def format_estimate(
         of_method = [seconds for spec, seconds in remaining_seconds.items() if spec.method == method]
         costs = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in unit_seconds.items())
         yield f"{method}: {len(of_method)} runs of {format_duration(sum(of_method) / len(of_method))} each ({costs})"
-    slots = len(list_slots(workers, specs[0].threads))
+    slots = (places or Places(threads=specs[0].threads)).count
     total = format_duration(sum(remaining_seconds.values()) / min(slots, len(remaining_seconds)))
     yield f"about {total} with {slots} at once, if that does not slow each of them down"
 

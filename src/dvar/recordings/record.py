@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from dvar.cluster.program import serve
 from dvar.errors import CheckpointError, DvarError, NonFiniteLoss, RefusedInput
 from dvar.files import read_json, write_json
 from dvar.locks import lock_folder
@@ -111,16 +112,10 @@ class LiveStops:
         return any(now and not then for then, now in zip(before, self.stopping, strict=True))
 
 
-def main() -> int:
-    """Record the run that the first argument specifies in JSON; a sweep starts this as a process."""
-    try:
-        record_run(RecordingSpec.from_json(sys.argv[1]))
-    except DvarError as error:
-        print(f"dvar: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+def run_task(argument: str, report: Callable[..., None]) -> dict[str, Any]:
+    """Record the run that a sweep specifies in JSON, reporting its steps."""
+    record_run(RecordingSpec.from_json(argument), [lambda step: report(step=step.step)])
+    return {}
 
 
 def _train(spec: RecordingSpec, scorer: Scorer, consumers: Sequence[Consumer]) -> None:
@@ -156,4 +151,4 @@ def _train(spec: RecordingSpec, scorer: Scorer, consumers: Sequence[Consumer]) -
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(serve(run_task))

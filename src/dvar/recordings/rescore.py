@@ -9,14 +9,18 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dvar import mini
-from dvar.errors import DvarError
+from dvar.cluster.places import Places
+from dvar.cluster.pool import Pool, interrupting_signals
+from dvar.cluster.program import serve
+from dvar.cluster.task import ENDS, Task
+from dvar.errors import RefusedInput
 from dvar.files import read_json, write_json
 from dvar.locks import lock_folder
 from dvar.recordings.archive import RecordingArchive, load_rescored
@@ -25,7 +29,6 @@ from dvar.recordings.recorded_run import DONE, RESCORED, RecordedRun, RescoredRu
 from dvar.recordings.restore import RESCORED_SHEETS, restore_runs, sheet_path, weights_path, write_sheet
 from dvar.recordings.score_samples import generate_and_score, load_scorer
 from dvar.recordings.spec import RecordingSpec, read_conditions
-from dvar.recordings.worker_pool import WorkerTask, list_slots, run_workers
 from dvar.training.progress import format_duration
 from dvar.training.run import TrainingRun
 
@@ -67,7 +70,7 @@ def rescore_archive(
     archive: RecordingArchive,
     steps: Mapping[RecordedRun, Collection[int]],
     notify: Callable[[str], None],
-    workers: int | None = None,
+    ray: str | None = None,
 ) -> RecordingArchive:
     """Return the archive with steps of its runs rescored, several runs at once.
 
@@ -77,35 +80,38 @@ def rescore_archive(
     Args:
         steps: The steps of each run.
         notify: Called with lines of progress.
-        workers: Processes at once, as for `list_slots`.
+        ray: The address of a Ray cluster, as `Places` takes it; by default they are rescored on this machine.
     """
     missing = {run: _missing_steps(archive, run, numbers) for run, numbers in steps.items() if _can_restore(run)}
     missing = {run: numbers for run, numbers in missing.items() if numbers}
     if not missing:
         return archive
-    slots, count = list_slots(workers, max(run.threads for run in missing)), sum(map(len, missing.values()))
+    places = Places(threads=max(run.threads for run in missing), ray=ray)
+    if problems := places.problems():
+        raise RefusedInput(problems)
+    count = sum(map(len, missing.values()))
     units = {run: archive.unit_seconds(run.method) for run in missing}
     seconds = sum(_estimate_seconds(run, numbers, units[run]) for run, numbers in missing.items())
-    notify(f"{count} checkpoints of {len(missing)} runs to rescore, about {format_duration(seconds / len(slots))}")
-    tasks = {run: _worker_task(run, numbers) for run, numbers in missing.items()}
-    remaining = len(missing)
-    with closing(run_workers(tasks, slots)) as progress:
-        for ended, _ in progress:
-            for run, reason in ended.items():
+    notify(f"{count} checkpoints of {len(missing)} runs to rescore, about {format_duration(seconds / places.count)}")
+    runs = {str(run.folder): run for run in missing}
+    remaining = len(runs)
+    with interrupting_signals(), Pool(places.start(remaining)) as pool:
+        for run, numbers in missing.items():
+            pool.submit(_task(run, numbers))
+        for event in pool.events():
+            if event and event.kind in ENDS:
                 remaining -= 1
-                notify(f"{run.name} rescored, {remaining} runs left" if not reason else f"{run.name}: {reason}")
+                rescored, name = event.kind == "done", runs[event.task].name
+                reason = event.facts.get("reason", event.kind)
+                notify(f"{name} rescored, {remaining} runs left" if rescored else f"{name}: {reason}")
     return replace(archive, rescored={**archive.rescored, **load_rescored(missing)})
 
 
-def main() -> int:
-    """Rescore the steps that the first argument names in JSON, {"folder", "steps"}, in a process of its own."""
-    try:
-        task = json.loads(sys.argv[1])
-        rescore_steps(task["folder"], task["steps"])
-    except DvarError as error:
-        print(f"dvar: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    return 0
+def run_task(argument: str, report: Callable[..., None]) -> dict[str, Any]:
+    """Rescore the steps that a task names in JSON, {"folder", "steps"}."""
+    task = json.loads(argument)
+    rescore_steps(task["folder"], task["steps"])
+    return {}
 
 
 def _can_restore(run: RecordedRun) -> bool:
@@ -128,10 +134,10 @@ def _estimate_seconds(run: RecordedRun, steps: Iterable[int], units: Mapping[str
     )
 
 
-def _worker_task(run: RecordedRun, steps: list[int]) -> WorkerTask:
+def _task(run: RecordedRun, steps: list[int]) -> Task:
     assert run.folder
     argument = json.dumps({"folder": str(run.folder), "steps": steps})
-    return WorkerTask("dvar.recordings.rescore", argument, run.folder / LOG, run.threads)
+    return Task(str(run.folder), "dvar.recordings.rescore", argument, run.folder / LOG, run.threads)
 
 
 def _spec_of(folder: Path, run: TrainingRun) -> RecordingSpec:
@@ -150,4 +156,4 @@ def _spec_of(folder: Path, run: TrainingRun) -> RecordingSpec:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(serve(run_task))

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from dvar.cluster.places import Places
+from dvar.cluster.pool import Pool, interrupting_signals
+from dvar.cluster.task import ENDS, Task
 from dvar.errors import DvarError, RefusedInput
 from dvar.files import read_json, write_json
 from dvar.recordings.cost import (
@@ -26,12 +28,13 @@ from dvar.recordings.protocol import PROTOCOLS
 from dvar.recordings.recorded_run import FAILED, SECONDS, RecordedRun, read_failure
 from dvar.recordings.score_samples import find_missing_rounds, load_scorer
 from dvar.recordings.spec import RecordingSpec
-from dvar.recordings.worker_pool import WorkerTask, list_slots, run_workers
 from dvar.stopping.cadence import format_cadence
 from dvar.training.dataset import Concept
 from dvar.training.progress import format_duration
 
 LOG = "record.log"
+PREEMPTIONS = 20
+"""How often a recording may lose its node, without getting further, and go on elsewhere."""
 Notify = Callable[[str], None]
 State = Literal["done", "failed", "missing"]
 
@@ -52,11 +55,14 @@ class RecordingStatus:
         return f"{self.recording.name:<48} {self.state}" + (f"  {self.reason}" if self.reason else "")
 
 
-def validate_recordings(specs: Sequence[RecordingSpec]) -> None:
+def validate_recordings(specs: Sequence[RecordingSpec], places: Places | None = None) -> None:
     """Refuse at once what would otherwise fail after hours.
 
+    Args:
+        places: Where they are to be made; by default on this machine.
+
     Raises:
-        RefusedInput: Methods, concepts, images or folders cannot be used; every problem is named.
+        RefusedInput: Methods, concepts, images, folders or a cluster cannot be used; every problem is named.
         ModelError: A judge cannot be loaded or does not fit.
     """
     problems: list[str] = []
@@ -68,6 +74,8 @@ def validate_recordings(specs: Sequence[RecordingSpec]) -> None:
             problems += refused.problems
         else:
             problems += [conflict] if (conflict := spec.find_conflict()) else []
+    if places and specs:
+        problems += places.problems(Path(specs[0].records).expanduser())
     if problems:
         raise RefusedInput(dict.fromkeys(problems))
     if specs:
@@ -106,7 +114,7 @@ def record_missing(
     specs: Sequence[RecordingSpec],
     notify: Notify,
     *,
-    workers: int | None = None,
+    places: Places | None = None,
     only_estimate: bool = False,
     describe: Callable[[Mapping[str, UnitSeconds]], Iterable[str]] = lambda units: (),
 ) -> list[RecordingStatus]:
@@ -114,7 +122,7 @@ def record_missing(
 
     Args:
         notify: Called with lines of progress.
-        workers: Processes at once, as for `list_slots`.
+        places: Where they are made; by default on this machine.
         only_estimate: Report, and record nothing; unit seconds that were measured before are not measured again.
         describe: From the unit seconds of each method to further lines of the report.
 
@@ -124,26 +132,27 @@ def record_missing(
     Raises:
         RefusedInput, ModelError: As `validate_recordings`; nothing has been recorded then.
     """
-    validate_recordings(specs)
+    places = places or Places(threads=specs[0].threads if specs else 1)
+    validate_recordings(specs, places)
     missing = [spec for spec in specs if read_status(spec).state != "done"]
     notify(f"{len(specs)} runs, {len(missing)} of them to record; {format_protocol(specs[0])}")
     saved = _read_unit_seconds(Path(specs[0].records).expanduser()) if only_estimate else {}
     unmeasured = [spec for spec in missing if spec.method not in saved]
     units = {**saved, **measure_methods(unmeasured)}
-    for line in (*format_estimate(missing, units, workers), *describe(units)):
+    for line in (*format_estimate(missing, units, places), *describe(units)):
         notify(line)
     if only_estimate:
         return [read_status(spec) for spec in specs]
     for root in {Path(spec.records).expanduser() for spec in missing}:
         methods = {spec.method for spec in missing if Path(spec.records).expanduser() == root}
         _save_unit_seconds(root, {method: units[method] for method in units if method in methods})
-    return run_sweep(specs, workers=workers, units=units, notify=notify)
+    return run_sweep(specs, places=places, units=units, notify=notify)
 
 
 def run_sweep(
     specs: Sequence[RecordingSpec],
     *,
-    workers: int | None = None,
+    places: Places | None = None,
     units: Mapping[str, UnitSeconds] | None = None,
     notify: Notify = lambda line: None,
     every: float = 60,
@@ -153,7 +162,7 @@ def run_sweep(
     Interrupted, it asks each run under way to save.
 
     Args:
-        workers: Processes at once, as for `list_slots`.
+        places: Where they are made; by default on this machine.
         units: The unit seconds of each method, for the time left.
         notify: Called with lines of progress, whenever a run ends and every ``every`` seconds.
 
@@ -163,16 +172,22 @@ def run_sweep(
     missing = [spec for spec in specs if read_status(spec).state != "done"]
     if not missing:
         return [read_status(spec) for spec in specs]
-    slots = list_slots(workers, missing[0].threads)
-    progress = _SweepProgress(missing, units or {}, len(slots))
-    with closing(run_workers({spec: _worker_task(spec) for spec in missing}, slots, every)) as events:
-        for ended, running in events:
-            for spec, reason in ended.items():
-                if reason:
-                    write_json(spec.folder / FAILED, {"reason": reason})
-                progress.end(spec, failed=bool(reason))
+    places = places or Places(threads=missing[0].threads)
+    recordings = {str(spec.folder): spec for spec in missing}
+    progress = _SweepProgress(missing, units or {}, places.count)
+    pool = Pool(places.start(len(missing)), preemptions=PREEMPTIONS if places.ray else 0)
+    with interrupting_signals(), pool:
+        for spec in missing:
+            pool.submit(_task(spec))
+        for event in pool.events(every):
+            if event and event.kind in ENDS:
+                spec = recordings[event.task]
+                if event.kind == "failed":
+                    write_json(spec.folder / FAILED, {"reason": event.facts["reason"]})
+                progress.end(spec, failed=event.kind == "failed")
                 notify(f"{read_status(spec)}")
-            notify(progress.format(running))
+            if event is None or event.kind in ENDS:
+                notify(progress.format([recordings[name] for name in pool.running]))
     return [read_status(spec) for spec in specs]
 
 
@@ -225,5 +240,5 @@ def _read_unit_seconds(root: Path) -> dict[str, UnitSeconds]:
     return dict(read_json(path)) if path.exists() else {}
 
 
-def _worker_task(spec: RecordingSpec) -> WorkerTask:
-    return WorkerTask("dvar.recordings.record", spec.to_json(), spec.folder / LOG, spec.threads)
+def _task(spec: RecordingSpec) -> Task:
+    return Task(str(spec.folder), "dvar.recordings.record", spec.to_json(), spec.folder / LOG, spec.threads)

@@ -1,0 +1,63 @@
+"""Where tasks run: on this machine, or on a Ray cluster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dvar.cluster.local import LocalWorker, list_slots
+from dvar.cluster.task import Worker
+from dvar.errors import RefusedInput
+
+
+@dataclass(frozen=True)
+class Places:
+    """The workers of a pool, and where they run. Ray is imported where it is asked for, and nowhere else.
+
+    Attributes:
+        workers: Number of workers; by default one for each GPU, or else for each core, of the machine or the cluster.
+        threads: CPU threads of each.
+        ray: The address of a Ray cluster, as `dvar.cluster.ray_workers.connect` takes it; None for this machine.
+        gpus: GPUs of each worker on Ray, or the share of one; by default 1 where the cluster has any.
+    """
+
+    workers: int | None = None
+    threads: int = 1
+    ray: str | None = None
+    gpus: float | None = None
+
+    @property
+    def count(self) -> int:
+        """The number of workers; of a cluster, once `problems` has connected to it, as it is now."""
+        if self.ray is None:
+            return len(list_slots(self.workers, self.threads))
+        from dvar.cluster import ray_workers
+
+        return self.workers or ray_workers.count_places(self.threads, self.gpus)
+
+    def problems(self, shared: Path | None = None) -> list[str]:
+        """Return what keeps tasks from running here, having connected to the cluster, if there is one.
+
+        Args:
+            shared: A folder that every worker must see; it is made.
+        """
+        if self.ray is None:
+            return []
+        from dvar.cluster import ray_workers
+
+        try:
+            ray_workers.connect(self.ray, self.workers or len(list_slots(None, self.threads)), self.threads)
+        except RefusedInput as refused:
+            return list(refused.problems)
+        if shared:
+            shared.mkdir(parents=True, exist_ok=True)
+        return ray_workers.node_problems(shared)
+
+    def start(self, most: int) -> list[Worker]:
+        """Return the workers, but no more than ``most``."""
+        if self.ray is None:
+            slots = list_slots(self.workers, self.threads)
+            return [LocalWorker(f"worker-{number + 1}", slot) for number, slot in enumerate(slots[:most])]
+        from dvar.cluster import ray_workers
+
+        return ray_workers.start_workers(min(self.count, most), self.threads, self.gpus)
