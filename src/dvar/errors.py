@@ -12,6 +12,7 @@ from collections.abc import Iterable
 # ├── CheckpointError                     a checkpoint that is damaged, or made under other settings
 # ├── ModelError                          a model folder or hub id that cannot be loaded or does not fit
 # ├── OutOfResources                      memory or disk that ran out while training
+# ├── ProcessLost                         one of several processes that train a run has ended or hangs
 # └── NonFiniteLoss    (ArithmeticError)  a loss that is nan or infinite while training
 #
 # Each message is one line: the rule, the value received, the remedy.
@@ -56,6 +57,10 @@ class ModelError(DvarError):
 
 class OutOfResources(DvarError):
     """Memory ran out while training, or a file of the run could not be written."""
+
+
+class ProcessLost(DvarError):
+    """A run that several processes train has lost one of them."""
 
 
 class NonFiniteLoss(DvarError, ArithmeticError):

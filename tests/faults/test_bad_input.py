@@ -284,7 +284,11 @@ RUNS = [
         "--resume_from_checkpoint",
         "checkpoint-5",
     ),
-    Case("dvar train runs in one process, got WORLD_SIZE=2", (), environment=(("WORLD_SIZE", "2"),)),
+    Case(
+        "several processes need a launcher that sets RANK, MASTER_ADDR, MASTER_PORT, got WORLD_SIZE=2",
+        (),
+        environment=(("WORLD_SIZE", "2"),),
+    ),
     Case("got OMPI_COMM_WORLD_SIZE=4", (), environment=(("OMPI_COMM_WORLD_SIZE", "4"),)),
     Case("{folder}/nowhere", ("report", "{folder}/nowhere"), method=None),
     Case("a run folder holds config.json, {folder}/images does not", ("report", "{folder}/images"), method=None),

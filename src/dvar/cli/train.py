@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -134,9 +135,13 @@ def run_training(settings: Mapping[str, Any], config_type: type[TrainingConfig])
     from dvar.config.presets import configure
 
     config = configure(settings, config_type)
-    from dvar.training.preflight import preflight
+    from dvar.training.preflight import is_main_process, preflight
 
     concept = preflight(config)
+    if not is_main_process(os.environ):  # which speaks for the others
+        from dvar.training.personalise import personalise
+
+        return INTERRUPTED if personalise(config, concept=concept).verdict.reason.value == "interrupted" else 0
     title = f"{config.subject} · {config.pretrained_model_name_or_path} · {config.output_dir}"
     print_message(f"loading for {title}")
     from dvar.training.personalise import personalise

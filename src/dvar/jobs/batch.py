@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from dvar.jobs.read_jobs import Table, read_jobs
 from dvar.jobs.status import JobStatus, read_status, summarise
 from dvar.jobs.store import is_url, url_problems
 from dvar.locks import lock_path
+from dvar.training.preflight import launcher_problems
 
 EVENTS, SUMMARY, LOCK, LOGS = "events.jsonl", "summary.json", ".batch.lock", "logs"
 
@@ -67,7 +69,7 @@ class Batch:
     """
 
     def __init__(self, source: str | Path | Sequence[Table], config: BatchConfig) -> None:
-        problems = batch_problems(config)
+        problems = [*batch_problems(config), *launcher_problems(os.environ, "dvar batch")]
         self.config, self.jobs, self.statuses = config, list[Job](), list[JobStatus]()
         self.failures: dict[str, str] = {}
         if not problems:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from dvar.recordings.score_samples import find_missing_rounds, load_scorer
 from dvar.recordings.spec import RecordingSpec
 from dvar.stopping.cadence import format_cadence
 from dvar.training.dataset import Concept
+from dvar.training.preflight import launcher_problems
 from dvar.training.progress import format_duration
 
 LOG = "record.log"
@@ -65,7 +67,7 @@ def validate_recordings(specs: Sequence[RecordingSpec], places: Places | None = 
         RefusedInput: Methods, concepts, images, folders or a cluster cannot be used; every problem is named.
         ModelError: A judge cannot be loaded or does not fit.
     """
-    problems: list[str] = []
+    problems = launcher_problems(os.environ, "dvar record")
     concepts: list[Concept] = []
     for spec in specs:
         try:

@@ -24,6 +24,7 @@ from dvar.stopping.verdict import Verdict
 from dvar.training.checkpoint import Checkpoint
 from dvar.training.methods.registry import TrainableMethod
 from dvar.training.optimizers import load_state, make_optimizer, perturb, read_state
+from dvar.training.processes import ALONE, Processes
 
 Losses = Callable[[int, int, int], Tensor]
 """(step, first sample, count) -> the loss of each of these samples of the step, float32 [count], with its graph."""
@@ -66,7 +67,7 @@ def train(
     learner: Learner,
     *,
     losses: Losses,
-    probe: Callable[[], Tensor],
+    probe: Callable[[], Tensor] | None,
     rule: Rule,
     log: Callable[[Mapping[str, Any]], None],
     save: Callable[[], None],
@@ -82,7 +83,7 @@ def train(
     Args:
         learner: What is trained; with records in its trace, training resumes after the last one.
         losses: The training losses of samples of a step.
-        probe: Evaluates the losses of the held samples, float32 [B].
+        probe: Evaluates the losses of the held samples, float32 [B]; None on a process that is not the main one.
         rule: Decides on the trace whether to stop.
         log: Receives each record before its step is yielded.
         save: Called every ``checkpointing_steps`` and at the last step, before the step is yielded.
@@ -96,6 +97,7 @@ def train(
         the last.
     """
     config, trace, watch = learner.config, learner.trace, Stopwatch()
+    processes, device = learner.processes, learner.method.parameters[0].device
     if len(trace) and rule(trace).stop:
         return
     for step in range(learner.next_step, config.max_train_steps + 1):
@@ -107,7 +109,7 @@ def train(
                 return
         due = step % config.probe_every == 0 or step == config.max_train_steps
         with watch("probe"):
-            held_losses = probe() if due and update.taken else None
+            held_losses = probe() if probe and due and update.taken else None
         try:
             metrics = series(step, watch) if series and update.taken else {}
         except Abandoned:
@@ -121,7 +123,8 @@ def train(
         record = trace.record(step, held_losses, **facts, **metrics)
         log(record)
         finite = update.taken and (held_losses is None or bool(held_losses.isfinite().all()))
-        verdict = _final_verdict(rule(trace), step, finite, interrupted())
+        asked_to_stop = processes.any(interrupted(), device)
+        verdict = processes.agree(_final_verdict(rule(trace), step, finite, asked_to_stop), device)
         learner.keep_best()
         if verdict.reason is not Reason.NON_FINITE and (verdict.stop or step % config.checkpointing_steps == 0):
             save()
@@ -133,8 +136,14 @@ def train(
 class Learner:
     """Everything that moves in training: what the method learns, the optimizer, the trace and the best step so far."""
 
-    def __init__(self, method: TrainableMethod, config: TrainingConfig, header: Mapping[str, Any]) -> None:
-        self.method, self.config, self.trace = method, config, Trace(header)
+    def __init__(
+        self,
+        method: TrainableMethod,
+        config: TrainingConfig,
+        header: Mapping[str, Any],
+        processes: Processes = ALONE,
+    ) -> None:
+        self.method, self.config, self.trace, self.processes = method, config, Trace(header), processes
         self.best_step, self.best = 0, method.state
         self.optimizer = make_optimizer(config, method.parameters, getattr(method, "rate_factors", ()))
         self.scaler = torch.amp.GradScaler(method.parameters[0].device.type, enabled=config.mixed_precision == "fp16")
@@ -178,19 +187,22 @@ class Learner:
     def _compute_gradient(self, losses: Losses, step: int, interrupted: Callable[[], bool]) -> Tensor:
         """Leave the gradient of the mean loss of a step in the parameters; return that loss, float64 on its device.
 
-        The samples of a step are numbered through its accumulation, so splitting it differently draws the same ones.
+        The samples of a step are numbered through its accumulation and over all processes, so splitting it differently
+        draws the same ones.
         """
-        config, parts = self.config, self.config.gradient_accumulation_steps
+        config, processes = self.config, self.processes
+        samples = config.gradient_accumulation_steps * config.train_batch_size
         step_losses = []
         self.optimizer.zero_grad()
-        for first in range(0, parts * config.train_batch_size, config.train_batch_size):
-            if first and interrupted():
+        for part in processes.share(samples, config.train_batch_size):
+            if part.start and processes.count == 1 and interrupted():  # several must abandon an update together
                 raise Abandoned
-            with seeded_globals(config.seed, "dropout", step, first):
-                part_losses = losses(step, first, config.train_batch_size)
-                torch.autograd.backward(self.scaler.scale(part_losses.mean() / parts))
+            with seeded_globals(config.seed, "dropout", step, part.start):
+                part_losses = losses(step, part.start, len(part))
+                torch.autograd.backward(self.scaler.scale(part_losses.mean() / (samples / len(part))))
             step_losses.append(part_losses.detach())
-        return torch.cat(step_losses).double().mean()
+        processes.sum_gradients([weight.grad for weight in self.method.parameters if weight.grad is not None])
+        return processes.gather(torch.cat(step_losses)).double().mean()
 
     @property
     def best_by(self) -> str:

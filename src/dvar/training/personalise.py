@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import threading
 import warnings
@@ -27,10 +28,14 @@ from dvar.training.dataset import Concept
 from dvar.training.loop import StepRecord
 from dvar.training.methods.registry import build_method, config_from_dict
 from dvar.training.preflight import preflight
+from dvar.training.processes import ALONE, Processes, launched_processes
 from dvar.training.run import TrainingResult, TrainingRun, digest_of, digest_of_classes, write_config
 from dvar.training.run_layout import CLASS_IMAGES, RESULT, checkpoint_name, find_written, problems
 from dvar.training.token_initializer import choose_initializer_tokens, load_clip
 from dvar.training.trackers import Tracker
+
+LoadBase = Callable[[TrainingConfig], Backbone]
+_PREPARED, _FINISHED = "prepared", "finished"
 
 
 def personalise(
@@ -38,7 +43,7 @@ def personalise(
     consumers: Sequence[Callable[[StepRecord], None]] = (),
     *,
     concept: Concept | None = None,
-    load: Callable[[TrainingConfig], Backbone] | None = None,
+    load: LoadBase | None = None,
 ) -> TrainingResult:
     """Learn the concept of ``config`` by the method of its class, and write the run into its folder.
 
@@ -46,6 +51,9 @@ def personalise(
     between two forward passes of its update, or between two denoising steps of its samples, with a checkpoint to resume
     from and the verdict "interrupted"; nothing is exported then. A loss that is not finite ends it too, and the best
     step before it is exported.
+
+    Where a launcher has started several processes, they share the samples of each step; the main one alone measures,
+    judges and writes, and returns the whole result.
 
     Args:
         config: The config of the run.
@@ -63,34 +71,73 @@ def personalise(
         CheckpointError: There is no checkpoint to resume from, or only one of another config, concept or base model.
         OutOfResources: Memory or disk ran out.
         NonFiniteLoss: No evaluation was finite.
+        ProcessLost: Another process that trains this run has ended.
 
     Source: Sections 3.2, 3.3 and 4.1.
     """
-    with _resource_errors(config), lock_folder(Path(config.output_dir).expanduser()):
-        run, checkpoint = prepare(config, concept, load)
-        run.open(checkpoint)
-        verdict = run.rule(run.learner.trace)
-        tracker = Tracker(config.report_to, run.folder, run.config.to_dict())
-        all_consumers: tuple[Callable[[StepRecord], None], ...] = (tracker, *consumers)
-        with interruption() as interrupted, closing(tracker):
-            for step in run.steps(interrupted):
-                verdict = step.verdict
-                for consumer in all_consumers:
-                    consumer(step)
-                if step.step % config.validation_steps == 0 and not verdict.stop:
-                    try:
-                        run.generate_samples(step.step, interrupted)
-                    except Abandoned:
-                        verdict = replace(verdict, stop=True, reason=Reason.INTERRUPTED, step=step.step)
-                        run.save(config.checkpoints_total_limit)
-                        break
-            if interrupted() and not verdict.stop:  # within an update, which was abandoned
-                verdict = replace(verdict, stop=True, reason=Reason.INTERRUPTED)
-        return run.result(verdict) if verdict.reason is Reason.INTERRUPTED else run.finish(verdict)
+    with _resource_errors(config), launched_processes() as processes:
+        if not processes.is_main:
+            return _follow(config, concept, load, processes)
+        with lock_folder(Path(config.output_dir).expanduser()):
+            run, checkpoint = prepare(config, concept, load, processes)
+            result = _train(run, checkpoint, consumers)
+        processes.publish(_FINISHED, "")
+        return result
+
+
+def _train(
+    run: TrainingRun, checkpoint: Checkpoint | None, consumers: Sequence[Callable[[StepRecord], None]]
+) -> TrainingResult:
+    """Train a run that has been prepared, to its end or to an interruption."""
+    config = run.config
+    run.open(checkpoint)
+    verdict = run.rule(run.learner.trace)
+    tracker = Tracker(config.report_to, run.folder, config.to_dict())
+    all_consumers: tuple[Callable[[StepRecord], None], ...] = (tracker, *consumers)
+    with interruption() as interrupted, closing(tracker):
+        for step in run.steps(interrupted):
+            verdict = step.verdict
+            for consumer in all_consumers:
+                consumer(step)
+            if step.step % config.validation_steps == 0 and not verdict.stop:
+                try:
+                    run.generate_samples(step.step, interrupted)
+                except Abandoned:
+                    verdict = replace(verdict, stop=True, reason=Reason.INTERRUPTED, step=step.step)
+                    run.save(config.checkpoints_total_limit)
+                    break
+        if interrupted() and not verdict.stop:  # within an update, which was abandoned
+            verdict = replace(verdict, stop=True, reason=Reason.INTERRUPTED)
+    return run.result(verdict) if verdict.reason is Reason.INTERRUPTED else run.finish(verdict)
+
+
+def _follow(
+    config: TrainingConfig, concept: Concept | None, load: LoadBase | None, processes: Processes
+) -> TrainingResult:
+    """Train as one of several processes that is not the main one, from what that one has prepared."""
+    concept = concept or preflight(config)
+    backbone = (load or load_base_model)(config)
+    prepared = json.loads(processes.read(_PREPARED))
+    config = replace(config, initializer_token=prepared["initializer_token"])
+    folder = Path(config.output_dir).expanduser()
+    classes = tuple(generate_class_images(config, concept.classes, backbone))  # which the main process has
+    method = build_method(config, backbone)
+    run = TrainingRun(folder, config, concept, classes, backbone, method, processes=processes)
+    if prepared["checkpoint"] is not None:
+        run.learner.restore(Checkpoint.read(folder / checkpoint_name(prepared["checkpoint"])))
+    verdict = run.rule(run.learner.trace)
+    with interruption() as interrupted:
+        for step in run.follow(interrupted):
+            verdict = step.verdict
+    processes.read(_FINISHED)
+    return run.result(verdict)
 
 
 def prepare(
-    config: TrainingConfig, concept: Concept | None = None, load: Callable[[TrainingConfig], Backbone] | None = None
+    config: TrainingConfig,
+    concept: Concept | None = None,
+    load: LoadBase | None = None,
+    processes: Processes = ALONE,
 ) -> tuple[TrainingRun, Checkpoint | None]:
     """Return the run of ``config``, ready to be opened, and the checkpoint to resume it from.
 
@@ -127,8 +174,10 @@ def prepare(
             remedy = f"put them back, remove {folder / CLASS_IMAGES} to have them generated as before, or start another"
             raise CheckpointError(f"{message}: {remedy} --output_dir")
         remove(folder / RESULT)
+    step = checkpoint.step if checkpoint else None
+    processes.publish(_PREPARED, json.dumps({"initializer_token": config.initializer_token, "checkpoint": step}))
     method = build_method(config, backbone)
-    return TrainingRun(folder, config, concept, classes, backbone, method, clip), checkpoint
+    return TrainingRun(folder, config, concept, classes, backbone, method, clip, processes), checkpoint
 
 
 def load_base_model(config: TrainingConfig) -> Backbone:

@@ -15,6 +15,7 @@ from dvar.training.dataset import Concept, scan_concept
 from dvar.training.placeholder_tokens import Tokenizer, load_tokenizer_of
 
 _PROCESS_COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+_OF_LAUNCHERS = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def preflight(config: TrainingConfig, load_tokenizer: Callable[[str], Tokenizer] | None = load_tokenizer_of) -> Concept:
@@ -34,11 +35,11 @@ def preflight(config: TrainingConfig, load_tokenizer: Callable[[str], Tokenizer]
     model_problems = model_files.problems(valid)
     problems = [
         *training_config.problems(config),
-        *process_problems(os.environ),
+        *process_problems(os.environ, valid),
         *rule.problems(config),
         *model_problems,
         *packages.problems(valid),
-        *run_layout.problems(valid),
+        *(run_layout.problems(valid) if is_main_process(os.environ) else ()),  # for it alone writes there
         *image_problems,
     ]
     fit_problems = family_fit.problems(valid) if load_tokenizer and not model_problems else []
@@ -54,10 +55,35 @@ def preflight(config: TrainingConfig, load_tokenizer: Callable[[str], Tokenizer]
     return concept
 
 
-def process_problems(environment: Mapping[str, str]) -> list[str]:
+def is_main_process(environment: Mapping[str, str]) -> bool:
+    """Return whether this is the main one of the processes that a launcher has started, or the only one."""
+    return environment.get("RANK", "0") == "0"
+
+
+def process_problems(environment: Mapping[str, str], config: TrainingConfig) -> list[str]:
     """Return what is wrong if a launcher has started several processes, by the variables that it sets."""
-    for name in _PROCESS_COUNTS:
-        if (count := environment.get(name, "1")) != "1":
-            message = f"dvar train runs in one process, got {name}={count}"
-            return [f"{message}: start it without torchrun, mpirun, or accelerate launch of several processes"]
+    name, count = _count_processes(environment)
+    missing = [variable for variable in _OF_LAUNCHERS if variable not in environment]
+    if count > 1 and (name != "WORLD_SIZE" or missing):
+        rule = f"several processes need a launcher that sets {', '.join(_OF_LAUNCHERS)}, got {name}={count}"
+        return [f"{rule} without: start them by accelerate launch or torchrun"]
+    samples = config.train_batch_size * config.gradient_accumulation_steps
+    if samples % count:
+        rule = f"{count} processes share the samples of a step evenly, and there are {samples}"
+        return [f"{rule}: choose a train_batch_size or gradient_accumulation_steps that {count} divides"]
     return []
+
+
+def launcher_problems(environment: Mapping[str, str], command: str) -> list[str]:
+    """Return what is wrong if a launcher has started several processes of a command that starts its own."""
+    name, count = _count_processes(environment)
+    rule = f"{command} starts processes itself, got {name}={count}"
+    return [f"{rule}: start it without a launcher"] if count > 1 else []
+
+
+def _count_processes(environment: Mapping[str, str]) -> tuple[str, int]:
+    """Return how many processes a launcher has started, and the variable that says so."""
+    for name in _PROCESS_COUNTS:
+        if (count := environment.get(name, "1")) != "1" and count.isdigit():
+            return name, int(count)
+    return "", 1

@@ -37,6 +37,7 @@ from dvar.training.dataset import ClassImages, Concept
 from dvar.training.loop import Learner, Series, StepRecord, Stopwatch, train
 from dvar.training.methods.registry import PersonalisationMethod
 from dvar.training.model_card import write_model_card
+from dvar.training.processes import ALONE, Processes
 from dvar.training.rule import rule_of
 from dvar.training.run_layout import (
     CONFIG,
@@ -84,6 +85,7 @@ class TrainingRun:
         backbone: The base model, with the method put into it.
         method: The method, untrained.
         clip: The CLIP that scores samples, where the best step is judged by it.
+        processes: The processes that train it.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class TrainingRun:
         backbone: Backbone,
         method: PersonalisationMethod,
         clip: Clip | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         self.folder, self.config, self.concept, self.backbone, self.method = folder, config, concept, backbone, method
         self.classes, self.clip = classes, clip
@@ -124,7 +127,8 @@ class TrainingRun:
         if config.eval_timesteps == "stratified":
             held = self.stratify(held, "held")
         self.probe = Probe(self.losses, held, modules=backbone.modules)
-        self.learner = Learner(method, config, {"method": config.method, "timesteps": held.timesteps.tolist()})
+        header = {"method": config.method, "timesteps": held.timesteps.tolist()}
+        self.learner = Learner(method, config, header, processes)
 
     def open(self, checkpoint: Checkpoint | None) -> None:
         """Write the config and the instance images into the folder, and restore ``checkpoint``, if any."""
@@ -155,6 +159,18 @@ class TrainingRun:
                 interrupted=interrupted,
                 series=all_series,
             )
+
+    def follow(self, interrupted: Callable[[], bool]) -> Iterator[StepRecord]:
+        """Train as one of several processes that is not the main one: nothing is measured or written."""
+        return train(
+            self.learner,
+            losses=self.training_losses,
+            probe=None,
+            rule=self.rule,
+            log=lambda record: None,
+            save=lambda: None,
+            interrupted=interrupted,
+        )
 
     def save(self, keep: int | None) -> None:
         """Write a checkpoint; of the older ones, leave the ``keep`` newest."""
