@@ -77,7 +77,8 @@ def assert_same_run(first: Path, second: Path) -> None:
     traces = [Trace.read(folder / "trace.jsonl") for folder in (first, second)]
     assert traces[0].last_step == traces[1].last_step
     for name in ("train_loss", "eval"):
-        np.testing.assert_allclose(*(trace.metric(name)[1] for trace in traces), rtol=2e-5)
+        ours, theirs = (trace.metric(name)[1] for trace in traces)
+        np.testing.assert_allclose(ours, theirs, rtol=2e-5)
     vectors = [load_file(folder / "learned_embeds.safetensors")["<thing>"] for folder in (first, second)]
     torch.testing.assert_close(*vectors, rtol=1e-4, atol=1e-5)
 

@@ -101,7 +101,9 @@ def _train(
                 consumer(step)
             if step.step % config.validation_steps == 0 and not verdict.stop:
                 try:
-                    run.generate_samples(step.step, interrupted)
+                    # Several processes stop together, at the end of a step.
+                    alone = run.learner.processes.count == 1
+                    run.generate_samples(step.step, interrupted if alone else lambda: False)
                 except Abandoned:
                     verdict = replace(verdict, stop=True, reason=Reason.INTERRUPTED, step=step.step)
                     run.save(config.checkpoints_total_limit)
