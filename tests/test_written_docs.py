@@ -49,6 +49,11 @@ def test_the_page_of_performance_and_its_figure_are_current() -> None:
         assert path.read_text(encoding="utf-8") == text, f"{path.name} is old: make docs"
 
 
+def test_the_page_of_scale_is_current() -> None:
+    scale = load_script("scale")
+    assert (DOCS / "scale.md").read_text(encoding="utf-8") == scale.page(), "scale.md is old: make docs"
+
+
 def test_a_step_that_consists_of_the_networks_has_no_possible_gain() -> None:
     parts = {"data": 0.0, "encode": 0.0, "text": 1.0, "U-Net forward": 2.0, "backward": 3.0, "optimizer": 0.0}
     assert load_script("performance").ceiling({"parts": {"plain": parts}}) == 1
@@ -101,7 +106,7 @@ def test_the_example_of_a_custom_rule_judges_every_public_trace(
 
 def test_numbers_of_runs_are_computed_and_not_typed() -> None:
     """A page that is written by hand points to the generated one, which counts the runs that there are."""
-    generated = {"results.md", "verdicts.md", "performance.md"}
+    generated = {"results.md", "verdicts.md", "performance.md", "scale.md"}
     typed = [
         (page.name, count)
         for page in (DOCS.parent / "README.md", *sorted(DOCS.glob("*.md")))
