@@ -1,4 +1,4 @@
-"""Benchmark batches: ``python benchmarks/batch.py [--jobs 8] [--steps 40]``; jobs an hour and the cost of the engine."""
+"""Benchmark batches: ``python benchmarks/batch.py``; jobs an hour and the cost of the engine."""
 
 # The same short jobs on the bundled model with one and two workers, as local processes and on a Ray cluster of this
 # machine. What the engine costs is the time of a job beyond its training: finding it, copying the base model, encoding,

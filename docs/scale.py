@@ -40,9 +40,9 @@ dvar batch jobs.csv --ray auto          # the same on a Ray cluster: pip install
 
 In a TOML file the settings before the first table are those of all jobs, and each table `[[job]]` has an `id` and what
 differs; in a CSV file each setting is a column. Settings have the names of the flags of `dvar train`, and `method` is
-one more. [`examples/cluster/jobs.toml`](../examples/cluster/jobs.toml) is a start. Whatever is wrong with any job, unknown
-columns, two jobs with one folder, an address that does not answer, a node with another version or without the shared
-folder, is refused before the first job, all at once.
+one more. [`examples/cluster/jobs.toml`](../examples/cluster/jobs.toml) is a start. Whatever is wrong with any job is
+refused before the first one, all at once: unknown columns, two jobs with one folder, an address that does not answer, a
+node with another version or without the shared folder.
 
 - **A worker loads the base model once** and gives each run a copy that shares its weights. A run is bit for bit the run
   of `dvar train` with the same settings.
@@ -90,7 +90,7 @@ The samples of a step are numbered, and what is drawn for a sample depends on it
 train on the same samples: losses are equal to the tolerance of a sum in another order, the run stops at the same step,
 and it can be resumed on another number of processes. The batch is that of the whole run, so it must be divisible by
 their number. One process measures, judges and writes; its verdict ends all of them. A process that dies or hangs ends
-the others within a minute with a message. The whole model must fit on each GPU; sharded models (FSDP) are not supported.
+the others within a minute with a message. The whole model must fit on each GPU: it is not sharded (no FSDP).
 
 ## What it costs
 
@@ -108,13 +108,13 @@ worker the start of its process and the base model. Such short jobs show the eng
 ### GPU hours and storage
 
 Computed from the paper's Table 1: minutes of a run on Stable Diffusion 1.5 and one A100, to the cap (*Baseline*) and
-with DVAR, probe included. On other GPUs, resolutions or batches they differ; the ratio hardly does. **GPUs** is how many
+with DVAR, probe included. On other GPUs, resolutions or batches they differ; the ratio hardly does. *GPUs* is how many
 are busy all day.
 
 {hours}
 
-The paper evaluates the held batch at every step. Here the preset `lean` does it at about a twentieth of the time: on the
-bundled model the probe took {probe} of the time of a run (measured: [performance](performance.md)).
+The paper evaluates the held batch at every step. Here the preset `lean` does so in about a twentieth of the time (by
+counts of forward passes); on the bundled model the probe took {probe} of a run (measured: [performance](performance.md)).
 
 Estimated storage: the bytes of the learned weights follow from their shapes, in float32; the rest of a run, its trace,
 samples and reference images, is what a run of the bundled model left, {rest} (measured above); images of 512 × 512
@@ -122,8 +122,8 @@ pixels are some 50 times as large as its 64 × 64 (an estimate), which makes {im
 
 {storage}
 
-A checkpoint of Textual Inversion is small; one of Custom Diffusion has the weights four times (the best so far, and two
-moments of AdamW): a worker has one on its disk at a time, and `--checkpoints all` would multiply the storage by as many.
+A checkpoint has the weights four times: now, at the best step so far, and as the two moments of AdamW. A run has one at
+a time on its disk, and none at its end.
 """
 
 IMAGES_FACTOR = 50

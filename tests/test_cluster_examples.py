@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import tomllib
 from dataclasses import fields
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import yaml
 
 from dvar.config.fields import canonical_settings
 from dvar.jobs.config import BatchConfig
-from dvar.jobs.read_jobs import JOB_KEYS, tomllib
+from dvar.jobs.read_jobs import JOB_KEYS
 from dvar.training.methods.registry import METHODS
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "cluster"
