@@ -113,8 +113,9 @@ are busy all day.
 
 {hours}
 
-The paper evaluates the held batch at every step. The preset `lean` spends about a twentieth of the time on it, by counts
-of forward passes; on the bundled model the probe took {probe} of a run (measured: [performance](performance.md)).
+The paper evaluates the held batch at every step. The preset `lean` spends about a twentieth of the time on it, as
+counts of forward passes have it; on the bundled model the probe took {probe} of a run (measured:
+[performance](performance.md)).
 
 Estimated storage: the bytes of the learned weights follow from their shapes, in float32; the rest of a run, its trace,
 samples and reference images, is what a run of the bundled model left, {rest} (measured above); images of 512 × 512

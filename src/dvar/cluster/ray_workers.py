@@ -10,6 +10,7 @@ import os
 import platform
 import secrets
 import socket
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -18,7 +19,7 @@ from typing import Any
 
 from dvar._version import __version__
 from dvar.cluster.local import LocalWorker
-from dvar.cluster.task import ENDS, Report, Task, Worker
+from dvar.cluster.task import ENDS, Report, Task, Worker, failure
 from dvar.errors import RefusedInput, first_line
 
 try:
@@ -40,9 +41,11 @@ class Supervisor:
     Args:
         name: Its name, for people.
         folder: The folder that it runs in, where the node has it, so that relative paths mean the same everywhere.
+        versions: What `installed_versions` returns on the machine of the driver.
     """
 
-    def __init__(self, name: str, folder: str) -> None:
+    def __init__(self, name: str, folder: str, versions: Mapping[str, str]) -> None:
+        self.difference = format_differences(versions, installed_versions())
         with suppress(OSError):  # one that this node does not have is no part of any path that it must see
             os.chdir(folder)
         self.worker = LocalWorker(name)
@@ -53,7 +56,10 @@ class Supervisor:
 
     def run(self, task: Mapping[str, Any]) -> Iterator[Report]:
         """Run a task and yield its reports."""
-        yield from self.worker.run(Task(**{**task, "log": Path(task["log"])}))
+        if self.difference:  # a node that has joined since all of them were checked
+            yield failure(f"node {platform.node()} has {self.difference}", retry=False)
+        else:
+            yield from self.worker.run(Task(**{**task, "log": Path(task["log"])}))
 
     def cancel(self) -> None:
         """Ask the task that is running to save and end."""
@@ -72,7 +78,7 @@ class RayWorker:
     def __init__(self, name: str, threads: int, gpus: float) -> None:
         self.name = name
         actor = ray.remote(Supervisor).options(num_cpus=threads, num_gpus=gpus, max_restarts=-1, max_concurrency=3)
-        self._actor = actor.remote(name, os.getcwd())
+        self._actor = actor.remote(name, os.getcwd(), installed_versions())
         self._ping: Any = None
 
     def ready(self, seconds: float) -> bool:
@@ -157,6 +163,8 @@ def count_places(threads: int, gpus: float | None) -> int:
 
 def start_workers(count: int, threads: int, gpus: float | None) -> list[Worker]:
     """Return workers of the connected cluster; those that it has no places for wait for them."""
+    if count > (places := count_places(threads, gpus)):
+        warnings.warn(f"the cluster has places for {places} of {count} workers now: the others wait", stacklevel=2)
     return [RayWorker(f"ray-{number + 1}", threads, _share(gpus)) for number in range(count)]
 
 
@@ -195,12 +203,8 @@ def _problems_of_node(node: Mapping[str, Any], token: Path | None) -> Iterator[s
     except (RayError, TimeoutError) as error:
         yield f"every node must answer, and {name} does not ({_shortened(error)}): repair it or take it away"
         return
-    ours = {"python": platform.python_version(), "dvar": __version__, **{name: _version(name) for name in COMPARED}}
-    theirs = facts["versions"]
-    differences = [f"{key} {theirs[key] or 'missing'}, not {ours[key]}" for key in ours if theirs[key] != ours[key]]
-    if differences:
-        rule = f"every node must have the versions of this machine, and {name} has {'; '.join(differences)}"
-        yield f"{rule}: install the same"
+    if difference := format_differences(installed_versions(), facts["versions"]):
+        yield f"every node must have the versions of this machine, and {name} has {difference}: install the same"
     if token and not facts["sees"]:
         yield f"every node must see output_dir, and {name} does not see {token.parent}: name a shared folder or a URL"
 
@@ -228,6 +232,17 @@ def _inspector() -> Callable[[tuple[str, ...], str], dict[str, Any]]:
         return {"versions": versions, "sees": os.path.exists(token)}
 
     return inspect
+
+
+def installed_versions() -> dict[str, str]:
+    """Return the versions of what changes the results of a run; "" for what is missing."""
+    return {"python": platform.python_version(), "dvar": __version__, **{name: _version(name) for name in COMPARED}}
+
+
+def format_differences(ours: Mapping[str, str], theirs: Mapping[str, str]) -> str:
+    """Return which versions of a node are others than ours; empty where none is."""
+    others = [name for name in ours if theirs.get(name) != ours[name]]
+    return "; ".join(f"{name} {theirs.get(name) or 'missing'}, not {ours[name]}" for name in others)
 
 
 def _version(package: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dvar.config.fields import COUNT, NOT_NEGATIVE, POSITIVE, Config, invalid_fields, setting
+from dvar.config.fields import COUNT, NOT_NEGATIVE, POSITIVE, Config, Range, invalid_fields, setting
 from dvar.config.methods import TextualInversionConfig
 
 Checkpoints = Literal["none", "last", "all"]
@@ -26,7 +26,7 @@ class BatchConfig(Config):
     )
 
     workers: int | None = setting(
-        None, "Runs at once; by default one for each GPU, or else for each core.", COUNT, section="Where"
+        None, "Runs at once; by default one for each GPU, or else for each core.", Range(1, most=1024), section="Where"
     )
     threads: int = setting(1, "CPU threads of each run.", COUNT)
     ray: str | None = setting(

@@ -203,7 +203,7 @@ def _convert(text: str, hint: Any) -> Any:
     if hint is bool:
         return {"true": True, "false": False}.get(text.lower(), text)
     try:
-        return hint(text) if hint in (int, float) else text
+        return hint(text) if hint in (int, float) and "_" not in text else text  # Python reads 1_9 as 19
     except ValueError:
         return text
 
