@@ -174,7 +174,7 @@ def _with_whole_paths(config: TrainingConfig) -> TrainingConfig:
     paths = {"output_dir": config.output_dir} if not is_url(config.output_dir) else {}
     for name in PATHS:
         value = getattr(config, name)
-        if value and value != BUNDLED_MODEL and Path(value).expanduser().exists():
+        if value and value != BUNDLED_MODEL and not is_url(value) and Path(value).expanduser().exists():
             paths[name] = value
     whole: dict[str, Any] = {name: str(Path(value).expanduser().resolve()) for name, value in paths.items()}
     return replace(config, **whole)

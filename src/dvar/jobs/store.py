@@ -30,7 +30,7 @@ def is_url(folder: str) -> bool:
 def url_problems(folder: str) -> list[str]:
     """Return what is wrong with a folder behind a URL: its file system is not installed, or cannot be written."""
     try:
-        system, root = _open_url(folder)
+        system, root = open_url(folder)
         system.makedirs(root, exist_ok=True)
         system.pipe_file(f"{root}/.dvar-batch", b"")
         system.rm_file(f"{root}/.dvar-batch")
@@ -46,7 +46,7 @@ def read_run_json(folder: str, name: str) -> Any:
     with suppress(OSError, ValueError):
         if not is_url(folder):
             return read_json(Path(folder).expanduser() / name)
-        system, root = _open_url(folder)
+        system, root = open_url(folder)
         return json.loads(system.cat_file(f"{root}/{name}"))
     return None
 
@@ -91,7 +91,7 @@ class RemoteStore(RunStore):
 
     def __init__(self, folder: Path, url: str) -> None:
         super().__init__(folder)
-        self.system, self.root = _open_url(url)
+        self.system, self.root = open_url(url)
         self._pushed: dict[str, tuple[int, int]] = {}
 
     def fetch(self) -> None:
@@ -125,7 +125,7 @@ def _stamp(path: Path) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
-def _open_url(folder: str) -> tuple[Any, str]:
+def open_url(folder: str) -> tuple[Any, str]:
     """Return the file system of a URL, and the path in it.
 
     Raises:

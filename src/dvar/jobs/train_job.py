@@ -15,16 +15,17 @@ from dvar.files import remove, write_json
 from dvar.jobs.base_models import BaseModels
 from dvar.jobs.config import Checkpoints
 from dvar.jobs.job import JOB, Job
+from dvar.jobs.model_cache import cached_model
 from dvar.jobs.status import end_facts
-from dvar.jobs.store import RunStore, run_folder
+from dvar.jobs.store import RunStore, is_url, run_folder
 from dvar.stopping.diagnosis import Reason
 from dvar.training.loop import StepRecord
 from dvar.training.personalise import personalise
 from dvar.training.run import TrainingResult
 from dvar.training.run_layout import TRACE, checkpoint_paths, find_written
 
-WAIT_SECONDS = 60
-"""How long a job waits for the worker that trained it last to end."""
+WAIT_SECONDS = 600
+"""How long a job waits for the worker that trained it last, or that copies its base model."""
 REPORT_SECONDS = 1.0
 Report = Callable[..., None]
 
@@ -73,8 +74,10 @@ class JobTrainer:
         if not can_resume:
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / JOB, {"id": job.id, "digest": job.digest})
+        model = job.config.pretrained_model_name_or_path
         config = replace(
             job.config,
+            pretrained_model_name_or_path=cached_model(model) if is_url(model) else model,
             output_dir=str(folder),
             resume_from_checkpoint="latest" if can_resume else None,
             overwrite=not can_resume and bool(find_written(folder)),
