@@ -141,6 +141,26 @@ def test_a_sweep_records_what_is_missing_or_damaged_and_nothing_else(
     RecordedRun.open(run.folder)
 
 
+@pytest.mark.slow
+def test_recordings_that_one_process_makes_are_those_that_each_makes_alone(base: RecordingSpec, tmp_path: Path) -> None:
+    together, alone = (
+        [replace(base, records=str(tmp_path / name), concept=concept) for concept in ("ball", "other")]
+        for name in ("together", "alone")
+    )
+    assert [row.state for row in run_sweep(together, places=Places(1))] == ["done", "done"]
+    for run in alone:
+        run_sweep([run], places=Places(1))
+    for first, second in zip(together, alone, strict=True):
+        assert list_measurements(first) == list_measurements(second)
+
+
+def list_measurements(recording: RecordingSpec) -> list[dict[str, Any]]:
+    """Return all that a recording has measured but seconds."""
+    rows = [dict(row) for row in RecordedRun.open(recording.folder).trace.records]
+    rows += json.loads((recording.folder / "scores.json").read_text())["rows"]
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
 def test_a_run_that_fails_is_a_row_with_its_reason_and_is_tried_again(
     base: RecordingSpec, tmp_path: Path, programs: dict[str, str]
 ) -> None:

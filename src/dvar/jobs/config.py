@@ -40,7 +40,7 @@ class BatchConfig(Config):
     preemptions: int = setting(
         20, "How often a job may lose its worker, without getting further, and be tried again.", NOT_NEGATIVE
     )
-    json: bool = setting(False, "Print each event as a line of JSON instead of a table.", section="Output")
+    json: bool = setting(False, "Print each event as a line of JSON instead of a table.", section="Progress")
 
 
 def batch_problems(config: BatchConfig) -> list[str]:
