@@ -6,15 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dvar.cluster.task import Task
+from dvar.cluster.task import WorkerTask
 
 Turn = list[tuple[str, Any]]
 
 
-def scripted_task(folder: Path, name: str, *turns: Turn, threads: int = 1) -> Task:
+def scripted_task(folder: Path, name: str, *turns: Turn, threads: int = 1) -> WorkerTask:
     """Return a task that does what its turns say, one turn an attempt; the last one serves all later attempts."""
     argument = json.dumps({"attempts": str(folder / f"{name}.attempts"), "turns": turns or [[]]})
-    return Task(name, "scripted", argument, folder / "logs" / f"{name}.log", threads)
+    return WorkerTask(name, "scripted", argument, folder / "logs" / f"{name}.log", threads)
 
 
 def count_attempts(folder: Path, name: str) -> int:

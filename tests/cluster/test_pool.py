@@ -15,12 +15,12 @@ from scripted_tasks import count_attempts, scripted_task
 
 from dvar.cluster.local import LocalWorker
 from dvar.cluster.pool import Pool, interrupting_signals
-from dvar.cluster.task import Task, TaskEvent
+from dvar.cluster.task import WorkerTask, TaskEvent
 
 HERE = Path(__file__).parent
 
 
-def run_tasks(tasks: list[Task], workers: int = 1, retries: int = 0, preemptions: int = 0) -> list[TaskEvent]:
+def run_tasks(tasks: list[WorkerTask], workers: int = 1, retries: int = 0, preemptions: int = 0) -> list[TaskEvent]:
     """Return all events of tasks."""
     pool = Pool(
         [LocalWorker(f"worker-{number}") for number in range(workers)], retries=retries, preemptions=preemptions

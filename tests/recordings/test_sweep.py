@@ -143,14 +143,14 @@ def test_a_sweep_records_what_is_missing_or_damaged_and_nothing_else(
 
 @pytest.mark.slow
 def test_recordings_that_one_process_makes_are_those_that_each_makes_alone(base: RecordingSpec, tmp_path: Path) -> None:
-    together, alone = (
+    together, separate = (
         [replace(base, records=str(tmp_path / name), concept=concept) for concept in ("ball", "other")]
-        for name in ("together", "alone")
+        for name in ("together", "separate")
     )
     assert [row.state for row in run_sweep(together, places=Places(1))] == ["done", "done"]
-    for run in alone:
+    for run in separate:
         run_sweep([run], places=Places(1))
-    for first, second in zip(together, alone, strict=True):
+    for first, second in zip(together, separate, strict=True):
         assert list_measurements(first) == list_measurements(second)
 
 

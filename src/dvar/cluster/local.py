@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dvar.cluster.task import ENDS, Report, Task, failure
+from dvar.cluster.task import ENDS, Report, WorkerTask, failure
 
 INTERRUPTED = (130, -signal.SIGTERM)
 """Statuses of a process that was asked to stop: by Ctrl-C, as shells report it, and by SIGTERM."""
@@ -50,7 +50,7 @@ class LocalWorker:
         """Return True: a process can always be started."""
         return True
 
-    def run(self, task: Task) -> Iterator[Report]:
+    def run(self, task: WorkerTask) -> Iterator[Report]:
         """Run a task and yield its reports; the last one is of `ENDS`."""
         try:
             before = task.log.stat().st_size if task.log.exists() else 0
@@ -96,7 +96,7 @@ class LocalWorker:
         if self._process:
             self._process.kill()
 
-    def _start(self, task: Task) -> subprocess.Popen[bytes]:
+    def _start(self, task: WorkerTask) -> subprocess.Popen[bytes]:
         """Return a process for a task: the one there is, if it lives and fits."""
         kind = (task.program, task.threads)
         if self._process and self._process.poll() is None and self._kind == kind:

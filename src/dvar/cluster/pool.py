@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any
 
-from dvar.cluster.task import ENDS, Report, Task, TaskEvent, Worker
+from dvar.cluster.task import ENDS, Report, WorkerTask, TaskEvent, Worker
 
 POLL_SECONDS = 1.0
 """Seconds after which a worker that waits for a place on a cluster looks whether it is still needed."""
@@ -27,7 +27,7 @@ class _Progress:
         fresh: Whether this attempt has reported no step yet.
     """
 
-    task: Task
+    task: WorkerTask
     failures: int = 0
     preemptions: int = 0
     step: int = 0
@@ -49,7 +49,7 @@ class Pool:
 
     def __init__(self, workers: Sequence[Worker], *, retries: int = 0, preemptions: int = 0) -> None:
         self.workers, self.retries, self.preemptions = workers, retries, preemptions
-        self._waiting: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[WorkerTask | None] = queue.SimpleQueue()
         self._reports: queue.SimpleQueue[tuple[str, Worker, Report]] = queue.SimpleQueue()
         self._pending: dict[str, _Progress] = {}
         self._running: dict[str, Worker] = {}
@@ -80,7 +80,7 @@ class Pool:
         """The names of the tasks that are running."""
         return list(self._running)
 
-    def submit(self, task: Task) -> None:
+    def submit(self, task: WorkerTask) -> None:
         """Let a task wait for the next worker that is free."""
         self._pending[task.name] = _Progress(task)
         self._waiting.put(task)

@@ -19,7 +19,7 @@ from typing import Any
 
 from dvar._version import __version__
 from dvar.cluster.local import LocalWorker
-from dvar.cluster.task import ENDS, Report, Task, Worker, failure
+from dvar.cluster.task import ENDS, Report, WorkerTask, Worker, failure
 from dvar.errors import RefusedInput, first_line
 
 try:
@@ -59,7 +59,7 @@ class Supervisor:
         if self.difference:  # a node that has joined since all of them were checked
             yield failure(f"node {platform.node()} has {self.difference}", retry=False)
         else:
-            yield from self.worker.run(Task(**{**task, "log": Path(task["log"])}))
+            yield from self.worker.run(WorkerTask(**{**task, "log": Path(task["log"])}))
 
     def cancel(self) -> None:
         """Ask the task that is running to save and end."""
@@ -94,7 +94,7 @@ class RayWorker:
             return False
         return True
 
-    def run(self, task: Task) -> Iterator[Report]:
+    def run(self, task: WorkerTask) -> Iterator[Report]:
         """Run a task and yield its reports; the last one is of `ENDS`."""
         fields = {"name": task.name, "program": task.program, "argument": task.argument, "threads": task.threads}
         try:

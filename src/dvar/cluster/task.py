@@ -17,7 +17,7 @@ EventKind = Literal["started", "progress", "retried", "preempted", "done", "fail
 
 
 @dataclass(frozen=True)
-class Task:
+class WorkerTask:
     """The work of one process.
 
     Attributes:
@@ -65,7 +65,7 @@ class Worker(Protocol):
         """Return whether it can take a task, after waiting so long at most."""
         ...
 
-    def run(self, task: Task) -> Iterator[Report]:
+    def run(self, task: WorkerTask) -> Iterator[Report]:
         """Run a task and yield its reports; the last one is of `ENDS`, whatever happens to the process."""
         ...
 

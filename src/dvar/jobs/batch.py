@@ -14,7 +14,7 @@ from typing import Any
 
 from dvar.cluster.places import Places
 from dvar.cluster.pool import Pool, interrupting_signals
-from dvar.cluster.task import EventKind, Task, TaskEvent
+from dvar.cluster.task import EventKind, WorkerTask, TaskEvent
 from dvar.config.fields import canonical_settings
 from dvar.errors import RefusedInput
 from dvar.files import write_json
@@ -145,9 +145,9 @@ class Batch:
         config = self.config
         return Places(config.workers, config.threads, config.ray, config.gpus_per_worker)
 
-    def _task(self, job: Job) -> Task:
+    def _task(self, job: Job) -> WorkerTask:
         logs = (self.folder or Path(tempfile.gettempdir()) / "dvar-jobs") / LOGS
-        return Task(job.id, "dvar.jobs.train_job", job.to_json(), logs / f"{job.id}.log", self.config.threads)
+        return WorkerTask(job.id, "dvar.jobs.train_job", job.to_json(), logs / f"{job.id}.log", self.config.threads)
 
     def _take_event(self, event: TaskEvent) -> JobEvent:
         if event.kind == "failed":

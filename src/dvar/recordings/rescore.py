@@ -19,7 +19,7 @@ from dvar import mini
 from dvar.cluster.places import Places
 from dvar.cluster.pool import Pool, interrupting_signals
 from dvar.cluster.program import serve
-from dvar.cluster.task import ENDS, Task
+from dvar.cluster.task import ENDS, WorkerTask
 from dvar.errors import RefusedInput
 from dvar.files import read_json, write_json
 from dvar.locks import lock_folder
@@ -134,10 +134,10 @@ def _estimate_seconds(run: RecordedRun, steps: Iterable[int], units: Mapping[str
     )
 
 
-def _task(run: RecordedRun, steps: list[int]) -> Task:
+def _task(run: RecordedRun, steps: list[int]) -> WorkerTask:
     assert run.folder
     argument = json.dumps({"folder": str(run.folder), "steps": steps})
-    return Task(str(run.folder), "dvar.recordings.rescore", argument, run.folder / LOG, run.threads)
+    return WorkerTask(str(run.folder), "dvar.recordings.rescore", argument, run.folder / LOG, run.threads)
 
 
 def _spec_of(folder: Path, run: TrainingRun) -> RecordingSpec:

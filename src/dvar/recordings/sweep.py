@@ -14,7 +14,7 @@ from typing import Literal
 
 from dvar.cluster.places import Places
 from dvar.cluster.pool import Pool, interrupting_signals
-from dvar.cluster.task import ENDS, Task
+from dvar.cluster.task import ENDS, WorkerTask
 from dvar.errors import DvarError, RefusedInput
 from dvar.files import read_json, write_json
 from dvar.recordings.cost import (
@@ -242,5 +242,5 @@ def _read_unit_seconds(root: Path) -> dict[str, UnitSeconds]:
     return dict(read_json(path)) if path.exists() else {}
 
 
-def _task(spec: RecordingSpec) -> Task:
-    return Task(str(spec.folder), "dvar.recordings.record", spec.to_json(), spec.folder / LOG, spec.threads)
+def _task(spec: RecordingSpec) -> WorkerTask:
+    return WorkerTask(str(spec.folder), "dvar.recordings.record", spec.to_json(), spec.folder / LOG, spec.threads)

@@ -102,8 +102,8 @@ def _train(
             if step.step % config.validation_steps == 0 and not verdict.stop:
                 try:
                     # Several processes stop together, at the end of a step.
-                    alone = run.learner.processes.count == 1
-                    run.generate_samples(step.step, interrupted if alone else lambda: False)
+                    is_only = run.learner.processes.count == 1
+                    run.generate_samples(step.step, interrupted if is_only else lambda: False)
                 except Abandoned:
                     verdict = replace(verdict, stop=True, reason=Reason.INTERRUPTED, step=step.step)
                     run.save(config.checkpoints_total_limit)
