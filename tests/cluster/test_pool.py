@@ -15,7 +15,7 @@ from scripted_tasks import count_attempts, scripted_task
 
 from dvar.cluster.local import LocalWorker
 from dvar.cluster.pool import Pool, interrupting_signals
-from dvar.cluster.task import WorkerTask, TaskEvent
+from dvar.cluster.task import TaskEvent, WorkerTask
 
 HERE = Path(__file__).parent
 

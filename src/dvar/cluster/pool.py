@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any
 
-from dvar.cluster.task import ENDS, Report, WorkerTask, TaskEvent, Worker
+from dvar.cluster.task import ENDS, Report, TaskEvent, Worker, WorkerTask
 
 POLL_SECONDS = 1.0
 """Seconds after which a worker that waits for a place on a cluster looks whether it is still needed."""

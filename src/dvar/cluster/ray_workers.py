@@ -19,7 +19,7 @@ from typing import Any
 
 from dvar._version import __version__
 from dvar.cluster.local import LocalWorker
-from dvar.cluster.task import ENDS, Report, WorkerTask, Worker, failure
+from dvar.cluster.task import ENDS, Report, Worker, WorkerTask, failure
 from dvar.errors import RefusedInput, first_line
 
 try:

@@ -14,7 +14,7 @@ from typing import Any
 
 from dvar.cluster.places import Places
 from dvar.cluster.pool import Pool, interrupting_signals
-from dvar.cluster.task import EventKind, WorkerTask, TaskEvent
+from dvar.cluster.task import EventKind, TaskEvent, WorkerTask
 from dvar.config.fields import canonical_settings
 from dvar.errors import RefusedInput
 from dvar.files import write_json
