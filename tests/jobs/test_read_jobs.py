@@ -120,7 +120,7 @@ def test_every_problem_of_every_job_is_named_at_once(tmp_path: Path, concepts: P
     for part in (
         "jobs.toml, job a, b: unknown setting 'sede': the nearest known one is seed",
         "job c: there is no method 'textual-invasion': the nearest is textual-inversion",
-        "job d: seed must be at least 0, got -1",
+        "job d: seed must be at least 0",
         f"job e: instance_data_dir must be a folder, and {concepts / 'cup'} is none",
         "job f: overwrite is decided by the batch, got True: drop it",
         "job ../g: id must be letters",
