@@ -44,20 +44,17 @@ def read_status(job: Job) -> JobStatus:
         return JobStatus(job, "missing", {}, f"{rule}: give {job.id} another id, or move the run away")
     if not result:
         return JobStatus(job, "missing", {})
-    facts = end_facts(result["verdict"], result["steps"], job)
-    if result["verdict"]["reason"] == Reason.NON_FINITE.value:
+    facts = end_facts(result, job)
+    if facts["verdict"] == Reason.NON_FINITE.value:
         return JobStatus(job, "failed", {**facts, "reason": facts["sentence"]})
-    return JobStatus(job, "done", {**facts, "seconds": sum(result["seconds"].values())})
+    return JobStatus(job, "done", facts)
 
 
-def end_facts(verdict: Mapping[str, Any], steps: int, job: Job) -> dict[str, Any]:
-    """Return the facts about the end of a run: its verdict, its steps and its cap.
-
-    Args:
-        verdict: The verdict in JSON.
-    """
-    cap = job.config.max_train_steps
-    return {"steps": steps, "cap": cap, "verdict": verdict["reason"], "sentence": verdict["sentence"]}
+def end_facts(result: Mapping[str, Any], job: Job) -> dict[str, Any]:
+    """Return the facts about the end of a run, from its result.json: verdict, steps, cap and seconds."""
+    verdict, seconds = result["verdict"], sum(result["seconds"].values())
+    facts = {"steps": result["steps"], "cap": job.config.max_train_steps, "seconds": seconds}
+    return {**facts, "verdict": verdict["reason"], "sentence": verdict["sentence"]}
 
 
 def summarise(statuses: Iterable[JobStatus], failures: Mapping[str, str]) -> dict[str, Any]:

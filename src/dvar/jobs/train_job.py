@@ -17,12 +17,12 @@ from dvar.jobs.config import Checkpoints
 from dvar.jobs.job import JOB, Job
 from dvar.jobs.model_cache import cached_model
 from dvar.jobs.status import end_facts
-from dvar.jobs.store import RunStore, is_url, run_folder
+from dvar.jobs.store import RunStore, is_url, read_run_json, run_folder
 from dvar.stopping.diagnosis import Reason
 from dvar.training.loop import StepRecord
 from dvar.training.personalise import personalise
 from dvar.training.run import TrainingResult
-from dvar.training.run_layout import TRACE, checkpoint_paths, find_written
+from dvar.training.run_layout import RESULT, TRACE, checkpoint_paths, find_written
 
 WAIT_SECONDS = 600
 """How long a job waits for the worker that trained it last, or that copies its base model."""
@@ -50,15 +50,19 @@ class JobTrainer:
         """
         job = Job.from_json(argument)
         with run_folder(job.config.output_dir) as store:
-            result = self._train_when_free(job, store, report)
-            if result.verdict.reason is not Reason.INTERRUPTED:
-                prune(store.folder, job.checkpoints)
+            # A run that has ended is not trained again: its worker may have been lost before it could say so.
+            if (result := read_run_json(str(store.folder), RESULT)) is None:
+                verdict = self._train_when_free(job, store, report).verdict
+                if verdict.reason is Reason.INTERRUPTED:
+                    store.push()
+                    raise KeyboardInterrupt
+                result = read_run_json(str(store.folder), RESULT)
+            prune(store.folder, job.checkpoints)
             store.push()
-        if result.verdict.reason is Reason.INTERRUPTED:
-            raise KeyboardInterrupt
-        if result.verdict.reason is Reason.NON_FINITE:
-            raise NonFiniteLoss(result.verdict.sentence)
-        return {**end_facts(result.verdict.to_json(), result.steps, job), "seconds": sum(result.seconds.values())}
+        facts = end_facts(result, job)
+        if facts["verdict"] == Reason.NON_FINITE.value:
+            raise NonFiniteLoss(facts["sentence"])
+        return facts
 
     def _train_when_free(self, job: Job, store: RunStore, report: Report) -> TrainingResult:
         for _ in range(WAIT_SECONDS):
