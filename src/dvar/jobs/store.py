@@ -114,9 +114,13 @@ class RemoteStore(RunStore):
             target = f"{self.root}/{name}"
             self.system.makedirs(target.rpartition("/")[0], exist_ok=True)
             self.system.put_file(str(files[name]), target)
-        for name in self._pushed.keys() - stamps.keys():
+        # A folder that has lost all its files goes as a whole: some file systems would leave it empty.
+        folders = {name.rpartition("/")[0] for name in stamps}
+        lost = {name.rpartition("/")[0] for name in self._pushed} - folders
+        files_lost = {name for name in self._pushed.keys() - stamps.keys() if name.rpartition("/")[0] in folders}
+        for name in (*lost, *files_lost):
             with suppress(FileNotFoundError):
-                self.system.rm_file(f"{self.root}/{name}")
+                self.system.rm(f"{self.root}/{name}", recursive=name in lost)
         self._pushed = stamps
 
 
