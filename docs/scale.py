@@ -84,6 +84,7 @@ command must run on a node of the cluster (`ray job submit` does that).
 
 ```bash
 accelerate launch --num_processes 4 -m dvar train dreambooth-lora --train_batch_size 4 …
+torchrun --nproc_per_node 2 -m dvar train textual-inversion …                # the same; also on CPUs
 ```
 
 The samples of a step are numbered, and what is drawn for a sample depends on its number alone. So 1, 2 or 4 processes
