@@ -97,9 +97,11 @@ class Pool:
         while self._pending:
             try:
                 try:
-                    name, worker, report = self._reports.get(timeout=every)
+                    name, worker, report = self._reports.get(timeout=1.0 if interrupted else every)
                 except queue.Empty:
                     event = None
+                    if interrupted and not self._running and self._waiting.empty():
+                        break  # the interruption came while a report was being taken
                 else:
                     event = self._take_report(name, worker, report)
             except KeyboardInterrupt:
@@ -111,6 +113,7 @@ class Pool:
                 continue
             yield event
         if interrupted:
+            self._pending.clear()
             raise KeyboardInterrupt
 
     def cancel(self, name: str | None = None) -> None:
