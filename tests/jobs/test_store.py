@@ -144,5 +144,6 @@ def test_a_folder_that_another_worker_still_writes_is_waited_for(
 
     JobTrainer(models, sleep)(job.to_json(), lambda **facts: None)
     assert waits == [1.0, 1.0]
+    (Path(job.config.output_dir) / "result.json").unlink()
     with lock_folder(Path(job.config.output_dir)), pytest.raises(RefusedInput, match="is being written"):
         JobTrainer(models, lambda seconds: None)(job.to_json(), lambda **facts: None)
