@@ -124,7 +124,8 @@ def train(
         log(record)
         finite = update.taken and (held_losses is None or bool(held_losses.isfinite().all()))
         asked_to_stop = processes.any(interrupted(), device)
-        verdict = processes.agree(_final_verdict(rule(trace), step, finite, asked_to_stop), device)
+        judged = rule(trace) if probe else Verdict(False, Reason.RUNNING, step, "", {})  # the main process decides
+        verdict = processes.agree(_final_verdict(judged, step, finite, asked_to_stop), device)
         learner.keep_best()
         if verdict.reason is not Reason.NON_FINITE and (verdict.stop or step % config.checkpointing_steps == 0):
             save()
