@@ -31,7 +31,7 @@ def list_jobs(count: int, steps: int) -> list[dict[str, Any]]:
             "id": name,
             **{key: str(value) for key, value in mini.training_settings("textual-inversion", name).items()},
             "max_train_steps": steps,
-            "window": steps,
+            "window": steps - 1,
             "probe_every": 2,
             "num_validation_images": 1,
             "num_inference_steps": 5,
