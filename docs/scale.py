@@ -95,16 +95,18 @@ the others within a minute with a message. The whole model must fit on each GPU:
 
 ## What it costs
 
-Measured: the engine
+### The engine
+
 ```
 python benchmarks/batch.py --jobs {jobs} --steps {steps} --output docs/scale/batch.json
 ```
 
 {engine}
 
-Jobs of {steps} steps on the bundled model, on two shared cores. *Beyond training* is what a job takes besides its
-training steps and evaluations: reading and encoding its images, a sample image, the export, and for the first job of a
-worker the start of its process and the base model. Such short jobs show the engine; for real ones it is nothing.
+Measured: {jobs} jobs of {steps} steps on the bundled model, on two cores that other work kept busy, so that a second
+worker gains little and all seconds are long. *Beyond training* is what a job takes besides its training steps and
+evaluations: reading and encoding its images, a sample image, the export, and for the first job of a worker the start of
+its process and the base model. A process for each job would pay for the start each time.
 
 ### GPU hours and storage
 
@@ -118,9 +120,10 @@ The paper evaluates the held batch at every step. The preset `lean` spends about
 counts of forward passes have it; on the bundled model the probe took {probe} of a run (measured:
 [performance](performance.md)).
 
-Estimated storage: the bytes of the learned weights follow from their shapes, in float32; the rest of a run, its trace,
-samples and reference images, is what a run of the bundled model left, {rest} (measured above); images of 512 × 512
-pixels are some 50 times as large as its 64 × 64 (an estimate), which makes {images} MB of a run.
+Estimated storage: the bytes of the learned weights follow from their shapes, in float32, and a run exports them twice,
+at its last step and at its best one (`keep = "best"` halves that); the rest of a run, its trace, samples and reference
+images, is what a run of the bundled model left, {rest} (measured above). Images of 512 × 512 pixels are some 50 times
+as large as its 64 × 64 (an estimate), which makes {images} MB of a run.
 
 {storage}
 
@@ -191,8 +194,8 @@ def format_storage(rest: float) -> str:
     rows = []
     for method, config_type in PAPER_METHODS.items():
         weights = weight_bytes(method)
-        sizes = [count * (weights + rest) / 1e9 for count in CONCEPTS_A_DAY]
-        rows.append([config_type.title, f"{weights / 1e6:.2f}", *(f"{size:,.2f} GB" for size in sizes)])
+        sizes = [count * (2 * weights + rest) / 1e9 for count in CONCEPTS_A_DAY]
+        rows.append([config_type.title, f"{weights / 1e6:.3f}", *(f"{size:,.2f} GB" for size in sizes)])
     return format_table(header, rows)
 
 
