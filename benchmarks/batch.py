@@ -74,6 +74,10 @@ def measure(engine: str, workers: int, tables: Sequence[dict[str, Any]]) -> dict
         seconds = time.perf_counter() - start
         runs = [path for path in Path(folder).iterdir() if (path / "result.json").exists()]
         sizes = [sum(file.stat().st_size for file in run.rglob("*") if file.is_file()) for run in runs]
+    if ENGINES[engine]:
+        import ray
+
+        ray.shutdown()  # the cluster has places for this number of workers
     row = {"engine": engine, "workers": workers, **summarise_events(events, seconds)}
     return {**row, "run_bytes": statistics.median(sizes)}
 
