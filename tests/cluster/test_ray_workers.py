@@ -16,7 +16,7 @@ import pytest
 from scripted_tasks import count_attempts, scripted_task
 
 from dvar.cluster.places import Places
-from dvar.cluster.pool import Pool
+from dvar.cluster.pool import Pool, interrupting_signals
 from dvar.cluster.task import TaskEvent
 from dvar.errors import RefusedInput
 
@@ -108,12 +108,17 @@ def test_an_interruption_reaches_the_process_of_a_node(tmp_path: Path) -> None:
     with cluster_of(1) as cluster:
         places = Places(1, ray=cluster.address)
         assert places.problems() == []
-        with Pool(places.start(9)) as pool:
-            pool.submit(scripted_task(tmp_path, "task", [("wait", str(tmp_path / "mark"))]))
-            for event in pool.events(every=0.2):
-                if event is None and (tmp_path / "mark").exists():
-                    pool.cancel()
+        with pytest.raises(KeyboardInterrupt):
+            interrupt_when_under_way(places, tmp_path)
     assert (tmp_path / "mark.saved").exists()
+
+
+def interrupt_when_under_way(places: Places, folder: Path) -> None:
+    with interrupting_signals(), Pool(places.start(9)) as pool:
+        pool.submit(scripted_task(folder, "task", [("wait", str(folder / "mark"))]))
+        for event in pool.events(every=0.2):
+            if event is None and (folder / "mark").exists():
+                os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_nodes_of_another_version_or_that_do_not_see_the_folder_are_refused(

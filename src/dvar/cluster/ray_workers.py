@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 import platform
 import secrets
+import signal
 import socket
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -143,11 +145,13 @@ def connect(address: str, workers: int, threads: int) -> None:
     try:
         if address != "auto":
             _knock(address)
-        ray.init(address=address, **options)
+        with _signals_stay():
+            ray.init(address=address, **options)
     except ConnectionError as error:
         if address != "auto":
             raise RefusedInput([_refusal(address, error)]) from error
-        ray.init(num_cpus=workers * threads, include_dashboard=False, **options)
+        with _signals_stay():
+            ray.init(num_cpus=workers * threads, include_dashboard=False, **options)
     except (OSError, ValueError, RuntimeError, RayError) as error:
         raise RefusedInput([_refusal(address, error)]) from error
 
@@ -250,6 +254,16 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return ""
+
+
+@contextmanager
+def _signals_stay() -> Iterator[None]:
+    """Leave SIGTERM as it was before a scope: Ray ends the process by it at once, and the runs could not save."""
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if main:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _knock(address: str) -> None:
