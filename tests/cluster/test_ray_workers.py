@@ -106,6 +106,7 @@ def kill_supervisor(process: int) -> None:
 
 def test_an_interruption_reaches_the_process_of_a_node(tmp_path: Path) -> None:
     with cluster_of(1) as cluster:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a cluster within the test's process would exit
         places = Places(1, ray=cluster.address)
         assert places.problems() == []
         with pytest.raises(KeyboardInterrupt):
