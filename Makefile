@@ -1,5 +1,5 @@
 # Every target installs what it needs into .venv, from the package registries alone; later calls find it there.
-# On a machine with a GPU, choose the build of torch: make demo TORCH="torch --index-url ..." (any torch >= 2.6).
+# On a machine with a GPU, choose the build of torch: make demo TORCH="torch --index-url ..." (any torch >= 2.8).
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 VENV := .venv

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from dvar.files import read_json, remove, staged_file, staged_folder, write_atomically, write_json
+from dvar.files import (
+    MAX_BYTES,
+    parse_json,
+    read_content,
+    read_json,
+    remove,
+    staged_file,
+    staged_folder,
+    write_atomically,
+    write_json,
+    writing_problem,
+)
 
 
 def test_a_file_is_replaced_completely_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -16,7 +28,7 @@ def test_a_file_is_replaced_completely_or_not_at_all(tmp_path: Path, monkeypatch
     with pytest.raises(OSError, match="disk full"):
         write_atomically(tmp_path / "result.json", b"new")
     assert (tmp_path / "result.json").read_bytes() == b"old"
-    assert (tmp_path / "result.json.part").read_bytes() == b"new", "it was complete before it was synced"
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"], "nothing is left of the new one"
 
 
 def test_json_is_read_back_equal_and_non_finite_numbers_are_refused(tmp_path: Path) -> None:
@@ -65,3 +77,34 @@ def test_files_folders_and_missing_paths_are_removed(tmp_path: Path) -> None:
     for name in ("folder", "file", "nothing"):
         remove(tmp_path / name)
     assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a system with named pipes")
+def test_pipes_devices_folders_and_endless_files_are_refused_before_they_are_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "large").touch()
+    os.truncate(tmp_path / "large", MAX_BYTES + 1)
+    reasons = {"pipe": "a pipe, a device", "large": "more than", ".": "a folder", "a\0b": "a NUL"}
+    for name, reason in reasons.items():
+        with pytest.raises(OSError, match=reason):
+            read_content(tmp_path / name)
+    with pytest.raises(OSError, match="a pipe, a device"):
+        read_content(Path("/dev/zero"))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 5000 + "1" + "}" * 5000, "[" * 90 + "]" * 90])
+def test_json_that_nests_too_deeply_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"it nests too deeply|Expecting value"):
+        parse_json(text)
+
+
+def test_what_keeps_a_file_from_being_written_is_known_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    assert writing_problem(tmp_path / "new" / "folder", folder=True) == writing_problem(tmp_path / "file") == ""
+    assert writing_problem(tmp_path / "file", folder=True) == f"{tmp_path / 'file'} is a file"
+    assert writing_problem(tmp_path) == f"{tmp_path} is a folder"
+    assert writing_problem(tmp_path / "file" / "page.html") == f"{tmp_path / 'file'} is a file"
+    assert "has 300" in writing_problem(tmp_path / ("x" * 300))
+    assert "NUL" in writing_problem("a\0b")
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert writing_problem(tmp_path / "new", folder=True) == f"{tmp_path} cannot be written to"

@@ -1,26 +1,125 @@
-"""Files and folders that are written whole or not at all, and JSON."""
+"""Files and folders that are written whole or not at all, files that are read with care, and JSON."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from dvar.locks import LOCK, lock_path
+from dvar.schema import find_mismatch, nests_too_deeply
+
+MAX_BYTES = 2**30
+"""Size of a file that is read as a whole: more is none of ours, and no log of a run."""
+MAX_NAME = 255
+"""Bytes that a name may have on every file system in use."""
 
 
-def read_json(path: Path) -> Any:
+def read_content(path: Path) -> bytes:
+    """Return the content of a file.
+
+    Raises:
+        OSError: It cannot be read, has more than `MAX_BYTES`, or is a pipe, a device or a socket, which may never end.
+    """
+    size = check_regular(path)
+    with path.open("rb") as file:
+        content = b"" if size > MAX_BYTES else file.read(MAX_BYTES + 1)
+    if max(size, len(content)) > MAX_BYTES:
+        raise OSError(errno.EFBIG, f"it has more than {MAX_BYTES} bytes", str(path))
+    return content
+
+
+def check_regular(path: Path) -> int:
+    """Return the size of a file in bytes; raise an `OSError` if ``path`` is a folder, a pipe, a device or a socket."""
+    try:
+        status = path.stat()
+    except ValueError as error:  # a NUL in the name
+        raise OSError(errno.EINVAL, "its name holds a NUL", str(path)) from error
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is a pipe, a device or a socket", str(path))
+    return status.st_size
+
+
+def read_text(path: Path, encoding: str = "utf-8") -> str:
+    """Return the text of a file, with line breaks as they are.
+
+    Raises:
+        OSError: As `read_content`.
+        UnicodeDecodeError: It is not in this encoding.
+    """
+    return read_content(path).decode(encoding)
+
+
+def read_json(path: Path, schema: Any = None) -> Any:
     """Return the value that a JSON file holds.
+
+    Args:
+        path: The file.
+        schema: What the value must look like, as `dvar.schema.find_mismatch` takes it; by default it may be anything.
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: It is not JSON in UTF-8.
+        ValueError: It is not JSON in UTF-8, nests too deeply, or differs from ``schema``.
     """
-    return json.loads(path.read_text(encoding="utf-8"))
+    value = parse_json(read_text(path))
+    if schema is not None and (mismatch := find_mismatch(value, schema)):
+        raise ValueError(mismatch)
+    return value
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text.
+
+    Raises:
+        ValueError: It is not JSON in UTF-8, or nests too deeply.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("it nests too deeply") from None
+    if nests_too_deeply(value):
+        raise ValueError("it nests too deeply")
+    return value
+
+
+def writing_problem(path: str | Path, *, folder: bool = False) -> str:
+    """Return what keeps a file, or a folder's files, from being written, as far as a look at the disk tells.
+
+    Args:
+        path: The path that is to be written.
+        folder: Whether it is a folder, which may exist.
+
+    Returns:
+        What is wrong, with the path; empty where nothing is known to be.
+    """
+    path = Path(path).expanduser()
+    if "\0" in str(path):
+        return f"{str(path)!r} holds a NUL"
+    if long := next((part for part in path.parts if len(os.fsencode(part)) > MAX_NAME), ""):
+        return f"a name has at most {MAX_NAME} bytes, {long[:40]}... has {len(os.fsencode(long))}"
+    try:
+        if path.exists() and path.is_dir() is not folder:
+            return f"{path} is a {'file' if folder else 'folder'}"
+        nearest = next(parent for parent in ((path, *path.parents) if folder else path.parents) if parent.exists())
+        if not nearest.is_dir():
+            return f"{nearest} is a file"
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            return f"{nearest} cannot be written to"
+        if not folder and path.exists() and not os.access(path, os.W_OK):
+            return f"{path} cannot be written to"
+        if not folder and path.exists():
+            check_regular(path)
+    except OSError as error:
+        return f"{path}: {error.strerror or error}"
+    return ""
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -44,9 +143,10 @@ def write_synced(path: Path, content: bytes) -> None:
 def staged_file(path: Path) -> Iterator[Path]:
     """Yield a path beside ``path`` to write to; on success, sync the file to the disk and rename it to ``path``."""
     staged = path.with_name(f"{path.name}.part")
-    yield staged
-    _sync_file(staged)
-    staged.replace(path)
+    with _removed_on_failure(staged):
+        yield staged
+        _sync_file(staged)
+        staged.replace(path)
 
 
 @contextmanager
@@ -63,11 +163,23 @@ def staged_folder(path: Path) -> Iterator[Path]:
         staged = path.with_name(f".{path.name}.part")
         remove(staged)
         staged.mkdir()
-        yield staged
-        _sync_folder(staged)
-        remove(path)
-        staged.replace(path)
+        with _removed_on_failure(staged):
+            yield staged
+            _sync_folder(staged)
+            remove(path)
+            staged.replace(path)
         _sync_folder(path.parent)
+
+
+@contextmanager
+def _removed_on_failure(staged: Path) -> Iterator[None]:
+    """Remove what is staged where it cannot be completed, as far as that is possible."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            remove(staged)
+        raise
 
 
 def remove(path: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from zipfile import BadZipFile
 
 import pytest
 from command_line import dvar
@@ -23,6 +26,47 @@ MAIN = "import sys; from dvar.cli.main import main; sys.exit(main())"
         (ModelError("no model"), 2, ["dvar: no model"]),
         (NonFiniteLoss("lost"), 1, ["dvar: lost"]),
         (OutOfResources("no memory"), 1, ["dvar: no memory"]),
+        (ModelError("no model\nof two lines"), 2, ["dvar: no model of two lines"]),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "page.html"),
+            1,
+            [
+                "dvar: report cannot read or write page.html: No space left on device; "
+                "make room, then run the command again"
+            ],
+        ),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "run/config.json"),
+            2,
+            [
+                "dvar: report cannot read or write run/config.json: Permission denied; "
+                "change its permissions, or name another"
+            ],
+        ),
+        (
+            OSError(errno.EIO, "Input/output error"),
+            1,
+            ["dvar: report: Input/output error; repair the disk, or name another"],
+        ),
+        (RecursionError("maximum depth"), 2, ["dvar: report was given a file that nests too deeply: restore it"]),
+        (MemoryError(), 1, ["dvar: the memory does not suffice for report: end other programs, or ask for less"]),
+        (
+            UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"),
+            2,
+            [
+                "dvar: report met text that is not UTF-8 ('utf-8' codec can't decode byte 0xff in position 0: "
+                "invalid start byte): save it as UTF-8"
+            ],
+        ),
+        (BadZipFile("bad magic"), 2, ["dvar: report was given a damaged archive (bad magic): restore it"]),
+        (
+            sqlite3.OperationalError("database is locked"),
+            1,
+            [
+                "dvar: report cannot use a database of SQLite (database is locked): make room, close other programs "
+                "that use it, or restore it"
+            ],
+        ),
         (KeyboardInterrupt(), 130, ["dvar: interrupted"]),
         (
             ModuleNotFoundError(name="matplotlib.pyplot"),
@@ -50,6 +94,34 @@ def test_a_missing_module_of_dvar_itself_is_not_excused(monkeypatch: pytest.Monk
     monkeypatch.setattr("dvar.runs.report.write_report", fail)
     with pytest.raises(ModuleNotFoundError):
         dvar("report", "run")
+
+
+def test_a_fault_of_dvar_itself_is_not_excused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr("dvar.runs.report.write_report", fail)
+    with pytest.raises(KeyError, match="a bug"):
+        dvar("report", "run")
+
+
+@pytest.mark.parametrize("word", ["a\0b", "a\udcffb"])
+def test_arguments_that_no_file_can_hold_are_refused(word: str) -> None:
+    answer = dvar("report", word)
+    assert answer.status == 2
+    assert answer.err == f"dvar: arguments are text in UTF-8, got {word!a}: rename the file, or correct the word\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_an_output_that_is_full_is_a_failure_in_a_line() -> None:
+    with open("/dev/full", "wb") as full:
+        process = subprocess.run(
+            [sys.executable, "-c", MAIN, "concepts"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+        silent = subprocess.run([sys.executable, "-c", MAIN, "report", "no"], stdout=full, stderr=full)
+    assert process.returncode == 1
+    assert process.stderr == "dvar: concepts: No space left on device; make room, then run the command again\n"
+    assert silent.returncode == 2
 
 
 @pytest.mark.parametrize("buffered", [True, False])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import numpy as np
 import pytest
@@ -85,3 +86,37 @@ def test_another_file_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"not an archive")
     with pytest.raises(RefusedInput, match="is not a file of traces"):
         read_traces(path)
+
+
+def rewrite(source: Path, target: Path, name: str, content: bytes) -> Path:
+    """Copy an archive with one member replaced."""
+    with ZipFile(source) as old, ZipFile(target, "w", ZIP_DEFLATED) as new:
+        for member in old.namelist():
+            new.writestr(member, content if member == name else old.read(member))
+    return target
+
+
+def test_arrays_that_inflate_beyond_their_headers_are_refused_before_they_are_read(
+    archive: RecordingArchive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_traces(archive, tmp_path / "traces.npz")
+    with ZipFile(path) as content:
+        array = content.read("0/eval.npy")
+    promise = array[:10] + array[10:].replace(b"'shape': (121, 8), }         ", b"'shape': (121000000, 8), }   ", 1)
+    monkeypatch.setattr(np, "load", lambda *_, **__: pytest.fail("the file was read"))
+    assert promise != array
+    for number, damaged in enumerate((promise, array + bytes(4_000_000), array[:-8])):
+        with pytest.raises(
+            RefusedInput, match=r"is not a file of traces \(0/eval.npy has another size than its header"
+        ):
+            read_traces(rewrite(path, tmp_path / f"{number}.npz", "0/eval.npy", damaged))
+    monkeypatch.setattr(archive_file, "MAX_INFLATED", 1000)
+    with pytest.raises(RefusedInput, match="its arrays have more than 1000 bytes"):
+        read_traces(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"PK\x05\x06" + bytes(18), b"no archive"])
+def test_a_file_that_is_no_archive_is_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "traces.npz").write_bytes(content)
+    with pytest.raises(RefusedInput, match=r"traces\.npz is not a file of traces"):
+        read_traces(tmp_path / "traces.npz")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
+from socket import create_server
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from starlette.testclient import TestClient
 
 from dvar.errors import RefusedInput
 from dvar.survey import server
-from dvar.survey.config import SurveyServeConfig, problems
+from dvar.survey.config import SurveyExportConfig, SurveyServeConfig, problems
 from dvar.survey.rate_limit import RateLimiter
 from dvar.survey.scoring import Score, score_votes
 from dvar.survey.server import MAX_BODY, admin_token, create_app, read_secret, serve_survey
@@ -412,6 +413,63 @@ def test_the_progress_page_needs_its_token_and_shows_who_fails(place: Place) -> 
     assert admin_token(KEY) not in admin.source
 
 
+def test_the_progress_page_can_be_closed_in_every_browser_that_has_its_cookie(place: Place) -> None:
+    visitor, copy = Visitor(place.app), Visitor(place.app)
+    page = visitor.progress()
+    for name, value in visitor.http.cookies.items():
+        copy.http.cookies.set(name, value)
+    assert copy.http.get("/admin").status_code == 200
+    assert visitor.send("/admin/close", page).headers["location"] == "/admin"
+    assert [browser.http.get("/admin").status_code for browser in (visitor, copy)] == [403, 403]
+
+
+def test_the_progress_page_closes_by_itself_and_with_the_server(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    visitor = Visitor(place.app)
+    visitor.progress()
+    restarted = Visitor(create_app(place.folder, place.survey, KEY))
+    restarted.http.cookies = visitor.http.cookies
+    assert [browser.http.get("/admin").status_code for browser in (visitor, restarted)] == [200, 403]
+    monkeypatch.setattr(server, "ADMIN_SECONDS", -1.0)
+    late = Visitor(place.app)
+    page = Page(late.http.get("/admin").text)
+    assert late.send("/admin", page, token=admin_token(KEY)).status_code == 303
+    assert late.http.get("/admin").status_code == 403
+
+
+def test_wrong_tokens_are_limited_and_right_ones_wait_too(place: Place) -> None:
+    visitor, statuses = Visitor(place.app), []
+    for token in ["0" * 32] * (server.ADMIN_ATTEMPTS_PER_HOUR + 1) + [admin_token(KEY)]:
+        page = Page(visitor.http.get("/admin").text)
+        statuses.append(visitor.send("/admin", page, token=token).status_code)
+    assert statuses == [403] * server.ADMIN_ATTEMPTS_PER_HOUR + [429, 429]
+
+
+def test_forms_from_before_a_visitor_joined_do_not_count_after(place: Place) -> None:
+    visitor = Visitor(place.app)
+    before = visitor.page("/").hidden["ticket"]
+    visitor.begin()
+    assert visitor.page("/").hidden["ticket"] != before
+    assert visitor.http.post("/join", data={"ticket": before, "name": "Eve"}).status_code == 403
+
+
+def test_http_and_https_are_two_origins(place: Place) -> None:
+    visitor = Visitor(create_app(place.folder, place.survey, KEY, "https://survey.example.org"))
+    visitor.http.base_url = "https://survey.example.org"
+    page = Page(visitor.http.get("/").text)
+    for origin, status in (("http://survey.example.org", 403), ("https://survey.example.org", 303)):
+        response = visitor.http.post("/join", data=page.hidden, headers={"origin": origin}, follow_redirects=False)
+        assert response.status_code == status
+
+
+def test_a_port_that_is_taken_is_refused_in_a_line(place: Place) -> None:
+    with create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(
+            RefusedInput, match=rf"^127.0.0.1, port {port} cannot be listened on \(.*\): choose another"
+        ):
+            serve_survey(place.folder, SurveyServeConfig(port=port))
+
+
 # Attacks
 
 
@@ -614,6 +672,10 @@ def test_the_secret_is_created_once_and_readable_by_its_owner_only(tmp_path: Pat
         ({"public_url": "a.example"}, ["public_url"]),
         ({"public_url": "javascript:alert(1)"}, ["public_url"]),
         ({"public_url": "https://a.example/path"}, ["public_url"]),
+        ({"public_url": "https://ann:secret@a.example"}, ["public_url"]),
+        ({"public_url": "https://a.example:99999"}, ["public_url"]),
+        ({"public_url": "https://a.example:port"}, ["public_url"]),
+        ({"public_url": "https://[a.example"}, ["public_url"]),
         ({"port": 70000}, ["port"]),
         ({"joins_per_hour": -1}, ["joins_per_hour"]),
     ],
@@ -626,3 +688,12 @@ def test_a_folder_without_a_survey_is_refused_before_the_server_listens(tmp_path
     with pytest.raises(RefusedInput, match=r"survey\.json"):
         serve_survey(tmp_path, SurveyServeConfig())
     assert not (tmp_path / IMAGE_FOLDER).exists()
+
+
+@pytest.mark.parametrize(
+    "url", ["javascript:alert(1)", "file:///x", "a.example", "https://ann:secret@a.example/p", "https://a.example/p?q"]
+)
+def test_images_are_loaded_from_an_address_of_the_web(url: str, tmp_path: Path) -> None:
+    config = SurveyExportConfig(question="customization", images_url=url, output=str(tmp_path / "tasks.csv"))
+    (problem,) = problems(config)
+    assert problem.startswith(f"images_url must look like https://survey.example.org/pictures, got {url!r}: ")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any
 
 REFUSED, FAILED, INTERRUPTED = 2, 1, 130
 READER_GONE = 141
@@ -12,8 +14,9 @@ READER_GONE = 141
 
 
 def print_message(message: str) -> None:
-    """Print one line to standard error."""
-    print(f"dvar: {message}", file=sys.stderr, flush=True)
+    """Print one line to standard error, if anything can be written there."""
+    with suppress(OSError):
+        print(f"dvar: {message}", file=sys.stderr, flush=True)
 
 
 def print_messages(messages: Iterable[str]) -> None:
@@ -22,7 +25,21 @@ def print_messages(messages: Iterable[str]) -> None:
         print_message(message)
 
 
+def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """Print a warning as one line to standard error, in the place of `warnings.showwarning`."""
+    with suppress(OSError):
+        print(f"warning: {message}", file=sys.stderr)
+
+
+def flush_output() -> None:
+    """Write out what was printed, and drop it where that fails, as on a full disk."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        discard_output()
+
+
 def discard_output() -> None:
-    """Drop what is still to be written to standard output, once the program that reads it has ended."""
+    """Drop what is still to be written to standard output, once nothing can be written there."""
     # The interpreter flushes standard output at its end, and would complain about the broken pipe.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -16,6 +16,7 @@ from dvar.cli.console import FAILED, INTERRUPTED, print_message
 from dvar.cli.options import Command, option_value, raise_problems, with_flags_of
 from dvar.config.fields import read_settings
 from dvar.config.methods import TextualInversionConfig
+from dvar.errors import DvarError, first_line
 from dvar.training.methods.registry import METHODS
 
 if TYPE_CHECKING:
@@ -171,7 +172,11 @@ def print_result(result: TrainingResult, prompt: str) -> int:
         return INTERRUPTED
     for sentence in describe_initializers(result.folder):
         print(f"started   {sentence}")
-    print(f"report    {write_report(result.folder)}")
+    try:
+        print(f"report    {write_report(result.folder)}")
+    except (OSError, DvarError) as error:  # what was learned matters more, and is on the disk
+        folder = shlex.quote(str(result.folder))
+        print_message(f"no report could be written: {first_line(error)}; dvar report {folder} tries again")
     for path in result.weights:
         print(f"weights   {path}")
     print(f"next      dvar generate {shlex.quote(str(result.folder))} {shlex.join(['--prompt', prompt])}")

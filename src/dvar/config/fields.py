@@ -8,9 +8,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeGuard, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from dvar.errors import RefusedInput, nearest
+from dvar.files import read_text
+from dvar.schema import is_encodable
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -33,10 +35,13 @@ class Range:
     def __contains__(self, value: float) -> bool:
         return self.low <= value < self.high and value <= self.most and not (self.above and value == self.low)
 
-    def __str__(self) -> str:
+    def requirement(self, value: float) -> str:
+        """Return what ``value``, which is not in this range, must be."""
+        if value > self.most:
+            return f"at most {self.most}"
         start = f"{'above' if self.above else 'at least'} {self.low:g}"
-        if not math.isinf(self.most):
-            return f"{start} and at most {self.most}"
+        if isinstance(value, float) and not math.isfinite(value):
+            start += " and finite"
         return start if math.isinf(self.high) else f"{start} and below {self.high:g}"
 
 
@@ -81,9 +86,10 @@ def invalid_fields(config: Config) -> Iterator[tuple[str, str]]:
         value, annotation, allowed = getattr(config, item.name), annotations[item.name], item.metadata["allowed"]
         if not _admits(annotation, value):
             yield item.name, f"{item.name} must be {_describe(annotation)}, got {value!r}"
+        elif not all(is_encodable(text) for text in (value if isinstance(value, tuple) else [value]) if _is_text(text)):
+            yield item.name, f"{item.name} must be text without NUL that UTF-8 can hold, got {value!a}"
         elif value is not None and allowed and value not in allowed:
-            finite = " and finite" if isinstance(value, float) and not math.isfinite(value) else ""
-            yield item.name, f"{item.name} must be {allowed}{finite}, got {value!r}"
+            yield item.name, f"{item.name} must be {allowed.requirement(value)}, got {value!r}"
 
 
 def replace_invalid_fields(config: C) -> C:
@@ -128,10 +134,12 @@ def read_settings(path: str | Path, config_type: type[Config]) -> dict[str, Any]
         RefusedInput: The file is missing, is not TOML, or holds unknown settings (all are named).
     """
     try:
-        settings = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        settings = tomllib.loads(read_text(Path(path)))
     except OSError as error:
         raise RefusedInput([f"settings file {path}: {error.strerror or error}; check --config"]) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise RefusedInput([f"settings file {path} nests too deeply: write one name = value a line"]) from None
+    except ValueError as error:
         raise RefusedInput([f"settings file {path} is not valid TOML: {error}"]) from error
     try:
         return canonical_settings(settings, config_type)
@@ -151,6 +159,10 @@ def _admits(annotation: Any, value: object) -> bool:
     if annotation in (int, float) and isinstance(value, bool):
         return False
     return isinstance(value, (int, float) if annotation is float else annotation)
+
+
+def _is_text(value: object) -> TypeGuard[str]:
+    return isinstance(value, str)
 
 
 def _describe(annotation: Any) -> str:

@@ -54,7 +54,7 @@ def _folder_problems(name: str, path: Path) -> list[str]:
     """Return what is wrong with the folder ``path`` of a base model."""
     remedy = "name a folder that save_pretrained wrote"
     try:
-        index = read_json(path / _INDEX)
+        index = read_json(path / _INDEX, {"_class_name": str})
         pipeline = index["_class_name"]
     except FileNotFoundError:
         return [f"model folder {name} is no diffusers pipeline, it lacks {_INDEX}: {remedy}"]
@@ -84,7 +84,7 @@ def _part_problems(part: Path) -> list[str]:
     config = {"scheduler": "scheduler_config.json", "tokenizer": None, "tokenizer_2": None}.get(part.name, _CONFIG)
     try:
         if config:
-            read_json(part / config)
+            read_json(part / config, dict)
     except (OSError, ValueError) as error:
         return [f"{part.name}/{config} cannot be read ({first_line(error)}): save the model again"]
     if part.name.startswith("tokenizer"):
@@ -131,8 +131,12 @@ def _scale_problems(part: str, config: Mapping[str, Any]) -> list[str]:
 def _read_size(configs: Mapping[str, Mapping[str, Any]], name: str) -> int | None:
     """Return a size such as "unet.in_channels" by the configs of the parts; None where they do not say it."""
     part, _, key = name.partition(".")
-    value = configs[part].get(key) or configs[part].get("text_config", {}).get(key)
+    value = configs[part].get(key) or _as_object(configs[part].get("text_config")).get(key)
     return value if isinstance(value, int) else None
+
+
+def _as_object(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _weights_problems(file: Path) -> list[str]:

@@ -34,8 +34,7 @@ def read_index(name: str | Path) -> dict[str, Any]:
     from transformers.utils import cached_file
 
     with _tokenizer_errors(name):
-        index = dict(read_json(Path(str(cached_file(name, "model_index.json")))))
-        str(index["_class_name"])
+        index: dict[str, Any] = read_json(Path(str(cached_file(name, "model_index.json"))), {"_class_name": str})
     return index
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dvar.errors import RefusedInput
+from dvar.files import check_regular, parse_json
 from dvar.logs.log_format import LogFormat, Point, read_head
 from dvar.logs.tables import STEP_COLUMNS, parse_step, read_rows
 
@@ -17,6 +17,7 @@ _MAGIC = b"SQLite format 3\0"
 
 
 def _query(path: Path, query: str) -> list[tuple[Any, ...]]:
+    check_regular(path)
     # Where the second file is missing, SQLite would create it.
     mode = "immutable=1" if _lacks_wal(path) else "mode=ro"
     with closing(sqlite3.connect(f"{path.absolute().as_uri()}?{mode}", uri=True)) as connection:
@@ -95,7 +96,7 @@ def _parse_trackio(
 ) -> Iterator[Mapping[str, Any]]:
     for run, _, step, text in rows:
         try:
-            metrics = json.loads(text)
+            metrics = parse_json(text)
         except ValueError as error:
             raise RefusedInput([f"{path}: the record of step {step} is not JSON ({error}): restore it"]) from error
         names = {name: name if name in STEP_COLUMNS else prefixes[run] + name for name in metrics}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from dvar.files import check_regular
 from dvar.registry import Registry
 
 Point = tuple[int | None, str, float | str]
@@ -53,5 +54,6 @@ def read_head(path: Path) -> bytes:
     """Return the first 4096 bytes of a file, without a byte order mark and leading white space; none of a folder."""
     if path.is_dir():
         return b""
+    check_regular(path)
     with path.open("rb") as file:
         return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()

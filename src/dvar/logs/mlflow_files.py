@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dvar.errors import RefusedInput
+from dvar.files import read_text
 from dvar.logs.log_format import LogFormat, Point, format_names
 
 
@@ -26,7 +27,10 @@ def _read_mlflow_files(path: Path, step_column: str | None) -> Iterator[Point]:
     folder = runs[0] / "metrics"
     for file in sorted(file for file in folder.rglob("*") if file.is_file()):
         name = file.relative_to(folder).as_posix()
-        lines = file.read_text(encoding="utf-8").splitlines()
+        try:
+            lines = read_text(file).splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise RefusedInput([f"{file} cannot be read as text ({error}): restore the file"]) from error
         for number, line in enumerate(lines, start=1):
             try:
                 _, value, step = line.split()

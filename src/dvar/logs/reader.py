@@ -66,8 +66,11 @@ def read_log(
     path = Path(path)
     if not path.exists():
         raise RefusedInput([f"the log must be a file or a folder, and {path} does not exist: check the path"])
-    path = find_log(path)
-    log_format = recognise_format(path)
+    try:
+        path = find_log(path)
+        log_format = recognise_format(path)
+    except OSError as error:
+        raise RefusedInput([f"the log {path} cannot be read ({error.strerror or error}): name another"]) from error
     if step and not log_format.has_step_column:
         raise RefusedInput([f"{path} counts its steps itself, got the column {step!r}: leave it out"])
     with warnings.catch_warnings():

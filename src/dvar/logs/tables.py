@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dvar.errors import RefusedInput
+from dvar.files import parse_json, read_text
 from dvar.logs.log_format import LogFormat, Point, format_names, read_head
 
 STEP_COLUMNS = (
@@ -128,7 +128,7 @@ def read_json_rows(path: Path, step_column: str | None) -> Iterator[Point]:
     """Return the points of a JSON document, or else of JSON lines."""
     text = _read_text(path)
     try:
-        document = json.loads(text)
+        document = parse_json(text)
     except ValueError:
         return read_rows(_parse_lines(path, text), path, step_column)
     return read_rows(_parse_records(document, path), path, step_column)
@@ -139,7 +139,7 @@ def _parse_lines(path: Path, text: str) -> Iterator[Mapping[str, Any]]:
     lines = [line for line in text.splitlines() if line.strip()]
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as error:
             if number < len(lines):
                 raise RefusedInput([f"{path}, line {number} is not JSON ({error}): restore the file"]) from error
@@ -167,7 +167,7 @@ def _parse_records(document: Any, path: Path) -> list[Mapping[str, Any]]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return read_text(path, "utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except (OSError, UnicodeDecodeError) as error:
         raise RefusedInput([f"{path} cannot be read as text ({error}): check the file"]) from error
 
@@ -200,7 +200,7 @@ def _is_json(path: Path) -> bool:
 def _read_trainer_state(path: Path, step_column: str | None) -> Iterator[Point]:
     """Return the points of the history that transformers' `Trainer` saves with each checkpoint."""
     try:
-        rows = json.loads(_read_text(path))["log_history"]
+        rows = parse_json(_read_text(path))["log_history"]
     except ValueError as error:
         raise RefusedInput([f"{path} is not whole JSON ({error}): wait for the checkpoint, or restore it"]) from error
     return read_rows(_parse_records(rows, path), path, step_column)

@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dvar.errors import RefusedInput
+from dvar.files import parse_json, read_content
 from dvar.logs.log_format import LogFormat, Point, read_head
 from dvar.logs.tables import INCOMPLETE_LINE, read_rows
 
@@ -25,7 +25,7 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # the encodings of a field
 def _read_wandb(path: Path, step_column: str | None) -> Iterator[Point]:
     rows = []
     try:
-        for record in split_records(path.read_bytes(), path):
+        for record in split_records(read_content(path), path):
             rows += [_parse_history(history) for number, history in _iter_fields(record) if number == _HISTORY]
     except (IndexError, UnicodeDecodeError, ValueError) as error:
         raise RefusedInput([f"{path} is damaged ({error}): export the run's history from W&B"]) from error
@@ -62,7 +62,7 @@ def _parse_history(history: bytes) -> Mapping[str, Any]:
             fields = list(_iter_fields(content))
             keys = [part.decode() for field, part in fields if field in (_KEY, _NESTED_KEY)]
             row[".".join(filter(None, keys))] = next(
-                (json.loads(part) for field, part in fields if field == _VALUE), None
+                (parse_json(part) for field, part in fields if field == _VALUE), None
             )
     return row
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
+from dvar.config.fields import invalid_fields
 from dvar.errors import nearest
+from dvar.files import writing_problem
 from dvar.paper.config import ReproduceConfig
 from dvar.registry import Registry
 
@@ -86,7 +88,10 @@ def selected_experiments(config: ReproduceConfig) -> list[Experiment]:
 def reproduce_problems(config: ReproduceConfig) -> list[str]:
     """Return everything wrong with ``config``, one line each; empty when it can be used."""
     names = ["all", *EXPERIMENTS]
-    return [
+    problems = [message for _, message in invalid_fields(config)]
+    if not problems and (problem := writing_problem(config.output_dir, folder=True)):
+        problems.append(f"output_dir must be a folder that can be written, and {problem}: name another")
+    return problems + [
         f"there is no experiment {name!r}: the nearest is {nearest(name, names)}, and 'all' makes every one"
         for name in config.names
         if name not in names

@@ -7,23 +7,42 @@
 from __future__ import annotations
 
 import json
+import math
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dvar.errors import RefusedInput
-from dvar.files import staged_file
+from dvar.errors import RefusedInput, first_line
+from dvar.files import check_regular, parse_json, staged_file
 from dvar.recordings.archive import RecordingArchive
 from dvar.recordings.recorded_run import Floats, RecordedRun, RescoredRun
+from dvar.schema import find_mismatch
 from dvar.stopping.trace import Trace
 
 FORMAT = 1
 MAX_BYTES = 20_000_000
 """Size that the public file may have."""
+MAX_INFLATED = 50 * MAX_BYTES
+"""Bytes that the arrays of such a file may have in all."""
 _INDEX = "index"
+_INDEX_SCHEMA = {
+    "tuning": [str],
+    "seconds": {str: {str: float}},
+    "records": [
+        {
+            **dict.fromkeys(("method", "concept"), str),
+            **dict.fromkeys(("seed", "cap"), int),
+            **dict.fromkeys(("config", "header", "trace"), dict),
+            "variant?": str,
+            "names": [str],
+        }
+    ],
+}
 _SERIES = (
     "eval",
     "stratified",
@@ -85,12 +104,15 @@ def read_traces(path: str | Path) -> RecordingArchive:
         ...     steps, scores = run.scores("train", "clip_image")  # [n], [n, images]
     """
     try:
+        _check_sizes(Path(path))
         with np.load(path, allow_pickle=False) as arrays:
-            index = json.loads(arrays[_INDEX].tobytes())
+            index = parse_json(arrays[_INDEX].tobytes())
+            if mismatch := find_mismatch(index, _INDEX_SCHEMA):
+                raise ValueError(mismatch)
             pairs = [_unpack(number, description, arrays) for number, description in enumerate(index["records"])]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, IndexError, EOFError, BadZipFile, zlib.error) as error:
         raise RefusedInput(
-            [f"{path} is not a file of traces ({error}): name one that dvar reproduce traces wrote"]
+            [f"{path} is not a file of traces ({first_line(error)}): name one that dvar reproduce traces wrote"]
         ) from error
     return RecordingArchive(
         runs=tuple(run for run, _ in pairs),
@@ -98,6 +120,25 @@ def read_traces(path: str | Path) -> RecordingArchive:
         measured_seconds=index["seconds"],
         rescored={run.name: rescored for run, rescored in pairs if rescored},
     )
+
+
+def _check_sizes(path: Path) -> None:
+    """Raise a `ValueError` if an array of a file is not as large as it says, or all of them are far too large.
+
+    A few bytes can inflate to any size, and an array's header can ask for any memory.
+    """
+    check_regular(path)
+    with ZipFile(path) as archive:
+        members = archive.infolist()
+        if sum(member.file_size for member in members) > MAX_INFLATED:
+            raise ValueError(f"its arrays have more than {MAX_INFLATED} bytes")
+        for member in members:
+            with archive.open(member) as file:
+                version = np.lib.format.read_magic(file)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, _, dtype = read(file)
+                if member.file_size - file.tell() != math.prod(shape) * dtype.itemsize:
+                    raise ValueError(f"{member.filename} has another size than its header says")
 
 
 def _pack(run: RecordedRun, rescored: RescoredRun | None) -> tuple[dict[str, Any], dict[str, Array]]:

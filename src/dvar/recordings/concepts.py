@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from PIL import Image
 
 from dvar import mini
 from dvar.errors import RefusedInput
+from dvar.files import check_regular, read_json
 from dvar.mini import TUNING
 
 MIN_IMAGES = 2
@@ -41,8 +41,8 @@ def read_noun(folder: Path) -> str:
     """
     path = folder.with_name(f"{folder.name}.json")
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["noun"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return str(read_json(path, {"noun": str})["noun"])
+    except (OSError, ValueError) as error:
         raise RefusedInput([f'{path} must hold {{"noun": "mug"}}, the class of the concept ({error})']) from error
 
 
@@ -54,7 +54,7 @@ def read_prompts(folder: Path) -> tuple[str, ...]:
     """
     path = folder.with_name(f"{folder.name}.json")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (OSError, ValueError):
         return ()
     prompts = content.get("prompts", ()) if isinstance(content, dict) else ()
@@ -108,6 +108,7 @@ def _check_concept(folder: Path) -> ConceptCheck:
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in _IMAGES:
             try:
+                check_regular(path)
                 with Image.open(path) as image:
                     image.verify()
                 images += 1

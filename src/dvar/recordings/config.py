@@ -8,6 +8,7 @@ from typing import Literal
 from dvar.config.fields import COUNT, POSITIVE, SEED, Config, Range, invalid_fields, setting
 from dvar.config.methods import PAPER_METHODS
 from dvar.config.training import BUNDLED_MODEL
+from dvar.files import writing_problem
 
 Panel = Literal["shift", "main", "flow", "images", "batch", "rank", "word", "more", "all"]
 """Parts of the panel: learning rates; all methods; the second base model; then one setting each; more concepts."""
@@ -71,9 +72,11 @@ def record_problems(config: RecordConfig) -> list[str]:
     """
     problems = [message for _, message in invalid_fields(config)]
     if not problems:
-        problems += [f"seeds must be {SEED}, got {seed}" for seed in config.seeds if seed not in SEED]
+        problems += [f"seeds must be {SEED.requirement(seed)}, got {seed}" for seed in config.seeds if seed not in SEED]
     if config.config and len(config.methods) > 1:
         problems.append(f"settings are of one method, got {', '.join(config.methods)}: name one before --config")
+    if not problems and not config.estimate and (problem := writing_problem(config.records, folder=True)):
+        problems.append(f"records must be a folder that can be written, and {problem}: name another")
     if config.panel:
         defaults = RecordConfig()
         problems += [

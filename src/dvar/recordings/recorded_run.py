@@ -22,7 +22,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,6 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dvar.errors import RefusedInput
+from dvar.files import read_content, read_json
 from dvar.recordings.setting import Setting, split_folder_name
 from dvar.stopping.trace import LOSS, RELATIVE_LOSS, Trace
 from dvar.training.run_layout import CONFIG, TRACE
@@ -336,7 +336,7 @@ def read_failure(folder: Path) -> str:
 
 def file_digest(path: Path) -> str:
     """Return the SHA-256 of a file as done.json holds it; empty if there is no such file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
+    return hashlib.sha256(read_content(path)).hexdigest() if path.exists() else ""
 
 
 def _count_images(scores: ImageScores) -> int:
@@ -380,7 +380,8 @@ def read_recorded_json(path: Path) -> dict[str, Any]:
         RefusedInput: The file is missing or damaged.
     """
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        content: dict[str, Any] = read_json(path, dict)
+        return content
     except OSError as error:
         raise RefusedInput([f"{path} is missing: the run was not recorded to its end, record it again"]) from error
     except ValueError as error:

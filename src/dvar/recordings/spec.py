@@ -17,6 +17,7 @@ from dvar.config.methods import PAPER_METHODS, CustomDiffusionConfig
 from dvar.config.presets import configure
 from dvar.config.training import BUNDLED_MODEL, BUNDLED_MODELS, TrainingConfig
 from dvar.errors import RefusedInput, nearest
+from dvar.files import read_json
 from dvar.recordings.concept_images import list_image_files, write_training_images
 from dvar.recordings.concepts import MIN_IMAGES, concept_folders, laboratory_concepts, read_noun, read_prompts
 from dvar.recordings.config import RecordConfig
@@ -293,7 +294,7 @@ def plan_recordings(config: RecordConfig) -> list[RecordingSpec]:
 def read_conditions(folder: Path) -> dict[str, Any] | None:
     """Return the `RecordingSpec.conditions` of the recording in a folder; None if there is no recording."""
     try:
-        return dict(json.loads((folder / CONDITIONS).read_text(encoding="utf-8")))
+        return dict(read_json(folder / CONDITIONS, dict))
     except (OSError, ValueError):
         return None
 

@@ -18,6 +18,7 @@ from dvar.config.fields import (
     setting,
 )
 from dvar.config.training import Sampler, TrainingConfig
+from dvar.files import writing_problem
 from dvar.stopping.rule import RULE_DEFAULTS
 from dvar.stopping.rules import RULES
 
@@ -133,6 +134,17 @@ def problems(config: RunsConfig) -> list[str]:
             messages.append(f"output must end in .svg or .html, got {output!r}: name a figure or a page")
     if isinstance(config, ReplayConfig):
         messages += _follow_problems(config)
+    return messages or _output_problems(config)
+
+
+def _output_problems(config: RunsConfig) -> list[str]:
+    """Return which of the files and folders that are to be written cannot be."""
+    messages = []
+    for name in ("output", "merged", "kohya"):
+        value = getattr(config, name, None)
+        folder = name == "merged" or (name == "output" and isinstance(config, GenerateConfig))
+        if value is not None and (problem := writing_problem(value, folder=folder)):
+            messages.append(f"{name} cannot be written, {problem}: name another")
     return messages
 
 

@@ -12,11 +12,24 @@ from typing import TYPE_CHECKING
 
 from dvar.config.training import Sampler
 from dvar.errors import RefusedInput
+from dvar.files import parse_json, read_text
 from dvar.runs.run_folder import RunFolder
+from dvar.schema import find_mismatch
 from dvar.training.run_layout import GENERATED, GENERATED_LIST
 
 if TYPE_CHECKING:
     from dvar.diffusion.backbone import Backbone
+
+
+_ROW = {
+    "path": str,
+    "prompt": str,
+    "seed": int,
+    "num_inference_steps": int,
+    "guidance_scale": float,
+    "result": str,
+    "scheduler?": str,
+}
 
 
 @dataclass(frozen=True)
@@ -57,9 +70,11 @@ def list_generated_images(run: RunFolder) -> tuple[GeneratedImage, ...]:
     images, path = _list_samples(run), run.folder / GENERATED / GENERATED_LIST
     if path.exists():
         try:
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            rows = [parse_json(line) for line in read_text(path).splitlines()]
+            if mismatch := find_mismatch(rows, [_ROW], "line"):
+                raise ValueError(mismatch)
             listed = [GeneratedImage(**{**row, "path": path.parent / Path(row["path"]).name}) for row in rows]
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise RefusedInput([f"{path} is damaged ({error}): delete it and generate the images again"]) from error
         images += [image for image in listed if image.result == hash_result(run)]
     return tuple(images)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from dvar.errors import RefusedInput, TraceError
 from dvar.launch.config import TRACE
-from dvar.runs.config import ReplayConfig
+from dvar.runs.config import ReplayConfig, problems
 from dvar.runs.replay import replay_rules
 from dvar.runs.replay_figure import write_replay
 from dvar.stopping.trace import Trace
@@ -41,7 +42,12 @@ def write_launch_report(path: Path, output: Path | None = None, launch: Mapping[
     if not len(trace):
         raise RefusedInput([f"a report needs a measurement, got none in {path}: let the script run to its first step"])
     settings = launch or trace.header["launch"]
+    known = {item.name for item in fields(ReplayConfig)} - {"rule"}
+    if unknown := settings["settings"].keys() - known:
+        raise RefusedInput([f"{path} names {', '.join(sorted(unknown))}, which no rule knows: restore the trace"])
     config = ReplayConfig(rule=(settings["rule"],), **settings["settings"])
+    if wrong := problems(config):
+        raise RefusedInput([f"{path}: {problem}: restore the trace" for problem in wrong])
     return write_replay(
         output or path.with_name(REPORT), settings["script"], trace, replay_rules(trace, config), config
     )

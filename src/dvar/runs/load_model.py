@@ -19,6 +19,7 @@ from dvar.files import read_json
 from dvar.training.checkpoint import Checkpoint
 from dvar.training.methods.registry import build_method, config_from_dict
 from dvar.training.run_layout import CONFIG, RESULT, WEIGHTS, checkpoint_name
+from dvar.training.run_schemas import RESULT as RESULT_SCHEMA
 
 
 def load_personalised_backbone(folder: str | Path, *, step: int | None = None, **options: Any) -> Backbone:
@@ -69,9 +70,9 @@ def load_result(folder: str | Path) -> tuple[TrainingConfig, dict[str, Any]]:
     """
     folder = Path(folder)
     try:
-        config, result = (read_json(folder / name) for name in (CONFIG, RESULT))
-        config, weights, _ = config_from_dict(config), result["weights"], result["base_sha256"]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        settings, result = read_json(folder / CONFIG, dict), read_json(folder / RESULT, RESULT_SCHEMA)
+        config, weights, _ = config_from_dict(settings), result["weights"], result["base_sha256"]
+    except (OSError, ValueError, KeyError) as error:
         raise RefusedInput([f"{folder} is no finished run: it must hold {CONFIG} and {RESULT} ({error})"]) from error
     if not isinstance(weights, list) or not weights or not all(_is_weight_file(name) for name in weights):
         message = f"{RESULT} of {folder} must list the run's weight files under weights, got {weights!r}"

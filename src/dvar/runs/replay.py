@@ -21,6 +21,8 @@ from dvar.stopping.trace import LOSS, Trace
 from dvar.stopping.verdict import Verdict
 from dvar.training.run_layout import CONFIG
 
+_OWN_SETTINGS = {"window": int, "threshold": float, "probe_every": int}
+
 
 @dataclass(frozen=True)
 class ReplayOutcome:
@@ -50,11 +52,10 @@ class ReplayOutcome:
 def read_own_settings(log: Path) -> dict[str, Any]:
     """Return window and threshold of the run whose folder, or whose trace, ``log`` is; none of any other log."""
     try:
-        settings = read_json((log if log.is_dir() else log.parent) / CONFIG)
+        settings = read_json((log if log.is_dir() else log.parent) / CONFIG, _OWN_SETTINGS)
     except (OSError, ValueError):
         return {}
-    is_own = isinstance(settings, dict) and {"window", "threshold", "probe_every"} <= settings.keys()
-    return {name: settings[name] for name in ("window", "threshold")} if is_own else {}
+    return {name: settings[name] for name in ("window", "threshold")}
 
 
 def build_rules(config: ReplayConfig) -> dict[str, Rule]:

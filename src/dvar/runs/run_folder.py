@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dvar.config.training import TrainingConfig
-from dvar.errors import RefusedInput
+from dvar.errors import RefusedInput, TraceError, first_line
 from dvar.files import read_json
 from dvar.runs.replay import compute_ratios
 from dvar.stopping.rules import CONDITION_REASONS, Dvar
@@ -20,6 +20,8 @@ from dvar.stopping.trace import Trace
 from dvar.stopping.verdict import Verdict
 from dvar.training.methods.registry import config_from_dict
 from dvar.training.run_layout import CONFIG, REFERENCES, RESULT, SAMPLE_PROMPTS, SAMPLES, TRACE
+from dvar.training.run_schemas import RESULT as RESULT_SCHEMA
+from dvar.training.run_schemas import RUN_CONFIG, SAMPLE_PROMPT_ROWS
 
 Floats = NDArray[np.float64]
 
@@ -55,20 +57,25 @@ class RunFolder:
             TraceError: The trace is damaged.
         """
         folder = Path(folder)
-        config, trace = _read_json(folder / CONFIG), folder / TRACE
+        config, trace = _read_json(folder / CONFIG, RUN_CONFIG), folder / TRACE
         if config is None:
             raise RefusedInput([f"a run folder holds {CONFIG}, {folder} does not: name the --output_dir of a run"])
+        try:
+            Dvar(window=config["window"], threshold=config["threshold"])
+        except RefusedInput as error:
+            raise RefusedInput([f"{folder / CONFIG}: {problem}: restore it" for problem in error.problems]) from error
         return cls(
             folder=folder,
             config=config,
-            trace=Trace.read(trace) if trace.exists() else Trace(),
-            result=_read_json(folder / RESULT),
+            trace=_read_trace(trace) if trace.exists() else Trace(),
+            result=_read_json(folder / RESULT, RESULT_SCHEMA),
             references=_list_images(folder / REFERENCES),
             samples={
                 int(path.name.removeprefix("step-")): _list_images(path)
                 for path in sorted((folder / SAMPLES).glob("step-*"))
+                if path.name.removeprefix("step-").isdecimal() and path.is_dir()
             },
-            prompts=tuple(_read_json(folder / SAMPLES / SAMPLE_PROMPTS) or ()),
+            prompts=tuple(_read_json(folder / SAMPLES / SAMPLE_PROMPTS, SAMPLE_PROMPT_ROWS) or ()),
         )
 
     @cached_property
@@ -157,11 +164,20 @@ class RunFolder:
         return Dvar(window=self.config["window"], threshold=self.config["threshold"])
 
 
-def _read_json(path: Path) -> Any:
+def _read_trace(path: Path) -> Trace:
+    trace = Trace.read(path)
+    timesteps, width = trace.header.get("timesteps"), trace.samples.shape[1]
+    if timesteps and len(trace.steps) and len(timesteps) != width:
+        raise TraceError(f"{path} has {len(timesteps)} timesteps for {width} losses per record: restore the file")
+    return trace
+
+
+def _read_json(path: Path, schema: Any) -> Any:
     try:
-        return read_json(path) if path.exists() else None
-    except ValueError as error:
-        raise RefusedInput([f"{path} must be JSON, and is not ({error}): restore it or train again"]) from error
+        return read_json(path, schema) if path.exists() else None
+    except (OSError, ValueError) as error:
+        message = f"{path} must be the JSON that a run writes, and is not ({first_line(error)})"
+        raise RefusedInput([f"{message}: restore it or train again"]) from error
 
 
 def _list_images(folder: Path) -> tuple[Path, ...]:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dvar.errors import TraceError
-from dvar.files import write_atomically
+from dvar.files import read_content, write_atomically
 from dvar.stopping.trace_format import (
     FORMAT,
     convert_metric,
@@ -200,16 +200,19 @@ class Trace:
         Raises:
             TraceError: The file is no trace, or is damaged elsewhere; the message names the line.
         """
-        lines = Path(path).read_bytes().splitlines()
+        lines = read_content(Path(path)).splitlines()
         rows = [parse_line(line) for line in lines]
         if not rows or rows[0] is None or rows[0].get("dvar_trace") != FORMAT:
             raise TraceError(f'{path} is no trace: its first line must be a header with "dvar_trace": {FORMAT}')
         if rows[-1] is None:
             warnings.warn(f"{path}: the last line is incomplete, as after a crash, and is dropped", stacklevel=2)
             rows.pop()
-        trace = cls(rows[0])
+        try:
+            trace = cls(rows[0])
+        except TraceError as error:
+            raise TraceError(f"{path}: {error}") from error
         for number, row in enumerate(rows[1:], start=2):
-            if row is None or "step" not in row:
+            if row is None or "step" not in row or "self" in row:
                 raise TraceError(f"{path}, line {number} is no record: restore the file, or cut it before that line")
             try:
                 trace.record(**decode_value(row))

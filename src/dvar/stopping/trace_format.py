@@ -11,8 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dvar.errors import TraceError
+from dvar.files import parse_json
+from dvar.schema import find_mismatch
 
 FORMAT = 1
+_LARGEST = 2**1000  # of a whole number that float64 holds too
+HEADER = {
+    "timesteps?": [float],
+    "log?": {"format?": str, "file?": str, "metric?": str, "preferred_to?": [str], "cadence_setting?": str},
+    "launch?": {"script": str, "rule": str, "settings": {str: (float, str)}},
+}
+"""What a trace's header must look like where it holds these; anything else may be in it too."""
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -41,8 +50,8 @@ def validate_header(header: Mapping[str, Any]) -> dict[str, Any]:
         TraceError: It is no JSON object of this format.
     """
     try:
-        validated: dict[str, Any] = json.loads(json.dumps({"dvar_trace": FORMAT, **header}, allow_nan=False))
-    except (TypeError, ValueError) as error:
+        validated: dict[str, Any] = parse_json(json.dumps({"dvar_trace": FORMAT, **header}, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
         raise TraceError(
             f"a trace's header must be a JSON object without nan or infinities ({error}): leave it out"
         ) from None
@@ -50,6 +59,8 @@ def validate_header(header: Mapping[str, Any]) -> dict[str, Any]:
         raise TraceError(
             f"this version reads traces of format {FORMAT}, got {validated['dvar_trace']!r}: use the one that wrote it"
         )
+    if mismatch := find_mismatch(validated, HEADER):
+        raise TraceError(f"{mismatch} in a trace's header: correct it, or leave it out")
     return validated
 
 
@@ -88,8 +99,8 @@ def convert_metric(name: str, value: Any) -> Any:
         value = value.tolist()
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return [convert_metric(name, item) for item in value]
-    if not isinstance(value, int | float):
-        raise TraceError(f"the metric {name!r} must be made of numbers, got {value!r}: leave it out")
+    if not isinstance(value, int | float) or (isinstance(value, int) and abs(value) > _LARGEST):
+        raise TraceError(f"the metric {name!r} must be made of numbers, got {ascii(value)[:60]}: leave it out")
     return value
 
 
@@ -120,7 +131,7 @@ def format_line(row: Mapping[str, Any]) -> str:
 def parse_line(line: bytes) -> dict[str, Any] | None:
     """Return what a line holds, still encoded; None where it is no JSON object."""
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError:
         return None
     return row if isinstance(row, dict) else None

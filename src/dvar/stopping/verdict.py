@@ -7,8 +7,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dvar.errors import RefusedInput
+from dvar.schema import find_mismatch
 from dvar.stopping.diagnosis import DOUBT_SENTENCES, Diagnosis, Reason
 from dvar.stopping.trace_format import decode_value, encode_value
+
+_SCHEMA = {
+    "stop": bool,
+    "reason": str,
+    "step": int,
+    "rule": str,
+    "metrics": {str: (float, str)},
+    "diagnoses": [{"reason": str, "metrics": {str: (float, str)}}],
+}
 
 
 @dataclass(frozen=True)
@@ -96,11 +106,13 @@ class Verdict:
             RefusedInput: Another version saved it, with other fields or reasons.
         """
         try:
+            if mismatch := find_mismatch(saved, _SCHEMA):
+                raise ValueError(mismatch)
             diagnoses = tuple(
                 Diagnosis(Reason(diagnosis["reason"]), decode_value(diagnosis["metrics"]))
                 for diagnosis in saved["diagnoses"]
             )
-            return cls(
+            verdict = cls(
                 stop=saved["stop"],
                 reason=Reason(saved["reason"]),
                 step=saved["step"],
@@ -108,7 +120,10 @@ class Verdict:
                 metrics=decode_value(saved["metrics"]),
                 diagnose=lambda: diagnoses,
             )
-        except (KeyError, TypeError, ValueError) as error:
+            # What a sentence needs differs by reason: these are all.
+            f"{verdict} {''.join(diagnosis.sentence for diagnosis in diagnoses)}"
+            return verdict
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise RefusedInput(
                 [f"a saved verdict must be of this version of dvar, and is not ({error}): judge its trace again"]
             ) from error

@@ -8,6 +8,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from dvar.config.fields import COUNT, NOT_NEGATIVE, SEED, Config, Range, invalid_fields, setting
+from dvar.files import writing_problem
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")  # addresses that only this machine can reach
 
@@ -101,6 +102,8 @@ def problems(config: SurveyConfig) -> list[str]:
     lines = [line for _, line in invalid_fields(config)]
     match config:
         case SurveyBuildConfig():
+            if not lines:
+                lines += _output_problems(config.output_dir, folder=True)
             if config.candidate == config.baseline:
                 problem = f"candidate and baseline must have different names, got {config.candidate!r} twice"
                 lines.append(f"{problem}: rename one")
@@ -109,7 +112,19 @@ def problems(config: SurveyConfig) -> list[str]:
         case SurveyScoreConfig():
             if not lines and config.min_accuracy > 1:
                 lines.append(f"min_accuracy must be at most 1, got {config.min_accuracy}: give a share")
+            if not lines and config.output:
+                lines += _output_problems(config.output)
+        case SurveyExportConfig() if not lines:
+            if not _is_plain_address(config.images_url, with_path=True):
+                rule = "images_url must look like https://survey.example.org/pictures"
+                lines.append(f"{rule}, got {config.images_url!r}: give the address at which raters load the images")
+            lines += _output_problems(config.output)
     return lines
+
+
+def _output_problems(path: str, *, folder: bool = False) -> list[str]:
+    problem = writing_problem(path, folder=folder)
+    return [f"{'output_dir' if folder else 'output'} cannot be written, {problem}: name another"] if problem else []
 
 
 def _address_problems(config: SurveyServeConfig) -> Iterator[str]:
@@ -117,6 +132,24 @@ def _address_problems(config: SurveyServeConfig) -> Iterator[str]:
         for name, value in (("public_url", config.public_url), ("secret_file", config.secret_file)):
             if not value:
                 yield f"{name} is missing: it is needed to listen on {config.host}, which other machines can reach"
-    url = urlsplit(config.public_url or "https://host")
-    if url.scheme not in ("http", "https") or not url.hostname or url.path.strip("/") or url.query or url.fragment:
+    if config.public_url is not None and not _is_plain_address(config.public_url, with_path=False):
         yield f"public_url must look like https://survey.example.org, got {config.public_url!r}: remove the rest"
+
+
+def _is_plain_address(text: str, *, with_path: bool) -> bool:
+    """Return whether a text is the address of a site, without a user, a query or a fragment."""
+    try:
+        url = urlsplit(text)
+        port = url.port  # a `ValueError` where it is none
+    except ValueError:
+        return False
+    plain = not (url.username or url.password or "@" in url.netloc or url.query or url.fragment or port == 0)
+    path = with_path or not url.path.strip("/")
+    return (
+        plain
+        and path
+        and url.scheme in ("http", "https")
+        and bool(url.hostname)
+        and text.isprintable()
+        and " " not in text
+    )

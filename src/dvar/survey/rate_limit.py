@@ -36,6 +36,11 @@ class RateLimiter:
         self.arrivals.setdefault(network, times).append(now)
         return 0.0
 
+    def is_exhausted(self, address: str) -> bool:
+        """Return whether the address has had all its arrivals of this hour; nothing is counted."""
+        self._forget_before(self.clock() - HOUR)
+        return len(self.arrivals.get(_network_of(address), ())) >= self.limit
+
     def _forget_before(self, time: float) -> None:
         for network, times in list(self.arrivals.items()):
             while times and times[0] <= time:

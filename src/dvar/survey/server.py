@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hmac
 import secrets
+import time
 from collections.abc import Callable, Mapping
 from hashlib import sha256
 from math import ceil
 from pathlib import Path
+from socket import AF_INET, AF_INET6, create_server
+from socket import socket as Socket
 from urllib.parse import parse_qsl, urlsplit
 
 import uvicorn
@@ -18,15 +21,17 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.sessions import SessionMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import Request
-from starlette.responses import HTMLResponse, RedirectResponse, Response
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dvar.errors import RefusedInput
+from dvar.files import read_text
 from dvar.html.templates import render
 from dvar.survey.config import LOOPBACK, SurveyScoreConfig, SurveyServeConfig
+from dvar.survey.connections import connection_options
 from dvar.survey.questions import QUESTION_TEXTS, SOMETHING, THE_OBJECT
 from dvar.survey.rate_limit import RateLimiter
 from dvar.survey.result_page import PROGRESS_COLUMNS, RATER_COLUMNS
@@ -39,6 +44,8 @@ MIN_SECRET_LENGTH = 32
 MAX_NAME_LENGTH = 60
 COOKIE_DAYS = 60
 TASKS_PER_MINUTE = 6
+ADMIN_ATTEMPTS_PER_HOUR = 10  # wrong tokens from one address
+ADMIN_SECONDS = 12 * 3600.0  # that the progress page stays open
 SECURITY_HEADERS = {
     "content-security-policy": "default-src 'none'; img-src 'self'; style-src 'self'; script-src 'self'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -59,7 +66,7 @@ def serve_survey(folder: str | Path, config: SurveyServeConfig, notify: Callable
         notify: Called with a line for each address and for the token, once the server listens.
 
     Raises:
-        RefusedInput: The folder holds no survey, or the secret is missing or short.
+        RefusedInput: The folder holds no survey, the secret is missing or short, or the port is taken.
     """
     folder = Path(folder)
     survey = Survey.load(folder)
@@ -67,10 +74,9 @@ def serve_survey(folder: str | Path, config: SurveyServeConfig, notify: Callable
     limiter = RateLimiter(config.joins_per_hour) if config.public_url else None
     own_host = None if config.host in LOOPBACK else config.host
     app = create_app(folder, survey, secret, config.public_url, own_host, limiter)
-    settings = uvicorn.Config(app, host=config.host, port=config.port, log_level="warning", access_log=False)
+    settings = uvicorn.Config(app, log_level="warning", access_log=False, **connection_options())
     server = uvicorn.Server(settings)
-    socket = settings.bind_socket()
-    socket.listen(settings.backlog)  # from here on, nobody who opens the address below is turned away
+    socket = _listen(config.host, config.port)  # from here on, nobody who opens the address below is turned away
     port = socket.getsockname()[1]
     host = f"[{config.host}]" if ":" in config.host else config.host
     base = (config.public_url or f"http://{host}:{port}").rstrip("/")
@@ -79,6 +85,19 @@ def serve_survey(folder: str | Path, config: SurveyServeConfig, notify: Callable
     notify(f"token     {admin_token(secret)}")
     with socket:
         server.run(sockets=[socket])
+
+
+def _listen(host: str, port: int) -> Socket:
+    """Return a socket that listens.
+
+    Raises:
+        RefusedInput: The port is taken, or the host is not one of this machine.
+    """
+    try:
+        return create_server((host, port), family=AF_INET6 if ":" in host else AF_INET, backlog=2048)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RefusedInput([f"{host}, port {port} cannot be listened on ({reason}): choose another --port"]) from error
 
 
 def read_secret(folder: Path, path: str | None = None) -> str:
@@ -93,7 +112,7 @@ def read_secret(folder: Path, path: str | None = None) -> str:
         file.touch(mode=0o600)
         file.write_text(secrets.token_urlsafe(MIN_SECRET_LENGTH) + "\n", encoding="utf-8")
     try:
-        secret = file.read_text(encoding="utf-8").strip()
+        secret = read_text(file).strip()
     except (OSError, UnicodeDecodeError) as error:
         raise RefusedInput([f"secret_file {file} cannot be read ({error}): check --secret_file"]) from error
     if len(secret) < MIN_SECRET_LENGTH:
@@ -126,7 +145,8 @@ def create_app(
         limiter: Limits the arrivals from one address; without one nothing does.
     """
     public = urlsplit(public_url or "")
-    pages = SurveyPages(folder, survey, secret, public.netloc, limiter)
+    origin = f"{public.scheme}://{public.netloc}" if public_url else ""
+    pages = SurveyPages(folder, survey, secret, origin, limiter)
     hosts = [*LOOPBACK[:2], "[::1]", *filter(None, (public.hostname, host))]
     https = public.scheme == "https"
     return Starlette(
@@ -140,10 +160,12 @@ def create_app(
             Route("/keys", pages.keys, methods=["POST"]),
             Route("/pictures/{name}.png", pages.image),
             Route("/admin", pages.admin, methods=["GET", "POST"]),
+            Route("/admin/close", pages.close_admin, methods=["POST"]),
             Mount("/static", StaticFiles(packages=[("dvar.survey", "static")])),
         ],
         middleware=[
             Middleware(SecurityHeaders),
+            Middleware(OneLength),
             Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False),
             Middleware(
                 SessionMiddleware,
@@ -177,19 +199,35 @@ class SecurityHeaders:
         await self.app(scope, receive, send_with_headers)
 
 
+class OneLength:
+    """Middleware that refuses a request with two lengths: a proxy before it may take it for two requests."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        names = [name.lower() for name, _ in scope.get("headers", ())]
+        if b"transfer-encoding" in names and b"content-length" in names:
+            refusal = PlainTextResponse("A request has one length.", 400, {"connection": "close"})
+            return await refusal(scope, receive, send)
+        return await self.app(scope, receive, send)
+
+
 class SurveyPages:
     """The pages of one survey.
 
     A rater's cookie is signed and holds their number and a nonce. Every form carries a ticket, signed for that nonce,
     one purpose and one task, so that a form of another site, another rater or another task is refused. Following a
-    link never changes whose answers are given or deleted; that takes a button. Images are served from the survey's
-    list, and a body of more than `MAX_BODY` bytes is not read.
+    link never changes whose answers are given or deleted; that takes a button. The nonce changes whenever a visitor
+    becomes someone else, so that nothing signed before counts after. Images are served from the survey's list, and a
+    body of more than `MAX_BODY` bytes is not read. Who has opened the progress page is known to this process alone, so
+    that closing it, or ending the server, ends every copy of the cookie.
 
     Args:
         folder: Folder of the survey.
         survey: The survey.
         secret: Signs cookies, links and forms.
-        site: Host and port of the public address.
+        site: Origin of the public address, such as https://survey.example.org.
         limiter: Limits the arrivals from one address.
     """
 
@@ -198,6 +236,8 @@ class SurveyPages:
     ) -> None:
         self.survey, self.secret, self.site, self.limiter = survey, secret, site, limiter
         self.store = VoteStore(folder / VOTES_FILE, survey, secret=secret)
+        self.attempts = RateLimiter(ADMIN_ATTEMPTS_PER_HOUR)
+        self.admins: dict[str, float] = {}
         self.images = {name: folder / IMAGE_FOLDER / f"{name}.png" for name in survey.image_ids}
 
     async def welcome(self, request: Request) -> Response:
@@ -222,6 +262,7 @@ class SurveyPages:
             words = " ".join(fields.get("name", "").split())
             name = "".join(letter for letter in words if letter.isprintable())[:MAX_NAME_LENGTH]
             request.session["worker"] = await run_in_threadpool(self.store.add_rater, name)
+            request.session.pop("nonce", None)
         return redirect_to("/task")
 
     async def resume(self, request: Request) -> Response:
@@ -236,6 +277,7 @@ class SurveyPages:
         if request.method == "POST":
             self.validate_form(request, await read_form(request), f"resume {rater}")
             request.session["worker"] = rater
+            request.session.pop("nonce", None)
         if request.session.get("worker") == rater:
             return redirect_to("/task")
         done, _ = await run_in_threadpool(self.store.progress, rater)
@@ -318,15 +360,28 @@ class SurveyPages:
         if request.method == "POST":
             fields = await read_form(request)
             self.validate_form(request, fields, "admin")
+            if self.attempts.is_exhausted(_address_of(request)):
+                raise HTTPException(429, "Too many wrong tokens came from your network. Please come back in an hour.")
             token = fields.get("token", "").strip()
             if not hmac.compare_digest(token.encode(), admin_token(self.secret).encode()):
+                self.attempts.admit(_address_of(request))
                 raise HTTPException(403, "This token is not the one that dvar survey serve printed.")
-            request.session["admin"] = True
+            request.session.pop("nonce", None)
+            request.session["admin"] = secrets.token_urlsafe(16)
+            self.admins[request.session["admin"]] = time.monotonic() + ADMIN_SECONDS
             return redirect_to("/admin")
-        if not request.session.get("admin"):
+        if self.admins.get(request.session.get("admin", ""), 0) < time.monotonic():
             return self.page("token.html", 403, ticket=self.sign_ticket(request, "admin"))
         score = await run_in_threadpool(self.score_so_far)
-        return self.page("admin.html", score=score, columns=PROGRESS_COLUMNS, rater_columns=RATER_COLUMNS)
+        ticket, columns = self.sign_ticket(request, "close"), PROGRESS_COLUMNS
+        return self.page("admin.html", score=score, columns=columns, rater_columns=RATER_COLUMNS, ticket=ticket)
+
+    async def close_admin(self, request: Request) -> Response:
+        """Close the progress page in every browser that has this cookie."""
+        self.validate_form(request, await read_form(request), "close")
+        self.admins.pop(request.session.pop("admin", ""), None)
+        request.session.pop("nonce", None)
+        return redirect_to("/admin")
 
     async def error(self, request: Request, error: Exception) -> Response:
         """Show what was wrong, and where to go on."""
@@ -354,8 +409,7 @@ class SurveyPages:
 
     def limit_arrivals(self, request: Request) -> None:
         """Raise HTTPException when the visitor's address has sent too many raters."""
-        address = request.client.host if request.client else ""
-        wait = self.limiter.admit(address) if self.limiter else 0
+        wait = self.limiter.admit(_address_of(request)) if self.limiter else 0
         if wait:
             message = "Too many people have joined from your network. Please come back in an hour."
             raise HTTPException(429, message, {"retry-after": str(ceil(wait))})
@@ -371,8 +425,9 @@ class SurveyPages:
 
     def validate_form(self, request: Request, fields: Mapping[str, str], purpose: str) -> None:
         """Raise HTTPException unless the form comes from our own page, for this visitor and this purpose."""
-        origin = request.headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc not in (request.headers.get("host"), self.site or None):
+        own = self.site or f"{request.url.scheme}://{request.headers.get('host')}"
+        local = f"http://{request.headers.get('host')}"  # of the organiser, who opens the address that is listened on
+        if request.headers.get("origin", own) not in (own, local if urlsplit(local).hostname in LOOPBACK else own):
             raise HTTPException(403, "This form was sent from another site.")
         if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
             raise HTTPException(403, "This form was sent from another site.")
@@ -394,15 +449,22 @@ async def read_form(request: Request) -> dict[str, str]:
     if content_type != "application/x-www-form-urlencoded":
         raise HTTPException(415, "Only plain forms are accepted.")
     body = b""
-    async for part in request.stream():
-        body += part
-        if len(body) > MAX_BODY:
-            raise HTTPException(413, "This form is too large.", {"connection": "close"})
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > MAX_BODY:
+                raise HTTPException(413, "This form is too large.", {"connection": "close"})
+    except ClientDisconnect as error:  # nobody reads the answer
+        raise HTTPException(400, "This form did not arrive as a whole.") from error
     try:
         fields = parse_qsl(body.decode("ascii"), keep_blank_values=True, max_num_fields=16, errors="strict")
     except ValueError as error:
         raise HTTPException(400, "This form cannot be read.") from error
     return dict(reversed(fields))
+
+
+def _address_of(request: Request) -> str:
+    return request.client.host if request.client else ""
 
 
 def redirect_to(path: str) -> RedirectResponse:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dvar.errors import RefusedInput
+from dvar.files import read_json, write_json
 
 Question = Literal["reconstruction", "customization"]
 Role = Literal["pair", "control", "training"]
@@ -20,6 +20,24 @@ ANSWERS: tuple[Answer, ...] = ("first", "second", "equal")
 FORMAT = 1
 # Only the survey file says which run generated which image; the pages know nothing but ids.
 SURVEY_FILE, IMAGE_FOLDER, VOTES_FILE, SECRET_FILE = "survey.json", "pictures", "votes.sqlite", "secret"
+
+
+_SCHEMA = {
+    **dict.fromkeys(("candidate", "baseline"), str),
+    **dict.fromkeys(("overlap", "per_person", "control_every", "seed"), int),
+    "tasks": [
+        {
+            **dict.fromkeys(("id", "method", "concept", "prompt", "first", "second"), str),
+            "question": QUESTIONS,
+            "role": ("pair", "control", "training"),
+            "seed": int,
+            "references": [str],
+            "expected?": (*ANSWERS, None),
+            "lesson?": str,
+        }
+    ],
+    "runs?": [{str: str}],
+}
 
 
 @dataclass(frozen=True)
@@ -89,10 +107,10 @@ class Survey:
         path = Path(folder) / SURVEY_FILE
         try:
             survey = cls._parse(path)
-        except OSError as error:
+        except FileNotFoundError as error:
             problem = f"a survey's folder holds {SURVEY_FILE}, {folder} does not"
             raise RefusedInput([f"{problem}: name the folder that dvar survey build wrote"]) from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, TypeError) as error:
             if isinstance(error, RefusedInput):
                 raise
             raise RefusedInput([f"{path} is damaged ({error}): restore it or build the survey again"]) from error
@@ -104,16 +122,16 @@ class Survey:
 
     @classmethod
     def _parse(cls, path: Path) -> Survey:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content.pop("format") != FORMAT:
+        if read_json(path, {"format": int})["format"] != FORMAT:
             raise RefusedInput([f"{path} was written by another version of dvar: build the survey again"])
+        content = read_json(path, _SCHEMA)
+        del content["format"]
         tasks = tuple(Task(**{**task, "references": tuple(task["references"])}) for task in content.pop("tasks"))
         return cls(**{**content, "tasks": tasks, "runs": tuple(content["runs"])})
 
     def save(self, folder: Path) -> None:
         """Write the survey file into ``folder``."""
-        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=1, ensure_ascii=False)
-        (folder / SURVEY_FILE).write_text(text + "\n", encoding="utf-8")
+        write_json(folder / SURVEY_FILE, {"format": FORMAT, **asdict(self)})
 
     @cached_property
     def task_by_id(self) -> Mapping[str, Task]:

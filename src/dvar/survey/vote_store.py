@@ -117,6 +117,9 @@ class VoteStore:
     ) -> None:
         self.path, self.survey, self.clock, self.secret = path, survey, clock, secret
         self._local = threading.local()
+        if isinstance(path, Path):
+            path.touch(mode=0o600)
+            path.chmod(0o600)  # a survey from before has it open to all; SQLite's files beside it follow it
         self._connection.executescript(TABLES)
 
     def add_rater(self, name: str = "") -> int:

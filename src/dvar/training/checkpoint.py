@@ -15,9 +15,11 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from dvar.errors import CheckpointError, TraceError
-from dvar.files import read_json, remove, staged_folder, write_synced
+from dvar.files import parse_json, read_content, read_json, remove, staged_folder, write_synced
+from dvar.schema import find_mismatch
 from dvar.stopping.trace import Trace
 from dvar.training.run_layout import TRACE, checkpoint_name, checkpoint_paths, checkpoint_step
+from dvar.training.run_schemas import CHECKPOINT_FACTS, MANIFEST_DIGESTS
 
 MANIFEST = "manifest.json"
 TENSORS, FACTS = "tensors.safetensors", "facts.json"
@@ -79,15 +81,17 @@ class Checkpoint:
             CheckpointError: A file is missing, or is not what was written.
         """
         try:
-            digests = read_json(path / MANIFEST)
-            contents = {name: (path / name).read_bytes() for name in (TENSORS, FACTS, TRACE)}
+            digests = read_json(path / MANIFEST, MANIFEST_DIGESTS)
+            contents = {name: read_content(path / name) for name in (TENSORS, FACTS, TRACE)}
             damaged = [name for name, content in contents.items() if sha256(content).hexdigest() != digests[name]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} is not a whole checkpoint ({error}): name another, or 'latest'") from error
         if damaged:
             raise CheckpointError(f"{path} is damaged ({', '.join(damaged)} changed): name another, or 'latest'")
         try:
-            facts = json.loads(contents[FACTS])
+            facts = parse_json(contents[FACTS])
+            if mismatch := find_mismatch(facts, CHECKPOINT_FACTS):
+                raise ValueError(mismatch)
             return cls(facts.pop("step"), load(contents[TENSORS]), facts, Trace.read(path / TRACE))
         except (ValueError, KeyError, SafetensorError, TraceError) as error:
             raise CheckpointError(f"{path} is not a checkpoint of dvar ({error}): name another, or 'latest'") from error

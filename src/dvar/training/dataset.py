@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dvar.config.training import TrainingConfig
 from dvar.errors import RefusedInput, nearest
-from dvar.files import read_json
+from dvar.files import check_regular, parse_json, read_json, read_text
 
 # Files that an operating system leaves beside images.
 _IGNORED = {"Thumbs.db", "desktop.ini"}
@@ -151,6 +150,10 @@ def read_image(path: Path, resolution: int, *, crop: bool = True) -> Image.Image
     """
     if path.is_dir():
         raise RefusedInput([f"{path.name} is a folder: images are read from one flat folder, move it away"])
+    try:
+        check_regular(path)
+    except OSError as error:
+        raise RefusedInput([f"{path.name} cannot be read ({error.strerror or error}): move it away"]) from error
     try:
         # A photograph of 100 megapixels is legitimate; Pillow warns of it, and raises at twice that.
         with warnings.catch_warnings():
@@ -337,7 +340,7 @@ def _read_captions(
 def _read_entries(file: Path, names: Sequence[str]) -> Iterator[tuple[str, str, str | ValueError]]:
     """Yield (place, file name of the image, caption or what is wrong with it) for each caption in a file."""
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = read_text(file, "utf-8-sig")
     except (OSError, UnicodeDecodeError):
         yield file.name, "", ValueError("cannot be read as UTF-8 text: save it as UTF-8")
         return
@@ -356,7 +359,7 @@ def _read_entries(file: Path, names: Sequence[str]) -> Iterator[tuple[str, str, 
 def _parse_row(line: str) -> tuple[str, str | ValueError]:
     """Return (file name of the image, caption or what is wrong with it) of a line of metadata."""
     try:
-        row = json.loads(line)
+        row = parse_json(line)
         caption = next(row[key] for key in ("text", "prompt", "caption") if key in row)
         return str(row["file_name"]), str(caption).strip()
     except (ValueError, KeyError, TypeError, StopIteration):

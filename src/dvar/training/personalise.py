@@ -30,7 +30,7 @@ from dvar.training.methods.registry import build_method, config_from_dict
 from dvar.training.preflight import preflight
 from dvar.training.processes import ALONE, Processes, launched_processes
 from dvar.training.run import TrainingResult, TrainingRun, digest_of, digest_of_classes, write_config
-from dvar.training.run_layout import CLASS_IMAGES, RESULT, checkpoint_name, find_written, problems
+from dvar.training.run_layout import CLASS_IMAGES, RESULT, checkpoint_name, checkpoint_paths, find_written, problems
 from dvar.training.token_initializer import choose_initializer_tokens, load_clip
 from dvar.training.trackers import Tracker
 
@@ -244,7 +244,9 @@ def _resource_errors(config: TrainingConfig) -> Iterator[None]:
         raise OutOfResources(f"the memory does not suffice: try {useful or 'a lower --resolution'}") from error
     except OSError as error:
         message = f"{error.filename or config.output_dir} cannot be written or read ({error.strerror or error})"
-        remedy = "make room or repair it, then go on with --resume_from_checkpoint latest"
+        resumable = checkpoint_paths(Path(config.output_dir).expanduser())
+        start = "go on with --resume_from_checkpoint latest" if resumable else "start the run again"
+        remedy = f"make room or repair it, then {start}"
         raise OutOfResources(f"{message}: {remedy}") from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import pairwise
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
@@ -103,12 +104,14 @@ class LogLines:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.stream.flush()
+        with suppress(OSError):
+            self.stream.flush()
 
     def __call__(self, step: StepRecord) -> None:
         self.state.take(step)
         if step.step % self.every == 0 or step.verdict.stop:
-            print(self._line(), file=self.stream, flush=True)
+            with suppress(OSError):  # a terminal that closed, a full disk: training matters more
+                print(self._line(), file=self.stream, flush=True)
 
     def _line(self) -> str:
         """Return the line of the last step."""
@@ -142,12 +145,14 @@ class LivePanel:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._live.stop()
+        with suppress(OSError):
+            self._live.stop()
 
     def __call__(self, step: StepRecord) -> None:
         self.state.take(step)
         if not self._live.is_started:
-            self._live.start()
+            with suppress(OSError):
+                self._live.start()
 
     def render(self) -> RenderableType:
         """Return the panel with the current figures."""

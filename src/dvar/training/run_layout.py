@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dvar.files import read_json
+from dvar.files import read_json, writing_problem
 
 if TYPE_CHECKING:
     from dvar.config.training import TrainingConfig
@@ -86,8 +86,8 @@ def problems(config: TrainingConfig) -> list[str]:
     if not str(config.output_dir).strip():
         return [f"output_dir must name a folder, got {str(config.output_dir)!r}: give one, such as runs/mug"]
     folder, resume = Path(config.output_dir).expanduser(), config.resume_from_checkpoint
-    if folder.exists() and not folder.is_dir():
-        return [f"output_dir must be a folder, and {folder} is a file: choose another"]
+    if problem := writing_problem(folder, folder=True):
+        return [f"output_dir must be a folder that can be written, and {problem}: choose another"]
     if config.instance_data_dir and folder.resolve() == Path(config.instance_data_dir).expanduser().resolve():
         return [f"output_dir must not be the folder of the images, {folder}: choose another"]
     if resume:

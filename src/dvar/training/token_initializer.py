@@ -20,6 +20,7 @@ from dvar.files import read_json, write_json
 from dvar.training.dataset import Concept
 from dvar.training.placeholder_tokens import token_id
 from dvar.training.run_layout import INITIALIZER
+from dvar.training.run_schemas import INITIALIZERS
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -87,7 +88,7 @@ def describe_initializers(folder: Path) -> list[str]:
     """Return a sentence for each placeholder token of the run in ``folder`` whose initializer token was chosen."""
     path = folder / INITIALIZER
     sentences = []
-    for choice in read_json(path) if path.exists() else ():
+    for choice in read_json(path, INITIALIZERS) if path.exists() else ():
         sentence = f"{choice['word']} from {choice['initializer_token']}"
         if "best" in choice:
             best, worst = (list(choice[part].items()) for part in ("best", "worst"))

@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
+from dvar.config.fields import invalid_fields
 from dvar.config.methods import CustomDiffusionConfig, DreamBoothLoraConfig, TextualInversionConfig
 from dvar.config.training import TrainingConfig
+from dvar.errors import RefusedInput
 from dvar.registry import Registry
 
 if TYPE_CHECKING:
@@ -132,8 +134,14 @@ def config_from_dict(settings: Mapping[str, Any]) -> TrainingConfig:
     Unknown settings are dropped, and missing ones have their default.
 
     Raises:
-        RefusedInput: The method is not registered.
+        RefusedInput: The method is not registered, or a value is not one that its setting admits.
     """
-    config_type = METHODS.find(settings.get("method", TextualInversionConfig.method)).config_type
+    config_type = METHODS.find(str(settings.get("method", TextualInversionConfig.method))).config_type
     names = {item.name for item in fields(config_type)}
-    return config_type(**{name: value for name, value in settings.items() if name in names})
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
+    }
+    config = config_type(**{name: value for name, value in values.items() if name in names})
+    if problems := [f"the settings of a run: {problem}" for _, problem in invalid_fields(config)]:
+        raise RefusedInput(problems)
+    return config

@@ -1,0 +1,88 @@
+"""Connections to a survey on the public internet: requests have deadlines, and no address can hold all connections."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from typing import Any, ClassVar
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+REQUEST_SECONDS = 15.0
+"""Time for a whole request to arrive, from the connection or the first byte of the request on."""
+ANSWER_SECONDS = 60.0
+"""Time for an answer to be made, and for the visitor to take it."""
+MOST_FROM_ADDRESS = 20
+"""Connections from one address at a time; a browser opens six."""
+MOST_CONNECTIONS = 500
+"""Connections of all addresses at a time."""
+PROXIES = ("127.0.0.1", "::1")
+"""Addresses whose connections are those of many visitors: a proxy on this machine, which limits them itself."""
+
+
+class GuardedConnection(H11Protocol):
+    """uvicorn's connection, which is closed without an answer where it exceeds a limit.
+
+    uvicorn itself limits neither how slowly a request may arrive nor how many connections an address may hold, so that
+    a few hundred silent connections would shut everybody else out.
+    """
+
+    _held: ClassVar[Counter[str]] = Counter()
+    """Open connections by address."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Take a connection, or close it where there are too many."""
+        super().connection_made(transport)
+        self._deadline: asyncio.TimerHandle | None = None
+        self._address = self.client[0] if self.client else ""
+        self._held[self._address] += 1
+        from_one = self._held[self._address] > MOST_FROM_ADDRESS and self._address not in PROXIES
+        if from_one or sum(self._held.values()) > MOST_CONNECTIONS:
+            transport.abort()
+        else:
+            self._set_deadline(REQUEST_SECONDS)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget a connection that has ended."""
+        self._set_deadline(None)
+        self._held[self._address] -= 1
+        if not self._held[self._address]:
+            del self._held[self._address]
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Take a part of a request, which must be whole by its deadline."""
+        if self._deadline is None:
+            self._set_deadline(REQUEST_SECONDS)
+        super().data_received(data)
+        if self.conn.their_state is h11.DONE:
+            self._set_deadline(ANSWER_SECONDS)
+
+    def on_response_complete(self) -> None:
+        """Wait for the next request, once the visitor has taken this answer."""
+        if not self.transport.get_write_buffer_size():
+            self._set_deadline(None)  # from here on uvicorn closes a connection that stays idle
+        super().on_response_complete()
+
+    def _set_deadline(self, seconds: float | None) -> None:
+        """Close the connection after so many seconds from now, in the place of an earlier deadline; None for never."""
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._deadline = None if seconds is None else self.loop.call_later(seconds, self._expire)
+
+    def _expire(self) -> None:
+        self.transport.abort()
+
+
+def connection_options() -> dict[str, Any]:
+    """Return the options of `uvicorn.Config` under which a survey is served: no version in the answers, no sockets."""
+    return {
+        "http": GuardedConnection,
+        "ws": "none",
+        "lifespan": "off",
+        "server_header": False,
+        "timeout_keep_alive": 5,
+        "timeout_graceful_shutdown": 10,
+        "h11_max_incomplete_event_size": 16_384,
+    }
