@@ -13,8 +13,11 @@ from zipfile import BadZipFile
 import pytest
 from command_line import dvar
 
+from dvar.cli.train import print_result
 from dvar.errors import ModelError, NonFiniteLoss, OutOfResources, RefusedInput
 from dvar.extras import EXTRAS
+from dvar.runs.run_folder import RunFolder
+from dvar.training.run import TrainingResult
 
 MAIN = "import sys; from dvar.cli.main import main; sys.exit(main())"
 
@@ -149,3 +152,21 @@ def test_a_command_names_the_extra_that_it_lacks(words: list[str], extra: str, t
     message = process.stderr.splitlines()[-1]
     assert message.startswith("dvar: this command needs ")
     assert message.endswith(f": pip install 'dvar[{extra}]'")
+
+
+def test_a_report_that_cannot_be_written_does_not_cost_the_run(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    verdict = RunFolder.open(run_folder).verdict
+    monkeypatch.setattr("dvar.html.templates.write_atomically", fail)
+    result = TrainingResult(run_folder, verdict, 200, 200, {}, (run_folder / "learned_embeds.safetensors",))
+    assert print_result(result, "a photo of <thing>") == 0
+    out, err = capsys.readouterr()
+    assert "weights   " in out
+    assert "next      dvar generate" in out
+    (line,) = err.splitlines()
+    assert line.startswith("dvar: no report could be written: output ")
+    assert line.endswith(f"No space left on device; choose another place; dvar report {run_folder} tries again")

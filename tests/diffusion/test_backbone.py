@@ -125,6 +125,25 @@ def test_gradient_checkpointing_gives_the_same_gradient(tiny_model: Path) -> Non
     assert torch.equal(*gradients)
 
 
+def test_what_is_compiled_has_the_adapters_in_it(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapters: list[int] = []
+
+    def compile_lazily(function: Callable[..., Any], *_: Any, **__: Any) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            adapters.append(sum("lora_A" in name for name, _ in model.denoiser.named_modules()))
+            return function(*arguments, **options)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile_lazily)
+    model = load_backbone(tiny_model, device="cpu", compile=True)
+    assert not adapters, "nothing is traced while the model loads"
+    DreamBoothLora(model)
+    model.predict(torch.randn(1, 4, 8, 8), torch.tensor([10]), model.tokenize(["a mug"]))
+    assert len(adapters) == 1
+    assert adapters[0] > 0
+
+
 def test_attention_is_sliced_only_on_request_and_predicts_the_same(tiny_model: Path) -> None:
     inputs = torch.randn(2, 4, 8, 8), torch.tensor([500, 20])
     predictions, kinds = [], []

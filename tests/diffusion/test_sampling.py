@@ -47,6 +47,22 @@ def test_another_scheduler_generates_the_image_of_a_stock_pipeline(tiny_model: P
     assert not equal_pixels(image, sample(backbone, ["a mug"], [1], **options)[0])
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_latents_are_decoded_in_float32(tiny_model: Path, precision: str) -> None:
+    backbone = StableDiffusion.load(tiny_model, device="cpu", mixed_precision=precision)
+    seen: list[tuple[torch.dtype, bool]] = []
+    first, original = backbone.vae.decoder.conv_in, backbone.vae.decode
+
+    def look(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        seen.append((output.dtype, torch.is_autocast_enabled("cpu")))
+
+    handle = first.register_forward_hook(look)
+    sample(backbone, ["a mug"], [1], size=32, steps=1)
+    handle.remove()
+    assert seen == [(torch.float32, False)]
+    assert backbone.vae.decode == original, "the model is left as it was"
+
+
 def test_sampling_restores_all_state(tiny_model: Path) -> None:
     backbone = StableDiffusion.load(tiny_model, device="cpu")
     expected = sample(backbone, ["a mug"], [0], size=32, steps=2)[0]

@@ -31,6 +31,8 @@ from dvar.recordings.archive_file import write_traces
 from dvar.stopping.trace import Trace
 from dvar.training.personalise import personalise
 
+pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a system with named pipes")
+
 CASES = 200
 SECONDS = 8.0  # of the processor, for the largest of them; a usual case takes a tenth of one
 STATUSES = {0, 1, 2, 130}

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,7 @@ from dvar.recordings.recorded_run import RecordedRun, RescoredRun
 from dvar.recordings.rescore import _missing_steps, rescore_archive, rescore_steps
 from dvar.recordings.restore import (
     RESCORED_SHEETS,
+    _replay,
     read_sheet,
     restore_model,
     restore_runs,
@@ -311,6 +314,28 @@ def test_any_step_can_be_replayed_bit_for_bit(copied: Callable[[str], Path], met
         assert torch.equal(loaded[name], weights[name])
         assert torch.equal(replayed[name], weights[name])
     assert read_contents(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("device", "factor", "fits"),
+    [("cpu", 1.0, True), ("cpu", 1.001, False), ("cuda", 1.001, True), ("cuda", 1.1, False)],
+)
+def test_a_replay_is_compared_with_the_record_on_every_device(
+    device: str, factor: float, fits: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "checkpoint-0").mkdir()
+    update = SimpleNamespace(train_loss=0.25 * factor)
+    run: Any = SimpleNamespace(
+        backbone=SimpleNamespace(device=torch.device(device)),
+        learner=SimpleNamespace(update=lambda losses, number: update),
+        training_losses=None,
+    )
+    with (
+        nullcontext()
+        if fits
+        else pytest.raises(CheckpointError, match=r"step 1 gave the loss .*, and 0.25 was recorded")
+    ):
+        _replay(run, tmp_path, 0, 1, {1: 0.25})
 
 
 def test_steps_are_restored_in_order_whether_their_weights_were_kept_or_not(copied: Callable[[str], Path]) -> None:

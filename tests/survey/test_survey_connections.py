@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import stat
+import sys
 import threading
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -18,7 +19,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from dvar.survey import connections
-from dvar.survey.connections import GuardedConnection, connection_options
+from dvar.survey.connections import GuardedConnection, connection_options, is_proxy
 from dvar.survey.server import create_app
 from dvar.survey.survey import VOTES_FILE
 
@@ -121,6 +122,7 @@ def test_bytes_that_trickle_in_do_not_move_the_deadline(app: ASGIApp, monkeypatc
     assert talk_to(app, trickle) == b"closed"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs more than one address of this machine")
 def test_one_address_cannot_hold_all_connections(app: ASGIApp) -> None:
     async def hold(port: int) -> bytes:
         held = [await open_from("127.0.0.2", port) for _ in range(connections.MOST_FROM_ADDRESS)]
@@ -134,6 +136,27 @@ def test_one_address_cannot_hold_all_connections(app: ASGIApp) -> None:
     assert not GuardedConnection._held
 
 
+@pytest.mark.parametrize(
+    ("trusted", "address", "expected"),
+    [
+        ("", "127.0.0.1", True),
+        ("", "::1", True),
+        ("", "10.0.0.7", False),
+        ("10.0.0.7, 10.1.0.0/16", "10.0.0.7", True),
+        ("10.0.0.7, 10.1.0.0/16", "10.1.2.3", True),
+        ("proxy.example", "10.1.2.3", False),
+        ("*", "10.1.2.3", True),
+        ("10.0.0.0/8", "a socket", False),
+    ],
+)
+def test_a_trusted_proxy_may_hold_the_connections_of_its_visitors(
+    trusted: str, address: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", trusted)
+    assert is_proxy(address) is expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs more than one address of this machine")
 def test_two_hundred_held_connections_shut_nobody_out(app: ASGIApp) -> None:
     async def hold(port: int) -> bytes:
         held = [await open_from(f"127.0.1.{1 + number % 100}", port) for number in range(200)]
@@ -181,6 +204,7 @@ def test_a_post_that_is_cut_off_is_no_error_in_the_log(app: ASGIApp, caplog: pyt
     assert not caplog.records
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="permissions of Windows are others")
 def test_the_votes_are_for_their_owner_alone(tmp_path: Path) -> None:
     folder, survey = build_small_survey(tmp_path)
     (folder / VOTES_FILE).touch(mode=0o644)

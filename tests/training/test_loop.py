@@ -354,21 +354,59 @@ def test_seconds_are_recorded_by_part() -> None:
         assert all(seconds >= 0 for seconds in step.seconds.values())
 
 
-def test_under_fp16_an_overflowing_gradient_is_skipped_and_the_scale_reduced() -> None:
-    bench = Bench(mixed_precision="fp16")
+def test_under_fp16_an_overflowing_gradient_is_made_again_under_half_the_scale() -> None:
+    bench, plain = Bench(mixed_precision="fp16"), Bench(mixed_precision="fp16")
+    scaler = bench.learner.scaler
 
     def corrupt(losses: Tensor, step: int) -> Tensor:
-        if step == 1:
+        if step == 1 and scaler.get_scale() > 2**13:
             losses.register_hook(lambda gradient: gradient * math.inf)  # type: ignore[no-untyped-call]
         return losses
 
     bench.corrupt = corrupt
-    initial_rows = bench.method.state["rows"]
-    scale = bench.learner.scaler.get_scale()
+    plain.learner.scaler.scale(torch.ones(()))  # which makes its tensors
+    plain.learner.scaler.update(2.0**13)
+    steps, plain_steps = bench.run(), plain.run()
+    assert scaler.get_scale() == 2**13
+    assert bench.draws[:8] == plain.draws[:2] * 4, "three times again, from the same draws"
+    assert torch.equal(bench.method.rows, plain.method.rows), "every step moved the model"
+    assert [step.grad_norm for step in steps] == [step.grad_norm for step in plain_steps]
+
+
+def test_a_gradient_that_overflows_under_any_scale_ends_the_run() -> None:
+    bench = Bench(mixed_precision="fp16")
+
+    def corrupt(losses: Tensor, step: int) -> Tensor:
+        if step == 3:
+            losses.register_hook(lambda gradient: gradient * math.inf)  # type: ignore[no-untyped-call]
+        return losses
+
+    bench.corrupt = corrupt
     steps = bench.run()
-    assert len(steps) == 13
-    assert steps[1].eval == steps[0].eval
-    assert bench.learner.scaler.get_scale() < scale
-    assert not torch.equal(bench.method.rows, initial_rows)
-    # The scale is taken out again: the norm is that of the gradient itself.
-    assert steps[2].grad_norm == pytest.approx(Bench().run()[1].grad_norm, rel=0.9)
+    assert (steps[-1].step, steps[-1].verdict.reason) == (3, Reason.NON_FINITE)
+
+
+class Event:
+    """A moment in the queue of a GPU that does each piece of work in a second, once it is waited for."""
+
+    queue = 0
+
+    def __init__(self) -> None:
+        self.at, self.waited = Event.queue, False
+
+    def synchronize(self) -> None:
+        self.waited = True
+
+    def elapsed_time(self, end: Event) -> float:
+        assert end.waited, "its work may not be done"
+        return 1000.0 * (end.at - self.at)
+
+
+def test_work_on_a_gpu_is_timed_in_its_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dvar.training.loop._cuda_moment", Event)
+    watch = Stopwatch(torch.device("cuda"))
+    for name, pieces in (("train", 3), ("probe", 1), ("train", 2)):
+        with watch(name):
+            Event.queue += pieces
+    assert watch.lap() == {"train": 5.0, "probe": 1.0, "other": 0.0}
+    assert watch.lap() == {"train": 0.0, "probe": 0.0, "other": pytest.approx(0.0, abs=1.0)}

@@ -107,6 +107,21 @@ def test_a_run_writes_its_files(config: TextualInversionConfig) -> None:
     assert [image.size for image in references] == [(32, 32)] * 4
 
 
+@pytest.mark.parametrize("allow", [False, True])
+def test_float32_is_computed_as_float32_unless_asked_for_otherwise(
+    config: TextualInversionConfig, allow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not allow)
+    inside: set[bool] = set()
+    settings = replace(config, allow_tf32=allow, max_train_steps=9, num_validation_images=1)
+    folder = personalise(settings, [lambda step: inside.add(torch.backends.cudnn.allow_tf32)]).folder
+    assert inside == {allow}
+    assert torch.backends.cudnn.allow_tf32 is not allow
+    assert json.loads((folder / "config.json").read_text())["allow_tf32"] is allow
+    arithmetic = json.loads((folder / "result.json").read_text())["arithmetic"]
+    assert arithmetic == {"device": "cpu", "threads": torch.get_num_threads(), "mixed_precision": "no", "tf32": False}
+
+
 @pytest.mark.parametrize("seed", [0, 3])
 def test_the_held_timesteps_can_be_one_of_each_part_of_the_schedule(config: TextualInversionConfig, seed: int) -> None:
     def held(**changes: Any) -> list[int]:

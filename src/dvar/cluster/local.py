@@ -25,11 +25,23 @@ def list_slots(workers: int | None, threads: int) -> list[str]:
         workers: Number of slots; by default one for each GPU, or else as many as there are cores for.
         threads: CPU threads of each process.
     """
+    gpus = visible_gpus()
+    count = workers or len(gpus) or max(1, usable_cores() // threads)
+    return [gpus[number % len(gpus)] if gpus else "" for number in range(count)]
+
+
+def visible_gpus() -> list[str]:
+    """Return the names under which other processes are given this one's GPUs, as CUDA_VISIBLE_DEVICES lists them."""
     import torch  # takes seconds, which those who read the settings of a command need not wait for
 
-    gpus = [str(number) for number in range(torch.cuda.device_count())]
-    count = workers or len(gpus) or max(1, len(os.sched_getaffinity(0)) // threads)
-    return [gpus[number % len(gpus)] if gpus else "" for number in range(count)]
+    count, listed = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = [name.strip() for name in listed.split(",") if name.strip()]
+    return names[:count] if names else [str(number) for number in range(count)]
+
+
+def usable_cores() -> int:
+    """Return the cores that this process may use; where the system does not say, all there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class LocalWorker:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -102,7 +103,7 @@ class Backbone(Protocol):
         """Return the prediction, [B, C, h, w], for noisy latents at `Schedule.times` [B] under captions [B, L]."""
         ...
 
-    def autocast(self) -> torch.autocast:
+    def autocast(self) -> AbstractContextManager[Any]:
         """Return the scope in which the networks compute in their precision."""
         ...
 

@@ -3,13 +3,55 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def best_device() -> str:
     """Return "cuda" where there is such a GPU, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@contextmanager
+def float32_arithmetic(allow_tf32: bool = False) -> Iterator[None]:
+    """Compute float32 as float32 in a scope, on a GPU too, or with ``allow_tf32`` in TensorFloat-32 there.
+
+    By itself torch computes convolutions in TensorFloat-32, which has 10 of the 23 bits of float32's mantissa. What the
+    rule must see of L_det is in its third digit.
+    """
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allow_tf32
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def describe_arithmetic(device: torch.device, mixed_precision: str) -> dict[str, Any]:
+    """Return on what and how a run computes, as its result.json says it."""
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else device.type,
+        "threads": torch.get_num_threads(),
+        "mixed_precision": mixed_precision,
+        "tf32": cuda and torch.backends.cudnn.allow_tf32,
+    }
+
+
+def copy_to_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies of tensors on the CPU; those of a GPU are copied together, with one wait at their end."""
+    gpu = any(tensor.is_cuda for tensor in tensors.values())
+    copies = {
+        name: torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor.detach(), non_blocking=gpu)
+        for name, tensor in tensors.items()
+    }
+    if gpu:
+        torch.cuda.current_stream().synchronize()
+    return copies
 
 
 def peak_memory(device: torch.device) -> int | None:

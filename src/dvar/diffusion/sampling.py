@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def sample(
 
     pipeline = backbone.pipeline(scheduler)
     images: list[Image.Image] = []
-    with preserve_state(backbone.modules), backbone.autocast():
+    with preserve_state(backbone.modules), backbone.autocast(), _decoding_in_float32(pipeline):
         for first in range(0, len(prompts), BATCH):
             output = pipeline(
                 **backbone.generation_options(prompts[first : first + BATCH], guidance),
@@ -73,6 +74,23 @@ def sample(
             )
             images += output.images if isinstance(output.images, list) else to_images(output.images)
     return images
+
+
+@contextmanager
+def _decoding_in_float32(pipeline: Any) -> Iterator[None]:
+    """Decode latents in float32 in a scope, whatever the arithmetic of the networks: half precision leaves bands."""
+    autoencoder = getattr(pipeline, "vae", None) or pipeline.vqvae
+    decode, device = autoencoder.decode, next(autoencoder.parameters()).device.type
+
+    def decode_in_float32(latents: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        with torch.autocast(device, enabled=False):
+            return decode(latents.float(), *arguments, **options)
+
+    autoencoder.decode = decode_in_float32
+    try:
+        yield
+    finally:
+        del autoencoder.decode
 
 
 def to_images(pixels: torch.Tensor) -> list[Image.Image]:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from dvar.cluster.program import serve
+from dvar.diffusion.devices import float32_arithmetic
 from dvar.errors import CheckpointError, DvarError, NonFiniteLoss, RefusedInput
 from dvar.files import read_json, write_json
 from dvar.locks import lock_folder
@@ -51,7 +52,7 @@ def record_run(spec: RecordingSpec, consumers: Sequence[Consumer] = ()) -> Path:
         NonFiniteLoss: Training broke.
         KeyboardInterrupt: The process was asked to stop; the recording can go on.
     """
-    with lock_folder(spec.folder):
+    with lock_folder(spec.folder), float32_arithmetic(spec.config.allow_tf32):
         torch.set_num_threads(spec.threads)
         concept = spec.validate()
         scorer = load_scorer(spec, concept)

@@ -20,6 +20,7 @@ from dvar.cluster.places import Places
 from dvar.cluster.pool import Pool, interrupting_signals
 from dvar.cluster.program import serve
 from dvar.cluster.task import ENDS, WorkerTask
+from dvar.diffusion.devices import float32_arithmetic
 from dvar.errors import RefusedInput
 from dvar.files import read_json, write_json
 from dvar.locks import lock_folder
@@ -50,7 +51,7 @@ def rescore_steps(folder: str | Path, steps: Iterable[int]) -> Path:
         CheckpointError: A step cannot be restored.
     """
     folder = Path(folder)
-    with lock_folder(folder):
+    with lock_folder(folder), float32_arithmetic():
         header, done = RecordedRun.open(folder).header, read_json(folder / DONE)
         seeds, before = [SEED_OFFSET + seed for seed in header["seeds"]], RescoredRun.open(folder)
         rows = read_json(folder / RESCORED)["rows"] if before and before.image_count == len(seeds) else []

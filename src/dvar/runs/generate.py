@@ -105,6 +105,7 @@ def generate_images(
         RefusedInput: The run has not finished.
         ModelError: Its base model cannot be loaded.
     """
+    from dvar.diffusion.devices import float32_arithmetic
     from dvar.diffusion.sampling import sample
     from dvar.runs.load_model import load_personalised_backbone
 
@@ -112,9 +113,10 @@ def generate_images(
     steps = num_inference_steps or run.settings.num_inference_steps
     guidance = float(run.settings.guidance_scale if guidance_scale is None else guidance_scale)
     scheduler = scheduler or run.settings.validation_scheduler
-    samples = sample(
-        backbone, prompts, seeds, size=run.settings.resolution, steps=steps, guidance=guidance, scheduler=scheduler
-    )
+    with float32_arithmetic(run.settings.allow_tf32):
+        samples = sample(
+            backbone, prompts, seeds, size=run.settings.resolution, steps=steps, guidance=guidance, scheduler=scheduler
+        )
     folder = folder or run.folder / GENERATED
     folder.mkdir(parents=True, exist_ok=True)
     images = []

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections import Counter
+from contextlib import suppress
+from ipaddress import ip_address, ip_network
 from typing import Any, ClassVar
 
 import h11
@@ -18,7 +21,8 @@ MOST_FROM_ADDRESS = 20
 MOST_CONNECTIONS = 500
 """Connections of all addresses at a time."""
 PROXIES = ("127.0.0.1", "::1")
-"""Addresses whose connections are those of many visitors: a proxy on this machine, which limits them itself."""
+"""Addresses whose connections are those of many visitors, beside those in FORWARDED_ALLOW_IPS, which uvicorn trusts to
+say whose a request is: a proxy on this machine, which limits its visitors itself."""
 
 
 class GuardedConnection(H11Protocol):
@@ -37,7 +41,7 @@ class GuardedConnection(H11Protocol):
         self._deadline: asyncio.TimerHandle | None = None
         self._address = self.client[0] if self.client else ""
         self._held[self._address] += 1
-        from_one = self._held[self._address] > MOST_FROM_ADDRESS and self._address not in PROXIES
+        from_one = self._held[self._address] > MOST_FROM_ADDRESS and not is_proxy(self._address)
         if from_one or sum(self._held.values()) > MOST_CONNECTIONS:
             transport.abort()
         else:
@@ -73,6 +77,18 @@ class GuardedConnection(H11Protocol):
 
     def _expire(self) -> None:
         self.transport.abort()
+
+
+def is_proxy(address: str) -> bool:
+    """Return whether connections from an address are those of many visitors."""
+    trusted = [*PROXIES, *(part.strip() for part in os.environ.get("FORWARDED_ALLOW_IPS", "").split(","))]
+    for name in filter(None, trusted):
+        if name in ("*", address):
+            return True
+        with suppress(ValueError):  # a name that is no network
+            if ip_address(address) in ip_network(name):
+                return True
+    return False
 
 
 def connection_options() -> dict[str, Any]:

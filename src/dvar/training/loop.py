@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -96,8 +96,8 @@ def train(
     Deviates: The untouched model is evaluated too; the released code evaluates before each update and so never after
         the last.
     """
-    config, trace, watch = learner.config, learner.trace, Stopwatch()
-    processes, device = learner.processes, learner.method.parameters[0].device
+    config, trace, watch = learner.config, learner.trace, Stopwatch(learner.device)
+    processes, device = learner.processes, learner.device
     if len(trace) and rule(trace).stop:
         return
     for step in range(learner.next_step, config.max_train_steps + 1):
@@ -147,8 +147,13 @@ class Learner:
         self.method, self.config, self.trace, self.processes = method, config, Trace(header), processes
         self.best_step, self.best = 0, method.state
         self.optimizer = make_optimizer(config, method.parameters, getattr(method, "rate_factors", ()))
-        self.scaler = torch.amp.GradScaler(method.parameters[0].device.type, enabled=config.mixed_precision == "fp16")
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.mixed_precision == "fp16")
         self._rate_factor = _rate_factor(config)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of what is trained."""
+        return self.method.parameters[0].device
 
     @property
     def next_step(self) -> int:
@@ -165,25 +170,36 @@ class Learner:
             Abandoned: ``interrupted`` returned True between two forward passes; nothing moved.
         """
         config = self.config
-        mean = self._compute_gradient(losses, step, interrupted)
-        if config.optimizer == "sam":
-            with perturb(self.method.parameters, config.sam_rho):
-                self._compute_gradient(losses, step, interrupted)
-        self.scaler.unscale_(self.optimizer)
-        gradients = [gradient for part in self.method.parameters if (gradient := part.grad) is not None]
-        # Both leave the device at once: each wait for it would let it run dry.
-        loss, norm = torch.stack([mean, nn.utils.get_total_norm(gradients).double()]).tolist()
+        loss, norm = self._measure_gradient(losses, step, interrupted)
+        # A gradient that overflows fp16 is made again under half the scale: what is skipped would count as a step that
+        # moved nothing. Without a scale, or under the least, it is a fault.
+        while self.scaler.is_enabled() and math.isfinite(loss) and not math.isfinite(norm):
+            self.scaler.update()
+            if self.scaler.get_scale() < 1:
+                break
+            loss, norm = self._measure_gradient(losses, step, interrupted)
         rate = config.learning_rate * self._rate_factor(step - 1)
-        # A gradient that overflows fp16 is the scaler's to skip and to scale down; anywhere else it is a fault.
-        taken = math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled())
+        taken = math.isfinite(loss) and math.isfinite(norm)
         if taken:
-            if config.max_grad_norm is not None and math.isfinite(norm):
+            if config.max_grad_norm is not None:
                 nn.utils.clip_grads_with_norm_(self.method.parameters, config.max_grad_norm, torch.tensor(norm))
             for group in self.optimizer.param_groups:
                 group["lr"] = rate * group.get("factor", 1.0)
             self.scaler.step(self.optimizer)
             self.scaler.update()
         return Update(loss, norm, rate, taken)
+
+    def _measure_gradient(self, losses: Losses, step: int, interrupted: Callable[[], bool]) -> tuple[float, float]:
+        """Leave the gradient of an update in the parameters, unscaled; return the mean loss and the gradient's norm."""
+        mean = self._compute_gradient(losses, step, interrupted)
+        if self.config.optimizer == "sam":
+            with perturb(self.method.parameters, self.config.sam_rho):
+                self._compute_gradient(losses, step, interrupted)
+        self.scaler.unscale_(self.optimizer)
+        gradients = [gradient for part in self.method.parameters if (gradient := part.grad) is not None]
+        # Both leave the device at once: each wait for it would let it run dry.
+        loss, norm = torch.stack([mean, nn.utils.get_total_norm(gradients).double()]).tolist()
+        return loss, norm
 
     def _compute_gradient(self, losses: Losses, step: int, interrupted: Callable[[], bool]) -> Tensor:
         """Leave the gradient of the mean loss of a step in the parameters; return that loss, float64 on its device.
@@ -254,24 +270,68 @@ class Learner:
 
 
 class Stopwatch:
-    """Seconds by name since the last lap; the rest is "other"."""
+    """Seconds by name since the last lap; the rest is "other".
 
-    def __init__(self) -> None:
-        self._started, self._seconds = time.perf_counter(), {"train": 0.0, "probe": 0.0}
+    A GPU works on after the call that gave it work has returned. What it does in a scope is timed by events in its own
+    queue, and a lap waits for it.
+
+    Args:
+        device: The device that works; a CPU by default.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._moment: Callable[[], Moment] = _cuda_moment if device and device.type == "cuda" else _CpuMoment
+        self._started = time.perf_counter()
+        self._scopes: list[tuple[str, Moment, Moment]] = []
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         """Time a scope under ``name``."""
-        started = time.perf_counter()
+        start = self._moment()
         yield
-        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
+        self._scopes.append((name, start, self._moment()))
 
     def lap(self) -> dict[str, float]:
         """Return the seconds since the last lap, by name, and start the next."""
-        now, seconds = time.perf_counter(), self._seconds
-        lap = {**seconds, "other": now - self._started - sum(seconds.values())}
-        self._started, self._seconds = now, {"train": 0.0, "probe": 0.0}
+        seconds = {"train": 0.0, "probe": 0.0}
+        for name, start, end in self._scopes:
+            end.synchronize()
+            seconds[name] = seconds.get(name, 0.0) + start.elapsed_time(end) / 1000
+        now = time.perf_counter()
+        lap = {**seconds, "other": max(0.0, now - self._started - sum(seconds.values()))}
+        self._started, self._scopes = now, []
         return lap
+
+
+class Moment(Protocol):
+    """A moment as `torch.cuda.Event` marks it in the queue of a GPU."""
+
+    def synchronize(self) -> None:
+        """Wait for the moment."""
+        ...
+
+    def elapsed_time(self, end: Any) -> float:
+        """Return the milliseconds from this moment to a later one."""
+        ...
+
+
+class _CpuMoment:
+    """A moment of a CPU, which has done its work when a call returns."""
+
+    def __init__(self) -> None:
+        self.seconds = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: _CpuMoment) -> float:
+        return 1000 * (end.seconds - self.seconds)
+
+
+def _cuda_moment() -> Moment:
+    moment = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    moment.record()
+    return moment
 
 
 Series = Callable[[int, Stopwatch], Mapping[str, Any]]

@@ -16,6 +16,7 @@ import torch
 
 from dvar.config.training import FREE_FIELDS, TrainingConfig
 from dvar.diffusion.backbone import Backbone, load_backbone
+from dvar.diffusion.devices import float32_arithmetic
 from dvar.diffusion.sampling import Abandoned
 from dvar.diffusion.tokens import model_path
 from dvar.errors import CheckpointError, OutOfResources, RefusedInput
@@ -75,7 +76,8 @@ def personalise(
 
     Source: Sections 3.2, 3.3 and 4.1.
     """
-    with _resource_errors(config), launched_processes() as processes:
+    arithmetic = float32_arithmetic(config.allow_tf32)
+    with _resource_errors(config), arithmetic, launched_processes() as processes:
         if not processes.is_main:
             return _follow(config, concept, load, processes)
         with lock_folder(Path(config.output_dir).expanduser()):

@@ -19,7 +19,7 @@ from dvar._version import __version__
 from dvar.config.training import TrainingConfig
 from dvar.diffusion.backbone import Backbone
 from dvar.diffusion.clip import Clip
-from dvar.diffusion.devices import peak_memory
+from dvar.diffusion.devices import describe_arithmetic, peak_memory
 from dvar.diffusion.objective import Draws, Examples, denoising_loss, draw
 from dvar.diffusion.randomness import generator
 from dvar.diffusion.sampling import sample_into
@@ -254,6 +254,7 @@ class TrainingRun:
             "best_by": learner.best_by,
             "seconds": result.seconds,
             "memory": {"peak": peak_memory(self.backbone.device)},
+            "arithmetic": describe_arithmetic(self.backbone.device, config.mixed_precision),
             "placeholder": config.placeholder_token,
             "weights": names,
             "best_weights": [path.name for path in best_weights],

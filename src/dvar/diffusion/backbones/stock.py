@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -260,8 +261,10 @@ class StockBackbone(ABC):
         """Return the token ids of ``prompts`` for all text encoders, one after the other, int64 [n, L]."""
         return torch.cat([tower.tokenize(prompts) for tower in self.towers], dim=1)
 
-    def autocast(self) -> torch.autocast:
+    def autocast(self) -> AbstractContextManager[Any]:
         """Return the scope in which the networks compute in ``precision``; float32 leaves it without effect."""
+        if not torch.amp.is_autocast_available(self.device.type):  # the meta device, which computes shapes alone
+            return nullcontext()
         return torch.autocast(self.device.type, self.precision, enabled=self.precision is not torch.float32)
 
     def _split(self, input_ids: Tensor) -> tuple[Tensor, ...]:

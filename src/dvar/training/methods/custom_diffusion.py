@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dvar.diffusion.backbone import Backbone
+from dvar.diffusion.devices import copy_to_cpu
 from dvar.errors import RefusedInput
 from dvar.training.methods.textual_inversion import TextualInversion
 from dvar.training.run_layout import ATTENTION
@@ -87,7 +88,7 @@ class CustomDiffusion:
     @property
     def state(self) -> dict[str, Tensor]:
         """A copy of what is learned, on the CPU: whole weights by the U-Net's names, the vectors by their token."""
-        copies = {name: weight.detach().to("cpu", copy=True) for name, weight in self.weights.items()}
+        copies = copy_to_cpu(self.weights)
         return {
             name: part for state in (*(token.state for token in self.tokens), copies) for name, part in state.items()
         }

@@ -12,6 +12,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from dvar.diffusion.backbone import Backbone
+from dvar.diffusion.devices import copy_to_cpu
 from dvar.diffusion.randomness import seeded_globals
 from dvar.errors import RefusedInput
 from dvar.training.methods.textual_inversion import TextualInversion
@@ -119,7 +120,7 @@ class DreamBoothLora:
     @property
     def state(self) -> dict[str, Tensor]:
         """A copy of what is learned, on the CPU: the matrices by diffusers' names, the vectors by their token."""
-        copies = {name: weight.detach().to("cpu", copy=True) for name, weight in self.matrices.items()}
+        copies = copy_to_cpu(self.matrices)
         return {**(self.token.state if self.token else {}), **copies}
 
     def load(self, state: Mapping[str, Tensor]) -> None:

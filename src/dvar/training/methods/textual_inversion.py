@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dvar.diffusion.backbone import Backbone
+from dvar.diffusion.devices import copy_to_cpu
 from dvar.errors import RefusedInput
 from dvar.training.placeholder_tokens import token_names
 from dvar.training.run_layout import CLIP_EMBEDS, EMBEDS
@@ -79,7 +80,7 @@ class TextualInversion:
     @property
     def state(self) -> dict[str, Tensor]:
         """A copy of what is learned, on the CPU: the vectors by their token or, of several encoders, by the encoder."""
-        return {name: vectors.detach().cpu().clone() for name, vectors in self.vectors.items()}
+        return copy_to_cpu(self.vectors)
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over what ``state`` returned."""
