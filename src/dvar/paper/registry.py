@@ -91,11 +91,12 @@ def reproduce_problems(config: ReproduceConfig) -> list[str]:
     problems = [message for _, message in invalid_fields(config)]
     if not problems and (problem := writing_problem(config.output_dir, folder=True)):
         problems.append(f"output_dir must be a folder that can be written, and {problem}: name another")
-    return problems + [
+    problems += [
         f"there is no experiment {name!r}: the nearest is {nearest(name, names)}, and 'all' makes every one"
         for name in config.names
         if name not in names
     ]
+    return problems
 
 
 def _experiment(

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-
-import torch
-from safetensors.torch import save
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from dvar._version import __version__
 from dvar.config.training import BUNDLED_MODELS, TrainingConfig
 from dvar.errors import NonFiniteLoss
 from dvar.files import write_atomically
 from dvar.training.run_layout import EMBEDS, of_token
+
+if TYPE_CHECKING:  # a report names a base model as these files do, and needs no torch
+    from torch import Tensor
 
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -28,6 +28,9 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     Raises:
         NonFiniteLoss: A value is not finite; nothing is written.
     """
+    import torch
+    from safetensors.torch import save
+
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise NonFiniteLoss(f"the values of {name} are not finite and are not exported: lower the learning rate")
