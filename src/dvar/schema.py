@@ -116,7 +116,7 @@ def _describe(schema: Any) -> str:
     return _WORDS[kind]
 
 
-def _format(value: Any, wanted: str, name: str) -> str:
+def _format(value: Any, requirement: str, name: str) -> str:
     text = ascii(value)
-    shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
-    return f"{name or 'the value'} must be {wanted}, got {shown}"
+    excerpt = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    return f"{name or 'the value'} must be {requirement}, got {excerpt}"

@@ -216,8 +216,8 @@ def workspace(tiny_model: Path, tiny_images: Path, tmp_path_factory: pytest.Temp
     trace.write(folder / "launched" / "trace.jsonl")
     config = short_run(tiny_model, tiny_images, folder / "trained")
     personalise(config)
-    given = {name: value for name, value in asdict(config).items() if value is not None}
-    lines = [f"{name} = {json.dumps(value)}" for name, value in given.items()]
+    values = {name: value for name, value in asdict(config).items() if value is not None}
+    lines = [f"{name} = {json.dumps(value)}" for name, value in values.items()]
     (folder / "trained.toml").write_text("\n".join(lines) + "\n")
     for concept in ("red_mug", "blue_cup"):
         write_fake_record(folder / "records", concept=concept, cap=60, every=10, images=2)

@@ -42,8 +42,8 @@ def write_launch_report(path: Path, output: Path | None = None, launch: Mapping[
     if not len(trace):
         raise RefusedInput([f"a report needs a measurement, got none in {path}: let the script run to its first step"])
     settings = launch or trace.header["launch"]
-    known = {item.name for item in fields(ReplayConfig)} - {"rule"}
-    if unknown := settings["settings"].keys() - known:
+    names = {item.name for item in fields(ReplayConfig)} - {"rule"}
+    if unknown := settings["settings"].keys() - names:
         raise RefusedInput([f"{path} names {', '.join(sorted(unknown))}, which no rule knows: restore the trace"])
     config = ReplayConfig(rule=(settings["rule"],), **settings["settings"])
     if wrong := problems(config):

@@ -26,7 +26,7 @@ say whose a request is: a proxy on this machine, which limits its visitors itsel
 
 
 class GuardedConnection(H11Protocol):
-    """uvicorn's connection, which is closed without an answer where it exceeds a limit.
+    """A connection of uvicorn that is closed without an answer where it exceeds a limit.
 
     uvicorn itself limits neither how slowly a request may arrive nor how many connections an address may hold, so that
     a few hundred silent connections would shut everybody else out.
