@@ -16,7 +16,7 @@ from dvar.diffusion.backbone import Backbone, load_backbone
 from dvar.diffusion.tokens import model_path
 from dvar.errors import RefusedInput
 from dvar.files import read_json
-from dvar.training.checkpoint import Checkpoint
+from dvar.training.checkpoint import Checkpoint, validate_run_facts
 from dvar.training.methods.registry import build_method, config_from_dict
 from dvar.training.run_layout import CONFIG, RESULT, WEIGHTS, checkpoint_name
 from dvar.training.run_schemas import RESULT as RESULT_SCHEMA
@@ -45,6 +45,7 @@ def load_personalised_backbone(folder: str | Path, *, step: int | None = None, *
         weights = {name: tensor for file in files for name, tensor in file.items()}
     else:
         checkpoint = Checkpoint.read(folder / checkpoint_name(step))
+        validate_run_facts(checkpoint)
         config, digest, weights = (
             config_from_dict(checkpoint.facts["config"]),
             checkpoint.facts["base"],

@@ -90,11 +90,20 @@ class Checkpoint:
             raise CheckpointError(f"{path} is damaged ({', '.join(damaged)} changed): name another, or 'latest'")
         try:
             facts = parse_json(contents[FACTS])
-            if mismatch := find_mismatch(facts, CHECKPOINT_FACTS):
+            if mismatch := find_mismatch(facts, {"step": int}):
                 raise ValueError(mismatch)
             return cls(facts.pop("step"), load(contents[TENSORS]), facts, Trace.read(path / TRACE))
         except (ValueError, KeyError, SafetensorError, TraceError) as error:
             raise CheckpointError(f"{path} is not a checkpoint of dvar ({error}): name another, or 'latest'") from error
+
+
+def validate_run_facts(checkpoint: Checkpoint) -> None:
+    """Raise a `CheckpointError` unless a checkpoint has the facts that a run writes."""
+    if mismatch := find_mismatch(checkpoint.facts, CHECKPOINT_FACTS):
+        name = checkpoint_name(checkpoint.step)
+        raise CheckpointError(
+            f"{name} is not a checkpoint of a run of dvar ({mismatch}): name another, or start afresh"
+        )
 
 
 def latest_checkpoint(folder: Path) -> Checkpoint:

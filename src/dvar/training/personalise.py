@@ -23,7 +23,7 @@ from dvar.errors import CheckpointError, OutOfResources, RefusedInput
 from dvar.files import remove
 from dvar.locks import lock_folder
 from dvar.stopping.diagnosis import Reason
-from dvar.training.checkpoint import Checkpoint, latest_checkpoint
+from dvar.training.checkpoint import Checkpoint, latest_checkpoint, validate_run_facts
 from dvar.training.class_images import generate_class_images
 from dvar.training.dataset import Concept
 from dvar.training.loop import StepRecord
@@ -207,6 +207,7 @@ def _checkpoint_to_resume(folder: Path, config: TrainingConfig, concept: Concept
     """
     name = str(config.resume_from_checkpoint)
     checkpoint = latest_checkpoint(folder) if name == "latest" else Checkpoint.read(folder / Path(name).name)
+    validate_run_facts(checkpoint)
     current, saved = config.to_dict(), config_from_dict(checkpoint.facts["config"]).to_dict()
     # A schedule that bends towards the cap makes other steps under another cap; a constant one does not.
     constant = config.lr_scheduler.startswith("constant")

@@ -30,7 +30,6 @@ SAMPLE_PROMPT_ROWS = [{"prompt": str, "seed": int}]
 INITIALIZERS = [{"word": str, "initializer_token": str, "best?": {str: float}, "worst?": {str: float}}]
 MANIFEST_DIGESTS = {"tensors.safetensors": str, "facts.json": str, TRACE: str}
 CHECKPOINT_FACTS = {
-    "step": int,
     "config": {"initializer_token": (str, None)},
     "pictures": str,
     "base": str,
