@@ -105,7 +105,7 @@ def test_two_processes_train_the_run_of_one(tiny_model: Path, tiny_images: Path,
 def test_a_process_that_is_killed_ends_the_run_which_resumes_on_another_number(
     lost: int, tiny_model: Path, tiny_images: Path, tmp_path: Path
 ) -> None:
-    settings = {"max_train_steps": 400, "threshold": 1e-9}
+    settings = {"max_train_steps": 150, "validation_steps": 50, "threshold": 1e-9}
     words = flags(tiny_model, tiny_images, tmp_path / "lost", **settings)
     processes = start_processes(words, 2)
     wait_for(tmp_path / "lost" / "checkpoint-4" / "manifest.json")
@@ -127,7 +127,7 @@ def test_a_process_that_is_killed_ends_the_run_which_resumes_on_another_number(
 def test_two_processes_that_are_asked_to_stop_save_together_and_resume(
     tiny_model: Path, tiny_images: Path, tmp_path: Path
 ) -> None:
-    words = flags(tiny_model, tiny_images, tmp_path / "run", max_train_steps=300, threshold=1e-9)
+    words = flags(tiny_model, tiny_images, tmp_path / "run", max_train_steps=150, threshold=1e-9)
     processes = start_processes(words, 2)
     wait_for(tmp_path / "run" / "checkpoint-4" / "manifest.json")
     processes[1].send_signal(signal.SIGTERM)
@@ -135,7 +135,7 @@ def test_two_processes_that_are_asked_to_stop_save_together_and_resume(
     assert [process.returncode for process in processes] == [130, 130], outputs
     outputs_resumed = train_on(2, [*words, "--resume_from_checkpoint", "latest"])
     assert [status for status, _, _ in outputs_resumed] == [0, 0], outputs_resumed
-    train_on(1, flags(tiny_model, tiny_images, tmp_path / "alone", max_train_steps=300, threshold=1e-9))
+    train_on(1, flags(tiny_model, tiny_images, tmp_path / "alone", max_train_steps=150, threshold=1e-9))
     assert_same_run(tmp_path / "alone", tmp_path / "run")
 
 
