@@ -34,6 +34,7 @@ FREE_FIELDS = frozenset(
     (
         *("preset", "instance_data_dir", "class_data_dir", "concepts_list", "output_dir", "overwrite"),
         *("resume_from_checkpoint", "report_to", "checkpointing_steps", "checkpoints_total_limit", "extend", "keep"),
+        "offload",
     )
 )
 """Fields that decide where a run reads and writes, not what it computes: they may differ when it is resumed."""
@@ -84,6 +85,10 @@ class TrainingConfig(ObjectiveConfig):
     allow_tf32: bool = setting(False, "Compute float32 in TensorFloat-32 on a GPU: faster, with a third of the digits.")
     gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass: less memory, more time.")
     attention_slicing: bool = setting(False, "Compute attention in slices: less memory, more time.")
+    quantize: Literal["nf4", "int8"] | None = setting(
+        None, "Keep the frozen denoising network in 4 or 8 bits, by bitsandbytes; nothing is by default."
+    )
+    offload: bool = setting(False, "Have networks on the CPU while they are idle: less memory of a GPU, more time.")
     compile: bool = setting(False, "Compile the U-Net: minutes before the first step, then faster steps on a GPU.")
 
     preset: str | None = setting(

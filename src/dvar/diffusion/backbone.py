@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -107,6 +107,18 @@ class Backbone(Protocol):
         """Return the scope in which the networks compute in their precision."""
         ...
 
+    def prepare_training(self, captions: Tensor) -> None:
+        """Bring what trains to the device; what does not train may read all captions, ids [n, L], once."""
+        ...
+
+    def release_encoders(self, generate: Callable[[], object], *, images: bool) -> None:
+        """Give up what has read all captions, once it has read what ``generate`` generates, and all ``images``."""
+        ...
+
+    def generating(self, pipeline: Any) -> AbstractContextManager[None]:
+        """Return the scope in which a stock pipeline generates."""
+        ...
+
 
 def load_backbone(
     name: str | Path,
@@ -116,6 +128,8 @@ def load_backbone(
     gradient_checkpointing: bool = False,
     attention_slicing: bool = False,
     compile: bool = False,
+    quantize: str | None = None,
+    offload: bool = False,
 ) -> Backbone:
     """Return the base model in a diffusers folder or behind a hub id.
 
@@ -126,6 +140,8 @@ def load_backbone(
         gradient_checkpointing: Recompute activations in the backward pass.
         attention_slicing: Compute attention in slices.
         compile: Compile the denoising network at its first call.
+        quantize: "nf4" or "int8" keeps most weights of the denoising network in 4 or 8 bits.
+        offload: Have networks on the CPU while they are idle.
 
     Raises:
         ModelError: It cannot be loaded, or no backbone is registered for it.
@@ -137,6 +153,8 @@ def load_backbone(
         gradient_checkpointing=gradient_checkpointing,
         attention_slicing=attention_slicing,
         compile=compile,
+        quantize=quantize,
+        offload=offload,
     )
     return backbone
 

@@ -79,6 +79,11 @@ class Examples(Protocol):
         """Return an example; ``choose`` makes every choice in it."""
         ...
 
+    @property
+    def all_captions(self) -> Tensor:
+        """The captions that an example may have, int64 [n, L]."""
+        ...
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -97,6 +102,11 @@ class Encoded:
         image = choose("picture", len(self.moments))
         view, captions = choose("view", self.moments.shape[1]), self.captions[image]
         return Example(self.moments[image, view], captions[choose("caption", len(captions))])
+
+    @property
+    def all_captions(self) -> Tensor:
+        """The captions of all images, int64 [n, L]."""
+        return torch.cat(list(self.captions))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,8 @@ def sample(
 
     pipeline = backbone.pipeline(scheduler)
     images: list[Image.Image] = []
-    with preserve_state(backbone.modules), backbone.autocast(), _decoding_in_float32(pipeline):
+    decoding = _decoding_in_float32(pipeline, backbone.device.type)
+    with preserve_state(backbone.modules), backbone.autocast(), backbone.generating(pipeline), decoding:
         for first in range(0, len(prompts), BATCH):
             output = pipeline(
                 **backbone.generation_options(prompts[first : first + BATCH], guidance),
@@ -77,10 +78,10 @@ def sample(
 
 
 @contextmanager
-def _decoding_in_float32(pipeline: Any) -> Iterator[None]:
+def _decoding_in_float32(pipeline: Any, device: str) -> Iterator[None]:
     """Decode latents in float32 in a scope, whatever the arithmetic of the networks: half precision leaves bands."""
     autoencoder = getattr(pipeline, "vae", None) or pipeline.vqvae
-    decode, device = autoencoder.decode, next(autoencoder.parameters()).device.type
+    decode = autoencoder.decode
 
     def decode_in_float32(latents: torch.Tensor, *arguments: Any, **options: Any) -> Any:
         with torch.autocast(device, enabled=False):
@@ -91,6 +92,25 @@ def _decoding_in_float32(pipeline: Any) -> Iterator[None]:
         yield
     finally:
         del autoencoder.decode
+
+
+def rehearse(backbone: Backbone, prompts: Sequence[str], *, size: int, guidance: float) -> None:
+    """Have the stock pipeline read these prompts in the batches of `sample`, and generate nothing."""
+
+    class Rehearsed(Exception):
+        """The prompts have been read."""
+
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise Rehearsed
+
+    with preserve_state(backbone.modules), backbone.autocast():
+        for first in range(0, len(prompts), BATCH):
+            pipeline = backbone.pipeline()
+            pipeline.prepare_latents = stop  # which every pipeline calls once it has read its prompts
+            with suppress(Rehearsed), backbone.generating(pipeline):
+                pipeline(
+                    **backbone.generation_options(prompts[first : first + BATCH], guidance), height=size, width=size
+                )
 
 
 def to_images(pixels: torch.Tensor) -> list[Image.Image]:

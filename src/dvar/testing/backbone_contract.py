@@ -262,6 +262,30 @@ class BackboneContract:
             if gradient is not None and expected is not None:
                 torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-6)
 
+    def test_prompts_that_are_read_once_change_no_loss_and_no_image(self, tmp_path_factory: Any) -> None:
+        """Compare both bit for bit before and after the encoders are given up; a prompt's states ignore its batch."""
+        import torch
+
+        from dvar.diffusion.objective import denoising_loss
+        from dvar.diffusion.sampling import rehearse, sample
+
+        folder = self.folder(tmp_path_factory)
+        backbone, thrifty = self.load(folder), self.load(folder)
+        draws = self.draws(backbone)
+        size: dict[str, Any] = {"size": RESOLUTION, "guidance": 4.0}
+        thrifty.prepare_training(draws.input_ids)
+        thrifty.release_encoders(lambda: rehearse(thrifty, PROMPTS, **size), images=True)
+        encoders = [next(tower.encoder.parameters()).is_meta for tower in thrifty.towers]
+        assert encoders == [hasattr(type(thrifty.stock), "encode_prompt")] * len(encoders)
+        assert not list(thrifty.vae.encoder.parameters())
+        with torch.no_grad():
+            losses = [denoising_loss(each.predict, draws, each.schedule) for each in (backbone, thrifty)]
+            single = denoising_loss(thrifty.predict, _first_of(draws), thrifty.schedule)
+        assert torch.equal(losses[0], losses[1])
+        torch.testing.assert_close(single, losses[0][:1], rtol=1e-4, atol=1e-6)
+        images = [sample(each, PROMPTS, [3, 4], steps=2, **size) for each in (backbone, thrifty)]
+        assert [image.tobytes() for image in images[0]] == [image.tobytes() for image in images[1]]
+
     def _generate(self, stock: Any, prompt: str) -> Any:
         """Return the image that ``stock`` generates in two steps without guidance."""
         size = {"height": RESOLUTION, "width": RESOLUTION}
@@ -293,6 +317,14 @@ def _replaced(draws: Draws, **changes: Tensor) -> Draws:
     from dataclasses import replace
 
     return replace(draws, **changes)
+
+
+def _first_of(draws: Draws) -> Draws:
+    """Return the first of these draws."""
+    from dataclasses import fields
+
+    parts = {item.name: part[:1] for item in fields(draws) if (part := getattr(draws, item.name)) is not None}
+    return _replaced(draws, **parts)
 
 
 def _with_signature_of(original: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:

@@ -127,9 +127,23 @@ class FamilyTrainingContract:
                 exec(line, scope)  # as the model card and the report print it
             theirs = self._generate(pipeline, prompt)
             assert np.abs(theirs - np.asarray(ours, dtype=np.int64)).max() <= 1, name
+            self._check_sample(run, backbone, config)
             assert np.abs(theirs - base).max() > 1, name
             merged = family.load_stock(write_merged_pipeline(run, tmp_path / f"{name}-merged"))
             assert np.abs(self._generate(merged, prompt) - theirs).max() <= 1, name
+
+    def _check_sample(self, run: Path, backbone: Any, config: TrainingConfig) -> None:
+        """Compare the run's own sample, for which its encoders were given up, with one of the whole model."""
+        import numpy as np
+        from PIL import Image
+
+        from dvar.diffusion.sampling import sample
+
+        with Image.open(run / "samples" / "step-000009" / "00.png") as opened:
+            written = np.asarray(opened, dtype=np.int64)
+        settings: dict[str, Any] = {"size": RESOLUTION, "steps": 2, "guidance": config.guidance_scale}
+        (image,) = sample(backbone, [config.sample_prompt], [config.seed], **settings)
+        assert np.array_equal(written, np.asarray(image, dtype=np.int64))
 
     def test_probing_changes_nothing_and_a_resumed_run_is_the_whole_one(
         self, tmp_path_factory: Any, tmp_path: Path

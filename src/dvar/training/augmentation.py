@@ -72,6 +72,11 @@ class RescaledExamples:
         mask[:, _inner_cells(top, side, image.width, cell), _inner_cells(left, side, image.width, cell)] = 1
         return Example(moments, captions[choose("caption", len(captions))], mask)
 
+    @property
+    def all_captions(self) -> Tensor:
+        """The captions of all images, with every prefix, int64 [n, L]."""
+        return torch.cat([ids for captions in self.captions for ids in captions.values()])
+
 
 def rescale(image: Image.Image, choose: Choose) -> tuple[Image.Image, str, tuple[int, int, int]]:
     """Return a square image at a random size, the prefix of its caption, and where it is: left, top, side.

@@ -82,17 +82,23 @@ def personalise(
             return _follow(config, concept, load, processes)
         with lock_folder(Path(config.output_dir).expanduser()):
             run, checkpoint = prepare(config, concept, load, processes)
-            result = _train(run, checkpoint, consumers)
+            result = _train(run, checkpoint, consumers, owns_base=load is None)
         processes.publish(_FINISHED, "")
         return result
 
 
 def _train(
-    run: TrainingRun, checkpoint: Checkpoint | None, consumers: Sequence[Callable[[StepRecord], None]]
+    run: TrainingRun,
+    checkpoint: Checkpoint | None,
+    consumers: Sequence[Callable[[StepRecord], None]],
+    *,
+    owns_base: bool,
 ) -> TrainingResult:
-    """Train a run that has been prepared, to its end or to an interruption."""
+    """Train a run that has been prepared, to its end or to an interruption; give up parts of a base of its own."""
     config = run.config
     run.open(checkpoint)
+    if owns_base:
+        run.release_encoders()
     verdict = run.rule(run.learner.trace)
     tracker = Tracker(config.report_to, run.folder, config.to_dict())
     all_consumers: tuple[Callable[[StepRecord], None], ...] = (tracker, *consumers)
@@ -192,6 +198,8 @@ def load_base_model(config: TrainingConfig) -> Backbone:
         gradient_checkpointing=config.gradient_checkpointing,
         attention_slicing=config.attention_slicing,
         compile=config.compile,
+        quantize=config.quantize,
+        offload=config.offload,
     )
     if config.mixed_precision == "fp16" and backbone.device.type == "cpu":
         message = "fp16 on a CPU takes many times as long as float32: --mixed_precision bf16 does not"
@@ -239,6 +247,8 @@ def _resource_errors(config: TrainingConfig) -> Iterator[None]:
         remedies = {
             "--gradient_checkpointing": not config.gradient_checkpointing,
             "--mixed_precision bf16": config.mixed_precision == "no",
+            "--quantize nf4": not config.quantize and config.method != "custom-diffusion",
+            "--offload": not config.offload,
             "--attention_slicing": not config.attention_slicing,
             "--train_batch_size 1 with --gradient_accumulation_steps": config.train_batch_size > 1,
             "a smaller --eval_batch_size": config.eval_batch_size > 1,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from dvar.diffusion.clip import Clip
 from dvar.diffusion.devices import describe_arithmetic, peak_memory
 from dvar.diffusion.objective import Draws, Examples, denoising_loss, draw
 from dvar.diffusion.randomness import generator
-from dvar.diffusion.sampling import sample_into
+from dvar.diffusion.sampling import rehearse, sample_into
 from dvar.diffusion.timesteps import density_of, loss_weights
 from dvar.errors import NonFiniteLoss
 from dvar.files import write_atomically, write_json
@@ -121,6 +122,9 @@ class TrainingRun:
             images = [image for class_images in classes for image in class_images.images]
             texts = [[class_images.prompt] for class_images in classes for _ in class_images.images]
             self.prior = encode_examples(images, texts, backbone, mirrored=config.random_flip)
+        sources = [self.examples, *([self.prior] if self.prior else [])]
+        empty = [] if self.empty_caption is None else [self.empty_caption.unsqueeze(0)]
+        backbone.prepare_training(torch.cat([*(source.all_captions for source in sources), *empty]))
         self.rule: Rule = rule_of(config)
         # As in the released code the held batch has its augmentations, and L_det neither their mask nor the prior.
         held = replace(self.draw(self.examples, "held", 0, 0, config.eval_batch_size), mask=None)
@@ -140,6 +144,20 @@ class TrainingRun:
         write_config(self.folder, self.config)
         for index, image in enumerate(self.concept.images):
             image.save(self.folder / REFERENCES / f"{index:02d}.png")
+
+    def release_encoders(self) -> None:
+        """Give up the weights of text encoders and of the autoencoder's encoder that this run needs no more."""
+        config = self.config
+
+        def generate() -> None:
+            rehearse(self.backbone, self.sample_prompts, size=config.resolution, guidance=config.guidance_scale)
+
+        self.backbone.release_encoders(generate, images=not config.random_rescale)
+
+    @property
+    def sample_prompts(self) -> list[str]:
+        """The prompt of each sample image."""
+        return [self.config.sample_prompt] * self.config.num_validation_images
 
     def steps(self, interrupted: Callable[[], bool], series: Series | None = None) -> Iterator[StepRecord]:
         """Train, writing the trace and the checkpoints; ``series`` is as for `train`."""
@@ -185,7 +203,7 @@ class TrainingRun:
             Abandoned: ``interrupted`` returned True.
         """
         config, samples = self.config, self.folder / SAMPLES
-        prompts = [config.sample_prompt] * config.num_validation_images
+        prompts = self.sample_prompts
         seeds = [config.seed + index for index in range(len(prompts))]
         samples.mkdir(exist_ok=True)
         rows = [{"prompt": prompt, "seed": seed} for prompt, seed in zip(prompts, seeds, strict=True)]

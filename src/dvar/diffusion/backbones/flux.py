@@ -11,6 +11,8 @@ from diffusers import FluxPipeline
 from torch import Tensor
 
 from dvar.diffusion.backbones.flow import FlowBackbone
+from dvar.diffusion.backbones.prompt_cache import States
+from dvar.diffusion.backbones.stock import TextTower
 
 T5_LENGTH = 512
 """Tokens of a prompt for T5, as the stock pipeline takes."""
@@ -38,23 +40,24 @@ class Flux(FlowBackbone):
         {"attention": (*(f"attn.{name}" for name in _ATTENTION), *_FEED_FORWARD)}
     )
 
-    def predict(self, noisy: Tensor, times: Tensor, input_ids: Tensor) -> Tensor:
-        """Return the transformer's prediction, as `StockBackbone.predict`."""
+    def encode_text(self, tower: TextTower, input_ids: Tensor) -> States:
+        """Return the pooled state of CLIP, or the states of T5."""
+        output = tower.encoder(input_ids)
+        return (output.pooler_output if tower.name == "text_encoder" else output[0],)
+
+    def denoise(self, noisy: Tensor, times: Tensor, states: Mapping[str, States]) -> Tensor:
+        """Return the transformer's prediction, as `StockBackbone.denoise`."""
         count, channels, height, width = noisy.shape
-        clip_ids, t5_ids = self._split(input_ids)
-        with self.autocast():
-            tokens = self.stock.text_encoder_2(t5_ids)[0]
-            prediction: Tensor = self.denoiser(
-                hidden_states=FluxPipeline._pack_latents(noisy, count, channels, height, width),
-                timestep=times / 1000,
-                guidance=self._guidance(count),
-                pooled_projections=self.text_encoder(clip_ids).pooler_output,
-                encoder_hidden_states=tokens,
-                txt_ids=torch.zeros(tokens.shape[1], 3, device=noisy.device, dtype=noisy.dtype),
-                img_ids=FluxPipeline._prepare_latent_image_ids(
-                    count, height // 2, width // 2, noisy.device, noisy.dtype
-                ),
-            ).sample
+        (pooled,), (tokens,) = states["text_encoder"], states["text_encoder_2"]
+        prediction: Tensor = self.denoiser(
+            hidden_states=FluxPipeline._pack_latents(noisy, count, channels, height, width),
+            timestep=times / 1000,
+            guidance=self._guidance(count),
+            pooled_projections=pooled,
+            encoder_hidden_states=tokens,
+            txt_ids=torch.zeros(tokens.shape[1], 3, device=noisy.device, dtype=noisy.dtype),
+            img_ids=FluxPipeline._prepare_latent_image_ids(count, height // 2, width // 2, noisy.device, noisy.dtype),
+        ).sample
         unpacked: Tensor = FluxPipeline._unpack_latents(prediction, height, width, 1)
         return unpacked
 

@@ -12,7 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from dvar.diffusion.backbones.flow import FlowBackbone
-from dvar.diffusion.backbones.language_tower import LanguageTower, chat_template
+from dvar.diffusion.backbones.language_tower import LanguageTower, as_text, chat_template
+from dvar.diffusion.backbones.prompt_cache import States
+from dvar.diffusion.backbones.stock import TextTower
 from dvar.diffusion.objective import Schedule
 
 PROMPT_LENGTH = 512
@@ -56,23 +58,23 @@ class Flux2Klein(FlowBackbone):
         parts = super().encode(images).chunk(2, dim=1)
         return torch.cat([Flux2KleinPipeline._patchify_latents(part.contiguous()) for part in parts], dim=1)
 
-    def predict(self, noisy: Tensor, times: Tensor, input_ids: Tensor) -> Tensor:
-        """Return the transformer's prediction, as `StockBackbone.predict`."""
-        (tower,) = self.towers
-        ids, mask = tower.ids_and_mask(input_ids)
-        with self.autocast():
-            states = tower.encoder(
-                input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False
-            ).hidden_states
-            tokens = torch.cat([states[layer] for layer in LAYERS], dim=2)
-            prediction: Tensor = self.denoiser(
-                hidden_states=Flux2KleinPipeline._pack_latents(noisy),
-                timestep=times / 1000,
-                guidance=None,
-                encoder_hidden_states=tokens,
-                txt_ids=Flux2KleinPipeline._prepare_text_ids(tokens).to(noisy.device),
-                img_ids=Flux2KleinPipeline._prepare_latent_ids(noisy).to(noisy.device),
-            ).sample
+    def encode_text(self, tower: TextTower, input_ids: Tensor) -> States:
+        """Return the states of three layers of the language model, side by side."""
+        ids, mask = as_text(tower, input_ids)
+        layers = tower.encoder(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
+        return (torch.cat([layers.hidden_states[layer] for layer in LAYERS], dim=2),)
+
+    def denoise(self, noisy: Tensor, times: Tensor, states: Mapping[str, States]) -> Tensor:
+        """Return the transformer's prediction, as `StockBackbone.denoise`."""
+        (tokens,) = states["text_encoder"]
+        prediction: Tensor = self.denoiser(
+            hidden_states=Flux2KleinPipeline._pack_latents(noisy),
+            timestep=times / 1000,
+            guidance=None,
+            encoder_hidden_states=tokens,
+            txt_ids=Flux2KleinPipeline._prepare_text_ids(tokens).to(noisy.device),
+            img_ids=Flux2KleinPipeline._prepare_latent_ids(noisy).to(noisy.device),
+        ).sample
         return prediction.transpose(1, 2).reshape(noisy.shape)
 
     @property

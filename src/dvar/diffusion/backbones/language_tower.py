@@ -35,10 +35,11 @@ class LanguageTower(TextTower):
         ids: Tensor = encoded.input_ids
         return ids.masked_fill(encoded.attention_mask == 0, PADDING)
 
-    def ids_and_mask(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return token ids as the model reads them, and where they are text, int64 [B, L]."""
-        mask = (input_ids != PADDING).long()
-        return input_ids.masked_fill(mask == 0, self.tokenizer.pad_token_id), mask
+
+def as_text(tower: TextTower, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the token ids of a language model as it reads them, and where they are text, int64 [B, L]."""
+    mask = (input_ids != PADDING).long()
+    return input_ids.masked_fill(mask == 0, tower.tokenizer.pad_token_id), mask
 
 
 def chat_template(tokenizer: object, *, thinking: bool) -> Callable[[str], str]:

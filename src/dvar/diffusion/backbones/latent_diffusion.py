@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from dvar.diffusion.backbones.ddpm import DiffusionBackbone
+from dvar.diffusion.backbones.prompt_cache import States
 from dvar.diffusion.backbones.stock import TextTower
 
 BERT = "bert"
@@ -51,9 +52,8 @@ class LatentDiffusion(DiffusionBackbone):
         """Return the arguments of the stock pipeline, which cannot turn pixels of half precision into images."""
         return {**super().generation_options(prompts, guidance), "output_type": "pt"}
 
-    def predict(self, noisy: Tensor, times: Tensor, input_ids: Tensor) -> Tensor:
-        """Return the U-Net's prediction, as `StockBackbone.predict`."""
-        with self.autocast():
-            condition = self.text_encoder(input_ids)[0]
-            prediction: Tensor = self.denoiser(noisy, times, encoder_hidden_states=condition).sample
+    def denoise(self, noisy: Tensor, times: Tensor, states: Mapping[str, States]) -> Tensor:
+        """Return the U-Net's prediction, as `StockBackbone.denoise`."""
+        (condition,) = states[BERT]
+        prediction: Tensor = self.denoiser(noisy, times, encoder_hidden_states=condition).sample
         return prediction

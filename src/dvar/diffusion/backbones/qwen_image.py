@@ -7,12 +7,14 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from diffusers import QwenImagePipeline
-from PIL import Image
 from torch import Tensor
 
 from dvar.diffusion.backbones.flow import FlowBackbone
-from dvar.diffusion.backbones.language_tower import LanguageTower
+from dvar.diffusion.backbones.language_tower import LanguageTower, as_text
+from dvar.diffusion.backbones.prompt_cache import States
+from dvar.diffusion.backbones.stock import TextTower
 from dvar.diffusion.objective import Schedule
 
 PROMPT_LENGTH = 512
@@ -50,29 +52,34 @@ class QwenImage(FlowBackbone):
         negative = {"negative_prompt": [" "] * len(prompts)} if guidance > 1 else {}
         return {"prompt": list(prompts), "true_cfg_scale": guidance, **negative}
 
-    @torch.no_grad()
-    def encode(self, images: Sequence[Image.Image]) -> Tensor:
-        """Return the posterior moments of RGB images, float32 [n, 2C, h, w] on the CPU: means, then log-variances."""
-        frames = [self._pixels(image).unsqueeze(2) for image in images]
-        return torch.cat([self.vae.encode(frame).latent_dist.parameters.squeeze(2).cpu() for frame in frames])
+    def _moments(self, pixels: Tensor) -> Tensor:
+        """Return the posterior moments of an image, which is a video of one frame, [1, 2C, h, w]."""
+        moments: Tensor = self.vae.encode(pixels.unsqueeze(2)).latent_dist.parameters
+        return moments.squeeze(2)
 
-    def predict(self, noisy: Tensor, times: Tensor, input_ids: Tensor) -> Tensor:
-        """Return the transformer's prediction, as `StockBackbone.predict`."""
+    def encode_text(self, tower: TextTower, input_ids: Tensor) -> States:
+        """Return the last states of the language model without those of the instruction, and where they are text."""
+        ids, mask = as_text(tower, input_ids)
+        longest, start = int(mask.sum(dim=1).max()), self.stock.prompt_template_encode_start_idx
+        layers = tower.encoder(
+            input_ids=ids[:, :longest], attention_mask=mask[:, :longest], output_hidden_states=True
+        ).hidden_states
+        tokens = F.pad(layers[-1][:, start:], (0, 0, 0, ids.shape[1] - longest))
+        return tokens * mask[:, start:, None], mask[:, start:]
+
+    def denoise(self, noisy: Tensor, times: Tensor, states: Mapping[str, States]) -> Tensor:
+        """Return the transformer's prediction, as `StockBackbone.denoise`."""
         count, channels, height, width = noisy.shape
-        (tower,) = self.towers
-        ids, mask = tower.ids_and_mask(input_ids)
+        tokens, mask = states["text_encoder"]
         longest = int(mask.sum(dim=1).max())  # the pipeline pads to the longest prompt too
-        ids, mask, start = ids[:, :longest], mask[:, :longest], self.stock.prompt_template_encode_start_idx
-        with self.autocast():
-            states = tower.encoder(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[-1]
-            tokens, mask = states[:, start:] * mask[:, start:, None], mask[:, start:]
-            prediction: Tensor = self.denoiser(
-                hidden_states=QwenImagePipeline._pack_latents(noisy, count, channels, height, width),
-                timestep=times / 1000,
-                encoder_hidden_states=tokens,
-                encoder_hidden_states_mask=None if bool(mask.all()) else mask,
-                img_shapes=[[(1, height // 2, width // 2)]] * count,
-            ).sample
+        tokens, mask = tokens[:, :longest], mask[:, :longest]
+        prediction: Tensor = self.denoiser(
+            hidden_states=QwenImagePipeline._pack_latents(noisy, count, channels, height, width),
+            timestep=times / 1000,
+            encoder_hidden_states=tokens,
+            encoder_hidden_states_mask=None if bool(mask.all()) else mask,
+            img_shapes=[[(1, height // 2, width // 2)]] * count,
+        ).sample
         unpacked: Tensor = QwenImagePipeline._unpack_latents(prediction, height, width, 1)
         return unpacked.squeeze(2)
 

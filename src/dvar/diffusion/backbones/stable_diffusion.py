@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from dvar.diffusion.backbones.ddpm import DiffusionBackbone
+from dvar.diffusion.backbones.prompt_cache import States
 
 
 class StableDiffusion(DiffusionBackbone):
@@ -25,9 +26,8 @@ class StableDiffusion(DiffusionBackbone):
         """The denoising network."""
         return self.denoiser
 
-    def predict(self, noisy: Tensor, times: Tensor, input_ids: Tensor) -> Tensor:
-        """Return the U-Net's prediction, as `StockBackbone.predict`."""
-        with self.autocast():
-            condition = self.text_encoder(input_ids)[0]
-            prediction: Tensor = self.denoiser(noisy, times, encoder_hidden_states=condition).sample
+    def denoise(self, noisy: Tensor, times: Tensor, states: Mapping[str, States]) -> Tensor:
+        """Return the U-Net's prediction, as `StockBackbone.denoise`."""
+        (condition,) = states["text_encoder"]
+        prediction: Tensor = self.denoiser(noisy, times, encoder_hidden_states=condition).sample
         return prediction

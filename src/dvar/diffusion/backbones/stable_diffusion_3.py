@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dvar.diffusion.backbones.flow import FlowBackbone
+from dvar.diffusion.backbones.prompt_cache import States
+from dvar.diffusion.backbones.stock import TextTower
 
 T5 = "text_encoder_3"
 T5_LENGTH = 256
@@ -37,25 +39,26 @@ class StableDiffusion3(FlowBackbone):
         {"attention": tuple(f"attn.{name}" for name in _ATTENTION)}
     )
 
-    def predict(self, noisy: Tensor, times: Tensor, input_ids: Tensor) -> Tensor:
-        """Return the transformer's prediction, as `StockBackbone.predict`."""
-        with self.autocast():
-            parts = dict(zip((tower.name for tower in self.towers), self._split(input_ids), strict=True))
-            clips = [
-                tower.encoder(parts[tower.name], output_hidden_states=True) for tower in self.towers if tower.name != T5
-            ]
-            tokens = torch.cat([output.hidden_states[-2] for output in clips], dim=2)
-            width = self.denoiser.config.joint_attention_dim
-            tokens = F.pad(tokens, (0, width - tokens.shape[2]))
-            t5 = tokens.new_zeros(len(tokens), T5_LENGTH, width)
-            if T5 in parts:
-                t5 = self.stock.text_encoder_3(parts[T5])[0].to(tokens.dtype)
-            prediction: Tensor = self.denoiser(
-                hidden_states=noisy,
-                timestep=times,
-                encoder_hidden_states=torch.cat([tokens, t5], dim=1),
-                pooled_projections=torch.cat([output[0] for output in clips], dim=1),
-            ).sample
+    def encode_text(self, tower: TextTower, input_ids: Tensor) -> States:
+        """Return the penultimate states and the pooled one of a CLIP, or the states of T5."""
+        if tower.name == T5:
+            return super().encode_text(tower, input_ids)
+        output = tower.encoder(input_ids, output_hidden_states=True)
+        return output.hidden_states[-2], output[0]
+
+    def denoise(self, noisy: Tensor, times: Tensor, states: Mapping[str, States]) -> Tensor:
+        """Return the transformer's prediction, as `StockBackbone.denoise`."""
+        clips = [parts for name, parts in states.items() if name != T5]
+        tokens = torch.cat([parts[0] for parts in clips], dim=2)
+        width = self.denoiser.config.joint_attention_dim
+        tokens = F.pad(tokens, (0, width - tokens.shape[2]))
+        t5 = states[T5][0].to(tokens.dtype) if T5 in states else tokens.new_zeros(len(tokens), T5_LENGTH, width)
+        prediction: Tensor = self.denoiser(
+            hidden_states=noisy,
+            timestep=times,
+            encoder_hidden_states=torch.cat([tokens, t5], dim=1),
+            pooled_projections=torch.cat([pooled for _, pooled in clips], dim=1),
+        ).sample
         return prediction
 
     def _length(self, name: str, tokenizer: Any, encoder: Any) -> int:

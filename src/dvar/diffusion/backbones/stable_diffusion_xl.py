@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from dvar.diffusion.backbones.ddpm import DiffusionBackbone
+from dvar.diffusion.backbones.prompt_cache import States
+from dvar.diffusion.backbones.stock import TextTower
 from dvar.errors import ModelError
 
 
@@ -41,20 +43,23 @@ class StableDiffusionXL(DiffusionBackbone):
         if self.stock.config.get("requires_aesthetics_score"):
             raise ModelError(f"{name} is a refiner, which continues images of another model: train the base model")
 
-    def predict(self, noisy: Tensor, times: Tensor, input_ids: Tensor) -> Tensor:
-        """Return the U-Net's prediction, as `StockBackbone.predict`."""
-        with self.autocast():
-            outputs = [
-                tower.encoder(ids, output_hidden_states=True)
-                for tower, ids in zip(self.towers, self._split(input_ids), strict=True)
-            ]
-            scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
-            height, width = (scale * side for side in noisy.shape[2:])
-            size_and_crop = torch.tensor([height, width, 0, 0, height, width], device=noisy.device)
-            prediction: Tensor = self.denoiser(
-                noisy,
-                times,
-                encoder_hidden_states=torch.cat([output.hidden_states[-2] for output in outputs], dim=2),
-                added_cond_kwargs={"text_embeds": outputs[1][0], "time_ids": size_and_crop.expand(len(noisy), -1)},
-            ).sample
+    def encode_text(self, tower: TextTower, input_ids: Tensor) -> States:
+        """Return the penultimate states and the pooled one of a text encoder."""
+        output = tower.encoder(input_ids, output_hidden_states=True)
+        return output.hidden_states[-2], output[0] if tower.name == "text_encoder_2" else output.pooler_output
+
+    def denoise(self, noisy: Tensor, times: Tensor, states: Mapping[str, States]) -> Tensor:
+        """Return the U-Net's prediction, as `StockBackbone.denoise`."""
+        scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        height, width = (scale * side for side in noisy.shape[2:])
+        size_and_crop = torch.tensor([height, width, 0, 0, height, width], device=noisy.device)
+        prediction: Tensor = self.denoiser(
+            noisy,
+            times,
+            encoder_hidden_states=torch.cat([tokens for tokens, _ in states.values()], dim=2),
+            added_cond_kwargs={
+                "text_embeds": states["text_encoder_2"][1],
+                "time_ids": size_and_crop.expand(len(noisy), -1),
+            },
+        ).sample
         return prediction

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from types import MappingProxyType
@@ -18,13 +19,17 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dvar.config.training import Sampler
+from dvar.diffusion.backbones.prompt_cache import PromptCache, States
 from dvar.diffusion.devices import best_device
-from dvar.diffusion.loading import loading_errors
+from dvar.diffusion.loading import loading_errors, stored_dtypes
 from dvar.diffusion.objective import Schedule
+from dvar.diffusion.quantization import quantize_linears
 from dvar.diffusion.tokens import read_index
 from dvar.errors import ModelError
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+T5_METHOD = "_get_t5_prompt_embeds"
+"""The method by which a stock pipeline with several text encoders reads T5 alone."""
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -61,15 +66,21 @@ class StockBackbone(ABC):
 
     Attributes:
         stock: The pipeline.
-        precision: The arithmetic of the denoising network and the text encoders; weights other than the denoising
-            network's stay in float32.
+        precision: The arithmetic of the denoising network and the text encoders. Under bfloat16 the text encoders that
+            learn no word have their weights in it too; those of other networks stay in float32.
         digest: The SHA-256 of the networks' weights, as they were loaded, and of the noise schedule. It depends neither
             on the device nor on the precision, nor on what is learned later.
+        workplace: The device on which its networks compute; by default where the denoising network is.
+        offload: Whether networks are on the CPU while they are idle.
+        cache: What frozen text encoders gave for prompts.
     """
 
     stock: Any
     precision: torch.dtype = torch.float32
     digest: str = ""
+    workplace: torch.device | None = None
+    offload: bool = False
+    cache: PromptCache = field(default_factory=PromptCache)
 
     pipeline_class: ClassVar[str]
     title: ClassVar[str]
@@ -101,6 +112,8 @@ class StockBackbone(ABC):
         gradient_checkpointing: bool = False,
         attention_slicing: bool = False,
         compile: bool = False,
+        quantize: str | None = None,
+        offload: bool = False,
     ) -> Self:
         """Return the model in a diffusers folder or behind a hub id.
 
@@ -112,26 +125,28 @@ class StockBackbone(ABC):
             gradient_checkpointing: Recompute its activations in the backward pass.
             attention_slicing: Compute its attention in slices.
             compile: Compile it at its first call.
+            quantize: "nf4" or "int8" keeps the weights of its blocks in 4 or 8 bits.
+            offload: Have networks on the CPU while they are idle; `prepare_training` brings what trains to the device.
 
         Raises:
             ModelError: It cannot be loaded, or is no model of this family.
         """
+        precision, target = PRECISIONS[mixed_precision], torch.device(device or best_device())
         with loading_errors(name, f"{cls.title} model"):
-            absent = dict.fromkeys(cls.absent_parts(name))
-            pipeline_type = getattr(diffusers, cls.pipeline_class)
-            stock = pipeline_type.from_pretrained(name, use_safetensors=True, **cls.options, **absent)
-            backbone = cls(stock, PRECISIONS[mixed_precision])
+            backbone = cls(cls._load_stock(name, precision), precision)
             backbone.check(name)
             networks = (*(tower.encoder for tower in backbone.towers), backbone.vae, backbone.denoiser)
             for network in networks:
-                network.to(torch.float32).requires_grad_(False).eval()
+                network.requires_grad_(False).eval()
             for key in (key for network in networks for key, part in network.state_dict().items() if part.is_meta):
                 raise ModelError(f"{name} lacks weights, {key} among them: copy the model again")
             backbone.check_values(name)
             digest = _digest(networks, backbone.noise)
+            idle = torch.device("cpu") if offload else target
+            if quantize:
+                quantize_linears(backbone.denoiser, quantize, precision, idle)
             for network in networks:  # each weight in its precision at once: a GPU need not hold them all in float32
-                precision = PRECISIONS[mixed_precision] if network is backbone.denoiser else torch.float32
-                network.to(device or best_device(), precision)
+                backbone.convert(network).to(idle)
         denoiser = backbone.denoiser
         if gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
@@ -139,7 +154,29 @@ class StockBackbone(ABC):
             denoiser.set_attention_slice("auto")
         if compile:
             denoiser.compile()
-        return cls(stock, PRECISIONS[mixed_precision], digest)
+        return replace(backbone, digest=digest, workplace=target, offload=offload)
+
+    @classmethod
+    def _load_stock(cls, name: str | Path, precision: torch.dtype) -> Any:
+        """Return the stock pipeline, each part in float32 or, where it ends in half precision, as it is stored."""
+        absent = dict.fromkeys(cls.absent_parts(name))
+        halves = [cls.denoiser_name, *(part for part, key in cls.embeds_keys.items() if key is None)]
+        dtypes = stored_dtypes(name, halves) if precision is not torch.float32 else {}
+        options: dict[str, Any] = {"torch_dtype": {**dtypes, "default": torch.float32}} if dtypes else {}
+        return getattr(diffusers, cls.pipeline_class).from_pretrained(
+            name, use_safetensors=True, **options, **cls.options, **absent
+        )
+
+    def convert(self, network: Any) -> Any:
+        """Return a network with its weights in the precision that they have in training."""
+        frozen = [tower.encoder for tower in self.towers if tower.embeds_key is None]
+        if network is self.denoiser:
+            return network.to(self.precision)
+        if network in frozen and self.precision is torch.bfloat16:
+            for weight in network.parameters():  # and not what its positions are computed from, which are no weights
+                weight.data = weight.data.to(self.precision)
+            return network
+        return network.to(torch.float32)
 
     @classmethod
     def absent_parts(cls, name: str | Path) -> list[str]:
@@ -182,14 +219,97 @@ class StockBackbone(ABC):
         """The noise and the target under which it was trained: those of its own scheduler."""
 
     @abstractmethod
-    def predict(self, noisy: Tensor, times: Tensor, input_ids: Tensor) -> Tensor:
+    def denoise(self, noisy: Tensor, times: Tensor, states: Mapping[str, States]) -> Tensor:
         """Return the denoising network's prediction, [B, C, h, w].
 
         Args:
             noisy: Noisy latents, [B, C, h, w].
             times: The network's inputs for their timesteps, [B]: `Schedule.times`.
-            input_ids: Their captions, int64 [B, L].
+            states: What `encode_text` gave for their captions, by the name of the text encoder.
         """
+
+    def encode_text(self, tower: TextTower, input_ids: Tensor) -> States:
+        """Return what the denoising network reads of a text encoder's output for token ids [B, L], each [B, ...]."""
+        return (tower.encoder(input_ids)[0],)
+
+    def predict(self, noisy: Tensor, times: Tensor, input_ids: Tensor) -> Tensor:
+        """Return the denoising network's prediction, [B, C, h, w], as `denoise`, under captions int64 [B, L].
+
+        A text encoder that is not trained reads each caption once, and by itself.
+        """
+        parts = zip(self.towers, self._split(input_ids), strict=True)
+        with self.autocast():
+            states = {
+                tower.name: self.encode_text(tower, ids)
+                if _is_trained(tower.encoder)
+                else self.cache.read(tower.name, ids, partial(self.encode_text, tower))
+                for tower, ids in parts
+            }
+            return self.denoise(noisy, times, states)
+
+    def prepare_training(self, captions: Tensor) -> None:
+        """Bring what trains to the device, and have the text encoders that do not train read all captions.
+
+        Args:
+            captions: The token ids of all captions of the run, int64 [n, L].
+        """
+        for tower, ids in zip(self.towers, self._split(captions), strict=True):
+            if _is_trained(tower.encoder):
+                tower.encoder.to(self.device)
+                continue
+            with self._at_work(tower.encoder), self.autocast():
+                self.cache.read(tower.name, ids.to(self.device), partial(self.encode_text, tower))
+        self.denoiser.to(self.device)
+
+    def release_encoders(self, generate: Callable[[], object], *, images: bool) -> None:
+        """Give up the weights of the text encoders that do not train, which have read all captions.
+
+        Args:
+            images: Whether all images are encoded too, so that half the autoencoder goes as well.
+            generate: Generates all images that the stock pipeline is still to generate, up to their first noise; see
+                `dvar.diffusion.sampling.rehearse`.
+        """
+        pipeline_type, towers = type(self.stock), self.towers
+        released = [tower for tower in towers if not _is_trained(tower.encoder)]
+        if len(released) == len(towers) and hasattr(pipeline_type, "encode_prompt"):
+            self.cache.methods.add("encode_prompt")
+        elif hasattr(pipeline_type, T5_METHOD):
+            self.cache.methods.add(T5_METHOD)
+            released = [tower for tower in released if tower.embeds_key is None]
+        else:
+            released = []
+        if released:
+            generate()
+        if images:
+            self.vae.encoder = nn.Module()
+        for tower in released:
+            tower.encoder.to("meta")
+        self.cache.released.update(tower.name for tower in released)
+
+    @contextmanager
+    def generating(self, pipeline: Any) -> Iterator[None]:
+        """Have the parts of a stock pipeline on the device in a scope in which it generates."""
+        if not self.offload or self.device.type == "cpu":
+            yield
+            return
+        places = [(network, next(network.parameters()).device) for network in self.modules]
+        pipeline.enable_model_cpu_offload(device=self.device)
+        try:
+            yield
+        finally:
+            pipeline.remove_all_hooks()
+            for network, place in places:
+                if place.type != "meta":
+                    network.to(place)
+
+    @contextmanager
+    def _at_work(self, network: nn.Module) -> Iterator[None]:
+        """Have a network on the device in a scope; afterwards it is on the CPU again if it is idle there."""
+        if self.offload:
+            network.to(self.device)
+        yield
+        if self.offload:
+            network.to("cpu")
 
     @property
     def towers(self) -> tuple[TextTower, ...]:
@@ -229,6 +349,8 @@ class StockBackbone(ABC):
     @property
     def device(self) -> torch.device:
         """The device of the model."""
+        if self.workplace is not None:
+            return self.workplace
         weight: nn.Parameter = next(self.denoiser.parameters())
         return weight.device  # what diffusers' own `device` does takes a millisecond
 
@@ -241,8 +363,10 @@ class StockBackbone(ABC):
         """Return a stock pipeline of the same networks, with the model's own scheduler or the named one."""
         sampler = type(self.scheduler) if scheduler == "model" else getattr(diffusers, scheduler)
         parts = {**self.stock.components, "scheduler": sampler.from_config(self.scheduler.config)}
-        pipeline = type(self.stock)(**{**parts, **self.options})
+        pipeline = type(self.stock)(**{**parts, **self.options, **dict.fromkeys(self.cache.released)})
         pipeline.set_progress_bar_config(disable=True)
+        for name in self.cache.methods:
+            setattr(pipeline, name, self.cache.remembering(getattr(pipeline, name)))
         return pipeline
 
     def generation_options(self, prompts: Sequence[str], guidance: float) -> dict[str, Any]:
@@ -255,7 +379,13 @@ class StockBackbone(ABC):
 
         Images are encoded in float32 and one at a time, so that neither precision nor batch changes their moments.
         """
-        return torch.cat([self.vae.encode(self._pixels(image)).latent_dist.parameters.cpu() for image in images])
+        with self._at_work(self.vae):
+            return torch.cat([self._moments(self._pixels(image)).cpu() for image in images])
+
+    def _moments(self, pixels: Tensor) -> Tensor:
+        """Return the posterior moments of an image's pixels [1, 3, H, W], [1, 2C, h, w]."""
+        moments: Tensor = self.vae.encode(pixels).latent_dist.parameters
+        return moments
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Return the token ids of ``prompts`` for all text encoders, one after the other, int64 [n, L]."""
@@ -285,11 +415,17 @@ class StockBackbone(ABC):
         return (values / 127.5 - 1).unsqueeze(0).to(self.device)
 
 
+def _is_trained(network: nn.Module) -> bool:
+    """Return whether anything in a network is trained."""
+    return any(weight.requires_grad for weight in network.parameters())
+
+
 def _digest(networks: Sequence[nn.Module], noise: Tensor) -> str:
     """Return the SHA-256 of the networks' weights and of the noise schedule."""
     digest = sha256(noise.float().numpy().tobytes())
     for network in networks:
         for name, tensor in network.state_dict().items():
             digest.update(name.encode())
-            digest.update(tensor.contiguous().numpy().data)
+            exact = tensor.float() if tensor.is_floating_point() else tensor  # which half precision fits into
+            digest.update(exact.contiguous().numpy().data)
     return digest.hexdigest()

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from dvar.diffusion.backbones.flow import FlowBackbone
-from dvar.diffusion.backbones.language_tower import LanguageTower, chat_template
+from dvar.diffusion.backbones.language_tower import LanguageTower, as_text, chat_template
+from dvar.diffusion.backbones.prompt_cache import States
+from dvar.diffusion.backbones.stock import TextTower
 
 PROMPT_LENGTH = 512
 
@@ -33,15 +35,17 @@ class ZImage(FlowBackbone):
         {"attention": ("to_k", "to_q", "to_v", "to_out.0")}
     )
 
-    def predict(self, noisy: Tensor, times: Tensor, input_ids: Tensor) -> Tensor:
-        """Return the transformer's prediction, as `StockBackbone.predict`."""
-        (tower,) = self.towers
-        ids, mask = tower.ids_and_mask(input_ids)
-        with self.autocast():
-            states = tower.encoder(input_ids=ids, attention_mask=mask.bool(), output_hidden_states=True).hidden_states
-            prompts = [tokens[is_text] for tokens, is_text in zip(states[-2], mask.bool(), strict=True)]
-            frames = list(noisy.to(self.denoiser.dtype).unsqueeze(2).unbind())  # a video of one frame each
-            prediction = self.denoiser(frames, (1000 - times) / 1000, prompts, return_dict=False)[0]
+    def encode_text(self, tower: TextTower, input_ids: Tensor) -> States:
+        """Return the penultimate states of the language model, and where they are text."""
+        ids, mask = as_text(tower, input_ids)
+        layers = tower.encoder(input_ids=ids, attention_mask=mask.bool(), output_hidden_states=True)
+        return layers.hidden_states[-2], mask.bool()
+
+    def denoise(self, noisy: Tensor, times: Tensor, states: Mapping[str, States]) -> Tensor:
+        """Return the transformer's prediction, as `StockBackbone.denoise`."""
+        prompts = [tokens[is_text] for tokens, is_text in zip(*states["text_encoder"], strict=True)]
+        frames = list(noisy.to(self.denoiser.dtype).unsqueeze(2).unbind())  # a video of one frame each
+        prediction = self.denoiser(frames, (1000 - times) / 1000, prompts, return_dict=False)[0]
         return -torch.stack(prediction).squeeze(2).float()
 
     @property

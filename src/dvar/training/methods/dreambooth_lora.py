@@ -81,7 +81,6 @@ class DreamBoothLora:
             raise RefusedInput(f"train_text_encoder adapts a CLIP, and a {backbone.title} has none: drop it")
         parts += [(tower.name, tower.encoder, TEXT_TARGETS) for tower in towers]
         for prefix, network, names in parts:
-            base_weights = {id(weight) for weight in network.parameters()}
             self.adapters[prefix] = LoraConfig(
                 r=rank,
                 lora_alpha=alpha or rank,
@@ -92,7 +91,7 @@ class DreamBoothLora:
             with seeded_globals(seed, "lora" if network is backbone.denoiser else f"lora/{prefix}"):
                 network.add_adapter(self.adapters[prefix])
             for name, weight in network.named_parameters():
-                if id(weight) not in base_weights:
+                if ".lora_" in name:
                     weight.data = weight.data.float()
                     self.matrices[_exported_name(prefix, name)] = weight
         # After the adapters, for adding one freezes whatever else a network could learn.

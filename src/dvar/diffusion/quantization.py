@@ -1,0 +1,49 @@
+"""Frozen linear layers in 4 or 8 bits, by bitsandbytes."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def quantize_linears(network: Any, kind: str, precision: torch.dtype, device: torch.device | str) -> None:
+    """Put linear layers of 4 or 8 bits in the place of those in the repeated blocks of a frozen network.
+
+    What stands before and after the blocks is left as it is: it is a small share, and images depend on it most.
+
+    Args:
+        network: The network, on the CPU.
+        kind: "nf4" or "int8".
+        precision: The arithmetic of layers of 4 bits, and of all biases.
+        device: The device on which the weights are converted, and left.
+
+    Source: Dettmers et al., QLoRA (2023): frozen weights in NF4, learned ones beside them in full precision.
+    Deviates: diffusers quantises while it loads and asks for a GPU; here the weights have been hashed before, and a CPU
+        does it too.
+    """
+    import bitsandbytes
+
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line for each layer and step
+    layers = bitsandbytes.nn
+    for name, layer in list(network.named_modules()):
+        if type(layer) is not nn.Linear or not any(part.isdigit() for part in name.split(".")):
+            continue
+        size: dict[str, Any] = {"input_features": layer.in_features, "output_features": layer.out_features}
+        weight, bias = layer.weight.data.to(precision), layer.bias
+        if kind == "nf4":
+            new = layers.Linear4bit(**size, bias=bias is not None, compute_dtype=precision, quant_type="nf4")
+            new.weight = layers.Params4bit(weight, requires_grad=False, quant_type="nf4")
+            # A CPU would repack the weights in the first evaluation, for which their rows must be a multiple of 32.
+            new.support_avx512bf16_for_cpu = False
+        else:
+            new = layers.Linear8bitLt(**size, bias=bias is not None, has_fp16_weights=False)
+            new.weight = layers.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+        if bias is not None:
+            new.bias = nn.Parameter(bias.data.to(precision), requires_grad=False)
+        parent, _, place = name.rpartition(".")
+        setattr(network.get_submodule(parent), place, new.to(device).eval())
+    # By which PEFT recognises what stands under its matrices.
+    network.is_loaded_in_4bit, network.is_loaded_in_8bit = kind == "nf4", kind == "int8"

@@ -1,0 +1,198 @@
+"""Memory: quantised bases, weights that are loaded as they are stored, and parts that wait on the CPU."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dvar.config.methods import DreamBoothLoraConfig
+from dvar.diffusion.backbone import load_backbone
+from dvar.diffusion.backbones.stock import StockBackbone
+from dvar.diffusion.loading import stored_dtypes
+from dvar.diffusion.sampling import rehearse
+from dvar.errors import RefusedInput
+from dvar.runs.load_model import load_personalised_backbone
+from dvar.testing import tiny_flux_pipeline, tiny_klein_pipeline, tiny_pipeline, tiny_xl_pipeline
+from dvar.training.methods.dreambooth_lora import DreamBoothLora
+from dvar.training.methods.textual_inversion import TextualInversion
+from dvar.training.personalise import personalise
+
+KINDS = ("nf4", "int8")
+Save = Callable[..., Path]
+
+
+def inputs(backbone: Any, resolution: int = 32) -> tuple[Tensor, Tensor, Tensor]:
+    noisy = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    return noisy, backbone.schedule.times[[500]], backbone.tokenize(["a photo of mug"])
+
+
+# --- quantised bases ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("save", [tiny_pipeline, tiny_flux_pipeline])
+def test_a_quantised_base_predicts_nearly_the_same_in_a_part_of_the_memory(
+    save: Save, kind: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    folder = save(tmp_path / "model")
+    whole, small = load_backbone(folder, device="cpu"), load_backbone(folder, device="cpu", quantize=kind)
+    assert small.digest == whole.digest
+    layers = {type(layer).__name__ for layer in small.denoiser.modules()}
+    assert {"nf4": "Linear4bit", "int8": "Linear8bitLt"}[kind] in layers
+    blocks = [part for name, part in small.denoiser.named_modules() if ".0." in name and type(part) is nn.Linear]
+    assert blocks == []
+    with torch.no_grad():
+        exact, rounded = whole.predict(*inputs(whole)), small.predict(*inputs(small))
+    error = float((rounded - exact).norm() / exact.norm())
+    assert 0 < error < {"nf4": 0.3, "int8": 0.05}[kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dora", [False, True])
+def test_lora_and_a_word_have_gradients_through_a_quantised_base(kind: str, dora: bool, tiny_model: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    backbone = load_backbone(tiny_model, device="cpu", quantize=kind)
+    method = DreamBoothLora(backbone, "<thing>", "mug", dora=dora)
+    frozen = [part.clone() for name, part in backbone.denoiser.named_parameters() if not part.requires_grad]
+    noisy, times, _ = inputs(backbone)
+    loss = backbone.predict(noisy, times, backbone.tokenize(["a photo of <thing>"])).square().mean()
+    gradients = torch.autograd.grad(loss, method.parameters, allow_unused=True)
+    assert gradients[0] is not None
+    assert bool(gradients[0].any())  # of the word, whose gradient passes through the frozen layers
+    assert sum(bool(part.any()) for part in gradients[1:] if part is not None) >= len(method.matrices) // 2
+    now = [part for name, part in backbone.denoiser.named_parameters() if not part.requires_grad]
+    assert all(torch.equal(part, before) for part, before in zip(now, frozen, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_on_a_quantised_base_learns_and_its_lora_fits_the_whole_one(
+    kind: str, tiny_model: Path, tiny_images: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    config = DreamBoothLoraConfig(
+        pretrained_model_name_or_path=str(tiny_model),
+        instance_data_dir=str(tiny_images),
+        instance_prompt="a photo of mug",
+        resolution=32,
+        max_train_steps=9,
+        window=8,
+        threshold=1e-9,
+        learning_rate=1e-2,
+        num_inference_steps=2,
+        num_validation_images=1,
+        output_dir=str(tmp_path / "run"),
+        quantize=kind,  # type: ignore[arg-type]
+    )
+    run = personalise(config).folder
+    learned = load_file(run / "pytorch_lora_weights.safetensors")
+    assert any(bool(part.any()) for name, part in learned.items() if "lora_B" in name)
+    backbone, base = load_personalised_backbone(run, device="cpu"), load_backbone(tiny_model, device="cpu")
+    with torch.no_grad():
+        change = (backbone.predict(*inputs(backbone)) - base.predict(*inputs(base))).abs().max()
+    assert change > 1e-4
+
+
+def test_what_custom_diffusion_trains_cannot_be_quantised(tiny_images: Path, tmp_path: Path) -> None:
+    from dvar.config.methods import CustomDiffusionConfig
+    from dvar.training.preflight import preflight
+
+    config = CustomDiffusionConfig(instance_data_dir=str(tiny_images), class_noun="mug", quantize="nf4", resolution=32)
+    with pytest.raises(RefusedInput, match="quantize freezes the weights that custom-diffusion trains, got nf4: drop"):
+        preflight(config, None)
+
+
+# --- weights as they are stored -------------------------------------------------------------------------------------
+
+
+def store_as(folder: Path, dtype: torch.dtype) -> None:
+    for file in folder.rglob("*.safetensors"):
+        save_file({name: part.to(dtype) for name, part in load_file(file).items()}, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize("save", [tiny_xl_pipeline, tiny_klein_pipeline])
+def test_half_precision_is_loaded_as_it_is_stored_and_has_the_digest_of_float32(save: Save, tmp_path: Path) -> None:
+    folder = save(tmp_path / "model")
+    denoiser = json.loads((folder / "model_index.json").read_text())
+    name = "unet" if "unet" in denoiser else "transformer"
+    assert stored_dtypes(folder, [name, "text_encoder"]) == {}
+    store_as(folder, torch.bfloat16)
+    assert stored_dtypes(folder, [name, "text_encoder"]) == {name: torch.bfloat16, "text_encoder": torch.bfloat16}
+    whole, half = (load_backbone(folder, device="cpu", mixed_precision=precision) for precision in ("no", "bf16"))
+    assert half.digest == whole.digest
+    assert {part.dtype for part in half.denoiser.parameters()} == {torch.bfloat16}
+    language = half.towers[0].embeds_key is None
+    assert {part.dtype for part in half.text_encoder.parameters()} == {torch.bfloat16 if language else torch.float32}
+    assert {part.dtype for network in whole.modules for part in network.parameters()} == {torch.float32}
+
+
+# --- parts that are idle --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def moves(monkeypatch: pytest.MonkeyPatch) -> list[tuple[nn.Module, str]]:
+    """Record where networks are sent, and leave them where they are: there is one device here."""
+    calls: list[tuple[nn.Module, str]] = []
+    original = nn.Module.to
+
+    def to(network: nn.Module, *arguments: Any, **options: Any) -> Any:
+        if arguments and isinstance(arguments[0], str | torch.device):
+            calls.append((network, str(arguments[0])))
+            return network if str(arguments[0]) != "meta" else original(network, "meta")
+        return original(network, *arguments, **options)
+
+    monkeypatch.setattr(nn.Module, "to", to)
+    return calls
+
+
+def test_with_offload_one_network_at_a_time_is_on_the_device_until_training(
+    moves: list[tuple[nn.Module, str]], tmp_path: Path
+) -> None:
+    folder = tiny_flux_pipeline(tmp_path / "model")
+    backbone: Any = load_backbone(folder, device="cpu", offload=True)
+    assert isinstance(backbone, StockBackbone)
+    DreamBoothLora(backbone)
+    from dataclasses import replace
+
+    from PIL import Image
+
+    backbone = replace(backbone, workplace=torch.device("cpu", 0))  # a name of its own, to be told from the home
+    moves.clear()
+    backbone.encode([Image.new("RGB", (32, 32))])
+    backbone.prepare_training(backbone.tokenize(["a photo of mug"]))
+    parts = {backbone.vae: "vae", backbone.denoiser: "denoiser"}
+    parts |= {tower.encoder: tower.name for tower in backbone.towers}
+    log = [(parts[network], place) for network, place in moves if network in parts]
+    pairs = [(name, place) for name in ("vae", "text_encoder", "text_encoder_2") for place in ("cpu:0", "cpu")]
+    assert log == [*pairs, ("denoiser", "cpu:0")]
+
+
+def test_what_stays_idle_is_given_up_and_a_missing_prompt_is_not_made_up(tmp_path: Path) -> None:
+    backbone: Any = load_backbone(tiny_xl_pipeline(tmp_path / "model"), device="cpu")
+    ids = backbone.tokenize(["a photo of mug", "a mug"])
+    backbone.prepare_training(ids[:1])
+    backbone.release_encoders(lambda: rehearse(backbone, ["a mug"], size=32, guidance=1.0), images=False)
+    assert list(backbone.vae.encoder.parameters())
+    noisy, times, _ = inputs(backbone)
+    backbone.predict(noisy, times, ids[:1])
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        backbone.predict(noisy, times, ids[1:])
+
+
+def test_an_encoder_that_trains_stays_and_the_others_go(tmp_path: Path) -> None:
+    backbone: Any = load_backbone(tiny_flux_pipeline(tmp_path / "model"), device="cpu")
+    TextualInversion(backbone, "<thing>", "mug")
+    ids = backbone.tokenize(["a photo of <thing>"])
+    backbone.prepare_training(ids)
+    backbone.release_encoders(lambda: rehearse(backbone, ["a <thing>"], size=32, guidance=1.0), images=True)
+    clip, t5 = backbone.towers
+    assert not next(clip.encoder.parameters()).is_meta
+    assert next(t5.encoder.parameters()).is_meta
+    assert backbone.predict(*inputs(backbone)[:2], ids).requires_grad
