@@ -26,7 +26,7 @@ from dvar.config.methods import PAPER_METHODS
 from dvar.config.presets import configure
 from dvar.config.training import BUNDLED_MODEL, TrainingConfig
 from dvar.diffusion.backbone import Backbone, load_backbone
-from dvar.diffusion.tokens import model_path
+from dvar.diffusion.source import ModelSource
 from dvar.training.personalise import prepare
 
 PARTS = ("data", "encode", "text", "U-Net forward", "backward", "optimizer", "other", "probe")
@@ -101,7 +101,7 @@ def compare(method: str, arguments: argparse.Namespace) -> dict[str, object]:
         run.open(None)
         captions = [text for index in range(len(run.concept.images)) for text in run.concept.texts(index)]
         classes = next(Path(folder).glob("class_*"), None)
-        plain = Reference(config, load_backbone(model_path(arguments.model), mixed_precision=arguments.mixed_precision),
+        plain = Reference(config, load_backbone(ModelSource.of(config), mixed_precision=arguments.mixed_precision),
                           captions, classes)  # fmt: skip
         steps = run.steps(lambda: False)
         cadence = config.probe_every

@@ -51,6 +51,7 @@ PURE = (
     "registry",
     "schema",
     "cluster.task",
+    "config.buckets",
     "config.fields",
     "config.templates",
     "config.methods",

@@ -539,7 +539,7 @@ def test_export_writes_what_is_requested_and_refuses_what_is_missing(trained: Tr
     answer = dvar("export", trained.folder)
     assert (answer.status, answer.err) == (
         2,
-        "dvar: export needs --merged or --kohya, got neither: name what to write\n",
+        "dvar: export needs --merged, --kohya or --push_to_hub, got none: name what to write\n",
     )
     answer = dvar("export", trained.folder, "--kohya", tmp_path / "lora.safetensors")
     assert answer.status == 2

@@ -43,7 +43,7 @@ def test_settings_are_refused_by_name_and_all_at_once() -> None:
         "got 'DDIM'",
         "prompt is missing: give --prompt the text of the images, with the learned word in it",
     ]
-    assert problems(ExportConfig()) == ["export needs --merged or --kohya, got neither: name what to write"]
+    assert problems(ExportConfig()) == ["export needs --merged, --kohya or --push_to_hub, got none: name what to write"]
     assert problems(ReportConfig(output="report.pdf")) == ["output must end in .html, got 'report.pdf': name a page"]
 
 

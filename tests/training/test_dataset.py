@@ -52,7 +52,7 @@ def tokenizer() -> Any:
 
 
 def find_problems(
-    config: TextualInversionConfig, load_tokenizer: Callable[[str], Any] | None = None
+    config: TextualInversionConfig, load_tokenizer: Callable[[Any], Any] | None = None
 ) -> tuple[str, ...]:
     with pytest.raises(RefusedInput) as error:
         preflight(config, load_tokenizer)

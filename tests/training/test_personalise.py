@@ -655,7 +655,7 @@ def test_images_are_mirrored_by_default(config: TextualInversionConfig, tmp_path
     encode = encode_examples
 
     def spy(*arguments: Any, **options: Any) -> Any:
-        examples = encode(*arguments, **options)
+        examples: Any = encode(*arguments, **options)
         shapes.append(examples.moments.shape)
         return examples
 

@@ -48,12 +48,14 @@ def export(run: Path, /, **flags: Any) -> int:
     """
     config = ExportConfig(**flags)
     raise_problems(problems(config))
-    from dvar.runs.export import write_kohya_lora, write_merged_pipeline
+    from dvar.runs.export import push_finished_run, write_kohya_lora, write_merged_pipeline
 
     if config.kohya:
         print(write_kohya_lora(run, Path(config.kohya)))
     if config.merged:
         print(write_merged_pipeline(run, Path(config.merged)))
+    if config.push_to_hub:
+        print(push_finished_run(run, config.push_to_hub))
     return 0
 
 

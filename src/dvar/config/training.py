@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
+from dvar.config.buckets import list_buckets
 from dvar.config.fields import (
     BATCH,
     COUNT,
@@ -34,7 +35,7 @@ FREE_FIELDS = frozenset(
     (
         *("preset", "instance_data_dir", "class_data_dir", "concepts_list", "output_dir", "overwrite"),
         *("resume_from_checkpoint", "report_to", "checkpointing_steps", "checkpoints_total_limit", "extend", "keep"),
-        "offload",
+        *("offload", "push_to_hub", "hub_model_id"),
     )
 )
 """Fields that decide where a run reads and writes, not what it computes: they may differ when it is resumed."""
@@ -67,13 +68,22 @@ class TrainingConfig(ObjectiveConfig):
     resolution: int = setting(
         512, "Side of the square training images in pixels, a multiple of 8.", Range(8, most=8192)
     )
+    aspect_ratio_buckets: str | None = setting(
+        None,
+        "Sizes by aspect ratio instead of one square: 'auto', or height,width pairs such as 512,768;768,512.",
+    )
     center_crop: bool = setting(True, "Crop the middle square; otherwise squeeze the whole image into a square.")
     random_flip: bool = setting(True, "Mirror each image left to right half of the time.")
 
     pretrained_model_name_or_path: str = setting(
         BUNDLED_MODEL,
-        "Hub id or diffusers folder of the base model, or a bundled one: 'mini' or 'mini-flow'.",
+        "Hub id, diffusers folder or .safetensors file of the base model, or a bundled one: 'mini' or 'mini-flow'.",
         section="Model",
+    )
+    revision: str | None = setting(None, "Branch, tag or commit of a hub id; the main branch by default.")
+    variant: str | None = setting(None, "Variant of the weight files, such as fp16; the plain ones by default.")
+    single_file_config: str | None = setting(
+        None, "Folder or hub id with the configs and tokenizers of a single file; found by its kind by default."
     )
     clip_model: str | None = setting(
         None, "Hub id or folder of the CLIP for --initializer clip and --best_by clip; the bundled model has its own."
@@ -134,8 +144,11 @@ class TrainingConfig(ObjectiveConfig):
     validation_prompt: str | None = setting(
         None, "Prompt of the sample images; by default a plain one with the concept.", section="Sampling"
     )
+    sample_prompts: str | None = setting(
+        None, "Text file of prompts of the sample images, one a line; after it --n NEGATIVE and --d SEED, as kohya's."
+    )
     validation_steps: int = setting(500, "Steps between two sets of sample images.", COUNT)
-    num_validation_images: int = setting(8, "Images in a set.", IMAGE_COUNT)
+    num_validation_images: int = setting(8, "Images of each prompt in a set.", IMAGE_COUNT)
     num_inference_steps: int = setting(50, "Denoising steps of an image.", SAMPLING_STEPS)
     guidance_scale: float = setting(7.5, "Classifier-free guidance of the sample images.", NOT_NEGATIVE)
     validation_scheduler: Sampler = setting(
@@ -156,6 +169,8 @@ class TrainingConfig(ObjectiveConfig):
         "none", "Tracker that receives each step; trace.jsonl and report.html hold the curves in any case."
     )
     output_dir: str = setting("runs/run", "Folder of the run.")
+    push_to_hub: bool = setting(False, "Upload the weights, the model card and the samples to the hub at the end.")
+    hub_model_id: str | None = setting(None, "Id on the hub to push to; by default the name of the output folder.")
     overwrite: bool = setting(False, "Replace another run in the output folder.")
 
     @property
@@ -275,12 +290,34 @@ def _conflicts(config: TrainingConfig) -> Conflicts:
     if config.resolution % 8:
         multiple = 8 * round(config.resolution / 8)
         yield {"resolution"}, f"resolution must be a multiple of 8, got {config.resolution}: try {multiple}"
+    yield from _bucket_conflicts(config)
+    if config.sample_prompts and config.validation_prompt:
+        message = "sample_prompts and validation_prompt exclude each other, got both: drop one of them"
+        yield {"sample_prompts", "validation_prompt"}, message
     if config.overwrite and config.resume_from_checkpoint:
         message = "overwrite and resume_from_checkpoint exclude each other, got both: drop one of them"
         yield {"overwrite", "resume_from_checkpoint"}, message
     if config.extend and not config.resume_from_checkpoint:
         message = "extend needs a resume_from_checkpoint, got none: add --resume_from_checkpoint latest"
         yield {"extend", "resume_from_checkpoint"}, message
+
+
+def _bucket_conflicts(config: TrainingConfig) -> Conflicts:
+    """Yield what is wrong with the sizes of images by their aspect ratio."""
+    names = {"aspect_ratio_buckets", "resolution"}
+    if config.aspect_ratio_buckets is None:
+        return
+    try:
+        buckets = list_buckets(config.aspect_ratio_buckets, config.resolution)
+    except ValueError as error:
+        yield names, f"{error}: correct it"
+        return
+    for height, width in buckets:
+        if not height or not width or height % 8 or width % 8:
+            yield names, f"aspect_ratio_buckets must have sides that are multiples of 8, got {height},{width}"
+    if config.random_rescale:
+        message = "aspect_ratio_buckets are for images that are shown whole, and random_rescale rescales squares"
+        yield names, f"{message}: add --no-random_rescale"
 
 
 def _token_conflicts(config: TrainingConfig) -> Conflicts:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from dvar.config.training import Sampler
 from dvar.diffusion.families import find_family
+from dvar.diffusion.source import ModelSource, as_source
 from dvar.diffusion.tokens import read_index
 
 if TYPE_CHECKING:
@@ -87,7 +88,9 @@ class Backbone(Protocol):
         """Return a stock diffusers pipeline of the same networks, with the model's own scheduler or the named one."""
         ...
 
-    def generation_options(self, prompts: Sequence[str], guidance: float) -> dict[str, Any]:
+    def generation_options(
+        self, prompts: Sequence[str], guidance: float, negatives: Sequence[str] | None = None
+    ) -> dict[str, Any]:
         """Return the arguments with which the stock pipeline generates an image of each prompt at this guidance."""
         ...
 
@@ -121,7 +124,7 @@ class Backbone(Protocol):
 
 
 def load_backbone(
-    name: str | Path,
+    name: str | Path | ModelSource,
     *,
     device: str | None = None,
     mixed_precision: str = "no",
@@ -131,10 +134,10 @@ def load_backbone(
     quantize: str | None = None,
     offload: bool = False,
 ) -> Backbone:
-    """Return the base model in a diffusers folder or behind a hub id.
+    """Return the base model in a diffusers folder, in a single file or behind a hub id.
 
     Args:
-        name: The folder or hub id.
+        name: The folder, the file or the hub id.
         device: The device; by default a GPU where there is one.
         mixed_precision: "bf16" or "fp16" keeps the denoising network in that precision and computes under autocast.
         gradient_checkpointing: Recompute activations in the backward pass.
@@ -146,8 +149,9 @@ def load_backbone(
     Raises:
         ModelError: It cannot be loaded, or no backbone is registered for it.
     """
-    backbone: Backbone = find_family(name, read_index(name)["_class_name"]).load(
-        name,
+    source = as_source(name)
+    backbone: Backbone = find_family(source.name, read_index(source)["_class_name"]).load(
+        source,
         device=device,
         mixed_precision=mixed_precision,
         gradient_checkpointing=gradient_checkpointing,
@@ -159,10 +163,11 @@ def load_backbone(
     return backbone
 
 
-def load_tokenizer(name: str | Path) -> Any:
-    """Return the tokenizer of the model in a diffusers folder or behind a hub id; torch is not imported for it.
+def load_tokenizer(name: str | Path | ModelSource) -> Any:
+    """Return the tokenizer of the model in a folder, in a file or behind a hub id; torch is not imported for it.
 
     Raises:
         ModelError: There is none, or no backbone is registered for the model.
     """
-    return find_family(name, read_index(name)["_class_name"]).load_tokenizer(name)
+    source = as_source(name)
+    return find_family(source.name, read_index(source)["_class_name"]).load_tokenizer(source.config_folder)

@@ -35,6 +35,7 @@ class BackboneEntry:
         multiple: What the side of its images is a multiple of, in pixels.
         lora_targets: The names of its choices of matrices for LoRA; none are checked before loading if empty.
         learns_no_token: The reason if no placeholder token can be learned; empty if one can.
+        reads_negatives: Whether its stock pipeline takes a negative prompt.
     """
 
     pipeline: str
@@ -47,6 +48,7 @@ class BackboneEntry:
     multiple: int = 8
     lora_targets: tuple[str, ...] = ()
     learns_no_token: str = ""
+    reads_negatives: bool = True
 
     @property
     def is_unet(self) -> bool:
@@ -139,6 +141,7 @@ for entry in (
         {"unet": ("UNet2DConditionModel",), "vqvae": _KL, "bert": ("ldmbert",)},
         (("unet.in_channels", ("vqvae.latent_channels",)), ("unet.cross_attention_dim", ("bert.d_model",))),
         lora_targets=_UNET_TARGETS,
+        reads_negatives=False,
     ),
     BackboneEntry(
         "StableDiffusionXLPipeline",
@@ -184,6 +187,7 @@ for entry in (
         ),
         multiple=16,
         lora_targets=("attention",),
+        reads_negatives=False,
     ),
     BackboneEntry(
         "Flux2KleinPipeline",
@@ -198,6 +202,7 @@ for entry in (
         ),
         multiple=16,
         lora_targets=("attention",),
+        reads_negatives=False,
         learns_no_token=_LANGUAGE_MODEL,
     ),
     BackboneEntry(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ from safetensors import SafetensorError, safe_open
 
 from dvar import mini
 from dvar.config.training import BUNDLED_MODELS, TrainingConfig
+from dvar.diffusion import single_file
 from dvar.diffusion.families import BackboneEntry, find_family
+from dvar.diffusion.source import ModelSource, as_source
 from dvar.errors import ModelError, RefusedInput, first_line
 from dvar.files import read_json
 
+_VARIANT = re.compile(r"^(diffusion_pytorch_model|model)\.(?!safetensors)")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _CONFIG = "config.json"
 _INDEX = "model_index.json"
@@ -24,24 +28,33 @@ _INDEX = "model_index.json"
 
 def problems(config: TrainingConfig) -> list[str]:
     """Return what is wrong with the base model and the CLIP that ``config`` names, as far as their files tell."""
-    return [*model_problems(config.pretrained_model_name_or_path), *clip_problems(config.clip_model)]
+    name = config.pretrained_model_name_or_path
+    source = ModelSource(name, config.revision, config.variant, config.single_file_config)
+    return [*model_problems(source), *clip_problems(config.clip_model)]
 
 
-def model_problems(name: str) -> list[str]:
-    """Return what is wrong with a base model, given by hub id, by folder, or as the bundled one."""
-    path = Path(name).expanduser()
+def model_problems(model: str | ModelSource) -> list[str]:
+    """Return what is wrong with a base model, given by hub id, by folder, by file, or as the bundled one."""
+    source = as_source(model)
+    name, path = source.name, Path(source.name).expanduser()
     if name in BUNDLED_MODELS:
         try:
             mini.path(name)
         except RefusedInput as error:
             return list(error.problems)
-        return []
+        return _option_problems(source, "the bundled model", ())
     if path.is_dir():
-        return _folder_problems(name, path)
+        problems = _folder_problems(name, path, source.variant)
+        return problems or _option_problems(source, "a folder", ("variant",))
     if path.is_file():
-        return [f"model {name} is a single file: convert it to a diffusers folder and name that"]
+        problems = _file_problems(replace(source, name=str(path)))
+        return problems or _option_problems(source, "a single file", ("single_file_config",))
     if _HUB_ID.fullmatch(name) and not path.parent.is_dir():
-        return []
+        try:
+            problems = _config_problems(f"model {name}", source.config_folder, "choose another")
+        except ModelError as error:
+            return [str(error)]
+        return problems or _option_problems(source, "a hub id", ("revision", "variant"))
     siblings = sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir()) if path.parent.is_dir() else []
     similar = difflib.get_close_matches(path.name, siblings, n=1)
     remedy = (
@@ -50,7 +63,56 @@ def model_problems(name: str) -> list[str]:
     return [f"model {name} is neither a folder here nor a hub id: {remedy}"]
 
 
-def _folder_problems(name: str, path: Path) -> list[str]:
+def _option_problems(source: ModelSource, kind: str, known: Sequence[str]) -> list[str]:
+    """Return which options of where a model is are not for this kind of place."""
+    names = [name for name in ("revision", "variant", "single_file_config") if name not in known]
+    given = {name: getattr(source, name) for name in names if getattr(source, name)}
+    return [f"{name} is not for {kind}, got {value!r} with {source.name}: drop it" for name, value in given.items()]
+
+
+def _file_problems(source: ModelSource) -> list[str]:
+    """Return what is wrong with a model in a single file, and with the configs for it."""
+    file = Path(source.name)
+    if problems := single_file.file_problems(file):
+        return problems
+    kind = single_file.find_kind(file)
+    try:
+        folder = source.config_folder
+    except ModelError as error:
+        return [str(error)]
+    name = f"single_file_config {source.single_file_config or kind.configs}"
+    remedy = f"name the configs of a {kind.title}"
+    if problems := _config_problems(name, folder, remedy):
+        return problems
+    if (pipeline := read_json(folder / _INDEX)["_class_name"]) != kind.pipeline:
+        return [f"{name} is of a {pipeline}, and {file} of a {kind.title}: {remedy}"]
+    missing = [part for part in single_file.missing_parts(file) if not list((folder / part).glob("*.safetensors"))]
+    if missing:
+        message = f"{file} lacks {', '.join(missing)}"
+        return [f"{message}, and so does {name}: name a whole checkpoint, or a folder that has the rest"]
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    if "v_pred" in single_file.read_header(file) and scheduler.get("prediction_type") != "v_prediction":
+        message = f"{file} predicts velocity, and the scheduler of {name} says {scheduler.get('prediction_type')}"
+        return [f"{message}: copy the folder, and write v_prediction into its scheduler_config.json"]
+    return []
+
+
+def _config_problems(title: str, folder: Path, remedy: str) -> list[str]:
+    """Return what is wrong with the configs of a model, whose weights are elsewhere."""
+    try:
+        index = read_json(folder / _INDEX)
+        family = find_family(title, index["_class_name"])
+    except ModelError as error:
+        return [str(error)]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [f"{title}: {_INDEX} cannot be read ({first_line(error)}): {remedy}"]
+    if missing := [part for part in family.folders if not (folder / part).exists() or index.get(part) == [None, None]]:
+        return [f"{title} is no whole {family.title}, it lacks {', '.join(missing)}: {remedy}"]
+    problems = [problem for part in family.folders for problem in _description_problems(folder / part)]
+    return [f"{title}: {problem}" for problem in problems or _mixture_problems(folder, family)]
+
+
+def _folder_problems(name: str, path: Path, variant: str | None) -> list[str]:
     """Return what is wrong with the folder ``path`` of a base model."""
     remedy = "name a folder that save_pretrained wrote"
     try:
@@ -66,7 +128,7 @@ def _folder_problems(name: str, path: Path) -> list[str]:
         return [str(error)]
     if missing := [part for part in family.folders if not (path / part).exists() or index.get(part) == [None, None]]:
         return [f"model folder {name} is no whole {family.title}, it lacks {', '.join(missing)}: {remedy}"]
-    problems = [problem for part in family.folders for problem in _part_problems(path / part)]
+    problems = [problem for part in family.folders for problem in _part_problems(path / part, variant)]
     return [f"model folder {name}: {problem}" for problem in problems or _mixture_problems(path, family)]
 
 
@@ -79,22 +141,31 @@ def clip_problems(name: str | None) -> list[str]:
     return [f"clip_model {name} {state}: name a folder that save_pretrained wrote, or a hub id as owner/name"]
 
 
-def _part_problems(part: Path) -> list[str]:
-    """Return what is wrong with one part of a model's folder: a config that is not JSON, weights that are damaged."""
+def _description_problems(part: Path) -> list[str]:
+    """Return what is wrong with the config or the tokenizer in one part of a model's folder."""
     config = {"scheduler": "scheduler_config.json", "tokenizer": None, "tokenizer_2": None}.get(part.name, _CONFIG)
     try:
         if config:
             read_json(part / config, dict)
     except (OSError, ValueError) as error:
         return [f"{part.name}/{config} cannot be read ({first_line(error)}): save the model again"]
-    if part.name.startswith("tokenizer"):
-        has_vocabulary = (part / "tokenizer.json").exists() or (part / "vocab.json").exists()
-        return (
-            [] if has_vocabulary else [f"{part.name} has neither tokenizer.json nor vocab.json: save the model again"]
-        )
-    if part.name == "scheduler":
-        return []
+    vocabularies = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model")
+    if part.name.startswith("tokenizer") and not any((part / name).exists() for name in vocabularies):
+        return [f"{part.name} has neither tokenizer.json nor vocab.json: save the model again"]
+    return []
+
+
+def _part_problems(part: Path, variant: str | None) -> list[str]:
+    """Return what is wrong with one part of a model's folder: a config that is not JSON, weights that are damaged."""
+    if (problems := _description_problems(part)) or part.name.startswith(("tokenizer", "scheduler")):
+        return problems
+    if "quantization_config" in read_json(part / _CONFIG):
+        return [f"{part.name} is quantised already, and cannot be hashed or exported: name the full model"]
     files = sorted(part.glob("*.safetensors"))
+    if files and variant and not any(f".{variant}." in file.name for file in files):
+        return [f"{part.name} has no weights of variant {variant}, only {files[0].name}: drop the variant"]
+    if files and not variant and all(_VARIANT.search(file.name) for file in files):
+        return [f"{part.name} has only weights of a variant, {files[0].name}: name it, as in --variant fp16"]
     if not files:
         pickles = [file.name for file in part.iterdir() if file.suffix in (".bin", ".ckpt", ".pt", ".pth")]
         message = f"{part.name} has no .safetensors weights"

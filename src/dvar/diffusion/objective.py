@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -92,14 +93,17 @@ class Encoded:
     Attributes:
         moments: float32 [images, views, 2C, h, w], where views are the augmentations (as it is; mirrored).
         captions: For each image an int64 tensor [captions, L].
+        order: The images from which one is drawn, each as often as it counts; each once if empty.
     """
 
     moments: Tensor
     captions: Sequence[Tensor]
+    order: Sequence[int] = ()
 
     def example(self, choose: Choose) -> Example:
         """Return an image in one of its views under one of its captions, each drawn uniformly."""
-        image = choose("picture", len(self.moments))
+        place = choose("picture", len(self))
+        image = self.order[place] if self.order else place
         view, captions = choose("view", self.moments.shape[1]), self.captions[image]
         return Example(self.moments[image, view], captions[choose("caption", len(captions))])
 
@@ -107,6 +111,38 @@ class Encoded:
     def all_captions(self) -> Tensor:
         """The captions of all images, int64 [n, L]."""
         return torch.cat(list(self.captions))
+
+    def __len__(self) -> int:
+        """Return the count of what one is drawn from."""
+        return len(self.order) or len(self.moments)
+
+
+@dataclass(frozen=True)
+class Bucketed:
+    """Examples of several sizes, of which a batch has one.
+
+    Attributes:
+        buckets: The examples of each size.
+    """
+
+    buckets: Sequence[Encoded]
+
+    def choose_bucket(self, seed: int, stream: str, step: int, index: int = 0) -> Encoded:
+        """Return the bucket of a batch, drawn by its count: every image is as likely as any other."""
+        counts = [len(bucket) for bucket in self.buckets]
+        place = int(torch.randint(sum(counts), (), generator=generator(seed, f"{stream}/bucket", step, index)))
+        return next(bucket for bucket, end in zip(self.buckets, accumulate(counts), strict=True) if place < end)
+
+    def example(self, choose: Choose) -> Example:
+        """Return an image of any size; a batch of several has to choose a bucket first."""
+        place = choose("bucket", sum(len(bucket) for bucket in self.buckets))
+        ends = accumulate(len(bucket) for bucket in self.buckets)
+        return next(b for b, end in zip(self.buckets, ends, strict=True) if place < end).example(choose)
+
+    @property
+    def all_captions(self) -> Tensor:
+        """The captions of all images, int64 [n, L]."""
+        return torch.cat([bucket.all_captions for bucket in self.buckets])
 
 
 @dataclass(frozen=True)
@@ -178,7 +214,8 @@ def draw(
     """Return the draws of samples ``first`` to ``first + count - 1`` of one step, on the CPU.
 
     Each sample has its own example, its own t in 0 .. ``timesteps`` - 1, and its own two Gaussian noises; each of these
-    is keyed by (seed, stream, factor, step, sample), so a step's draws do not depend on how it is split.
+    is keyed by (seed, stream, factor, step, sample), so a step's draws do not depend on how it is split. Of examples of
+    several sizes a step has one, drawn by the key of the step.
 
     Args:
         examples: What is drawn from.
@@ -199,6 +236,8 @@ def draw(
     Deviates: The released code takes the held batch's images and captions in list order and its t without
         replacement.
     """
+    if isinstance(examples, Bucketed):
+        examples = examples.choose_bucket(seed, stream, step)
     samples = [_sample(examples, timesteps, density, seed, stream, step, i) for i in range(first, first + count)]
     for index, sample in enumerate(samples, start=first):
         if noise_offset:

@@ -32,6 +32,7 @@ def sample(
     steps: int = 50,
     guidance: float = 7.5,
     scheduler: Sampler = "model",
+    negatives: Sequence[str] | None = None,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> list[Image.Image]:
     """Return one generated RGB image for each prompt, its noise drawn on the CPU from its own seed.
@@ -47,6 +48,7 @@ def sample(
         steps: Denoising steps.
         guidance: Weight of guidance, as the stock pipeline counts it; as a rule there is none with 1 or less.
         scheduler: The scheduler, by default the model's own.
+        negatives: What guidance leads away from, for each prompt; by default what the stock pipeline takes.
         interrupted: Whether to stop; asked after each denoising step.
 
     Raises:
@@ -66,7 +68,7 @@ def sample(
     with preserve_state(backbone.modules), backbone.autocast(), backbone.generating(pipeline), decoding:
         for first in range(0, len(prompts), BATCH):
             output = pipeline(
-                **backbone.generation_options(prompts[first : first + BATCH], guidance),
+                **_options(backbone, prompts, negatives, first, guidance),
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds[first : first + BATCH]],
                 height=size,
                 width=size,
@@ -94,7 +96,14 @@ def _decoding_in_float32(pipeline: Any, device: str) -> Iterator[None]:
         del autoencoder.decode
 
 
-def rehearse(backbone: Backbone, prompts: Sequence[str], *, size: int, guidance: float) -> None:
+def rehearse(
+    backbone: Backbone,
+    prompts: Sequence[str],
+    *,
+    size: int,
+    guidance: float,
+    negatives: Sequence[str] | None = None,
+) -> None:
     """Have the stock pipeline read these prompts in the batches of `sample`, and generate nothing."""
 
     class Rehearsed(Exception):
@@ -108,9 +117,15 @@ def rehearse(backbone: Backbone, prompts: Sequence[str], *, size: int, guidance:
             pipeline = backbone.pipeline()
             pipeline.prepare_latents = stop  # which every pipeline calls once it has read its prompts
             with suppress(Rehearsed), backbone.generating(pipeline):
-                pipeline(
-                    **backbone.generation_options(prompts[first : first + BATCH], guidance), height=size, width=size
-                )
+                pipeline(**_options(backbone, prompts, negatives, first, guidance), height=size, width=size)
+
+
+def _options(
+    backbone: Backbone, prompts: Sequence[str], negatives: Sequence[str] | None, first: int, guidance: float
+) -> dict[str, Any]:
+    """Return the arguments of the stock pipeline for the batch from prompt ``first`` on."""
+    batch = slice(first, first + BATCH)
+    return backbone.generation_options(prompts[batch], guidance, negatives[batch] if negatives is not None else None)
 
 
 def to_images(pixels: torch.Tensor) -> list[Image.Image]:

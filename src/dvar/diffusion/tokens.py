@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dvar import mini
-from dvar.config.training import BUNDLED_MODELS
+from dvar.diffusion.source import ModelSource, as_source
 from dvar.errors import ModelError, first_line
 from dvar.files import read_json
 
@@ -20,21 +18,14 @@ LANGUAGE_MODEL_TEXT = 480
 """Tokens of a prompt that fit into the 512 of a language model beside the template."""
 
 
-def model_path(name: str) -> str:
-    """Return the folder or hub id of a base model, which may be a bundled one."""
-    return str(mini.path(name)) if name in BUNDLED_MODELS else os.path.expanduser(name)
-
-
-def read_index(name: str | Path) -> dict[str, Any]:
+def read_index(name: str | Path | ModelSource) -> dict[str, Any]:
     """Return what a model's model_index.json says: the class of its pipeline, and those of its parts.
 
     Raises:
         ModelError: There is no such model.
     """
-    from transformers.utils import cached_file
-
-    with _tokenizer_errors(name):
-        index: dict[str, Any] = read_json(Path(str(cached_file(name, "model_index.json"))), {"_class_name": str})
+    with _tokenizer_errors(str(name)):
+        index: dict[str, Any] = read_json(as_source(name).config_folder / "model_index.json", {"_class_name": str})
     return index
 
 

@@ -51,6 +51,9 @@ class ExportConfig(Config):
         "New file, NAME.safetensors, for the LoRA of a dreambooth-lora run under the names that ComfyUI, AUTOMATIC1111 "
         "and kohya's scripts read.",
     )
+    push_to_hub: str | None = setting(
+        None, "Id on the hub, as owner/name, to upload the weights, the model card and the samples to."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +129,8 @@ def problems(config: RunsConfig) -> list[str]:
     match config:
         case GenerateConfig(prompt=None):
             messages.append("prompt is missing: give --prompt the text of the images, with the learned word in it")
-        case ExportConfig(merged=None, kohya=None):
-            messages.append("export needs --merged or --kohya, got neither: name what to write")
+        case ExportConfig(merged=None, kohya=None, push_to_hub=None):
+            messages.append("export needs --merged, --kohya or --push_to_hub, got none: name what to write")
         case ReportConfig(output=str(output)) if not output.endswith(".html"):
             messages.append(f"output must end in .html, got {output!r}: name a page")
         case ReplayConfig(output=str(output)) if Path(output).suffix not in (".svg", ".html"):

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from dvar.config.training import TrainingConfig
 from dvar.diffusion.backbone import load_backbone
-from dvar.diffusion.tokens import model_path
+from dvar.diffusion.source import ModelSource
 from dvar.errors import RefusedInput
 from dvar.files import staged_folder
 from dvar.runs.load_model import load_personalised_backbone, load_result, load_weights
 from dvar.training.loading_code import STABLE_DIFFUSION
+from dvar.training.publish import push_run, repository_problems
 from dvar.training.run_layout import CLIP_EMBEDS, EMBEDS, LORA, MODEL_CARD, weights_kind
 from dvar.training.weight_files import public_model_name, write_weights
 
@@ -95,7 +96,7 @@ def write_merged_pipeline(run: str | Path, folder: Path) -> Path:
     # would leave out what does not fit without a word.
     weights = load_weights(Path(run), result["weights"])
     load_personalised_backbone(run, device="cpu")
-    pipeline = load_backbone(model_path(config.pretrained_model_name_or_path), device="cpu").pipeline()
+    pipeline = load_backbone(ModelSource.of(config), device="cpu").pipeline()
     for name, tensors in zip(result["weights"], weights, strict=True):
         kind = weights_kind(name)
         if kind == EMBEDS:
@@ -111,6 +112,19 @@ def write_merged_pipeline(run: str | Path, folder: Path) -> Path:
         pipeline.save_pretrained(staged)
         (staged / MODEL_CARD).write_text(_format_model_card(config), encoding="utf-8", newline="\n")
     return folder
+
+
+def push_finished_run(run: Path, repository: str) -> str:
+    """Upload a finished run to the hub and return its full id there.
+
+    Raises:
+        RefusedInput: ``run`` is no finished run, or nothing can be pushed from here.
+        ModelError: The hub refuses it or cannot be reached.
+    """
+    load_result(run)
+    if problems := repository_problems(repository, "--push_to_hub"):
+        raise RefusedInput(problems)
+    return push_run(Path(run), repository)
 
 
 def _add_words(pipeline: Any, vectors: Mapping[str, Tensor]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dvar.config.training import TrainingConfig
 from dvar.diffusion.backbone import Backbone, load_backbone
-from dvar.diffusion.tokens import model_path
+from dvar.diffusion.source import ModelSource
 from dvar.errors import RefusedInput
 from dvar.files import read_json
 from dvar.training.checkpoint import Checkpoint, validate_run_facts
@@ -51,7 +51,7 @@ def load_personalised_backbone(folder: str | Path, *, step: int | None = None, *
             checkpoint.facts["base"],
             checkpoint.state,
         )
-    backbone = load_backbone(model_path(config.pretrained_model_name_or_path), **options)
+    backbone = load_backbone(ModelSource.of(config), **options)
     if backbone.digest != digest:
         change = f"{config.pretrained_model_name_or_path} is not what {folder} was trained on"
         warnings.warn(f"{change}: its images will differ", stacklevel=2)

@@ -14,8 +14,13 @@ from dvar.html.templates import pluralise, render, write_page
 from dvar.runs import report_figures
 from dvar.runs.run_folder import RunFolder
 from dvar.stopping.diagnosis import Reason
-from dvar.training.loading_code import STABLE_DIFFUSION, import_lines, load_lines
-from dvar.training.model_card import bundled_source
+from dvar.training.loading_code import (
+    STABLE_DIFFUSION,
+    import_lines,
+    load_lines,
+    load_pipeline_line,
+    pipeline_class,
+)
 from dvar.training.run_layout import REPORT
 
 NEXT_STEPS = {
@@ -104,17 +109,12 @@ def _command(run: RunFolder) -> str:
 def _program(run: RunFolder) -> str:
     """Return Python code that generates an image with the weights of a finished run and stock diffusers."""
     result = run.result or {}
-    model, weights, family = (
-        run.config["pretrained_model_name_or_path"],
-        result["weights"],
-        result.get("family", STABLE_DIFFUSION),
-    )
-    bundled = model in BUNDLED_MODELS
+    weights, family, config = result["weights"], result.get("family", STABLE_DIFFUSION), run.settings
     lines = [
-        *["import dvar.mini"] * bundled,
-        *import_lines(weights, family),
+        *["import dvar.mini"] * (config.pretrained_model_name_or_path in BUNDLED_MODELS),
+        *import_lines(weights, family, pipeline_class(config)),
         "",
-        f"pipeline = DiffusionPipeline.from_pretrained({bundled_source(model) if bundled else _quote(model)})",
+        f"pipeline = {load_pipeline_line(config, config.pretrained_model_name_or_path)}",
         *load_lines(weights, run.config["output_dir"], run.config["placeholder_token"], family),
         f'pipeline(prompt={_quote(_prompt(run))}).images[0].save("image.png")',
     ]

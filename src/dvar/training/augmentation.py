@@ -10,36 +10,62 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from dvar.diffusion.backbone import Backbone
-from dvar.diffusion.objective import Choose, Encoded, Example
+from dvar.diffusion.objective import Bucketed, Choose, Encoded, Example
 from dvar.training.placeholder_tokens import FAR, NEAR
 
 _GREY = (128, 128, 128)  # the middle of the range, which the autoencoder reads as nearly 0
 
 
 def encode_examples(
-    images: Sequence[Image.Image], captions: Sequence[Sequence[str]], backbone: Backbone, *, mirrored: bool
-) -> Encoded:
-    """Return examples that are encoded once.
+    images: Sequence[Image.Image],
+    captions: Sequence[Sequence[str]],
+    backbone: Backbone,
+    *,
+    mirrored: bool,
+    repeats: Sequence[int] = (),
+) -> Encoded | Bucketed:
+    """Return examples that are encoded once, those of several sizes in buckets.
 
     Args:
-        images: RGB squares of one size.
+        images: RGB images.
         captions: The captions of each image.
         backbone: The model that encodes them.
         mirrored: Include the mirror image of each.
+        repeats: How often each image counts; once if empty.
     """
-    views = [images, [ImageOps.mirror(image) for image in images]][: 1 + mirrored]
-    return Encoded(
-        torch.stack([backbone.encode(view) for view in views], dim=1), [backbone.tokenize(texts) for texts in captions]
-    )
+    sizes = dict.fromkeys(image.size for image in images)
+    buckets = []
+    for size in sizes:
+        places = [place for place, image in enumerate(images) if image.size == size]
+        own = [images[place] for place in places]
+        views = [own, [ImageOps.mirror(image) for image in own]][: 1 + mirrored]
+        buckets.append(
+            Encoded(
+                torch.stack([backbone.encode(view) for view in views], dim=1),
+                [backbone.tokenize(captions[place]) for place in places],
+                _order([repeats[place] for place in places] if repeats else ()),
+            )
+        )
+    return buckets[0] if len(buckets) == 1 else Bucketed(buckets)
+
+
+def _order(repeats: Sequence[int]) -> list[int]:
+    """Return each index as often as it counts."""
+    return [index for index, count in enumerate(repeats) for _ in range(count)]
 
 
 def encode_rescaled_examples(
-    images: Sequence[Image.Image], captions: Sequence[Sequence[str]], backbone: Backbone, *, mirrored: bool
+    images: Sequence[Image.Image],
+    captions: Sequence[Sequence[str]],
+    backbone: Backbone,
+    *,
+    mirrored: bool,
+    repeats: Sequence[int] = (),
 ) -> RescaledExamples:
     """Return examples whose images are shown at a random size each time; the arguments are `encode_examples`'s."""
     prefixes = ("", *FAR, *NEAR)
     ids = [{prefix: backbone.tokenize([prefix + text for text in texts]) for prefix in prefixes} for texts in captions]
-    return RescaledExamples(tuple(images), ids, backbone, mirrored)
+    return RescaledExamples(tuple(images), ids, backbone, mirrored, _order(repeats))
 
 
 @dataclass(frozen=True)
@@ -51,6 +77,7 @@ class RescaledExamples:
         captions: For each image, by the prefix of the caption, an int64 tensor [captions, L].
         backbone: The model that encodes them.
         mirrored: Whether the mirror image of each is shown too.
+        order: The images from which one is drawn, each as often as it counts; each once if empty.
 
     Source: The augmentation of Custom Diffusion, in its released code.
     """
@@ -59,10 +86,12 @@ class RescaledExamples:
     captions: Sequence[Mapping[str, Tensor]]
     backbone: Backbone
     mirrored: bool
+    order: Sequence[int] = ()
 
     def example(self, choose: Choose) -> Example:
         """Return an image at some size under one of its captions, with a mask of where it is."""
-        index = choose("picture", len(self.images))
+        place = choose("picture", len(self.order) or len(self.images))
+        index = self.order[place] if self.order else place
         image = self.images[index]
         if self.mirrored and choose("view", 2):
             image = ImageOps.mirror(image)

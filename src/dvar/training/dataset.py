@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from dvar.config.buckets import Size, list_buckets, nearest_bucket
 from dvar.config.training import TrainingConfig
 from dvar.errors import RefusedInput, nearest
 from dvar.files import check_regular, parse_json, read_json, read_text
@@ -21,6 +23,8 @@ _METADATA = "metadata.jsonl"
 # What photographs come in. Pillow opens 40 more, of which some run programs (EPS) or are no images of pixels.
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 _WHITE_16 = 65535
+_REPEATS = re.compile(r"([1-9]\d{0,4})_.")
+"""How kohya's scripts name folders: 10_mug."""
 _LIST_KEYS = ("instance_prompt", "instance_data_dir", "class_prompt", "class_data_dir")
 
 
@@ -44,12 +48,13 @@ class Concept:
     """The images and captions that a run learns from, be it one concept or several.
 
     Attributes:
-        images: The instance images, RGB squares of the config's resolution.
+        images: The instance images, RGB, squares of the config's resolution or of the size of their bucket.
         names: What each of them is called in messages.
         captions: The caption of each of them; None where it has those of ``templates``.
         templates: The captions of images that have none of their own.
         placeholder_tokens: The new tokens; none where a method trains without.
         classes: The class of each concept, in a run with a prior.
+        repeats: How often each image counts when one is drawn; once if empty.
     """
 
     images: tuple[Image.Image, ...]
@@ -58,6 +63,7 @@ class Concept:
     templates: tuple[str, ...]
     placeholder_tokens: tuple[str, ...] = ()
     classes: tuple[ClassImages, ...] = ()
+    repeats: tuple[int, ...] = ()
 
     def texts(self, index: int) -> tuple[str, ...]:
         """Return the captions that image ``index`` may be shown with."""
@@ -73,13 +79,25 @@ class Concept:
 
 @dataclass(frozen=True)
 class _Source:
-    """Where the images of one concept and its class are; ``prefix`` starts the messages about it."""
+    """Where the images of one concept and its class are; ``prefix`` starts the messages about it.
+
+    Each image counts ``repeats`` times.
+    """
 
     folder: str | None
     prompt: str | None = None
     class_prompt: str | None = None
     class_folder: str | None = None
     prefix: str = ""
+    repeats: int = 1
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What is said of an image: its caption, and how often it counts."""
+
+    caption: str | None
+    repeats: int = 1
 
 
 def read_concept(config: TrainingConfig) -> Concept:
@@ -102,13 +120,15 @@ def scan_concept(config: TrainingConfig) -> tuple[Concept, list[str]]:
     problems: list[str] = []
     images: dict[str, Image.Image] = {}
     captions: dict[str, str] = {}
+    repeats: dict[str, int] = {}
     sources = _read_sources(config, problems)
-    for source in sources:
-        folder_images, folder_captions = _read_folder(source, config, problems)
+    for source in [part for each in sources for part in _split_by_repeats(each)]:
+        folder_images, rows = _read_folder(source, config, problems)
         images |= {source.prefix + name: image for name, image in folder_images.items()}
         for name in folder_images:
-            if caption := folder_captions.get(name) or source.prompt:
+            if caption := (rows[name].caption if name in rows else None) or source.prompt:
                 captions[source.prefix + name] = caption
+            repeats[source.prefix + name] = source.repeats * (rows[name].repeats if name in rows else 1)
     classes = [
         ClassImages(
             str(source.class_prompt),
@@ -127,12 +147,13 @@ def scan_concept(config: TrainingConfig) -> tuple[Concept, list[str]]:
         templates=config.caption_templates,
         placeholder_tokens=config.placeholder_tokens,
         classes=tuple(classes),
+        repeats=tuple(repeats.values()) if {*repeats.values()} - {1} else (),
     )
     return concept, problems
 
 
-def read_image(path: Path, resolution: int, *, crop: bool = True) -> Image.Image:
-    """Return the image in a file: upright, RGB, square.
+def read_image(path: Path, resolution: int, *, crop: bool = True, buckets: tuple[Size, ...] = ()) -> Image.Image:
+    """Return the image in a file: upright, RGB, square or of the size of the bucket that is most like it.
 
     Transparent parts become white, greys of 16 bits and of floating-point values from 0 to 1 keep their brightness, and
     of several frames the first is taken. An image that must be enlarged is warned of.
@@ -140,7 +161,8 @@ def read_image(path: Path, resolution: int, *, crop: bool = True) -> Image.Image
     Args:
         path: The file.
         resolution: The side of the square, in pixels.
-        crop: Take the middle square; otherwise the whole image is squeezed.
+        crop: Take the middle; otherwise the whole image is squeezed.
+        buckets: Sizes to choose from; only the square of ``resolution`` if empty.
 
     Raises:
         RefusedInput: The file is not an image in a format that photographs come in, is damaged, fully transparent, far
@@ -173,16 +195,17 @@ def read_image(path: Path, resolution: int, *, crop: bool = True) -> Image.Image
         raise RefusedInput([f"{path.name} has far too many pixels for a photograph: scale it down"]) from None
     except Exception as error:  # decoders raise whatever a damaged file makes them meet
         raise RefusedInput([f"{path.name} is damaged ({error}): replace it or move it away"]) from error
+    height, width = nearest_bucket((image.height, image.width), buckets) if buckets else (resolution, resolution)
+    resolution = min(height, width)
     size, shorter, least = f"{image.width}x{image.height} pixels", min(image.size), resolution // 2
     if shorter < least:
         message = f"{path.name} must be {least} pixels or more on its shorter side at resolution {resolution}"
         raise RefusedInput([f"{message}, got {size}: use a larger image or a lower resolution"])
     if shorter < resolution:
         warnings.warn(f"{path.name} is {size} and is enlarged to {resolution}", stacklevel=2)
-    square = (resolution, resolution)
     if crop:
-        return ImageOps.fit(image, square, Image.Resampling.BICUBIC)
-    return image.resize(square, Image.Resampling.BICUBIC)
+        return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def _find_unclear_values(image: Image.Image) -> str | None:
@@ -259,10 +282,25 @@ def _parse_entry(entry: dict[str, Any], number: int, config: TrainingConfig, pro
     )
 
 
+def _split_by_repeats(source: _Source) -> list[_Source]:
+    """Return the folders in a folder that are named as kohya's, 10_mug with 10 repeats, or the source as it is."""
+    folder = Path(source.folder or "").expanduser()
+    if not source.folder or not folder.is_dir():
+        return [source]
+    parts = [(path, _REPEATS.match(path.name)) for path in _visible_files(folder)]
+    if not parts or not all(match and path.is_dir() for path, match in parts):
+        return [source]
+    return [
+        replace(source, folder=str(path), prefix=f"{source.prefix}{path.name}/", repeats=int(match[1]))
+        for path, match in parts
+        if match
+    ]
+
+
 def _read_folder(
     source: _Source, config: TrainingConfig, problems: list[str]
-) -> tuple[dict[str, Image.Image], dict[str, str]]:
-    """Return the instance images and the captions of a folder by file name, and add its problems to ``problems``."""
+) -> tuple[dict[str, Image.Image], dict[str, _Row]]:
+    """Return the instance images and what is said of them by file name, and add its problems to ``problems``."""
     if not source.folder:
         return {}, {}
     folder = Path(source.folder).expanduser()
@@ -279,14 +317,22 @@ def _read_folder(
         problems.append(f"{source.prefix}instance_data_dir {folder} holds no images: put three to five there")
     for file in image_files:
         try:
-            images[file.name] = read_image(file, config.resolution, crop=config.center_crop)
+            images[file.name] = read_image(
+                file, config.resolution, crop=config.center_crop, buckets=_buckets_of(config)
+            )
         except RefusedInput as error:
             problems += [source.prefix + problem for problem in error.problems]
-    captions, caption_problems = _read_captions(
-        caption_files, [file.name for file in image_files], config.placeholder_tokens
-    )
+    rows, caption_problems = _read_rows(caption_files, [file.name for file in image_files], config.placeholder_tokens)
     problems += [source.prefix + problem for problem in caption_problems]
-    return images, captions
+    return images, rows
+
+
+def _buckets_of(config: TrainingConfig) -> tuple[Size, ...]:
+    """Return the sizes of instance images; none where all are squares, or where the config names none that are."""
+    try:
+        return list_buckets(config.aspect_ratio_buckets, config.resolution) if config.aspect_ratio_buckets else ()
+    except ValueError:  # which `dvar.config.training.problems` reports
+        return ()
 
 
 def _visible_files(folder: Path) -> list[Path]:
@@ -318,27 +364,36 @@ def _read_class_images(source: _Source, config: TrainingConfig, problems: list[s
     return images
 
 
-def _read_captions(
+def _read_rows(
     files: Sequence[Path], names: Sequence[str], placeholder_tokens: Sequence[str]
-) -> tuple[dict[str, str], list[str]]:
-    """Return the captions in ``files`` by the file name of their image, and what is wrong with them."""
-    captions: dict[str, str] = {}
+) -> tuple[dict[str, _Row], list[str]]:
+    """Return what ``files`` say of images, by the file name of the image, and what is wrong with them."""
+    rows: dict[str, _Row] = {}
     problems = []
-    for place, name, text in (entry for file in files for entry in _read_entries(file, names)):
-        if isinstance(text, ValueError):
-            problems.append(f"{place} {text}")
+    for place, name, row in (entry for file in files for entry in _read_entries(file, names)):
+        if isinstance(row, ValueError):
+            problems.append(f"{place} {row}")
         elif name not in names:
             problems.append(f"{place} names {name!r}, which is not in the folder: correct or remove it")
-        elif placeholder_tokens and not any(token in text for token in placeholder_tokens):
+        elif (
+            placeholder_tokens
+            and row.caption is not None
+            and not any(part in row.caption for part in placeholder_tokens)
+        ):
             message = f"{place} must contain the placeholder token {' or '.join(placeholder_tokens)}"
-            problems.append(f"{message} where the concept is named, got {text!r}")
-        elif captions.setdefault(name, text) != text:
+            problems.append(f"{message} where the concept is named, got {row.caption!r}")
+        elif name not in rows:
+            rows[name] = row
+        elif None not in (row.caption, rows[name].caption) and row.caption != rows[name].caption:
             problems.append(f"{place} is a second caption of {name}: keep one")
-    return captions, problems
+        else:
+            other = rows[name]
+            rows[name] = _Row(row.caption or other.caption, max(row.repeats, other.repeats))
+    return rows, problems
 
 
-def _read_entries(file: Path, names: Sequence[str]) -> Iterator[tuple[str, str, str | ValueError]]:
-    """Yield (place, file name of the image, caption or what is wrong with it) for each caption in a file."""
+def _read_entries(file: Path, names: Sequence[str]) -> Iterator[tuple[str, str, _Row | ValueError]]:
+    """Yield (place, file name of the image, what is said of it or what is wrong with that) for each entry of a file."""
     try:
         text = read_text(file, "utf-8-sig")
     except (OSError, UnicodeDecodeError):
@@ -353,14 +408,20 @@ def _read_entries(file: Path, names: Sequence[str]) -> Iterator[tuple[str, str, 
     if not owners:
         yield file.name, "", ValueError("is the caption of no image: name it after one, or move it away")
     for name in owners:
-        yield file.name, name, text.strip()
+        yield file.name, name, _Row(text.strip())
 
 
-def _parse_row(line: str) -> tuple[str, str | ValueError]:
-    """Return (file name of the image, caption or what is wrong with it) of a line of metadata."""
+def _parse_row(line: str) -> tuple[str, _Row | ValueError]:
+    """Return (file name of the image, what is said of it or what is wrong with that) of a line of metadata."""
     try:
         row = parse_json(line)
-        caption = next(row[key] for key in ("text", "prompt", "caption") if key in row)
-        return str(row["file_name"]), str(caption).strip()
-    except (ValueError, KeyError, TypeError, StopIteration):
-        return "", ValueError('must be {"file_name": ..., "text": ...}, or prompt or caption for text: correct it')
+        name, repeats = str(row["file_name"]), row.get("repeats", 1)
+        caption = next((str(row[key]).strip() for key in ("text", "prompt", "caption") if key in row), None)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        name, repeats, caption = "", None, None
+    if not name or (caption is None and repeats == 1):
+        message = 'must be {"file_name": ..., "text": ...}, or prompt or caption for text, or "repeats": correct it'
+        return "", ValueError(message)
+    if type(repeats) is not int or repeats < 1:
+        return "", ValueError(f"must have repeats that are a whole number from 1, got {repeats!r}: correct it")
+    return name, _Row(caption, repeats)

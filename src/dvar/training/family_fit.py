@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from dvar.config.buckets import list_buckets
 from dvar.config.training import TrainingConfig
 from dvar.diffusion.families import BackboneEntry, find_family
-from dvar.diffusion.tokens import model_path, read_index
+from dvar.diffusion.source import ModelSource
+from dvar.diffusion.tokens import read_index
 from dvar.errors import ModelError
 
 
 def problems(config: TrainingConfig) -> list[str]:
     """Return what the base model of ``config`` cannot do of what the config asks, where the model is at hand."""
-    name = model_path(config.pretrained_model_name_or_path)
+    source = ModelSource.of(config)
     try:
-        family = find_family(name, read_index(name)["_class_name"])
+        family = find_family(source.name, read_index(source)["_class_name"])
     except ModelError:
         return []
     return [*_method_problems(config, family), *_setting_problems(config, family)]
@@ -46,6 +48,11 @@ def _setting_problems(config: TrainingConfig, family: BackboneEntry) -> Iterator
         multiple = family.multiple * max(1, round(config.resolution / family.multiple))
         message = f"resolution must be a multiple of {family.multiple} on a {family.title}, got {config.resolution}"
         yield f"{message}: try {multiple}"
+    if config.aspect_ratio_buckets:
+        for height, width in list_buckets(config.aspect_ratio_buckets, config.resolution):
+            if height % 8 == width % 8 == 0 and (height % family.multiple or width % family.multiple):
+                message = f"aspect_ratio_buckets must have multiples of {family.multiple} on a {family.title}"
+                yield f"{message}, got {height},{width}: correct it"
     if config.snr_gamma and not family.is_unet:
         yield f"snr_gamma is for models that predict noise, and a {family.title} matches flows: use loss_weighting"
     if config.loss_weighting != "none" and family.is_unet:

@@ -6,10 +6,16 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from dvar.config.training import BUNDLED_MODEL, BUNDLED_MODELS, TrainingConfig
+from dvar.config.training import BUNDLED_MODELS, TrainingConfig
 from dvar.files import write_atomically
 from dvar.stopping.verdict import Verdict
-from dvar.training.loading_code import STABLE_DIFFUSION, import_lines, load_lines
+from dvar.training.loading_code import (
+    STABLE_DIFFUSION,
+    import_lines,
+    load_lines,
+    load_pipeline_line,
+    pipeline_class,
+)
 from dvar.training.run_layout import EMBEDS, MODEL_CARD
 from dvar.training.weight_files import is_on_hub, public_model_name
 
@@ -67,10 +73,10 @@ def _facts(
         "head": (f"base_model: {name}\n" * is_on_hub(name)) + (f"license: {licence}\n" if licence else ""),
         "model": model,
         "licence": f"{licence}, that of the base model" if licence else f"that of the base model, {model}",
-        "source": bundled_source(name) if bundled else f'"{public_name}"',
+        "source": load_pipeline_line(config, public_name),
         "tags": "".join(f"\n- {tag}" for tag in config.tags),
         "title": config.title,
-        "imports": "\n".join(["import dvar.mini"] * bundled + import_lines(weights, family)),
+        "imports": "\n".join(["import dvar.mini"] * bundled + import_lines(weights, family, pipeline_class(config))),
         "loads": "\n".join(load_lines(weights, ".", config.placeholder_token, family)),
         "subject": config.subject,
         "learned": config.learned[:1].upper() + config.learned[1:],
@@ -80,11 +86,6 @@ def _facts(
         "settings": "\n".join(f"| {key} | {value} |" for key, value in settings.items() if value is not None),
         "samples": " ".join(f"![{prompt}]({path.relative_to(folder).as_posix()})" for path in samples),
     }
-
-
-def bundled_source(name: str) -> str:
-    """Return the Python expression for the folder of a bundled model."""
-    return "str(dvar.mini.path())" if name == BUNDLED_MODEL else f'str(dvar.mini.path("{name}"))'
 
 
 def _licence(name: str) -> str | None:
@@ -114,7 +115,7 @@ tags:
 ```python
 {imports}
 
-pipeline = DiffusionPipeline.from_pretrained({source})
+pipeline = {source}
 {loads}
 pipeline(prompt="{prompt}").images[0].save("image.png")
 ```

@@ -18,8 +18,8 @@ from dvar.config.training import FREE_FIELDS, TrainingConfig
 from dvar.diffusion.backbone import Backbone, load_backbone
 from dvar.diffusion.devices import float32_arithmetic
 from dvar.diffusion.sampling import Abandoned
-from dvar.diffusion.tokens import model_path
-from dvar.errors import CheckpointError, OutOfResources, RefusedInput
+from dvar.diffusion.source import ModelSource
+from dvar.errors import CheckpointError, ModelError, OutOfResources, RefusedInput
 from dvar.files import remove
 from dvar.locks import lock_folder
 from dvar.stopping.diagnosis import Reason
@@ -30,6 +30,7 @@ from dvar.training.loop import StepRecord
 from dvar.training.methods.registry import build_method, config_from_dict
 from dvar.training.preflight import preflight
 from dvar.training.processes import ALONE, Processes, launched_processes
+from dvar.training.publish import push_run, repository_of
 from dvar.training.run import TrainingResult, TrainingRun, digest_of, digest_of_classes, write_config
 from dvar.training.run_layout import CLASS_IMAGES, RESULT, checkpoint_name, checkpoint_paths, find_written, problems
 from dvar.training.token_initializer import choose_initializer_tokens, load_clip
@@ -118,7 +119,12 @@ def _train(
                     break
         if interrupted() and not verdict.stop:  # within an update, which was abandoned
             verdict = replace(verdict, stop=True, reason=Reason.INTERRUPTED)
-    return run.result(verdict) if verdict.reason is Reason.INTERRUPTED else run.finish(verdict)
+    if verdict.reason is Reason.INTERRUPTED:
+        return run.result(verdict)
+    result = run.finish(verdict)
+    if config.push_to_hub:
+        _push(run.folder, config)
+    return result
 
 
 def _follow(
@@ -190,10 +196,18 @@ def prepare(
     return TrainingRun(folder, config, concept, classes, backbone, method, clip, processes), checkpoint
 
 
+def _push(folder: Path, config: TrainingConfig) -> None:
+    """Push a finished run; a hub that refuses it takes nothing from the run."""
+    try:
+        push_run(folder, repository_of(config))
+    except ModelError as error:
+        warnings.warn(str(error), stacklevel=2)
+
+
 def load_base_model(config: TrainingConfig) -> Backbone:
     """Return the base model of ``config``."""
     backbone = load_backbone(
-        model_path(config.pretrained_model_name_or_path),
+        ModelSource.of(config),
         mixed_precision=config.mixed_precision,
         gradient_checkpointing=config.gradient_checkpointing,
         attention_slicing=config.attention_slicing,

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from dvar.config.training import TrainingConfig
 from dvar.diffusion.backbone import load_tokenizer
-from dvar.diffusion.tokens import model_path
+from dvar.diffusion.source import ModelSource
 from dvar.errors import nearest
 
 FAR, NEAR = ("a far away ", "very small "), ("zoomed in ", "close up ")
@@ -33,13 +33,13 @@ class Tokenizer(Protocol):
         ...
 
 
-def load_tokenizer_of(name: str) -> Tokenizer:
-    """Return the tokenizer of the base model of this name; torch is not imported for it.
+def load_tokenizer_of(config: TrainingConfig) -> Tokenizer:
+    """Return the tokenizer of the base model of ``config``; torch is not imported for it.
 
     Raises:
         ModelError: There is none.
     """
-    tokenizer: Tokenizer = load_tokenizer(model_path(name))
+    tokenizer: Tokenizer = load_tokenizer(ModelSource.of(config))
     return tokenizer
 
 

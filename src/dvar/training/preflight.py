@@ -10,7 +10,7 @@ from dvar.config.fields import replace_invalid_fields
 from dvar.config.training import TrainingConfig
 from dvar.diffusion import model_files
 from dvar.errors import ModelError, RefusedInput
-from dvar.training import family_fit, packages, placeholder_tokens, rule, run_layout
+from dvar.training import family_fit, packages, placeholder_tokens, publish, rule, run_layout, sample_prompts
 from dvar.training.dataset import Concept, scan_concept
 from dvar.training.placeholder_tokens import Tokenizer, load_tokenizer_of
 
@@ -18,7 +18,9 @@ _PROCESS_COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 _OF_LAUNCHERS = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
-def preflight(config: TrainingConfig, load_tokenizer: Callable[[str], Tokenizer] | None = load_tokenizer_of) -> Concept:
+def preflight(
+    config: TrainingConfig, load_tokenizer: Callable[[TrainingConfig], Tokenizer] | None = load_tokenizer_of
+) -> Concept:
     """Return the concept of ``config``, once everything that a run needs has been checked.
 
     Args:
@@ -40,13 +42,14 @@ def preflight(config: TrainingConfig, load_tokenizer: Callable[[str], Tokenizer]
         *model_problems,
         *packages.problems(valid),
         *(run_layout.problems(valid) if is_main_process(os.environ) else ()),  # for it alone writes there
+        *publish.problems(valid),
         *image_problems,
     ]
     fit_problems = family_fit.problems(valid) if load_tokenizer and not model_problems else []
-    problems += fit_problems
+    problems += fit_problems or sample_prompts.problems(valid)
     if load_tokenizer and not model_problems and not fit_problems:
         try:
-            tokenizer = load_tokenizer(valid.pretrained_model_name_or_path)
+            tokenizer = load_tokenizer(valid)
             problems += placeholder_tokens.problems(valid, tokenizer, concept.prompts)
         except ModelError as error:
             problems.append(str(error))

@@ -6,6 +6,7 @@ import json
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, reduce
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +22,7 @@ from dvar.config.training import TrainingConfig
 from dvar.diffusion.backbone import Backbone
 from dvar.diffusion.clip import Clip
 from dvar.diffusion.devices import describe_arithmetic, peak_memory
-from dvar.diffusion.objective import Draws, Examples, denoising_loss, draw
+from dvar.diffusion.objective import Bucketed, Draws, Examples, denoising_loss, draw
 from dvar.diffusion.randomness import generator
 from dvar.diffusion.sampling import rehearse, sample_into
 from dvar.diffusion.timesteps import density_of, loss_weights
@@ -51,6 +52,7 @@ from dvar.training.run_layout import (
     at_step,
     step_name,
 )
+from dvar.training.sample_prompts import read_sample_prompts
 from dvar.training.weight_files import provenance, split_by_token, write_weights
 
 
@@ -116,7 +118,8 @@ class TrainingRun:
             network.train(any(weight.requires_grad for weight in network.parameters()))
         texts = [[method.expand(text) for text in concept.texts(index)] for index in range(len(concept.images))]
         encode = encode_rescaled_examples if config.random_rescale else encode_examples
-        self.examples: Examples = encode(concept.images, texts, backbone, mirrored=config.random_flip)
+        flip, repeats = config.random_flip, concept.repeats
+        self.examples: Examples = encode(concept.images, texts, backbone, mirrored=flip, repeats=repeats)
         self.prior: Examples | None = None
         if classes:
             images = [image for class_images in classes for image in class_images.images]
@@ -127,12 +130,10 @@ class TrainingRun:
         backbone.prepare_training(torch.cat([*(source.all_captions for source in sources), *empty]))
         self.rule: Rule = rule_of(config)
         # As in the released code the held batch has its augmentations, and L_det neither their mask nor the prior.
-        held = replace(self.draw(self.examples, "held", 0, 0, config.eval_batch_size), mask=None)
-        if config.eval_timesteps == "stratified":
-            held = self.stratify(held, "held")
-        self.probe = Probe(self.losses, held, modules=backbone.modules)
-        header = {"method": config.method, "timesteps": held.timesteps.tolist()}
-        self.learner = Learner(method, config, header, processes)
+        held = self.draw_held(config.eval_batch_size)
+        self.probe = Probe(self.held_losses, held, modules=backbone.modules)
+        timesteps = [timestep for part in held for timestep in part.timesteps.tolist()]
+        self.learner = Learner(method, config, {"method": config.method, "timesteps": timesteps}, processes)
 
     def open(self, checkpoint: Checkpoint | None) -> None:
         """Write the config and the instance images into the folder, and restore ``checkpoint``, if any."""
@@ -150,14 +151,25 @@ class TrainingRun:
         config = self.config
 
         def generate() -> None:
-            rehearse(self.backbone, self.sample_prompts, size=config.resolution, guidance=config.guidance_scale)
+            prompts, negatives, _ = self.sample_texts
+            size = config.resolution
+            rehearse(self.backbone, prompts, negatives=negatives, size=size, guidance=config.guidance_scale)
 
         self.backbone.release_encoders(generate, images=not config.random_rescale)
 
-    @property
-    def sample_prompts(self) -> list[str]:
-        """The prompt of each sample image."""
-        return [self.config.sample_prompt] * self.config.num_validation_images
+    @cached_property
+    def sample_texts(self) -> tuple[list[str], list[str] | None, list[int]]:
+        """The prompts, the negative ones, if any, and the seeds of the sample images."""
+        config = self.config
+        prompts = [prompt for prompt in read_sample_prompts(config) for _ in range(config.num_validation_images)]
+        seeds = [
+            (config.seed if prompt.seed is None else prompt.seed) + index % config.num_validation_images
+            for index, prompt in enumerate(prompts)
+        ]
+        negatives = (
+            [prompt.negative or "" for prompt in prompts] if any(prompt.negative for prompt in prompts) else None
+        )
+        return [prompt.prompt for prompt in prompts], negatives, seeds
 
     def steps(self, interrupted: Callable[[], bool], series: Series | None = None) -> Iterator[StepRecord]:
         """Train, writing the trace and the checkpoints; ``series`` is as for `train`."""
@@ -203,10 +215,13 @@ class TrainingRun:
             Abandoned: ``interrupted`` returned True.
         """
         config, samples = self.config, self.folder / SAMPLES
-        prompts = self.sample_prompts
-        seeds = [config.seed + index for index in range(len(prompts))]
+        prompts, negatives, seeds = self.sample_texts
         samples.mkdir(exist_ok=True)
-        rows = [{"prompt": prompt, "seed": seed} for prompt, seed in zip(prompts, seeds, strict=True)]
+        rows: list[dict[str, Any]] = [
+            {"prompt": prompt, "seed": seed} for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+        if negatives is not None:
+            rows = [{**row, "negative_prompt": text} for row, text in zip(rows, negatives, strict=True)]
         write_json(samples / SAMPLE_PROMPTS, rows)
         return sample_into(
             samples / step_name(step),
@@ -217,6 +232,7 @@ class TrainingRun:
             steps=config.num_inference_steps,
             guidance=config.guidance_scale,
             scheduler=config.validation_scheduler,
+            negatives=negatives,
             interrupted=interrupted,
         )
 
@@ -305,6 +321,25 @@ class TrainingRun:
         )
         return draws.to(self.backbone.device)
 
+    def draw_held(self, count: int) -> tuple[Draws, ...]:
+        """Return ``count`` held draws without a mask: one batch of each size of images, every image being as likely.
+
+        Where timesteps are stratified, the batch of each size has strata of its own.
+        """
+        examples = self.examples
+        if isinstance(examples, Bucketed):
+            chosen = [examples.choose_bucket(self.config.seed, "held", 0, index) for index in range(count)]
+            batches = [
+                reduce(Draws.joined, [self.draw(bucket, "held", 0, index, 1) for index in places])
+                for bucket in examples.buckets
+                if (places := [index for index, other in enumerate(chosen) if other is bucket])
+            ]
+        else:
+            batches = [self.draw(examples, "held", 0, 0, count)]
+        if self.config.eval_timesteps == "stratified":
+            batches = [self.stratify(batch, "held") for batch in batches]
+        return tuple(replace(batch, mask=None) for batch in batches)
+
     def stratify(self, draws: Draws, stream: str) -> Draws:
         """Return ``draws`` with one timestep from each of as many equal parts of the schedule, in rising order."""
         strata = generator(self.config.seed, f"{stream}/strata")
@@ -319,14 +354,21 @@ class TrainingRun:
         draws = self.draw(self.examples, "train", step, first, count)
         if self.prior is None:
             return self.weighted_losses(draws)
-        both = draws.joined(self.draw(self.prior, "prior", step, first, count))
-        instance_losses, class_losses = self.weighted_losses(both).chunk(2)
+        classes = self.draw(self.prior, "prior", step, first, count)
+        if classes.noise.shape == draws.noise.shape:
+            instance_losses, class_losses = self.weighted_losses(draws.joined(classes)).chunk(2)
+        else:
+            instance_losses, class_losses = self.weighted_losses(draws), self.weighted_losses(classes)
         return instance_losses + self.config.effective_prior_weight * class_losses
 
     def weighted_losses(self, draws: Draws) -> Tensor:
         """Return the losses of these draws, float32 [B], each times what its timestep weighs in training."""
         losses = self.losses(draws)
         return losses if self.weights is None else losses * self.weights.to(losses.device)[draws.timesteps]
+
+    def held_losses(self, held: Sequence[Draws]) -> Tensor:
+        """Return the losses of the held draws, those of each size as one batch, float32 [B]."""
+        return torch.cat([self.losses(part) for part in held])
 
     def losses(self, draws: Draws) -> Tensor:
         """Return the losses of these draws, float32 [B]."""

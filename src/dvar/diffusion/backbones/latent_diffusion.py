@@ -48,9 +48,11 @@ class LatentDiffusion(DiffusionBackbone):
         length = self._length(BERT, self.tokenizer, self.text_encoder)
         return (TextTower(BERT, self.tokenizer, self.text_encoder, length),)
 
-    def generation_options(self, prompts: Sequence[str], guidance: float) -> dict[str, Any]:
+    def generation_options(
+        self, prompts: Sequence[str], guidance: float, negatives: Sequence[str] | None = None
+    ) -> dict[str, Any]:
         """Return the arguments of the stock pipeline, which cannot turn pixels of half precision into images."""
-        return {**super().generation_options(prompts, guidance), "output_type": "pt"}
+        return {**super().generation_options(prompts, guidance, negatives), "output_type": "pt"}
 
     def denoise(self, noisy: Tensor, times: Tensor, states: Mapping[str, States]) -> Tensor:
         """Return the U-Net's prediction, as `StockBackbone.denoise`."""

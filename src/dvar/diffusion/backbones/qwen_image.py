@@ -47,9 +47,12 @@ class QwenImage(FlowBackbone):
         )
         return Schedule.flow(self.noise.float().cpu(), 1 / deviation, mean)
 
-    def generation_options(self, prompts: Sequence[str], guidance: float) -> dict[str, Any]:
+    def generation_options(
+        self, prompts: Sequence[str], guidance: float, negatives: Sequence[str] | None = None
+    ) -> dict[str, Any]:
         """Return the arguments of the stock pipeline, which guides away from a text that it must be given."""
-        negative = {"negative_prompt": [" "] * len(prompts)} if guidance > 1 else {}
+        texts = [negative or " " for negative in negatives or [""] * len(prompts)]
+        negative = {"negative_prompt": texts} if guidance > 1 else {}
         return {"prompt": list(prompts), "true_cfg_scale": guidance, **negative}
 
     def _moments(self, pixels: Tensor) -> Tensor:

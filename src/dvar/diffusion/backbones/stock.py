@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Self
 import diffusers
 import numpy as np
 import torch
+import transformers
 from PIL import Image
 from torch import Tensor, nn
 
@@ -24,6 +25,8 @@ from dvar.diffusion.devices import best_device
 from dvar.diffusion.loading import loading_errors, stored_dtypes
 from dvar.diffusion.objective import Schedule
 from dvar.diffusion.quantization import quantize_linears
+from dvar.diffusion.single_file import missing_parts
+from dvar.diffusion.source import ModelSource, as_source
 from dvar.diffusion.tokens import read_index
 from dvar.errors import ModelError
 
@@ -105,7 +108,7 @@ class StockBackbone(ABC):
     @classmethod
     def load(
         cls,
-        name: str | Path,
+        name: str | Path | ModelSource,
         *,
         device: str | None = None,
         mixed_precision: str = "no",
@@ -115,10 +118,10 @@ class StockBackbone(ABC):
         quantize: str | None = None,
         offload: bool = False,
     ) -> Self:
-        """Return the model in a diffusers folder or behind a hub id.
+        """Return the model in a diffusers folder, in a single file or behind a hub id.
 
         Args:
-            name: The folder or hub id.
+            name: The folder, the file or the hub id.
             device: The device; by default a GPU where there is one.
             mixed_precision: "bf16" or "fp16" keeps the denoising network's weights in that precision and computes under
                 autocast.
@@ -132,9 +135,10 @@ class StockBackbone(ABC):
             ModelError: It cannot be loaded, or is no model of this family.
         """
         precision, target = PRECISIONS[mixed_precision], torch.device(device or best_device())
-        with loading_errors(name, f"{cls.title} model"):
-            backbone = cls(cls._load_stock(name, precision), precision)
-            backbone.check(name)
+        source = as_source(name)
+        with loading_errors(source.name, f"{cls.title} model"):
+            backbone = cls(cls._load_stock(source, precision), precision)
+            backbone.check(source.name)
             networks = (*(tower.encoder for tower in backbone.towers), backbone.vae, backbone.denoiser)
             for network in networks:
                 network.requires_grad_(False).eval()
@@ -157,14 +161,25 @@ class StockBackbone(ABC):
         return replace(backbone, digest=digest, workplace=target, offload=offload)
 
     @classmethod
-    def _load_stock(cls, name: str | Path, precision: torch.dtype) -> Any:
+    def _load_stock(cls, source: ModelSource, precision: torch.dtype) -> Any:
         """Return the stock pipeline, each part in float32 or, where it ends in half precision, as it is stored."""
-        absent = dict.fromkeys(cls.absent_parts(name))
+        pipeline_type = getattr(diffusers, cls.pipeline_class)
+        if source.is_file:
+            folder, index = source.config_folder, read_index(source)
+            parts = {
+                part: getattr(diffusers if index[part][0] == "diffusers" else transformers, index[part][1])
+                for part in missing_parts(Path(source.name))
+            }
+            rest = {part: kind.from_pretrained(folder / part, use_safetensors=True) for part, kind in parts.items()}
+            return pipeline_type.from_single_file(
+                source.name, config=str(folder), local_files_only=True, **cls.options, **rest
+            )
+        absent, folder = dict.fromkeys(cls.absent_parts(source)), source.fetch()
         halves = [cls.denoiser_name, *(part for part, key in cls.embeds_keys.items() if key is None)]
-        dtypes = stored_dtypes(name, halves) if precision is not torch.float32 else {}
+        dtypes = stored_dtypes(folder, halves) if precision is not torch.float32 else {}
         options: dict[str, Any] = {"torch_dtype": {**dtypes, "default": torch.float32}} if dtypes else {}
-        return getattr(diffusers, cls.pipeline_class).from_pretrained(
-            name, use_safetensors=True, **options, **cls.options, **absent
+        return pipeline_type.from_pretrained(
+            folder, use_safetensors=True, variant=source.variant, **options, **cls.options, **absent
         )
 
     def convert(self, network: Any) -> Any:
@@ -179,12 +194,12 @@ class StockBackbone(ABC):
         return network.to(torch.float32)
 
     @classmethod
-    def absent_parts(cls, name: str | Path) -> list[str]:
-        """Return the optional parts that the model ``name`` says it lacks: stock diffusers wants to be told."""
+    def absent_parts(cls, source: ModelSource) -> list[str]:
+        """Return the optional parts that a model says it lacks: stock diffusers wants to be told."""
         optional = [
             part.replace("text_encoder", kind) for part in cls.optional for kind in ("text_encoder", "tokenizer")
         ]
-        index = read_index(name) if optional else {}
+        index = read_index(source) if optional else {}
         return [part for part in optional if index.get(part, [None])[0] is None]
 
     def check(self, name: str | Path) -> None:
@@ -369,9 +384,18 @@ class StockBackbone(ABC):
             setattr(pipeline, name, self.cache.remembering(getattr(pipeline, name)))
         return pipeline
 
-    def generation_options(self, prompts: Sequence[str], guidance: float) -> dict[str, Any]:
-        """Return the arguments with which the stock pipeline generates an image of each prompt at this guidance."""
-        return {"prompt": list(prompts), "guidance_scale": guidance}
+    def generation_options(
+        self, prompts: Sequence[str], guidance: float, negatives: Sequence[str] | None = None
+    ) -> dict[str, Any]:
+        """Return the arguments with which the stock pipeline generates an image of each prompt at this guidance.
+
+        Args:
+            prompts: The prompts.
+            guidance: Weight of guidance, as the stock pipeline counts it.
+            negatives: What guidance leads away from, for each prompt; by default what the pipeline takes.
+        """
+        options = {"prompt": list(prompts), "guidance_scale": guidance}
+        return options if negatives is None else {**options, "negative_prompt": list(negatives)}
 
     @torch.no_grad()
     def encode(self, images: Sequence[Image.Image]) -> Tensor:

@@ -1,0 +1,239 @@
+"""Where a base model is: single files, hub ids in the cache, variants; and what is refused before weights are read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from single_files import write_single_file
+
+from dvar.config.methods import DreamBoothLoraConfig
+from dvar.diffusion import source as sources
+from dvar.diffusion.backbone import load_backbone
+from dvar.diffusion.model_files import model_problems
+from dvar.diffusion.source import ModelSource
+from dvar.errors import ModelError, RefusedInput
+from dvar.runs.load_model import load_personalised_backbone
+from dvar.testing import tiny_pipeline, tiny_xl_pipeline
+from dvar.training.personalise import personalise
+
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+
+
+def save_file_of(folder: Path, file: Path, *, text: bool = True) -> Path:
+    return write_single_file(load_backbone(folder, device="cpu").pipeline(), file, text=text)
+
+
+def strip_weights(folder: Path, *parts: str) -> Path:
+    """Leave the configs and tokenizers of a model's folder, and the weights of all parts but these."""
+    for part in parts:
+        for file in (folder / part).glob("*.safetensors"):
+            file.unlink()
+    return folder
+
+
+def config_of(images: Path, folder: Path, **changes: Any) -> DreamBoothLoraConfig:
+    shared: dict[str, Any] = {
+        "instance_data_dir": str(images),
+        "instance_prompt": "a photo of mug",
+        "resolution": 32,
+        "max_train_steps": 9,
+        "window": 8,
+        "threshold": 1e-9,
+        "num_inference_steps": 2,
+        "num_validation_images": 1,
+        "output_dir": str(folder),
+    }
+    return DreamBoothLoraConfig(**{**shared, **changes})
+
+
+# --- single files ---------------------------------------------------------------------------------------------------
+
+
+def test_a_single_file_is_the_model_of_the_folder_that_it_came_from(tmp_path: Path, tiny_images: Path) -> None:
+    folder = tiny_pipeline(tmp_path / "model")
+    file, digest = save_file_of(folder, tmp_path / "model.safetensors"), load_backbone(folder, device="cpu").digest
+    configs = strip_weights(folder, "unet", "vae", "text_encoder")
+    source = ModelSource(str(file), single_file_config=str(configs))
+    assert model_problems(source) == []
+    assert load_backbone(source, device="cpu").digest == digest
+    config = config_of(
+        tiny_images,
+        tmp_path / "run",
+        pretrained_model_name_or_path=str(file),
+        single_file_config=str(configs),
+        max_train_steps=9,
+    )
+    run = personalise(config).folder
+    card = (run / "README.md").read_text()
+    assert 'StableDiffusionPipeline.from_single_file("model.safetensors")' in card
+    assert str(tmp_path) not in card
+    assert load_personalised_backbone(run, device="cpu").digest == digest
+
+
+def test_text_encoders_that_a_single_file_lacks_come_from_the_folder_of_its_configs(tmp_path: Path) -> None:
+    folder = tiny_xl_pipeline(tmp_path / "model")
+    file = save_file_of(folder, tmp_path / "model.safetensors", text=False)
+    digest = load_backbone(folder, device="cpu").digest
+    source = ModelSource(str(file), single_file_config=str(strip_weights(folder, "unet", "vae")))
+    assert model_problems(source) == []
+    assert load_backbone(source, device="cpu").digest == digest
+    strip_weights(folder, "text_encoder_2")
+    (problem,) = model_problems(source)
+    assert "model.safetensors lacks text_encoder, text_encoder_2" not in problem
+    assert "lacks text_encoder_2, and so does single_file_config" in problem
+
+
+def change(file: Path, **tensors: torch.Tensor | None) -> None:
+    content = {**load_file(file), **{name.replace("__", "."): part for name, part in tensors.items()}}
+    save_file({name: part for name, part in content.items() if part is not None}, file)
+
+
+def as_float8(file: Path) -> None:
+    save_file({name: part.to(torch.float8_e4m3fn) for name, part in load_file(file).items()}, file)
+
+
+FIRST = "model__diffusion_model__input_blocks__0__0__weight"
+DAMAGE: list[tuple[Callable[[Path], object], str]] = [
+    (lambda file: file.write_bytes(file.read_bytes()[:-40]), "is damaged or no safetensors file"),
+    (lambda file: change(file, **{FIRST: torch.zeros(16, 9, 3, 3)}), "its U-Net reads 9 channels, as for inpainting"),
+    (lambda file: save_file({"lora_unet_mid.lora_up.weight": torch.zeros(1)}, file), "is a LoRA: name the checkpoint"),
+    (lambda file: save_file({"weight": torch.zeros(1)}, file), "is no checkpoint of Stable Diffusion 1.x, 2.x or XL"),
+    (as_float8, "must hold weights of 16 or 32 bits, got F8_E4M3: name the full checkpoint"),
+    (lambda file: change(file, v_pred=torch.zeros(0)), "predicts velocity, and the scheduler of single_file_config"),
+    (
+        lambda file: change(file, conditioner__embedders__0__model__text_projection=torch.zeros(1)),
+        "is a refiner, which continues images of another model: name the base model",
+    ),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE, ids=[message[:30] for _, message in DAMAGE])
+def test_a_single_file_that_cannot_be_trained_is_refused_by_its_header(
+    damage: Callable[[Path], object], message: str, tmp_path: Path, tiny_model: Path
+) -> None:
+    file = save_file_of(tiny_model, tmp_path / "model.safetensors")
+    damage(file)
+    (problem,) = model_problems(ModelSource(str(file), single_file_config=str(tiny_model)))
+    assert message in problem
+    assert "\n" not in problem
+
+
+def test_a_pickle_is_refused_by_its_name(tmp_path: Path) -> None:
+    file = tmp_path / "model.ckpt"
+    file.write_bytes(b"\x80\x04")
+    (problem,) = model_problems(str(file))
+    assert "model.ckpt is a .ckpt, which may be a pickle and is never read: name a .safetensors file" in problem
+
+
+def test_configs_of_another_family_are_refused(tmp_path: Path, tiny_model: Path) -> None:
+    file = save_file_of(tiny_model, tmp_path / "model.safetensors")
+    other = tiny_xl_pipeline(tmp_path / "other")
+    (problem,) = model_problems(ModelSource(str(file), single_file_config=str(other)))
+    assert "is of a StableDiffusionXLPipeline, and" in problem
+    assert problem.endswith("of a Stable Diffusion 1.x: name the configs of a Stable Diffusion 1.x")
+
+
+def test_configs_that_are_nowhere_are_missed_in_one_line(
+    tmp_path: Path, tiny_model: Path, hub: Callable[..., None]
+) -> None:
+    file = save_file_of(tiny_model, tmp_path / "model.safetensors")
+    (problem,) = model_problems(ModelSource(str(file)))
+    assert "has no configs of its own, and stable-diffusion-v1-5/stable-diffusion-v1-5 is not in the cache" in problem
+    assert problem.endswith("or name a folder with them by --single_file_config")
+    hub(tiny_model, "stable-diffusion-v1-5/stable-diffusion-v1-5")
+    assert model_problems(ModelSource(str(file))) == []
+
+
+# --- the hub --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return what puts a model into an empty cache of the hub, which cannot be reached."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    sources.fetch_configs.cache_clear()
+
+    def put(model: Path, name: str, revision: str = "main") -> None:
+        folder = tmp_path / "cache" / f"models--{name.replace('/', '--')}"
+        commit = f"{len(list(folder.glob('snapshots/*'))):040x}"
+        shutil.copytree(model, folder / "snapshots" / commit)
+        (folder / "refs").mkdir(exist_ok=True)
+        (folder / "refs" / revision).write_text(commit)
+
+    return put
+
+
+def test_a_hub_id_is_read_from_the_cache_at_its_revision(
+    hub: Callable[..., None], tmp_path: Path, tiny_images: Path
+) -> None:
+    first, second = tiny_pipeline(tmp_path / "first"), tiny_pipeline(tmp_path / "second", seed=1)
+    hub(first, "owner/name")
+    hub(second, "owner/name", "v2")
+    digests = [load_backbone(folder, device="cpu").digest for folder in (first, second)]
+    assert load_backbone("owner/name", device="cpu").digest == digests[0]
+    assert load_backbone(ModelSource("owner/name", revision="v2"), device="cpu").digest == digests[1]
+    config = config_of(tiny_images, tmp_path / "run", pretrained_model_name_or_path="owner/name", revision="v2")
+    run = personalise(config).folder
+    assert json.loads((run / "result.json").read_text())["base_sha256"] == digests[1]
+    assert 'DiffusionPipeline.from_pretrained("owner/name", revision="v2")' in (run / "README.md").read_text()
+
+
+def test_without_a_network_one_line_says_so(hub: Callable[..., None], tmp_path: Path, tiny_images: Path) -> None:
+    config = config_of(tiny_images, tmp_path / "run", pretrained_model_name_or_path="owner/name", revision="v2")
+    with pytest.raises(RefusedInput) as caught:
+        personalise(config)
+    assert caught.value.problems == (
+        "owner/name at revision v2 is not in the cache and there is no network: connect once, or name a folder",
+    )
+    with pytest.raises(ModelError, match="owner/name is not in the cache and there is no network"):
+        load_backbone("owner/name", device="cpu")
+
+
+def test_a_model_on_the_hub_is_checked_by_its_configs_before_weights_are_fetched(
+    hub: Callable[..., None], tmp_path: Path
+) -> None:
+    folder = strip_weights(tiny_pipeline(tmp_path / "model"), "unet", "vae", "text_encoder")
+    index = folder / "unet" / "config.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"in_channels": 9}))
+    hub(folder, "owner/name")
+    (problem,) = model_problems("owner/name")
+    assert "model owner/name: unet.in_channels must be 4, the sum of vae.latent_channels, got 9" in problem
+
+
+# --- variants and options -------------------------------------------------------------------------------------------
+
+
+def test_a_variant_is_loaded_by_its_name_alone(tmp_path: Path) -> None:
+    folder = tiny_pipeline(tmp_path / "model")
+    digest = load_backbone(folder, device="cpu").digest
+    for file in [file for name in WEIGHTS for file in folder.glob(f"*/{name}")]:
+        file.rename(file.with_name(f"{file.stem}.fp16.safetensors"))
+    (first, *_) = model_problems(str(folder))
+    assert "has only weights of a variant, diffusion_pytorch_model.fp16.safetensors: name it, as in --variant" in first
+    source = ModelSource(str(folder), variant="fp16")
+    assert model_problems(source) == []
+    assert load_backbone(source, device="cpu").digest == digest
+    (first, *_) = model_problems(ModelSource(str(folder), variant="bf16"))
+    assert "has no weights of variant bf16, only diffusion_pytorch_model.fp16.safetensors: drop the variant" in first
+
+
+def test_options_of_another_kind_of_place_are_refused(tiny_model: Path) -> None:
+    for option, kind in (("revision", "a folder"), ("single_file_config", "a folder")):
+        (problem,) = model_problems(ModelSource(str(tiny_model), **{option: "v2"}))
+        assert problem == f"{option} is not for {kind}, got 'v2' with {tiny_model}: drop it"
+
+
+def test_weights_that_are_quantised_already_are_refused(tmp_path: Path) -> None:
+    folder = tiny_pipeline(tmp_path / "model")
+    config = folder / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": {"load_in_4bit": True}}))
+    (problem,) = model_problems(str(folder))
+    assert "unet is quantised already, and cannot be hashed or exported: name the full model" in problem
