@@ -144,7 +144,7 @@ class StockBackbone(ABC):
                 network.requires_grad_(False).eval()
             for key in (key for network in networks for key, part in network.state_dict().items() if part.is_meta):
                 raise ModelError(f"{name} lacks weights, {key} among them: copy the model again")
-            backbone.check_values(name)
+            backbone.check_values(source.name)
             digest = _digest(networks, backbone.noise)
             idle = torch.device("cpu") if offload else target
             if quantize:
