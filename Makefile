@@ -62,6 +62,7 @@ docs: setup ## write the generated pages of docs/ again
 	$(RUN)/python docs/reference.py
 	$(RUN)/python docs/performance.py
 	$(RUN)/python docs/scale.py
+	$(RUN)/python docs/memory.py
 
 # The recorded runs go to the folder "records" and are recorded once, in eleven core-minutes each; when interrupted, the
 # next call continues. The experiments' own runs take three hours more, the true runs a quarter of an hour.

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import sys
 import weakref
 from collections.abc import Callable, Mapping
@@ -32,12 +33,10 @@ from dvar.diffusion.backbones.stable_diffusion_3 import StableDiffusion3
 from dvar.diffusion.backbones.stable_diffusion_xl import StableDiffusionXL
 from dvar.diffusion.backbones.z_image import ZImage
 
-PAGE = Path(__file__).parents[1] / "docs" / "memory.md"
+FIGURES = Path(__file__).parents[1] / "docs" / "memory.json"
 RESOLUTIONS, RANK, GIB, DTYPE = (512, 1024), 4, 2**30, torch.bfloat16
-CLIP_L, CLIP_H, CLIP_G, T5, QWEN3_4B, QWEN3_8B, QWEN_VL = 0.123, 0.340, 0.695, 4.762, 4.022, 8.191, 8.292
-"""Billions of weights of the text encoders, by the cards of their models."""
-NF4, INT8 = 0.5 + 4.0 / 64 * 0.26, 1.0
-"""Bytes of a weight in 4 bits, with the scales of blocks of 64 in 8 bits, and in 8 bits."""
+CLIP_L, CLIP_G, T5, QWEN3_4B, QWEN3_8B, QWEN_VL = 0.123, 0.695, 4.762, 4.022, 8.191, 8.292
+"""Billions of weights of the text encoders, by their configs."""
 
 
 @dataclass(frozen=True)
@@ -295,19 +294,22 @@ def materialise(network: torch.nn.Module) -> None:
 
 
 def main() -> None:
-    """Measure the models that are named, or all of them."""
+    """Measure the models that are named, or all of them for docs/memory.json, from which docs/memory.py writes."""
+    rows: list[dict[str, Any]] = []
     for model in MODELS:
         if sys.argv[1:] and not any(word in model.name for word in sys.argv[1:]):
             continue
         for resolution in RESOLUTIONS:
             for checkpointing in (False, True):
                 step = measure(model, resolution, checkpointing)
-                print(
-                    f"{model.name} {resolution} {checkpointing} {step.weights / 1e9:.2f}B in blocks "
-                    f"{step.in_blocks / 1e9:.2f}B lora {step.learned / 1e6:.1f}M rest {step.rest / GIB:.2f} GiB",
-                    flush=True,
-                )
+                row = {"model": model.name, "resolution": resolution, "checkpointing": checkpointing}
+                row |= {"weights": round(step.weights / 1e9, 2), "in_blocks": round(step.in_blocks / 1e9, 2)}
+                row |= {"learned": round(step.learned / 1e9, 5), "rest_gib": round(step.rest / GIB, 2)}
+                rows.append({**row, "clips": list(model.clips), "frozen": list(model.frozen)})
+                print(rows[-1], flush=True)
                 gc.collect()
+    if not sys.argv[1:]:
+        FIGURES.write_text("[\n" + ",\n".join(f" {json.dumps(row)}" for row in rows) + "\n]\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ def test_a_pickle_is_refused_by_its_name(tmp_path: Path) -> None:
     file = tmp_path / "model.ckpt"
     file.write_bytes(b"\x80\x04")
     (problem,) = model_problems(str(file))
-    assert "model.ckpt is a .ckpt, which may be a pickle and is never read: name a .safetensors file" in problem
+    assert "model.ckpt is no .safetensors file, and others, which may be pickles, are never read: name such" in problem
 
 
 def test_configs_of_another_family_are_refused(tmp_path: Path, tiny_model: Path) -> None:

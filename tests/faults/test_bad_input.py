@@ -233,7 +233,11 @@ MODELS = [
     setting("pretrained_model_name_or_path", "{folder}/nowhere", "is neither a folder here nor a hub id"),
     setting("pretrained_model_name_or_path", "{folder}/modle", "did you mean {folder}/model?"),
     setting("pretrained_model_name_or_path", "{folder}/images", "is no diffusers pipeline, it lacks model_index.json"),
-    setting("pretrained_model_name_or_path", "{folder}/images/00.png", "is a single file: convert it"),
+    setting(
+        "pretrained_model_name_or_path",
+        "{folder}/images/00.png",
+        "is no .safetensors file, and others, which may be pickles",
+    ),
     setting("pretrained_model_name_or_path", "stable-diffusion", "is neither a folder here nor a hub id"),
     *[missing_folder(f"model/{part}", f"it lacks {part}") for part in PARTS],
     file("model/model_index.json", None, "it lacks model_index.json"),

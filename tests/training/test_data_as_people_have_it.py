@@ -123,7 +123,9 @@ def test_a_run_with_sizes_trains_on_all_of_them_and_resumes_as_the_whole(
     ("changes", "message"),
     [
         ({"aspect_ratio_buckets": "wide"}, "aspect_ratio_buckets must be auto, or sizes such as 512,768;768,512, got"),
-        ({"aspect_ratio_buckets": "36,64"}, "aspect_ratio_buckets must have sides that are multiples of 8, got 36,64"),
+        ({"aspect_ratio_buckets": "36,64"}, "aspect_ratio_buckets must have sides that are multiples of 8, up to 8192"),
+        ({"aspect_ratio_buckets": "32,32;0,64"}, "up to 8192, got 0,64: correct it"),
+        ({"aspect_ratio_buckets": "32,99999992"}, "up to 8192, got 32,99999992: correct it"),
         ({"sample_prompts": "nowhere.txt"}, "sample_prompts nowhere.txt cannot be read (No such file"),
         ({"hub_model_id": "me/mug"}, "hub_model_id is for push_to_hub, got 'me/mug' without it: add the flag or drop"),
         ({"push_to_hub": True}, "push_to_hub needs an account on the hub, and no token is here: hf auth login"),

@@ -425,8 +425,8 @@ def test_an_invalid_token_is_refused(
 
 
 def test_a_tokenizer_that_does_not_load_is_reported_with_the_other_problems(config: TextualInversionConfig) -> None:
-    def fail(name: str) -> Any:
-        raise ModelError(f"{name} does not load")
+    def fail(config: TextualInversionConfig) -> Any:
+        raise ModelError(f"{config.pretrained_model_name_or_path} does not load")
 
     assert find_problems(replace(config, resolution=60), fail) == (
         "resolution must be a multiple of 8, got 60: try 64",

@@ -67,10 +67,10 @@ def test_a_folder_without_a_model_is_refused(image_folder: Path) -> None:
     assert "is no diffusers pipeline, it lacks model_index.json: name" in problem
 
 
-def test_a_single_file_is_refused_as_a_model(tmp_path: Path) -> None:
+def test_a_single_file_that_is_damaged_is_refused_as_a_model(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
     (problem,) = model_problems(str(tmp_path / "model.safetensors"))
-    assert "single file" in problem
+    assert "model.safetensors is damaged or no safetensors file" in problem
 
 
 @pytest.mark.parametrize("name", ["./sd15", "/no/such/model", "models/here/sd15", "sd15", "two words/x", "~/nowhere"])
@@ -83,8 +83,13 @@ def test_a_name_that_is_neither_a_folder_nor_a_hub_id_is_refused(
 
 
 @pytest.mark.parametrize("name", ["owner/model", "stable-diffusion-v1-5/stable-diffusion-v1-5", "a/b.c"])
-def test_a_hub_id_is_accepted(name: str) -> None:
-    assert model_problems(name) == []
+def test_a_hub_id_that_is_not_in_the_cache_needs_a_network(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    message = f"{name} is not in the cache and there is no network: connect once, or name a folder"
+    assert model_problems(name) == [message]
 
 
 def test_a_mistyped_path_like_a_hub_id_suggests_the_nearest_folder(

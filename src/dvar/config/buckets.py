@@ -6,6 +6,8 @@ import math
 import re
 
 AUTO = "auto"
+LARGEST = 8192
+"""The largest side of a named size, as of the square."""
 WIDEST = 2.0
 """The largest ratio of the sides of a bucket that is found automatically."""
 Size = tuple[int, int]
@@ -19,21 +21,34 @@ def list_buckets(text: str, resolution: int) -> tuple[Size, ...]:
     64, or of 16 below 512.
 
     Raises:
-        ValueError: It names no sizes.
+        ValueError: It names no sizes, or one that no model has.
     """
     if text != AUTO:
         if not re.fullmatch(r"\s*\d+\s*,\s*\d+\s*(;\s*\d+\s*,\s*\d+\s*)*", text):
             raise ValueError(f"aspect_ratio_buckets must be {AUTO}, or sizes such as 512,768;768,512, got {text!r}")
         pairs = (pair.split(",") for pair in text.split(";"))
-        return tuple(dict.fromkeys((int(height), int(width)) for height, width in pairs))
+        sizes = [(int(height), int(width)) for height, width in pairs]
+        for height, width in sizes:
+            if height % 8 or width % 8 or not 8 <= min(height, width) <= max(height, width) <= LARGEST:
+                message = f"aspect_ratio_buckets must have sides that are multiples of 8, up to {LARGEST}"
+                raise ValueError(f"{message}, got {height},{width}")
+        return tuple(dict.fromkeys(sizes))
     step = 64 if resolution >= 512 else 16
-    sizes = []
+    automatic: set[Size] = set()
     for width in range(step, math.floor(resolution * math.sqrt(WIDEST)) + 1, step):
         height = min(resolution * resolution // width // step * step, math.floor(width * WIDEST) // step * step)
         if height and max(width / height, height / width) <= WIDEST and height * width > resolution * resolution // 2:
-            sizes += [(height, width), (width, height)]
+            automatic |= {(height, width), (width, height)}
     square = resolution // 8 * 8
-    return tuple(sorted({*sizes, (square, square)}))
+    return tuple(sorted(automatic | {(square, square)}))
+
+
+def valid_buckets(text: str | None, resolution: int) -> tuple[Size, ...]:
+    """Return the sizes that ``text`` names; none where it names none, which `dvar.config.training.problems` reports."""
+    try:
+        return list_buckets(text, resolution) if text else ()
+    except ValueError:
+        return ()
 
 
 def nearest_bucket(size: Size, buckets: tuple[Size, ...]) -> Size:

@@ -228,7 +228,7 @@ class CustomDiffusionConfig(TrainingConfig):
         if initializer_given and len(self.initializer_tokens) != len(tokens):
             message = f"initializer_token must give one word for each of {token}, got {self.initializer_token}"
             yield {"initializer_token", "placeholder_token"}, f"{message}: join them by +, as in ktn+pll"
-        if self.quantize:
+        if self.quantize != "no":
             message = f"quantize freezes the weights that custom-diffusion trains, got {self.quantize}: drop it"
             yield {"quantize"}, message
         if self.concepts_list:

@@ -95,8 +95,8 @@ class TrainingConfig(ObjectiveConfig):
     allow_tf32: bool = setting(False, "Compute float32 in TensorFloat-32 on a GPU: faster, with a third of the digits.")
     gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass: less memory, more time.")
     attention_slicing: bool = setting(False, "Compute attention in slices: less memory, more time.")
-    quantize: Literal["nf4", "int8"] | None = setting(
-        None, "Keep the frozen denoising network in 4 or 8 bits, by bitsandbytes; nothing is by default."
+    quantize: Literal["no", "nf4", "int8"] = setting(
+        "no", "Bits of the frozen denoising network: 4 or 8, by bitsandbytes."
     )
     offload: bool = setting(False, "Have networks on the CPU while they are idle: less memory of a GPU, more time.")
     compile: bool = setting(False, "Compile the U-Net: minutes before the first step, then faster steps on a GPU.")
@@ -308,13 +308,9 @@ def _bucket_conflicts(config: TrainingConfig) -> Conflicts:
     if config.aspect_ratio_buckets is None:
         return
     try:
-        buckets = list_buckets(config.aspect_ratio_buckets, config.resolution)
+        list_buckets(config.aspect_ratio_buckets, config.resolution)
     except ValueError as error:
         yield names, f"{error}: correct it"
-        return
-    for height, width in buckets:
-        if not height or not width or height % 8 or width % 8:
-            yield names, f"aspect_ratio_buckets must have sides that are multiples of 8, got {height},{width}"
     if config.random_rescale:
         message = "aspect_ratio_buckets are for images that are shown whole, and random_rescale rescales squares"
         yield names, f"{message}: add --no-random_rescale"

@@ -131,7 +131,7 @@ def load_backbone(
     gradient_checkpointing: bool = False,
     attention_slicing: bool = False,
     compile: bool = False,
-    quantize: str | None = None,
+    quantize: str = "no",
     offload: bool = False,
 ) -> Backbone:
     """Return the base model in a diffusers folder, in a single file or behind a hub id.

@@ -63,11 +63,11 @@ def model_problems(model: str | ModelSource) -> list[str]:
     return [f"model {name} is neither a folder here nor a hub id: {remedy}"]
 
 
-def _option_problems(source: ModelSource, kind: str, known: Sequence[str]) -> list[str]:
+def _option_problems(source: ModelSource, kind: str, admitted: Sequence[str]) -> list[str]:
     """Return which options of where a model is are not for this kind of place."""
-    names = [name for name in ("revision", "variant", "single_file_config") if name not in known]
-    given = {name: getattr(source, name) for name in names if getattr(source, name)}
-    return [f"{name} is not for {kind}, got {value!r} with {source.name}: drop it" for name, value in given.items()]
+    names = [name for name in ("revision", "variant", "single_file_config") if name not in admitted]
+    options = {name: getattr(source, name) for name in names if getattr(source, name)}
+    return [f"{name} is not for {kind}, got {value!r} with {source.name}: drop it" for name, value in options.items()]
 
 
 def _file_problems(source: ModelSource) -> list[str]:

@@ -79,9 +79,8 @@ def find_kind(file: Path) -> FileKind:
         ModelError: It is of no known kind.
     """
     if file.suffix != ".safetensors":
-        message = f"{file} is a {file.suffix or 'file without a suffix'}"
-        remedy = "name a .safetensors file, a diffusers folder or a hub id"
-        raise ModelError(f"{message}, which may be a pickle and is never read: {remedy}")
+        message = f"{file} is no .safetensors file, and others, which may be pickles, are never read"
+        raise ModelError(f"{message}: name such a file, a diffusers folder or a hub id")
     header = read_header(file)
     if _UNET not in header:
         kind = (

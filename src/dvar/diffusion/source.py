@@ -17,7 +17,7 @@ CONFIG_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*/*.json", "*/*.txt", 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a base model is.
+    """The place of a base model.
 
     Attributes:
         name: A diffusers folder, a single .safetensors file, or a hub id.

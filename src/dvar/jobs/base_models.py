@@ -14,6 +14,9 @@ from dvar.training.personalise import load_base_model
 
 _LOADED_BY = (
     "pretrained_model_name_or_path",
+    "revision",
+    "variant",
+    "single_file_config",
     "mixed_precision",
     "gradient_checkpointing",
     "attention_slicing",
@@ -39,7 +42,8 @@ class BaseModels:
 
     def __call__(self, config: TrainingConfig) -> Backbone:
         """Return a copy of the base model of ``config``, untouched by any run before."""
-        if config.compile:  # a compiled network cannot be copied
+        # A compiled network cannot be copied, nor one whose weights have another form, or are not all in one place.
+        if config.compile or config.quantize != "no" or config.offload:
             return self.load(config)
         key = tuple(getattr(config, name) for name in _LOADED_BY)
         if self._model is None or key != self._key:

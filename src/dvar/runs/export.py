@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -16,14 +15,13 @@ from dvar.config.training import TrainingConfig
 from dvar.diffusion.backbone import load_backbone
 from dvar.diffusion.source import ModelSource
 from dvar.errors import RefusedInput
-from dvar.files import staged_folder
+from dvar.files import read_json, staged_folder
+from dvar.runs import kohya
 from dvar.runs.load_model import load_personalised_backbone, load_result, load_weights
 from dvar.training.loading_code import STABLE_DIFFUSION
 from dvar.training.publish import push_run, repository_problems
 from dvar.training.run_layout import CLIP_EMBEDS, EMBEDS, LORA, MODEL_CARD, weights_kind
 from dvar.training.weight_files import public_model_name, write_weights
-
-_KOHYA_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te"}
 
 
 def write_kohya_lora(run: str | Path, path: Path) -> Path:
@@ -36,7 +34,7 @@ def write_kohya_lora(run: str | Path, path: Path) -> Path:
     Raises:
         RefusedInput: The run has no LoRA or a damaged one, or ``path`` is not a new .safetensors file.
 
-    Source: the names and the `alpha` of each layer are those of kohya-ss/sd-scripts for Stable Diffusion 1.x and 2.x.
+    Source: the names and the `alpha` of each layer are those of kohya-ss/sd-scripts, as `dvar.runs.kohya` says.
     Deviates: diffusers' own converter writes the rank as alpha, whatever the alpha was.
     """
     config, result = load_result(run)
@@ -47,9 +45,9 @@ def write_kohya_lora(run: str | Path, path: Path) -> Path:
             f"or its {EMBEDS}, which ComfyUI and AUTOMATIC1111 read as it is"
         )
     family = result.get("family", STABLE_DIFFUSION)
-    if LORA in result["weights"] and family != STABLE_DIFFUSION:
+    if LORA in result["weights"] and family not in kohya.PREFIXES:
         problems.append(
-            f"--kohya knows the names of Stable Diffusion 1.x and 2.x alone, and {run} is of a {family}: "
+            f"--kohya knows the names of Stable Diffusion 1.x, 2.x and XL alone, and {run} is of a {family}: "
             f"use its {LORA}, which diffusers reads as it is"
         )
     if getattr(config, "use_dora", False):
@@ -65,9 +63,11 @@ def write_kohya_lora(run: str | Path, path: Path) -> Path:
         with safe_open(Path(run) / LORA, "pt") as file:
             metadata = dict(file.metadata())
         adapters = json.loads(metadata.pop(LORA_ADAPTER_METADATA_KEY))
-        parts = [part for part in _KOHYA_PREFIXES if f"{part}.lora_alpha" in adapters]
+        parts = [part for part in kohya.PREFIXES[family] if f"{part}.lora_alpha" in adapters]
         alphas = {part: float(adapters[f"{part}.lora_alpha"]) for part in parts}
-        tensors = _rename_for_kohya(lora, alphas)
+        unet = read_json(ModelSource.of(config).config_folder / "unet" / "config.json")
+        tensors = kohya.rename(lora, alphas, family, int(unet["layers_per_block"]))
+        metadata |= kohya.describe(config, family, int(adapters["unet.r"]), alphas["unet"], path.stem)
     except (ValueError, TypeError, KeyError) as error:
         message = f"{Path(run) / LORA} is not the LoRA that this run wrote ({error})"
         raise RefusedInput([f"{message}: restore it or train again"]) from error
@@ -166,20 +166,6 @@ def _append_vector(tokenizer: Any, encoder: Any, token: str, vectors: Tensor) ->
         old = encoder.to_logits
         encoder.to_logits = nn.Linear(old.in_features, len(tokenizer)).requires_grad_(False)
         encoder.to_logits.weight[: old.out_features], encoder.to_logits.bias[: old.out_features] = old.weight, old.bias
-
-
-def _rename_for_kohya(lora: Mapping[str, Tensor], alphas: Mapping[str, float]) -> dict[str, Tensor]:
-    """Return the matrices under kohya's names, and the alpha of each layer."""
-    tensors = {}
-    for name, matrix in lora.items():
-        part, _, rest = name.partition(".")
-        layer, _, side = rest.rpartition(".lora_")  # side: "A.weight" or "B.weight"
-        if part == "text_encoder" and not layer.startswith("text_model."):
-            layer = f"text_model.{layer}"  # its name before transformers 5, which all readers expect
-        layer = f"{_KOHYA_PREFIXES[part]}_{layer.replace('.', '_')}"
-        tensors[f"{layer}.lora_{'down' if side.startswith('A') else 'up'}.weight"] = matrix
-        tensors[f"{layer}.alpha"] = torch.tensor(alphas[part])
-    return tensors
 
 
 def _format_model_card(config: TrainingConfig) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from dvar.config.buckets import Size, list_buckets, nearest_bucket
+from dvar.config.buckets import Size, nearest_bucket, valid_buckets
 from dvar.config.training import TrainingConfig
 from dvar.errors import RefusedInput, nearest
 from dvar.files import check_regular, parse_json, read_json, read_text
@@ -313,26 +313,17 @@ def _read_folder(
     caption_files = [file for file in files if file.suffix.lower() == ".txt" or file.name == _METADATA]
     image_files = [file for file in files if file not in caption_files]
     images: dict[str, Image.Image] = {}
+    buckets = valid_buckets(config.aspect_ratio_buckets, config.resolution)
     if not image_files:
         problems.append(f"{source.prefix}instance_data_dir {folder} holds no images: put three to five there")
     for file in image_files:
         try:
-            images[file.name] = read_image(
-                file, config.resolution, crop=config.center_crop, buckets=_buckets_of(config)
-            )
+            images[file.name] = read_image(file, config.resolution, crop=config.center_crop, buckets=buckets)
         except RefusedInput as error:
             problems += [source.prefix + problem for problem in error.problems]
     rows, caption_problems = _read_rows(caption_files, [file.name for file in image_files], config.placeholder_tokens)
     problems += [source.prefix + problem for problem in caption_problems]
     return images, rows
-
-
-def _buckets_of(config: TrainingConfig) -> tuple[Size, ...]:
-    """Return the sizes of instance images; none where all are squares, or where the config names none that are."""
-    try:
-        return list_buckets(config.aspect_ratio_buckets, config.resolution) if config.aspect_ratio_buckets else ()
-    except ValueError:  # which `dvar.config.training.problems` reports
-        return ()
 
 
 def _visible_files(folder: Path) -> list[Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dvar.config.buckets import list_buckets
+from dvar.config.buckets import valid_buckets
 from dvar.config.training import TrainingConfig
 from dvar.diffusion.families import BackboneEntry, find_family
 from dvar.diffusion.source import ModelSource
@@ -48,11 +48,10 @@ def _setting_problems(config: TrainingConfig, family: BackboneEntry) -> Iterator
         multiple = family.multiple * max(1, round(config.resolution / family.multiple))
         message = f"resolution must be a multiple of {family.multiple} on a {family.title}, got {config.resolution}"
         yield f"{message}: try {multiple}"
-    if config.aspect_ratio_buckets:
-        for height, width in list_buckets(config.aspect_ratio_buckets, config.resolution):
-            if height % 8 == width % 8 == 0 and (height % family.multiple or width % family.multiple):
-                message = f"aspect_ratio_buckets must have multiples of {family.multiple} on a {family.title}"
-                yield f"{message}, got {height},{width}: correct it"
+    for height, width in valid_buckets(config.aspect_ratio_buckets, config.resolution):
+        if height % family.multiple or width % family.multiple:
+            message = f"aspect_ratio_buckets must have multiples of {family.multiple} on a {family.title}"
+            yield f"{message}, got {height},{width}: correct it"
     if config.snr_gamma and not family.is_unet:
         yield f"snr_gamma is for models that predict noise, and a {family.title} matches flows: use loss_weighting"
     if config.loss_weighting != "none" and family.is_unet:

@@ -11,8 +11,9 @@ _OPTIMIZERS = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}
 
 def problems(config: TrainingConfig) -> list[str]:
     """Return which packages of the optimizer, the quantised base and the tracker are not installed."""
-    quantize = _missing_package(f"quantize {config.quantize}", "bitsandbytes") if config.quantize else []
-    return [*optimizer_problems(config.optimizer), *quantize, *tracker_problems(config.report_to)]
+    quantised = config.quantize != "no"
+    base_problems = _missing_package(f"quantize {config.quantize}", "bitsandbytes") if quantised else []
+    return [*optimizer_problems(config.optimizer), *base_problems, *tracker_problems(config.report_to)]
 
 
 def optimizer_problems(name: str) -> list[str]:

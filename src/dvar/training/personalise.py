@@ -261,7 +261,7 @@ def _resource_errors(config: TrainingConfig) -> Iterator[None]:
         remedies = {
             "--gradient_checkpointing": not config.gradient_checkpointing,
             "--mixed_precision bf16": config.mixed_precision == "no",
-            "--quantize nf4": not config.quantize and config.method != "custom-diffusion",
+            "--quantize nf4": config.quantize == "no" and config.method != "custom-diffusion",
             "--offload": not config.offload,
             "--attention_slicing": not config.attention_slicing,
             "--train_batch_size 1 with --gradient_accumulation_steps": config.train_batch_size > 1,

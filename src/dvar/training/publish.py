@@ -42,8 +42,8 @@ def push_run(folder: Path, repository: str) -> str:
 def problems(config: TrainingConfig) -> list[str]:
     """Return what keeps the run of ``config`` from being pushed, as far as is known before it."""
     if not config.push_to_hub:
-        given = config.hub_model_id
-        return [f"hub_model_id is for push_to_hub, got {given!r} without it: add the flag or drop it"] if given else []
+        name = config.hub_model_id
+        return [f"hub_model_id is for push_to_hub, got {name!r} without it: add the flag or drop it"] if name else []
     return repository_problems(repository_of(config), "hub_model_id")
 
 

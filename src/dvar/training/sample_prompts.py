@@ -18,7 +18,7 @@ _KNOWN = {"n": "negative_prompt", "d": "seed"}
 
 @dataclass(frozen=True)
 class SamplePrompt:
-    """What a sample image is generated from.
+    """The texts and the seed of a sample image.
 
     Attributes:
         prompt: The prompt.

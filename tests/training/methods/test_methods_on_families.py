@@ -7,8 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionXLPipeline
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from dvar.config.methods import DreamBoothLoraConfig, TextualInversionConfig
@@ -16,6 +19,7 @@ from dvar.config.training import TrainingConfig
 from dvar.diffusion.backbone import load_backbone
 from dvar.errors import RefusedInput
 from dvar.runs.export import write_kohya_lora
+from dvar.runs.load_model import load_personalised_backbone
 from dvar.testing import (
     tiny_concept,
     tiny_flux_pipeline,
@@ -65,8 +69,42 @@ def test_the_names_of_kohya_are_those_of_stable_diffusion_alone(tmp_path: Path) 
     config = DreamBoothLoraConfig(instance_prompt="a photo of mug", instance_data_dir="images")
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     (tmp_path / "result.json").write_text(json.dumps({"weights": [LORA], "base_sha256": "", "family": "FLUX.1"}))
-    with pytest.raises(RefusedInput, match=r"--kohya knows the names of Stable Diffusion 1.x and 2.x alone, and"):
+    with pytest.raises(RefusedInput, match=r"--kohya knows the names of Stable Diffusion 1.x, 2.x and XL alone, and"):
         write_kohya_lora(tmp_path, tmp_path / "lora.safetensors")
+
+
+def test_a_kohya_file_of_xl_gives_stock_diffusers_the_image_of_the_run(images: Path, tmp_path: Path) -> None:
+    model = tiny_xl_pipeline(tmp_path / "model")
+    changes: dict[str, Any] = {"placeholder_token": None, "initializer_token": None, "lora_alpha": 2, "rank": 4}
+    changes |= {"instance_prompt": "a photo of mug", "train_text_encoder": True}
+    run = personalise(build_config(DreamBoothLoraConfig, model, images, tmp_path / "run", **changes)).folder
+    file = write_kohya_lora(run, tmp_path / "mug.safetensors")
+    tensors = load_file(file)
+    assert "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q.lora_down.weight" in tensors
+    assert "lora_unet_middle_block_1_transformer_blocks_0_attn2_to_k.lora_up.weight" in tensors
+    assert "lora_unet_output_blocks_3_1_transformer_blocks_0_attn2_to_v.alpha" in tensors
+    starts = {name.split("_text_model")[0] for name in tensors if name.startswith("lora_te")}
+    assert starts == {"lora_te1", "lora_te2"}
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    assert metadata["ss_network_dim"] == "4"
+    assert metadata["ss_network_alpha"] == "2"
+    assert metadata["ss_base_model_version"] == "sdxl_base_v1-0"
+    assert metadata["modelspec.trigger_phrase"] == "a photo of mug"
+    assert str(tmp_path) not in json.dumps(metadata)
+
+    def generate(pipeline: Any) -> Any:
+        generator = torch.Generator().manual_seed(3)
+        options = {"num_inference_steps": 2, "height": 32, "width": 32, "guidance_scale": 4.0}
+        return np.asarray(pipeline("a photo of mug", generator=generator, **options).images[0], dtype=np.int64)
+
+    ours = generate(load_personalised_backbone(run, device="cpu").pipeline())
+    stock = StableDiffusionXLPipeline.from_pretrained(model, add_watermarker=False)
+    base = generate(stock)
+    stock.load_lora_weights(file)
+    theirs = generate(stock)
+    assert np.abs(theirs - ours).max() <= 1
+    assert np.abs(theirs - base).max() > 1
 
 
 def test_a_language_model_learns_no_word_and_is_not_adapted(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ States = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class PromptCache:
-    """What frozen text encoders gave for prompts, so that they need not run again.
+    """Outputs of frozen text encoders for prompts, so that they need not run again.
 
     Attributes:
         states: The states of a caption, [1, ...] on the CPU, by the name of the encoder and the token ids.

@@ -115,7 +115,7 @@ class StockBackbone(ABC):
         gradient_checkpointing: bool = False,
         attention_slicing: bool = False,
         compile: bool = False,
-        quantize: str | None = None,
+        quantize: str = "no",
         offload: bool = False,
     ) -> Self:
         """Return the model in a diffusers folder, in a single file or behind a hub id.
@@ -147,7 +147,7 @@ class StockBackbone(ABC):
             backbone.check_values(source.name)
             digest = _digest(networks, backbone.noise)
             idle = torch.device("cpu") if offload else target
-            if quantize:
+            if quantize != "no":
                 quantize_linears(backbone.denoiser, quantize, precision, idle)
             for network in networks:  # each weight in its precision at once: a GPU need not hold them all in float32
                 backbone.convert(network).to(idle)

@@ -1,0 +1,87 @@
+"""Write docs/memory.md from the figures that benchmarks/memory.py measures: ``python docs/memory.py``."""
+
+# ruff: noqa: E501 (the prose of the page wraps as its other pages do, and a table does not)
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).parent
+GIB, BILLION = 2**30, 1e9
+NF4, INT8, HALF, FULL, ADAMW = 0.516, 1.0, 2.0, 4.0, 12.0
+"""Bytes of a weight: in 4 bits with the scales of its block, in 8, 16 and 32 bits; learned, with AdamW's two moments."""
+BESIDES = 1.0
+"""GiB for the runtime of the GPU and the half of the autoencoder that draws samples; assumed, not measured."""
+CARDS = (8, 12, 16, 24, 32, 48, 80)
+
+
+def train_gib(row: dict[str, Any], in_block: float) -> float:
+    """Return the GiB of a step whose frozen weights in blocks take ``in_block`` bytes each."""
+    frozen = row["in_blocks"] * in_block + (row["weights"] - row["in_blocks"]) * HALF
+    return float((frozen + row["learned"] * ADAMW) * BILLION / GIB + row["rest_gib"] + BESIDES)
+
+
+def encoders_gib(row: dict[str, Any]) -> tuple[float, float]:
+    """Return the GiB of all text encoders and of the largest, CLIPs in 32 bits and others in 16."""
+    sizes = [size * FULL for size in row["clips"]] + [size * HALF for size in row["frozen"]]
+    return sum(sizes) * BILLION / GIB, max(sizes) * BILLION / GIB
+
+
+def smallest_card(gib: float) -> str:
+    """Return the smallest usual card that has as much, with a tenth to spare."""
+    return next((f"{card}" for card in CARDS if gib * 1.1 <= card), f"over {CARDS[-1]}")
+
+
+def page() -> str:
+    """Return the page."""
+    rows = json.loads((DOCS / "memory.json").read_text(encoding="utf-8"))
+    by_key = {(row["model"], row["resolution"], row["checkpointing"]): row for row in rows}
+    lines = []
+    for name in dict.fromkeys(row["model"] for row in rows):
+        row = by_key[name, 512, True]
+        both, largest = encoders_gib(row)
+        cells = [name, f"{row['weights']:.1f}", f"{both:.1f} ({largest:.1f})"]
+        for resolution in (512, 1024):
+            thrifty, plain = (by_key[name, resolution, checkpointing] for checkpointing in (True, False))
+            cells += [f"{train_gib(plain, HALF):.1f}", f"{train_gib(thrifty, HALF):.1f}"]
+            cells += [f"{train_gib(thrifty, INT8):.1f}", f"{train_gib(thrifty, NF4):.1f}"]
+        cells.append(smallest_card(max(train_gib(by_key[name, 1024, True], NF4), largest + BESIDES)))
+        lines.append(f"| {' | '.join(cells)} |")
+    return TEXT.replace("{rows}", "\n".join(lines))
+
+
+TEXT = """# What memory a family needs
+
+*Estimates.* No GPU has measured them yet. Weights are counted from the configs of the models at full size; what a step
+needs beside them is the most bytes that are alive at once in a forward and a backward pass of the real networks over
+tensors that have shapes but no values (`python benchmarks/memory.py`); 1 GiB is assumed for the runtime of the GPU and
+half the autoencoder. A GPU's allocator and its kernels add to this, so leave a tenth free.
+
+GiB for `dvar train dreambooth-lora --mixed_precision bf16 --train_batch_size 1 --eval_batch_size 1` of rank 4, without a
+new word, at 512 and at 1,024 px: as it is; with `--gradient_checkpointing`; with `--quantize int8` or `nf4` besides. The
+last column is the smallest card, in GiB, for 1,024 px with `--gradient_checkpointing --quantize nf4 --offload`.
+
+| model | billion weights | text encoders (the largest) | 512 plain | checkpointing | int8 | nf4 | 1,024 plain | checkpointing | int8 | nf4 | card |
+|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|
+{rows}
+
+- **Text encoders** that train nothing read every prompt once, before the first step, and their weights are given up: in
+  training they take nothing. By default they are on the GPU together with the denoising network while they read, so the
+  start of a run needs the sum of both; with `--offload` one network at a time is there, which needs the figure in
+  brackets. The encoder half of the autoencoder goes in the same way. No loss and no image changes by this.
+- **A new word** keeps the encoders that learn it, which are CLIPs; T5 is given up all the same.
+- **Half precision.** Under `--mixed_precision bf16` the denoising network and the text encoders that learn no word have
+  their weights in bfloat16, and weights that are stored in 16 bits are loaded so. Under `fp16` those encoders stay in
+  float32, for T5 overflows in fp16.
+- **`--quantize nf4`** and `int8` convert the frozen linear layers in the blocks of the denoising network, by
+  bitsandbytes (`pip install 'dvar[quantize]'`), after their digest is taken. What is learned stays in float32, and its
+  files fit the whole model; `--merged` adds it to the whole model. Custom Diffusion trains these weights and is refused.
+- **Not in the table:** Latent Diffusion, whose autoencoder is built for 256 px; class images, which double the batch;
+  larger batches and held batches, which cost in proportion only what is over the weights.
+"""
+
+if __name__ == "__main__":
+    (DOCS / "memory.md").write_text(page(), encoding="utf-8")
+    print(DOCS / "memory.md")
