@@ -52,6 +52,8 @@ def test_the_page_of_performance_and_its_figure_are_current() -> None:
 def test_the_page_of_scale_is_current() -> None:
     scale = load_script("scale")
     assert (DOCS / "scale.md").read_text(encoding="utf-8") == scale.page(), "scale.md is old: make docs"
+
+
 def test_the_page_of_memory_is_current() -> None:
     assert load_script("memory").page() == (DOCS / "memory.md").read_text(encoding="utf-8"), (
         "memory.md is old: make docs"
