@@ -11,6 +11,7 @@ from dvar.diffusion.families import find_family
 from dvar.diffusion.source import ModelSource
 from dvar.diffusion.tokens import read_index
 from dvar.errors import ModelError, RefusedInput
+from dvar.files import read_text
 
 _OPTION = re.compile(r"\s--(\w+)\s+")
 _KNOWN = {"n": "negative_prompt", "d": "seed"}
@@ -41,7 +42,7 @@ def read_sample_prompts(config: TrainingConfig) -> tuple[SamplePrompt, ...]:
         return (SamplePrompt(config.sample_prompt),)
     file = Path(config.sample_prompts).expanduser()
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = read_text(file, "utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise RefusedInput([f"sample_prompts {file} cannot be read ({reason}): check the path"]) from error
