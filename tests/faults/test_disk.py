@@ -83,8 +83,11 @@ def run_with_failing_disk(config: TextualInversionConfig, kind: str, failing_cal
     """Run until disk access number ``failing_call`` fails, and return the disk."""
     with pytest.MonkeyPatch.context() as patch:
         disk = Disk(patch, kind, Path(config.output_dir), failing_call, full)
-        with pytest.raises(OutOfResources, match=r"No space left on device.*go on with --resume_from_checkpoint"):
+        with pytest.raises(OutOfResources, match=r"No space left on device.*make room or repair it, then ") as refused:
             personalise(config)
+    resumable = checkpoint_paths(Path(config.output_dir))
+    remedy = "go on with --resume_from_checkpoint latest" if resumable else "start the run again"
+    assert str(refused.value).endswith(remedy)
     return disk
 
 

@@ -66,7 +66,7 @@ def test_remedies_already_in_use_are_not_suggested(config: TextualInversionConfi
         change_losses_at(patch, 0, raise_cuda_out_of_memory)
         with pytest.raises(OutOfResources) as error:
             personalise(replace(settings, eval_batch_size=1))
-    assert str(error.value) == "the memory does not suffice: try a lower --resolution"
+    assert str(error.value) == "the memory does not suffice: try --quantize nf4, --offload"
 
 
 def test_an_unrelated_error_is_not_hidden(config: TextualInversionConfig) -> None:

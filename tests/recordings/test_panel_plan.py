@@ -132,8 +132,8 @@ def test_the_listing_says_what_is_there_and_what_is_left(tmp_path: Path, monkeyp
     (line,) = format_stages({stage: specs}, units)
     assert line.endswith(f"about {format_duration(0.1 * caps)} of one process left")
     (tmp_path / "seconds.json").write_text(json.dumps(units))
-    monkeypatch.setattr(sweep, "measure_methods", lambda specs: dict[str, object]() if not specs else None)
-    monkeypatch.setattr(sweep, "validate_recordings", lambda specs: None)
+    monkeypatch.setattr(sweep, "measure_methods", lambda specs, *_: dict[str, object]() if not specs else None)
+    monkeypatch.setattr(sweep, "validate_recordings", lambda *_: None)
     lines: list[str] = []
     plans = {stage: specs}
     sweep.record_missing(specs, lines.append, only_estimate=True, describe=lambda units: format_stages(plans, units))

@@ -52,9 +52,9 @@ def record_run(spec: RecordingSpec, consumers: Sequence[Consumer] = ()) -> Path:
         NonFiniteLoss: Training broke.
         KeyboardInterrupt: The process was asked to stop; the recording can go on.
     """
+    concept = spec.validate()
     with lock_folder(spec.folder), float32_arithmetic(spec.config.allow_tf32):
         torch.set_num_threads(spec.threads)
-        concept = spec.validate()
         scorer = load_scorer(spec, concept)
         if problem := spec.find_conflict():
             raise RefusedInput([problem])
