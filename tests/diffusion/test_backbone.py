@@ -20,6 +20,7 @@ from dvar.diffusion.devices import peak_memory
 from dvar.diffusion.families import BACKBONES, BackboneEntry
 from dvar.diffusion.objective import Encoded, denoising_loss, draw
 from dvar.diffusion.sampling import sample
+from dvar.diffusion.source import ModelSource
 from dvar.errors import ModelError
 from dvar.testing import (
     tiny_flux_pipeline,
@@ -218,8 +219,8 @@ def test_a_backbone_of_another_package_is_loaded_by_the_class_of_its_pipeline(
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "OtherPipeline"}))
     calls: list[Any] = []
 
-    def load(name: Path, **options: Any) -> Any:
-        calls.append((name, options["device"]))
+    def load(source: ModelSource, **options: Any) -> Any:
+        calls.append((source.name, options["device"]))
         return "a model"
 
     entry = BackboneEntry("OtherPipeline", "Other model", load, lambda name: "a tokenizer", ())
@@ -227,4 +228,4 @@ def test_a_backbone_of_another_package_is_loaded_by_the_class_of_its_pipeline(
     model: Any = load_backbone(tmp_path, device="cpu")
     assert model == "a model"
     assert load_tokenizer(tmp_path) == "a tokenizer"
-    assert calls == [(tmp_path, "cpu")]
+    assert calls == [(str(tmp_path), "cpu")]

@@ -31,7 +31,10 @@ from dvar.recordings.archive_file import write_traces
 from dvar.stopping.trace import Trace
 from dvar.training.personalise import personalise
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a system with named pipes")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a system with named pipes"),
+]
 
 CASES = 200
 SECONDS = 8.0  # of the processor, for the largest of them; a usual case takes a tenth of one
@@ -285,7 +288,6 @@ def _run(case: Case, workspace: Workspace) -> Answer:
 UNMENDED = "a refused `survey import` leaves a secret and an empty database of votes in the survey's folder"
 
 
-@pytest.mark.slow
 @pytest.mark.xfail(reason=UNMENDED, strict=False)
 @pytest.mark.parametrize("number", range(10))
 def test_random_commands_on_damaged_files_end_in_a_line_each(
