@@ -66,7 +66,7 @@ def test_no_value_is_left_on_the_cpu(save: object, tmp_path: Path, monkeypatch: 
     examples = Encoded(_moments(backbone, tmp_path), [backbone.tokenize(["a mug"])] * 4)
     draws = draw(examples, timesteps=1000, seed=0, stream="train", first=0, count=2)
     for network in backbone.modules:
-        network.to("meta")
+        network.to("meta").requires_grad_()  # what an encoder that does not train has read is kept by its values
     backbone = replace(backbone, workplace=torch.device("meta"))  # type: ignore[type-var]
     losses = denoising_loss(backbone.predict, draws.to(backbone.device), backbone.schedule)
     assert (losses.device.type, losses.shape, losses.dtype) == ("meta", (2,), torch.float32)
