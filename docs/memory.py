@@ -59,9 +59,9 @@ needs beside them is the most bytes that are alive at once in a forward and a ba
 tensors that have shapes but no values (`python benchmarks/memory.py`); 1 GiB is assumed for the runtime of the GPU and
 half the autoencoder. A GPU's allocator and its kernels add to this, so leave a tenth free.
 
-GiB for `dvar train dreambooth-lora --mixed_precision bf16 --train_batch_size 1 --eval_batch_size 1` of rank 4, without a
-new word, at 512 and at 1,024 px: as it is; with `--gradient_checkpointing`; with `--quantize int8` or `nf4` besides. The
-last column is the smallest card, in GiB, for 1,024 px with `--gradient_checkpointing --quantize nf4 --offload`.
+GiB for `dvar train dreambooth-lora --mixed_precision bf16 --train_batch_size 1 --eval_batch_size 1` of rank 4, without
+a new word, at 512 and at 1,024 px: as it is; with `--gradient_checkpointing`; with `--quantize int8` or `nf4` besides.
+The last column is the smallest card, in GiB, for 1,024 px with `--gradient_checkpointing --quantize nf4 --offload`.
 
 | model | billion weights | text encoders (the largest) | 512 plain | checkpointing | int8 | nf4 | 1,024 plain | checkpointing | int8 | nf4 | card |
 |---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|
@@ -77,7 +77,8 @@ last column is the smallest card, in GiB, for 1,024 px with `--gradient_checkpoi
   float32, for T5 overflows in fp16.
 - **`--quantize nf4`** and `int8` convert the frozen linear layers in the blocks of the denoising network, by
   bitsandbytes (`pip install 'dvar[quantize]'`), after their digest is taken. What is learned stays in float32, and its
-  files fit the whole model; `--merged` adds it to the whole model. Custom Diffusion trains these weights and is refused.
+  files fit the whole model; `--merged` adds it to the whole model. Custom Diffusion trains these weights and is
+  refused.
 - **Not in the table:** Latent Diffusion, whose autoencoder is built for 256 px; class images, which double the batch;
   larger batches and held batches, which cost in proportion only what is over the weights.
 """

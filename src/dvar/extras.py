@@ -11,6 +11,7 @@ EXTRAS = {
     "tensorboard": "tensorboard",
     "bitsandbytes": "optimizers",
     "prodigyopt": "optimizers",
+    "h11": "survey",
     "itsdangerous": "survey",
     "starlette": "survey",
     "uvicorn": "survey",

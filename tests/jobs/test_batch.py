@@ -89,7 +89,7 @@ def test_a_batch_as_a_function_yields_events_and_refuses_before_the_first(
     assert len(refused.value.problems) == 2
     events = list(package.batch([table], output_dir=str(tmp_path), workers=1, checkpoints="last"))
     assert [event.kind for event in events if event.kind != "progress"] == ["started", "done"]
-    assert events[1].facts == {"step": 0, "cap": 9}
+    assert events[1].facts.items() >= {"step": 0, "cap": 9}.items()
     assert [path.name for path in (tmp_path / "mug").glob("checkpoint-*")] == ["checkpoint-9"]
     assert list(package.batch([table], output_dir=str(tmp_path))) == []
 

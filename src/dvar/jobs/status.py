@@ -39,7 +39,7 @@ def read_status(job: Job) -> JobStatus:
         return JobStatus(
             job, "missing", {}, f"{rule} than the run in {folder}: give it another id, or move the run away"
         )
-    if saved is None and (result or read_run_json(folder, CONFIG)):
+    if saved is None and (result, read_run_json(folder, CONFIG)) != (None, None):
         rule = f"the folder of a job must be its own, and {folder} holds a run that no batch has started"
         return JobStatus(job, "missing", {}, f"{rule}: give {job.id} another id, or move the run away")
     if not result:

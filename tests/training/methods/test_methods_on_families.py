@@ -68,7 +68,9 @@ def build_config(kind: type[TrainingConfig], model: Path, images: Path, folder: 
 def test_the_names_of_kohya_are_those_of_stable_diffusion_alone(tmp_path: Path) -> None:
     config = DreamBoothLoraConfig(instance_prompt="a photo of mug", instance_data_dir="images")
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
-    (tmp_path / "result.json").write_text(json.dumps({"weights": [LORA], "base_sha256": "", "family": "FLUX.1"}))
+    result = {"verdict": {}, "steps": 1, "exported_step": 1, "seconds": {}, "weights": [LORA]}
+    result |= {"family": "FLUX.1", "base_sha256": ""}
+    (tmp_path / "result.json").write_text(json.dumps(result))
     with pytest.raises(RefusedInput, match=r"--kohya knows the names of Stable Diffusion 1.x, 2.x and XL alone, and"):
         write_kohya_lora(tmp_path, tmp_path / "lora.safetensors")
 
