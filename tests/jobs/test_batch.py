@@ -42,9 +42,14 @@ def list_kinds(events: list[JobEvent], job: str) -> list[str]:
 
 
 def train_alone(table: Table, folder: Path) -> Outcome:
-    """Return the outcome of a job that is trained without a batch."""
+    """Return the outcome of a job that is trained without a batch, on one thread, as workers train by default."""
     (job,) = read_jobs([table], BatchConfig(output_dir=str(folder)))
-    return Outcome.of(personalise(replace(job.config, output_dir=str(folder / "alone"))).folder)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # others round otherwise
+    try:
+        return Outcome.of(personalise(replace(job.config, output_dir=str(folder / "alone"))).folder)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_a_batch_is_its_runs_and_its_second_start_does_only_what_is_missing(
@@ -138,20 +143,7 @@ def test_a_full_disk_fails_the_jobs_with_the_reason_and_the_next_start_does_them
 def test_a_driver_that_is_killed_leaves_a_batch_that_goes_on(tiny_model: Path, concepts: Path, tmp_path: Path) -> None:
     tables = [tiny_table(tiny_model, concepts, name, max_train_steps=40) for name in ("ball", "mug")]
     path, out = write_toml(tmp_path / "jobs.toml", {}, tables), str(tmp_path / "out")
-    command = [
-        sys.executable,
-        "-m",
-        "dvar",
-        "batch",
-        str(path),
-        "--output_dir",
-        out,
-        "--workers",
-        "2",
-        "--threads",
-        "1",
-    ]
-    command += ["--json"]
+    command = [sys.executable, "-m", "dvar", "batch", str(path), "--output_dir", out, "--workers", "2", "--json"]
     driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert driver.stdout
     for line in driver.stdout:
@@ -159,15 +151,10 @@ def test_a_driver_that_is_killed_leaves_a_batch_that_goes_on(tiny_model: Path, c
             break
     driver.kill()
     driver.communicate()
-    _, summary = run_batch(path, output_dir=out, workers=2, threads=1)
+    _, summary = run_batch(path, output_dir=out, workers=2)
     assert summary["done"] == 2
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as each of two workers on two cores: other threads round otherwise
-    try:
-        for table in tables:
-            assert Outcome.of(tmp_path / "out" / table["id"]) == train_alone(table, tmp_path / f"{table['id']}-alone")
-    finally:
-        torch.set_num_threads(threads)
+    for table in tables:
+        assert Outcome.of(tmp_path / "out" / table["id"]) == train_alone(table, tmp_path / f"{table['id']}-alone")
 
 
 @pytest.mark.slow
