@@ -67,6 +67,9 @@ def main() -> None:
     if target != chosen.model:
         shutil.copytree(chosen.model, target, dirs_exist_ok=True)
     pipe.unet.half().save_pretrained(target / "unet")
+    config = target / "unet" / "config.json"  # which would name the folder that it was loaded from
+    settings = {key: value for key, value in json.loads(config.read_text()).items() if key != "_name_or_path"}
+    config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     recipe = target.parent / "recipe.json"
     if recipe.exists():
         made = json.loads(recipe.read_text())

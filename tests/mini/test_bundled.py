@@ -81,6 +81,12 @@ def test_the_figures_beside_the_weights_were_measured_on_these_weights() -> None
     assert digest in (HOME / "README.md").read_text(encoding="utf-8")
 
 
+def test_no_config_names_the_folder_that_a_model_was_made_in() -> None:
+    configs = sorted([*(HOME / "model").rglob("*.json"), *(HOME / "judges").rglob("*.json")])
+    assert configs
+    assert not [path for path in configs if json.loads(path.read_text(encoding="utf-8")).get("_name_or_path")]
+
+
 def test_all_that_ships_is_small() -> None:
     def megabytes(folder: Path) -> float:
         return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
