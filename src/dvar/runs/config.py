@@ -48,8 +48,8 @@ class ExportConfig(Config):
     )
     kohya: str | None = setting(
         None,
-        "New file, NAME.safetensors, for the LoRA of a dreambooth-lora run under the names that ComfyUI, AUTOMATIC1111 "
-        "and kohya's scripts read.",
+        "New file, NAME.safetensors, for the LoRA of a dreambooth-lora run under the names that ComfyUI and, of Stable "
+        "Diffusion 1.x, 2.x and XL, AUTOMATIC1111 and kohya's scripts read.",
     )
     push_to_hub: str | None = setting(
         None, "Id on the hub, as owner/name, to upload the weights, the model card and the samples to."

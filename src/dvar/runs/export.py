@@ -25,7 +25,7 @@ from dvar.training.weight_files import public_model_name, write_weights
 
 
 def write_kohya_lora(run: str | Path, path: Path) -> Path:
-    """Write the LoRA of a finished run with the tensor names of kohya's scripts, and return its path.
+    """Write the LoRA of a finished run with the tensor names of kohya's scripts and ComfyUI, and return its path.
 
     Args:
         run: Folder of a finished run.
@@ -34,7 +34,7 @@ def write_kohya_lora(run: str | Path, path: Path) -> Path:
     Raises:
         RefusedInput: The run has no LoRA or a damaged one, or ``path`` is not a new .safetensors file.
 
-    Source: the names and the `alpha` of each layer are those of kohya-ss/sd-scripts, as `dvar.runs.kohya` says.
+    Source: the names and the `alpha` of each layer are those that `dvar.runs.kohya.rename` says.
     Deviates: diffusers' own converter writes the rank as alpha, whatever the alpha was.
     """
     config, result = load_result(run)
@@ -45,9 +45,9 @@ def write_kohya_lora(run: str | Path, path: Path) -> Path:
             f"or its {EMBEDS}, which ComfyUI and AUTOMATIC1111 read as it is"
         )
     family = result.get("family", STABLE_DIFFUSION)
-    if LORA in result["weights"] and family not in kohya.PREFIXES:
+    if LORA in result["weights"] and family not in kohya.FORMATS:
         problems.append(
-            f"--kohya knows the names of Stable Diffusion 1.x, 2.x and XL alone, and {run} is of a {family}: "
+            f"--kohya knows the names of {', '.join(kohya.FORMATS)} alone, and {run} is of a {family}: "
             f"use its {LORA}, which diffusers reads as it is"
         )
     if getattr(config, "use_dora", False):
@@ -63,12 +63,12 @@ def write_kohya_lora(run: str | Path, path: Path) -> Path:
         with safe_open(Path(run) / LORA, "pt") as file:
             metadata = dict(file.metadata())
         adapters = json.loads(metadata.pop(LORA_ADAPTER_METADATA_KEY))
-        parts = [part for part in kohya.PREFIXES[family] if f"{part}.lora_alpha" in adapters]
+        parts = [part for part in kohya.FORMATS[family].prefixes if f"{part}.lora_alpha" in adapters]
         alphas = {part: float(adapters[f"{part}.lora_alpha"]) for part in parts}
-        unet = read_json(ModelSource.of(config).config_folder / "unet" / "config.json")
-        tensors = kohya.rename(lora, alphas, family, int(unet["layers_per_block"]))
-        metadata |= kohya.describe(config, family, int(adapters["unet.r"]), alphas["unet"], path.stem)
-    except (ValueError, TypeError, KeyError) as error:
+        denoiser = read_json(ModelSource.of(config).config_folder / parts[0] / "config.json", dict)
+        tensors = kohya.rename(lora, alphas, family, denoiser)
+        metadata |= kohya.describe(config, family, int(adapters[f"{parts[0]}.r"]), alphas[parts[0]], path.stem)
+    except (ValueError, TypeError, LookupError) as error:
         message = f"{Path(run) / LORA} is not the LoRA that this run wrote ({error})"
         raise RefusedInput([f"{message}: restore it or train again"]) from error
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,9 @@ KLEIN_LAYERS = 27
 """The layer of its text encoder up to which the stock pipeline of FLUX.2 klein reads."""
 
 
-def tiny_flux_pipeline(folder: str | Path, *, resolution: int = 32, seed: int = 0, guidance: bool = True) -> Path:
+def tiny_flux_pipeline(
+    folder: str | Path, *, resolution: int = 32, seed: int = 0, guidance: bool = True, single_layers: int = 1
+) -> Path:
     """Save a random `FluxPipeline` to ``folder`` and return the folder: see `tiny_pipeline`.
 
     Args:
@@ -27,6 +29,7 @@ def tiny_flux_pipeline(folder: str | Path, *, resolution: int = 32, seed: int = 
         resolution: Side of its images in pixels, a multiple of 16.
         seed: Seed of the weights.
         guidance: Whether its transformer reads the guidance as an input, as that of FLUX.1 dev.
+        single_layers: Blocks of its transformer that read image and text as one.
     """
     import torch
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
@@ -38,7 +41,7 @@ def tiny_flux_pipeline(folder: str | Path, *, resolution: int = 32, seed: int = 
             patch_size=1,
             in_channels=16,
             num_layers=1,
-            num_single_layers=1,
+            num_single_layers=single_layers,
             attention_head_dim=16,
             num_attention_heads=2,
             joint_attention_dim=32,

@@ -31,7 +31,6 @@ from dvar.testing import (
 from dvar.training.methods.dreambooth_lora import DreamBoothLora
 from dvar.training.methods.textual_inversion import TextualInversion
 from dvar.training.personalise import personalise
-from dvar.training.run_layout import LORA
 
 MODELS: dict[str, Callable[..., Path]] = {"xl": tiny_xl_pipeline, "sd3": tiny_sd3_pipeline}
 
@@ -63,16 +62,6 @@ def build_config(kind: type[TrainingConfig], model: Path, images: Path, folder: 
         "output_dir": str(folder),
     }
     return kind(**{**shared, **changes})
-
-
-def test_the_names_of_kohya_are_those_of_stable_diffusion_alone(tmp_path: Path) -> None:
-    config = DreamBoothLoraConfig(instance_prompt="a photo of mug", instance_data_dir="images")
-    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
-    result = {"verdict": {}, "steps": 1, "exported_step": 1, "seconds": {}, "weights": [LORA]}
-    result |= {"family": "FLUX.1", "base_sha256": ""}
-    (tmp_path / "result.json").write_text(json.dumps(result))
-    with pytest.raises(RefusedInput, match=r"--kohya knows the names of Stable Diffusion 1.x, 2.x and XL alone, and"):
-        write_kohya_lora(tmp_path, tmp_path / "lora.safetensors")
 
 
 def test_a_kohya_file_of_xl_gives_stock_diffusers_the_image_of_the_run(images: Path, tmp_path: Path) -> None:
