@@ -7,24 +7,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dvar.config.methods import DreamBoothLoraConfig
+from dvar.cli.main import main
+from dvar.config.methods import CustomDiffusionConfig, DreamBoothLoraConfig
 from dvar.diffusion.backbone import load_backbone
 from dvar.diffusion.backbones.stock import StockBackbone
 from dvar.diffusion.loading import stored_dtypes
 from dvar.diffusion.sampling import rehearse
 from dvar.errors import RefusedInput
-from dvar.runs.load_model import load_personalised_backbone
+from dvar.runs.export import write_merged_pipeline
+from dvar.runs.load_model import load_personalised_backbone, loading_options
 from dvar.testing import tiny_flux_pipeline, tiny_klein_pipeline, tiny_pipeline, tiny_xl_pipeline
 from dvar.training.methods.dreambooth_lora import DreamBoothLora
 from dvar.training.methods.textual_inversion import TextualInversion
 from dvar.training.personalise import personalise
 
 KINDS = ("nf4", "int8")
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 Save = Callable[..., Path]
 
 
@@ -100,8 +105,68 @@ def test_a_run_on_a_quantised_base_learns_and_its_lora_fits_the_whole_one(
     assert change > 1e-4
 
 
+def pixels(path: Path) -> Any:
+    with Image.open(path) as image:
+        return np.asarray(image, dtype=np.int64)
+
+
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("no", marks=pytest.mark.slow)])
+def test_a_run_generates_in_its_own_precision_and_bits_or_in_others(
+    precision: str, tiny_model: Path, tiny_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    changes: dict[str, Any] = {"quantize": "nf4", "mixed_precision": precision}
+    config = DreamBoothLoraConfig(
+        pretrained_model_name_or_path=str(tiny_model),
+        instance_data_dir=str(tiny_images),
+        instance_prompt="a photo of mug",
+        resolution=32,
+        max_train_steps=9,
+        window=8,
+        threshold=1e-9,
+        num_inference_steps=2,
+        num_validation_images=1,
+        output_dir=str(tmp_path / "run"),
+        **changes,
+    )
+    run = personalise(config).folder
+    sample = pixels(run / "samples" / "step-000009" / "00.png")
+    command = ["generate", str(run), "--prompt", "a photo of mug", "--num_images", "1"]
+    images = []
+    for flags in ([], ["--quantize", "no", "--mixed_precision", "no", "--no_offload"], ["--offload"]):
+        capsys.readouterr()
+        assert main([*command, *flags]) == 0
+        images.append(pixels(Path(capsys.readouterr().out.strip())))
+    assert np.array_equal(images[0], sample)
+    assert np.array_equal(images[2], sample)
+    assert not np.array_equal(images[1], sample)
+    own = load_personalised_backbone(run, device="cpu", **loading_options(config))
+    assert "Linear4bit" in {type(layer).__name__ for layer in own.denoiser.modules()}
+    assert next(part.dtype for name, part in own.denoiser.named_parameters() if name.startswith("conv_in")) == (
+        torch.bfloat16 if precision == "bf16" else torch.float32
+    )
+    merged = {
+        kind: load_file(write_merged_pipeline(run, tmp_path / str(kind), kind) / "unet" / WEIGHTS)
+        for kind in (None, "no")
+    }
+    dtypes = {kind: {part.dtype for part in tensors.values()} for kind, tensors in merged.items()}
+    assert dtypes == {None: {torch.bfloat16 if precision == "bf16" else torch.float32}, "no": {torch.float32}}
+
+
+def test_weights_of_custom_diffusion_are_not_quantised_to_generate(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RefusedInput, match="quantize freezes the weights that custom-diffusion trains, got nf4: drop"):
+        loading_options(CustomDiffusionConfig(class_noun="mug"), quantize="nf4")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RefusedInput, match="quantize int8 needs the package bitsandbytes, which is not installed"):
+        loading_options(DreamBoothLoraConfig(quantize="int8"))
+    assert loading_options(DreamBoothLoraConfig(quantize="int8", offload=True), "bf16", "no") == {
+        "mixed_precision": "bf16",
+        "quantize": "no",
+        "offload": True,
+    }
+
+
 def test_what_custom_diffusion_trains_cannot_be_quantised(tiny_images: Path, tmp_path: Path) -> None:
-    from dvar.config.methods import CustomDiffusionConfig
     from dvar.training.preflight import preflight
 
     config = CustomDiffusionConfig(instance_data_dir=str(tiny_images), class_noun="mug", quantize="nf4", resolution=32)

@@ -44,6 +44,12 @@ def test_settings_are_refused_by_name_and_all_at_once() -> None:
         "prompt is missing: give --prompt the text of the images, with the learned word in it",
     ]
     assert problems(ExportConfig()) == ["export needs --merged, --kohya or --push_to_hub, got none: name what to write"]
+    assert problems(ExportConfig(kohya="lora.safetensors", mixed_precision="bf16")) == [
+        "mixed_precision is for a pipeline, got bf16 without --merged: drop it"
+    ]
+    assert problems(GenerateConfig(prompt="a mug", quantize="int4")) == [  # type: ignore[arg-type]
+        "quantize must be one of no, nf4, int8, got 'int4'"
+    ]
     assert problems(ReportConfig(output="report.pdf")) == ["output must end in .html, got 'report.pdf': name a page"]
 
 

@@ -239,7 +239,7 @@ def test_missing_images_are_generated_by_both_runs(tmp_path: Path, monkeypatch: 
     runs = [write_run_with_images(tmp_path / name, seed, scenes=()) for seed, name in enumerate(("stopped", "full"))]
     (tmp_path / "scenes.txt").write_text("on the moon\n\nby the sea\n")
     calls = []
-    personalised = SimpleNamespace(load_personalised_backbone=lambda folder: folder)
+    personalised = SimpleNamespace(load_personalised_backbone=lambda folder: folder, loading_options=lambda *_: {})
     monkeypatch.setitem(sys.modules, "dvar.runs.load_model", personalised)
 
     def sample(folder: Path, prompts: list[str], seeds: list[int], **_: object) -> list[Image.Image]:

@@ -98,7 +98,7 @@ def _flag(
         name=[f"--{name}" for name in names],
         help=field.metadata["help"],
         group=group,
-        negative=[f"--no_{field.name}"] if hint is bool else (),
+        negative=[f"--no_{field.name}"] if _holds(hint, bool) else (),
         converter=convert_numbers if _holds(hint, int) or _holds(hint, float) else None,
         consume_multiple=several,
         show_default=False if default is None or default is False else _format_default,

@@ -31,6 +31,9 @@ def generate(run: Path, /, **flags: Any) -> int:
         guidance_scale=config.guidance_scale,
         num_inference_steps=config.num_inference_steps,
         scheduler=config.scheduler,
+        mixed_precision=config.mixed_precision,
+        quantize=config.quantize,
+        offload=config.offload,
     )
     for image in images:
         print(image.path)
@@ -53,7 +56,7 @@ def export(run: Path, /, **flags: Any) -> int:
     if config.kohya:
         print(write_kohya_lora(run, Path(config.kohya)))
     if config.merged:
-        print(write_merged_pipeline(run, Path(config.merged)))
+        print(write_merged_pipeline(run, Path(config.merged), config.mixed_precision))
     if config.push_to_hub:
         print(push_finished_run(run, config.push_to_hub))
     return 0

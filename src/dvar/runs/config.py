@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from dvar.config.fields import (
     COUNT,
@@ -37,6 +38,15 @@ class GenerateConfig(Config):
     num_inference_steps: int | None = setting(None, "Denoising steps; the run's own by default.", SAMPLING_STEPS)
     scheduler: Sampler | None = setting(None, "Scheduler that samples; the run's own by default.")
     output: str | None = setting(None, "Folder for the images; 'generated' in the run's folder by default.")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = setting(
+        None, "Arithmetic of the model; the run's own by default.", section="Memory"
+    )
+    quantize: Literal["no", "nf4", "int8"] | None = setting(
+        None, "Bits of the denoising network; the run's own by default."
+    )
+    offload: bool | None = setting(
+        None, "Have networks on the CPU while they are idle, or with --no_offload not; the run's own by default."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +60,9 @@ class ExportConfig(Config):
         None,
         "New file, NAME.safetensors, for the LoRA of a dreambooth-lora run under the names that ComfyUI and, of Stable "
         "Diffusion 1.x, 2.x and XL, AUTOMATIC1111 and kohya's scripts read.",
+    )
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = setting(
+        None, "Precision of the merged pipeline; the run's own by default, and float32 with 'no'."
     )
     push_to_hub: str | None = setting(
         None, "Id on the hub, as owner/name, to upload the weights, the model card and the samples to."
@@ -131,6 +144,8 @@ def problems(config: RunsConfig) -> list[str]:
             messages.append("prompt is missing: give --prompt the text of the images, with the learned word in it")
         case ExportConfig(merged=None, kohya=None, push_to_hub=None):
             messages.append("export needs --merged, --kohya or --push_to_hub, got none: name what to write")
+        case ExportConfig(merged=None, mixed_precision=str(precision)):
+            messages.append(f"mixed_precision is for a pipeline, got {precision} without --merged: drop it")
         case ReportConfig(output=str(output)) if not output.endswith(".html"):
             messages.append(f"output must end in .html, got {output!r}: name a page")
         case ReplayConfig(output=str(output)) if Path(output).suffix not in (".svg", ".html"):

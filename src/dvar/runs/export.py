@@ -17,7 +17,7 @@ from dvar.diffusion.source import ModelSource
 from dvar.errors import RefusedInput
 from dvar.files import read_json, staged_folder
 from dvar.runs import kohya
-from dvar.runs.load_model import load_personalised_backbone, load_result, load_weights
+from dvar.runs.load_model import load_personalised_backbone, load_result, load_weights, loading_options
 from dvar.training.loading_code import STABLE_DIFFUSION
 from dvar.training.publish import push_run, repository_problems
 from dvar.training.run_layout import CLIP_EMBEDS, EMBEDS, LORA, MODEL_CARD, weights_kind
@@ -76,14 +76,16 @@ def write_kohya_lora(run: str | Path, path: Path) -> Path:
     return path
 
 
-def write_merged_pipeline(run: str | Path, folder: Path) -> Path:
-    """Write the base model with everything a finished run learned as one float32 pipeline, and return its folder.
+def write_merged_pipeline(run: str | Path, folder: Path, mixed_precision: str | None = None) -> Path:
+    """Write the base model with everything a finished run learned as one pipeline, and return its folder.
 
-    Placeholder tokens are part of its vocabulary, so a prompt needs no preparation.
+    Placeholder tokens are part of its vocabulary, so a prompt needs no preparation. A base that the run quantised is
+    written whole.
 
     Args:
         run: Folder of a finished run.
         folder: A new folder.
+        mixed_precision: The precision of the networks, as the run loads them under it; the run's own by default.
 
     Raises:
         RefusedInput: ``folder`` exists, or the weights of the run are damaged.
@@ -95,8 +97,9 @@ def write_merged_pipeline(run: str | Path, folder: Path) -> Path:
     # Loaded before diffusers sees the folder, which might read a pickle in place of a missing safetensors file, and
     # would leave out what does not fit without a word.
     weights = load_weights(Path(run), result["weights"])
-    load_personalised_backbone(run, device="cpu")
-    pipeline = load_backbone(ModelSource.of(config), device="cpu").pipeline()
+    options = loading_options(config, mixed_precision, quantize="no", offload=False)
+    load_personalised_backbone(run, device="cpu", **options)
+    pipeline = load_backbone(ModelSource.of(config), device="cpu", **options).pipeline()
     for name, tensors in zip(result["weights"], weights, strict=True):
         kind = weights_kind(name)
         if kind == EMBEDS:

@@ -89,6 +89,9 @@ def generate_images(
     guidance_scale: float | None = None,
     num_inference_steps: int | None = None,
     scheduler: Sampler | None = None,
+    mixed_precision: str | None = None,
+    quantize: str | None = None,
+    offload: bool | None = None,
 ) -> tuple[GeneratedImage, ...]:
     """Generate one image for each prompt and seed with the model of a finished run, and list them beside the images.
 
@@ -100,16 +103,20 @@ def generate_images(
         guidance_scale: Scale of classifier-free guidance; the run's own by default.
         num_inference_steps: Denoising steps; the run's own by default.
         scheduler: The scheduler; the run's own by default.
+        mixed_precision: The arithmetic of the model; the run's own by default.
+        quantize: The bits of its denoising network; the run's own by default.
+        offload: Whether networks are on the CPU while they are idle; the run's own choice by default.
 
     Raises:
-        RefusedInput: The run has not finished.
+        RefusedInput: The run has not finished, or its model cannot be quantised here.
         ModelError: Its base model cannot be loaded.
     """
     from dvar.diffusion.devices import float32_arithmetic
     from dvar.diffusion.sampling import sample
-    from dvar.runs.load_model import load_personalised_backbone
+    from dvar.runs.load_model import load_personalised_backbone, loading_options
 
-    backbone: Backbone = load_personalised_backbone(run.folder)
+    options = loading_options(run.settings, mixed_precision, quantize, offload)
+    backbone: Backbone = load_personalised_backbone(run.folder, **options)
     steps = num_inference_steps or run.settings.num_inference_steps
     guidance = float(run.settings.guidance_scale if guidance_scale is None else guidance_scale)
     scheduler = scheduler or run.settings.validation_scheduler

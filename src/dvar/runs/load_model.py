@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from dvar.errors import RefusedInput
 from dvar.files import read_json
 from dvar.training.checkpoint import Checkpoint, validate_run_facts
 from dvar.training.methods.registry import build_method, config_from_dict
+from dvar.training.packages import quantize_problems
 from dvar.training.run_layout import CONFIG, RESULT, WEIGHTS, checkpoint_name
 from dvar.training.run_schemas import RESULT as RESULT_SCHEMA
 
@@ -61,6 +63,31 @@ def load_personalised_backbone(folder: str | Path, *, step: int | None = None, *
         mismatch = f"the weights in {folder} do not fit its {CONFIG} ({error})"
         raise RefusedInput([f"{mismatch}: restore them or train again"]) from error
     return backbone
+
+
+def loading_options(
+    config: TrainingConfig,
+    mixed_precision: str | None = None,
+    quantize: str | None = None,
+    offload: bool | None = None,
+) -> dict[str, Any]:
+    """Return the options of `Backbone.load` by which the model of a run is loaded as the run itself had it.
+
+    Args:
+        config: The config of the run.
+        mixed_precision: The arithmetic instead of the run's own.
+        quantize: The bits of the denoising network instead of the run's own.
+        offload: Whether networks are on the CPU while they are idle, instead of the run's own choice.
+
+    Raises:
+        RefusedInput: The weights of this method cannot be quantised, or the package for it is not installed.
+    """
+    given: dict[str, Any] = {"mixed_precision": mixed_precision, "quantize": quantize, "offload": offload}
+    changed = replace(config, **{name: value for name, value in given.items() if value is not None})
+    refusals = [message for names, message in changed.conflicts() if "quantize" in names]
+    if problems := refusals or quantize_problems(changed.quantize):
+        raise RefusedInput(problems)
+    return {name: getattr(changed, name) for name in given}
 
 
 def load_result(folder: str | Path) -> tuple[TrainingConfig, dict[str, Any]]:

@@ -11,9 +11,16 @@ _OPTIMIZERS = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}
 
 def problems(config: TrainingConfig) -> list[str]:
     """Return which packages of the optimizer, the quantised base and the tracker are not installed."""
-    quantised = config.quantize != "no"
-    base_problems = _missing_package(f"quantize {config.quantize}", "bitsandbytes") if quantised else []
-    return [*optimizer_problems(config.optimizer), *base_problems, *tracker_problems(config.report_to)]
+    return [
+        *optimizer_problems(config.optimizer),
+        *quantize_problems(config.quantize),
+        *tracker_problems(config.report_to),
+    ]
+
+
+def quantize_problems(kind: str) -> list[str]:
+    """Return what is missing for a quantised base."""
+    return [] if kind == "no" else _missing_package(f"quantize {kind}", "bitsandbytes")
 
 
 def optimizer_problems(name: str) -> list[str]:
