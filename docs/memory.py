@@ -79,6 +79,10 @@ The last column is the smallest card, in GiB, for 1,024 px with `--gradient_chec
   bitsandbytes (`pip install 'dvar[quantize]'`), after their digest is taken. What is learned stays in float32, and its
   files fit the whole model; `--merged` adds it to the whole model. Custom Diffusion trains these weights and is
   refused.
+- **`dvar generate`** loads the model as the run had it: in its precision, with its bits and with `--offload`, so that
+  what has trained generates too, and a sample of the run can be repeated bit for bit. It needs what the start of a run
+  needs. `--mixed_precision`, `--quantize` and `--offload` or `--no_offload` change that. `dvar export --merged` writes
+  the whole model in the run's precision, in float32 with `--mixed_precision no`, and works on the CPU.
 - **Not in the table:** Latent Diffusion, whose autoencoder is built for 256 px; class images, which double the batch;
   larger batches and held batches, which cost in proportion only what is over the weights.
 """

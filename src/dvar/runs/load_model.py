@@ -82,12 +82,12 @@ def loading_options(
     Raises:
         RefusedInput: The weights of this method cannot be quantised, or the package for it is not installed.
     """
-    given: dict[str, Any] = {"mixed_precision": mixed_precision, "quantize": quantize, "offload": offload}
-    changed = replace(config, **{name: value for name, value in given.items() if value is not None})
+    overrides: dict[str, Any] = {"mixed_precision": mixed_precision, "quantize": quantize, "offload": offload}
+    changed = replace(config, **{name: value for name, value in overrides.items() if value is not None})
     refusals = [message for names, message in changed.conflicts() if "quantize" in names]
     if problems := refusals or quantize_problems(changed.quantize):
         raise RefusedInput(problems)
-    return {name: getattr(changed, name) for name in given}
+    return {name: getattr(changed, name) for name in overrides}
 
 
 def load_result(folder: str | Path) -> tuple[TrainingConfig, dict[str, Any]]:
