@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+import socket
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from dvar.survey.config import SurveyBuildConfig, SurveyScoreConfig, problems
 from dvar.survey.crowdsourcing import import_answers, write_tasks
 from dvar.survey.result_page import write_result_page
 from dvar.survey.scoring import score_votes
-from dvar.survey.server import read_secret
+from dvar.survey.secret import read_secret
 from dvar.survey.simulated_votes import Preferences, SimulatedRater, Truth, imagine_survey, simulate_votes, split_share
 from dvar.survey.statistics import (
     clustered_interval,
@@ -300,7 +301,7 @@ def write_answers(path: Path, table: list[dict[str, str]], names: tuple[str, str
 def test_answers_of_a_platform_come_back_as_votes(tmp_path: Path, names: tuple[str, str, str], delimiter: str) -> None:
     folder, survey = build_small_survey(tmp_path)
     table = tmp_path / "tasks.csv"
-    count = write_tasks(folder, table, "customization", KEY, "https://a.example/pictures/")
+    count = write_tasks(folder, table, "customization", "https://a.example/pictures/")
     listed = read_rows(table)
     assert count == len(listed)
     pairs = [row for row in listed if row["role"] == "pair"]
@@ -312,8 +313,8 @@ def test_answers_of_a_platform_come_back_as_votes(tmp_path: Path, names: tuple[s
     assert all(row["description"].startswith("a photo of the object ") for row in listed)
     path = write_answers(tmp_path / "answers", listed, names, delimiter)
     answer_count = 2 * len(select_one_row_per_task(listed))
-    assert import_answers(folder, path, KEY) == (answer_count, 0)
-    assert import_answers(folder, path, KEY) == (0, answer_count), "read again, nothing is counted twice"
+    assert import_answers(folder, path) == (answer_count, 0)
+    assert import_answers(folder, path) == (0, answer_count), "read again, nothing is counted twice"
     counted = VoteStore(folder / VOTES_FILE, survey).load_votes()
     assert len(counted) == answer_count
     assert len({row["ticket"] for row in listed}) == len(listed)
@@ -328,8 +329,10 @@ def test_neither_a_ticket_nor_its_row_reveals_the_role_of_a_task(tmp_path: Path)
     folder, survey = build_small_survey(tmp_path)
     tickets = dict[str, list[str]]()
     for secret in (KEY, "o" * 40):
-        write_tasks(folder, tmp_path / f"{secret}.csv", "customization", secret, "https://a.example")
-        tickets[secret] = [row["ticket"] for row in read_rows(tmp_path / f"{secret}.csv")]
+        (tmp_path / "secret").write_text(secret)
+        path = tmp_path / f"{secret}.csv"
+        write_tasks(folder, path, "customization", "https://a.example", str(tmp_path / "secret"))
+        tickets[secret] = [row["ticket"] for row in read_rows(path)]
         assert tickets[secret] == sorted(set(tickets[secret])), "in no order of roles"
         assert all(re.fullmatch("[0-9a-f]{32}", ticket) for ticket in tickets[secret])
     assert not set(tickets[KEY]) & set(tickets["o" * 40])
@@ -338,15 +341,15 @@ def test_neither_a_ticket_nor_its_row_reveals_the_role_of_a_task(tmp_path: Path)
 
 def test_an_odd_overlap_is_split_as_evenly_as_possible(tmp_path: Path) -> None:
     folder, survey = build_small_survey(tmp_path, overlap=3)
-    write_tasks(folder, tmp_path / "tasks.csv", "reconstruction", KEY, "https://a.example")
+    write_tasks(folder, tmp_path / "tasks.csv", "reconstruction", "https://a.example")
     raters = [int(row["people"]) for row in read_rows(tmp_path / "tasks.csv") if row["role"] == "pair"]
     assert sorted(raters) == [1, 1, 2, 2] == sorted([1, 2] * len(survey.select("reconstruction", "pair")))
 
 
 def test_a_table_with_wrong_rows_is_refused_as_a_whole(tmp_path: Path) -> None:
-    folder, survey = build_small_survey(tmp_path)
+    folder, _ = build_small_survey(tmp_path)
     table = tmp_path / "tasks.csv"
-    write_tasks(folder, table, "customization", KEY, "https://a.example")
+    write_tasks(folder, table, "customization", "https://a.example")
     pairs = [row for row in read_rows(table) if row["role"] == "pair"]
     good = [row for row in pairs if {row["left"], row["right"]} == {pairs[0]["left"], pairs[0]["right"]}]
     wrong = tmp_path / "wrong.csv"
@@ -359,40 +362,40 @@ def test_a_table_with_wrong_rows_is_refused_as_a_whole(tmp_path: Path) -> None:
     ]
     wrong.write_text("\n".join(["worker,ticket,answer", *lines]) + "\n")
     with pytest.raises(RefusedInput) as refused:
-        import_answers(folder, wrong, KEY)
+        import_answers(folder, wrong)
     messages = refused.value.problems
     parts = ("line 3", "line 4", "line 5", "twice")
     assert [part in message for part, message in zip(parts, messages, strict=True)] == [True] * 4
-    assert VoteStore(folder / VOTES_FILE, survey).load_votes() == ()
+    assert not (folder / VOTES_FILE).exists()
     (tmp_path / "none.csv").write_text("worker,answer\nW1,left\n")
     for name in ("none.csv", "missing.csv"):
         with pytest.raises(RefusedInput):
-            import_answers(folder, tmp_path / name, KEY)
+            import_answers(folder, tmp_path / name)
     with pytest.raises(RefusedInput, match="exists already"):
-        write_tasks(folder, table, "customization", KEY, "https://a.example")
+        write_tasks(folder, table, "customization", "https://a.example")
 
 
 def test_a_table_that_contradicts_stored_votes_is_refused_as_a_whole(tmp_path: Path) -> None:
     folder, survey = build_small_survey(tmp_path)
-    write_tasks(folder, tmp_path / "tasks.csv", "customization", KEY, "https://a.example")
+    write_tasks(folder, tmp_path / "tasks.csv", "customization", "https://a.example")
     first, second = [
         row["ticket"] for row in select_one_row_per_task(read_rows(tmp_path / "tasks.csv")) if row["role"] == "pair"
     ][:2]
     path = tmp_path / "answers.csv"
     path.write_text(f"worker,ticket,answer\nW1,{first},left\n")
-    assert import_answers(folder, path, KEY) == (1, 0)
+    assert import_answers(folder, path) == (1, 0)
     path.write_text(f"worker,ticket,answer\nW1,{second},left\nW1,{first},equal\n")
     with pytest.raises(RefusedInput, match="W1 answers a task twice"):
-        import_answers(folder, path, KEY)
+        import_answers(folder, path)
     assert len(VoteStore(folder / VOTES_FILE, survey).load_votes()) == 1
 
 
 def test_a_table_from_a_spreadsheet_is_read(tmp_path: Path) -> None:
     folder, survey = build_small_survey(tmp_path)
-    write_tasks(folder, tmp_path / "tasks.csv", "customization", KEY, "https://a.example")
+    write_tasks(folder, tmp_path / "tasks.csv", "customization", "https://a.example")
     ticket = next(row["ticket"] for row in read_rows(tmp_path / "tasks.csv") if row["role"] == "pair")
     (tmp_path / "answers.csv").write_text(f"worker,ticket,answer\r\nW1, {ticket} ,Left \r\n", encoding="utf-8-sig")
-    assert import_answers(folder, tmp_path / "answers.csv", KEY) == (1, 0)
+    assert import_answers(folder, tmp_path / "answers.csv") == (1, 0)
     (vote,) = VoteStore(folder / VOTES_FILE, survey).load_votes()
     assert vote.answer == vote.left_side
 
@@ -413,7 +416,7 @@ def test_no_cell_is_read_as_a_formula(tmp_path: Path) -> None:
     folder, _ = build_small_survey(tmp_path)
     plan = folder / "survey.json"
     plan.write_text(plan.read_text().replace("a photo of {} at night", "=HYPERLINK({})"))
-    write_tasks(folder, tmp_path / "tasks.csv", "customization", KEY, "https://a.example")
+    write_tasks(folder, tmp_path / "tasks.csv", "customization", "https://a.example")
     assert "'=HYPERLINK(the object)" in {row["description"] for row in read_rows(tmp_path / "tasks.csv")}
 
 
@@ -480,3 +483,17 @@ def test_a_split_keeps_its_share() -> None:
     assert sum(chances) == pytest.approx(1)
     assert chances.share == pytest.approx(0.6)
     assert chances.equal == pytest.approx(0.2)
+
+
+def test_what_is_refused_or_only_read_leaves_no_secret_and_no_votes(tmp_path: Path) -> None:
+    folder, _ = build_small_survey(tmp_path)
+    before = sorted(folder.rglob("*"))
+    (tmp_path / "answers.csv").write_text("ticket,worker,answer\nabc,ann,left\n")
+    assert main(["survey", "import", str(folder), str(tmp_path / "answers.csv")]) == 2
+    assert main(["survey", "forget", str(folder), "1"]) == 2
+    words = ["--question", "reconstruction", "--images_url", "https://a.example", "--output", str(tmp_path)]
+    assert main(["survey", "export", str(folder), *words]) == 2
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert main(["survey", "serve", str(folder), "--port", str(taken.getsockname()[1])]) == 2
+    assert main(["survey", "score", str(folder), "--output", str(tmp_path / "score.html")]) == 0
+    assert sorted(folder.rglob("*")) == before

@@ -22,7 +22,8 @@ from dvar.survey import server
 from dvar.survey.config import SurveyExportConfig, SurveyServeConfig, problems
 from dvar.survey.rate_limit import RateLimiter
 from dvar.survey.scoring import Score, score_votes
-from dvar.survey.server import MAX_BODY, admin_token, create_app, read_secret, serve_survey
+from dvar.survey.secret import read_or_create_secret, read_secret
+from dvar.survey.server import MAX_BODY, admin_token, create_app, serve_survey
 from dvar.survey.survey import IMAGE_FOLDER, SECRET_FILE, VOTES_FILE, Survey
 from dvar.survey.vote_store import Vote, VoteStore
 
@@ -297,7 +298,7 @@ def test_a_public_survey_limits_arrivals(
     lines: list[str] = []
     serve_survey(place.folder, SurveyServeConfig(port=0, public_url=public_url, joins_per_hour=7), lines.append)
     assert [limiter and limiter.limit for limiter in limiters] == [limit]
-    token = admin_token(read_secret(place.folder))
+    token = admin_token(read_or_create_secret(place.folder))
     assert lines[-1] == f"token     {token}"
     assert not any(token in line for line in lines[:-1]), "in no address"
 
@@ -650,9 +651,12 @@ def test_a_body_that_is_too_large_closes_the_connection(place: Place) -> None:
 
 def test_the_secret_is_created_once_and_readable_by_its_owner_only(tmp_path: Path) -> None:
     folder, _ = build_small_survey(tmp_path)
-    secret = read_secret(folder)
+    with pytest.raises(RefusedInput, match="secret"):
+        read_secret(folder)
+    assert not (folder / SECRET_FILE).exists()
+    secret = read_or_create_secret(folder)
     assert len(secret) >= 32
-    assert read_secret(folder) == secret
+    assert read_or_create_secret(folder) == read_secret(folder) == secret
     assert (folder / SECRET_FILE).stat().st_mode & 0o077 == 0
     assert secret not in admin_token(secret)
     (tmp_path / "short").write_text("abc")

@@ -89,10 +89,8 @@ def export_tasks(folder: Path, /, **flags: Any) -> int:
     config = SurveyExportConfig(**flags)
     raise_problems(problems(config))
     from dvar.survey.crowdsourcing import write_tasks
-    from dvar.survey.server import read_secret
 
-    secret = read_secret(folder, config.secret_file)
-    count = write_tasks(folder, Path(config.output), config.question, secret, config.images_url)
+    count = write_tasks(folder, Path(config.output), config.question, config.images_url, config.secret_file)
     print(f"rows      {count} in {config.output}")
     return 0
 
@@ -111,9 +109,8 @@ def import_table(folder: Path, answers: Path, /, **flags: Any) -> int:
     config = SurveyImportConfig(**flags)
     raise_problems(problems(config))
     from dvar.survey.crowdsourcing import import_answers
-    from dvar.survey.server import read_secret
 
-    added, duplicates = import_answers(folder, answers, read_secret(folder, config.secret_file))
+    added, duplicates = import_answers(folder, answers, config.secret_file)
     print(f"answers   {added} new, {duplicates} counted before")
     return 0
 
@@ -130,10 +127,10 @@ def forget_people(folder: Path, /, *people: Annotated[int, Parameter(converter=c
     people
         Numbers of people.
     """
-    from dvar.survey.survey import VOTES_FILE, Survey
-    from dvar.survey.vote_store import VoteStore
+    from dvar.survey.survey import Survey
+    from dvar.survey.vote_store import open_votes
 
-    votes = VoteStore(folder / VOTES_FILE, Survey.load(folder))
+    votes = open_votes(folder, Survey.load(folder))
     if not people:
         raise RefusedInput(["people are needed, got none: see the progress page for their numbers"])
     if unknown := [str(number) for number in people if votes.rater_name(number) is None]:
@@ -157,11 +154,11 @@ def score(folder: Path, /, **flags: Any) -> int:
     raise_problems(problems(config))
     from dvar.survey.result_page import write_result_page
     from dvar.survey.scoring import score_votes
-    from dvar.survey.survey import VOTES_FILE, Survey
-    from dvar.survey.vote_store import VoteStore
+    from dvar.survey.survey import Survey
+    from dvar.survey.vote_store import open_votes
 
     survey = Survey.load(folder)
-    result = score_votes(survey, VoteStore(folder / VOTES_FILE, survey).load_votes(), config)
+    result = score_votes(survey, open_votes(folder, survey).load_votes(), config)
     for row in result.results:
         print(f"{row.method}, {row.question}: {row}")
     print(f"people    {len(result.raters)}, {len(result.excluded)} excluded for failing the controls")

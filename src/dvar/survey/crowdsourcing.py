@@ -12,8 +12,9 @@ from pathlib import Path
 
 from dvar.errors import RefusedInput
 from dvar.survey.questions import QUESTION_TEXTS, THE_OBJECT
+from dvar.survey.secret import read_or_create_secret, read_secret
 from dvar.survey.survey import QUESTIONS, VOTES_FILE, Answer, Question, Role, Survey, Task
-from dvar.survey.vote_store import Assignment, Side, VoteStore
+from dvar.survey.vote_store import Assignment, Side, VoteStore, open_votes
 
 ROLES: tuple[Role, ...] = ("training", "control", "pair")
 SIDES: tuple[Side, ...] = ("first", "second")
@@ -34,7 +35,7 @@ class ImportedAnswer:
     answer: Answer
 
 
-def write_tasks(folder: Path, path: Path, question: Question, secret: str, image_url: str) -> int:
+def write_tasks(folder: Path, path: Path, question: Question, image_url: str, secret_file: str | None = None) -> int:
     """Write every task of a question as two rows of a CSV table, one for each side.
 
     A row's ticket is signed and stands for a task and a side. Rows are sorted by ticket, so neither the ticket nor the
@@ -45,14 +46,16 @@ def write_tasks(folder: Path, path: Path, question: Question, secret: str, image
         folder: Folder of the survey.
         path: New file.
         question: The question whose tasks are written.
-        secret: Secret that signs the tickets.
         image_url: Address of the survey's image folder.
+        secret_file: File of the secret that signs the tickets; by default the survey's own, created where there is
+            none.
 
     Returns:
         The number of rows.
 
     Raises:
-        RefusedInput: The survey has no such question, or the file exists.
+        RefusedInput: The survey has no such question, the file exists, or the secret cannot be read; nothing is
+            written.
     """
     survey = Survey.load(folder)
     tasks = [task for role in ROLES for task in survey.select(question, role)]
@@ -60,6 +63,7 @@ def write_tasks(folder: Path, path: Path, question: Question, secret: str, image
         raise RefusedInput([f"{folder} has no task of {question}: it has {', '.join(_questions_of(survey))}"])
     if path.exists():
         raise RefusedInput([f"{path} exists already: name another --output, or remove it"])
+    secret = read_or_create_secret(folder, secret_file)
     reference_count = max(len(task.references) for task in tasks)
     rows = [
         _task_row(survey, task, side, secret, image_url.rstrip("/"), reference_count)
@@ -74,22 +78,23 @@ def write_tasks(folder: Path, path: Path, question: Question, secret: str, image
     return len(rows)
 
 
-def import_answers(folder: Path, path: Path, secret: str) -> tuple[int, int]:
+def import_answers(folder: Path, path: Path, secret_file: str | None = None) -> tuple[int, int]:
     """Add the answers in a table to the survey's votes; the same table may be imported again.
 
     Args:
         folder: Folder of the survey.
         path: Table, separated by commas or tabs, with the columns ticket, worker and answer, also under the names
             that platforms give them. An answer is left, right or equal.
-        secret: Secret that signed the tickets.
+        secret_file: File of the secret that signed the tickets; by default the survey's own.
 
     Returns:
         The number of new answers, and of answers that were there already.
 
     Raises:
-        RefusedInput: Some rows are wrong; they are named, and nothing is imported.
+        RefusedInput: The secret cannot be read, or some rows are wrong; they are named, and nothing is imported.
     """
     survey = Survey.load(folder)
+    secret = read_secret(folder, secret_file)
     rows = _read_table(path)
     columns = _find_columns(path, list(rows[0]) if rows else [])
     tickets = {_sign_row(secret, task, side): (task, side) for task in survey.tasks for side in SIDES}
@@ -99,11 +104,11 @@ def import_answers(folder: Path, path: Path, secret: str) -> tuple[int, int]:
             answers.append(_parse_answer(tickets, {name: (row[columns[name]] or "").strip() for name in COLUMN_NAMES}))
         except ValueError as error:
             problems.append(f"{path}, line {number}: {error}")
-    store = VoteStore(folder / VOTES_FILE, survey)
-    problems += _find_contradictions(path, answers, store)
+    problems += _find_contradictions(path, answers, open_votes(folder, survey))
     if problems:
         more = [f"and {len(problems) - PROBLEMS_SHOWN} more"] if len(problems) > PROBLEMS_SHOWN else []
         raise RefusedInput([*problems[:PROBLEMS_SHOWN], *more])
+    store = VoteStore(folder / VOTES_FILE, survey)
     new = sum(store.import_vote(item.rater, SOURCE, item.task, item.side, item.answer) for item in answers)
     return new, len(answers) - new
 

@@ -28,7 +28,6 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dvar.errors import RefusedInput
-from dvar.files import read_text
 from dvar.html.templates import render
 from dvar.survey.config import LOOPBACK, SurveyScoreConfig, SurveyServeConfig
 from dvar.survey.connections import connection_options
@@ -36,11 +35,11 @@ from dvar.survey.questions import QUESTION_TEXTS, SOMETHING, THE_OBJECT
 from dvar.survey.rate_limit import RateLimiter
 from dvar.survey.result_page import PROGRESS_COLUMNS, RATER_COLUMNS
 from dvar.survey.scoring import Score, score_votes
-from dvar.survey.survey import IMAGE_FOLDER, SECRET_FILE, VOTES_FILE, Survey
+from dvar.survey.secret import read_or_create_secret
+from dvar.survey.survey import IMAGE_FOLDER, VOTES_FILE, Survey
 from dvar.survey.vote_store import VoteStore
 
 MAX_BODY = 4096  # bytes of a form
-MIN_SECRET_LENGTH = 32
 MAX_NAME_LENGTH = 60
 COOKIE_DAYS = 60
 TASKS_PER_MINUTE = 6
@@ -70,21 +69,19 @@ def serve_survey(folder: str | Path, config: SurveyServeConfig, notify: Callable
     """
     folder = Path(folder)
     survey = Survey.load(folder)
-    secret = read_secret(folder, config.secret_file)
-    limiter = RateLimiter(config.joins_per_hour) if config.public_url else None
-    own_host = None if config.host in LOOPBACK else config.host
-    app = create_app(folder, survey, secret, config.public_url, own_host, limiter)
-    settings = uvicorn.Config(app, log_level="warning", access_log=False, **connection_options())
-    server = uvicorn.Server(settings)
-    socket = _listen(config.host, config.port)  # from here on, nobody who opens the address below is turned away
-    port = socket.getsockname()[1]
-    host = f"[{config.host}]" if ":" in config.host else config.host
-    base = (config.public_url or f"http://{host}:{port}").rstrip("/")
-    notify(f"survey    {base}/")
-    notify(f"progress  {base}/admin")
-    notify(f"token     {admin_token(secret)}")
-    with socket:
-        server.run(sockets=[socket])
+    with _listen(config.host, config.port) as socket:  # before anything is written; from here on, nobody is turned away
+        secret = read_or_create_secret(folder, config.secret_file)
+        limiter = RateLimiter(config.joins_per_hour) if config.public_url else None
+        own_host = None if config.host in LOOPBACK else config.host
+        app = create_app(folder, survey, secret, config.public_url, own_host, limiter)
+        settings = uvicorn.Config(app, log_level="warning", access_log=False, **connection_options())
+        port = socket.getsockname()[1]
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        base = (config.public_url or f"http://{host}:{port}").rstrip("/")
+        notify(f"survey    {base}/")
+        notify(f"progress  {base}/admin")
+        notify(f"token     {admin_token(secret)}")
+        uvicorn.Server(settings).run(sockets=[socket])
 
 
 def _listen(host: str, port: int) -> Socket:
@@ -98,27 +95,6 @@ def _listen(host: str, port: int) -> Socket:
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise RefusedInput([f"{host}, port {port} cannot be listened on ({reason}): choose another --port"]) from error
-
-
-def read_secret(folder: Path, path: str | None = None) -> str:
-    """Return the secret in a file; without ``path``, the one of the survey's folder, created by the first call.
-
-    Raises:
-        RefusedInput: The folder holds no survey, or the file cannot be read or is too short.
-    """
-    file = Path(path) if path else folder / SECRET_FILE
-    if not path and not file.exists():
-        Survey.load(folder)
-        file.touch(mode=0o600)
-        file.write_text(secrets.token_urlsafe(MIN_SECRET_LENGTH) + "\n", encoding="utf-8")
-    try:
-        secret = read_text(file).strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RefusedInput([f"secret_file {file} cannot be read ({error}): check --secret_file"]) from error
-    if len(secret) < MIN_SECRET_LENGTH:
-        problem = f"a secret has at least {MIN_SECRET_LENGTH} characters, {file} has {len(secret)}"
-        raise RefusedInput([f"{problem}: write a longer one, such as openssl rand -hex 32 prints"])
-    return secret
 
 
 def admin_token(secret: str) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dvar.survey.survey import QUESTIONS, Answer, Question, Survey, Task, stable_hash
+from dvar.survey.survey import QUESTIONS, VOTES_FILE, Answer, Question, Survey, Task, stable_hash
 
 IDLE_SECONDS = 1800.0  # after which a task that was shown and not answered is offered to others
 LOCK_TIMEOUT = 30.0  # seconds to wait for another writer
@@ -328,6 +328,12 @@ class VoteStore:
             db.execute("rollback")
             raise
         db.execute("commit")
+
+
+def open_votes(folder: Path, survey: Survey) -> VoteStore:
+    """Return the votes on a survey, to be read: where nobody has voted, no file is created."""
+    path = folder / VOTES_FILE
+    return VoteStore(path if path.exists() else ":memory:", survey)
 
 
 def _find_or_insert_rater(db: sqlite3.Connection, name: str, source: str, now: float) -> int:
