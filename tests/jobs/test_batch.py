@@ -130,7 +130,7 @@ def test_a_full_disk_fails_the_jobs_with_the_reason_and_the_next_start_does_them
     tiny_model: Path, concepts: Path, tmp_path: Path
 ) -> None:
     table = tiny_table(tiny_model, concepts, "mug")
-    with small_files(4096):
+    with small_files(2500):  # more than the config, less than the first sample
         events, summary = run_batch([table], output_dir=str(tmp_path), workers=1, retries=1)
     assert list_kinds(events, "mug") == ["started", "retried", "started", "failed"]
     assert "cannot be written or read (File too large)" in summary["failures"]["mug"]

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from collections.abc import Sequence
@@ -65,6 +66,8 @@ def main(tokens: Sequence[str] | None = None) -> int:
     if problems := token_problems(words):
         print_messages(problems)
         return REFUSED
+    # What it prints, when PEFT imports it on some CPUs, is that an optional kernel cannot be downloaded.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.showwarning = show_warning
         try:
