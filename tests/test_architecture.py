@@ -93,6 +93,13 @@ HEAVY = (
     "skia",
 )
 IMPORTERS = ("import_module", "__import__", "import_string", "resolve_name")
+READERS = (
+    "files",
+    *("html.templates", "mini.__init__", "testing.contracts"),  # of the package's own files
+    *("cluster.local", "survey.build", "training.checkpoint"),  # of what they have written
+    *("jobs.job", "stopping.integrations.trainers.tools"),  # of what `Path.is_file` has looked at
+)
+"""The modules that may read a whole file by themselves."""
 TORCH_PICKLERS = ("load", "save", "hub")
 PICKLERS = ("pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
 
@@ -202,6 +209,19 @@ def find_string_imports(root: Path) -> list[str]:
     return problems
 
 
+def find_unbounded_reads(root: Path) -> list[str]:
+    """Return the places that read a whole file without `dvar.files`, which refuses what may never end."""
+    return [
+        f"{name} calls {ast.unparse(node.func)}"
+        for name, tree in parse_modules(root).items()
+        if name not in READERS
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in ("read_bytes", "read_text")
+    ]
+
+
 def find_circles(root: Path) -> list[set[str]]:
     """Return the groups of modules of which each imports the others, directly or through one another."""
     targets: dict[str, set[str]] = {}
@@ -268,6 +288,10 @@ def test_nothing_unpickles() -> None:
 
 def test_nothing_is_resolved_by_importing_a_string() -> None:
     assert find_string_imports(PACKAGE) == []
+
+
+def test_no_file_of_a_user_is_read_without_a_bound() -> None:
+    assert find_unbounded_reads(PACKAGE) == []
 
 
 def test_no_modules_import_one_another_in_a_circle() -> None:
@@ -419,6 +443,16 @@ def test_unpickling_is_found(tmp_path: Path, offence: str) -> None:
 def test_importing_a_string_is_found(tmp_path: Path, offence: str) -> None:
     assert len(find_string_imports(write_modules(tmp_path, paper__reproduce=offence))) == 1
     assert find_string_imports(write_modules(tmp_path, paper__reproduce="import importlib.resources")) == []
+
+
+def test_an_unbounded_read_is_found(tmp_path: Path) -> None:
+    root = write_modules(
+        tmp_path,
+        launch__script="def read(path): return path.read_bytes()",
+        files="def read(path): return path.read_bytes()",
+        jobs__read="from dvar.files import read_text\nread_text(path)",
+    )
+    assert find_unbounded_reads(root) == ["launch.script calls path.read_bytes"]
 
 
 def test_a_circle_is_found(tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from command_line import Answer
+from command_line import Answer, dvar
 from launched_script import NEVER, launch, write_script
+
+from dvar.launch.check import check_folder
 
 LOADER = "train_dataloader = load_images(args)"
 IMPORTS = "import tiny\n    from torch.utils.data import DataLoader, IterableDataset\n"
@@ -39,6 +41,16 @@ def test_a_script_without_a_fitting_loop_is_refused_before_it_starts(
     script.write_text("open('started', 'w')\n" + script.read_text(encoding="utf-8"), encoding="utf-8")
     assert_refused(launch(script, tmp_path / "out"), *parts)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="needs a device that never ends")
+def test_a_script_that_never_ends_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "endless.py").symlink_to("/dev/zero")
+    for words in ([], ["--dvar_off"], ["--check"]):
+        answer = dvar("launch", *words, tmp_path / "endless.py")
+        assert_refused(answer, "endless.py cannot be", "a device")
+    (found,) = check_folder(tmp_path)
+    assert "a device" in found.problem
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from dvar.config.fields import canonical_settings, read_settings
 from dvar.config.presets import configure
 from dvar.config.training import BUNDLED_MODEL, TrainingConfig
 from dvar.errors import RefusedInput
+from dvar.files import read_text
 from dvar.jobs.config import BatchConfig
 from dvar.jobs.job import Job
 from dvar.jobs.store import is_url
@@ -88,7 +89,7 @@ def _read_source(path: Path) -> tuple[Table, list[Table]]:
         problem = f"jobs must be a .toml or .csv file or a folder of folders, got {path}"
         raise RefusedInput([f"{problem}: name another" if path.exists() else f"{problem}, which does not exist"])
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path, "utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise RefusedInput([f"{path} must be text in UTF-8, and cannot be read ({error}): check it"]) from error
     return _parse_toml(path, text) if path.suffix == ".toml" else ({}, _parse_csv(path, text))

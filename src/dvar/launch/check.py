@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dvar.errors import RefusedInput, first_line
+from dvar.files import read_content
 from dvar.launch.script import TrainingScript, script_problems
 
 
@@ -60,9 +61,9 @@ def check_script(path: Path, name: str = "") -> ScriptCheck:
 def check_folder(folder: Path) -> Iterator[ScriptCheck]:
     """Yield the answer for each file below a folder that has a backward pass."""
     for path in sorted(folder.rglob("*.py")):
-        if b".backward(" in path.read_bytes():
-            name = str(path.relative_to(folder))
-            try:
+        name = str(path.relative_to(folder))
+        try:
+            if b".backward(" in read_content(path):
                 yield check_script(path, name)
-            except RefusedInput as error:
-                yield ScriptCheck(name, "", "", first_line(error))
+        except (RefusedInput, OSError) as error:
+            yield ScriptCheck(name, "", "", first_line(error))

@@ -14,6 +14,7 @@ from types import CodeType, ModuleType, TracebackType
 from typing import Any
 
 from dvar.errors import RefusedInput
+from dvar.files import read_content
 from dvar.launch.instrument import NAME, compile_instrumented
 from dvar.launch.script import is_own_module
 from dvar.launch.session import LaunchSession
@@ -36,9 +37,9 @@ def run_script(script: str, arguments: Sequence[str], session: LaunchSession | N
     path = Path(script)
     code: CodeType
     if session is None:
-        code = compile(path.read_bytes(), str(path), "exec", dont_inherit=True)
+        code = compile(read_content(path), str(path), "exec", dont_inherit=True)
     else:
-        code, loops = compile_instrumented(path.read_bytes(), path)
+        code, loops = compile_instrumented(read_content(path), path)
         session.loops.update({loop.key: loop for loop in loops})
     with _as_main_program(script, arguments, session) as main:
         try:
@@ -92,7 +93,7 @@ class _OwnModules(MetaPathFinder):
         if spec is None or type(spec.loader) is not SourceFileLoader or not spec.origin:
             return None
         file = Path(spec.origin)
-        if not is_own_module(file) or b".backward(" not in file.read_bytes():
+        if not is_own_module(file) or b".backward(" not in read_content(file):
             return None
         spec.loader = _Instrumenting(name, spec.origin, self._session)
         return spec

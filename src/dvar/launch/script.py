@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dvar.errors import RefusedInput
+from dvar.files import read_content
 from dvar.launch.loops import TrainingLoop, find_training_loops
 
 MOST_MODULES = 500
@@ -38,7 +39,7 @@ class TrainingScript:
         if path.is_dir():
             raise RefusedInput(f"a script is a Python file, got the folder {path}: name a file, or add --check")
         try:
-            tree = ast.parse(path.read_bytes(), str(path))
+            tree = ast.parse(read_content(path), str(path))
         except OSError as error:
             raise RefusedInput(f"script {path} cannot be read: {error.strerror or error}; check its path") from error
         except (SyntaxError, ValueError) as error:
@@ -84,7 +85,7 @@ def _iter_own_modules(tree: ast.AST, path: Path) -> Iterator[tuple[Path, ast.AST
             continue
         seen.add(module)
         try:
-            module_tree = ast.parse(module.read_bytes(), str(module))
+            module_tree = ast.parse(read_content(module), str(module))
         except (OSError, SyntaxError, ValueError):
             continue  # the script itself will report it, if it matters
         yield module, module_tree

@@ -14,7 +14,7 @@ from PIL import Image
 
 from dvar.config.training import Sampler
 from dvar.errors import RefusedInput
-from dvar.files import staged_folder
+from dvar.files import read_text, staged_folder
 from dvar.runs.generate import GeneratedImage, generate_images, list_generated_images
 from dvar.runs.run_folder import RunFolder
 from dvar.survey.config import SurveyBuildConfig
@@ -325,7 +325,7 @@ def _read_scenes(config: SurveyBuildConfig) -> Sequence[str]:
     if config.scenes is None:
         return SCENES
     try:
-        lines = Path(config.scenes).read_text(encoding="utf-8").splitlines()
+        lines = read_text(Path(config.scenes)).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise RefusedInput([f"scenes must be a text file, {config.scenes} is not ({error}): check --scenes"]) from error
     return [line.strip() for line in lines if line.strip()]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dvar.config.training import BUNDLED_MODELS, TrainingConfig
-from dvar.files import write_atomically
+from dvar.files import read_content, write_atomically
 from dvar.stopping.verdict import Verdict
 from dvar.training.loading_code import (
     STABLE_DIFFUSION,
@@ -93,7 +93,7 @@ def _licence(name: str) -> str | None:
     if name in BUNDLED_MODELS:
         return "apache-2.0"
     card = Path(name).expanduser() / MODEL_CARD
-    parts = card.read_text(encoding="utf-8", errors="replace").split("---") if card.is_file() else []
+    parts = read_content(card).decode(errors="replace").split("---") if card.is_file() else []
     match = re.search(r"^license: *([\w.-]+)$", parts[1], re.MULTILINE) if len(parts) > 2 else None
     return match[1] if match else None
 

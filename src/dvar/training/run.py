@@ -27,7 +27,7 @@ from dvar.diffusion.randomness import generator
 from dvar.diffusion.sampling import rehearse, sample_into
 from dvar.diffusion.timesteps import density_of, loss_weights
 from dvar.errors import NonFiniteLoss
-from dvar.files import write_atomically, write_json
+from dvar.files import read_content, write_atomically, write_json
 from dvar.stopping.diagnosis import Reason
 from dvar.stopping.probe import Probe, draw_stratified_timesteps
 from dvar.stopping.rules import CONDITION_REASONS, Rule
@@ -427,7 +427,7 @@ def _update_by_classes(digest: Any, classes: Sequence[ClassImages]) -> None:
 
 def _cut_trace(path: Path, checkpoint: Checkpoint) -> None:
     """Write the trace of ``checkpoint`` to ``path``; keep the later lines beside it, which the rerun must repeat."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    lines = read_content(path).splitlines(keepends=True) if path.exists() else []
     if later := lines[1 + len(checkpoint.trace) :]:
         write_atomically(path.with_name(f"{path.name}.cut-{checkpoint.step}"), b"".join(later))
     checkpoint.trace.write(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +13,7 @@ import numpy as np
 
 from dvar.analysis import strategies
 from dvar.analysis.stop_quality import LearningCurve, MeanInterval, mean_over_concepts, reported_score
+from dvar.files import read_json
 from dvar.html.tables import Column
 from dvar.paper.extra_runs import ExtraRuns
 from dvar.paper.result import (
@@ -260,5 +260,5 @@ def _initializer_word(run: RecordedRun) -> str:
     """Return the word that the placeholder token started from, whether it was given, drawn or chosen by CLIP."""
     path = run.folder / INITIALIZER if run.folder else Path(INITIALIZER)
     if path.exists():
-        return str(json.loads(path.read_text(encoding="utf-8"))[0]["initializer_token"])
+        return str(read_json(path)[0]["initializer_token"])
     return str(run.config.get("initializer_token") or "–")
