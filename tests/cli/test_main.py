@@ -13,6 +13,7 @@ from zipfile import BadZipFile
 import pytest
 from command_line import dvar
 
+from dvar.cli.main import share_cores
 from dvar.cli.train import print_result
 from dvar.errors import ModelError, NonFiniteLoss, OutOfResources, RefusedInput
 from dvar.extras import EXTRAS
@@ -170,3 +171,26 @@ def test_a_report_that_cannot_be_written_does_not_cost_the_run(
     (line,) = err.splitlines()
     assert line.startswith("dvar: no report could be written: output ")
     assert line.endswith(f"No space left on device; choose another place; dvar report {run_folder} tries again")
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ({}, {"GOMP_SPINCOUNT": "20000"}),
+        ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
+    ],
+)
+def test_threads_wait_briefly_unless_the_user_has_set_how(setting: dict[str, str], expected: dict[str, str]) -> None:
+    share_cores(setting)
+    assert setting == expected
+
+
+def test_a_command_sets_how_threads_wait_before_pytorch_is_imported() -> None:
+    code = (
+        "import os, sys\nfrom dvar.cli.main import main\n"
+        "assert 'torch' not in sys.modules\nmain(['--version'])\nprint(os.environ['GOMP_SPINCOUNT'])"
+    )
+    environment = {name: value for name, value in os.environ.items() if "OMP_" not in name}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == "20000"
