@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from dvar.cluster.local import list_slots
 from dvar.cluster.places import Places
 from dvar.errors import ModelError, RefusedInput
+from dvar.locks import lock_folder
 from dvar.recordings import cost, sweep
 from dvar.recordings.archive import RecordingArchive
 from dvar.recordings.cost import (
@@ -185,6 +186,18 @@ def test_a_run_that_fails_is_a_row_with_its_reason_and_is_tried_again(
     assert "failed  the loss was not finite" in lines[0]
     run_sweep(runs, places=Places(2))
     assert (runs[0].folder / "ran").read_text() == "xx"
+
+
+def test_a_run_that_another_process_records_gets_no_failure_written_into_its_folder(
+    base: RecordingSpec, tmp_path: Path, programs: dict[str, str]
+) -> None:
+    run = replace(base, records=str(tmp_path))
+    programs[run.to_json()] = write_program(run, 1, "dvar: the folder is being written by process 1")
+    with lock_folder(run.folder):
+        run_sweep([run], places=Places(1))
+        assert not (run.folder / "failed.json").exists()
+    run_sweep([run], places=Places(1))
+    assert (run.folder / "failed.json").exists()
 
 
 def test_unit_seconds_are_measured_before_a_sweep_and_kept_with_its_recordings(

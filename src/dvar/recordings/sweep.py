@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,8 +16,9 @@ from typing import Literal
 from dvar.cluster.places import Places
 from dvar.cluster.pool import Pool, interrupting_signals
 from dvar.cluster.task import ENDS, WorkerTask
-from dvar.errors import DvarError, RefusedInput
+from dvar.errors import DvarError, FolderInUse, RefusedInput
 from dvar.files import read_json, write_json
+from dvar.locks import lock_folder
 from dvar.recordings.cost import (
     ROUGH_UNITS,
     UnitSeconds,
@@ -185,7 +187,8 @@ def run_sweep(
             if event and event.kind in ENDS:
                 spec = recordings[event.task]
                 if event.kind == "failed":
-                    write_json(spec.folder / FAILED, {"reason": event.facts["reason"]})
+                    with suppress(FolderInUse), lock_folder(spec.folder):  # another process may be recording there
+                        write_json(spec.folder / FAILED, {"reason": event.facts["reason"]})
                 progress.end(spec, failed=event.kind == "failed")
                 notify(f"{read_status(spec)}")
             if event is None or event.kind in ENDS:
