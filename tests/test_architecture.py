@@ -95,11 +95,14 @@ HEAVY = (
 IMPORTERS = ("import_module", "__import__", "import_string", "resolve_name")
 READERS = (
     "files",
-    *("html.templates", "mini.__init__", "testing.contracts"),  # of the package's own files
+    *("html.templates", "mini.__init__", "mini.recogniser", "diffusion.clip"),  # of the package's own files
+    *("testing.contracts", "testing.family_contract", "testing.method_contract"),  # of what they have written
     *("cluster.local", "survey.build", "training.checkpoint"),  # of what they have written
-    *("jobs.job", "stopping.integrations.trainers.tools"),  # of what `Path.is_file` has looked at
+    *("jobs.job", "stopping.integrations.trainers.tools", "training.dataset"),  # of what they have looked at
 )
 """The modules that may read a whole file by themselves."""
+OPENERS = ("Image.open", "load_file", "safe_open", "np.load")
+"""What opens a file in other libraries: the path it gets has passed `dvar.files.regular_file`."""
 TORCH_PICKLERS = ("load", "save", "hub")
 PICKLERS = ("pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
 
@@ -210,16 +213,21 @@ def find_string_imports(root: Path) -> list[str]:
 
 
 def find_unbounded_reads(root: Path) -> list[str]:
-    """Return the places that read a whole file without `dvar.files`, which refuses what may never end."""
+    """Return the places that read or open a whole file which nobody has looked at: it may never end."""
     return [
         f"{name} calls {ast.unparse(node.func)}"
         for name, tree in parse_modules(root).items()
         if name not in READERS
         for node in ast.walk(tree)
-        if isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Attribute)
-        and node.func.attr in ("read_bytes", "read_text")
+        if isinstance(node, ast.Call) and _reads_unbounded(node)
     ]
+
+
+def _reads_unbounded(call: ast.Call) -> bool:
+    reader = ast.unparse(call.func)
+    if reader in OPENERS:
+        return not ast.unparse(call.args[0]).startswith("regular_file(")
+    return isinstance(call.func, ast.Attribute) and call.func.attr in ("read_bytes", "read_text")
 
 
 def find_circles(root: Path) -> list[set[str]]:
@@ -451,8 +459,10 @@ def test_an_unbounded_read_is_found(tmp_path: Path) -> None:
         launch__script="def read(path): return path.read_bytes()",
         files="def read(path): return path.read_bytes()",
         jobs__read="from dvar.files import read_text\nread_text(path)",
+        runs__images="Image.open(regular_file(path))",
+        runs__weights="load_file(path)",
     )
-    assert find_unbounded_reads(root) == ["launch.script calls path.read_bytes"]
+    assert find_unbounded_reads(root) == ["launch.script calls path.read_bytes", "runs.weights calls load_file"]
 
 
 def test_a_circle_is_found(tmp_path: Path) -> None:

@@ -48,6 +48,12 @@ def check_regular(path: Path) -> int:
     return status.st_size
 
 
+def regular_file(path: Path) -> Path:
+    """Return ``path``, which another library is to open; raise an `OSError` if it may never end, as `check_regular`."""
+    check_regular(path)
+    return path
+
+
 def read_text(path: Path, encoding: str = "utf-8") -> str:
     """Return the text of a file, with line breaks as they are.
 

@@ -497,3 +497,11 @@ def test_what_is_refused_or_only_read_leaves_no_secret_and_no_votes(tmp_path: Pa
         assert main(["survey", "serve", str(folder), "--port", str(taken.getsockname()[1])]) == 2
     assert main(["survey", "score", str(folder), "--output", str(tmp_path / "score.html")]) == 0
     assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="needs a device that never ends")
+def test_a_table_that_never_ends_is_refused(tmp_path: Path) -> None:
+    folder, _ = build_small_survey(tmp_path)
+    write_tasks(folder, tmp_path / "tasks.csv", "customization", "https://a.example")
+    with pytest.raises(RefusedInput, match="a device"):
+        import_answers(folder, Path("/dev/zero"))

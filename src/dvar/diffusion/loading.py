@@ -13,6 +13,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 
 from dvar.errors import ModelError, first_line
+from dvar.files import regular_file
 
 
 @contextmanager
@@ -63,5 +64,5 @@ def stored_dtypes(folder: str | Path, parts: Sequence[str]) -> dict[str, torch.d
 
 def _read_kinds(file: Path) -> set[str]:
     """Return the types of floating-point numbers in a safetensors file."""
-    with safe_open(file, "pt") as tensors:
+    with safe_open(regular_file(file), "pt") as tensors:
         return {tensors.get_slice(name).get_dtype() for name in tensors.keys()} & _FLOATS  # noqa: SIM118 (no mapping)

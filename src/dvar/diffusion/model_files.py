@@ -18,7 +18,7 @@ from dvar.diffusion import single_file
 from dvar.diffusion.families import BackboneEntry, find_family
 from dvar.diffusion.source import ModelSource, as_source
 from dvar.errors import ModelError, RefusedInput, first_line
-from dvar.files import read_json
+from dvar.files import read_json, regular_file
 
 _VARIANT = re.compile(r"^(diffusion_pytorch_model|model)\.(?!safetensors)")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -213,7 +213,7 @@ def _as_object(value: Any) -> Mapping[str, Any]:
 def _weights_problems(file: Path) -> list[str]:
     """Return what is wrong with a safetensors file, as far as its header tells."""
     try:
-        with safe_open(file, "np"):
+        with safe_open(regular_file(file), "np"):
             return []
     except (OSError, SafetensorError) as error:
         return [f"{file.parent.name}/{file.name} is damaged ({first_line(error)}): copy it again"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from dvar.errors import ModelError, first_line
+from dvar.files import regular_file
 
 _UNET = "model.diffusion_model.input_blocks.0.0.weight"
 _SIZE_EMBEDDING = "model.diffusion_model.label_emb.0.0.weight"
@@ -65,7 +66,7 @@ def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         ModelError: It is no such file, or is damaged.
     """
     try:
-        with safe_open(file, "np") as tensors:
+        with safe_open(regular_file(file), "np") as tensors:
             slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (no mapping)
             return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
     except (OSError, SafetensorError) as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 from markupsafe import Markup
 from PIL import Image
 
-from dvar.files import check_regular
+from dvar.files import regular_file
 
 PIXEL_ART_SIDE = 128  # images up to this side are shown pixel by pixel, larger ones are shrunk and smoothed
 SHRUNK_SIDE = 224
@@ -18,8 +18,7 @@ SHRUNK_SIDE = 224
 def embed_image(path: Path, alt: str) -> Markup:
     """Return the image as an element that holds its bytes; an empty frame when the file cannot be read."""
     try:
-        check_regular(path)
-        with Image.open(path) as file:
+        with Image.open(regular_file(path)) as file:
             image = file.convert("RGB")
     except Exception:  # decoders raise whatever a damaged file makes them meet
         return Markup('<span class="none" title="{} cannot be read"></span>').format(path.name)

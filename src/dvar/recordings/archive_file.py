@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dvar.errors import RefusedInput, first_line
-from dvar.files import check_regular, parse_json, staged_file
+from dvar.files import check_regular, parse_json, regular_file, staged_file
 from dvar.recordings.archive import RecordingArchive
 from dvar.recordings.recorded_run import Floats, RecordedRun, RescoredRun
 from dvar.schema import find_mismatch
@@ -105,7 +105,7 @@ def read_traces(path: str | Path) -> RecordingArchive:
     """
     try:
         _check_sizes(Path(path))
-        with np.load(path, allow_pickle=False) as arrays:
+        with np.load(regular_file(Path(path)), allow_pickle=False) as arrays:
             index = parse_json(arrays[_INDEX].tobytes())
             if mismatch := find_mismatch(index, _INDEX_SCHEMA):
                 raise ValueError(mismatch)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from dvar import mini
 from dvar.errors import RefusedInput
-from dvar.files import check_regular, read_json
+from dvar.files import read_json, regular_file
 from dvar.mini import TUNING
 
 MIN_IMAGES = 2
@@ -108,8 +108,7 @@ def _check_concept(folder: Path) -> ConceptCheck:
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in _IMAGES:
             try:
-                check_regular(path)
-                with Image.open(path) as image:
+                with Image.open(regular_file(path)) as image:
                     image.verify()
                 images += 1
             except (OSError, SyntaxError, ValueError) as error:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d, max_pool2d
 
 from dvar.errors import ModelError
+from dvar.files import regular_file
 
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 """How the colours of an image in [-1, 1] are normalised."""
@@ -64,7 +65,7 @@ class Lpips:
         """
         path = Path(path).expanduser()
         try:
-            weights = {name: weight.float() for name, weight in load_file(path).items()}
+            weights = {name: weight.float() for name, weight in load_file(regular_file(path)).items()}
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{path} does not load as a safetensors file ({error}): name another LPIPS") from error
         for number in range(len(_LAYERS)):  # the package has each of these under two names, of which one is saved

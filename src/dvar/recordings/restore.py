@@ -16,7 +16,7 @@ from dvar import mini
 from dvar.config.methods import TextualInversionConfig
 from dvar.diffusion.backbone import Backbone
 from dvar.errors import CheckpointError, RefusedInput
-from dvar.files import read_json, staged_file
+from dvar.files import read_json, regular_file, staged_file
 from dvar.stopping.trace import Trace
 from dvar.training.checkpoint import Checkpoint
 from dvar.training.methods.registry import config_from_dict
@@ -57,7 +57,7 @@ def write_sheet(path: Path, rows: Sequence[Sequence[Image.Image]]) -> None:
 
 def read_sheet(path: Path, rows: int = 2) -> list[list[Image.Image]]:
     """Return the rows of images of a step: those of training prompts, then those of validation prompts."""
-    with Image.open(path) as opened:
+    with Image.open(regular_file(path)) as opened:
         sheet = opened.convert("RGB")
     side = sheet.height // rows
     boxes = [[(x, y, x + side, y + side) for x in range(0, sheet.width, side)] for y in range(0, sheet.height, side)]
@@ -100,7 +100,7 @@ def restore_runs(folder: str | Path, steps: Sequence[int]) -> Iterator[TrainingR
     for step in sorted(set(steps)):
         path = weights_path(folder, step)
         if path.exists():
-            run.method.load(load_file(path))
+            run.method.load(load_file(regular_file(path)))
             current = -1
         else:
             _replay(run, folder, current, step, losses)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dvar.diffusion.clip import Clip
 from dvar.diffusion.sampling import sample
-from dvar.files import read_json, write_json
+from dvar.files import read_json, regular_file, write_json
 from dvar.recordings.concepts import read_prompts
 from dvar.recordings.image_metrics import Dino, Judge, Scorer
 from dvar.recordings.lpips import Lpips
@@ -32,7 +32,7 @@ def load_scorer(spec: RecordingSpec, concept: Concept) -> Scorer:
     """
     references = []
     for path in spec.reference_paths(concept):
-        with Image.open(path) as image:
+        with Image.open(regular_file(path)) as image:
             references.append(image.convert("RGB"))
     return Scorer(
         Clip.load(spec.clip) if spec.clip else Clip.scoring(),

@@ -15,7 +15,7 @@ from dvar.config.training import TrainingConfig
 from dvar.diffusion.backbone import load_backbone
 from dvar.diffusion.source import ModelSource
 from dvar.errors import RefusedInput
-from dvar.files import read_json, staged_folder
+from dvar.files import read_json, regular_file, staged_folder
 from dvar.runs import kohya
 from dvar.runs.load_model import load_personalised_backbone, load_result, load_weights, loading_options
 from dvar.training.loading_code import STABLE_DIFFUSION
@@ -60,7 +60,7 @@ def write_kohya_lora(run: str | Path, path: Path) -> Path:
         raise RefusedInput(problems)
     (lora,) = load_weights(Path(run), [LORA])
     try:
-        with safe_open(Path(run) / LORA, "pt") as file:
+        with safe_open(regular_file(Path(run) / LORA), "pt") as file:
             metadata = dict(file.metadata())
         adapters = json.loads(metadata.pop(LORA_ADAPTER_METADATA_KEY))
         parts = [part for part in kohya.FORMATS[family].prefixes if f"{part}.lora_alpha" in adapters]

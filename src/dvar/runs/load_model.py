@@ -16,7 +16,7 @@ from dvar.config.training import TrainingConfig
 from dvar.diffusion.backbone import Backbone, load_backbone
 from dvar.diffusion.source import ModelSource
 from dvar.errors import RefusedInput
-from dvar.files import read_json
+from dvar.files import read_json, regular_file
 from dvar.training.checkpoint import Checkpoint, validate_run_facts
 from dvar.training.methods.registry import build_method, config_from_dict
 from dvar.training.packages import quantize_problems
@@ -119,7 +119,7 @@ def load_weights(folder: Path, names: Sequence[str]) -> list[dict[str, Tensor]]:
         RefusedInput: A file is missing or damaged, or holds a value that is not finite.
     """
     try:
-        files = [load_file(folder / name) for name in names]
+        files = [load_file(regular_file(folder / name)) for name in names]
     except (OSError, SafetensorError) as error:
         raise RefusedInput([f"{folder} lacks its weights or they are damaged ({error}): train again"]) from error
     for name, tensors in zip(names, files, strict=True):

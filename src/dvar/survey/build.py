@@ -14,7 +14,7 @@ from PIL import Image
 
 from dvar.config.training import Sampler
 from dvar.errors import RefusedInput
-from dvar.files import read_text, staged_folder
+from dvar.files import read_text, regular_file, staged_folder
 from dvar.runs.generate import GeneratedImage, generate_images, list_generated_images
 from dvar.runs.run_folder import RunFolder
 from dvar.survey.config import SurveyBuildConfig
@@ -352,7 +352,7 @@ def _concept_id(run: RunFolder) -> str:
 
 def _open_image(path: Path) -> Image.Image:
     try:
-        with Image.open(path) as image:
+        with Image.open(regular_file(path)) as image:
             return image.convert("RGB")
     except OSError as error:
         raise RefusedInput([f"{path} must be an image, and cannot be read ({error}): restore it"]) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hmac
+import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from dvar.errors import RefusedInput
+from dvar.files import read_text
 from dvar.survey.questions import QUESTION_TEXTS, THE_OBJECT
 from dvar.survey.secret import read_or_create_secret, read_secret
 from dvar.survey.survey import QUESTIONS, VOTES_FILE, Answer, Question, Role, Survey, Task
@@ -137,10 +139,9 @@ def _task_row(
 
 def _read_table(path: Path) -> list[dict[str, str]]:
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            head = file.readline()
-            file.seek(0)
-            return list(csv.DictReader(file, delimiter="\t" if "\t" in head else ","))
+        text = read_text(path, "utf-8-sig")
+        head = text.partition("\n")[0]
+        return list(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if "\t" in head else ","))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise RefusedInput([f"answers must be a table, {path} cannot be read ({error}): check its name"]) from error
 

@@ -12,6 +12,7 @@ from dvar.config.training import TrainingConfig
 from dvar.diffusion.backbone import Backbone
 from dvar.diffusion.randomness import seed_for
 from dvar.diffusion.sampling import sample_into
+from dvar.files import regular_file
 from dvar.training.dataset import ClassImages
 from dvar.training.run_layout import class_images_name
 
@@ -44,4 +45,4 @@ def generate_class_images(
             guidance=config.guidance_scale,
             scheduler=config.validation_scheduler,
         )
-        yield replace(class_images, images=tuple(Image.open(path).convert("RGB") for path in paths))
+        yield replace(class_images, images=tuple(Image.open(regular_file(path)).convert("RGB") for path in paths))

@@ -27,7 +27,7 @@ from dvar.diffusion.randomness import generator
 from dvar.diffusion.sampling import rehearse, sample_into
 from dvar.diffusion.timesteps import density_of, loss_weights
 from dvar.errors import NonFiniteLoss
-from dvar.files import read_content, write_atomically, write_json
+from dvar.files import read_content, regular_file, write_atomically, write_json
 from dvar.stopping.diagnosis import Reason
 from dvar.stopping.probe import Probe, draw_stratified_timesteps
 from dvar.stopping.rules import CONDITION_REASONS, Rule
@@ -253,7 +253,7 @@ class TrainingRun:
         if not self.clip or config.best_by != "clip" or not due:
             return {}
         with watch("samples"):
-            samples = [Image.open(path) for path in self.generate_samples(step, interrupted)]
+            samples = [Image.open(regular_file(path)) for path in self.generate_samples(step, interrupted)]
             cosines = self.clip.embed_images(samples) @ self.clip.embed_images(self.concept.images).T
         return {"clip_image": float(cosines.mean())}
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from dvar.analysis.strategy_costs import CostRow, best_dvar, cost_rows
 from dvar.errors import RefusedInput
+from dvar.files import regular_file
 from dvar.paper.result import ExperimentResult, Plot, Provenance, method_title
 from dvar.paper.style import INK, SOFT, axes
 from dvar.recordings.archive import RecordingArchive
@@ -143,7 +144,7 @@ def _describe_images(selection: Sequence[ShownImages]) -> str:
 
 def _reference_image(run: RecordedRun) -> Image.Image | None:
     paths = sorted((run.folder / REFERENCES).glob("*.png")) if run.folder else []
-    return Image.open(paths[0]).convert("RGB") if paths else None
+    return Image.open(regular_file(paths[0])).convert("RGB") if paths else None
 
 
 def _show_image(panel: Axes, image: Image.Image | None) -> None:
