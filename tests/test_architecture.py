@@ -72,6 +72,7 @@ PURE = (
     "stopping.octave",
     "stopping.curve",
     "stopping.diagnosis",
+    "stopping.gloo_exit",
     "stopping.monitor",
     "stopping.rule",
     "stopping.rules",
@@ -98,6 +99,7 @@ READERS = (
     *("html.templates", "mini.__init__", "mini.recogniser", "diffusion.clip"),  # of the package's own files
     *("testing.contracts", "testing.family_contract", "testing.method_contract"),  # of what they have written
     *("cluster.local", "survey.build", "training.checkpoint"),  # of what they have written
+    "stopping.gloo_exit",  # of the kernel's own
     *("jobs.job", "stopping.integrations.trainers.tools", "training.dataset"),  # of what they have looked at
 )
 """The modules that may read a whole file by themselves."""

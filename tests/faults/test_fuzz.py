@@ -246,7 +246,8 @@ def workspace(tiny_model: Path, tiny_images: Path, tmp_path_factory: pytest.Temp
         + "resolution = 32\n"
     )
     (folder / "answers.csv").write_text("ticket,worker,answer\nabc,ann,left\n")
-    (folder / "script.py").write_text("for batch in loader:\n    accelerator.backward(loss)\n")
+    script = "loader, accelerator, loss = [], None, None\nfor batch in loader:\n    accelerator.backward(loss)\n"
+    (folder / "script.py").write_text(script)
     return Workspace(folder)
 
 

@@ -49,8 +49,8 @@ def test_a_script_that_never_ends_is_refused(tmp_path: Path) -> None:
     for words in ([], ["--dvar_off"], ["--check"]):
         answer = dvar("launch", *words, tmp_path / "endless.py")
         assert_refused(answer, "endless.py cannot be", "a device")
-    (found,) = check_folder(tmp_path)
-    assert "a device" in found.problem
+    (check,) = check_folder(tmp_path)
+    assert "a device" in check.problem
 
 
 @pytest.mark.parametrize(

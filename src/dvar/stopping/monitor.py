@@ -17,6 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 from numpy.typing import ArrayLike
 
 from dvar.errors import DvarError, RefusedInput, TraceError
+from dvar.stopping.gloo_exit import wait_for_gloo_at_exit
 from dvar.stopping.rule import Rule, is_whole_number
 from dvar.stopping.rules import schedule_problems
 from dvar.stopping.trace import Trace, TraceFile
@@ -162,6 +163,7 @@ def broadcast_verdict(judge: Callable[[], Verdict], first: bool, broadcast: Call
     Raises:
         DvarError: On the other ranks, with the message of what ``judge`` raised on the first.
     """
+    wait_for_gloo_at_exit()
     if not first:
         message = broadcast(None)
         if "error" in message:

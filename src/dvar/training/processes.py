@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dvar.errors import ProcessLost
 from dvar.stopping.diagnosis import Reason
+from dvar.stopping.gloo_exit import wait_for_gloo
 from dvar.stopping.verdict import Verdict
 
 BEAT_SECONDS, LOST_SECONDS = 2.0, 30.0
@@ -129,6 +130,7 @@ def launched_processes(environment: Mapping[str, str] = os.environ) -> Iterator[
     watch = _Watch(rank, count, environment)
     try:
         yield Processes(rank, count, dist.PrefixStore("dvar", store))  # type: ignore[attr-defined]
+        wait_for_gloo()
         dist.destroy_process_group()  # after an error it might wait for a process that is lost
     finally:
         watch.end()
