@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor, nn
 
+    from dvar.diffusion.backbones.prompt_cache import States
     from dvar.diffusion.backbones.stock import TextTower
     from dvar.diffusion.objective import Schedule
 
@@ -104,6 +105,14 @@ class Backbone(Protocol):
 
     def predict(self, noisy: Tensor, times: Tensor, input_ids: Tensor) -> Tensor:
         """Return the prediction, [B, C, h, w], for noisy latents at `Schedule.times` [B] under captions [B, L]."""
+        ...
+
+    def encode_captions(self, input_ids: Tensor) -> Mapping[str, States]:
+        """Return what each text encoder gives for captions [B, L], by its name; a row depends on its caption alone."""
+        ...
+
+    def denoise(self, noisy: Tensor, times: Tensor, states: Mapping[str, States]) -> Tensor:
+        """Return the prediction as `predict`, given what `encode_captions` returned, within `autocast`."""
         ...
 
     def autocast(self) -> AbstractContextManager[Any]:

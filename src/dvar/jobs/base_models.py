@@ -10,19 +10,8 @@ from torch import nn
 
 from dvar.config.training import TrainingConfig
 from dvar.diffusion.backbone import Backbone
+from dvar.training.pack_fit import LOADED_BY
 from dvar.training.personalise import load_base_model
-
-_LOADED_BY = (
-    "pretrained_model_name_or_path",
-    "revision",
-    "variant",
-    "single_file_config",
-    "mixed_precision",
-    "gradient_checkpointing",
-    "attention_slicing",
-    "compile",
-)
-"""The settings that a base model is loaded by."""
 
 
 class BaseModels:
@@ -45,7 +34,7 @@ class BaseModels:
         # A compiled network cannot be copied, nor one whose weights have another form, or are not all in one place.
         if config.compile or config.quantize != "no" or config.offload:
             return self.load(config)
-        key = tuple(getattr(config, name) for name in _LOADED_BY)
+        key = tuple(getattr(config, name) for name in LOADED_BY)
         if self._model is None or key != self._key:
             self._model = None  # never two of them in memory
             self._model, self._key = self.load(config), key

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,6 +26,7 @@ from dvar.training.checkpoint import Checkpoint
 from dvar.training.methods.registry import TrainableMethod
 from dvar.training.optimizers import load_state, make_optimizer, perturb, read_state
 from dvar.training.processes import ALONE, Processes
+from dvar.training.requests import GradientRequest, HeldRequest, Request, answer_requests, outcome_of
 
 Losses = Callable[[int, int, int], Tensor]
 """(step, first sample, count) -> the loss of each of these samples of the step, float32 [count], with its graph."""
@@ -76,15 +78,46 @@ def train(
 ) -> Iterator[StepRecord]:
     """Yield a `StepRecord` for the untouched model and one after each update, until a verdict stops.
 
+    It is `training_loop` with each request answered by a forward pass of its own.
+
+    Args:
+        learner: What is trained; with records in its trace, training resumes after the last one.
+        losses: The training losses of samples of a step.
+        probe: Evaluates the losses of the held samples, float32 [B]; None on a process that is not the main one.
+        rule: As for `training_loop`; so are ``log``, ``save``, ``interrupted`` and ``series``.
+    """
+
+    def answer(request: Request) -> None:
+        if isinstance(request, GradientRequest):
+            learner.leave_gradient(losses, request)
+        elif probe:
+            request.losses = probe()
+
+    loop = training_loop(
+        learner, rule=rule if probe else None, log=log, save=save, interrupted=interrupted, series=series
+    )
+    return answer_requests(loop, answer)
+
+
+def training_loop(
+    learner: Learner,
+    *,
+    rule: Rule | None,
+    log: Callable[[Mapping[str, Any]], None],
+    save: Callable[[], None],
+    interrupted: Callable[[], bool] = lambda: False,
+    series: Series | None = None,
+) -> Generator[StepRecord | Request, None, None]:
+    """Yield a `StepRecord` for the untouched model and one after each update, and requests for what they need.
+
     L_det is evaluated at every ``probe_every``-th step and at the cap, so N updates give N + 1 evaluations at cadence
     1. Whoever breaks out of the loop leaves a run that can be resumed. A loss that is not finite stops, and neither
     moves the model nor is saved.
 
     Args:
         learner: What is trained; with records in its trace, training resumes after the last one.
-        losses: The training losses of samples of a step.
-        probe: Evaluates the losses of the held samples, float32 [B]; None on a process that is not the main one.
-        rule: Decides on the trace whether to stop.
+        rule: Decides on the trace whether to stop; None on a process that is not the main one, which asks for no held
+            losses and follows what the main one decides.
         log: Receives each record before its step is yielded.
         save: Called every ``checkpointing_steps`` and at the last step, before the step is yielded.
         interrupted: Whether to stop. The step in progress is completed and saved; between two forward passes of an
@@ -98,18 +131,21 @@ def train(
     """
     config, trace, watch = learner.config, learner.trace, Stopwatch(learner.device)
     processes, device = learner.processes, learner.device
-    if len(trace) and rule(trace).stop:
+    if len(trace) and rule and rule(trace).stop:
         return
     for step in range(learner.next_step, config.max_train_steps + 1):
         with watch("train"):
             try:
-                update = learner.update(losses, step, interrupted) if step else Update()
+                update = (yield from learner.updating(step, interrupted)) if step else Update()
             except Abandoned:
                 save()
                 return
         due = step % config.probe_every == 0 or step == config.max_train_steps
+        held_losses = None
         with watch("probe"):
-            held_losses = probe() if probe and due and update.taken else None
+            if rule and due and update.taken:
+                yield (held := HeldRequest())
+                held_losses = held.losses
         try:
             metrics = series(step, watch) if series and update.taken else {}
         except Abandoned:
@@ -124,7 +160,7 @@ def train(
         log(record)
         finite = update.taken and (held_losses is None or bool(held_losses.isfinite().all()))
         asked_to_stop = processes.any(interrupted(), device)
-        judged = rule(trace) if probe else Verdict(False, Reason.RUNNING, step, "", {})  # the main process decides
+        judged = rule(trace) if rule else Verdict(False, Reason.RUNNING, step, "", {})  # the main process decides
         verdict = processes.agree(_final_verdict(judged, step, finite, asked_to_stop), device)
         learner.keep_best()
         if verdict.reason is not Reason.NON_FINITE and (verdict.stop or step % config.checkpointing_steps == 0):
@@ -161,6 +197,19 @@ class Learner:
         return self.trace.last_step + 1 if len(self.trace) else 0
 
     def update(self, losses: Losses, step: int, interrupted: Callable[[], bool] = lambda: False) -> Update:
+        """Make update number ``step`` as `updating` does, each of its requests answered by a pass of its own."""
+        return outcome_of(self.updating(step, interrupted), partial(self.leave_gradient, losses))
+
+    def leave_gradient(self, losses: Losses, request: GradientRequest) -> None:
+        """Answer a request by a forward and a backward pass of its own."""
+        with seeded_globals(self.config.seed, "dropout", request.step, request.first):
+            part_losses = losses(request.step, request.first, request.count)
+            torch.autograd.backward(request.objective(part_losses))
+        request.losses = part_losses.detach()
+
+    def updating(
+        self, step: int, interrupted: Callable[[], bool] = lambda: False
+    ) -> Generator[GradientRequest, None, Update]:
         """Make update number ``step`` and return its mean loss, the norm of its gradient and its learning rate.
 
         Under SAM the norm is that of the gradient at the perturbed point, which is the one applied, and the loss is the
@@ -170,14 +219,14 @@ class Learner:
             Abandoned: ``interrupted`` returned True between two forward passes; nothing moved.
         """
         config = self.config
-        loss, norm = self._measure_gradient(losses, step, interrupted)
+        loss, norm = yield from self._measure_gradient(step, interrupted)
         # A gradient that overflows fp16 is made again under half the scale: what is skipped would count as a step that
         # moved nothing. Without a scale, or under the least, it is a fault.
         while self.scaler.is_enabled() and math.isfinite(loss) and not math.isfinite(norm):
             self.scaler.update()
             if self.scaler.get_scale() < 1:
                 break
-            loss, norm = self._measure_gradient(losses, step, interrupted)
+            loss, norm = yield from self._measure_gradient(step, interrupted)
         rate = config.learning_rate * self._rate_factor(step - 1)
         taken = math.isfinite(loss) and math.isfinite(norm)
         if taken:
@@ -189,19 +238,21 @@ class Learner:
             self.scaler.update()
         return Update(loss, norm, rate, taken)
 
-    def _measure_gradient(self, losses: Losses, step: int, interrupted: Callable[[], bool]) -> tuple[float, float]:
+    def _measure_gradient(
+        self, step: int, interrupted: Callable[[], bool]
+    ) -> Generator[GradientRequest, None, tuple[float, float]]:
         """Leave the gradient of an update in the parameters, unscaled; return the mean loss and the gradient's norm."""
-        mean = self._compute_gradient(losses, step, interrupted)
+        mean = yield from self._compute_gradient(step, interrupted)
         if self.config.optimizer == "sam":
             with perturb(self.method.parameters, self.config.sam_rho):
-                self._compute_gradient(losses, step, interrupted)
+                yield from self._compute_gradient(step, interrupted)
         self.scaler.unscale_(self.optimizer)
         gradients = [gradient for part in self.method.parameters if (gradient := part.grad) is not None]
         # Both leave the device at once: each wait for it would let it run dry.
         loss, norm = torch.stack([mean, nn.utils.get_total_norm(gradients).double()]).tolist()
         return loss, norm
 
-    def _compute_gradient(self, losses: Losses, step: int, interrupted: Callable[[], bool]) -> Tensor:
+    def _compute_gradient(self, step: int, interrupted: Callable[[], bool]) -> Generator[GradientRequest, None, Tensor]:
         """Leave the gradient of the mean loss of a step in the parameters; return that loss, float64 on its device.
 
         The samples of a step are numbered through its accumulation and over all processes, so splitting it differently
@@ -214,12 +265,16 @@ class Learner:
         for part in processes.share(samples, config.train_batch_size):
             if part.start and processes.count == 1 and interrupted():  # several must abandon an update together
                 raise Abandoned
-            with seeded_globals(config.seed, "dropout", step, part.start):
-                part_losses = losses(step, part.start, len(part))
-                torch.autograd.backward(self.scaler.scale(part_losses.mean() / (samples / len(part))))
-            step_losses.append(part_losses.detach())
+            request = GradientRequest(step, part.start, len(part), partial(self._scaled_mean, samples / len(part)))
+            yield request
+            step_losses.append(request.losses)
         processes.sum_gradients([weight.grad for weight in self.method.parameters if weight.grad is not None])
         return processes.gather(torch.cat(step_losses)).double().mean()
+
+    def _scaled_mean(self, parts: float, losses: Tensor) -> Tensor:
+        """Return the mean of the losses of one of so many parts of a step, as the gradient takes it."""
+        scaled: Tensor = self.scaler.scale(losses.mean() / parts)
+        return scaled
 
     @property
     def best_by(self) -> str:

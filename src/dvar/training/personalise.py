@@ -6,8 +6,8 @@ import json
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -26,17 +26,21 @@ from dvar.stopping.diagnosis import Reason
 from dvar.training.checkpoint import Checkpoint, latest_checkpoint, validate_run_facts
 from dvar.training.class_images import generate_class_images
 from dvar.training.dataset import Concept
+from dvar.training.digests import digest_of, digest_of_classes
 from dvar.training.loop import StepRecord
 from dvar.training.methods.registry import build_method, config_from_dict
 from dvar.training.preflight import preflight
 from dvar.training.processes import ALONE, Processes, launched_processes
 from dvar.training.publish import push_run, repository_of
-from dvar.training.run import TrainingResult, TrainingRun, digest_of, digest_of_classes, write_config
+from dvar.training.requests import Request, outcome_of
+from dvar.training.run import TrainingResult, TrainingRun, write_config
 from dvar.training.run_layout import CLASS_IMAGES, RESULT, checkpoint_name, checkpoint_paths, find_written, problems
 from dvar.training.token_initializer import choose_initializer_tokens, load_clip
 from dvar.training.trackers import Tracker
 
 LoadBase = Callable[[TrainingConfig], Backbone]
+Interruption = Callable[[], AbstractContextManager[Callable[[], bool]]]
+"""A scope whose value says whether the run is asked to stop."""
 _PREPARED, _FINISHED = "prepared", "finished"
 
 
@@ -78,24 +82,34 @@ def personalise(
     Source: Sections 3.2, 3.3 and 4.1.
     """
     arithmetic = float32_arithmetic(config.allow_tf32)
-    with _resource_errors(config), arithmetic, launched_processes() as processes:
+    with resource_errors(config), arithmetic, launched_processes() as processes:
         if not processes.is_main:
             return _follow(config, concept, load, processes)
         with lock_folder(Path(config.output_dir).expanduser()):
             run, checkpoint = prepare(config, concept, load, processes)
-            result = _train(run, checkpoint, consumers, owns_base=load is None)
+            training = train_run(run, checkpoint, consumers, interruption, owns_base=load is None)
+            result = outcome_of(training, run.answer)
         processes.publish(_FINISHED, "")
         return result
 
 
-def _train(
+def train_run(
     run: TrainingRun,
     checkpoint: Checkpoint | None,
     consumers: Sequence[Callable[[StepRecord], None]],
+    interruption: Interruption,
     *,
-    owns_base: bool,
-) -> TrainingResult:
-    """Train a run that has been prepared, to its end or to an interruption; give up parts of a base of its own."""
+    owns_base: bool = False,
+) -> Generator[Request, None, TrainingResult]:
+    """Train a run that has been prepared, to its end or to an interruption, and yield its requests.
+
+    Args:
+        run: The run.
+        checkpoint: What it is resumed from, if anything.
+        consumers: As for `personalise`.
+        interruption: The scope in which it can be asked to stop.
+        owns_base: Whether no other run uses its base model, of which it then gives up what it needs no more.
+    """
     config = run.config
     run.open(checkpoint)
     if owns_base:
@@ -103,8 +117,11 @@ def _train(
     verdict = run.rule(run.learner.trace)
     tracker = Tracker(config.report_to, run.folder, config.to_dict())
     all_consumers: tuple[Callable[[StepRecord], None], ...] = (tracker, *consumers)
-    with interruption() as interrupted, closing(tracker):
-        for step in run.steps(interrupted):
+    with interruption() as interrupted, closing(tracker), closing(run.loop(interrupted)) as loop:
+        for step in loop:
+            if isinstance(step, Request):
+                yield step
+                continue
             verdict = step.verdict
             for consumer in all_consumers:
                 consumer(step)
@@ -251,14 +268,15 @@ def _checkpoint_to_resume(folder: Path, config: TrainingConfig, concept: Concept
 
 
 @contextmanager
-def _resource_errors(config: TrainingConfig) -> Iterator[None]:
-    """Turn errors of memory and disk into `OutOfResources`, with what to do about them."""
+def resource_errors(config: TrainingConfig, *, packed: bool = False) -> Iterator[None]:
+    """Turn errors of memory and disk into `OutOfResources`, with what to do about them, in a pack of runs too."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         remedies = {
+            "a smaller --pack": packed,
             "--gradient_checkpointing": not config.gradient_checkpointing,
             "--mixed_precision bf16": config.mixed_precision == "no",
             "--quantize nf4": config.quantize == "no" and config.method != "custom-diffusion",

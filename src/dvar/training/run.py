@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
-from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,10 +34,12 @@ from dvar.stopping.verdict import Verdict
 from dvar.training.augmentation import encode_examples, encode_rescaled_examples
 from dvar.training.checkpoint import Checkpoint
 from dvar.training.dataset import ClassImages, Concept
-from dvar.training.loop import Learner, Series, StepRecord, Stopwatch, train
+from dvar.training.digests import digest_of, digest_of_classes
+from dvar.training.loop import Learner, Series, StepRecord, Stopwatch, train, training_loop
 from dvar.training.methods.registry import PersonalisationMethod
 from dvar.training.model_card import write_model_card
 from dvar.training.processes import ALONE, Processes
+from dvar.training.requests import GradientRequest, Request, answer_requests
 from dvar.training.rule import rule_of
 from dvar.training.run_layout import (
     CONFIG,
@@ -130,7 +130,7 @@ class TrainingRun:
         backbone.prepare_training(torch.cat([*(source.all_captions for source in sources), *empty]))
         self.rule: Rule = rule_of(config)
         # As in the released code the held batch has its augmentations, and L_det neither their mask nor the prior.
-        held = self.draw_held(config.eval_batch_size)
+        self.held = held = self.draw_held(config.eval_batch_size)
         self.probe = Probe(self.held_losses, held, modules=backbone.modules)
         timesteps = [timestep for part in held for timestep in part.timesteps.tolist()]
         self.learner = Learner(method, config, {"method": config.method, "timesteps": timesteps}, processes)
@@ -172,23 +172,34 @@ class TrainingRun:
         return [prompt.prompt for prompt in prompts], negatives, seeds
 
     def steps(self, interrupted: Callable[[], bool], series: Series | None = None) -> Iterator[StepRecord]:
-        """Train, writing the trace and the checkpoints; ``series`` is as for `train`."""
+        """Train by itself, writing the trace and the checkpoints; ``series`` is as for `training_loop`."""
+        return answer_requests(self.loop(interrupted, series), self.answer)
+
+    def loop(
+        self, interrupted: Callable[[], bool], series: Series | None = None
+    ) -> Generator[StepRecord | Request, None, None]:
+        """Train as `steps` does, and yield each request too, which `answer` answers by a forward pass of its own."""
         config = self.config
 
         def all_series(step: int, watch: Stopwatch) -> Mapping[str, Any]:
             return {**self.score_samples(step, watch, interrupted), **(series(step, watch) if series else {})}
 
         with TraceFile(self.folder / TRACE, self.learner.trace.header) as file:
-            yield from train(
+            yield from training_loop(
                 self.learner,
-                losses=self.training_losses,
-                probe=self.probe,
                 rule=self.rule,
                 log=file.append,
                 save=lambda: self.save(config.checkpoints_total_limit),
                 interrupted=interrupted,
                 series=all_series,
             )
+
+    def answer(self, request: Request) -> None:
+        """Answer a request of `loop` by a forward pass of its own."""
+        if isinstance(request, GradientRequest):
+            self.learner.leave_gradient(self.training_losses, request)
+        else:
+            request.losses = self.probe()
 
     def follow(self, interrupted: Callable[[], bool]) -> Iterator[StepRecord]:
         """Train as one of several processes that is not the main one: nothing is measured or written."""
@@ -347,24 +358,35 @@ class TrainingRun:
         return replace(draws, timesteps=timesteps.to(draws.timesteps.device))
 
     def training_losses(self, step: int, first: int, count: int) -> Tensor:
-        """Return the losses of these samples of a step, float32 [count].
+        """Return the losses of these samples of a step, float32 [count]."""
+        parts = self.training_draws(step, first, count)
+        return self.weigh(parts, [self.losses(part) for part in parts])
 
-        With a prior, the loss of a class image is added to each, times the prior's weight.
+    def training_draws(self, step: int, first: int, count: int) -> tuple[Draws, ...]:
+        """Return the draws of these samples of a step: one batch of each size of images.
+
+        With a prior, those of as many class images follow the instance images'.
         """
         draws = self.draw(self.examples, "train", step, first, count)
         if self.prior is None:
-            return self.weighted_losses(draws)
+            return (draws,)
         classes = self.draw(self.prior, "prior", step, first, count)
-        if classes.noise.shape == draws.noise.shape:
-            instance_losses, class_losses = self.weighted_losses(draws.joined(classes)).chunk(2)
-        else:
-            instance_losses, class_losses = self.weighted_losses(draws), self.weighted_losses(classes)
-        return instance_losses + self.config.effective_prior_weight * class_losses
+        return (draws.joined(classes),) if classes.noise.shape == draws.noise.shape else (draws, classes)
 
-    def weighted_losses(self, draws: Draws) -> Tensor:
-        """Return the losses of these draws, float32 [B], each times what its timestep weighs in training."""
-        losses = self.losses(draws)
-        return losses if self.weights is None else losses * self.weights.to(losses.device)[draws.timesteps]
+    def weigh(self, parts: Sequence[Draws], losses: Sequence[Tensor]) -> Tensor:
+        """Return the training losses, float32 [count], from the losses of what `training_draws` returned.
+
+        Each is multiplied by what its timestep weighs in training. With a prior, the loss of a class image is added to
+        each, times the prior's weight.
+        """
+        weighted = torch.cat(list(losses))
+        if self.weights is not None:
+            timesteps = torch.cat([part.timesteps for part in parts])
+            weighted = weighted * self.weights.to(weighted.device)[timesteps]
+        if self.prior is None:
+            return weighted
+        instance_losses, class_losses = weighted.chunk(2)
+        return instance_losses + self.config.effective_prior_weight * class_losses
 
     def held_losses(self, held: Sequence[Draws]) -> Tensor:
         """Return the losses of the held draws, those of each size as one batch, float32 [B]."""
@@ -400,29 +422,6 @@ class TrainingRun:
         paths = {path for name in WEIGHTS for path in self.folder.glob(f"{Path(name).stem}*.safetensors")}
         for path in paths - weights:
             path.unlink()
-
-
-def digest_of(concept: Concept) -> str:
-    """Return the SHA-256 of the images and captions of a concept."""
-    digest = sha256()
-    for index, image in enumerate(concept.images):
-        digest.update(image.tobytes() + json.dumps(concept.texts(index)).encode())
-    _update_by_classes(digest, concept.classes)
-    return digest.hexdigest()
-
-
-def digest_of_classes(classes: Sequence[ClassImages]) -> str:
-    """Return the SHA-256 of class images and their prompts."""
-    digest = sha256()
-    _update_by_classes(digest, classes)
-    return digest.hexdigest()
-
-
-def _update_by_classes(digest: Any, classes: Sequence[ClassImages]) -> None:
-    for class_images in classes:
-        for image in class_images.images:
-            digest.update(image.tobytes())
-        digest.update(class_images.prompt.encode())
 
 
 def _cut_trace(path: Path, checkpoint: Checkpoint) -> None:

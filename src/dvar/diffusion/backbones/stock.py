@@ -248,19 +248,21 @@ class StockBackbone(ABC):
         return (tower.encoder(input_ids)[0],)
 
     def predict(self, noisy: Tensor, times: Tensor, input_ids: Tensor) -> Tensor:
-        """Return the denoising network's prediction, [B, C, h, w], as `denoise`, under captions int64 [B, L].
+        """Return the denoising network's prediction, [B, C, h, w], as `denoise`, under captions int64 [B, L]."""
+        with self.autocast():
+            return self.denoise(noisy, times, self.encode_captions(input_ids))
+
+    def encode_captions(self, input_ids: Tensor) -> dict[str, States]:
+        """Return what each text encoder gives for captions int64 [B, L], by its name.
 
         A text encoder that is not trained reads each caption once, and by itself.
         """
-        parts = zip(self.towers, self._split(input_ids), strict=True)
-        with self.autocast():
-            states = {
-                tower.name: self.encode_text(tower, ids)
-                if _is_trained(tower.encoder)
-                else self.cache.read(tower.name, ids, partial(self.encode_text, tower))
-                for tower, ids in parts
-            }
-            return self.denoise(noisy, times, states)
+        return {
+            tower.name: self.encode_text(tower, ids)
+            if _is_trained(tower.encoder)
+            else self.cache.read(tower.name, ids, partial(self.encode_text, tower))
+            for tower, ids in zip(self.towers, self._split(input_ids), strict=True)
+        }
 
     def prepare_training(self, captions: Tensor) -> None:
         """Bring what trains to the device, and have the text encoders that do not train read all captions.
