@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from packed_runs import LOSS, assert_equal_runs, load_weights, read_records
 from torch import Tensor
 
 from dvar.config.methods import CustomDiffusionConfig, DreamBoothLoraConfig, TextualInversionConfig
@@ -39,8 +39,6 @@ from dvar.training.pack_fit import problems
 from dvar.training.personalise import load_base_model, personalise
 from dvar.training.run import TrainingResult, TrainingRun
 
-# What a larger batch does to the order of sums: measured 1e-7 of a loss, 5e-6 of a gradient's norm and of a weight.
-LOSS, NORM, WEIGHT = 2e-6, 2e-5, 2e-4
 CAP = 9
 
 
@@ -90,33 +88,6 @@ def run_packed(configs: Sequence[TrainingConfig], size: int, load: BaseModels) -
 
 def run_alone(config: TrainingConfig, load: BaseModels) -> Path:
     return personalise(replace(config, output_dir=f"{config.output_dir}-alone"), load=load).folder
-
-
-def read_records(folder: Path) -> list[dict[str, Any]]:
-    """Return the records of a run without their seconds."""
-    records = Trace.read(folder / "trace.jsonl").records
-    return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
-
-
-def load_weights(folder: Path) -> dict[str, Tensor]:
-    paths = sorted(folder.glob("*.safetensors"))
-    assert paths
-    return {f"{path.name}/{name}": tensor for path in paths for name, tensor in load_file(path).items()}
-
-
-def assert_equal_runs(first: Path, second: Path) -> None:
-    """Assert that two runs have the same files, steps, losses and weights, but for the order of a sum."""
-    ours, theirs = (Trace.read(folder / "trace.jsonl") for folder in (first, second))
-    assert ours.header == theirs.header
-    assert [record["step"] for record in ours.records] == [record["step"] for record in theirs.records]
-    for name, tolerance in (("train_loss", LOSS), ("eval", LOSS), ("grad_norm", NORM)):
-        np.testing.assert_allclose(ours.metric(name)[1], theirs.metric(name)[1], rtol=tolerance)
-    ours_weights, theirs_weights = load_weights(first), load_weights(second)
-    assert ours_weights.keys() == theirs_weights.keys()
-    for name, weight in ours_weights.items():
-        torch.testing.assert_close(weight, theirs_weights[name], rtol=WEIGHT, atol=WEIGHT)
-    names = [{path.relative_to(folder).as_posix() for path in folder.rglob("*")} for folder in (first, second)]
-    assert names[0] == names[1]
 
 
 DIFFERENT: dict[str, list[dict[str, Any]]] = {

@@ -78,13 +78,13 @@ class LocalWorker:
             process.stdin.write(json.dumps({"argument": task.argument, "log": str(task.log)}).encode() + b"\n")
             process.stdin.flush()
         for line in process.stdout:
-            if report := _parse_report(line):
+            if report := parse_report(line):
                 yield report
                 if report["report"] in ENDS:
                     self._cancelled = False
                     return
         self._cancelled = False
-        yield _explain_end(task.log, before, process.wait())
+        yield explain_end(task.log, before, process.wait())
 
     def cancel(self) -> None:
         """Ask the task that is running to save and end."""
@@ -114,24 +114,29 @@ class LocalWorker:
         if self._process and self._process.poll() is None and self._kind == kind:
             return self._process
         self.close()
-        environment = {**os.environ, "OMP_NUM_THREADS": str(task.threads), "TOKENIZERS_PARALLELISM": "false"}
-        if self.gpu:
-            environment["CUDA_VISIBLE_DEVICES"] = self.gpu
-        task.log.parent.mkdir(parents=True, exist_ok=True)
-        with task.log.open("ab") as log:  # for what it says before its first task
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", task.program],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                env=environment,
-                start_new_session=True,  # the terminal's own interrupt must not reach it beside ours
-            )
+        self._process = start_process(task, task.log, self.gpu)
         self._kind = kind
         return self._process
 
 
-def _parse_report(line: bytes) -> dict[str, Any] | None:
+def start_process(task: WorkerTask, log: Path, gpu: str) -> subprocess.Popen[bytes]:
+    """Return a new process of the program of a task, which writes its errors to the end of ``log``."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(task.threads), "TOKENIZERS_PARALLELISM": "false"}
+    if gpu:
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", task.program],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=file,
+            env=environment,
+            start_new_session=True,  # the terminal's own interrupt must not reach it beside ours
+        )
+
+
+def parse_report(line: bytes) -> dict[str, Any] | None:
     """Return the report in a line; None for what a library printed before the first task."""
     with suppress(ValueError):
         report = json.loads(line)
@@ -140,7 +145,7 @@ def _parse_report(line: bytes) -> dict[str, Any] | None:
     return None
 
 
-def _explain_end(log: Path, before: int, status: int) -> Report:
+def explain_end(log: Path, before: int, status: int) -> Report:
     """Return the report of a process that ended in the middle of a task, by what it wrote after so many bytes."""
     if status in INTERRUPTED:
         return {"report": "interrupted"}

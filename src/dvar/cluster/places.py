@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from dvar.cluster.local import LocalWorker, list_slots
+from dvar.cluster.local import list_slots
+from dvar.cluster.shared import start_places
 from dvar.cluster.task import Worker
 from dvar.errors import RefusedInput
 
@@ -19,12 +20,15 @@ class Places:
         threads: CPU threads of each.
         ray: The address of a Ray cluster, as `dvar.cluster.ray_workers.connect` takes it; None for this machine.
         gpus: GPUs of each worker on Ray, or the share of one; by default 1 where the cluster has any.
+        pack: Tasks that each worker runs at once; more than one need a program that uses
+            `dvar.cluster.program.serve_team`.
     """
 
     workers: int | None = None
     threads: int = 1
     ray: str | None = None
     gpus: float | None = None
+    pack: int = 1
 
     @property
     def count(self) -> int:
@@ -54,10 +58,13 @@ class Places:
         return ray_workers.node_problems(shared)
 
     def start(self, most: int) -> list[Worker]:
-        """Return the workers, but no more than ``most``."""
+        """Return the workers, one for each task that runs at once, but no more than ``most``."""
         if self.ray is None:
-            slots = list_slots(self.workers, self.threads)
-            return [LocalWorker(f"worker-{number + 1}", slot) for number, slot in enumerate(slots[:most])]
-        from dvar.cluster import ray_workers
+            slots = list_slots(self.workers, self.threads)[:most]
+            places = [start_places(f"worker-{number + 1}", self.pack, slot) for number, slot in enumerate(slots)]
+        else:
+            from dvar.cluster import ray_workers
 
-        return ray_workers.start_workers(min(self.count, most), self.threads, self.gpus)
+            places = ray_workers.start_workers(min(self.count, most), self.threads, self.gpus, self.pack)
+        # One place of each worker first, so that few tasks are spread over all workers.
+        return [place for row in zip(*places, strict=True) for place in row][:most]

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dvar._version import __version__
-from dvar.cluster.local import LocalWorker
+from dvar.cluster.shared import start_places
 from dvar.cluster.task import ENDS, Report, Worker, WorkerTask, failure
 from dvar.errors import RefusedInput, first_line
 
@@ -44,28 +44,29 @@ class Supervisor:
         name: Its name, for people.
         folder: The folder that it runs in, where the node has it, so that relative paths mean the same everywhere.
         versions: What `installed_versions` returns on the machine of the driver.
+        pack: Tasks that it runs at once.
     """
 
-    def __init__(self, name: str, folder: str, versions: Mapping[str, str]) -> None:
+    def __init__(self, name: str, folder: str, versions: Mapping[str, str], pack: int = 1) -> None:
         self.difference = format_differences(versions, installed_versions())
         with suppress(OSError):  # one that this node does not have is no part of any path that it must see
             os.chdir(folder)
-        self.worker = LocalWorker(name)
+        self.places = start_places(name, pack)
 
     def ping(self) -> str:
         """Return the name of the node."""
         return platform.node()
 
-    def run(self, task: Mapping[str, Any]) -> Iterator[Report]:
-        """Run a task and yield its reports."""
+    def run(self, place: int, task: Mapping[str, Any]) -> Iterator[Report]:
+        """Run a task in one of its places and yield its reports."""
         if self.difference:  # a node that has joined since all of them were checked
             yield failure(f"node {platform.node()} has {self.difference}", retry=False)
         else:
-            yield from self.worker.run(WorkerTask(**{**task, "log": Path(task["log"])}))
+            yield from self.places[place].run(WorkerTask(**{**task, "log": Path(task["log"])}))
 
-    def cancel(self) -> None:
-        """Ask the task that is running to save and end."""
-        self.worker.cancel()
+    def cancel(self, place: int) -> None:
+        """Ask the task that is running in one of its places to save and end."""
+        self.places[place].cancel()
 
 
 class RayWorker:
@@ -73,14 +74,12 @@ class RayWorker:
 
     Args:
         name: Its name, for people.
-        threads: CPUs that it needs.
-        gpus: GPUs that it needs, or the share of one.
+        actor: The `Supervisor` of its process, which other workers may share.
+        place: The place of it that is this worker's.
     """
 
-    def __init__(self, name: str, threads: int, gpus: float) -> None:
-        self.name = name
-        actor = ray.remote(Supervisor).options(num_cpus=threads, num_gpus=gpus, max_restarts=-1, max_concurrency=3)
-        self._actor = actor.remote(name, os.getcwd(), installed_versions())
+    def __init__(self, name: str, actor: Any, place: int = 0) -> None:
+        self.name, self._actor, self._place = name, actor, place
         self._ping: Any = None
 
     def ready(self, seconds: float) -> bool:
@@ -100,7 +99,9 @@ class RayWorker:
         """Run a task and yield its reports; the last one is of `ENDS`."""
         fields = {"name": task.name, "program": task.program, "argument": task.argument, "threads": task.threads}
         try:
-            stream = self._actor.run.options(num_returns="streaming").remote({**fields, "log": str(task.log)})
+            stream = self._actor.run.options(num_returns="streaming").remote(
+                self._place, {**fields, "log": str(task.log)}
+            )
             for reference in stream:
                 report: Report = ray.get(reference)
                 yield report
@@ -111,7 +112,7 @@ class RayWorker:
 
     def cancel(self) -> None:
         """Ask the task that is running to save and end."""
-        self._actor.cancel.remote()
+        self._actor.cancel.remote(self._place)
 
     def close(self) -> None:
         """End the actor; its process ends with it."""
@@ -165,11 +166,25 @@ def count_places(threads: int, gpus: float | None) -> int:
     return max(1, min(places))
 
 
-def start_workers(count: int, threads: int, gpus: float | None) -> list[Worker]:
-    """Return workers of the connected cluster; those that it has no places for wait for them."""
+def start_workers(count: int, threads: int, gpus: float | None, pack: int = 1) -> list[list[Worker]]:
+    """Return ``pack`` places of each worker of the connected cluster; those that it has no room for wait for it.
+
+    Args:
+        count: Number of workers.
+        threads: CPUs that each needs.
+        gpus: GPUs that each needs, or the share of one; by default 1 where the cluster has any.
+        pack: Tasks that each runs at once.
+    """
     if count > (places := count_places(threads, gpus)):
         warnings.warn(f"the cluster has places for {places} of {count} workers now: the others wait", stacklevel=2)
-    return [RayWorker(f"ray-{number + 1}", threads, _share(gpus)) for number in range(count)]
+    return [_start_worker(f"ray-{number + 1}", threads, _share(gpus), pack) for number in range(count)]
+
+
+def _start_worker(name: str, threads: int, gpus: float, pack: int) -> list[Worker]:
+    options = {"num_cpus": threads, "num_gpus": gpus, "max_restarts": -1, "max_concurrency": pack + 2}
+    actor = ray.remote(Supervisor).options(**options).remote(name, os.getcwd(), installed_versions(), pack)
+    names = [name] if pack == 1 else [f"{name}.{place + 1}" for place in range(pack)]
+    return [RayWorker(own, actor, place) for place, own in enumerate(names)]
 
 
 def _share(gpus: float | None) -> float:

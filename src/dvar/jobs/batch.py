@@ -24,6 +24,7 @@ from dvar.jobs.read_jobs import Table, read_jobs
 from dvar.jobs.status import JobStatus, read_status, summarise
 from dvar.jobs.store import is_url, url_problems
 from dvar.locks import lock_path
+from dvar.training.pack_fit import pack_key
 from dvar.training.preflight import launcher_problems
 
 EVENTS, SUMMARY, LOCK, LOGS = "events.jsonl", "summary.json", ".batch.lock", "logs"
@@ -113,7 +114,7 @@ class Batch:
                 self._places.start(len(missing)), retries=self.config.retries, preemptions=self.config.preemptions
             )
             stack.enter_context(pool)
-            for job in missing:
+            for job in self._in_turn(missing):
                 pool.submit(self._task(job))
             for event in pool.events(every):
                 job_event = self._take_event(event) if event else None
@@ -143,11 +144,19 @@ class Batch:
     @property
     def _places(self) -> Places:
         config = self.config
-        return Places(config.workers, config.threads, config.ray, config.gpus_per_worker)
+        return Places(config.workers, config.threads, config.ray, config.gpus_per_worker, config.pack)
+
+    def _in_turn(self, jobs: Sequence[Job]) -> list[Job]:
+        """Return jobs in the order in which they begin; in packs, those of one base model follow one another."""
+        if self.config.pack == 1:
+            return list(jobs)
+        order: dict[Any, int] = {}
+        return sorted(jobs, key=lambda job: order.setdefault(pack_key(job.config), len(order)))
 
     def _task(self, job: Job) -> WorkerTask:
         logs = (self.folder or Path(tempfile.gettempdir()) / "dvar-jobs") / LOGS
-        return WorkerTask(job.id, "dvar.jobs.train_job", job.to_json(), logs / f"{job.id}.log", self.config.threads)
+        program = "dvar.jobs.train_job" if self.config.pack == 1 else "dvar.jobs.train_pack"
+        return WorkerTask(job.id, program, job.to_json(), logs / f"{job.id}.log", self.config.threads)
 
     def _take_event(self, event: TaskEvent) -> JobEvent:
         if event.kind == "failed":
@@ -161,7 +170,7 @@ def batch(source: str | Path | Sequence[Table], **settings: Any) -> Iterator[Job
     Args:
         source: A TOML or CSV file or a folder of folders, as ``dvar batch`` takes it, or a list of tables, each with an
             "id", a "method" and settings of that method.
-        settings: Settings of ``dvar batch``: output_dir, workers, ray, …
+        settings: Settings of ``dvar batch``: output_dir, workers, pack, ray, …
 
     Raises:
         RefusedInput: Settings, jobs, folders or the cluster cannot be used; every problem is named, and nothing has

@@ -26,14 +26,20 @@ class BatchConfig(Config):
     )
 
     workers: int | None = setting(
-        None, "Runs at once; by default one for each GPU, or else for each core.", Range(1, most=1024), section="Where"
+        None,
+        "Workers at once; by default one for each GPU, or else for each core.",
+        Range(1, most=1024),
+        section="Where",
     )
-    threads: int = setting(1, "CPU threads of each run.", COUNT)
+    pack: int = setting(
+        1, "Runs that each worker trains at once, in one forward pass of a frozen base model.", Range(1, most=1024)
+    )
+    threads: int = setting(1, "CPU threads of each worker.", COUNT)
     ray: str | None = setting(
         None, "Run on a Ray cluster: 'auto' for the one of this machine, or else a new one; or HOST:PORT."
     )
     gpus_per_worker: float | None = setting(
-        None, "On Ray: GPUs of each run, or a share of one; by default 1 where the cluster has any.", POSITIVE
+        None, "On Ray: GPUs of each worker, or a share of one; by default 1 where the cluster has any.", POSITIVE
     )
 
     retries: int = setting(2, "How often a job may fail, without getting further, and be tried again.", NOT_NEGATIVE)

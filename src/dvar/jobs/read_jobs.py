@@ -21,7 +21,7 @@ from dvar.jobs.config import BatchConfig
 from dvar.jobs.job import Job
 from dvar.jobs.store import is_url
 from dvar.recordings.concepts import read_noun
-from dvar.training import rule
+from dvar.training import pack_fit, rule
 from dvar.training.methods.registry import METHODS
 
 if sys.version_info >= (3, 11):
@@ -156,6 +156,7 @@ def _build_job(table: Table, shared: Table, config: BatchConfig) -> Job:
     limit = {} if config.checkpoints == "all" else {"checkpoints_total_limit": 1}
     run = configure({**values, **limit}, config_type)
     problems += [*training_config.problems(run), *rule.problems(run), *_folder_problems(run)]
+    problems += pack_fit.problems(run) if config.pack > 1 else []
     if problems:
         raise RefusedInput(problems)
     return Job(name, _with_whole_paths(run), config.checkpoints)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dvar.cluster.program import serve
+from dvar.config.training import TrainingConfig
 from dvar.errors import FolderInUse, NonFiniteLoss
 from dvar.files import remove, write_json
 from dvar.jobs.base_models import BaseModels
@@ -50,19 +51,9 @@ class JobTrainer:
         """
         job = Job.from_json(argument)
         with run_folder(job.config.output_dir) as store:
-            # A run that has ended is not trained again: its worker may have been lost before it could say so.
-            if (result := read_run_json(str(store.folder), RESULT)) is None:
-                verdict = self._train_when_free(job, store, report).verdict
-                if verdict.reason is Reason.INTERRUPTED:
-                    store.push()
-                    raise KeyboardInterrupt
-                result = read_run_json(str(store.folder), RESULT)
-            prune(store.folder, job.checkpoints)
-            store.push()
-        facts = end_facts(result, job)
-        if facts["verdict"] == Reason.NON_FINITE.value:
-            raise NonFiniteLoss(facts["sentence"])
-        return facts
+            if not has_ended(store):
+                validate_end(self._train_when_free(job, store, report), store)
+            return end_job(job, store)
 
     def _train_when_free(self, job: Job, store: RunStore, report: Report) -> TrainingResult:
         for _ in range(WAIT_SECONDS):
@@ -73,20 +64,56 @@ class JobTrainer:
         return self._train(job, store, report)
 
     def _train(self, job: Job, store: RunStore, report: Report) -> TrainingResult:
-        folder = store.folder
-        can_resume = bool(checkpoint_paths(folder))
-        if not can_resume:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / JOB, {"id": job.id, "digest": job.digest})
-        model = job.config.pretrained_model_name_or_path
-        config = replace(
-            job.config,
-            pretrained_model_name_or_path=cached_model(model) if is_url(model) else model,
-            output_dir=str(folder),
-            resume_from_checkpoint="latest" if can_resume else None,
-            overwrite=not can_resume and bool(find_written(folder)),
-        )
-        return personalise(config, [_ProgressReports(config.max_train_steps, report), _Pushes(store)], load=self.load)
+        config = begin_job(job, store)
+        return personalise(config, job_consumers(config, store, report), load=self.load)
+
+
+def has_ended(store: RunStore) -> bool:
+    """Return whether a run has ended, and its worker perhaps been lost before it could say so."""
+    return read_run_json(str(store.folder), RESULT) is not None
+
+
+def begin_job(job: Job, store: RunStore) -> TrainingConfig:
+    """Return the config to train a job by, from its last checkpoint if it has one."""
+    folder = store.folder
+    can_resume = bool(checkpoint_paths(folder))
+    if not can_resume:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / JOB, {"id": job.id, "digest": job.digest})
+    model = job.config.pretrained_model_name_or_path
+    return replace(
+        job.config,
+        pretrained_model_name_or_path=cached_model(model) if is_url(model) else model,
+        output_dir=str(folder),
+        resume_from_checkpoint="latest" if can_resume else None,
+        overwrite=not can_resume and bool(find_written(folder)),
+    )
+
+
+def job_consumers(config: TrainingConfig, store: RunStore, report: Report) -> list[Callable[[StepRecord], None]]:
+    """Return what follows the steps of a job: it reports progress, and pushes each checkpoint."""
+    return [_ProgressReports(config.max_train_steps, report), _Pushes(store)]
+
+
+def validate_end(result: TrainingResult, store: RunStore) -> None:
+    """Raise KeyboardInterrupt if a run was asked to stop, and push what it has saved."""
+    if result.verdict.reason is Reason.INTERRUPTED:
+        store.push()
+        raise KeyboardInterrupt
+
+
+def end_job(job: Job, store: RunStore) -> Mapping[str, Any]:
+    """Return the facts about the end of a job, once its run is pruned and pushed.
+
+    Raises:
+        NonFiniteLoss: A loss was not finite.
+    """
+    prune(store.folder, job.checkpoints)
+    store.push()
+    facts = end_facts(read_run_json(str(store.folder), RESULT), job)
+    if facts["verdict"] == Reason.NON_FINITE.value:
+        raise NonFiniteLoss(facts["sentence"])
+    return facts
 
 
 class _ProgressReports:

@@ -127,9 +127,9 @@ class Pack:
         slot.training = self._train(slot, consumers)
 
     def cancel(self, name: str) -> None:
-        """Ask a run to save and end."""
-        if name in self._slots:
-            self._slots[name].cancelled = True
+        """Ask a run to save and end, if it is there; from any thread."""
+        if slot := self._slots.get(name):
+            slot.cancelled = True
 
     def advance(self) -> dict[str, End]:
         """Go on until a run ends, or each has the gradient of a part of its next update; return the ends by name.
