@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -75,18 +77,92 @@ def as_stored(name: str, tensor: Tensor) -> Tensor:
     return tensor[:, :, None, None] if is_projection and tensor.ndim == 2 else tensor
 
 
+def vae_tensors(vae: Any) -> dict[str, Tensor]:
+    """Return the tensors of an autoencoder as a checkpoint holds them."""
+    names = {name: vae_name(name, len(vae.config.block_out_channels)) for name in vae.state_dict()}
+    return {f"first_stage_model.{names[name]}": as_stored(names[name], part) for name, part in vae.state_dict().items()}
+
+
 def write_single_file(pipeline: Any, file: Path, *, text: bool = True) -> Path:
     """Write the U-Net and the autoencoder of a pipeline, and the only text encoder, as one checkpoint."""
-    layers, levels = pipeline.unet.config.layers_per_block, len(pipeline.vae.config.block_out_channels)
+    layers = pipeline.unet.config.layers_per_block
     tensors = {
         f"model.diffusion_model.{unet_name(name, layers)}": part for name, part in pipeline.unet.state_dict().items()
     }
-    for name, part in pipeline.vae.state_dict().items():
-        original = vae_name(name, levels)
-        tensors[f"first_stage_model.{original}"] = as_stored(original, part)
+    tensors |= vae_tensors(pipeline.vae)
     if text:
         for name, part in pipeline.text_encoder.state_dict().items():
             inner = name if name.startswith("text_model.") else f"text_model.{name}"
             tensors[f"cond_stage_model.transformer.{inner}"] = part
     save_file({name: part.contiguous() for name, part in tensors.items()}, file)
+    return file
+
+
+JOINT_OUTER = {
+    "pos_embed.pos_embed": "pos_embed",
+    "pos_embed.proj": "x_embedder.proj",
+    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+    "context_embedder": "context_embedder",
+    "proj_out": "final_layer.linear",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+}
+JOINT_LAYERS = {
+    "norm1.linear": "x_block.adaLN_modulation.1",
+    "norm1_context.linear": "context_block.adaLN_modulation.1",
+    "attn.to_out.0": "x_block.attn.proj",
+    "attn.to_add_out": "context_block.attn.proj",
+    "attn.norm_q": "x_block.attn.ln_q",
+    "attn.norm_k": "x_block.attn.ln_k",
+    "attn.norm_added_q": "context_block.attn.ln_q",
+    "attn.norm_added_k": "context_block.attn.ln_k",
+    "ff.net.0.proj": "x_block.mlp.fc1",
+    "ff.net.2": "x_block.mlp.fc2",
+    "ff_context.net.0.proj": "context_block.mlp.fc1",
+    "ff_context.net.2": "context_block.mlp.fc2",
+}
+JOINED = {
+    "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+}
+
+
+def joint_tensors(weights: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
+    """Return the tensors of a transformer of Stable Diffusion 3 as a checkpoint holds them."""
+    tensors = {}
+    for name, part in weights.items():
+        layer, _, kind = name.rpartition(".")
+        if not name.startswith("transformer_blocks."):
+            original = JOINT_OUTER.get(name) or f"{JOINT_OUTER[layer]}.{kind}"
+        else:
+            _, block, inner = layer.split(".", 2)
+            if inner not in JOINT_LAYERS:
+                continue
+            original = f"joint_blocks.{block}.{JOINT_LAYERS[inner]}.{kind}"
+        last = f"transformer_blocks.{layers - 1}.norm1_context.linear"
+        if layer in ("norm_out.linear", last):  # shift and scale are the other way round
+            part = torch.cat(part.chunk(2)[::-1])
+        tensors[original] = part
+    for number in range(layers):
+        for original, parts in JOINED.items():
+            for kind in ("weight", "bias"):
+                rows = [weights[f"transformer_blocks.{number}.{part}.{kind}"] for part in parts]
+                tensors[f"joint_blocks.{number}.{original}.{kind}"] = torch.cat(rows)
+    return tensors
+
+
+def write_single_file_of_3(pipeline: Any, file: Path, *, text: bool, prefix: str = "model.diffusion_model.") -> Path:
+    """Write the transformer and the autoencoder of a Stable Diffusion 3, and its text encoders, as one checkpoint."""
+    transformer = pipeline.transformer
+    joint = joint_tensors(transformer.state_dict(), transformer.config.num_layers)
+    tensors = {f"{prefix}{name}": part for name, part in joint.items()} | vae_tensors(pipeline.vae)
+    encoders = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3"}
+    for name, encoder in encoders.items() if text else ():
+        weights = getattr(pipeline, encoder).state_dict()
+        if name == "clip_l":  # which has no projection in such files: it is the identity
+            del weights["text_projection.weight"]
+        tensors |= {f"text_encoders.{name}.transformer.{key}": part for key, part in weights.items()}
+    save_file({name: part.clone().contiguous() for name, part in tensors.items()}, file)
     return file

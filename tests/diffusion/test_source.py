@@ -10,17 +10,20 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
-from single_files import write_single_file
+from single_files import write_single_file, write_single_file_of_3
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from dvar.config.methods import DreamBoothLoraConfig
 from dvar.diffusion import source as sources
 from dvar.diffusion.backbone import load_backbone
 from dvar.diffusion.model_files import model_problems
+from dvar.diffusion.single_file import find_kind
 from dvar.diffusion.source import ModelSource
 from dvar.errors import ModelError, RefusedInput
 from dvar.runs.load_model import load_personalised_backbone
-from dvar.testing import tiny_pipeline, tiny_xl_pipeline
+from dvar.testing import tiny_pipeline, tiny_sd3_pipeline, tiny_xl_pipeline
 from dvar.training.personalise import personalise
 
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
@@ -90,6 +93,65 @@ def test_text_encoders_that_a_single_file_lacks_come_from_the_folder_of_its_conf
     assert "lacks text_encoder_2, and so does single_file_config" in problem
 
 
+def save_file_of_3(folder: Path, file: Path, *, t5: bool, **options: Any) -> tuple[Path, str]:
+    """Return a single file of the Stable Diffusion 3 in a folder, whose CLIPs it makes differ in width, and a digest.
+
+    By their width diffusers tells them apart, and takes the projection of the first for the identity.
+    """
+    absent = {} if t5 else {"text_encoder_3": None, "tokenizer_3": None}
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder, **absent)
+    settings = {"hidden_size": 16, "intermediate_size": 32, "projection_dim": 16}
+    narrow = CLIPTextConfig.from_dict(pipeline.text_encoder.config.to_dict() | settings)
+    encoder = CLIPTextModelWithProjection(narrow).eval()
+    encoder.text_projection.weight.data = torch.eye(16)
+    encoder.save_pretrained(folder / "text_encoder")
+    pipeline.text_encoder = encoder
+    return write_single_file_of_3(pipeline, file, **options), load_backbone(folder, device="cpu").digest
+
+
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", ""])
+def test_a_single_file_of_3_without_text_is_the_model_of_the_folder(prefix: str, tmp_path: Path) -> None:
+    folder = tiny_sd3_pipeline(tmp_path / "model")
+    file, digest = save_file_of_3(folder, tmp_path / "model.safetensors", t5=False, text=False, prefix=prefix)
+    source = ModelSource(str(file), single_file_config=str(strip_weights(folder, "transformer", "vae")))
+    assert model_problems(source) == []
+    backbone = load_backbone(source, device="cpu")
+    assert backbone.digest == digest
+    assert [tower.name for tower in backbone.towers] == ["text_encoder", "text_encoder_2"]
+    strip_weights(folder, "text_encoder_2")
+    (problem,) = model_problems(source)
+    assert "lacks text_encoder_2, and so does single_file_config" in problem
+
+
+def test_a_whole_single_file_of_3_is_the_model_of_the_folder(tmp_path: Path) -> None:
+    folder = tiny_sd3_pipeline(tmp_path / "model", t5=True)
+    file, digest = save_file_of_3(folder, tmp_path / "model.safetensors", t5=True, text=True)
+    parts = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+    source = ModelSource(str(file), single_file_config=str(strip_weights(folder, *parts)))
+    assert model_problems(source) == []
+    assert load_backbone(source, device="cpu").digest == digest
+    assert find_kind(file).configs == "stabilityai/stable-diffusion-3-medium-diffusers"
+    change(file, model__diffusion_model__pos_embed=torch.zeros(1, 384 * 384, 32))
+    assert find_kind(file).configs == "stabilityai/stable-diffusion-3.5-medium"
+    change(file, model__diffusion_model__joint_blocks__37__x_block__mlp__fc1__weight=torch.zeros(1, 1))
+    assert find_kind(file).configs == "stabilityai/stable-diffusion-3.5-large"
+
+
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [
+        ("double_blocks.0.img_attn.norm.key_norm.scale", "FLUX.1, or of a model made from it that looks the same"),
+        ("model.diffusion_model.double_stream_modulation_img.lin.weight", "FLUX.2"),
+        ("model.diffusion_model.cap_embedder.1.weight", "Z-Image"),
+    ],
+)
+def test_families_whose_single_files_are_not_read_are_refused_by_name(name: str, title: str, tmp_path: Path) -> None:
+    save_file({name: torch.zeros(1, 1)}, tmp_path / "model.safetensors")
+    (problem,) = model_problems(str(tmp_path / "model.safetensors"))
+    assert f"model.safetensors is of {title}" in problem
+    assert problem.endswith("and is not read: name its diffusers folder or its hub id")
+
+
 def change(file: Path, **tensors: torch.Tensor | None) -> None:
     content = {**load_file(file), **{name.replace("__", "."): part for name, part in tensors.items()}}
     save_file({name: part for name, part in content.items() if part is not None}, file)
@@ -104,7 +166,10 @@ DAMAGE: list[tuple[Callable[[Path], object], str]] = [
     (lambda file: file.write_bytes(file.read_bytes()[:-40]), "is damaged or no safetensors file"),
     (lambda file: change(file, **{FIRST: torch.zeros(16, 9, 3, 3)}), "its U-Net reads 9 channels, as for inpainting"),
     (lambda file: save_file({"lora_unet_mid.lora_up.weight": torch.zeros(1)}, file), "is a LoRA: name the checkpoint"),
-    (lambda file: save_file({"weight": torch.zeros(1)}, file), "is no checkpoint of Stable Diffusion 1.x, 2.x or XL"),
+    (
+        lambda file: save_file({"weight": torch.zeros(1)}, file),
+        "is no checkpoint of Stable Diffusion 1.x, 2.x, XL, 3 or",
+    ),
     (as_float8, "must hold weights of 16 or 32 bits, got F8_E4M3: name the full checkpoint"),
     (lambda file: change(file, v_pred=torch.zeros(0)), "predicts velocity, and the scheduler of single_file_config"),
     (

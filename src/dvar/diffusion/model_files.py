@@ -86,7 +86,12 @@ def _file_problems(source: ModelSource) -> list[str]:
         return problems
     if (pipeline := read_json(folder / _INDEX)["_class_name"]) != kind.pipeline:
         return [f"{name} is of a {pipeline}, and {file} of a {kind.title}: {remedy}"]
-    missing = [part for part in single_file.missing_parts(file) if not list((folder / part).glob("*.safetensors"))]
+    index = read_json(folder / _INDEX, dict)
+    missing = [
+        part
+        for part in single_file.missing_parts(file)
+        if index.get(part, [None])[0] and not list((folder / part).glob("*.safetensors"))
+    ]
     if missing:
         message = f"{file} lacks {', '.join(missing)}"
         return [f"{message}, and so does {name}: name a whole checkpoint, or a folder that has the rest"]

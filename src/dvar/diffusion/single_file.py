@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,14 @@ from dvar.files import regular_file
 _UNET = "model.diffusion_model.input_blocks.0.0.weight"
 _SIZE_EMBEDDING = "model.diffusion_model.label_emb.0.0.weight"
 _FLOATS = {"F64", "F32", "F16", "BF16"}
+_JOINT_BLOCK = "joint_blocks.{}.x_block.mlp.fc1.weight"
+_PREFIX = "model.diffusion_model."
+_NOT_READ = {
+    "double_blocks.0.img_attn.norm.key_norm.scale": "FLUX.1, or of a model made from it that looks the same",
+    "double_stream_modulation_img.lin.weight": "FLUX.2",
+    "cap_embedder.1.weight": "Z-Image",
+}
+"""Tensors by which families are known whose single files are not read."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +32,8 @@ class FileKind:
         pipeline: The class of its diffusers pipeline.
         title: Its family in prose.
         configs: The hub id of its configs and tokenizers.
-        parts: How the names of tensors begin in the file, by the part of the pipeline.
+        parts: How the names of tensors begin in the file, by the part of the pipeline; without the denoising network
+            where it has two ways.
     """
 
     pipeline: str
@@ -57,6 +66,20 @@ XL = FileKind(
         "text_encoder_2": "conditioner.embedders.1.model.",
     },
 )
+_SD_3_PARTS = {
+    "vae": _VAE,
+    "text_encoder": "text_encoders.clip_l.transformer.",
+    "text_encoder_2": "text_encoders.clip_g.transformer.",
+    "text_encoder_3": "text_encoders.t5xxl.transformer.",
+}
+SD_3, SD_35_MEDIUM, SD_35_LARGE = (
+    FileKind("StableDiffusion3Pipeline", f"Stable Diffusion {version}", configs, _SD_3_PARTS)
+    for version, configs in (
+        ("3", "stabilityai/stable-diffusion-3-medium-diffusers"),
+        ("3.5 medium", "stabilityai/stable-diffusion-3.5-medium"),
+        ("3.5 large", "stabilityai/stable-diffusion-3.5-large"),
+    )
+)
 
 
 def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -83,16 +106,36 @@ def find_kind(file: Path) -> FileKind:
         message = f"{file} is no .safetensors file, and others, which may be pickles, are never read"
         raise ModelError(f"{message}: name such a file, a diffusers folder or a hub id")
     header = read_header(file)
+    plain = {name.removeprefix(_PREFIX): shape for name, (_, shape) in header.items()}
+    if _JOINT_BLOCK.format(0) in plain:
+        return _find_kind_of_3(plain)
     if _UNET not in header:
-        kind = (
-            "a LoRA" if any("lora" in name for name in header) else "no checkpoint of Stable Diffusion 1.x, 2.x or XL"
-        )
-        raise ModelError(f"{file} is {kind}: name the checkpoint of a base model, or a diffusers folder")
+        raise ModelError(f"{file} is {_describe_other(plain)}")
     if any(name.startswith("conditioner.embedders.0.model.") for name in header):
         raise ModelError(f"{file} is a refiner, which continues images of another model: name the base model")
     if _SIZE_EMBEDDING in header:
         return XL
     return SD_2 if any(name.startswith(SD_2.parts["text_encoder"]) for name in header) else SD_1
+
+
+def _find_kind_of_3(shapes: Mapping[str, tuple[int, ...]]) -> FileKind:
+    """Return which Stable Diffusion 3 or 3.5 has these tensors: by its depth, and the grid of its positions.
+
+    Source: `infer_diffusers_model_type` of diffusers.
+    """
+    if _JOINT_BLOCK.format(37) in shapes:
+        return SD_35_LARGE
+    return SD_35_MEDIUM if shapes.get("pos_embed", (0, 0, 0))[1] == 384 * 384 else SD_3
+
+
+def _describe_other(names: Collection[str]) -> str:
+    """Return what a file with these tensors is, and what to name instead."""
+    for name, title in _NOT_READ.items():
+        if name in names:
+            return f"of {title}, and is not read: name its diffusers folder or its hub id"
+    lora = any("lora" in name for name in names)
+    kind = "a LoRA" if lora else "no checkpoint of Stable Diffusion 1.x, 2.x, XL, 3 or 3.5"
+    return f"{kind}: name the checkpoint of a base model, or a diffusers folder"
 
 
 def missing_parts(file: Path) -> list[str]:
@@ -116,7 +159,7 @@ def file_problems(file: Path) -> list[str]:
     if strange := sorted({dtype for dtype, shape in header.values() if dtype not in _FLOATS and len(shape) > 1}):
         message = f"{file} must hold weights of 16 or 32 bits, got {', '.join(strange)}"
         problems.append(f"{message}: name the full checkpoint; --quantize makes it smaller")
-    channels = header[_UNET][1][1]
+    channels = header[_UNET][1][1] if _UNET in header else 0
     if channels > 4:
         message = f"{file} must be a model from text to image, and its U-Net reads {channels} channels"
         problems.append(f"{message}, as for inpainting: name the base model")

@@ -165,12 +165,14 @@ class StockBackbone(ABC):
         """Return the stock pipeline, each part in float32 or, where it ends in half precision, as it is stored."""
         pipeline_type = getattr(diffusers, cls.pipeline_class)
         if source.is_file:
-            folder, index = source.config_folder, read_index(source)
+            folder, index, absent = source.config_folder, read_index(source), dict.fromkeys(cls.absent_parts(source))
             parts = {
                 part: getattr(diffusers if index[part][0] == "diffusers" else transformers, index[part][1])
                 for part in missing_parts(Path(source.name))
+                if part not in absent
             }
             rest = {part: kind.from_pretrained(folder / part, use_safetensors=True) for part, kind in parts.items()}
+            rest |= absent
             return pipeline_type.from_single_file(
                 source.name, config=str(folder), local_files_only=True, **cls.options, **rest
             )
