@@ -73,6 +73,15 @@ class DreamBoothLoraConfig(TrainingConfig):
         None, "LoRA+: how many times as fast the second factors learn as the first; 16 is usual.", Range(1)
     )
     train_text_encoder: bool = setting(False, "Learn a low-rank change of the text encoder's attention too.")
+    train_text_encoder_ti: bool = setting(
+        False, "Pivotal tuning: freeze the new word on the way; the rule judges what comes after."
+    )
+    train_text_encoder_ti_frac: float | None = setting(
+        None, "Part of the cap in which pivotal tuning learns the word; half by default.", Range(0, 1, above=True)
+    )
+    text_encoder_lr: float | None = setting(
+        None, "Learning rate of the new word and of the text encoder; learning_rate by default.", POSITIVE
+    )
     prior_loss_weight: float = setting(1.0, "Weight of the loss on class images.", POSITIVE)
 
     @property
@@ -89,6 +98,17 @@ class DreamBoothLoraConfig(TrainingConfig):
     def effective_prior_weight(self) -> float:
         """The weight of the loss on class images; 0 where there are none."""
         return self.prior_loss_weight if self.with_prior_preservation else 0.0
+
+    @property
+    def pivot_step(self) -> int:
+        """The step after which the new word is frozen, and from which the rule judges; 0 where it is never frozen.
+
+        Source: diffusers' train_dreambooth_lora_sdxl_advanced.py, which learns word and LoRA up to a part of its
+            epochs, by default half of them, and LoRA alone from then on.
+        """
+        if not self.train_text_encoder_ti:
+            return 0
+        return int((self.train_text_encoder_ti_frac or 0.5) * self.max_train_steps)
 
     def conflicts(self) -> Conflicts:
         """Yield what is wrong with the fields of this method."""
@@ -107,13 +127,36 @@ class DreamBoothLoraConfig(TrainingConfig):
         if self.with_prior_preservation and not (self.class_prompt or "").strip():
             message = "class_prompt is missing: with_prior_preservation needs the caption of the class images"
             yield {"class_prompt", "with_prior_preservation"}, f"{message}, such as 'a photo of dog'"
-        if self.lora_plus_ratio and self.optimizer == "prodigy":
-            message = "lora_plus_ratio needs an optimizer with learning rates of ours, and prodigy finds one for all"
-            yield {"lora_plus_ratio", "optimizer"}, f"{message}: drop one of them"
+        for name in ("lora_plus_ratio", "text_encoder_lr"):
+            if getattr(self, name) and self.optimizer == "prodigy":
+                message = f"{name} needs an optimizer with learning rates of ours, and prodigy finds one for all"
+                yield {name, "optimizer"}, f"{message}: drop one of them"
+        if self.text_encoder_lr and token is None and not self.train_text_encoder:
+            message = f"text_encoder_lr needs a placeholder_token or train_text_encoder, got {self.text_encoder_lr:g}"
+            yield {"text_encoder_lr", "placeholder_token"}, f"{message} without either: add one of them"
+        yield from self._pivot_conflicts()
         for name in ("class_prompt", "class_data_dir"):
             if (value := getattr(self, name)) and not self.with_prior_preservation:
                 message = f"{name} needs with_prior_preservation, got {value!r} without it: add the flag or drop it"
                 yield {name, "with_prior_preservation"}, message
+
+    def _pivot_conflicts(self) -> Conflicts:
+        """Yield what is wrong with the fields of pivotal tuning."""
+        name, fraction = "train_text_encoder_ti_frac", self.train_text_encoder_ti_frac
+        if fraction is not None and not self.train_text_encoder_ti:
+            message = f"{name} is for pivotal tuning, got {fraction:g} without it: add --train_text_encoder_ti"
+            yield {name, "train_text_encoder_ti"}, message
+        if not self.train_text_encoder_ti:
+            return
+        if self.placeholder_token is None:
+            message = "train_text_encoder_ti learns a new word first, got no placeholder_token: give the new word"
+            yield {"train_text_encoder_ti", "placeholder_token"}, message
+        if self.train_text_encoder:
+            message = "train_text_encoder_ti and train_text_encoder exclude each other, got both: drop one of them"
+            yield {"train_text_encoder_ti", "train_text_encoder"}, message
+        if not self.pivot_step:
+            message = f"{name} of max_train_steps must be a step at least, got less than 1 of {self.max_train_steps}"
+            yield {name, "max_train_steps"}, f"{message}: raise one of them"
 
 
 @dataclass(frozen=True, kw_only=True)

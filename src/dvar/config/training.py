@@ -239,6 +239,11 @@ class TrainingConfig(ObjectiveConfig):
         return 0.0
 
     @property
+    def pivot_step(self) -> int:
+        """The step after which the new word is frozen, and from which the rule judges; 0 where it is never frozen."""
+        return 0
+
+    @property
     def plain_prompt(self) -> str:
         """The prompt of a plain image of the concept."""
         return self.instance_prompt or PLAIN_PROMPTS.get(self.learnable_property, "{}").format(self.placeholder_token)

@@ -134,8 +134,11 @@ class RunFolder:
 
     @property
     def straight_line_step(self) -> float:
-        """The step at which DVAR would stop a loss that falls in a straight line: window / sqrt(threshold)."""
-        return float(self.config["window"] / np.sqrt(self.config["threshold"]))
+        """The step at which DVAR would stop a loss that falls in a straight line: window / sqrt(threshold).
+
+        Counted from the step from which the rule judges.
+        """
+        return float(self.trace.judged_from + self.config["window"] / np.sqrt(self.config["threshold"]))
 
     @property
     def best(self) -> tuple[int, float] | None:

@@ -37,9 +37,12 @@ class Curve:
     def from_trace(cls, trace: Trace, metric: str = LOSS, first_step: int = 0) -> Curve:
         """Return the curve of ``metric`` from ``first_step`` on, as if no record had been made before.
 
+        Where the trace itself is judged from a later step on, that one counts.
+
         Raises:
             TraceError: As `Trace.metric`.
         """
+        first_step = max(first_step, trace.judged_from)
         return trace.derive(("curve", metric, first_step), lambda: cls._read(trace, metric, first_step))
 
     @classmethod

@@ -87,7 +87,7 @@ class Octave:
             return Verdict(False, Reason.WARMING_UP, trace.last_step, repr(self), metrics)
         if not math.isfinite(curve.spread):
             return judge_non_finite(self, curve, metrics, ())
-        samples = trace.samples if self.metric == LOSS else curve.values[:, None]
+        samples = trace.samples[-len(curve) :] if self.metric == LOSS else curve.values[:, None]
         if not (samples[0] > 0).all():
             lowest = int(np.argmin(samples[0]))
             raise RefusedInput(

@@ -122,7 +122,8 @@ def read_curve(rule: object, trace: Trace, metric: str, patience: int, first_ste
         curve = Curve.from_trace(trace, metric, first_step)
     except TraceError as error:
         raise RefusedInput([f"{name} cannot use its metric: {error}"]) from error
-    if not len(curve) and trace.last_step - max(trace.first_step, first_step) >= patience:
+    start = max(trace.first_step, first_step, trace.judged_from)
+    if not len(curve) and trace.last_step - start >= patience:
         recorded = ", ".join(trace.metric_names) or "no metric at all"
         raise RefusedInput(
             [

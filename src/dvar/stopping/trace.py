@@ -38,7 +38,8 @@ class Trace:
     """The series of everything measured during a run: at most one record per step, appended in rising order.
 
     Args:
-        header: A JSON object that describes the run: the held timesteps, the method, ….
+        header: A JSON object that describes the run: the held timesteps, the method, the step from which rules judge
+            it ("judged_from") where that is not the first, ….
 
     Raises:
         TraceError: The header is no JSON object.
@@ -120,6 +121,11 @@ class Trace:
     def header(self) -> dict[str, Any]:
         """The header as in a file, with the number of the format under "dvar_trace"."""
         return dict(self._header)
+
+    @property
+    def judged_from(self) -> int:
+        """The step from which rules judge, as if no record had been made before: 0 unless the header says another."""
+        return int(self._header.get("judged_from", 0))
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -18,6 +18,7 @@ FORMAT = 1
 _LARGEST = 2**1000  # of a whole number that float64 holds too
 HEADER = {
     "timesteps?": [float],
+    "judged_from?": int,
     "log?": {"format?": str, "file?": str, "metric?": str, "preferred_to?": [str], "cadence_setting?": str},
     "launch?": {"script": str, "rule": str, "settings": {str: (float, str)}},
 }

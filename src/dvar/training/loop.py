@@ -185,6 +185,7 @@ class Learner:
         self.optimizer = make_optimizer(config, method.parameters, getattr(method, "rate_factors", ()))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.mixed_precision == "fp16")
         self._rate_factor = _rate_factor(config)
+        self._freeze_word: Callable[[], None] = getattr(method, "freeze_word", lambda: None)
 
     @property
     def device(self) -> torch.device:
@@ -219,6 +220,8 @@ class Learner:
             Abandoned: ``interrupted`` returned True between two forward passes; nothing moved.
         """
         config = self.config
+        if 0 < config.pivot_step < step:
+            self._freeze_word()
         loss, norm = yield from self._measure_gradient(step, interrupted)
         # A gradient that overflows fp16 is made again under half the scale: what is skipped would count as a step that
         # moved nothing. Without a scale, or under the least, it is a fault.

@@ -248,8 +248,9 @@ def _checkpoint_to_resume(folder: Path, config: TrainingConfig, concept: Concept
     checkpoint = latest_checkpoint(folder) if name == "latest" else Checkpoint.read(folder / Path(name).name)
     validate_run_facts(checkpoint)
     current, saved = config.to_dict(), config_from_dict(checkpoint.facts["config"]).to_dict()
-    # A schedule that bends towards the cap makes other steps under another cap; a constant one does not.
-    constant = config.lr_scheduler.startswith("constant")
+    # A schedule that bends towards the cap makes other steps under another cap, and so does a word that is frozen at a
+    # part of it.
+    constant = config.lr_scheduler.startswith("constant") and not config.pivot_step
     higher = config.max_train_steps > saved["max_train_steps"]
     free = FREE_FIELDS | ({"max_train_steps"} if config.extend and higher and constant else set())
     free |= {"initializer_token"} if config.initializer != "manual" else set()

@@ -7,7 +7,7 @@ from dvar.config.training import TrainingConfig
 from dvar.errors import RefusedInput
 from dvar.stopping.rules import MIN_RECORDS, AnyOf, Dvar, FixedSteps, Rule, schedule_problems
 
-_FIELDS = {"window", "threshold", "probe_every", "max_train_steps"}
+_FIELDS = {"window", "threshold", "probe_every", "max_train_steps", "train_text_encoder_ti_frac"}
 
 
 def rule_of(config: TrainingConfig) -> Rule:
@@ -26,4 +26,8 @@ def problems(config: TrainingConfig) -> list[str]:
         problems += error.problems
     if config.window >= MIN_RECORDS:
         problems += schedule_problems(config.window, config.probe_every, config.max_train_steps)
+    after_pivot = config.max_train_steps - config.pivot_step
+    if after_pivot <= config.window < config.max_train_steps:
+        message = f"window must be smaller than the steps with a frozen word, got window {config.window}"
+        problems.append(f"{message} and {after_pivot} steps: shorten it, or lower train_text_encoder_ti_frac")
     return problems

@@ -133,7 +133,10 @@ class TrainingRun:
         self.held = held = self.draw_held(config.eval_batch_size)
         self.probe = Probe(self.held_losses, held, modules=backbone.modules)
         timesteps = [timestep for part in held for timestep in part.timesteps.tolist()]
-        self.learner = Learner(method, config, {"method": config.method, "timesteps": timesteps}, processes)
+        header: dict[str, Any] = {"method": config.method, "timesteps": timesteps}
+        if config.pivot_step:
+            header["judged_from"] = config.pivot_step
+        self.learner = Learner(method, config, header, processes)
 
     def open(self, checkpoint: Checkpoint | None) -> None:
         """Write the config and the instance images into the folder, and restore ``checkpoint``, if any."""

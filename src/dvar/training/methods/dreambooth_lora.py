@@ -41,6 +41,7 @@ class DreamBoothLora:
         text_encoder: Adapt the attention of the CLIPs among the text encoders too.
         dora: Learn the length of each row of an adapted matrix too, and only its direction by the product.
         plus_ratio: How many times as fast as the first matrices the second ones learn; by default as fast.
+        text_ratio: How many times as fast as the denoising network the text encoders learn, with the new word.
 
     Raises:
         RefusedInput: The backbone has no such targets, or no CLIP to adapt.
@@ -66,8 +67,9 @@ class DreamBoothLora:
         text_encoder: bool = False,
         dora: bool = False,
         plus_ratio: float | None = None,
+        text_ratio: float = 1.0,
     ) -> None:
-        self.plus_ratio = plus_ratio or 1.0
+        self.plus_ratio, self.text_ratio = plus_ratio or 1.0, text_ratio
         self.adapters: dict[str, LoraConfig] = {}
         self.matrices: dict[str, nn.Parameter] = {}
         if targets not in backbone.lora_targets:
@@ -109,8 +111,17 @@ class DreamBoothLora:
     @property
     def rate_factors(self) -> list[float]:
         """The learning rate of each of ``parameters``, as a multiple of the config's."""
-        factors = [self.plus_ratio if ".lora_B." in name else 1.0 for name in self.matrices]
-        return [1.0] * (len(self.parameters) - len(factors)) + factors
+        factors = [
+            (self.plus_ratio if ".lora_B." in name else 1.0)
+            * (self.text_ratio if name.startswith("text_encoder") else 1.0)
+            for name in self.matrices
+        ]
+        return [self.text_ratio] * (len(self.parameters) - len(factors)) + factors
+
+    def freeze_word(self) -> None:
+        """Train the new word no further; the text encoders, in which nothing else is trained, are frozen with it."""
+        if self.token:
+            self.token.freeze()
 
     def expand(self, prompt: str) -> str:
         """Return ``prompt`` with all tokens of the placeholder token, if any, written out."""

@@ -101,6 +101,7 @@ def build_dreambooth_lora(config: DreamBoothLoraConfig, backbone: Backbone) -> P
         seed=config.seed,
         dora=config.use_dora,
         plus_ratio=config.lora_plus_ratio,
+        text_ratio=config.text_encoder_lr / config.learning_rate if config.text_encoder_lr else 1.0,
     )
 
 

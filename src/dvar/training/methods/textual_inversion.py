@@ -52,6 +52,7 @@ class TextualInversion:
         self.placeholder_token = placeholder_token
         self.names = list(token_names(placeholder_token, num_vectors))
         self.vectors: dict[str, nn.Parameter] = {}
+        self.encoders: list[nn.Module] = []
         for tower in backbone.towers:
             if tower.embeds_key is None:
                 continue
@@ -62,6 +63,7 @@ class TextualInversion:
             table = tower.encoder.get_input_embeddings()
             tower.encoder.set_input_embeddings(ExtendedEmbedding(table, vectors, first))
             self.vectors[tower.embeds_key or placeholder_token] = vectors
+            self.encoders.append(tower.encoder)
 
     @property
     def rows(self) -> nn.Parameter:
@@ -72,6 +74,13 @@ class TextualInversion:
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that the optimizer updates."""
         return list(self.vectors.values())
+
+    def freeze(self) -> None:
+        """Train the vectors no further."""
+        for vectors in self.vectors.values():
+            vectors.requires_grad_(False)
+        for encoder in self.encoders:
+            encoder.eval()
 
     def expand(self, prompt: str) -> str:
         """Return ``prompt`` with all tokens of the placeholder token written out, as a stock pipeline does."""
