@@ -140,11 +140,11 @@ def test_every_rule_judges_a_trace_from_the_step_that_its_header_says(judge: Any
     # Converged long before the pivot, and then down to another level: as a word that has been learned, and LoRA.
     both = np.concatenate([2 * part, part])
     stops = find_stops(record(Trace({"judged_from": 150}), both), judge)
-    alone = [150 + step for step in find_stops(record(Trace(), part), judge)]
+    expected = [150 + step for step in find_stops(record(Trace(), part), judge)]
     if getattr(judge, "strict_paper", False):  # leaves out step 0, which is the untouched model
         assert stops[0] > 150
     else:
-        assert stops == alone
+        assert stops == expected
     assert stops
     assert min(find_stops(record(Trace(), both), judge)) < 150
 
