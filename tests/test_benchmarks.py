@@ -88,3 +88,19 @@ def test_time_to_quality_reports_minutes_steps_and_a_score(benchmark: Callable[[
     assert row["minutes"] > sum(row["seconds"].values()) / 60
     assert 0 < row["clip"] < 1
     assert {"train", "probe"} <= row["seconds"].keys()
+
+
+@pytest.mark.slow
+def test_a_pack_is_measured_against_runs_alone(
+    benchmark: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    output = tmp_path / "pack.json"
+    flags = ["--packs", "1", "2", "--steps", "4", "--workers", "1", "--methods", "textual-inversion"]
+    monkeypatch.setattr(sys, "argv", ["pack.py", *flags, "--output", str(output)])
+    benchmark("pack").main()
+    single, packed = json.loads(output.read_text())["rows"]
+    assert (single["pack"], single["ratio"], single["difference"]) == (1, 1.0, 0.0)
+    assert packed["ratio"] == pytest.approx(single["processor"] / packed["processor"])
+    assert packed["an_hour"] == pytest.approx(3600 / (300 * packed["processor"]))
+    assert packed["difference"] < 1e-5
+    assert packed["memory"] > 0
