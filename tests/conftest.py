@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,3 +30,12 @@ def run_folder(tmp_path: Path) -> Path:
     from fake_run import generate_trace, write_run
 
     return write_run(tmp_path / "run", generate_trace())
+
+
+@pytest.fixture
+def one_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Wait until no other process of these tests uses Ray: two clusters on one machine end each other's drivers."""
+    fcntl = pytest.importorskip("fcntl")
+    with (tmp_path_factory.getbasetemp().parent / "ray.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

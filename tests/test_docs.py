@@ -42,6 +42,7 @@ def ray_on_one_core(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
     if request.getfixturevalue("section") != "Ray Tune":
         yield
         return
+    request.getfixturevalue("one_ray")
     import ray
 
     # Ray starts its workers with a niceness of 15: on a busy machine the trial would never begin.

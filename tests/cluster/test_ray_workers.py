@@ -20,7 +20,7 @@ from dvar.cluster.pool import Pool, interrupting_signals
 from dvar.cluster.task import TaskEvent
 from dvar.errors import RefusedInput
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_ray")]
 HERE = Path(__file__).parent
 
 

@@ -100,6 +100,7 @@ def interrupt_when_under_way(opened: Batch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_ray")
 def test_packs_on_ray(tiny_model: Path, concepts: Path, tmp_path: Path) -> None:
     ray = pytest.importorskip("ray")
     tables = [{**tiny_table(tiny_model, concepts, "mug", seed=seed), "id": f"mug-{seed}"} for seed in range(3)]
