@@ -73,6 +73,20 @@ the other core was busy.
 
 {quality}
 
+## Beside other programs
+
+```
+python benchmarks/busy_cores.py --rounds 1 --updates 12 --output docs/performance/busy_cores.json
+```
+
+Updates a second, alone and beside programs that never give up a core, in one round on two cores. OpenMP's threads wait
+for one another many times in an update, by default for milliseconds without giving up their core. `dvar` sets
+`GOMP_SPINCOUNT=20000`, so that they give it up soon, unless the environment has that variable or `OMP_WAIT_POLICY`. A
+program of yours that imports `dvar` sets it itself, before PyTorch is imported. The number of threads stays PyTorch's,
+one for each core. Where another program takes a core for good, fewer are faster: set `OMP_NUM_THREADS`.
+
+{busy}
+
 ## What was tried and did not help
 
 {tried}
@@ -202,6 +216,10 @@ QUALITY_COLUMNS = (
     Column[Row]("training, s", lambda row: row["seconds"]["train"], "{:.0f}".format),
     Column[Row]("probe, s", lambda row: row["seconds"]["probe"], "{:.0f}".format),
 )
+BUSY_COLUMNS = (
+    Column[Row]("threads", itemgetter("threads")),
+    *(Column[Row](load, itemgetter(load), "{:.2f}".format) for load in ("quiet", "one core taken", "all cores taken")),
+)
 
 
 def pages() -> dict[Path, str]:
@@ -213,6 +231,7 @@ def pages() -> dict[Path, str]:
         runs=sum({row["method"]: row["of"] for row in cadences}.values()),
         cadences=format_table(CADENCE_COLUMNS, cadences, left_columns=2),
         quality=format_table(QUALITY_COLUMNS, quality, left_columns=2),
+        busy=format_table(BUSY_COLUMNS, read_benchmark("busy_cores"), left_columns=1),
         tried=TRIED,
     )
     return {HERE / "performance.md": page, FOLDER / "step.svg": plot_steps(methods)}
