@@ -45,18 +45,26 @@ def record(*methods: str, **flags: Any) -> int:
     raise_problems(record_problems(config))
     from dvar.cluster.places import Places
     from dvar.recordings import panel_plan, sweep
+    from dvar.recordings.elsewhere import find_recorded
     from dvar.recordings.spec import plan_recordings
 
     plan = panel_plan.plan_panel(config) if config.panel else {}
     for line in panel_plan.describe_omissions(config) if config.panel else ():
         print(line)
     specs = [spec for stage in plan.values() for spec in stage] or plan_recordings(config)
+    sources = config.skip_recorded or ()
+    elsewhere = find_recorded(specs, sources) if sources else {}
+    if elsewhere:
+        print(f"{len(elsewhere)} of {len(specs)} runs are in {', '.join(sources)} and are left out")
+    specs = [spec for spec in specs if spec.name_in_records not in elsewhere]
+    if not specs:
+        return 0
     rows = sweep.record_missing(
         specs,
         lambda line: print(line, flush=True),
         places=Places(config.workers, specs[0].threads, config.ray, config.gpus_per_worker),
         only_estimate=config.estimate,
-        describe=lambda units: panel_plan.format_stages(plan, units),
+        describe=lambda units: panel_plan.format_stages(plan, units, elsewhere),
     )
     if config.estimate and plan:
         return 0

@@ -19,8 +19,8 @@ class ReproduceConfig(Config):
     names: tuple[str, ...] = setting(("all",), "Which experiments, or all.")
     records: tuple[str, ...] = setting(
         ("records",),
-        "Folder of recorded runs, or a file of traces; may be repeated. A run that is in several is read from the "
-        "first.",
+        "Folder of recorded runs, a file of traces, or a folder of such files; may be repeated. A run that is in "
+        "several is read from the first.",
         section="Records and report",
     )
     output_dir: str = setting("runs/laboratory", "Folder for data, figures and report.html.")
@@ -35,13 +35,18 @@ class ReproduceConfig(Config):
 
     @property
     def records_folder(self) -> Path | None:
-        """Return the folder that runs are recorded in: the first of ``records`` that is not a file, if any."""
-        folder = next((Path(named) for named in self.records if not Path(named).is_file()), None)
+        """Return the folder that runs are recorded in: the first of ``records`` that holds no traces, if any."""
+        folder = next((Path(named) for named in self.records if not _is_of_traces(Path(named))), None)
         return folder / SMALL if folder and self.quick else folder
 
     @property
     def sources(self) -> tuple[Path, ...]:
         """Return where recorded runs are read: as named, or with ``quick`` in "quick" where the first holds none."""
         named = tuple(map(Path, self.records))
-        recorded = any(path.is_file() or any(path.glob("*/*/*/config.json")) for path in named)
+        recorded = any(_is_of_traces(path) or any(path.glob("*/*/*/config.json")) for path in named)
         return named if recorded or not self.quick else (named[0] / SMALL,)
+
+
+def _is_of_traces(path: Path) -> bool:
+    """Return whether a path is a file of traces, or a folder with such files."""
+    return path.is_file() or any(path.glob("*.npz"))

@@ -18,7 +18,7 @@ from dvar.paper.registry import Experiment, ExperimentInputs, selected_experimen
 from dvar.paper.result import ExperimentResult, Provenance, save_result
 from dvar.paper.style import STYLE
 from dvar.recordings.archive import RecordingArchive
-from dvar.recordings.archive_file import read_traces
+from dvar.recordings.archive_file import open_records
 from dvar.recordings.mixture import base_model_problems
 
 if TYPE_CHECKING:
@@ -90,9 +90,7 @@ def open_archive(config: ReproduceConfig) -> RecordingArchive:
     Raises:
         RefusedInput: Runs of two base models under one name are mixed.
     """
-    archive = RecordingArchive.join(
-        [read_traces(path) if path.is_file() else RecordingArchive.open(path) for path in config.sources]
-    )
+    archive = RecordingArchive.join([open_records(path) for path in config.sources])
     if problems := base_model_problems(archive):
         raise RefusedInput(problems)
     return _select_few(archive) if config.quick else archive

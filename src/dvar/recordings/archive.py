@@ -12,6 +12,10 @@ import numpy as np
 from dvar.errors import RefusedInput, TraceError
 from dvar.mini import TUNING
 from dvar.recordings.recorded_run import SECONDS, RecordedRun, RescoredRun, read_failure, read_recorded_json
+from dvar.training.run_layout import CONFIG
+
+RUNS = f"*/*/*/{CONFIG}"
+"""Pattern of the recorded runs in a folder."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +45,7 @@ class RecordingArchive:
         """
         root = Path(root)
         runs, unreadable = [], {}
-        for folder in sorted(path.parent for path in root.glob("*/*/*/config.json")):
+        for folder in sorted(path.parent for path in root.glob(RUNS)):
             try:
                 runs.append(RecordedRun.open(folder))
             except (RefusedInput, TraceError) as error:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from dvar.errors import RefusedInput, first_line
 from dvar.files import check_regular, parse_json, regular_file, staged_file
-from dvar.recordings.archive import RecordingArchive
+from dvar.recordings.archive import RUNS, RecordingArchive
 from dvar.recordings.recorded_run import Floats, RecordedRun, RescoredRun
 from dvar.schema import find_mismatch
 from dvar.stopping.trace import Trace
@@ -27,6 +27,7 @@ from dvar.stopping.trace import Trace
 FORMAT = 1
 MAX_BYTES = 20_000_000
 """Size that the public file may have."""
+SUFFIX = ".npz"
 MAX_INFLATED = 50 * MAX_BYTES
 """Bytes that the arrays of such a file may have in all."""
 _INDEX = "index"
@@ -120,6 +121,23 @@ def read_traces(path: str | Path) -> RecordingArchive:
         measured_seconds=index["seconds"],
         rescored={run.name: rescored for run, rescored in pairs if rescored},
     )
+
+
+def open_records(path: str | Path) -> RecordingArchive:
+    """Return the archive at a path: a file of traces, or a folder of recorded runs, of such files, or of both.
+
+    A run that is in several is that of the folder, or else of the first file by name.
+
+    Raises:
+        RefusedInput: It is none of these, or a file cannot be read.
+    """
+    path = Path(path)
+    if path.is_file():
+        return read_traces(path)
+    archives = [read_traces(file) for file in sorted(path.glob(f"*{SUFFIX}"))]
+    if not archives or any(path.glob(RUNS)):
+        archives.insert(0, RecordingArchive.open(path))
+    return RecordingArchive.join(archives)
 
 
 def _check_sizes(path: Path) -> None:

@@ -48,6 +48,10 @@ class RecordConfig(Config):
     )
 
     records: str = setting("records", "Folder of all recorded runs.", section="Where and how")
+    skip_recorded: tuple[str, ...] | None = setting(
+        None,
+        "Records elsewhere, as dvar reproduce reads them: a run that is there is not recorded again. May be repeated.",
+    )
     workers: int | None = setting(
         None, "Runs at once; by default one for each GPU, or else for each core.", Range(1, most=1024)
     )

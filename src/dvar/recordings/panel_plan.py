@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import product
 
 from dvar.config.presets import preset_settings
@@ -48,16 +48,20 @@ def plan_panel(config: RecordConfig) -> dict[PanelStage, list[RecordingSpec]]:
 
 
 def format_stages(
-    plan: Mapping[PanelStage, Sequence[RecordingSpec]], units: Mapping[str, UnitSeconds]
+    plan: Mapping[PanelStage, Sequence[RecordingSpec]],
+    units: Mapping[str, UnitSeconds],
+    elsewhere: Collection[str] = (),
 ) -> Iterator[str]:
     """Yield a line for each stage of a plan: how much of it is recorded, and how long the rest takes.
 
     Args:
         plan: As `plan_panel` returns it.
         units: The unit seconds of each method; without those of a method, no time is given.
+        elsewhere: The recordings that are somewhere else, by `RecordingSpec.name_in_records`.
     """
     for stage, specs in plan.items():
-        missing = [spec for spec in specs if read_status(spec).state != "done"]
+        here = [spec for spec in specs if spec.name_in_records not in elsewhere]
+        missing = [spec for spec in here if read_status(spec).state != "done"]
         line = f"{stage.panel:<7}{stage.title:<32}{len(specs) - len(missing):>4} of {len(specs)} recorded"
         if missing and all(spec.method in units for spec in missing):
             seconds = sum(estimate_seconds_left(spec, units[spec.method]) for spec in missing)
