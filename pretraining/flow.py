@@ -160,8 +160,9 @@ def main() -> None:
     drawing = pipeline(model, vae, tokenizer).to(device)
     drawing.set_progress_bar_config(disable=True)
     towers = drawing.text_encoder, model.text_encoder_2
-    stock = model.transformer.attn_processors
-    model.transformer.set_attn_processor(FoldedAttention())
+    stock, folded = model.transformer.attn_processors, FoldedAttention()
+    model.transformer.set_attn_processor(folded)
+    transformer = torch.compile(model.transformer)
     for step in training:
         index, count = share(step, chosen.batch)
         rng = np.random.default_rng([6000 + chosen.seed, index])
@@ -172,7 +173,7 @@ def main() -> None:
         level = sigmas[:, None, None, None]
         with torch.autocast(device, torch.bfloat16):
             context, pooled = condition(towers, ids)
-            predicted = model.transformer(
+            predicted = transformer(
                 hidden_states=(1 - level) * latents + level * noise,
                 encoder_hidden_states=context,
                 pooled_projections=pooled,
@@ -187,7 +188,7 @@ def main() -> None:
             model.transformer.set_attn_processor(dict(stock))
             with training.averaged(), torch.autocast(device, torch.bfloat16):
                 training.grid(sheet(drawing))
-            model.transformer.set_attn_processor(FoldedAttention())
+            model.transformer.set_attn_processor(folded)
 
 
 if __name__ == "__main__":
