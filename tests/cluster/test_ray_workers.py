@@ -216,6 +216,30 @@ def test_an_address_that_cannot_be_joined_is_refused_at_once(address: str, probl
         connect(address, 1, 1)
 
 
+def test_a_cluster_that_died_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    from dvar.cluster.ray_workers import connect
+
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(ray, "init", lambda **options: calls.append(options))
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    note = tmp_path / "ray" / "ray_current_cluster"
+    note.parent.mkdir()
+    note.write_text("127.0.0.1:1")
+    connect("auto", 2, 3)
+    assert [(call["address"], call.get("num_cpus")) for call in calls] == [("local", 6)]
+    with socket.socket() as living:
+        living.bind(("127.0.0.1", 0))
+        living.listen()
+        note.write_text(f"127.0.0.1:{living.getsockname()[1]}\n")
+        connect("auto", 2, 3)
+    note.unlink()
+    connect("auto", 2, 3)
+    assert [call["address"] for call in calls[1:]] == ["auto", "auto"]
+
+
 def test_ray_is_not_imported_without_it() -> None:
     program = "import sys, dvar.cluster.places, dvar.jobs.batch, dvar.jobs.train_job; print('ray' in sys.modules)"
     process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -23,6 +23,7 @@ from dvar._version import __version__
 from dvar.cluster.shared import start_places
 from dvar.cluster.task import ENDS, Report, Worker, WorkerTask, failure
 from dvar.errors import RefusedInput, first_line
+from dvar.files import read_text
 
 try:
     import ray
@@ -144,15 +145,15 @@ def connect(address: str, workers: int, threads: int) -> None:
         rule = f"ray must be an address HOST:PORT that this machine is a node of, got {address}"
         raise RefusedInput([f"{rule}: submit the command with `ray job submit --address http://HOST:8265`"])
     try:
-        if address != "auto":
-            _knock(address)
+        if named := _last_address() if address == "auto" else address:
+            _knock(named)
         with _signals_stay():
             ray.init(address=address, **options)
-    except ConnectionError as error:
+    except (ConnectionError, TimeoutError) as error:
         if address != "auto":
             raise RefusedInput([_refusal(address, error)]) from error
         with _signals_stay():
-            ray.init(num_cpus=workers * threads, include_dashboard=False, **options)
+            ray.init(address="local", num_cpus=workers * threads, include_dashboard=False, **options)
     except (OSError, ValueError, RuntimeError, RayError) as error:
         raise RefusedInput([_refusal(address, error)]) from error
 
@@ -279,6 +280,18 @@ def _signals_stay() -> Iterator[None]:
     yield
     if main:
         signal.signal(signal.SIGTERM, before)
+
+
+def _last_address() -> str:
+    """Return the address of the cluster that was started last on this machine, if Ray's note of it is there.
+
+    A cluster whose machine or processes died leaves its note behind.
+    """
+    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    try:
+        return read_text(Path(folder) / "ray" / "ray_current_cluster").strip()
+    except (OSError, ValueError):
+        return ""
 
 
 def _knock(address: str) -> None:
