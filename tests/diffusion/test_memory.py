@@ -77,25 +77,28 @@ def test_lora_and_a_word_have_gradients_through_a_quantised_base(kind: str, dora
     assert all(torch.equal(part, before) for part, before in zip(now, frozen, strict=True))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_run_on_a_quantised_base_learns_and_its_lora_fits_the_whole_one(
-    kind: str, tiny_model: Path, tiny_images: Path, tmp_path: Path
-) -> None:
-    pytest.importorskip("bitsandbytes")
-    config = DreamBoothLoraConfig(
-        pretrained_model_name_or_path=str(tiny_model),
-        instance_data_dir=str(tiny_images),
+def nine_steps(model: Path, images: Path, output: Path, **changes: Any) -> DreamBoothLoraConfig:
+    return DreamBoothLoraConfig(
+        pretrained_model_name_or_path=str(model),
+        instance_data_dir=str(images),
         instance_prompt="a photo of mug",
         resolution=32,
         max_train_steps=9,
         window=8,
         threshold=1e-9,
-        learning_rate=1e-2,
         num_inference_steps=2,
         num_validation_images=1,
-        output_dir=str(tmp_path / "run"),
-        quantize=kind,  # type: ignore[arg-type]
+        output_dir=str(output),
+        **changes,
     )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_on_a_quantised_base_learns_and_its_lora_fits_the_whole_one(
+    kind: str, tiny_model: Path, tiny_images: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    config = nine_steps(tiny_model, tiny_images, tmp_path / "run", learning_rate=1e-2, quantize=kind)
     run = personalise(config).folder
     learned = load_file(run / "pytorch_lora_weights.safetensors")
     assert any(bool(part.any()) for name, part in learned.items() if "lora_B" in name)
@@ -116,19 +119,7 @@ def test_a_run_generates_in_its_own_precision_and_bits_or_in_others(
 ) -> None:
     pytest.importorskip("bitsandbytes")
     changes: dict[str, Any] = {"quantize": "nf4", "mixed_precision": precision}
-    config = DreamBoothLoraConfig(
-        pretrained_model_name_or_path=str(tiny_model),
-        instance_data_dir=str(tiny_images),
-        instance_prompt="a photo of mug",
-        resolution=32,
-        max_train_steps=9,
-        window=8,
-        threshold=1e-9,
-        num_inference_steps=2,
-        num_validation_images=1,
-        output_dir=str(tmp_path / "run"),
-        **changes,
-    )
+    config = nine_steps(tiny_model, tiny_images, tmp_path / "run", **changes)
     run = personalise(config).folder
     sample = pixels(run / "samples" / "step-000009" / "00.png")
     command = ["generate", str(run), "--prompt", "a photo of mug", "--num_images", "1"]
