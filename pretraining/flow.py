@@ -143,6 +143,20 @@ def pipeline(model: Flow, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> Stabl
     )
 
 
+def fold(pipe: StableDiffusion3Pipeline) -> StableDiffusion3Pipeline:
+    """Let a pipeline compute one of its equal empty tokens in place of all: the same images but for rounding, and a
+    forward pass of 97 tokens instead of 352."""
+
+    def drop_empty(
+        module: nn.Module, positional: tuple[()], named: dict[str, Tensor]
+    ) -> tuple[tuple[()], dict[str, Tensor]]:
+        return positional, named | {"encoder_hidden_states": named["encoder_hidden_states"][:, : 1 - EMPTY_TOKENS]}
+
+    pipe.transformer.set_attn_processor(FoldedAttention())
+    pipe.transformer.register_forward_pre_hook(drop_empty, with_kwargs=True)
+    return pipe
+
+
 def load_vae(moments: Tensor) -> AutoencoderKL:
     """Return the autoencoder with the scale of its latents, and the shift that this pipeline asks for."""
     vae = load_average("autoencoder", autoencoder.build())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 from scipy.stats import kstest
 
-from pretraining.flow import EMPTY_TOKENS, Flow, FoldedAttention, sample_sigmas
+from pretraining.flow import EMPTY_TOKENS, Flow, FoldedAttention, fold, sample_sigmas
 
 
 def test_one_token_with_a_raised_logit_stands_for_as_many_equal_ones() -> None:
@@ -20,8 +22,9 @@ def test_one_token_with_a_raised_logit_stands_for_as_many_equal_ones() -> None:
 
     def predict(empty: int) -> torch.Tensor:
         context = torch.cat([tokens, torch.zeros(2, empty, tokens.shape[2])], dim=1)
+        inputs = {"encoder_hidden_states": context, "pooled_projections": pooled}
         with torch.no_grad():
-            sample: torch.Tensor = transformer(latents, context, pooled, torch.tensor([100.0, 700.0])).sample
+            sample: torch.Tensor = transformer(latents, timestep=torch.tensor([100.0, 700.0]), **inputs).sample
         return sample
 
     stock = predict(EMPTY_TOKENS)
@@ -29,6 +32,8 @@ def test_one_token_with_a_raised_logit_stands_for_as_many_equal_ones() -> None:
     transformer.set_attn_processor(FoldedAttention())
     assert torch.allclose(predict(1), stock, atol=1e-5)
     assert not torch.allclose(one_as_one, stock, atol=1e-3)
+    fold(SimpleNamespace(transformer=transformer))
+    assert torch.allclose(predict(EMPTY_TOKENS), stock, atol=1e-5)
 
 
 def test_sigmas_are_logit_normal() -> None:
