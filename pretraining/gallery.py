@@ -16,7 +16,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
 
 from dvar import mini
@@ -30,6 +30,7 @@ from dvar.mini.world.scene import PATTERNS, render, sample_scene, sample_subject
 from dvar.mini.world.styles import STYLES
 from pretraining import science
 from pretraining.evaluate import UNSEEN, draw, prompts, truths
+from pretraining.flow import fold
 from pretraining.pictures import as_tensor, draw_pictures
 from pretraining.training import WORK
 
@@ -129,6 +130,16 @@ def drawn(pipe: StableDiffusionPipeline, judge: recogniser.Recogniser, n: int) -
     page([missed[at : at + 10] for at in range(0, min(20, len(missed)), 10)], DOCS / "misses.webp")
 
 
+def drawn_by_flow() -> None:
+    """The first prompts of `evaluate` as the second model draws them, not chosen."""
+    pipe = StableDiffusion3Pipeline.from_pretrained(mini.path("mini-flow"), text_encoder_3=None, tokenizer_3=None)
+    pipe.set_progress_bar_config(disable=True)
+    texts, _ = prompts(200)
+    said = [text.removeprefix("a photo of ") for text in texts[:50]]
+    shown = list(zip(draw(fold(pipe), texts[:50]), said, strict=True))
+    page([shown[at : at + 10] for at in range(0, 50, 10)], DOCS / "prompts-flow.webp")
+
+
 def held_out_page() -> None:
     """All 60 concepts, the first picture of each, by name."""
     shown = [
@@ -160,6 +171,7 @@ def learned() -> None:
 CURVES = (
     ("autoencoder", ("psnr", "psnr_object"), "reconstruction, dB"),
     ("unet", ("mse", "mse_high"), "U-Net, squared error of the noise"),
+    ("flow", ("mse", "mse_high"), "mini-flow, squared error of the velocity"),
     ("vision", ("class", "main colour", "pattern"), "conditioning CLIP, read off pictures"),
     ("judge", ("class", "main colour", "pattern"), "scoring CLIP, read off pictures"),
     ("recogniser", ("class", "main colour", "pattern"), "recogniser, right"),
@@ -188,7 +200,7 @@ def curves() -> None:
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
         panel.legend(fontsize=8, frameon=False)
-        panel.set_yscale("log" if stage == "unet" else "linear")
+        panel.set_yscale("log" if stage in ("unet", "flow") else "linear")
     DOCS.mkdir(parents=True, exist_ok=True)
     figure.savefig(DOCS / "curves.svg")
 
@@ -207,6 +219,7 @@ def main() -> None:
     pipe = StableDiffusionPipeline.from_pretrained(mini.path(), safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     reconstructions(pipe.vae)
+    drawn_by_flow()
     drawn(pipe, recogniser.load(ROOT / "judges" / "recogniser.safetensors"), 200)
     held_out_page()
     learned()
