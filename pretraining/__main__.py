@@ -16,10 +16,13 @@ STAGES = (
     ("clip", "--name vision --batch 96 --steps 3400"),
     ("clip", "--name judge --batch 96 --steps 6000"),
     ("recogniser", "--batch 64 --steps 7000"),
+    ("flow", "--batch 128 --steps 4800"),
     ("ship", "--concepts"),
     ("ship", ""),
+    ("ship", "--flow"),
     ("soften", ""),
     ("evaluate", ""),
+    ("evaluate", "--flow"),
     ("gallery", ""),
 )
 
