@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def test_what_a_file_of_traces_has_is_left_out(
 @pytest.mark.parametrize(
     ("difference", "change"),
     [
-        ("length", {"cap": 20}),
+        ("max_train_steps", {"cap": 20}),
         ("protocol", {"protocol": {"name": "panel", "version": 0}}),
         ("base model", {"base": "another"}),
         ("pairing of images", {"pairing": "row by row"}),
@@ -68,6 +69,16 @@ def test_a_run_under_other_conditions_is_refused_by_name(
     with pytest.raises(RefusedInput, match=f"got another {difference} in {specs[0].name_in_records}: name other"):
         find_recorded(specs, [str(tmp_path / "there")])
     assert find_recorded(specs[1:], [str(tmp_path / "there")]) == {}, "other runs do not matter"
+
+
+def test_a_run_of_the_same_name_under_another_preset_is_refused(
+    specs: list[RecordingSpec], header: dict[str, Any], tmp_path: Path
+) -> None:
+    write(specs[0], tmp_path / "there", header)
+    path = next((tmp_path / "there").glob("*/*/*/config.json"))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rank": 64, "lr_warmup_steps": 7}))
+    with pytest.raises(RefusedInput, match="got another lr_warmup_steps in"):
+        find_recorded(specs, [str(tmp_path / "there")])
 
 
 def test_the_command_records_nothing_that_is_elsewhere(tmp_path: Path) -> None:

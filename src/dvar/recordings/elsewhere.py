@@ -10,6 +10,7 @@ from dvar.recordings.archive_file import open_records
 from dvar.recordings.mixture import name_some
 from dvar.recordings.protocol import PROTOCOLS
 from dvar.recordings.recorded_run import RecordedRun
+from dvar.recordings.setting import LOCATIONS, MONITORING
 from dvar.recordings.spec import RecordingSpec
 from dvar.training.personalise import load_base_model
 
@@ -21,8 +22,8 @@ def find_recorded(specs: Sequence[RecordingSpec], sources: Iterable[str]) -> dic
         sources: Folders of recorded runs or files of traces, as `open_records` reads them.
 
     Raises:
-        RefusedInput: A source cannot be read, or has one of these runs under other conditions: of another length, by
-            another protocol, or on other weights. Such runs could not be used together.
+        RefusedInput: A source cannot be read, or has one of these runs under other settings, by another protocol, or on
+            other weights. Such runs could not be used together.
     """
     sources = list(sources)
     runs = {run.name: run for run in RecordingArchive.join([open_records(source) for source in sources])}
@@ -46,8 +47,13 @@ def find_recorded(specs: Sequence[RecordingSpec], sources: Iterable[str]) -> dic
 def _list_differences(spec: RecordingSpec, run: RecordedRun, digests: Mapping[str, str]) -> list[str]:
     """Return what of a recorded run is not as it would be recorded."""
     protocol = {"name": spec.protocol, "version": PROTOCOLS[spec.protocol].version}
+    settings = {
+        name: (run.config.get(name, value), value)
+        for name, value in spec.config.to_dict().items()
+        if name not in LOCATIONS + MONITORING
+    }
     compared = {
-        "length": (run.cap, spec.config.max_train_steps),
+        **settings,
         "protocol": (run.header.get("protocol"), protocol),
         "base model": (run.header.get("base"), digests[spec.model]),
         "pairing of images": (run.header.get("pairing"), spec.pairing),
