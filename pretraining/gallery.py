@@ -40,6 +40,8 @@ import matplotlib.pyplot as plt
 ROOT = Path(mini.__file__).parent
 DOCS = Path(__file__).parents[1] / "docs" / "bundled-models"
 SIDE, GAP, LINE = 104, 6, 13
+PLAIN = "a photo of "
+"""How every prompt begins."""
 INK, MUTED, PAPER = (40, 40, 46), (120, 120, 128), (255, 255, 255)
 
 
@@ -111,6 +113,12 @@ def reconstructions(vae: torch.nn.Module) -> None:
     page([[(p, "") for p in pixels], [(p, "") for p in again]], DOCS / "reconstructions.webp")
 
 
+def prompted(pixels: np.ndarray, texts: Sequence[str], path: Path) -> None:
+    """The first fifty images, each over what of its prompt differs from the others."""
+    cells = [(image, text.removeprefix(PLAIN)) for image, text in zip(pixels[:50], texts[:50], strict=True)]
+    page([cells[at : at + 10] for at in range(0, 50, 10)], path)
+
+
 def drawn(pipe: StableDiffusionPipeline, judge: recogniser.Recogniser, n: int) -> None:
     """The first prompts of `evaluate` as they come, not chosen; and the first of all that are read as another class or
     pattern."""
@@ -118,15 +126,13 @@ def drawn(pipe: StableDiffusionPipeline, judge: recogniser.Recogniser, n: int) -
     pixels, wanted = draw(pipe, texts), truths(facts)
     with torch.no_grad():
         reading = judge(as_tensor(pixels))
-    said = [text.removeprefix("a photo of ") for text in texts]
-    shown = list(zip(pixels, said, strict=True))
-    page([shown[at : at + 10] for at in range(0, 50, 10)], DOCS / "prompts.webp")
+    prompted(pixels, texts, DOCS / "prompts.webp")
     missed = []
-    for i, text in enumerate(said):
+    for i, text in enumerate(texts):
         read = [(list(CLASSES), "class"), (list(PATTERNS), "pattern")]
         wrong = [names[int(reading.best(h)[i])] for names, h in read if reading.best(h)[i] != wanted[h][i]]
         if wrong:
-            missed.append((pixels[i], f"{text}: read as {', '.join(wrong)}"))
+            missed.append((pixels[i], f"{text.removeprefix(PLAIN)}: read as {', '.join(wrong)}"))
     page([missed[at : at + 10] for at in range(0, min(20, len(missed)), 10)], DOCS / "misses.webp")
 
 
@@ -135,9 +141,7 @@ def drawn_by_flow() -> None:
     pipe = StableDiffusion3Pipeline.from_pretrained(mini.path("mini-flow"), text_encoder_3=None, tokenizer_3=None)
     pipe.set_progress_bar_config(disable=True)
     texts, _ = prompts(200)
-    said = [text.removeprefix("a photo of ") for text in texts[:50]]
-    shown = list(zip(draw(fold(pipe), texts[:50]), said, strict=True))
-    page([shown[at : at + 10] for at in range(0, 50, 10)], DOCS / "prompts-flow.webp")
+    prompted(draw(fold(pipe), texts[:50]), texts, DOCS / "prompts-flow.webp")
 
 
 def held_out_page() -> None:
