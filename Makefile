@@ -58,11 +58,10 @@ snapshots: setup ## write tests/snapshots/ again, after a message was changed on
 	DVAR_REWRITE_SNAPSHOTS=1 $(RUN)/python -m pytest tests/test_messages.py
 
 docs: setup ## write the generated pages of docs/ again
-	$(RUN)/python docs/verdicts.py
-	$(RUN)/python docs/reference.py
-	$(RUN)/python docs/performance.py
-	$(RUN)/python docs/scale.py
-	$(RUN)/python docs/memory.py
+	$(RUN)/python docs/build/verdicts.py
+	$(RUN)/python docs/build/performance.py
+	$(RUN)/python docs/build/scale.py
+	$(RUN)/python docs/build/memory.py
 
 # The recorded runs go to the folder "records" and are recorded once, in eleven core-minutes each; when interrupted, the
 # next call continues. The experiments' own runs take three hours more, the true runs a quarter of an hour.
@@ -71,7 +70,7 @@ results: setup ## record runs, reproduce the paper's tables and figures, and wri
 	$(RUN)/dvar record --first 6
 	$(RUN)/dvar record --concepts $(TUNING) --seeds 0 1 2
 	$(RUN)/dvar reproduce all
-	$(RUN)/python docs/results.py runs/laboratory
+	$(RUN)/python docs/build/results.py runs/laboratory
 	cp runs/laboratory/traces.npz docs/traces.npz
 
 clean: ## remove .venv and all caches

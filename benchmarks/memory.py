@@ -294,7 +294,7 @@ def materialise(network: torch.nn.Module) -> None:
 
 
 def main() -> None:
-    """Measure the models that are named, or all of them for docs/memory.json, from which docs/memory.py writes."""
+    """Measure the models that are named, or all of them for docs/memory.json, which docs/build/memory.py reads."""
     rows: list[dict[str, Any]] = []
     for model in MODELS:
         if sys.argv[1:] and not any(word in model.name for word in sys.argv[1:]):

@@ -16,7 +16,7 @@ from dvar.cli.launch import mark_script
 from dvar.cli.main import build_app
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "add-it-to-your-trainer.md"
+PAGE = ROOT / "docs" / "guides" / "add-it-to-your-loop.md"
 SHARED = "The code that all examples share"
 OURS = re.compile(r"dvar|monitor|probe|stop|verdict|judge|Dvar", re.IGNORECASE)
 
@@ -95,7 +95,7 @@ def test_the_excerpts_on_the_page_are_in_the_programs() -> None:
     excerpts = 0
     for section in re.split(r"^## ", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE):
         programs = [
-            (PAGE.parent / path).read_text(encoding="utf-8") for path in re.findall(r"\]\((.*?\.py)\)", section)
+            (ROOT / path).read_text(encoding="utf-8") for path in re.findall(r"\[`(examples/\w+\.py)`\]", section)
         ]
         for excerpt in re.findall(r"^```text\n(.*?)^```$", section, re.M | re.S):
             assert programs
@@ -106,18 +106,18 @@ def test_the_excerpts_on_the_page_are_in_the_programs() -> None:
 
 def test_every_program_is_on_the_page() -> None:
     programs = {path.name for path in (ROOT / "examples").glob("*.py")}
-    assert set(re.findall(r"\(\.\./examples/(.*?\.py)\)", PAGE.read_text(encoding="utf-8"))) == programs
+    assert set(re.findall(r"\[`examples/(\w+\.py)`\]", PAGE.read_text(encoding="utf-8"))) == programs
 
 
 def test_links_between_pages_resolve() -> None:
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
 def list_documented_commands() -> list[str]:
     """Return every `dvar` command in a block of shell commands, whole lines without comments."""
-    pages = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    pages = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
     blocks = [
         block
         for page in pages

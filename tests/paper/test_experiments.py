@@ -433,7 +433,7 @@ def test_a_file_of_traces_has_no_images(report: Path) -> None:
 
 
 def test_the_page_of_results_holds_every_section_and_its_images(report: Path, tmp_path: Path) -> None:
-    results = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "results.py"))
+    results = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "build" / "results.py"))
     results["main"](report.parent, to=tmp_path)
     page = (tmp_path / "results.md").read_text(encoding="utf-8")
     for name in EXPERIMENTS:
@@ -449,7 +449,7 @@ def test_the_page_of_results_holds_every_section_and_its_images(report: Path, tm
 
 
 def test_the_page_of_results_keeps_sections_that_were_not_repeated(report: Path, root: Path, tmp_path: Path) -> None:
-    results = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "results.py"))
+    results = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "build" / "results.py"))
     results["main"](report.parent, to=tmp_path)
     before = results["read_sections"]((tmp_path / "results.md").read_text(encoding="utf-8"))
     images = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "results").iterdir()}

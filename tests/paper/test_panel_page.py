@@ -130,7 +130,7 @@ def test_a_tie_is_printed_as_a_tie(results: PanelResults) -> None:
 
 
 def test_the_summary_heads_the_page_and_stays_when_other_sections_are_made_again(root: Path, tmp_path: Path) -> None:
-    page = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "results.py"))
+    page = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "build" / "results.py"))
     config = ReproduceConfig(names=("panel",), records=(str(root),), output_dir=str(tmp_path / "out"))
     reproduce(config)
     summary = json.loads((tmp_path / "out" / "panel.json").read_text(encoding="utf-8"))["summary"]

@@ -64,7 +64,7 @@ def script_problems(script: TrainingScript) -> list[str]:
     return [
         "a script is measured at a call of accelerator.backward(loss) in a for loop, got none in "
         f"{script.path.name} or its own modules: call a StopMonitor in the script, "
-        "as docs/add-it-to-your-trainer.md shows"
+        "as docs/guides/add-it-to-your-loop.md shows"
     ]
 
 

@@ -24,7 +24,7 @@ def table_2() -> ExperimentResult:
         f"{covered} of {len(score.results)} intervals.",
         f"The control questions identified {len(score.excluded)} of {len(score.raters)} raters, who press buttons at "
         "random; the column Everyone shows the result with their votes.",
-        "With real people: dvar survey build, serve and score (docs/survey.md).",
+        "With real people: dvar survey build, serve and score (docs/guides/survey.md).",
     )
     return ExperimentResult(paragraphs, (_table_of_preferences(score, truth),))
 

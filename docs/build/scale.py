@@ -1,4 +1,4 @@
-"""The page docs/scale.md: ``python docs/scale.py`` writes it from measurements and the paper's minutes."""
+"""The page docs/guides/run-many.md: ``python docs/build/scale.py`` writes it from measurements."""
 
 # Every figure is computed here from docs/scale/batch.json and pack.json, docs/performance/step.json or the paper's
 # Table 1, or from the shapes of weights, and says which.
@@ -13,10 +13,10 @@ from typing import Any
 from dvar.config.methods import PAPER_METHODS
 from dvar.paper.published import TABLE_1
 
-HERE = Path(__file__).parent
-PAGE = HERE / "scale.md"
-MEASURED, STEPS = HERE / "scale" / "batch.json", HERE / "performance" / "step.json"
-PACKS = HERE / "scale" / "pack.json"
+DOCS = Path(__file__).parents[1]
+PAGE = DOCS / "guides" / "run-many.md"
+MEASURED, STEPS = DOCS / "scale" / "batch.json", DOCS / "performance" / "step.json"
+PACKS = DOCS / "scale" / "pack.json"
 CONCEPTS_A_DAY = (10, 1_000, 100_000)
 
 HIDDEN, CROSS_ATTENTIONS, TEXT_WIDTH = (320, 640, 1280), (5, 5, 6), 768
@@ -26,7 +26,7 @@ RANK, FLOAT = 4, 4
 
 TEXT = """# Many runs, many machines
 
-<!-- written by docs/scale.py -->
+<!-- written by docs/build/scale.py -->
 
 `dvar batch` trains many concepts; `accelerate launch -m dvar train` trains one with several GPUs. Both leave ordinary
 run folders, which are the only state: kill anything at any time, and the same command goes on.
@@ -42,9 +42,9 @@ dvar batch jobs.toml --pack 4           # four concepts in each forward pass of 
 
 In a TOML file the settings before the first table are those of all jobs, and each table `[[job]]` has an `id` and what
 differs; in a CSV file each setting is a column. Settings have the names of the flags of `dvar train`, and `method` is
-one more. [`examples/cluster/jobs.toml`](../examples/cluster/jobs.toml) is a start. Whatever is wrong with any job is
-refused before the first one, all at once: unknown columns, two jobs with one folder, an address that does not answer, a
-node with another version or without the shared folder.
+one more. [`examples/cluster/jobs.toml`](../reference/examples.md#jobs-toml) is a start. Whatever is wrong with any job
+is refused before the first one, all at once: unknown columns, two jobs with one folder, an address that does not
+answer, a node with another version or without the shared folder.
 
 - **A worker loads the base model once** and gives each run a copy that shares its weights. A run is bit for bit the run
   of `dvar train` with the same settings.
@@ -122,10 +122,10 @@ process. On a GPU, which two images of a small model do not fill, more is to be 
 
 | to run on | start from |
 |---|---|
-| SLURM, an array job without Ray | [`examples/cluster/slurm_array.sh`](../examples/cluster/slurm_array.sh) |
-| SLURM, a Ray cluster in a job | [`examples/cluster/slurm_ray.sh`](../examples/cluster/slurm_ray.sh) |
-| clouds, with SkyPilot | [`examples/cluster/skypilot.yaml`](../examples/cluster/skypilot.yaml) |
-| Kubernetes, with KubeRay | [`examples/cluster/kuberay.yaml`](../examples/cluster/kuberay.yaml) |
+| SLURM, an array job without Ray | [`examples/cluster/slurm_array.sh`](../reference/examples.md#slurm-array) |
+| SLURM, a Ray cluster in a job | [`examples/cluster/slurm_ray.sh`](../reference/examples.md#slurm-ray) |
+| clouds, with SkyPilot | [`examples/cluster/skypilot.yaml`](../reference/examples.md#skypilot) |
+| Kubernetes, with KubeRay | [`examples/cluster/kuberay.yaml`](../reference/examples.md#kuberay) |
 
 They use the command line alone. They have been parsed and their flags checked, and have not been run on such clusters.
 Token authentication of Ray (`RAY_AUTH_MODE=token`) is for the environment to switch on; `dvar` passes it on. The
@@ -169,7 +169,7 @@ are busy all day.
 
 The paper evaluates the held batch at every step. The preset `lean` spends about a twentieth of the time on it, as
 counts of forward passes have it; on the bundled model the probe took {probe} of a run (measured:
-[performance](performance.md)).
+[performance](../performance.md)).
 
 Estimated storage: the bytes of the learned weights follow from their shapes, in float32, and a run exports them twice,
 at its last step and at its best one (`keep = "best"` halves that); the rest of a run, its trace, samples and reference

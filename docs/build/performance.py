@@ -1,4 +1,4 @@
-"""The page docs/performance.md and its figure: ``python docs/performance.py`` writes them from measurements."""
+"""The page docs/performance.md and its figure: ``python docs/build/performance.py`` writes them from measurements."""
 
 # Every number on the page comes from the JSON files in docs/performance; the page names the command that writes each.
 
@@ -19,8 +19,8 @@ from dvar.paper.style import COLOURS, NOISE, SOFT, STYLE
 
 T = TypeVar("T")
 
-HERE = Path(__file__).parent
-FOLDER = HERE / "performance"
+DOCS = Path(__file__).parents[1]
+FOLDER = DOCS / "performance"
 LOOPS = {"plain": "a plain script", "dvar": "dvar"}
 PARTS, PROBE = ("data", "encode", "text", "U-Net forward", "backward", "optimizer", "other"), "probe"
 TEXT = """# How fast it is, and what the probe costs
@@ -234,7 +234,7 @@ def pages() -> dict[Path, str]:
         busy=format_table(BUSY_COLUMNS, read_benchmark("busy_cores"), left_columns=1),
         tried=TRIED,
     )
-    return {HERE / "performance.md": page, FOLDER / "step.svg": plot_steps(methods)}
+    return {DOCS / "performance.md": page, FOLDER / "step.svg": plot_steps(methods)}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The page docs/verdicts.md and its figures: ``python docs/verdicts.py`` writes them again."""
+"""The page docs/concepts/verdicts.md and its figures: ``python docs/build/verdicts.py`` writes them again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dvar.stopping.rules import AtMost, Dvar, Rule
 from dvar.stopping.trace import Trace
 from dvar.stopping.verdict import Verdict
 
-HERE = Path(__file__).parent
+FOLDER = Path(__file__).parents[1] / "concepts"
 CONFIG = ReplayConfig()
 DVAR = Dvar(CONFIG.window, CONFIG.threshold)
 NOISE = np.random.default_rng(0).normal(0, 4e-5, 2001)
@@ -144,7 +144,7 @@ CASES = (
 
 OPENING = """# What the verdict means
 
-<!-- written by docs/verdicts.py -->
+<!-- written by docs/build/verdicts.py -->
 
 Every verdict has a reason (`verdict.reason`), a sentence (`str(verdict)`) and the numbers behind it
 (`verdict.metrics`). This page shows each reason on a curve, with the defaults for Textual Inversion (a window of 310
@@ -224,7 +224,7 @@ def build_pages() -> dict[Path, str]:
         trace, verdict = judge_case(case)
         name = case.reason.value.replace(" ", "-")
         outcomes = [ReplayOutcome("dvar", verdict)]
-        figures[HERE / "verdicts" / f"{name}.svg"] = plot_replay(trace, outcomes, DVAR.window, DVAR.threshold) + "\n"
+        figures[FOLDER / "verdicts" / f"{name}.svg"] = plot_replay(trace, outcomes, DVAR.window, DVAR.threshold) + "\n"
         stops, summary = "yes" if verdict.stop else "no", re.split(r"[.:] ", case.meaning)[0].rstrip(".")
         rows.append(f"| [{case.reason.value}](#{name}) | {stops} | {summary}. |")
         sections.append(
@@ -232,7 +232,7 @@ def build_pages() -> dict[Path, str]:
             f"![The loss and the ratio of a run that is {case.reason.value}](verdicts/{name}.svg)\n\n"
             f"{_wrap(case.meaning)}\n\n{_wrap(f'**What to do:** {case.advice}')}\n"
         )
-    return {HERE / "verdicts.md": OPENING + "\n".join(rows) + "\n\n" + "\n".join(sections) + STOP_ON, **figures}
+    return {FOLDER / "verdicts.md": OPENING + "\n".join(rows) + "\n\n" + "\n".join(sections) + STOP_ON, **figures}
 
 
 def _wrap(text: str, indent: str = "") -> str:

@@ -1,4 +1,4 @@
-"""The page docs/results.md and its images: ``python docs/results.py FOLDER`` writes them from a report."""
+"""The page docs/results.md and its images: ``python docs/build/results.py FOLDER`` writes them from a report."""
 
 # FOLDER is the output of ``dvar reproduce all --output_dir FOLDER``, or of ``dvar reproduce NAMES``; then the sections
 # of other experiments stay as they are. The section on what was recorded comes with Table 1.
@@ -17,13 +17,13 @@ from PIL import Image
 
 from dvar.paper.registry import EXPERIMENTS
 
-HERE = Path(__file__).parent
+DOCS = Path(__file__).parents[1]
 LIMIT = 120_000
 """Bytes of an SVG; a larger one is shown as pixels."""
 WIDTH = 1400
 TITLE = """# Results
 
-<!-- written by docs/results.py -->
+<!-- written by docs/build/results.py -->
 
 """
 OPENING = """\
@@ -118,7 +118,7 @@ def _read_image(svg: Path) -> tuple[str, bytes]:
     return svg.with_suffix(".webp").name, buffer.getvalue()
 
 
-def main(folder: Path, to: Path = HERE) -> None:
+def main(folder: Path, to: Path = DOCS) -> None:
     """Write the page and its images, and remove images that it no longer shows."""
     path = to / "results.md"
     texts, images = sections(folder)

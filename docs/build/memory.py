@@ -1,4 +1,4 @@
-"""Write docs/memory.md from the figures that benchmarks/memory.py measures: ``python docs/memory.py``."""
+"""Write docs/memory.md from the figures that benchmarks/memory.py measures: ``python docs/build/memory.py``."""
 
 # ruff: noqa: E501 (the prose of the page wraps as its other pages do, and a table does not)
 
@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-DOCS = Path(__file__).parent
+DOCS = Path(__file__).parents[1]
 GIB, BILLION = 2**30, 1e9
 NF4, INT8, HALF, FULL, ADAMW = 0.516, 1.0, 2.0, 4.0, 12.0
 """Bytes of a weight: in 4 bits with the scales of its block, in 8, 16 and 32 bits; learned, with AdamW's two moments."""
