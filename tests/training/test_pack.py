@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from packed_runs import LOSS, assert_equal_runs, load_weights, read_records
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dvar.config.methods import CustomDiffusionConfig, DreamBoothLoraConfig, TextualInversionConfig
@@ -31,6 +32,7 @@ from dvar.testing import (
     tiny_sd3_pipeline,
     tiny_xl_pipeline,
 )
+from dvar.training.checkpoint import Checkpoint
 from dvar.training.loop import StepRecord
 from dvar.training.low_rank import adapters_of
 from dvar.training.methods.registry import build_method
@@ -38,6 +40,7 @@ from dvar.training.pack import End, Pack, personalise_many
 from dvar.training.pack_fit import problems
 from dvar.training.personalise import load_base_model, personalise
 from dvar.training.run import TrainingResult, TrainingRun
+from dvar.training.run_layout import EMBEDS, checkpoint_name
 
 CAP = 9
 
@@ -133,6 +136,23 @@ def test_methods_optimizers_priors_and_accumulation_share_passes_too(
     run_packed(configs, 3, load)
     for config in configs:
         assert_equal_runs(Path(config.output_dir), run_alone(config, load))
+
+
+@pytest.mark.slow
+def test_a_word_that_is_frozen_on_the_way_is_frozen_in_a_pack_for_its_own_run_only(
+    make: Callable[..., TrainingConfig], load: BaseModels
+) -> None:
+    word = {"placeholder_token": "<thing>", "initializer_token": "mug", "max_train_steps": 20}
+    configs = [
+        make("pivotal", "dreambooth-lora", train_text_encoder_ti=True, **word),
+        make("word", "dreambooth-lora", **word),
+    ]
+    run_packed(configs, 2, load)
+    for config in configs:
+        assert_equal_runs(Path(config.output_dir), run_alone(config, load))
+    ends = [load_file(Path(config.output_dir) / EMBEDS)["<thing>"] for config in configs]
+    before = [Checkpoint.read(Path(config.output_dir) / checkpoint_name(12)).state["<thing>"] for config in configs]
+    assert [torch.equal(*pair) for pair in zip(before, ends, strict=True)] == [True, False]
 
 
 @pytest.mark.slow
