@@ -6,13 +6,14 @@ import io
 import json
 from typing import Any
 
+import pytest
 from rich.console import Console
 
 from dvar.cluster.task import EventKind
 from dvar.config.methods import TextualInversionConfig
 from dvar.jobs.batch import JobEvent
 from dvar.jobs.job import Job
-from dvar.jobs.progress import BatchLines, BatchTable, JsonLines
+from dvar.jobs.progress import BatchLines, BatchTable, JsonLines, show_batch
 from dvar.jobs.status import JobStatus, format_summary, summarise
 
 END = {"steps": 60, "cap": 100, "verdict": "stabilised", "sentence": "stop at step 60: stable", "seconds": 61.0}
@@ -92,6 +93,17 @@ def test_each_event_is_a_line_of_json() -> None:
         "worker": "worker-1",
         "reason": "killed by SIGKILL",
     }
+
+
+def test_what_libraries_print_is_no_line_of_json(capsys: pytest.CaptureFixture[str]) -> None:
+    with show_batch(1, as_json=True) as lines:
+        print("(raylet) A worker died")
+        lines(EVENTS[0])
+    print("after it")
+    output = capsys.readouterr()
+    assert output.err == "(raylet) A worker died\n"
+    first, last = output.out.splitlines()
+    assert (json.loads(first)["event"], last) == ("started", "after it")
 
 
 def test_a_summary_counts_jobs_verdicts_and_the_steps_that_stopping_has_saved() -> None:

@@ -6,9 +6,9 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, redirect_stdout
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -97,13 +97,20 @@ class BatchLines(AbstractContextManager["BatchLines"]):
 
 
 class JsonLines(AbstractContextManager["JsonLines"]):
-    """A consumer that writes each event as a line of JSON."""
+    """A consumer that writes each event as a line of JSON, to be used as a context.
+
+    What libraries print goes to stderr meanwhile: Ray prints the loss of a worker from a thread of its own.
+    """
 
     def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
+        self.stream, self._printed = stream, redirect_stdout(sys.stderr)
 
-    def __exit__(self, *error: object) -> None:
-        pass
+    def __enter__(self) -> JsonLines:
+        self._printed.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._printed.__exit__(*error)
 
     def __call__(self, event: JobEvent | None) -> None:
         if event:
