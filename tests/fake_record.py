@@ -39,6 +39,7 @@ def write_fake_record(
     noise: float = 0.0,
     jitter: float = 1e-4,
     decline: float = 0.0,
+    memorised: float | None = None,
     images: int = 8,
     every: int = 5,
     seconds: float = 0.2,
@@ -52,6 +53,8 @@ def write_fake_record(
 
     Args:
         noise: Standard deviation of the score of an image.
+        memorised: The step from which on validation images obey their prompts ever less, and the loss on unseen
+            renderings rises; without it they hardly do, and the loss falls as on the held batch.
         jitter: Relative standard deviation of a loss.
         images: Images of each part at a scored step.
         every: Steps between two values of the sparser series.
@@ -62,8 +65,8 @@ def write_fake_record(
     random = np.random.default_rng([seed, *(method + concept).encode()])
     folder = root / method / concept / f"{seed}{format_variant(setting or {})}"
     folder.mkdir(parents=True, exist_ok=True)
-    _generate_trace(random, cap, learned, jitter, every, seconds).write(folder / "trace.jsonl")
-    scores = _generate_scores(random, cap, learned, noise, decline, images)
+    _generate_trace(random, cap, learned, memorised, jitter, every, seconds).write(folder / "trace.jsonl")
+    scores = _generate_scores(random, cap, learned, memorised, noise, decline, images)
     scores["header"] |= {**({"setting": setting} if setting else {}), **(header or {})}
     _write_json(folder / "scores.json", scores)
     config = {"method": method, "preset": "mini", "max_train_steps": cap, "seed": seed, "train_batch_size": 4}
@@ -85,7 +88,13 @@ def write_fake_sheets(folder: Path, steps: Iterable[int], count: int = 4, side: 
 
 
 def _generate_trace(
-    random: np.random.Generator, cap: int, learned: float, jitter: float, every: int, seconds: float
+    random: np.random.Generator,
+    cap: int,
+    learned: float,
+    memorised: float | None,
+    jitter: float,
+    every: int,
+    seconds: float,
 ) -> Trace:
     level, held = 0.2 + 3.0 * np.exp(-np.array(TIMESTEPS) / 200), np.sort(random.integers(0, 1000, 32))
     series = {
@@ -106,24 +115,34 @@ def _generate_trace(
             more |= {"fresh_timesteps": timesteps.tolist()}
             spread = 1 + jitter * random.standard_normal(32)
             more["stratified"] = ((0.2 + 3.0 * np.exp(-held / 200)) * fall * spread).tolist()
-            more["unseen"] = (level * fall * (1 + jitter * random.standard_normal(8))).tolist()
+            rise = 1 + 0.02 * _octaves_past(step, memorised)
+            more["unseen"] = (level * fall * rise * (1 + jitter * random.standard_normal(8))).tolist()
             more |= {"drift": 1e-3 * gain, "token_norm": 0.4 + 0.2 * gain}
         trace.record(step, level * fall * (1 + jitter * random.standard_normal(len(level))), **more)
     return trace
 
 
 def _generate_scores(
-    random: np.random.Generator, cap: int, learned: float, noise: float, decline: float, images: int
+    random: np.random.Generator,
+    cap: int,
+    learned: float,
+    memorised: float | None,
+    noise: float,
+    decline: float,
+    images: int,
 ) -> dict[str, Any]:
     rows = []
     for step in space_scored_steps(cap):
         gain = 1 - np.exp(-step / learned)
         decrease = decline * max(0, step - cap / 2)
+        obedience = 0.26 - 0.03 * gain - 0.02 * step / cap
+        if memorised is not None:
+            obedience = 0.26 - 0.02 * _octaves_past(step, memorised)
         curves = {
             ("train", "clip_image"): START + GAIN * gain - decrease,
             ("train", "clip_text"): 0.20 + 0.01 * gain,
             ("validation", "clip_image"): 0.48 + 0.22 * gain - decrease,
-            ("validation", "clip_text"): 0.26 - 0.03 * gain - 0.02 * step / cap,
+            ("validation", "clip_text"): obedience,
         }
         row: dict[str, Any] = {"step": step, "train": {}, "validation": {}, "seconds": 0.5 * 2 * images}
         for (part, metric), value in curves.items():
@@ -140,6 +159,10 @@ def _generate_scores(
         "references": 4,
     }
     return {"header": header, "rows": rows}
+
+
+def _octaves_past(step: int, memorised: float | None) -> float:
+    return 0.0 if memorised is None else max(0.0, float(np.log2(max(step, 1) / memorised)))
 
 
 def _write_json(path: Path, content: object) -> None:
