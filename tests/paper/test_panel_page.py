@@ -61,6 +61,17 @@ def read_row(table: Table, rule: str) -> dict[str, Any]:
     return dict(next(row for row in table.data if row["rule"] == rule))
 
 
+def test_the_second_clock_is_judged_on_all_runs(result: ExperimentResult, results: PanelResults) -> None:
+    table = find_table(result, "clocks")
+    rows = {row["signal"]: row for row in table.data}
+    assert list(rows) == ["constant", "held-out gap", "drift"]
+    assert rows["constant"]["difference"].mean == 0
+    assert {row["runs"] for row in rows.values()} == {len(results.panel.runs)}
+    # These runs obey less from the first scored step after their oracle on, which scales with the rate.
+    assert {row["memorising"] for row in rows.values()} == {len(results.panel.runs)}
+    assert [row[-1] for row in table.rows] == ["yes" if row["supported"] else "no" for row in rows.values()]
+
+
 def test_the_tables_hold_the_known_errors(result: ExperimentResult) -> None:
     table = find_table(result, "rates")
     assert table.columns == ("Rule", "× 1/4", "× 1/2", "preset", "× 2", "× 4", "× 1/4 and × 4")
@@ -75,6 +86,7 @@ def test_the_tables_hold_the_known_errors(result: ExperimentResult) -> None:
         "rates-textual-inversion",
         "preset",
         "others",
+        "clocks",
     }
 
 

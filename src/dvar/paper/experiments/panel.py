@@ -8,6 +8,7 @@ from functools import partial
 
 import numpy as np
 
+from dvar.analysis.memorising import RIGHT, ClockQuality, judge_clocks
 from dvar.analysis.panel import (
     CONSTANT,
     CORRECTED,
@@ -69,6 +70,7 @@ def compare_on_panel(archive: RecordingArchive) -> ExperimentResult:
         ),
         _table_of_presets(results),
         *([_table_of_others(results)] if results.others else []),
+        _table_of_clocks(results),
     ]
     paragraphs = (*_describe_comparisons(results), *_describe_runs(results))
     summary = summarise_panel(results)
@@ -218,6 +220,40 @@ def _table_of_others(results: PanelResults) -> Table:
         f"those of the preset. {_describe_provenance(runs)}"
     )
     return _table_of_errors("others", caption, tuple(results.others), rows, intervals=0)
+
+
+def _table_of_clocks(results: PanelResults) -> Table:
+    runs = results.panel.runs
+    columns: list[Column[ClockQuality]] = [
+        Column("Signal", lambda clock: clock.name),
+        Column("Octaves off", lambda clock: format_estimate(clock.error)),
+        Column("Right", lambda clock: format_percent(clock.right.mean)),
+        Column("− constant", lambda clock: format_estimate(clock.difference)),
+        Column("Runs", lambda clock: f"{clock.runs}"),
+        Column("Memorising", lambda clock: f"{clock.memorising}"),
+        Column("Supported", lambda clock: "yes" if clock.is_supported else "no"),
+    ]
+    clocks = judge_clocks(results.panel, runs)
+    caption = (
+        "The second clock, not pre-registered: the step from which on validation images obey their prompts clearly "
+        "less than at the oracle, and signals that would show it, each with a threshold chosen for the method on the "
+        "other concepts at the preset. A run that never memorises, and a signal that never strikes, count as twice the "
+        f"record. Right: at most {RIGHT:g} octave off. Supported: nearer than the constant and right more often than "
+        f"not, by both intervals. {_describe_provenance(runs)}"
+    )
+    data = [
+        {
+            "signal": clock.name,
+            "error": clock.error,
+            "right": clock.right,
+            "difference": clock.difference,
+            "runs": clock.runs,
+            "memorising": clock.memorising,
+            "supported": clock.is_supported,
+        }
+        for clock in clocks
+    ]
+    return build_table("clocks", caption, columns, clocks, data=data)
 
 
 def _plot_rates(results: PanelResults) -> Plot:
