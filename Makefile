@@ -57,11 +57,16 @@ check: setup ## run ruff, mypy and the rules of imports and language
 snapshots: setup ## write tests/snapshots/ again, after a message was changed on purpose
 	DVAR_REWRITE_SNAPSHOTS=1 $(RUN)/python -m pytest tests/test_messages.py
 
-docs: setup ## write the generated pages of docs/ again
+docs: setup ## write the generated pages and build the documentation into site/; any warning fails
 	$(RUN)/python docs/build/verdicts.py
 	$(RUN)/python docs/build/performance.py
 	$(RUN)/python docs/build/scale.py
 	$(RUN)/python docs/build/memory.py
+	$(RUN)/python docs/build/held_loss.py
+	$(RUN)/python docs/build/commands.py
+	$(RUN)/python docs/build/notebooks.py
+	$(RUN)/zensical build --clean --strict
+	$(RUN)/python docs/build/check_site.py
 
 # The recorded runs go to the folder "records" and are recorded once, in eleven core-minutes each; when interrupted, the
 # next call continues. The experiments' own runs take three hours more, the true runs a quarter of an hour.
@@ -74,4 +79,4 @@ results: setup ## record runs, reproduce the paper's tables and figures, and wri
 	cp runs/laboratory/traces.npz docs/traces.npz
 
 clean: ## remove .venv and all caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -31,7 +31,7 @@ written by the command above its table.
 
 ## A step, part by part
 
-```
+```bash
 python benchmarks/step.py --threads 1 --output docs/performance/step.json
 ```
 
@@ -48,7 +48,7 @@ above its ceiling is noise of the shared machine.
 
 ## What a cheaper probe does to the stop
 
-```
+```bash
 python benchmarks/cadence.py record --concepts pink_checked_house brown_boot
 python benchmarks/cadence.py table --output docs/performance/cadence.json
 ```
@@ -63,7 +63,7 @@ a different curve, and stops elsewhere. A cadence of 40 steps is missing, since 
 
 ## Time to a result
 
-```
+```bash
 python benchmarks/time_to_quality.py --output docs/performance/quality.json
 ```
 
@@ -75,7 +75,7 @@ the other core was busy.
 
 ## Beside other programs
 
-```
+```bash
 python benchmarks/busy_cores.py --rounds 1 --updates 12 --output docs/performance/busy_cores.json
 ```
 

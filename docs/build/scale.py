@@ -100,7 +100,7 @@ folder; when *its* rule stops it, its place is given to the next job.
 Tested on CPUs, in float32, on random models of Stable Diffusion, SDXL, Stable Diffusion 3, FLUX and Latent Diffusion;
 not on GPUs, nor in half precision.
 
-```
+```bash
 python benchmarks/pack.py --workers 1 --output docs/scale/pack.json
 ```
 
@@ -148,7 +148,7 @@ the others within a minute with a message. The whole model must fit on each GPU:
 
 ### The engine
 
-```
+```bash
 python benchmarks/batch.py --jobs {jobs} --steps {steps} --output docs/scale/batch.json
 ```
 

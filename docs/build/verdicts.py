@@ -178,29 +178,8 @@ there are several doubts, the reason is the first of "outlier-dominated", "risin
 
 ## See it on your own curve
 
-`dvar replay LOG` judges a recorded curve again, with these reasons: a `trace.jsonl`; CSV, also with one value per line;
-JSON lines; W&B's exported history and its `run-ID.wandb`; the `trainer_state.json` of transformers; the logs of
-SimpleTuner, ai-toolkit, DiffSynth, MLflow and trackio; and, with `pip install 'dvar[tensorboard]'`, TensorBoard's event
-files. A folder is read by the log in it. It prints which curve it judged: of several losses on fixed inputs, the one
-called pooled, total or mean.
-
-```bash
-dvar replay metrics.csv --rule all --window 310 --threshold 0.15 --output replay.html
-```
-
-It judges a loss on fixed inputs. A training loss has new timesteps at every step, so that its variance says nothing
-about convergence; it is refused unless `--metric` names it, and then read with a warning. From W&B export the whole
-history (`run.scan_history()`): `run.history()` is a sample of 500 records.
-
-While another program trains, `--follow` watches its log and prints the verdict as it changes. At a stop it writes
-`--stop_file`, interrupts `--pid` as Ctrl-C does, and runs `--on_stop`, each where it is given:
-
-```text
-dvar replay output/mug/loss_log.db --follow --pid 4711 --on_stop 'cp -r output/mug done'
-```
-
-A log may be rotated, truncated or not there yet. Following also ends with the process, or after `--idle_minutes`
-without a new record.
+`dvar replay LOG` judges a recorded curve again, with these reasons, and reads the logs of most trainers: [replay a
+log](../guides/replay-a-log.md).
 """
 
 

@@ -3,31 +3,15 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import re
-import runpy
-import sys
 import xml.etree.ElementTree as ElementTree
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from docs_build import DOCS, load_script
 
 from dvar import Dvar, Reason, Trace
-from dvar.recordings.archive_file import read_traces
-
-DOCS = Path(__file__).parents[1] / "docs"
-
-
-def load_script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"docs_{name}", DOCS / "build" / f"{name}.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # a dataclass looks up its own module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +41,11 @@ def test_the_page_of_memory_is_current() -> None:
     assert load_script("memory").page() == (DOCS / "memory.md").read_text(encoding="utf-8"), (
         "memory.md is old: make docs"
     )
+
+
+def test_the_figure_of_a_held_loss_is_current() -> None:
+    held_loss = load_script("held_loss")
+    assert held_loss.FIGURE.read_text(encoding="utf-8") == held_loss.plot_run(), "held-loss.svg is old: make docs"
 
 
 def test_a_step_that_consists_of_the_networks_has_no_possible_gain() -> None:
@@ -94,19 +83,6 @@ def test_the_example_of_stop_on_runs_and_means_what_the_page_says() -> None:
     assert stops == {"patient": False, "eager": True, "guarded": False, "published": True}
     assert names["guarded"](flat).stop
     assert not Dvar(310, 0.15)(flat).stop
-
-
-def test_the_example_of_a_custom_rule_judges_every_public_trace(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    traces = str(DOCS / "traces.npz")
-    (example,) = re.findall(r"```python\n(.*?)```", (DOCS / "traces.md").read_text(encoding="utf-8"), re.DOTALL)
-    (tmp_path / "own.py").write_text(example.replace("docs/traces.npz", traces), encoding="utf-8")
-    runpy.run_path(str(tmp_path / "own.py"))
-    lines, archive = capsys.readouterr().out.splitlines(), read_traces(traces)
-    names_of_runs = [record.name for record in archive if record.concept not in archive.tuning_concepts]
-    assert [line.split()[0] for line in lines] == names_of_runs
-    assert all(re.search(r" stops at +\d+, keeps -?\d", line) for line in lines)
 
 
 def test_numbers_of_runs_are_computed_and_not_typed() -> None:
