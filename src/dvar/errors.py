@@ -67,9 +67,20 @@ class NonFiniteLoss(DvarError, ArithmeticError):
     """A loss or a weight that is not a finite number."""
 
 
+_NEAR = 0.65
+"""The ratio of difflib from which a word may be a slip for another; that of "tabby" and "table" is 0.6."""
+
+
 def nearest(word: str, words: Iterable[str]) -> str:
-    """Return the one of ``words`` that is most like ``word``, however unlike."""
-    return difflib.get_close_matches(word, words, n=1, cutoff=0.0)[0]
+    """Return the one of ``words`` that ``word`` may be a slip for; an empty text where none is near."""
+    return next(iter(difflib.get_close_matches(word, words, n=1, cutoff=_NEAR)), "")
+
+
+def suggest(word: str, words: Iterable[str]) -> str:
+    """Return that one of ``words`` is the nearest to ``word``, or where none is near, all of them to choose from."""
+    words = list(words)
+    near = nearest(word, words)
+    return f"the nearest is {near}" if near else f"choose one of {', '.join(words)}"
 
 
 def first_line(error: Exception) -> str:

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Generic, TypeVar
 
-from dvar.errors import RefusedInput, nearest
+from dvar.errors import RefusedInput, suggest
 
 T = TypeVar("T")
 
@@ -53,10 +53,10 @@ class Registry(Mapping[str, T], Generic[T]):
         """Return what ``name`` stands for, for a name that a user gave.
 
         Raises:
-            RefusedInput: Nothing is registered under this name; the message suggests the nearest one.
+            RefusedInput: Nothing is registered under this name; the message suggests the suggest one.
         """
         if name not in self:
-            raise RefusedInput([f"there is no {self.kind} {name!r}: the nearest is {nearest(name, self)}"])
+            raise RefusedInput([f"there is no {self.kind} {name!r}: {suggest(name, self)}"])
         return self[name]
 
     def __iter__(self) -> Iterator[str]:

@@ -181,7 +181,12 @@ def test_a_file_may_name_the_preset_and_a_flag_another(configs: list[TextualInve
         (["generate", "run", "--prompt", "x", "--num_images", "0"], "num_images must be at least 1, got 0"),
         (["generate", "nowhere", "--prompt", "x"], "nowhere"),
         (["report", "nowhere"], "nowhere"),
-        (["demo", "--concept", "red_mugg"], "concept 'red_mugg' is not bundled, the nearest is"),
+        (["demo", "--concept", "red_mugg"], "concept 'red_mugg' is not bundled: see dvar concepts"),
+        (
+            ["demo", "--concept", "blak_cat"],
+            "concept 'blak_cat' is not bundled, the nearest is black_cat: see dvar con",
+        ),
+        (["demo", "--xyzzy", "1"], "unknown flag --xyzzy: dvar demo --help lists them all"),
     ],
 )
 def test_wrong_input_is_refused_in_one_line(words: list[str], message: str) -> None:
@@ -463,7 +468,7 @@ def test_a_followed_log_prints_verdicts_as_they_change_and_acts_once_it_stops(lo
     assert b"KeyboardInterrupt" in trainer.communicate(timeout=60)[1]
     lines = answer.out.splitlines()
     assert lines[0] == "curve     val_loss in metrics.csv"
-    assert lines[1] == "go on at step 0: warming up, 0 of 310 steps and 1 records in the window"
+    assert lines[1] == "go on at step 0: warming up, 0 of 310 steps, 1 of the 8 records needed"
     assert [line.split(":")[0] for line in lines[2:7]] == [
         *(f"go on at step {step}" for step in (77, 154, 231, 308)),
         "go on at step 310",

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from dvar.config.fields import Range, canonical_settings, read_settings, replace_invalid_fields
 from dvar.config.methods import PAPER_METHODS, CustomDiffusionConfig, DreamBoothLoraConfig, TextualInversionConfig
 from dvar.config.training import TrainingConfig, problems
-from dvar.errors import RefusedInput, nearest
+from dvar.errors import RefusedInput, nearest, suggest
 from dvar.training.methods.registry import config_from_dict
 
 VALID = TextualInversionConfig(instance_data_dir="images", initializer_token="mug")
@@ -242,9 +242,14 @@ def test_a_setting_given_with_its_alias_is_refused() -> None:
         canonical_settings({"instance_data_dir": "x", "train-data-dir": "y"}, TextualInversionConfig)
 
 
-def test_the_nearest_name_is_found_at_any_distance() -> None:
+def test_a_word_is_suggested_only_where_it_is_near() -> None:
     assert nearest("learnin_rate", ["seed", "learning_rate"]) == "learning_rate"
-    assert nearest("xyz", ["seed"]) == "seed"
+    assert nearest("muug", ["mug", "rug"]) == "mug"
+    assert [nearest("tabby", ["table"]), nearest("xyz", ["seed"]), nearest("xyz", [])] == ["", "", ""]
+    assert suggest("sed", ["seed", "window"]) == "the nearest is seed"
+    assert suggest("xyz", ["seed", "window"]) == "choose one of seed, window"
+    with pytest.raises(RefusedInput, match="unknown setting 'xyz': none is like it, and --help lists them all"):
+        canonical_settings({"xyz": 1}, TextualInversionConfig)
 
 
 def test_a_settings_file_is_read_under_the_settings_own_names(tmp_path: Path) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
 from dvar.config.methods import PAPER_METHODS, TextualInversionConfig
-from dvar.config.presets import TABLE, configure, preset_settings
+from dvar.config.presets import STEP_SETTINGS, TABLE, configure, configure_to_cap, preset_settings
 from dvar.config.training import problems
 from dvar.errors import RefusedInput
+from dvar.stopping.rules import MIN_RECORDS
 from dvar.training import rule
 
 
@@ -44,7 +46,7 @@ def test_the_first_version_s_settings_are_those_of_its_command() -> None:
         {"preset": "v1", "instance_data_dir": "images", "initializer_token": "mug"}, TextualInversionConfig
     )
     assert problems(config) == []
-    with pytest.raises(RefusedInput, match="preset must be one of lean, mini, mini-flow, paper, got 'v1'"):
+    with pytest.raises(RefusedInput, match="preset must be one of lean, mini, mini-flow, paper, smoke, got 'v1'"):
         preset_settings("v1", "dreambooth-lora")
 
 
@@ -63,7 +65,7 @@ REQUIRED = {
 
 
 @pytest.mark.parametrize("method", PAPER_METHODS)
-@pytest.mark.parametrize("name", ["paper", "lean", "mini"])
+@pytest.mark.parametrize("name", ["paper", "lean", "mini", "smoke"])
 def test_every_preset_is_valid(name: str, method: str) -> None:
     config = configure({"preset": name, "instance_data_dir": "images", **REQUIRED[method]}, PAPER_METHODS[method])
     assert isinstance(config, PAPER_METHODS[method])
@@ -129,7 +131,7 @@ def test_settings_override_the_preset_and_the_preset_overrides_defaults() -> Non
 
 def test_an_unknown_preset_is_refused_with_the_nearest() -> None:
     with pytest.raises(
-        RefusedInput, match="preset must be one of lean, mini, mini-flow, paper, v1, got 'papr': try paper"
+        RefusedInput, match="preset must be one of lean, mini, mini-flow, paper, smoke, v1, got 'papr': try paper"
     ):
         configure({"preset": "papr"}, TextualInversionConfig)
 
@@ -137,3 +139,43 @@ def test_an_unknown_preset_is_refused_with_the_nearest() -> None:
 def test_an_unknown_setting_is_refused_with_the_nearest() -> None:
     with pytest.raises(RefusedInput, match="nearest known one is window"):
         configure({"widow": 3}, TextualInversionConfig)
+
+
+@pytest.mark.parametrize("method", PAPER_METHODS)
+@pytest.mark.parametrize("name", ["paper", "lean", "mini"])
+def test_a_low_cap_scales_the_steps_of_a_preset_and_leaves_what_was_given(name: str, method: str) -> None:
+    """Half of the step that a straight line is stopped at, window / sqrt(threshold), halves each number of steps."""
+    config_type, given = PAPER_METHODS[method], {"preset": name, "instance_data_dir": "images", **REQUIRED[method]}
+    preset = configure(given, config_type)
+    suited = math.ceil(preset.window / math.sqrt(preset.threshold))
+    for cap in (MIN_RECORDS + 1, 60, suited // 2, suited - 1):
+        config, sentence = configure_to_cap({**given, "max_train_steps": cap}, config_type)
+        assert (problems(config), rule.problems(config)) == ([], [])
+        for setting in STEP_SETTINGS:
+            exact = getattr(preset, setting) * cap / suited
+            assert getattr(config, setting) == max(MIN_RECORDS if setting == "window" else 1, math.floor(exact))
+        assert f"preset {name} is meant for caps from {suited} steps on, and is scaled to {cap}: window " in sentence
+        assert replace(config, **{setting: getattr(preset, setting) for setting in STEP_SETTINGS}) == replace(
+            preset, max_train_steps=cap
+        )
+    own = {"window": 30, "checkpointing_steps": 50}
+    config, sentence = configure_to_cap({**given, "max_train_steps": 60, **own}, config_type)
+    assert (config.window, config.checkpointing_steps) == (30, 50)
+    assert "window" not in sentence.partition(":")[2]
+    for cap in ({}, {"max_train_steps": suited}, {"max_train_steps": 60, **dict.fromkeys(STEP_SETTINGS, 9)}):
+        assert configure_to_cap({**given, **cap}, config_type) == (configure({**given, **cap}, config_type), "")
+
+
+def test_a_cap_that_is_no_number_is_left_to_the_checks() -> None:
+    config, sentence = configure_to_cap(
+        {"max_train_steps": "many", "instance_data_dir": "images"}, TextualInversionConfig
+    )
+    assert (config.max_train_steps, sentence) == ("many", "")
+
+
+def test_smoke_shortens_the_preset_of_the_model() -> None:
+    for model, own in (("mini", "mini"), ("mini-flow", "mini-flow"), ("owner/model", "lean")):
+        given = {"pretrained_model_name_or_path": model}
+        smoke, whole = (configure({**given, "preset": name}, TextualInversionConfig) for name in ("smoke", own))
+        assert smoke == replace(whole, **preset_settings("smoke"), preset="smoke")
+        assert (smoke.max_train_steps, smoke.resolution) == (20, whole.resolution)

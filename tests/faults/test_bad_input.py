@@ -329,9 +329,7 @@ LISTS = [
     concepts_list([], "must be a list of one or more objects: write one for each concept"),
     concepts_list(FIRST, "must be a list of one or more objects: write one for each concept"),
     concepts_list([FIRST, "<b>"], "must be a list of one or more objects: write one for each concept"),
-    concepts_list(
-        [FIRST, {**SECOND, "class_promt": "a mug"}], "concept 2: unknown key 'class_promt', the nearest known one is"
-    ),
+    concepts_list([FIRST, {**SECOND, "class_promt": "a mug"}], "concept 2: unknown key 'class_promt': the nearest is"),
     concepts_list([FIRST, {**SECOND, "class_prompt": 3}], "concept 2: class_prompt must be text, got 3: give it"),
     concepts_list([{**FIRST, "instance_data_dir": " "}, SECOND], "concept 1: instance_data_dir must be text, got ' '"),
     concepts_list(

@@ -284,7 +284,7 @@ def test_a_trace_without_evaluations_is_warming_up() -> None:
     assert Dvar(10, 0.15)(trace).reason is Reason.WARMING_UP
     trace.record(3, train_loss=0.2)
     verdict = Dvar(10, 0.15, strict_paper=True)(trace)
-    assert str(verdict) == "go on at step 3: warming up, 0 of 10 steps and 0 records in the window"
+    assert str(verdict) == "go on at step 3: warming up, 0 of 10 steps, 0 of the 8 records needed"
 
 
 # --- nothing to judge -----------------------------------------------------------------------------------------------

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +13,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from dvar.config.methods import TextualInversionConfig
 from dvar.stopping.rules import AnyOf, Dvar, FixedSteps
 from dvar.stopping.trace import Trace
 from dvar.stopping.verdict import Verdict
-from dvar.training.progress import LivePanel, LogLines, ProgressState, format_duration, show_progress, sparkline
+from dvar.training.progress import (
+    LivePanel,
+    LogLines,
+    ProgressState,
+    format_duration,
+    read_earlier_losses,
+    show_progress,
+    sparkline,
+)
+from dvar.training.run_layout import TRACE
 
 CAP = 150
 RULE = AnyOf((Dvar(window=20, threshold=0.15), FixedSteps(CAP)))
@@ -78,6 +89,36 @@ def test_a_line_shows_step_loss_ratio_and_remaining_time() -> None:
     loss, ratio = 0.05 + math.exp(-2.4), steps[24].verdict.metrics["ratio"]
     start = f"step  24/150  L_det {loss:.6f}  ratio {ratio:.3f}, threshold 0.15"
     assert lines[8] == f"{start}  10 steps/s, 0:13 to the cap"
+
+
+def test_a_log_says_why_a_run_goes_on_below_the_threshold() -> None:
+    """A straight line passes the threshold after about 20 / sqrt(0.15) = 51.6 steps, still falling."""
+    trace, stream = Trace(), io.StringIO()
+    with LogLines(CAP, stream) as show:
+        for step in range(61):
+            trace.record(step, (1 - step / 1000,))
+            show(FakeStep(step, RULE(trace), (1 - step / 1000,)))  # type: ignore[arg-type]
+    lines = stream.getvalue().splitlines()
+    assert ["goes on" in line for line in lines] == [step > 50 for step in range(0, 61, 3)]
+    assert "ratio 0.111, threshold 0.15, goes on: still falling  10 steps/s" in lines[-1]
+
+
+def test_a_panel_of_a_resumed_run_shows_its_earlier_curve(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint-3"
+    checkpoint.mkdir()
+    trace = Trace()
+    for step, loss in enumerate((4.0, 3.0, 2.0, 1.0)):
+        trace.record(step, (loss,))
+    trace.write(checkpoint / TRACE)
+    for name in ("latest", "checkpoint-3"):
+        config = TextualInversionConfig(output_dir=str(tmp_path), resume_from_checkpoint=name)
+        assert read_earlier_losses(config) == [4, 3, 2, 1]
+    assert read_earlier_losses(replace(config, resume_from_checkpoint=None)) == []
+    (checkpoint / TRACE).write_text("damaged")
+    assert read_earlier_losses(config) == []
+    console = Console(file=io.StringIO(), width=80)
+    console.print(LivePanel(CAP, "title", console, [4, 3, 2, 1]).render())
+    assert "█▆▃▁" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_the_last_evaluation_is_shown_until_the_next() -> None:

@@ -51,6 +51,7 @@ def problems(config: DemoConfig) -> list[str]:
     messages = [message for _, message in invalid_fields(config)]
     concepts = mini.concepts()
     if config.concept_name not in concepts:
-        suggestion = f"the nearest is {nearest(config.concept_name, concepts)}: see dvar concepts"
-        messages.append(f"concept {config.concept_name!r} is not bundled, {suggestion}")
+        near = nearest(config.concept_name, concepts)
+        rule = f"concept {config.concept_name!r} is not bundled{f', the nearest is {near}' if near else ''}"
+        messages.append(f"{rule}: see dvar concepts")
     return messages

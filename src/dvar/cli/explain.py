@@ -57,7 +57,9 @@ def explain_error(error: Exception, tokens: Sequence[str]) -> tuple[Sequence[str
         case UnknownOptionError():
             flags = [name for argument in error.argument_collection for name in argument.names]
             flag = error.token.keyword or error.token.value
-            return [f"unknown flag {flag}: the nearest known one is {nearest(flag, flags)}"], REFUSED
+            near = nearest(flag.lstrip("-"), [name.lstrip("-") for name in flags])
+            remedy = f"the nearest known one is --{near}" if near else f"{_program(command)} --help lists them all"
+            return [f"unknown flag {flag}: {remedy}"], REFUSED
         case CycloptsError():
             return [" ".join(str(error).split())], REFUSED
         case RefusedInput():
@@ -103,6 +105,11 @@ def _show_path(path: str) -> str:
 def _name_command(tokens: Sequence[str]) -> str:
     words = list(tokens[: 2 if tokens[:1] in (["train"], ["survey"]) else 1])
     return " ".join(word for word in words if not word.startswith("-")) or "dvar"
+
+
+def _program(command: str) -> str:
+    """Return a command as it is typed."""
+    return command if command == "dvar" else f"dvar {command}"
 
 
 def _join_lines(message: str) -> str:

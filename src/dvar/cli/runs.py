@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from dvar.cli.console import print_message
 from dvar.cli.options import raise_problems, with_flags_of
 from dvar.runs.config import ExportConfig, GenerateConfig, ReportConfig, problems
 
@@ -20,11 +21,14 @@ def generate(run: Path, /, **flags: Any) -> int:
     """
     config = GenerateConfig(**flags)
     raise_problems(problems(config))
-    from dvar.runs.generate import generate_images
+    from dvar.runs.generate import find_missing_word, generate_images
     from dvar.runs.run_folder import RunFolder
 
+    folder = RunFolder.open(run)
+    if problem := find_missing_word(folder.settings, str(config.prompt)):
+        print_message(problem)
     images = generate_images(
-        RunFolder.open(run),
+        folder,
         [str(config.prompt)] * config.num_images,
         range(config.seed, config.seed + config.num_images),
         folder=Path(config.output) if config.output else None,
@@ -51,10 +55,13 @@ def export(run: Path, /, **flags: Any) -> int:
     """
     config = ExportConfig(**flags)
     raise_problems(problems(config))
-    from dvar.runs.export import push_finished_run, write_kohya_lora, write_merged_pipeline
+    from dvar.runs.export import list_embeddings, push_finished_run, write_kohya_lora, write_merged_pipeline
 
     if config.kohya:
         print(write_kohya_lora(run, Path(config.kohya)))
+        for path in list_embeddings(run):
+            print(f"note      the new word is not in it but in {path}, which prompts need too:")
+            print(f"          ComfyUI and AUTOMATIC1111 read it as an embedding, called {path.stem} in prompts")
     if config.merged:
         print(write_merged_pipeline(run, Path(config.merged), config.mixed_precision))
     if config.push_to_hub:

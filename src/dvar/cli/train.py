@@ -133,24 +133,40 @@ def check_folder(folder: str) -> int:
 
 def run_training(settings: Mapping[str, Any], config_type: type[TrainingConfig]) -> int:
     """Train by these settings, show the progress, print the result and return the exit status."""
-    from dvar.config.presets import configure
-
-    config = configure(settings, config_type)
+    from dvar.config.presets import configure_to_cap
     from dvar.training.preflight import is_main_process, preflight
 
+    config, scaled = configure_to_cap(settings, config_type)
+    if config.extend:
+        config, scaled = configure_to_cap({**_read_step_settings(config.output_dir), **settings}, config_type)
     concept = preflight(config)
     if not is_main_process(os.environ):  # which speaks for the others
         from dvar.training.personalise import personalise
 
         return INTERRUPTED if personalise(config, concept=concept).verdict.reason.value == "interrupted" else 0
+    if scaled:
+        print_message(scaled)
     title = f"{config.subject} · {config.pretrained_model_name_or_path} · {config.output_dir}"
     print_message(f"loading for {title}")
     from dvar.training.personalise import personalise
-    from dvar.training.progress import show_progress
+    from dvar.training.progress import read_earlier_losses, show_progress
 
-    with show_progress(config.max_train_steps, title, sys.stderr) as progress:
+    with show_progress(config.max_train_steps, title, sys.stderr, read_earlier_losses(config)) as progress:
         result = personalise(config, [progress], concept=concept)
     return print_result(result, f"{config.plain_prompt} on the beach")
+
+
+def _read_step_settings(folder: str) -> dict[str, int]:
+    """Return the settings that count steps of the run in ``folder``, which a low cap may have scaled."""
+    from dvar.config.presets import STEP_SETTINGS
+    from dvar.files import read_json
+    from dvar.training.run_layout import CONFIG
+
+    try:
+        config = read_json(Path(folder).expanduser() / CONFIG, dict.fromkeys(STEP_SETTINGS, int))
+    except (OSError, ValueError):  # there is no run, as preflight says
+        return {}
+    return {name: config[name] for name in STEP_SETTINGS}
 
 
 def print_result(result: TrainingResult, prompt: str) -> int:

@@ -108,7 +108,7 @@ def canonical_settings(settings: Mapping[str, Any], config_type: type[Config]) -
     """Return ``settings`` under their field names: hyphens become underscores, aliases their field.
 
     Raises:
-        RefusedInput: Settings are unknown, each named with the nearest known one, or given twice.
+        RefusedInput: Settings are unknown, each named with a known one that is near, or given twice.
     """
     names, alias_names = [item.name for item in fields(config_type)], aliases(config_type)
     values: dict[str, Any] = {}
@@ -117,8 +117,9 @@ def canonical_settings(settings: Mapping[str, Any], config_type: type[Config]) -
         spelled = key.replace("-", "_")
         name = alias_names.get(spelled, spelled)
         if name not in names:
-            suggestion = nearest(spelled, [*names, *alias_names])
-            problems.append(f"unknown setting {key!r}: the nearest known one is {suggestion}")
+            near = nearest(spelled, [*names, *alias_names])
+            remedy = f"the nearest known one is {near}" if near else "none is like it, and --help lists them all"
+            problems.append(f"unknown setting {key!r}: {remedy}")
         elif name in values:
             problems.append(f"{name} is given twice, the second time as {key!r}: keep one of them")
         values[name] = value

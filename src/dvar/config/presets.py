@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from dvar.config.fields import canonical_settings
 from dvar.config.methods import PAPER_METHODS
 from dvar.config.training import BUNDLED_MODEL, BUNDLED_MODELS, FLOW_MODEL, TrainingConfig
 from dvar.errors import RefusedInput, nearest
+from dvar.stopping.verdict import MIN_RECORDS
 
 C = TypeVar("C", bound=TrainingConfig)
 
@@ -194,8 +197,32 @@ def _v1(row: PresetRow) -> PresetRow:
     return replace(row, name="v1", value=value, source=source, expected="")
 
 
+SMOKE = "smoke"
+"""The preset that changes no more of the model's own than how long a run takes: whether it runs at all."""
+_SMOKE: Mapping[str, tuple[Any, str]] = MappingProxyType(
+    {
+        "max_train_steps": (20, "seconds on the bundled model"),
+        "window": (10, "half of the cap"),
+        "probe_every": (1, "a window holds ten evaluations"),
+        "eval_batch_size": (2, "a quarter of the paper's, for time"),
+        "validation_steps": (10, "samples on the way and at the end"),
+        "num_validation_images": (1, "one is seen to be an image as well as four"),
+        "num_inference_steps": (5, "for time"),
+        "checkpointing_steps": (10, "a checkpoint on the way and one at the end"),
+        "num_class_images": (2, "for time"),
+    }
+)
+
+
+def _smoke(method: str) -> Iterator[PresetRow]:
+    for setting, (value, source) in _SMOKE.items():
+        if setting in _DEFAULTS[method]:
+            yield PresetRow(SMOKE, method, setting, value, source)
+
+
 TABLE = (
     *_PAPER_AND_MINI,
+    *(row for method in PAPER_METHODS for row in _smoke(method)),
     *(_lean(row) for row in _PAPER_AND_MINI if row.name == "paper"),
     *(_flow(row) for row in _PAPER_AND_MINI if row.name == "mini" and row.method != CUSTOM),
     *(_v1(row) for row in _PAPER_AND_MINI if (row.name, row.method) == ("paper", TI)),
@@ -206,13 +233,14 @@ def preset_settings(name: str, method: str = TI) -> dict[str, Any]:
     """Return the settings of one preset, by name.
 
     Raises:
-        RefusedInput: There is no such preset; the message names the nearest.
+        RefusedInput: There is no such preset.
     """
     names = sorted({row.name for row in TABLE if row.method == method})
     if not names:
         raise RefusedInput([f"method {method} has no presets, got preset {name!r}: drop it"])
     if name not in names:
-        raise RefusedInput([f"preset must be one of {', '.join(names)}, got {name!r}: try {nearest(str(name), names)}"])
+        remedy = f"try {near}" if (near := nearest(str(name), names)) else "choose one of them"
+        raise RefusedInput([f"preset must be one of {', '.join(names)}, got {name!r}: {remedy}"])
     return {row.setting: row.value for row in TABLE if (row.name, row.method) == (name, method)}
 
 
@@ -220,8 +248,8 @@ def configure(values: Mapping[str, Any], config_type: type[C]) -> C:
     """Return the config of a run: ``values`` over the preset over the defaults.
 
     Without a ``preset`` in ``values`` it is that of the bundled model, "mini" or "mini-flow", and "lean" for any other
-    model; methods of other packages have none. The config keeps the name. Ranges are not checked here:
-    `dvar.config.training.problems`.
+    model; methods of other packages have none. "smoke" stands over that preset of the model. The config keeps the name.
+    Ranges are not checked here: `dvar.config.training.problems`.
 
     Args:
         values: Settings by field name or alias; paths may be `Path`.
@@ -230,11 +258,58 @@ def configure(values: Mapping[str, Any], config_type: type[C]) -> C:
     Raises:
         RefusedInput: Settings are unknown, or the preset is.
     """
+    named, preset = _split_settings(values, config_type)
+    return config_type(**{**preset, **named})
+
+
+STEP_SETTINGS = ("window", "probe_every", "validation_steps", "checkpointing_steps")
+"""The settings that count steps of a run and are scaled to a low cap, the window first."""
+
+
+def configure_to_cap(values: Mapping[str, Any], config_type: type[C]) -> tuple[C, str]:
+    """Return the config of `configure` with the preset's steps scaled to a low cap, and a sentence that says so.
+
+    A loss that falls in a straight line is stopped after window / sqrt(threshold) steps, and one that slows down no
+    later. Under a lower cap the preset's window, its cadence, and its steps between two sets of samples and between two
+    checkpoints shrink in proportion, but for those in ``values``. The sentence is empty where nothing is scaled.
+
+    Args:
+        values: As for `configure`.
+        config_type: The config class of the method.
+
+    Raises:
+        RefusedInput: As `configure`.
+    """
+    named, preset = _split_settings(values, config_type)
+    config, cap = config_type(**{**preset, **named}), named.get("max_train_steps")
+    if not isinstance(cap, int) or not preset.keys() >= {"window", "threshold"}:
+        return config, ""
+    suited = math.ceil(preset["window"] / math.sqrt(preset["threshold"]))
+    if not MIN_RECORDS < cap < suited:
+        return config, ""
+    scaled = {
+        name: max(MIN_RECORDS if name == "window" else 1, getattr(config, name) * cap // suited)
+        for name in STEP_SETTINGS
+        if name not in named
+    }
+    if not scaled:
+        return config, ""
+    changes = ", ".join(f"{name} {value} instead of {getattr(config, name)}" for name, value in scaled.items())
+    sentence = f"preset {named['preset']} is meant for caps from {suited} steps on, and is scaled to {cap}: {changes}"
+    return replace(config, **scaled), sentence
+
+
+def _split_settings(values: Mapping[str, Any], config_type: type[C]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings in ``values`` with the name of the preset, and those of the preset beneath them."""
     plain = {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
     named = canonical_settings(plain, config_type)
-    name, model = named.get("preset"), named.get("pretrained_model_name_or_path", BUNDLED_MODEL)
-    if not name and config_type.method in _DEFAULTS:
-        own = model in BUNDLED_MODELS and any((row.name, row.method) == (model, config_type.method) for row in TABLE)
-        name = model if own else "lean"
-    preset = preset_settings(name, config_type.method) if name else {}
-    return config_type(**{**preset, **named, "preset": name})
+    name, method = named.get("preset"), config_type.method
+    if method not in _DEFAULTS:
+        return {**named, "preset": name}, preset_settings(name, method) if name else {}
+    model = named.get("pretrained_model_name_or_path", BUNDLED_MODEL)
+    has_own = model in BUNDLED_MODELS and any((row.name, row.method) == (model, method) for row in TABLE)
+    own = model if has_own else "lean"
+    settings = preset_settings(name or own, method)
+    if name == SMOKE:
+        settings = {**preset_settings(own, method), **settings}
+    return {**named, "preset": name or own}, settings

@@ -103,7 +103,8 @@ class TrainingConfig(ObjectiveConfig):
 
     preset: str | None = setting(
         None,
-        "Named settings to start from: 'mini' for the bundled model, 'lean' for others; 'paper' probes at every step.",
+        "Named settings to start from: 'mini' for the bundled model, 'lean' for others; 'paper' probes at every step, "
+        "'smoke' only tries whether everything runs, in 20 steps.",
         section="Method",
     )
     placeholder_token: str | None = setting("<thing>", "New word that stands for the concept in prompts.")

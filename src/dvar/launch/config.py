@@ -11,7 +11,7 @@ from typing import Any
 
 from dvar.config.fields import BATCH, COUNT, SEED, Config, invalid_fields, setting
 from dvar.config.training import TrainingConfig
-from dvar.errors import DvarError, RefusedInput, first_line, nearest
+from dvar.errors import DvarError, RefusedInput, first_line, suggest
 from dvar.stopping.rule import RULE_DEFAULTS, build_rule
 from dvar.stopping.rules import MIN_RECORDS, RULES, Rule, schedule_problems
 from dvar.stopping.trace import Trace
@@ -90,9 +90,7 @@ def launch_problems(config: LaunchConfig) -> list[str]:
     invalid = dict(invalid_fields(config))
     messages = list(invalid.values())
     if config.dvar_rule not in RULES:
-        messages.append(
-            f"dvar_rule {config.dvar_rule!r} is not known: the nearest is {nearest(config.dvar_rule, RULES)}"
-        )
+        messages.append(f"dvar_rule {config.dvar_rule!r} is not known: {suggest(config.dvar_rule, RULES)}")
     elif not {"dvar_rule", "dvar_window", "dvar_threshold"} & invalid.keys():
         try:
             rule = config.rule

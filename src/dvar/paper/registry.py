@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 from dvar.config.fields import invalid_fields
-from dvar.errors import nearest
+from dvar.errors import suggest
 from dvar.files import writing_problem
 from dvar.paper.config import ReproduceConfig
 from dvar.registry import Registry
@@ -92,9 +92,7 @@ def reproduce_problems(config: ReproduceConfig) -> list[str]:
     if not problems and (problem := writing_problem(config.output_dir, folder=True)):
         problems.append(f"output_dir must be a folder that can be written, and {problem}: name another")
     problems += [
-        f"there is no experiment {name!r}: the nearest is {nearest(name, names)}, and 'all' makes every one"
-        for name in config.names
-        if name not in names
+        f"there is no experiment {name!r}: {suggest(name, names)}" for name in config.names if name not in names
     ]
     return problems
 

@@ -238,7 +238,8 @@ class RecordingSpec:
             raise RefusedInput([f"preset must be one of {', '.join(PROTOCOLS)}, got {self.protocol!r}"])
         concepts = concept_folders(self.concepts)
         if self.concept not in concepts:
-            rule = f"there is no concept {self.concept!r}, the nearest is {nearest(self.concept, concepts)}"
+            near = nearest(self.concept, concepts)
+            rule = f"there is no concept {self.concept!r}{f', the nearest is {near}' if near else ''}"
             raise RefusedInput([f"{rule}: see dvar concepts, or the folder given"])
         if IMAGES in self.setting:
             count = int(self.setting[IMAGES]["value"])

@@ -76,6 +76,12 @@ def write_kohya_lora(run: str | Path, path: Path) -> Path:
     return path
 
 
+def list_embeddings(run: Path) -> list[Path]:
+    """Return the files of a finished run that hold the vectors of its new words."""
+    _, result = load_result(run)
+    return [run / name for name in result["weights"] if weights_kind(name) in (EMBEDS, CLIP_EMBEDS)]
+
+
 def write_merged_pipeline(run: str | Path, folder: Path, mixed_precision: str | None = None) -> Path:
     """Write the base model with everything a finished run learned as one pipeline, and return its folder.
 

@@ -10,7 +10,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dvar.config.training import Sampler
+from dvar.config.training import Sampler, TrainingConfig
 from dvar.errors import RefusedInput
 from dvar.files import parse_json, read_text
 from dvar.runs.run_folder import RunFolder
@@ -135,6 +135,15 @@ def generate_images(
         for image in images:
             file.write(json.dumps({**vars(image), "path": image.path.name}, ensure_ascii=False) + "\n")
     return tuple(images)
+
+
+def find_missing_word(config: TrainingConfig, prompt: str) -> str:
+    """Return that ``prompt`` has none of the words that a run of ``config`` learned; empty where it has one."""
+    words = config.placeholder_tokens
+    if not words or any(word in prompt for word in words):
+        return ""
+    remedy = f"put it in, as in {config.plain_prompt!r}"
+    return f"the prompt has no {' or '.join(words)}, by which this run's concept is called: {remedy}"
 
 
 def hash_result(run: RunFolder) -> str:

@@ -99,6 +99,7 @@ class Octave:
         metrics |= {"seen": curve.span, "records": int(last.sum())}
         step = int(curve.steps[-1])
         if curve.span < self.first_step or metrics["records"] < MIN_OCTAVE_RECORDS:
+            metrics["records_needed"] = MIN_OCTAVE_RECORDS
             return Verdict(False, Reason.WARMING_UP, step, repr(self), metrics)
         gains = 1 - samples / samples[0]
         recent = gains[elapsed > curve.span / math.sqrt(2)].mean(axis=0)

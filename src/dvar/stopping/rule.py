@@ -16,10 +16,7 @@ from dvar.registry import Registry
 from dvar.stopping.curve import Curve
 from dvar.stopping.diagnosis import Reason, diagnose
 from dvar.stopping.trace import Trace
-from dvar.stopping.verdict import Verdict
-
-MIN_RECORDS = 8
-"""A window that holds fewer records is not judged."""
+from dvar.stopping.verdict import MIN_RECORDS, Verdict
 
 CONDITION_REASONS = (
     Reason.STABILISED,

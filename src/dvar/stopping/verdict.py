@@ -11,6 +11,9 @@ from dvar.schema import find_mismatch
 from dvar.stopping.diagnosis import DOUBT_SENTENCES, Diagnosis, Reason
 from dvar.stopping.trace_format import decode_value, encode_value
 
+MIN_RECORDS = 8
+"""A window that holds fewer records is not judged."""
+
 _SCHEMA = {
     "stop": bool,
     "reason": str,
@@ -218,10 +221,11 @@ def _format_measurement(rule: str, metrics: Mapping[str, float]) -> str:
 
 
 def _format_warming_up(metrics: Mapping[str, float]) -> str:
-    return (
-        f"warming up, {min(metrics['seen'], metrics['window']):.0f} of {metrics['window']:.0f} steps "
-        f"and {metrics['records']:.0f} records in the window"
-    )
+    sentence = f"warming up, {min(metrics['seen'], metrics['window']):.0f} of {metrics['window']:.0f} steps"
+    needed = metrics.get("records_needed", MIN_RECORDS)
+    if metrics["records"] < needed:
+        sentence += f", {metrics['records']:.0f} of the {needed:.0f} records needed"
+    return sentence
 
 
 def _format_non_finite(rule: str, metrics: Mapping[str, float]) -> str:

@@ -13,9 +13,10 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dvar.config.buckets import Size, nearest_bucket, valid_buckets
-from dvar.config.training import TrainingConfig
-from dvar.errors import RefusedInput, nearest
+from dvar.config.training import BUNDLED_MODELS, TrainingConfig
+from dvar.errors import RefusedInput, suggest
 from dvar.files import check_regular, parse_json, read_json, read_text
+from dvar.training.photographs import is_photograph
 
 # Files that an operating system leaves beside images.
 _IGNORED = {"Thumbs.db", "desktop.ini"}
@@ -155,8 +156,7 @@ def scan_concept(config: TrainingConfig) -> tuple[Concept, list[str]]:
 def read_image(path: Path, resolution: int, *, crop: bool = True, buckets: tuple[Size, ...] = ()) -> Image.Image:
     """Return the image in a file: upright, RGB, square or of the size of the bucket that is most like it.
 
-    Transparent parts become white, greys of 16 bits and of floating-point values from 0 to 1 keep their brightness, and
-    of several frames the first is taken. An image that must be enlarged is warned of.
+    An image that must be enlarged is warned of.
 
     Args:
         path: The file.
@@ -165,8 +165,20 @@ def read_image(path: Path, resolution: int, *, crop: bool = True, buckets: tuple
         buckets: Sizes to choose from; only the square of ``resolution`` if empty.
 
     Raises:
+        RefusedInput: As `open_image`, or the shorter side of the image is under half the resolution.
+    """
+    return _fit(open_image(path), path.name, resolution, crop, buckets)
+
+
+def open_image(path: Path) -> Image.Image:
+    """Return the image in a file as it is, upright and RGB.
+
+    Transparent parts become white, greys of 16 bits and of floating-point values from 0 to 1 keep their brightness, and
+    of several frames the first is taken.
+
+    Raises:
         RefusedInput: The file is not an image in a format that photographs come in, is damaged, fully transparent, far
-            too large or of values whose white is not known, or its shorter side is under half the resolution.
+            too large or of values whose white is not known.
 
     Deviates: The orientation tag is applied and transparency is composed, which diffusers' script does not do.
     """
@@ -185,7 +197,7 @@ def read_image(path: Path, resolution: int, *, crop: bool = True, buckets: tuple
                 upright = ImageOps.exif_transpose(opened)
                 if reason := _find_unclear_values(upright):
                     raise RefusedInput([f"{path.name} {reason}: save it as PNG or JPEG with 8 bits, or move it away"])
-                image = _to_rgb(upright)
+                return _to_rgb(upright)
     except RefusedInput:
         raise
     except UnidentifiedImageError:
@@ -195,14 +207,18 @@ def read_image(path: Path, resolution: int, *, crop: bool = True, buckets: tuple
         raise RefusedInput([f"{path.name} has far too many pixels for a photograph: scale it down"]) from None
     except Exception as error:  # decoders raise whatever a damaged file makes them meet
         raise RefusedInput([f"{path.name} is damaged ({error}): replace it or move it away"]) from error
+
+
+def _fit(image: Image.Image, name: str, resolution: int, crop: bool, buckets: tuple[Size, ...]) -> Image.Image:
+    """Return an image in the size that `read_image` describes; messages call it ``name``."""
     height, width = nearest_bucket((image.height, image.width), buckets) if buckets else (resolution, resolution)
     resolution = min(height, width)
     size, shorter, least = f"{image.width}x{image.height} pixels", min(image.size), resolution // 2
     if shorter < least:
-        message = f"{path.name} must be {least} pixels or more on its shorter side at resolution {resolution}"
+        message = f"{name} must be {least} pixels or more on its shorter side at resolution {resolution}"
         raise RefusedInput([f"{message}, got {size}: use a larger image or a lower resolution"])
     if shorter < resolution:
-        warnings.warn(f"{path.name} is {size} and is enlarged to {resolution}", stacklevel=2)
+        warnings.warn(f"{name} is {size} and is enlarged to {resolution}", stacklevel=2)
     if crop:
         return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
     return image.resize((width, height), Image.Resampling.BICUBIC)
@@ -268,7 +284,7 @@ def _parse_entry(entry: dict[str, Any], number: int, config: TrainingConfig, pro
     texts = {key: value for key in _LIST_KEYS if isinstance(value := entry.get(key), str) and value.strip()}
     for key in entry:
         if key not in _LIST_KEYS:
-            problems.append(f"{prefix}unknown key {key!r}, the nearest known one is {nearest(key, _LIST_KEYS)}")
+            problems.append(f"{prefix}unknown key {key!r}: {suggest(key, _LIST_KEYS)}")
     for key in _LIST_KEYS:
         if key not in texts and (key in required or entry.get(key)):
             problems.append(f"{prefix}{key} must be text, got {entry.get(key)!r}: give it")
@@ -316,11 +332,19 @@ def _read_folder(
     buckets = valid_buckets(config.aspect_ratio_buckets, config.resolution)
     if not image_files:
         problems.append(f"{source.prefix}instance_data_dir {folder} holds no images: put three to five there")
+    photographs = 0
     for file in image_files:
         try:
-            images[file.name] = read_image(file, config.resolution, crop=config.center_crop, buckets=buckets)
+            image = open_image(file)
+            images[file.name] = _fit(image, file.name, config.resolution, config.center_crop, buckets)
         except RefusedInput as error:
             problems += [source.prefix + problem for problem in error.problems]
+            continue
+        photographs += config.pretrained_model_name_or_path in BUNDLED_MODELS and is_photograph(image)
+    if 2 * photographs > len(images):
+        message = f"{folder} seems to hold photographs, and {config.pretrained_model_name_or_path} knows nothing but a"
+        remedy = "name a model of photographs by --pretrained_model_name_or_path, or concepts that dvar concepts lists"
+        warnings.warn(f"{message} picture book of 64 x 64 pixels, so it cannot learn them: {remedy}", stacklevel=4)
     rows, caption_problems = _read_rows(caption_files, [file.name for file in image_files], config.placeholder_tokens)
     problems += [source.prefix + problem for problem in caption_problems]
     return images, rows

@@ -75,7 +75,8 @@ def _initializer_problems(config: TrainingConfig, tokenizer: Tokenizer) -> Itera
         if token_id(tokenizer, token) is None:
             pieces = _pieces(tokenizer, token)
             message = f"initializer_token must be one token, got {token!r}, which is {len(pieces)}: {' '.join(pieces)}"
-            yield f"{message}; try {_single_token(tokenizer, token)}"
+            near = _single_token(tokenizer, token)
+            yield f"{message}; try {near}" if near else f"{message}; try a more common word for the kind of thing it is"
 
 
 def _length_problems(config: TrainingConfig, tokenizer: Tokenizer, captions: Mapping[str, str]) -> Iterator[str]:
@@ -117,7 +118,7 @@ def _pieces(tokenizer: Tokenizer, word: str) -> list[str]:
 
 
 def _single_token(tokenizer: Tokenizer, text: str) -> str:
-    """Return a word near ``text`` that is one token: the last of several words, or else the one spelled most alike."""
+    """Return a word near ``text`` that is one token: the last of several words, or one that is spelled much alike."""
     last = (text.lower().split() or [""])[-1]
     if last != text and token_id(tokenizer, last) is not None:
         return last

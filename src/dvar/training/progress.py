@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import pairwise
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
@@ -17,10 +18,15 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from dvar.errors import DvarError
 from dvar.stopping.diagnosis import Reason
+from dvar.stopping.rule import CONDITION_REASONS
+from dvar.stopping.trace import Trace
 from dvar.stopping.verdict import Verdict
+from dvar.training.run_layout import TRACE, checkpoint_paths
 
 if TYPE_CHECKING:
+    from dvar.config.training import TrainingConfig
     from dvar.training.loop import StepRecord
 
 _RECENT = 50
@@ -34,15 +40,16 @@ class ProgressState:
 
     Attributes:
         cap: The cap of the run, in steps.
+        earlier: L_det at the evaluations before the run was resumed.
         step: The last step.
         curve: Every L_det so far.
         verdict: The last verdict; None before the first step.
     """
 
-    def __init__(self, cap: int) -> None:
+    def __init__(self, cap: int, earlier: Sequence[float] = ()) -> None:
         self.cap = cap
         self.step = 0
-        self.curve: list[float] = []
+        self.curve = [*earlier]
         self.verdict: Verdict | None = None
         self._seconds: deque[float] = deque(maxlen=_RECENT)
 
@@ -75,6 +82,13 @@ class ProgressState:
     def threshold(self) -> float | None:
         """The threshold of the rule; None while it has no ratio."""
         return self.verdict.metrics.get("threshold") if self.verdict else None
+
+    @property
+    def doubt(self) -> str:
+        """Why the run goes on below the threshold; empty where it does not, or stops."""
+        if self.verdict is None or self.verdict.stop or self.verdict.reason not in CONDITION_REASONS:
+            return ""
+        return f"goes on: {self.verdict.reason}"
 
     @property
     def pace(self) -> str:
@@ -120,7 +134,8 @@ class LogLines:
         if state.curve:
             parts.append(f"L_det {state.curve[-1]:.6f}")
         if state.ratio is not None and state.threshold is not None:
-            parts.append(f"ratio {state.ratio:.3f}, threshold {state.threshold:g}")
+            ratio = f"ratio {state.ratio:.3f}, threshold {state.threshold:g}"
+            parts.append(f"{ratio}, {state.doubt}" if state.doubt else ratio)
         return "  ".join([*parts, state.pace]).rstrip()
 
 
@@ -131,10 +146,11 @@ class LivePanel:
         cap: The cap of the run, in steps.
         title: The title of the panel.
         console: Where it is shown.
+        earlier: L_det at the evaluations before the run was resumed.
     """
 
-    def __init__(self, cap: int, title: str, console: Console) -> None:
-        self.state = ProgressState(cap)
+    def __init__(self, cap: int, title: str, console: Console, earlier: Sequence[float] = ()) -> None:
+        self.state = ProgressState(cap, earlier)
         self.title = title
         self.console = console
         self._live = Live(get_renderable=self.render, console=console, refresh_per_second=8)
@@ -184,9 +200,28 @@ class LivePanel:
         return bar, f"{ratio:.3f}, stops below {threshold:g}"
 
 
-def show_progress(cap: int, title: str, stream: TextIO) -> LogLines | LivePanel:
-    """Return a consumer of steps, to be used as a context: a panel if ``stream`` is a terminal, lines otherwise."""
-    return LivePanel(cap, title, Console(file=stream)) if stream.isatty() else LogLines(cap, stream)
+def show_progress(cap: int, title: str, stream: TextIO, earlier: Sequence[float] = ()) -> LogLines | LivePanel:
+    """Return a consumer of steps, to be used as a context: a panel if ``stream`` is a terminal, lines otherwise.
+
+    Args:
+        cap: The cap of the run, in steps.
+        title: The title of a panel.
+        stream: Where it is shown.
+        earlier: L_det at the evaluations before the run was resumed.
+    """
+    return LivePanel(cap, title, Console(file=stream), earlier) if stream.isatty() else LogLines(cap, stream)
+
+
+def read_earlier_losses(config: TrainingConfig) -> list[float]:
+    """Return L_det at the evaluations up to the checkpoint that ``config`` resumes from, if it resumes."""
+    if not config.resume_from_checkpoint:
+        return []
+    folder, name = Path(config.output_dir).expanduser(), Path(config.resume_from_checkpoint).name
+    checkpoint = checkpoint_paths(folder)[0] if name == "latest" else folder / name
+    try:
+        return Trace.read(checkpoint / TRACE).values.tolist()
+    except (OSError, DvarError):  # a damaged checkpoint, which the run itself reports or passes over
+        return []
 
 
 def sparkline(values: Sequence[float], width: int) -> str:

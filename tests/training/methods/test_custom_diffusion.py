@@ -304,7 +304,7 @@ GOOD = {"instance_prompt": "a <new1> <new2>", "class_prompt": "mug", "instance_d
         ("{}", "must be a list of one or more objects"),
         ("[]", "must be a list of one or more objects"),
         ("[3]", "must be a list of one or more objects"),
-        ([{**GOOD, "class_promt": "x"}], "concept 1: unknown key 'class_promt', the nearest known one is class_prompt"),
+        ([{**GOOD, "class_promt": "x"}], "concept 1: unknown key 'class_promt': the nearest is class_prompt"),
         ([{**GOOD, "class_prompt": None}], "concept 1: class_prompt must be text, got None"),
         ([GOOD, {**GOOD, "instance_prompt": 3}], "concept 2: instance_prompt must be text, got 3"),
         (
