@@ -16,14 +16,21 @@ help: ## list the targets
 
 setup: $(VENV)/.ready ## create .venv and install dvar for development
 
-$(VENV)/.ready: pyproject.toml constraints.txt
+# What the demo needs and no more; `make setup` adds the rest.
+$(VENV)/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dvar needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Set PYTHON=... to another one.")'
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing torch and what trains with it into $(VENV), once: minutes, by the network"
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train]'
+	touch $@
+
+$(VENV)/.ready: $(VENV)/.demo
+	@echo "installing what development needs beside it, once"
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: setup ## personalise a bundled concept on the bundled model, in a few minutes
+demo: $(VENV)/.demo ## personalise a bundled concept on the bundled model, in a few minutes
 	env -u OMP_NUM_THREADS $(RUN)/dvar demo
 
 # One mug, learned until DVAR stops and up to the cap. The first time this trains for about 15 minutes; when

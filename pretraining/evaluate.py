@@ -35,6 +35,7 @@ from pretraining.pictures import as_tensor, captions_for, draw_pictures
 from pretraining.unet import held_draws
 
 ROOT = Path(mini.__file__).parent
+CARD = Path(__file__).with_name("model_card.md")  # what stands above the figures
 UNSEEN = 999_000
 HARD_QUERIES = "hard queries, "
 ASKED = ("class", "main colour", "pattern", "place")
@@ -364,29 +365,14 @@ def table(figures: Figures, bars: dict[str, int] = BARS) -> list[str]:
 
 
 def page(record: dict[str, Any], recipe: dict[str, dict[str, Any]]) -> str:
-    """The README beside the weights: the figures of each model, and what the weights were made of.
+    """The README beside the weights, a model card: the figures of each model, and what the weights were made of.
 
     Args:
         record: What ``figures.json`` has: "sha256" and "figures", and the same of the second model under "flow".
         recipe: What ``recipe.json`` has.
     """
     lines = [
-        "# The bundled models",
-        "",
-        "Small, complete latent diffusion models, trained by this project on images of a world that it renders.",
-        "`StableDiffusionPipeline.from_pretrained` loads `model/` as it is. `judges/` (a second CLIP, the rest of the",
-        (
-            "conditioning CLIP, a recogniser) only score images. `concepts/` holds 60 subjects that "
-            "training never saw; the last twelve,"
-        ),
-        (
-            "listed in `dvar.mini.TUNING`, are for choosing settings. `docs/bundled-models.md` shows "
-            "what it generates and how to make"
-        ),
-        "another.",
-        "",
-        "Measured on fixed prompts and seeds; the last column says whether a bar is met.",
-        "",
+        *CARD.read_text(encoding="utf-8").splitlines(),
         *table(record["figures"]),
         "",
         "Command: `python -m pretraining.evaluate`  ",

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from scripted_tasks import count_attempts, scripted_task
 
+import dvar
 from dvar.cluster.places import Places
 from dvar.cluster.pool import Pool, interrupting_signals
 from dvar.cluster.task import TaskEvent
@@ -140,7 +141,7 @@ def test_nodes_of_another_version_or_that_do_not_see_the_folder_are_refused(
         monkeypatch.setattr(ray_workers, "__version__", "9.9")
         monkeypatch.setattr(ray_workers, "_list_nodes", hide_files)
         version, sight = Places(ray=cluster.address).problems(tmp_path)
-    assert "has dvar 0.1.0, not 9.9: install the same" in version
+    assert f"has dvar {dvar.__version__}, not 9.9: install the same" in version
     assert f"does not see {tmp_path}: name a shared folder or a URL" in sight
 
 

@@ -37,6 +37,27 @@ def test_the_page_of_scale_is_current() -> None:
     assert scale.PAGE.read_text(encoding="utf-8") == scale.page(), "run-many.md is old: make docs"
 
 
+def test_what_the_readme_says_of_the_measurements_is_current() -> None:
+    readme = load_script("readme")
+    assert readme.README.read_text(encoding="utf-8") == readme.page(), "README.md is old: make docs"
+
+
+def test_the_readme_follows_other_results() -> None:
+    """What is said is read from the tables: with other numbers in them, the lines say these."""
+    readme = load_script("readme")
+    results = readme.RESULTS.read_text(encoding="utf-8")
+    table, rules = (readme.read_table(results, title) for title in ("Table 1", "Every stopping rule"))
+    speed, octaves = (
+        next(row["Speed-up"] for row in table if row["Strategy"] == readme.TUNED),
+        next(row["Octaves from the oracle"] for row in rules if row["Rule"] == "DVAR"),
+    )
+    time, _, ranking, _ = readme.list_findings(results.replace(f"| {speed} |", "| 123.4× |"))
+    assert "123.4 (Textual Inversion)" in time
+    assert f"with {octaves.partition(' ')[0]}, and the best constant" in ranking
+    changed = results.replace(octaves, f"9.99{octaves[4:]}")
+    assert "with 9.99, and the best constant" in readme.list_findings(changed)[2]
+
+
 def test_the_page_of_memory_is_current() -> None:
     assert load_script("memory").page() == (DOCS / "memory.md").read_text(encoding="utf-8"), (
         "memory.md is old: make docs"

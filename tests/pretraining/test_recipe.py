@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from diffusers import StableDiffusionPipeline
 
+from pretraining import evaluate
 from pretraining.__main__ import STAGES
 from pretraining.ship import MADE_OF
 
@@ -45,3 +46,18 @@ def test_every_stage_runs_from_nothing_and_the_shipped_pipeline_generates(tmp_pa
         "clip-conditioner",
         "recogniser.safetensors",
     }
+
+
+def test_the_model_card_has_the_figures_and_the_recipe_of_what_ships() -> None:
+    """Hugging Face reads the metadata between the first two lines of dashes."""
+    record, recipe = (
+        json.loads((evaluate.ROOT / name).read_text(encoding="utf-8")) for name in ("figures.json", "recipe.json")
+    )
+    page = (evaluate.ROOT / "README.md").read_text(encoding="utf-8")
+    assert page == evaluate.page(record, recipe)
+    _, metadata, body = page.split("---\n", 2)
+    keys = {line.partition(":")[0] for line in metadata.splitlines() if not line.startswith("- ")}
+    assert keys == {"license", "library_name", "pipeline_tag", "language", "tags"}
+    assert [line for line in body.splitlines() if line.startswith("## ")] == [
+        *("## Uses", "## Training data", "## Limits", "## Evaluation")
+    ]

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 REFUSED, FAILED, INTERRUPTED = 2, 1, 130
 READER_GONE = 141
 """The status that shells report of a program ended by SIGPIPE, 128 + 13."""
+
+
+def program_name() -> str:
+    """Return how this program is called by whoever started it, for commands to type: "dvar" where a shell finds it."""
+    started = sys.argv[0]
+    if Path(started).name == "__main__.py":
+        return "python -m dvar"
+    if Path(started).stem != "dvar" or shutil.which("dvar") in (started, str(Path(started).absolute())):
+        return "dvar"
+    return shlex.quote(started)
 
 
 def print_message(message: str) -> None:

@@ -23,6 +23,7 @@ from dvar.cli.console import (
     print_messages,
     show_warning,
 )
+from dvar.cli.demo import demo
 from dvar.cli.explain import explain_error, token_problems
 from dvar.cli.help_pages import format_terms
 from dvar.cli.integrate import integrate
@@ -31,7 +32,7 @@ from dvar.cli.launch import launch, mark_script
 from dvar.cli.logs import replay
 from dvar.cli.runs import export, generate, report
 from dvar.cli.survey import build_survey_app
-from dvar.cli.train import build_train_app, concepts, demo
+from dvar.cli.train import build_train_app, concepts
 from dvar.paper.registry import EXPERIMENTS
 
 

@@ -1,21 +1,19 @@
-"""The commands `dvar train`, `demo` and `concepts`."""
+"""The commands `dvar train` and `concepts`."""
 
 from __future__ import annotations
 
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 
-from dvar.cli.config import DemoConfig, problems
-from dvar.cli.console import FAILED, INTERRUPTED, print_message
+from dvar.cli.console import FAILED, INTERRUPTED, print_message, program_name
 from dvar.cli.options import Command, option_value, raise_problems, with_flags_of
 from dvar.config.fields import read_settings
-from dvar.config.methods import TextualInversionConfig
 from dvar.errors import DvarError, first_line
 from dvar.training.methods.registry import METHODS
 
@@ -88,14 +86,6 @@ def _train_command(config_type: type[TrainingConfig]) -> Command:
     return train
 
 
-@with_flags_of(DemoConfig)
-def demo(**flags: Any) -> int:
-    """Personalise the bundled model with a bundled concept, in a few minutes on two cores."""
-    config = DemoConfig(**flags)
-    raise_problems(problems(config))
-    return run_training(config.training_settings, TextualInversionConfig)
-
-
 def concepts(folder: str | None = None, /) -> int:
     """List the bundled concepts, or check a folder of your own: name, class noun, images.
 
@@ -131,8 +121,18 @@ def check_folder(folder: str) -> int:
     return 0
 
 
-def run_training(settings: Mapping[str, Any], config_type: type[TrainingConfig]) -> int:
-    """Train by these settings, show the progress, print the result and return the exit status."""
+def run_training(
+    settings: Mapping[str, Any],
+    config_type: type[TrainingConfig],
+    finish: Callable[[TrainingResult, str], int] | None = None,
+) -> int:
+    """Train by these settings, show the progress, print the result and return the exit status.
+
+    Args:
+        settings: Settings by name, over those of the preset.
+        config_type: The config class of the method.
+        finish: What is done with the result and a prompt, in place of `print_result`.
+    """
     from dvar.config.presets import configure_to_cap
     from dvar.training.preflight import is_main_process, preflight
 
@@ -153,7 +153,7 @@ def run_training(settings: Mapping[str, Any], config_type: type[TrainingConfig])
 
     with show_progress(config.max_train_steps, title, sys.stderr, read_earlier_losses(config)) as progress:
         result = personalise(config, [progress], concept=concept)
-    return print_result(result, f"{config.plain_prompt} on the beach")
+    return (finish or print_result)(result, f"{config.plain_prompt} on the beach")
 
 
 def _read_step_settings(folder: str) -> dict[str, int]:
@@ -169,12 +169,13 @@ def _read_step_settings(folder: str) -> dict[str, int]:
     return {name: config[name] for name in STEP_SETTINGS}
 
 
-def print_result(result: TrainingResult, prompt: str) -> int:
+def print_result(result: TrainingResult, prompt: str, again: str = "the same command with") -> int:
     """Print how a run ended, what it left and what to do next, and return the exit status.
 
     Args:
         result: The result of the run.
         prompt: A prompt to generate images with.
+        again: The command that continues an interrupted run, without the flag for it.
     """
     from dvar.runs.report import write_report
     from dvar.stopping.diagnosis import Reason
@@ -184,7 +185,7 @@ def print_result(result: TrainingResult, prompt: str) -> int:
     for diagnosis in result.verdict.diagnoses:
         print(f"note: {diagnosis}")
     if result.verdict.reason is Reason.INTERRUPTED:
-        print("next      the same command with --resume_from_checkpoint latest")
+        print(f"next      {again} --resume_from_checkpoint latest")
         return INTERRUPTED
     for sentence in describe_initializers(result.folder):
         print(f"started   {sentence}")
@@ -195,5 +196,5 @@ def print_result(result: TrainingResult, prompt: str) -> int:
         print_message(f"no report could be written: {first_line(error)}; dvar report {folder} tries again")
     for path in result.weights:
         print(f"weights   {path}")
-    print(f"next      dvar generate {shlex.quote(str(result.folder))} {shlex.join(['--prompt', prompt])}")
+    print(f"next      {program_name()} generate {shlex.quote(str(result.folder))} {shlex.join(['--prompt', prompt])}")
     return FAILED if result.verdict.reason is Reason.NON_FINITE else 0

@@ -1,0 +1,94 @@
+"""Write what README says of the measurements from the tables of the results: python docs/build/readme.py"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+README, RESULTS = ROOT / "README.md", ROOT / "docs" / "results.md"
+START, END = "<!-- measured: docs/build/readme.py -->", "<!-- /measured -->"
+METHODS = ("Textual Inversion", "DreamBooth-LoRA", "Custom Diffusion")
+TUNED, CAP, ORACLE = "DVAR (tuned)", "Baseline", "Oracle of the other half"
+WIDTH = 120
+
+Row = dict[str, str]
+
+
+def read_table(text: str, title: str) -> list[Row]:
+    """Return the rows of the first table after a heading, by the names of its columns, without their markup."""
+    section = text.partition(f"\n## {title}")[2]
+    lines = section[section.index("\n| ") + 1 :].partition("\n\n")[0].splitlines()
+    header, _, *rows = ([cell.strip().replace("**", "") for cell in line.strip("|").split("|")] for line in lines)
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def by_method(rows: list[Row]) -> dict[str, dict[str, Row]]:
+    """Return the rows of Table 1 by method and strategy."""
+    table: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        name = row["Strategy"]
+        if method := next((method for method in METHODS if name.startswith(f"{method} (")), ""):
+            strategies = table.setdefault(method, {})
+        else:
+            strategies[name] = row
+    return table
+
+
+def list_findings(results: str) -> list[str]:
+    """Return what the measurements say, in four lines."""
+    table, rules = by_method(read_table(results, "Table 1")), read_table(results, "Every stopping rule")
+    times = ", ".join(
+        f"{strategies[TUNED]['Speed-up'].removesuffix('×')} ({name})" for name, strategies in table.items()
+    )
+    kept = ", ".join(
+        f"{mean(strategies[TUNED])} against {mean(strategies[CAP])} ({name})" for name, strategies in table.items()
+    )
+    ranked = [(row["Rule"], row["Octaves from the oracle"].partition(" ")[0]) for row in rules if row["Rule"] != ORACLE]
+    place = [name for name, _ in ranked].index("DVAR") + 1
+    ranking = ", ".join(f"“{name}” ({octaves})" for name, octaves in ranked[:3])
+    (constant,) = (octaves for name, octaves in ranked if name == "Best constant")
+    comparison = re.search(r"With one setting per method, (DVAR stops [^\n]+)", results)
+    assert comparison, "results.md compares DVAR with a constant"
+    concepts = re.search(r"Concepts: (\d+); seeds: (\d+)", results)
+    assert concepts, "results.md says how much was recorded"
+    here = f"DVAR as published is number {place} of {len(ranked)} with {ranked[place - 1][1]}"
+    return [
+        "**Time.** Stopped by a DVAR whose settings were tuned on other concepts, training is so many times as fast as "
+        f"up to the cap: {times}.",
+        f"**What it costs.** The likeness of the images (CLIP) at the stop and at the cap is {kept}.",
+        f"**Ranking.** By the distance of their stops from the best step, in doublings of the steps, lead {ranking}; "
+        f"{here}, and the best constant number of steps has {constant}.",
+        f"**Against a constant.** {comparison[1]} ({concepts[1]} concepts, {concepts[2]} seed each.)",
+    ]
+
+
+def mean(row: Row) -> str:
+    """Return the mean of a score without its deviation."""
+    return row["Train CLIP img"].partition(" ")[0]
+
+
+def fill(text: str) -> str:
+    """Return a list item wrapped at the width of the project's pages."""
+    words, lines = text.split(" "), ["-"]
+    for word in words:
+        if len(lines[-1]) + 1 + len(word) <= WIDTH:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(f"  {word}")
+    return "\n".join(lines)
+
+
+def page() -> str:
+    """Return README with the findings of the results as they are now."""
+    before, _, rest = README.read_text(encoding="utf-8").partition(START)
+    _, found, after = rest.partition(END)
+    assert found, f"README has a part between {START} and {END}"
+    findings = "\n".join(fill(line) for line in list_findings(RESULTS.read_text(encoding="utf-8")))
+    return f"{before}{START}\n{findings}\n{END}{after}"
+
+
+if __name__ == "__main__":
+    README.write_text(page(), encoding="utf-8")
+    print(README, file=sys.stderr)
