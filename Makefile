@@ -69,6 +69,7 @@ docs: setup ## write the generated pages and build the documentation into site/;
 	$(RUN)/python docs/build/performance.py
 	$(RUN)/python docs/build/scale.py
 	$(RUN)/python docs/build/memory.py
+	$(RUN)/python docs/build/readme.py
 	$(RUN)/python docs/build/held_loss.py
 	$(RUN)/python docs/build/commands.py
 	$(RUN)/python docs/build/notebooks.py

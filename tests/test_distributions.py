@@ -89,20 +89,8 @@ def test_the_wheel_alone_is_the_stopper_and_knows_what_is_missing(environment: P
     assert version == __version__
     assert Path(path.strip()).is_relative_to(environment.parents[1])
     (tmp_path / "log.csv").write_text("step,loss\n" + "".join(f"{step},{1 / (1 + step)}\n" for step in range(60)))
-    words = (
-        environment,
-        "-m",
-        "dvar",
-        "replay",
-        "log.csv",
-        "--metric",
-        "loss",
-        "--window",
-        "20",
-        "--threshold",
-        "0.15",
-    )
-    assert "stop at step" in run(*words, cwd=str(tmp_path), PYTHONPATH="")
+    words = ("replay", "log.csv", "--metric", "loss", "--window", "20", "--threshold", "0.15")
+    assert "stop at step" in run(environment, "-m", "dvar", *words, cwd=str(tmp_path), PYTHONPATH="")
     process = subprocess.run(
         [environment, "-m", "dvar", "demo"],
         capture_output=True,
