@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,12 +20,14 @@ from command_line import Answer, dvar
 from fake_run import generate_trace, write_run
 from PIL import Image, ImageChops
 
-from dvar import __version__, mini
+from dvar import Reason, Verdict, __version__, mini
+from dvar.cli.console import program_name
 from dvar.config.methods import CustomDiffusionConfig, DreamBoothLoraConfig, TextualInversionConfig
 from dvar.config.training import TrainingConfig, problems
 from dvar.errors import DvarError
 from dvar.runs.follow import follow_log
 from dvar.testing import tiny_concept, tiny_pipeline
+from dvar.training.run import TrainingResult
 
 TRAIN = ("train", "textual-inversion")
 HINTS = {
@@ -170,11 +173,17 @@ def test_a_file_may_name_the_preset_and_a_flag_another(configs: list[TextualInve
         ([*TRAIN, "--train_data_dir", "a", "--instance_data_dir", "b"], "specified multiple times"),
         ([*TRAIN, "images"], "images"),
         ([*TRAIN, "--config", "nowhere.toml"], "settings file nowhere.toml"),
-        ([*TRAIN, "--preset", "papr"], "preset must be one of lean, mini, mini-flow, paper, v1, got 'papr': try paper"),
+        (
+            [*TRAIN, "--preset", "papr"],
+            "preset must be one of lean, mini, mini-flow, paper, smoke, v1, got 'papr': try paper",
+        ),
         (["train", "dreambooth"], "dreambooth-lora"),
         (["train", "textual-inversion", "--rank", "4"], "unknown flag --rank"),
         (["train", "custom-diffusion", "--class_nown", "mug"], "the nearest known one is --class_noun"),
-        (["train", "dreambooth-lora", "--preset", "papr"], "lean, mini, mini-flow, paper, got 'papr': try paper"),
+        (
+            ["train", "dreambooth-lora", "--preset", "papr"],
+            "lean, mini, mini-flow, paper, smoke, got 'papr': try paper",
+        ),
         (["generat"], 'Did you mean "generate"?'),
         (["generate"], "RUN"),
         (["generate", "run"], "--prompt"),
@@ -282,6 +291,37 @@ def test_the_demo_takes_a_bundled_concept_and_may_replace_its_own_folder(configs
     assert not chosen.overwrite
     assert (chosen.instance_data_dir, chosen.initializer_token) == (str(mini.concepts()[name]), mini.noun(name))
     assert (chosen.output_dir, chosen.preset) == ("elsewhere", "mini")
+
+
+def test_an_interrupted_demo_says_what_to_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    verdict = Verdict(True, Reason.INTERRUPTED, 40, "", {})
+    result = TrainingResult(tmp_path, verdict, 40, 40, {})
+    monkeypatch.setattr("dvar.training.preflight.preflight", lambda *_: None)
+    monkeypatch.setattr("dvar.training.personalise.personalise", lambda *_, **__: result)
+    for words in ((), ("--concept", "red_bird", "--output_dir", "my demo")):
+        answer = dvar("demo", *words)
+        command = shlex.join(["dvar", "demo", *words])
+        assert answer.status == 130
+        assert answer.out.splitlines()[-1] == f"next      {command} --resume_from_checkpoint latest"
+
+
+@pytest.mark.parametrize(
+    ("started", "found", "name"),
+    [
+        ("/venv/bin/dvar", "/venv/bin/dvar", "dvar"),
+        (".venv/bin/dvar", None, ".venv/bin/dvar"),
+        (".venv/bin/dvar", "/usr/bin/dvar", ".venv/bin/dvar"),
+        ("/site-packages/dvar/__main__.py", None, "python -m dvar"),
+        ("/bin/pytest", None, "dvar"),
+        ("/site-packages/pytest/__main__.py", None, "dvar"),
+    ],
+)
+def test_commands_to_type_start_as_this_one_did(
+    started: str, found: str | None, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [started])
+    monkeypatch.setattr("dvar.cli.console.shutil.which", lambda _: found)
+    assert program_name() == name
 
 
 # A whole run

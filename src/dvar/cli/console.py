@@ -19,7 +19,7 @@ READER_GONE = 141
 def program_name() -> str:
     """Return how this program is called by whoever started it, for commands to type: "dvar" where a shell finds it."""
     started = sys.argv[0]
-    if Path(started).name == "__main__.py":
+    if Path(started).parts[-2:] == ("dvar", "__main__.py"):
         return "python -m dvar"
     if Path(started).stem != "dvar" or shutil.which("dvar") in (started, str(Path(started).absolute())):
         return "dvar"

@@ -217,9 +217,9 @@ def read_earlier_losses(config: TrainingConfig) -> list[float]:
     if not config.resume_from_checkpoint:
         return []
     folder, name = Path(config.output_dir).expanduser(), Path(config.resume_from_checkpoint).name
-    checkpoint = checkpoint_paths(folder)[0] if name == "latest" else folder / name
+    checkpoints = checkpoint_paths(folder)[:1] if name == "latest" else [folder / name]
     try:
-        return Trace.read(checkpoint / TRACE).values.tolist()
+        return [loss for checkpoint in checkpoints for loss in Trace.read(checkpoint / TRACE).values.tolist()]
     except (OSError, DvarError):  # a damaged checkpoint, which the run itself reports or passes over
         return []
 
