@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from dvar import mini
 from dvar.cli import demo as demo_command
 from dvar.config.methods import TextualInversionConfig
-from dvar.runs.demo import LONGER, Demo, train_past_stop, write_demo
+from dvar.runs.demo import LONGER, PLACES, Demo, choose_new_places, train_past_stop, write_demo
 from dvar.runs.run_folder import RunFolder
 from dvar.training.loop import StepRecord
 from dvar.training.personalise import personalise
@@ -54,7 +55,7 @@ def test_training_past_the_stop_is_what_a_run_without_a_stop_does(
     assert longer.trace.values.tolist() == RunFolder.open(personalise(never).folder).trace.values.tolist()
 
     likeness = {step: step / 100 for step in {*longer.samples, *run.samples}}
-    demo = Demo(run, longer, likeness, run.references[:2])
+    demo = Demo(run, longer, likeness, dict(zip(("in the snow", "by the sea"), run.references, strict=False)))
     assert demo.stop in demo.steps
     assert demo.steps == sorted(likeness)
     page = write_demo(demo).read_text(encoding="utf-8")
@@ -65,6 +66,13 @@ def test_training_past_the_stop_is_what_a_run_without_a_stop_does(
     assert page.count("<img") == 2 * len(demo.steps) + len(run.references) + 2
     for sentence in demo.findings.values():
         assert sentence.partition(" ")[0] in page
+
+
+def test_the_new_places_are_none_that_the_images_show() -> None:
+    for name in mini.concepts():
+        places = choose_new_places(name)
+        assert len(places) == 4
+        assert not {*places} & {PLACES.get(place) for place in mini.places(name)}
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def demo(**flags: Any) -> int:
 
     def finish(result: TrainingResult, prompt: str) -> int:
         status = print_result(result, prompt, again)
-        return status or _compare(result, prompt.removesuffix(" on the beach"))
+        return status or _compare(result, prompt.removesuffix(" on the beach"), config.concept_name)
 
     return run_training(config.training_settings, TextualInversionConfig, finish)
 
@@ -62,9 +62,9 @@ def use_free_cores(environment: MutableMapping[str, str]) -> None:
         environment["OMP_NUM_THREADS"] = str(max(1, min(round(idle), cores, MOST_THREADS)))
 
 
-def _compare(result: TrainingResult, prompt: str) -> int:
+def _compare(result: TrainingResult, prompt: str, concept: str) -> int:
     """Train a run on past its stop, generate its concept in new places, and print and write what can be seen."""
-    from dvar.runs.demo import PLACES, Demo, measure_likeness, train_past_stop, write_demo
+    from dvar.runs.demo import Demo, choose_new_places, measure_likeness, train_past_stop, write_demo
     from dvar.runs.generate import generate_images
     from dvar.runs.run_folder import RunFolder
     from dvar.training.progress import show_progress, sparkline
@@ -74,14 +74,16 @@ def _compare(result: TrainingResult, prompt: str) -> int:
     title, earlier = f"past the stop at step {result.steps}", run.trace.values.tolist()
     with show_progress(last, title, sys.stderr, earlier) as progress:
         longer = train_past_stop(run, [progress])
-    places = generate_images(run, [f"{prompt} {place}" for place in PLACES], range(len(PLACES)))
-    shown = Demo(run, longer, measure_likeness(run, longer), tuple(image.path for image in places))
+    places = choose_new_places(concept)
+    images = generate_images(run, [f"{prompt} {place}" for place in places], range(len(places)))
+    images_by_place = dict(zip(places, (image.path for image in images), strict=True))
+    shown = Demo(run, longer, measure_likeness(run, longer), images_by_place)
     curves = {"training loss": longer.trace.metric("train_loss")[1], "held loss": longer.trace.values}
     print()
     for name, finding in shown.findings.items():
         curve = sparkline([float(loss) for loss in curves[name]], 40) if name in curves else ""
         print(f"{name:<15}{curve:<42}{finding}")
-    for image, place in zip(shown.places, PLACES, strict=True):
-        print(f"{place:<15}{image}")
+    for place, path in images_by_place.items():
+        print(f"{place:<15}{path}")
     print(f"{'on one page':<15}{write_demo(shown)}")
     return 0

@@ -77,6 +77,11 @@ def noun(name: str) -> str:
     return str(json.loads(concepts()[name].with_suffix(".json").read_text(encoding="utf-8"))["noun"])
 
 
+def places(name: str) -> list[str]:
+    """Return the places in which the images of a concept show it, by their names in the world."""
+    return list(json.loads(concepts()[name].with_suffix(".json").read_text(encoding="utf-8"))["places"])
+
+
 def training_settings(method: str, name: str) -> dict[str, str | Path]:
     """Return the settings by which a method learns a concept: its images, a new word, and its class noun."""
     noun_setting = "class_noun" if method == "custom-diffusion" else "initializer_token"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from markupsafe import Markup
 
+from dvar import mini
 from dvar.html import svg_charts
 from dvar.html.images import embed_image
 from dvar.html.svg_charts import Scale
@@ -20,8 +21,18 @@ if TYPE_CHECKING:
     from dvar.stopping.trace import Trace
     from dvar.training.loop import StepRecord
 
-PLACES = ("in the snow", "on the street", "by the sea", "on the grass")
-"""Places of the bundled models' world that the images of the demo's concept do not show."""
+PLACES = {
+    "snow": "in the snow",
+    "street": "on the street",
+    "sea": "by the sea",
+    "grass": "on the grass",
+    "forest": "in the forest",
+    "desert": "in the desert",
+    "beach": "on the beach",
+    "night": "at night",
+    "table": "on a table",
+}
+"""Places of the bundled models' world, in the words of their captions."""
 LONGER = "past-the-stop"
 PAGE = "demo.html"
 MAX_COLUMNS, ROWS = 8, 3
@@ -35,13 +46,13 @@ class Demo:
         run: The run that DVAR stopped.
         longer: The same run, trained on past its stop.
         likeness: For each step with samples, the mean cosine of all pairs of a sample and an instance image, by CLIP.
-        places: Images of the concept in new places.
+        places: Place to an image of the concept there.
     """
 
     run: RunFolder
     longer: RunFolder
     likeness: Mapping[int, float]
-    places: tuple[Path, ...]
+    places: Mapping[str, Path]
 
     @property
     def stop(self) -> int:
@@ -80,6 +91,12 @@ class Demo:
             "held loss": f"{before} up to the stop, {after} after it",
             "likeness": f"{likeness}, {end:.2f} at step {max(self.likeness)}",
         }
+
+
+def choose_new_places(concept: str, count: int = 4) -> list[str]:
+    """Return places, in words, that the images of a bundled concept do not show; at most five are shown."""
+    known = mini.places(concept)
+    return [words for name, words in PLACES.items() if name not in known][:count]
 
 
 def train_past_stop(run: RunFolder, consumers: Sequence[Callable[[StepRecord], None]] = ()) -> RunFolder:
@@ -141,7 +158,6 @@ def write_demo(demo: Demo) -> Path:
         "dvar.runs",
         "demo.html",
         demo=demo,
-        places=list(zip(demo.places, PLACES, strict=False)),
         rows=rows,
         image=embed_image,
         training_chart=_plot(demo, *demo.trace.metric("train_loss"), "noise", "Training loss"),
