@@ -26,6 +26,7 @@ NOT_RUN = {
     # hours or days
     "python -m pretraining": "it trains for hours; tests/pretraining/ runs each stage briefly",
     "python benchmarks/": "it measures for minutes or hours; tests/test_benchmarks.py runs the benchmarks briefly",
+    "dvar record --panel all --estimate": "it measures this machine for minutes; tests/recordings/test_panel_plan.py",
     "dvar record --panel all  ": "it records for days; tests/recordings/test_panel_plan.py",
     "dvar record --panel all --skip_recorded": "it records for days; tests/recordings/test_elsewhere.py",
     "dvar reproduce panel": "it needs the recorded panel; tests/paper/test_panel_page.py",
