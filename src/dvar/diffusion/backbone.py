@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from dvar.config.training import Sampler
 from dvar.diffusion.families import find_family
@@ -121,6 +121,10 @@ class Backbone(Protocol):
 
     def prepare_training(self, captions: Tensor) -> None:
         """Bring what trains to the device; what does not train may read all captions, ids [n, L], once."""
+        ...
+
+    def sharded(self, shard: Callable[[nn.Module], None]) -> Self:
+        """Return the model on its device, with the networks that are large handed to ``shard``, which splits them."""
         ...
 
     def release_encoders(self, generate: Callable[[], object], *, images: bool) -> None:

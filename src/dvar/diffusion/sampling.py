@@ -135,7 +135,13 @@ def to_images(pixels: torch.Tensor) -> list[Image.Image]:
 
 
 def sample_into(
-    folder: Path, backbone: Backbone, prompts: Sequence[str], seeds: Sequence[int], **options: Any
+    folder: Path,
+    backbone: Backbone,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    sampler: Callable[..., list[Image.Image]] = sample,
+    **options: Any,
 ) -> list[Path]:
     """Return the paths of the images of ``folder`` in the order of ``prompts``, generated unless the folder exists.
 
@@ -146,6 +152,7 @@ def sample_into(
         backbone: The model.
         prompts: The prompts.
         seeds: The seed of each image.
+        sampler: Generates the images, as `sample` does.
         options: Further arguments of `sample`.
 
     Raises:
@@ -154,6 +161,6 @@ def sample_into(
     if not folder.exists():
         digits = max(2, len(str(len(prompts) - 1)))
         with staged_folder(folder) as staged:
-            for index, image in enumerate(sample(backbone, prompts, seeds, **options)):
+            for index, image in enumerate(sampler(backbone, prompts, seeds, **options)):
                 image.save(staged / f"{index:0{digits}d}.png")
     return sorted(folder.glob("*.png"))

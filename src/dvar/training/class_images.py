@@ -14,18 +14,21 @@ from dvar.diffusion.randomness import seed_for
 from dvar.diffusion.sampling import sample_into
 from dvar.files import regular_file
 from dvar.training.dataset import ClassImages
+from dvar.training.processes import ALONE, Processes
 from dvar.training.run_layout import class_images_name
+from dvar.training.sharding import sampler_of
 
 
 def generate_class_images(
-    config: TrainingConfig, classes: Sequence[ClassImages], backbone: Backbone
+    config: TrainingConfig, classes: Sequence[ClassImages], backbone: Backbone, processes: Processes = ALONE
 ) -> Iterator[ClassImages]:
     """Yield ``classes``, each with images; missing ones are generated into the run's folder, unless it has them.
 
     Args:
         config: The config of the run.
         classes: The classes of its concepts.
-        backbone: The base model, untouched.
+        backbone: The base model, untrained.
+        processes: The processes of the run.
 
     Source: Section 4.1, Custom Diffusion with its official settings: a prior with weight 1, and 200 class images.
     Deviates: The released code retrieves photographs from a service that no longer exists.
@@ -40,6 +43,7 @@ def generate_class_images(
             backbone,
             [class_images.prompt] * config.num_class_images,
             [seed_for(config.seed, "class", number, index) for index in range(config.num_class_images)],
+            sampler=sampler_of(processes),
             size=config.resolution,
             steps=config.num_inference_steps,
             guidance=config.guidance_scale,

@@ -69,7 +69,7 @@ def train(
     learner: Learner,
     *,
     losses: Losses,
-    probe: Callable[[], Tensor] | None,
+    probe: Callable[[], Tensor],
     rule: Rule,
     log: Callable[[Mapping[str, Any]], None],
     save: Callable[[], None],
@@ -83,26 +83,24 @@ def train(
     Args:
         learner: What is trained; with records in its trace, training resumes after the last one.
         losses: The training losses of samples of a step.
-        probe: Evaluates the losses of the held samples, float32 [B]; None on a process that is not the main one.
+        probe: Evaluates the losses of the held samples, float32 [B].
         rule: As for `training_loop`; so are ``log``, ``save``, ``interrupted`` and ``series``.
     """
 
     def answer(request: Request) -> None:
         if isinstance(request, GradientRequest):
             learner.leave_gradient(losses, request)
-        elif probe:
+        else:
             request.losses = probe()
 
-    loop = training_loop(
-        learner, rule=rule if probe else None, log=log, save=save, interrupted=interrupted, series=series
-    )
+    loop = training_loop(learner, rule=rule, log=log, save=save, interrupted=interrupted, series=series)
     return answer_requests(loop, answer)
 
 
 def training_loop(
     learner: Learner,
     *,
-    rule: Rule | None,
+    rule: Rule,
     log: Callable[[Mapping[str, Any]], None],
     save: Callable[[], None],
     interrupted: Callable[[], bool] = lambda: False,
@@ -116,8 +114,7 @@ def training_loop(
 
     Args:
         learner: What is trained; with records in its trace, training resumes after the last one.
-        rule: Decides on the trace whether to stop; None on a process that is not the main one, which asks for no held
-            losses and follows what the main one decides.
+        rule: Decides on the trace whether to stop.
         log: Receives each record before its step is yielded.
         save: Called every ``checkpointing_steps`` and at the last step, before the step is yielded.
         interrupted: Whether to stop. The step in progress is completed and saved; between two forward passes of an
@@ -129,13 +126,14 @@ def training_loop(
     Deviates: The untouched model is evaluated too; the released code evaluates before each update and so never after
         the last.
     """
-    config, trace, watch = learner.config, learner.trace, Stopwatch(learner.device)
-    processes, device = learner.processes, learner.device
-    if len(trace) and rule and rule(trace).stop:
+    config, trace, processes, watch = learner.config, learner.trace, learner.processes, Stopwatch(learner.device)
+    if len(trace) and rule(trace).stop:
         return
     for step in range(learner.next_step, config.max_train_steps + 1):
         with watch("train"):
             try:
+                if step:
+                    processes.call("update", step=step)
                 update = (yield from learner.updating(step, interrupted)) if step else Update()
             except Abandoned:
                 save()
@@ -143,7 +141,7 @@ def training_loop(
         due = step % config.probe_every == 0 or step == config.max_train_steps
         held_losses = None
         with watch("probe"):
-            if rule and due and update.taken:
+            if due and update.taken:
                 yield (held := HeldRequest())
                 held_losses = held.losses
         try:
@@ -159,9 +157,9 @@ def training_loop(
         record = trace.record(step, held_losses, **facts, **metrics)
         log(record)
         finite = update.taken and (held_losses is None or bool(held_losses.isfinite().all()))
-        asked_to_stop = processes.any(interrupted(), device)
-        judged = rule(trace) if rule else Verdict(False, Reason.RUNNING, step, "", {})  # the main process decides
-        verdict = processes.agree(_final_verdict(judged, step, finite, asked_to_stop), device)
+        processes.call("ask")
+        asked_to_stop = processes.any(interrupted(), learner.device)
+        verdict = _final_verdict(rule(trace), step, finite, asked_to_stop)
         learner.keep_best()
         if verdict.reason is not Reason.NON_FINITE and (verdict.stop or step % config.checkpointing_steps == 0):
             save()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import threading
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -17,31 +17,32 @@ import torch
 from dvar.config.training import FREE_FIELDS, TrainingConfig
 from dvar.diffusion.backbone import Backbone, load_backbone
 from dvar.diffusion.devices import float32_arithmetic
-from dvar.diffusion.sampling import Abandoned
+from dvar.diffusion.sampling import Abandoned, sample
 from dvar.diffusion.source import ModelSource
 from dvar.errors import CheckpointError, ModelError, OutOfResources, RefusedInput
 from dvar.files import remove
 from dvar.locks import lock_folder
 from dvar.stopping.diagnosis import Reason
+from dvar.stopping.verdict import Verdict
 from dvar.training.checkpoint import Checkpoint, latest_checkpoint, validate_run_facts
 from dvar.training.class_images import generate_class_images
 from dvar.training.dataset import Concept
 from dvar.training.digests import digest_of, digest_of_classes
 from dvar.training.loop import StepRecord
-from dvar.training.methods.registry import build_method, config_from_dict
+from dvar.training.methods.registry import PersonalisationMethod, build_method, config_from_dict
 from dvar.training.preflight import preflight
 from dvar.training.processes import ALONE, Processes, launched_processes
 from dvar.training.publish import push_run, repository_of
 from dvar.training.requests import Request, outcome_of
 from dvar.training.run import TrainingResult, TrainingRun, write_config
 from dvar.training.run_layout import CLASS_IMAGES, RESULT, checkpoint_name, checkpoint_paths, find_written, problems
+from dvar.training.sharding import shard_backbone
 from dvar.training.token_initializer import choose_initializer_tokens, load_clip
 from dvar.training.trackers import Tracker
 
 LoadBase = Callable[[TrainingConfig], Backbone]
 Interruption = Callable[[], AbstractContextManager[Callable[[], bool]]]
 """A scope whose value says whether the run is asked to stop."""
-_PREPARED, _FINISHED = "prepared", "finished"
 
 
 def personalise(
@@ -59,7 +60,8 @@ def personalise(
     step before it is exported.
 
     Where a launcher has started several processes, they share the samples of each step; the main one alone measures,
-    judges and writes, and returns the whole result.
+    judges and writes, and returns the whole result. Where it asks for FSDP, each holds a part of the base model alone,
+    and all make each forward pass together.
 
     Args:
         config: The config of the run.
@@ -89,7 +91,7 @@ def personalise(
             run, checkpoint = prepare(config, concept, load, processes)
             training = train_run(run, checkpoint, consumers, interruption, owns_base=load is None)
             result = outcome_of(training, run.answer)
-        processes.publish(_FINISHED, "")
+        processes.end_calls(verdict=result.verdict.to_json(), steps=result.steps, best_step=result.best_step)
         return result
 
 
@@ -113,6 +115,7 @@ def train_run(
     config = run.config
     run.open(checkpoint)
     if owns_base:
+        run.processes.call("release")
         run.release_encoders()
     verdict = run.rule(run.learner.trace)
     tracker = Tracker(config.report_to, run.folder, config.to_dict())
@@ -127,9 +130,7 @@ def train_run(
                 consumer(step)
             if step.step % config.validation_steps == 0 and not verdict.stop:
                 try:
-                    # Several processes stop together, at the end of a step.
-                    is_only = run.learner.processes.count == 1
-                    run.generate_samples(step.step, interrupted if is_only else lambda: False)
+                    run.generate_samples(step.step, interrupted)
                 except Abandoned:
                     verdict = replace(verdict, stop=True, reason=Reason.INTERRUPTED, step=step.step)
                     run.save(config.checkpoints_total_limit)
@@ -147,23 +148,21 @@ def train_run(
 def _follow(
     config: TrainingConfig, concept: Concept | None, load: LoadBase | None, processes: Processes
 ) -> TrainingResult:
-    """Train as one of several processes that is not the main one, from what that one has prepared."""
+    """Take part as one of several processes that is not the main one, in what that one has prepared."""
     concept = concept or preflight(config)
-    backbone = (load or load_base_model)(config)
-    prepared = json.loads(processes.read(_PREPARED))
+    backbone = _load_base(config, load, processes)
+    prepared = processes.serve({})
     config = replace(config, initializer_token=prepared["initializer_token"])
     folder = Path(config.output_dir).expanduser()
+    backbone, method = _build(config, backbone, processes)
+    processes.serve({"sample": partial(sample, backbone)})
     classes = tuple(generate_class_images(config, concept.classes, backbone))  # which the main process has
-    method = build_method(config, backbone)
     run = TrainingRun(folder, config, concept, classes, backbone, method, processes=processes)
     if prepared["checkpoint"] is not None:
         run.learner.restore(Checkpoint.read(folder / checkpoint_name(prepared["checkpoint"])))
-    verdict = run.rule(run.learner.trace)
     with interruption() as interrupted:
-        for step in run.follow(interrupted):
-            verdict = step.verdict
-    processes.read(_FINISHED)
-    return run.result(verdict)
+        end = run.follow(interrupted)
+    return TrainingResult(folder, Verdict.from_json(end["verdict"]), end["steps"], end["best_step"], seconds={})
 
 
 def prepare(
@@ -185,7 +184,7 @@ def prepare(
     if new_problems := problems(config):  # another process may have begun a run there since the check, and ended it
         raise RefusedInput(new_problems)
     checkpoint = _checkpoint_to_resume(folder, config, concept) if config.resume_from_checkpoint else None
-    backbone = (load or load_base_model)(config)
+    backbone = _load_base(config, load, processes)
     if checkpoint and (digest := checkpoint.facts["base"]) != backbone.digest:
         message = f"{checkpoint_name(checkpoint.step)} was made on another base model (its SHA-256 was {digest[:12]}..."
         remedy = "restore that one, or start another --output_dir"
@@ -199,7 +198,10 @@ def prepare(
             remove(path)
         config = choose_initializer_tokens(config, concept, backbone, clip)
         write_config(folder, config)
-    classes = tuple(generate_class_images(config, concept.classes, backbone))
+    step = checkpoint.step if checkpoint else None
+    processes.end_calls(initializer_token=config.initializer_token, checkpoint=step)
+    backbone, method = _build(config, backbone, processes)
+    classes = tuple(generate_class_images(config, concept.classes, backbone, processes))
     if checkpoint:
         digest = digest_of_classes(classes)
         if checkpoint.facts.get("class_images", digest) != digest:
@@ -207,10 +209,21 @@ def prepare(
             remedy = f"put them back, remove {folder / CLASS_IMAGES} to have them generated as before, or start another"
             raise CheckpointError(f"{message}: {remedy} --output_dir")
         remove(folder / RESULT)
-    step = checkpoint.step if checkpoint else None
-    processes.publish(_PREPARED, json.dumps({"initializer_token": config.initializer_token, "checkpoint": step}))
-    method = build_method(config, backbone)
+    processes.end_calls()
     return TrainingRun(folder, config, concept, classes, backbone, method, clip, processes), checkpoint
+
+
+def _load_base(config: TrainingConfig, load: LoadBase | None, processes: Processes) -> Backbone:
+    """Return the base model of ``config``, left on the CPU where it will be sharded: it may not fit one GPU."""
+    return (load or load_base_model)(replace(config, offload=config.offload or processes.sharded))
+
+
+def _build(
+    config: TrainingConfig, backbone: Backbone, processes: Processes
+) -> tuple[Backbone, PersonalisationMethod]:
+    """Return a base model with the method of ``config`` put into it, sharded where its processes ask for it."""
+    method = build_method(config, backbone)  # first, for what trains is not sharded
+    return (shard_backbone(backbone, processes) if processes.sharded else backbone), method
 
 
 def _push(folder: Path, config: TrainingConfig) -> None:

@@ -10,7 +10,7 @@ from dvar.config.fields import replace_invalid_fields
 from dvar.config.training import TrainingConfig
 from dvar.diffusion import model_files
 from dvar.errors import ModelError, RefusedInput
-from dvar.training import family_fit, packages, placeholder_tokens, publish, rule, run_layout, sample_prompts
+from dvar.training import family_fit, packages, placeholder_tokens, publish, rule, run_layout, sample_prompts, shard_fit
 from dvar.training.dataset import Concept, scan_concept
 from dvar.training.placeholder_tokens import Tokenizer, load_tokenizer_of
 
@@ -38,6 +38,7 @@ def preflight(
     problems = [
         *training_config.problems(config),
         *process_problems(os.environ, valid),
+        *shard_fit.problems(os.environ, valid),
         *rule.problems(config),
         *model_problems,
         *packages.problems(valid),

@@ -1,18 +1,21 @@
 """The processes that train one run together."""
 
 # Draws are keyed by the number of a sample in its step, so whoever computes it, a sample is the same.  The samples of a
-# step are shared out, gradients are summed, and one process, the main one, measures, judges and writes.
+# step are shared out, gradients are summed, and one process, the main one, measures, judges and writes.  The others do
+# what it calls for, in its order: so what depends on files or on a verdict is decided once.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import count as count_from
 from typing import Any
 
 import torch
@@ -20,15 +23,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dvar.errors import ProcessLost
-from dvar.stopping.diagnosis import Reason
 from dvar.stopping.gloo_exit import wait_for_gloo
-from dvar.stopping.verdict import Verdict
+from dvar.training.shard_fit import is_sharded
 
 BEAT_SECONDS, LOST_SECONDS = 2.0, 30.0
 """Seconds between two signs of life of a process, and seconds without one after which it counts as lost."""
 PATIENCE = timedelta(hours=24)
 """How long a process waits for the others: the main one generates images meanwhile. Signs of life end a vain wait."""
-_REASONS = tuple(Reason)
+_END = "end"
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,14 @@ class Processes:
         rank: The number of this one; 0 is the main process.
         count: How many there are.
         store: Text that all of them read, by key; None where there is one process.
+        sharded: Whether each holds only a part of the base model, so that all make each of its forward passes.
     """
 
     rank: int = 0
     count: int = 1
     store: Any = None
+    sharded: bool = False
+    _calls: Iterator[int] = field(default_factory=count_from, repr=False, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -86,25 +91,44 @@ class Processes:
             dist.all_reduce(flags, dist.ReduceOp.MAX)
         return bool(flags)
 
-    def agree(self, verdict: Verdict, device: torch.device) -> Verdict:
-        """Return the answer and the reason of the main process's verdict, on every process."""
+    def broadcast(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors by those of the main process."""
         if self.count == 1:
-            return verdict
-        answer = torch.tensor([int(verdict.stop), _REASONS.index(verdict.reason)], device=device)
+            return
         with _losses_of_processes():
-            dist.broadcast(answer, src=0)
-        stop, reason = answer.tolist()
-        return replace(verdict, stop=bool(stop), reason=_REASONS[reason])
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
 
-    def publish(self, key: str, text: str) -> None:
-        """Let the others read a text of the main process."""
+    def call(self, work: str, **arguments: Any) -> None:
+        """Have the other processes do a work too that all do together; the main process calls, then does its own part.
+
+        Args:
+            work: Its name among those that the others `serve`.
+            arguments: Its arguments, plain JSON.
+        """
         if self.count > 1:
-            self.store.set(key, text)
+            with _losses_of_processes():
+                self.store.set(f"call/{next(self._calls)}", json.dumps([work, arguments]))
 
-    def read(self, key: str) -> str:
-        """Return what the main process has published, or will have."""
-        with _losses_of_processes():
-            return bytes(self.store.get(key)).decode()
+    def call_for_pass(self, work: str, **arguments: Any) -> None:
+        """Call for a work of forward passes alone, which the others make only where the base model is sharded."""
+        if self.sharded:
+            self.call(work, **arguments)
+
+    def end_calls(self, **facts: Any) -> None:
+        """Let the other processes go on with what `serve` returns to them, plain JSON."""
+        self.call(_END, **facts)
+
+    def serve(self, works: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
+        """Do what the main process calls for until it ends its calls, and return the facts that it ends them with."""
+        while True:
+            with _losses_of_processes():
+                call = self.store.get(f"call/{next(self._calls)}")
+            work, arguments = json.loads(call)
+            if work == _END:
+                facts: dict[str, Any] = arguments
+                return facts
+            works[work](**arguments)
 
 
 ALONE = Processes()
@@ -114,7 +138,8 @@ ALONE = Processes()
 def launched_processes(environment: Mapping[str, str] = os.environ) -> Iterator[Processes]:
     """Yield the processes that a launcher has started, as it says in the environment, or this one alone.
 
-    While they are open, a process that dies or hangs ends the others with a message.
+    While they are open, a process that dies or hangs ends the others with a message. Where the launcher asks for FSDP,
+    they are to shard the base model.
 
     Raises:
         ProcessLost: Another process has ended.
@@ -123,13 +148,16 @@ def launched_processes(environment: Mapping[str, str] = os.environ) -> Iterator[
     if count == 1:
         yield ALONE
         return
-    rank, device = int(environment["RANK"]), _own_device(environment)
+    rank, device, sharded = int(environment["RANK"]), _own_device(environment), is_sharded(environment)
+    # With it transformers would leave a text encoder without weights on all processes but the first.
+    os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING", None)
     store, _, _ = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
     store.set_timeout(PATIENCE)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=count)
     watch = _Watch(rank, count, environment)
     try:
-        yield Processes(rank, count, dist.PrefixStore("dvar", store))  # type: ignore[attr-defined]
+        with _losses_within_passes():
+            yield Processes(rank, count, dist.PrefixStore("dvar", store), sharded)  # type: ignore[attr-defined]
         wait_for_gloo()
         dist.destroy_process_group()  # after an error it might wait for a process that is lost
     finally:
@@ -152,6 +180,17 @@ def _losses_of_processes() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise ProcessLost(_lost("another process of this run")) from error
+
+
+@contextmanager
+def _losses_within_passes() -> Iterator[None]:
+    """Turn the errors of the collectives that a forward pass of a sharded model makes into `ProcessLost`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise ProcessLost(_lost("another process of this run")) from error
+        raise
 
 
 def _lost(which: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, reduce
+from functools import cached_property, partial, reduce
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from dvar.diffusion.clip import Clip
 from dvar.diffusion.devices import describe_arithmetic, peak_memory
 from dvar.diffusion.objective import Bucketed, Draws, Examples, denoising_loss, draw
 from dvar.diffusion.randomness import generator
-from dvar.diffusion.sampling import rehearse, sample_into
+from dvar.diffusion.sampling import rehearse, sample, sample_into
 from dvar.diffusion.timesteps import density_of, loss_weights
 from dvar.errors import NonFiniteLoss
 from dvar.files import read_content, regular_file, write_atomically, write_json
@@ -35,7 +35,7 @@ from dvar.training.augmentation import encode_examples, encode_rescaled_examples
 from dvar.training.checkpoint import Checkpoint
 from dvar.training.dataset import ClassImages, Concept
 from dvar.training.digests import digest_of, digest_of_classes
-from dvar.training.loop import Learner, Series, StepRecord, Stopwatch, train, training_loop
+from dvar.training.loop import Learner, Series, StepRecord, Stopwatch, training_loop
 from dvar.training.methods.registry import PersonalisationMethod
 from dvar.training.model_card import write_model_card
 from dvar.training.processes import ALONE, Processes
@@ -53,6 +53,7 @@ from dvar.training.run_layout import (
     step_name,
 )
 from dvar.training.sample_prompts import read_sample_prompts
+from dvar.training.sharding import sampler_of
 from dvar.training.weight_files import provenance, split_by_token, write_weights
 
 
@@ -103,7 +104,7 @@ class TrainingRun:
         processes: Processes = ALONE,
     ) -> None:
         self.folder, self.config, self.concept, self.backbone, self.method = folder, config, concept, backbone, method
-        self.classes, self.clip = classes, clip
+        self.classes, self.clip, self.processes = classes, clip, processes
         self.schedule = schedule = backbone.schedule
         self.density = density_of(config, schedule.density)
         self.weights = loss_weights(
@@ -202,19 +203,20 @@ class TrainingRun:
         if isinstance(request, GradientRequest):
             self.learner.leave_gradient(self.training_losses, request)
         else:
+            self.processes.call_for_pass("measure")
             request.losses = self.probe()
 
-    def follow(self, interrupted: Callable[[], bool]) -> Iterator[StepRecord]:
-        """Train as one of several processes that is not the main one: nothing is measured or written."""
-        return train(
-            self.learner,
-            losses=self.training_losses,
-            probe=None,
-            rule=self.rule,
-            log=lambda record: None,
-            save=lambda: None,
-            interrupted=interrupted,
-        )
+    def follow(self, interrupted: Callable[[], bool]) -> dict[str, Any]:
+        """Take part as one of several processes that is not the main one; return what that one ends its calls with."""
+        works: dict[str, Callable[..., Any]] = {
+            "release": self.release_encoders,
+            "update": partial(self.learner.update, self.training_losses),
+            "measure": self.probe,
+            "sample": partial(sample, self.backbone),
+            "ask": lambda: self.processes.any(interrupted(), self.learner.device),
+            "load": self._share_learned,
+        }
+        return self.processes.serve(works)
 
     def save(self, keep: int | None) -> None:
         """Write a checkpoint; of the older ones, leave the ``keep`` newest."""
@@ -248,6 +250,7 @@ class TrainingRun:
             scheduler=config.validation_scheduler,
             negatives=negatives,
             interrupted=interrupted,
+            sampler=sampler_of(self.processes),
         )
 
     def score_samples(
@@ -285,6 +288,8 @@ class TrainingRun:
                     "no evaluation was finite, so nothing is exported: try --mixed_precision no or another model"
                 )
             self.method.load(learner.best)
+            self.processes.call_for_pass("load")
+            self._share_learned()
         exported_step = learner.best_step if only_best else learner.trace.last_step
         result = replace(self.result(verdict), weights=self._export(self.method.state, exported_step))
         best_weights = result.weights
@@ -398,6 +403,11 @@ class TrainingRun:
     def losses(self, draws: Draws) -> Tensor:
         """Return the losses of these draws, float32 [B]."""
         return denoising_loss(self.backbone.predict, draws, self.schedule)
+
+    def _share_learned(self) -> None:
+        """Have on all processes that sample together what the main one has learned."""
+        if self.processes.sharded:
+            self.processes.broadcast([weight.data for weight in self.method.parameters])
 
     def _complete_last_step(self, trace: Trace) -> None:
         """Generate the samples and the score of the last step of ``trace``, where its run ended before them."""

@@ -280,6 +280,19 @@ class StockBackbone(ABC):
                 self.cache.read(tower.name, ids.to(self.device), partial(self.encode_text, tower))
         self.denoiser.to(self.device)
 
+    def sharded(self, shard: Callable[[nn.Module], None]) -> Self:
+        """Return the model on its device, with the networks that are large handed to ``shard``, which splits them.
+
+        These are the denoising network and the text encoders that learn no word.
+        """
+        whole = [self.vae, *(tower.encoder for tower in self.towers if tower.embeds_key is not None)]
+        for network in self.modules:
+            if network in whole:
+                network.to(self.device)
+            else:
+                shard(network)
+        return replace(self, offload=False)
+
     def release_encoders(self, generate: Callable[[], object], *, images: bool) -> None:
         """Give up the weights of the text encoders that do not train, which have read all captions.
 
