@@ -21,7 +21,7 @@ def run_on_two(words: Sequence[str]) -> list[str]:
         port = free.getsockname()[1]
     shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     shared |= {"PYTHONPATH": f"{TESTS.parent / 'src'}:{TESTS / 'stopping' / 'integrations'}", "LOCAL_WORLD_SIZE": "2"}
-    shared |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    shared |= {"OMP_NUM_THREADS": "1"} | ({} if "ACCELERATE_USE_CPU" in os.environ else {"ACCELERATE_USE_CPU": "true"})
     processes = [
         subprocess.Popen(
             [sys.executable, *words],
@@ -41,7 +41,7 @@ def run_on_two(words: Sequence[str]) -> list[str]:
     return errors
 
 
-def work_on_two(worker: str, folder: Path) -> list[dict[str, Any]]:
-    """Return what the code of a worker wrote to outcome-0.json and outcome-1.json in ``folder``, its only argument."""
-    run_on_two(["-c", worker, str(folder)])
+def work_on_two(worker: str, folder: Path, *arguments: str) -> list[dict[str, Any]]:
+    """Return what the code of a worker wrote to outcome-0.json and outcome-1.json in ``folder``, its first argument."""
+    run_on_two(["-c", worker, str(folder), *arguments])
     return [json.loads((folder / f"outcome-{rank}.json").read_text()) for rank in range(2)]

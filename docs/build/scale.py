@@ -146,7 +146,35 @@ The samples of a step are numbered, and what is drawn for a sample depends on it
 train on the same samples: losses are equal to the tolerance of a sum in another order, the run stops at the same step,
 and it can be resumed on another number of processes. The batch is that of the whole run, so it must be divisible by
 their number. One process measures, judges and writes; its verdict ends all of them. A process that dies or hangs ends
-the others within a minute with a message. The whole model must fit on each GPU: it is not sharded (no FSDP).
+the others within a minute with a message. The whole model must fit on each GPU; where it does not, shard it.
+
+### A base model that does not fit one GPU
+
+```bash
+accelerate launch --use_fsdp --fsdp_version 2 --num_processes 4 -m dvar train dreambooth-lora \\
+  --mixed_precision bf16 --train_batch_size 4 …
+```
+
+With FSDP each process holds its part of the frozen weights of the denoising network and of the text encoders that learn
+no word (T5, language models). A block is gathered when a forward or a backward pass comes to it, and given up again
+after it. So all processes make every pass together, also those of the held batch, of sample images and of class images;
+all else is as above. What trains is small and whole on each process, and so are CLIPs and the autoencoder. Checkpoints,
+exports and `report.html` are therefore the same files, and a run can be resumed with FSDP or without it.
+
+- **A GPU holds** the frozen weights divided by the number of processes, the blocks at work, what is whole, and the
+  activations of its own samples. `--gradient_checkpointing` lowers these.
+- **The CPU's memory** must hold the whole base model once for each process of a machine while it is loaded.
+- **Blocks** are those that diffusers and transformers name for their networks. Of the launcher's settings for FSDP,
+  `--fsdp_reshard_after_forward` has its effect; those that say what to wrap or how to save a state have none.
+- **Refused by name**, all at once and before weights are read: `--quantize`, `--compile` and `--offload` of `dvar`,
+  version 1 of FSDP, `--fsdp_offload_params`, `--fsdp_activation_checkpointing`, and DeepSpeed and Megatron-LM instead.
+  `dvar batch`, with its `--pack`, is started without a launcher.
+- **A signal** to stop waits for the sample images that have been begun.
+
+`dvar generate` loads the whole model in one process; `--offload` and `--quantize nf4` help there.
+
+Tested on CPUs with two gloo processes, on random models of the size of a toy: losses, verdict, weights, files, resuming
+on one process, and a process that is lost. A test for two GPUs is written and has not run yet.
 
 ## What it costs
 

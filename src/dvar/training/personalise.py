@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import warnings
@@ -36,6 +37,7 @@ from dvar.training.publish import push_run, repository_of
 from dvar.training.requests import Request, outcome_of
 from dvar.training.run import TrainingResult, TrainingRun, write_config
 from dvar.training.run_layout import CLASS_IMAGES, RESULT, checkpoint_name, checkpoint_paths, find_written, problems
+from dvar.training.shard_fit import is_sharded
 from dvar.training.sharding import shard_backbone
 from dvar.training.token_initializer import choose_initializer_tokens, load_clip
 from dvar.training.trackers import Tracker
@@ -218,9 +220,7 @@ def _load_base(config: TrainingConfig, load: LoadBase | None, processes: Process
     return (load or load_base_model)(replace(config, offload=config.offload or processes.sharded))
 
 
-def _build(
-    config: TrainingConfig, backbone: Backbone, processes: Processes
-) -> tuple[Backbone, PersonalisationMethod]:
+def _build(config: TrainingConfig, backbone: Backbone, processes: Processes) -> tuple[Backbone, PersonalisationMethod]:
     """Return a base model with the method of ``config`` put into it, sharded where its processes ask for it."""
     method = build_method(config, backbone)  # first, for what trains is not sharded
     return (shard_backbone(backbone, processes) if processes.sharded else backbone), method
@@ -289,12 +289,14 @@ def resource_errors(config: TrainingConfig, *, packed: bool = False) -> Iterator
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
+        sharded = is_sharded(os.environ)
         remedies = {
             "a smaller --pack": packed,
+            "more processes": sharded,
             "--gradient_checkpointing": not config.gradient_checkpointing,
             "--mixed_precision bf16": config.mixed_precision == "no",
-            "--quantize nf4": config.quantize == "no" and config.method != "custom-diffusion",
-            "--offload": not config.offload,
+            "--quantize nf4": config.quantize == "no" and config.method != "custom-diffusion" and not sharded,
+            "--offload": not config.offload and not sharded,
             "--attention_slicing": not config.attention_slicing,
             "--train_batch_size 1 with --gradient_accumulation_steps": config.train_batch_size > 1,
             "a smaller --eval_batch_size": config.eval_batch_size > 1,

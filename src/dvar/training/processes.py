@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -15,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from itertools import count as count_from
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ class Processes:
     count: int = 1
     store: Any = None
     sharded: bool = False
-    _calls: Iterator[int] = field(default_factory=count_from, repr=False, compare=False)
+    _calls: Iterator[int] = field(default_factory=itertools.count, repr=False, compare=False)
 
     @property
     def is_main(self) -> bool:
