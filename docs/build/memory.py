@@ -83,6 +83,7 @@ The last column is the smallest card, in GiB, for 1,024 px with `--gradient_chec
   what has trained generates too, and a sample of the run can be repeated bit for bit. It needs what the start of a run
   needs. `--mixed_precision`, `--quantize` and `--offload` or `--no_offload` change that. `dvar export --merged` writes
   the whole model in the run's precision, in float32 with `--mixed_precision no`, and works on the CPU.
+- **Several GPUs** can share the frozen weights of a model that does not fit one: [FSDP](guides/run-many.md).
 - **Not in the table:** Latent Diffusion, whose autoencoder is built for 256 px; class images, which double the batch;
   larger batches and held batches, which cost in proportion only what is over the weights.
 """

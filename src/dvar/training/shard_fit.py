@@ -34,15 +34,15 @@ def _problems(environment: Mapping[str, str], config: TrainingConfig) -> Iterato
         yield f"the base model is sharded by version 2 of FSDP, got version {version}: launch with --fsdp_version 2"
     if (reshard := environment.get(RESHARD, "true")).lower() not in ("true", "false"):
         remedy = "launch with --fsdp_reshard_after_forward true"
-        yield f"weights are resharded after a forward pass or not (true, false), got {reshard}: {remedy}"
+        yield f"fsdp_reshard_after_forward must be true or false, got {reshard}: {remedy}"
     if _is_set(environment, "FSDP_OFFLOAD_PARAMS"):
         yield "the shards of FSDP stay on the GPUs, got fsdp_offload_params true: launch with more processes instead"
     if _is_set(environment, "FSDP_ACTIVATION_CHECKPOINTING"):
         remedy = "drop it and train with --gradient_checkpointing"
-        yield f"what FSDP recomputes is a setting of the run, got fsdp_activation_checkpointing true: {remedy}"
+        yield f"activations are recomputed by a setting of the run, got fsdp_activation_checkpointing true: {remedy}"
     values = {"compile": config.compile, "quantize": config.quantize != "no", "offload": config.offload}
     for name in (name for name, value in values.items() if value):
-        rule = "FSDP shards a base model whose weights are whole, uncompiled and in one place"
+        rule = "FSDP shards a base model that is neither compiled nor quantised nor offloaded"
         yield f"{rule}, got {name} {getattr(config, name)}: drop it, or launch without --use_fsdp"
 
 
