@@ -91,14 +91,6 @@ class Processes:
             dist.all_reduce(flags, dist.ReduceOp.MAX)
         return bool(flags)
 
-    def broadcast(self, tensors: Sequence[Tensor]) -> None:
-        """Replace tensors by those of the main process."""
-        if self.count == 1:
-            return
-        with _losses_of_processes():
-            for tensor in tensors:
-                dist.broadcast(tensor, src=0)
-
     def call(self, work: str, **arguments: Any) -> None:
         """Have the other processes do a work too that all do together; the main process calls, then does its own part.
 

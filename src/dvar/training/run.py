@@ -207,14 +207,16 @@ class TrainingRun:
             request.losses = self.probe()
 
     def follow(self, interrupted: Callable[[], bool]) -> dict[str, Any]:
-        """Take part as one of several processes that is not the main one; return what that one ends its calls with."""
+        """Take part as one of several processes that is not the main one; return what that one ends its calls with.
+
+        What is measured and generated here is dropped: the main process needs the parts of the base model alone.
+        """
         works: dict[str, Callable[..., Any]] = {
             "release": self.release_encoders,
             "update": partial(self.learner.update, self.training_losses),
             "measure": self.probe,
             "sample": partial(sample, self.backbone),
             "ask": lambda: self.processes.any(interrupted(), self.learner.device),
-            "load": self._share_learned,
         }
         return self.processes.serve(works)
 
@@ -288,8 +290,6 @@ class TrainingRun:
                     "no evaluation was finite, so nothing is exported: try --mixed_precision no or another model"
                 )
             self.method.load(learner.best)
-            self.processes.call_for_pass("load")
-            self._share_learned()
         exported_step = learner.best_step if only_best else learner.trace.last_step
         result = replace(self.result(verdict), weights=self._export(self.method.state, exported_step))
         best_weights = result.weights
@@ -403,11 +403,6 @@ class TrainingRun:
     def losses(self, draws: Draws) -> Tensor:
         """Return the losses of these draws, float32 [B]."""
         return denoising_loss(self.backbone.predict, draws, self.schedule)
-
-    def _share_learned(self) -> None:
-        """Have on all processes that sample together what the main one has learned."""
-        if self.processes.sharded:
-            self.processes.broadcast([weight.data for weight in self.method.parameters])
 
     def _complete_last_step(self, trace: Trace) -> None:
         """Generate the samples and the score of the last step of ``trace``, where its run ended before them."""
