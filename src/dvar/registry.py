@@ -53,7 +53,7 @@ class Registry(Mapping[str, T], Generic[T]):
         """Return what ``name`` stands for, for a name that a user gave.
 
         Raises:
-            RefusedInput: Nothing is registered under this name; the message suggests the suggest one.
+            RefusedInput: Nothing is registered under this name; the message suggests the nearest one, if any is near.
         """
         if name not in self:
             raise RefusedInput([f"there is no {self.kind} {name!r}: {suggest(name, self)}"])
