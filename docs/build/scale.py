@@ -173,8 +173,10 @@ exports and `report.html` are therefore the same files, and a run can be resumed
 
 `dvar generate` loads the whole model in one process; `--offload` and `--quantize nf4` help there.
 
-Tested on CPUs with two gloo processes, on random models of the size of a toy: losses, verdict, weights, files, resuming
-on one process, and a process that is lost. A test for two GPUs is written and has not run yet.
+Tested on CPUs with two gloo processes, on random models of the size of a toy: losses and weights for each method,
+verdict, files and images, resuming on one process, and a process that is lost. Losses, gradients and images of each
+family were compared once, in float32 and bfloat16. Of the bundled model's U-Net, 44.4 MB with a LoRA, each of two
+processes held 22.3 MB, before and after a pass. A test for two GPUs is written and has not run yet.
 
 ## What it costs
 

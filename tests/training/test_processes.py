@@ -6,6 +6,7 @@ import re
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -87,7 +88,8 @@ def test_the_samples_of_a_step_are_shared_out(samples: int, at_once: int, parts:
 
 
 def test_the_others_do_what_the_main_process_calls_for() -> None:
-    store, done = dist.HashStore(), []
+    store: Any = dist.HashStore()  # type: ignore[attr-defined]
+    done: list[int] = []
     main, other = (Processes(rank, 2, store) for rank in range(2))
     main.call("update", step=1)
     main.call_for_pass("measure")  # of a base model that is whole: by the main process alone

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from dvar.stopping.trace import Trace
 
-SOURCE = Path(__file__).parents[2] / "src"
+SOURCE = Path(__file__).parents[1] / "src"
 
 
 def flags(model: Path, images: Path, folder: Path, **changes: Any) -> list[str]:
