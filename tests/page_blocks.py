@@ -20,6 +20,7 @@ NOT_RUN = {
     # installation
     "make ": "it sets up an environment, from the network",
     "pip install ": "it needs the network",
+    "python -m pip install ": "it needs the network",
     "python -m venv ": "it sets up an environment, from the network",
     'python -c "import lpips': "it needs foreign weights; tests/recordings/test_lpips.py reads such a file",
     "ruff check": "it checks this repository, tests among them",

@@ -10,6 +10,7 @@ import argparse
 import base64
 import hashlib
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,8 @@ def main() -> None:
     parser.add_argument("--execute", nargs="*", default=[], metavar="NAME")
     for name in parser.parse_args().execute:
         folder = FOLDER.parents[1] / "runs" / "notebooks" / name
-        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
         notebook = execute(read_source(FOLDER / f"{name}.py"), folder)
         nbformat.write(notebook, FOLDER / f"{name}.ipynb")
     write_pages()

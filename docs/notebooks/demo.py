@@ -13,7 +13,7 @@
 # takes a few minutes on two cores: no GPU, no account, no download of a model. On Colab choose the runtime "CPU".
 
 # %%
-REPOSITORY = "https://github.com/OWNER/dvar"  # the address that you cloned or downloaded this notebook from
+REPOSITORY = "ADDRESS"  # of the repository that this notebook comes from, as git clone takes it
 
 import importlib.util
 import subprocess
@@ -109,7 +109,7 @@ for folder in samples[:: max(1, len(samples) // 4)]:
 # No training image shows it there.
 
 # %%
-prompt = "a photo of <my-cat> on the beach"
+prompt = "a photo of <my-cat> in the snow"
 command = [sys.executable, "-m", "dvar", "generate", str(result.folder), "--prompt", prompt, "--num_images", "4"]
 print(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 side_by_side(sorted(result.folder.glob("generated/**/*.png"))[-4:])

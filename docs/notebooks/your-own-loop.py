@@ -13,7 +13,7 @@
 # seconds. We add six lines to a plain PyTorch loop, and it stops by itself.
 
 # %%
-REPOSITORY = "https://github.com/OWNER/dvar"  # the address that you cloned or downloaded this notebook from
+REPOSITORY = "ADDRESS"  # of the repository that this notebook comes from, as git clone takes it
 
 import importlib.util
 import subprocess

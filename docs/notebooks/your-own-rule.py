@@ -13,7 +13,7 @@
 # stage. A new stopping rule can be tried on them in minutes, without a GPU and without training anything.
 
 # %%
-REPOSITORY = "https://github.com/OWNER/dvar"  # the address that you cloned or downloaded this notebook from
+REPOSITORY = "ADDRESS"  # of the repository that this notebook comes from, as git clone takes it
 
 import importlib.util
 import subprocess

@@ -118,7 +118,8 @@ def test_the_blocks_of_a_page_run_one_after_the_other(
     monkeypatch.chdir(tmp_path)
     module = ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", module)  # a dataclass looks up its own module
-    module.__dict__.update(PREPARE.get(page, lambda folder: None)(tmp_path) or {})
+    if page in PREPARE:
+        module.__dict__.update(PREPARE[page](tmp_path) or {})
     blocks = [block for block in BLOCKS if block.page == page]
     write_named_files(blocks, tmp_path)
     for block in filter(is_run, blocks):
