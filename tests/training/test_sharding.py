@@ -190,8 +190,8 @@ def test_what_cannot_be_sharded_is_refused_by_name_and_all_at_once() -> None:
     assert not is_sharded({"WORLD_SIZE": "2"})
     wrong = {"FSDP_VERSION": "1", "FSDP_RESHARD_AFTER_FORWARD": "full_shard", "FSDP_OFFLOAD_PARAMS": "true"}
     wrong["FSDP_ACTIVATION_CHECKPOINTING"] = "true"
-    config = DreamBoothLoraConfig(quantize="nf4", compile=True, offload=True)
-    refused = problems({**launched, **wrong}, config)
+    lora = DreamBoothLoraConfig(quantize="nf4", compile=True, offload=True)
+    refused = problems({**launched, **wrong}, lora)
     for part in (
         "got version 1: launch with --fsdp_version 2",
         "got full_shard: launch with --fsdp_reshard_after_forward true",
