@@ -15,13 +15,13 @@ IMPORTED_AS = {"pillow": "PIL", "skia_python": "skia", "pytorch_ignite": "ignite
 
 
 def packages_by_extra() -> dict[str, set[str]]:
-    """Return the packages of each extra by the names they are imported under, without the contributors' extra."""
+    """Return the packages of each extra by the names they are imported under, without the contributors' extras."""
     extras = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     packages: dict[str, set[str]] = {}
     for extra, requirements in extras.items():
         names = {re.split(r"[^\w-]", requirement)[0].lower().replace("-", "_") for requirement in requirements}
         packages[extra] = {IMPORTED_AS.get(name, name) for name in names}
-    del packages["dev"]
+    del packages["dev"], packages["docs"]
     return packages
 
 

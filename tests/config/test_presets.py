@@ -162,15 +162,17 @@ def test_a_low_cap_scales_the_steps_of_a_preset_and_leaves_what_was_given(name: 
     config, sentence = configure_to_cap({**given, "max_train_steps": 60, **own}, config_type)
     assert (config.window, config.checkpointing_steps) == (30, 50)
     assert "window" not in sentence.partition(":")[2]
-    for cap in ({}, {"max_train_steps": suited}, {"max_train_steps": 60, **dict.fromkeys(STEP_SETTINGS, 9)}):
-        assert configure_to_cap({**given, **cap}, config_type) == (configure({**given, **cap}, config_type), "")
+    for others in ({}, {"max_train_steps": suited}, {"max_train_steps": 60, **dict.fromkeys(STEP_SETTINGS, 9)}):
+        values = {**given, **others}
+        assert configure_to_cap(values, config_type) == (configure(values, config_type), "")
 
 
 def test_a_cap_that_is_no_number_is_left_to_the_checks() -> None:
     config, sentence = configure_to_cap(
         {"max_train_steps": "many", "instance_data_dir": "images"}, TextualInversionConfig
     )
-    assert (config.max_train_steps, sentence) == ("many", "")
+    assert vars(config)["max_train_steps"] == "many"
+    assert sentence == ""
 
 
 def test_smoke_shortens_the_preset_of_the_model() -> None:

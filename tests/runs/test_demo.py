@@ -83,8 +83,8 @@ def test_the_demo_takes_the_cores_that_are_idle(
     load: float, cores: int, allowed: int, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("psutil.cpu_percent", lambda interval: load)
-    monkeypatch.setattr(demo_command.os, "cpu_count", lambda: cores)
-    monkeypatch.setattr(demo_command.os, "sched_getaffinity", lambda process: set(range(allowed)), raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(allowed)), raising=False)
     environment: dict[str, str] = {}
     demo_command.use_free_cores(environment)
     assert environment == {"OMP_NUM_THREADS": str(threads)}

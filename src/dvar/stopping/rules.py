@@ -19,7 +19,6 @@ from dvar.stopping.octave import Octave
 from dvar.stopping.rule import (
     CONDITION_REASONS,
     DEFAULT_STOP_ON,
-    MIN_RECORDS,
     RULES,
     Rule,
     RuleEntry,
@@ -38,7 +37,7 @@ from dvar.stopping.rule import (
     window_problems,
 )
 from dvar.stopping.trace import LOSS, RELATIVE_LOSS, Trace
-from dvar.stopping.verdict import Verdict
+from dvar.stopping.verdict import MIN_RECORDS, Verdict
 
 __all__ = [
     "CLIP_S",
