@@ -74,6 +74,7 @@ PURE = (
     "stopping.diagnosis",
     "stopping.gloo_exit",
     "stopping.monitor",
+    "stopping.prediction",
     "stopping.rule",
     "stopping.rules",
     "stopping.trace",
