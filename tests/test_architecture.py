@@ -38,6 +38,7 @@ LAYERS = {
     "analysis": 9,
     "jobs": 9,
     "survey": 10,
+    "studio": 11,
     "paper": 11,
     "testing": 12,
     "cli": 13,
@@ -67,6 +68,8 @@ PURE = (
     "recordings.protocol",
     "runs.config",
     "survey.config",
+    "studio.config",
+    "studio.run_files",
     "stopping.cadence",
     "stopping.combinators",
     "stopping.octave",
@@ -93,6 +96,7 @@ HEAVY = (
     "rich",
     "cyclopts",
     "skia",
+    "gradio",
 )
 IMPORTERS = ("import_module", "__import__", "import_string", "resolve_name")
 READERS = (

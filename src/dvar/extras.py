@@ -15,6 +15,7 @@ EXTRAS = {
     "itsdangerous": "survey",
     "starlette": "survey",
     "uvicorn": "survey",
+    "gradio": "studio",
     "dvar_mini": "mini",
     "skia": "world",
     "matplotlib": "lab",

@@ -56,6 +56,26 @@ def lock_path(path: Path, written: Path) -> Iterator[None]:
         lock.close()
 
 
+def read_holder(path: Path) -> int | None:
+    """Return the process that holds the lock at ``path``, and None where nobody does or the system does not say.
+
+    A process that was killed leaves the file behind, and its number may have gone to another one; so the lock itself is
+    tried, and only where the file names a process that is alive: nobody who is about to take it is then in the way.
+    """
+    if sys.platform == "win32":
+        return None  # which lets nobody read a locked file
+    try:
+        with path.open("r", encoding="ascii") as lock:
+            process = int(lock.read(20))
+            os.kill(process, 0)
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return process
+    except (OSError, ValueError, OverflowError):
+        return None
+    return None
+
+
 def _open_locked(path: Path, written: Path) -> IO[str]:
     """Return the open file of a lock that this process now holds."""
     while True:

@@ -31,6 +31,7 @@ from dvar.cli.laboratory import record, reproduce
 from dvar.cli.launch import launch, mark_script
 from dvar.cli.logs import replay
 from dvar.cli.runs import export, generate, report
+from dvar.cli.studio import studio
 from dvar.cli.survey import build_survey_app
 from dvar.cli.train import build_train_app, concepts
 from dvar.paper.registry import EXPERIMENTS
@@ -48,7 +49,7 @@ def build_app(tokens: Sequence[str]) -> App:
     )
     app.command(build_train_app(tokens))
     app.command(build_survey_app())
-    for command in (batch, launch, integrate, generate, export, report, replay, record, demo, concepts):
+    for command in (batch, launch, integrate, generate, export, report, replay, studio, record, demo, concepts):
         app.command(command)
     app.command(reproduce, help_epilogue=_format_experiments() if "reproduce" in tokens else None)
     return app

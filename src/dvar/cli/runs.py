@@ -56,7 +56,11 @@ def export(run: Path, /, **flags: Any) -> int:
     config = ExportConfig(**flags)
     raise_problems(problems(config))
     from dvar.runs.export import list_embeddings, push_finished_run, write_kohya_lora, write_merged_pipeline
+    from dvar.runs.take_step import take_step
 
+    if config.step is not None:
+        for path in take_step(run, config.step):
+            print(path)
     if config.kohya:
         print(write_kohya_lora(run, Path(config.kohya)))
         for path in list_embeddings(run):

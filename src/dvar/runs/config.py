@@ -53,6 +53,9 @@ class GenerateConfig(Config):
 class ExportConfig(Config):
     """Every setting of ``dvar export``."""
 
+    step: int | None = setting(
+        None, "Take this step first: make the weights of its checkpoint the result of the run.", NOT_NEGATIVE
+    )
     merged: str | None = setting(
         None, "New folder for a whole diffusers pipeline: the base model with what was learned merged into it."
     )
@@ -142,8 +145,8 @@ def problems(config: RunsConfig) -> list[str]:
     match config:
         case GenerateConfig(prompt=None):
             messages.append("prompt is missing: give --prompt the text of the images, with the learned word in it")
-        case ExportConfig(merged=None, kohya=None, push_to_hub=None):
-            messages.append("export needs --merged, --kohya or --push_to_hub, got none: name what to write")
+        case ExportConfig(step=None, merged=None, kohya=None, push_to_hub=None):
+            messages.append("export needs --step, --merged, --kohya or --push_to_hub, got none: name what to write")
         case ExportConfig(merged=None, mixed_precision=str(precision)):
             messages.append(f"mixed_precision is for a pipeline, got {precision} without --merged: drop it")
         case ReportConfig(output=str(output)) if not output.endswith(".html"):

@@ -121,7 +121,7 @@ def train_run(
         run.release_encoders()
     verdict = run.rule(run.learner.trace)
     tracker = Tracker(config.report_to, run.folder, config.to_dict())
-    all_consumers: tuple[Callable[[StepRecord], None], ...] = (tracker, *consumers)
+    all_consumers: tuple[Callable[[StepRecord], None], ...] = (tracker, run.save_on_request, *consumers)
     with interruption() as interrupted, closing(tracker), closing(run.loop(interrupted)) as loop:
         for step in loop:
             if isinstance(step, Request):

@@ -47,6 +47,7 @@ from dvar.training.run_layout import (
     RESULT,
     SAMPLE_PROMPTS,
     SAMPLES,
+    SAVE_REQUEST,
     TRACE,
     WEIGHTS,
     at_step,
@@ -225,6 +226,14 @@ class TrainingRun:
         facts = {"config": self.config.to_dict(), "pictures": digest_of(self.concept), "base": self.backbone.digest}
         facts["class_images"] = digest_of_classes(self.classes)
         self.learner.checkpoint(**facts).write(self.folder, keep)
+
+    def save_on_request(self, step: StepRecord) -> None:
+        """Write a checkpoint if the folder holds the file `SAVE_REQUEST`, and remove that file."""
+        request = self.folder / SAVE_REQUEST
+        if request.exists():
+            if step.verdict.reason is not Reason.NON_FINITE:
+                self.save(self.config.checkpoints_total_limit)
+            request.unlink(missing_ok=True)
 
     def generate_samples(self, step: int, interrupted: Callable[[], bool] = lambda: False) -> list[Path]:
         """Return the paths of the sample images of ``step``, generated unless the folder has them all.

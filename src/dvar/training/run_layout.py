@@ -24,6 +24,8 @@ TRACKER_LOGS = "logs"
 CLASS_IMAGES = "class_images"
 GENERATED = "generated"
 GENERATED_LIST = "generated.jsonl"
+SAVE_REQUEST = "save-request"
+"""A file that asks a run for a checkpoint while it goes on; the run removes it."""
 
 EMBEDS = "learned_embeds.safetensors"
 CLIP_EMBEDS = "learned_clip_embeds.safetensors"

@@ -1,0 +1,1 @@
+"""The studio: runs prepared, watched and used in a browser."""

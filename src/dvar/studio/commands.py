@@ -1,0 +1,126 @@
+"""Commands of dvar on one run, each in a process of its own, and the files that they make for a download."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from zipfile import ZIP_DEFLATED, ZipFile
+
+from dvar.errors import RefusedInput
+from dvar.runs.run_folder import RunFolder
+from dvar.studio.library import LibraryRun
+from dvar.training.run_layout import LORA, MODEL_CARD
+
+WEIGHTS, KOHYA, MERGED, REPORT = (
+    "weights for diffusers",
+    "LoRA for ComfyUI and AUTOMATIC1111",
+    "whole pipeline",
+    "report",
+)
+FORMATS = (WEIGHTS, KOHYA, MERGED, REPORT)
+
+
+def list_formats(run: RunFolder) -> tuple[str, ...]:
+    """Return the formats that a finished run can be exported in."""
+    has_lora = LORA in (run.result or {}).get("weights", ())
+    return tuple(name for name in FORMATS if name != KOHYA or has_lora)
+
+
+def run_command(words: Sequence[str], module: str = "dvar") -> str:
+    """Run a command of dvar and return what it printed.
+
+    Raises:
+        RefusedInput: It was refused or failed; the message is its own.
+    """
+    process = subprocess.run(
+        [sys.executable, "-m", module, *words], stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    if process.returncode:
+        lines = [line.removeprefix("dvar: ") for line in process.stderr.splitlines() if line.strip()]
+        raise RefusedInput(lines[-5:] or [f"dvar {' '.join(words[:1])} ended with status {process.returncode}"])
+    return process.stdout
+
+
+def generate(run: LibraryRun, prompt: str, count: int, seed: int) -> None:
+    """Generate images of a prompt with the weights of a run; they go into its folder.
+
+    Raises:
+        RefusedInput: As `run_command`.
+    """
+    run_command(
+        ["generate", str(run.folder), f"--prompt={prompt}", "--num_images", str(count), "--seed", str(seed)]
+    )
+
+
+def measure(run: LibraryRun) -> None:
+    """Measure likeness and obedience of the samples of a run.
+
+    Raises:
+        RefusedInput: As `run_command`.
+    """
+    run_command([str(run.folder)], module="dvar.studio.scores")
+
+
+def take_step(run: LibraryRun, step: int) -> None:
+    """Make the weights of a step the result of a run.
+
+    Raises:
+        RefusedInput: As `run_command`.
+    """
+    run_command(["export", str(run.folder), "--step", str(step)])
+
+
+def export(run: LibraryRun, name: str) -> Path:
+    """Return a file with a finished run in one of `FORMATS`, in a new folder for downloads.
+
+    Raises:
+        RefusedInput: As `run_command`, or there is no such format.
+    """
+    if run.state != "finished" or not run.opened or name not in list_formats(run.opened):
+        raise RefusedInput([f"{run.name} cannot be exported as {str(name)[:40]!r}: choose one of the list"])
+    folder = Path(tempfile.mkdtemp(prefix="export-", dir=download_folder()))
+    makers: dict[str, Callable[[], Path]] = {
+        WEIGHTS: lambda: _zip_weights(run, folder),
+        KOHYA: lambda: _export_kohya(run, folder / f"{run.folder.name}.safetensors"),
+        MERGED: lambda: _zip_pipeline(run, folder),
+        REPORT: lambda: _write_report(run, folder / f"{run.folder.name}.html"),
+    }
+    return makers[name]()
+
+
+def download_folder() -> Path:
+    """Return the folder whose files the browser may load: that of uploads, which ends with the studio."""
+    from gradio.utils import get_upload_folder
+
+    return Path(get_upload_folder())
+
+
+def _zip_weights(run: LibraryRun, folder: Path) -> Path:
+    path, result = folder / f"{run.folder.name}.zip", (run.opened and run.opened.result) or {}
+    with ZipFile(path, "w", ZIP_DEFLATED) as archive:
+        for name in dict.fromkeys([*result["weights"], *result.get("best_weights", ()), MODEL_CARD]):
+            if (run.folder / name).is_file():
+                archive.write(run.folder / name, name)
+    return path
+
+
+def _export_kohya(run: LibraryRun, path: Path) -> Path:
+    run_command(["export", str(run.folder), "--kohya", str(path)])
+    return path
+
+
+def _zip_pipeline(run: LibraryRun, folder: Path) -> Path:
+    pipeline = folder / run.folder.name
+    run_command(["export", str(run.folder), "--merged", str(pipeline)])
+    path = Path(shutil.make_archive(str(pipeline), "zip", folder, pipeline.name))
+    shutil.rmtree(pipeline)
+    return path
+
+
+def _write_report(run: LibraryRun, path: Path) -> Path:
+    run_command(["report", str(run.folder), "--output", str(path)])
+    return path
