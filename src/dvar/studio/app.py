@@ -28,6 +28,7 @@ from dvar.studio.replay_page import add_replay_page
 from dvar.studio.run_page import add_run_page
 from dvar.survey.rate_limit import RateLimiter
 
+LIBRARY = "Runs"
 USER = "dvar"
 MAX_UPLOAD = "100mb"
 LOGINS_PER_HOUR = 20
@@ -73,7 +74,7 @@ def build_app(studio: Studio, hosts: tuple[str, ...], password: str | None = Non
 def _build_pages(studio: Studio) -> gr.Blocks:
     pages = gr.Blocks(title="dvar studio", analytics_enabled=False)
     with pages:
-        gr.Navbar(main_page_name="Runs")
+        gr.Navbar(main_page_name=LIBRARY)
         add_library_page(studio, pages)
     for name, path, add, is_listed in (
         ("New run", "new", add_new_run_page, True),
@@ -82,6 +83,7 @@ def _build_pages(studio: Studio) -> gr.Blocks:
         ("Run", "run", add_run_page, False),
     ):
         with pages.route(name, path, show_in_navbar=is_listed) as page:
+            gr.Navbar(main_page_name=LIBRARY)
             add(studio, page)
     pages.queue(api_open=False)
     return pages

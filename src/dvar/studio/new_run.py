@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -162,7 +162,7 @@ def check_new_run(form: Form, root: Path, models: Mapping[str, str]) -> tuple[Ch
             rows,
             tuple(_in_words_of_form(problem) for problem in problems if problem not in own)
             or tuple(f"{row.name}: see below" for row in rows if row.problem),
-            tuple(dict.fromkeys(str(item.message) for item in caught if str(item.message) not in own)),
+            tuple(dict.fromkeys(text for text in _list_remarks(caught) if text not in own)),
         ),
         config,
     )
@@ -208,7 +208,12 @@ def _check_image(path: Path, config: TrainingConfig) -> ImageCheck:
             read_image(path, max(8, config.resolution), crop=config.center_crop, buckets=buckets)
         except RefusedInput as error:
             return ImageCheck(path.name, problem="; ".join(error.problems))
-    return ImageCheck(path.name, remark="; ".join(str(item.message) for item in caught))
+    return ImageCheck(path.name, remark="; ".join(_list_remarks(caught)))
+
+
+def _list_remarks(caught: Iterable[warnings.WarningMessage]) -> list[str]:
+    """Return what dvar has warned of; other packages warn their own developers, by categories of their own."""
+    return [str(item.message) for item in caught if item.category is UserWarning]
 
 
 def _without_folder(problems: tuple[str, ...]) -> Iterator[str]:

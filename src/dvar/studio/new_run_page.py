@@ -58,12 +58,12 @@ def add_new_run_page(studio: Studio, page: gr.Blocks) -> None:
     captions = gr.Column()
     fill = gr.Button("Fill captions from templates")
     with gr.Row():
-        name = gr.Textbox(label="Name of the run", max_lines=1)
+        name = gr.Textbox(label="Name of the run", info="Names its folder.", max_lines=1)
         word = gr.Textbox(label="New word", info="Stands for the concept in prompts.", max_lines=1)
         noun = gr.Textbox(label="Class noun", info="What it is, in one word: mug.", max_lines=1)
     with gr.Row():
         choices = [(entry.config_type.title, method) for method, entry in METHODS.items()]
-        method = gr.Radio(choices, label="Method")
+        method = gr.Radio(choices, label="Method", info="What is learned from the images.")
         model = gr.Dropdown(
             list(studio.models), label="Base model", info="Bundled, or a hub id: owner/name.", allow_custom_value=True
         )

@@ -10,7 +10,7 @@ from dvar.studio import commands, queue
 from dvar.studio.library import LibraryRun, find_run
 from dvar.studio.pages import QUIET, Studio, answer
 from dvar.studio.scores import find_clip, read_scores
-from dvar.studio.views import show_generated, show_message, show_run, show_samples
+from dvar.studio.views import show_charts, show_generated, show_message, show_run, show_samples
 from dvar.training.run_layout import checkpoint_name
 
 SECONDS = 2.0  # between two looks at the folder
@@ -27,6 +27,7 @@ def add_run_page(studio: Studio, page: gr.Blocks) -> None:
         go_on = gr.Button("Go on", variant="primary", visible=False)
         cancel = gr.Button("Take out of the queue", visible=False)
     message = gr.HTML()
+    charts = gr.HTML()
     with gr.Column(visible=False) as steps:
         slider = gr.Slider(1, 2, 1, step=1, label="Recorded steps, from first to last", buttons=[])
         samples = gr.HTML()
@@ -47,16 +48,14 @@ def add_run_page(studio: Studio, page: gr.Blocks) -> None:
         file = gr.File(label="File to download", visible=False, interactive=False)
     timer = gr.Timer(SECONDS)
     buttons = [stop, save, go_on, cancel]
-    parts = [seen, head, *buttons, steps, slider, samples, measure, take, use, generated, kind]
+    parts = [seen, head, charts, *buttons, steps, slider, samples, measure, take, use, prompt, generated, kind]
 
     def open_page(request: gr.Request) -> list[Any]:
         title = request.query_params.get("name", "")
         run, refusal = answer(lambda: find_run(studio.root, title))
         if run is None:
-            return [title, refusal, gr.skip(), *(gr.skip() for _ in parts)]
-        opened = run.opened
-        words = f"{opened.settings.plain_prompt} on the beach" if opened else ""
-        return [title, "", words, *refresh(title, None, 1)]
+            return [title, refusal, *(gr.skip() for _ in parts)]
+        return [title, "", *refresh(title, None, 1)]
 
     def refresh(title: str, before: Any, place: int) -> list[Any]:
         run, _ = answer(lambda: find_run(studio.root, title))
@@ -71,15 +70,18 @@ def add_run_page(studio: Studio, page: gr.Blocks) -> None:
         follows = before is None or place >= len(before[2])
         place = len(recorded) if follows else min(place, len(recorded))
         finished = run.state == "finished" and opened is not None
+        was_finished = before is not None and before[0] == "finished"
         formats = commands.list_formats(opened) if finished and opened else ()
         return [
             now,
             show_run(run),
+            show_charts(opened) if opened else "",
             *(gr.update(visible=run.state in states) for states in BUTTON_STATES),
             gr.update(visible=bool(recorded)),
             gr.update(maximum=max(2, len(recorded)), value=max(1, place), visible=len(recorded) > 1),
             *_view_step(run, recorded, place),
             gr.update(visible=finished),
+            gr.skip() if was_finished or not opened else f"{opened.settings.plain_prompt} on the beach",
             show_generated(opened) if finished and opened else "",
             gr.update(choices=list(formats), value=formats[0] if formats else None),
         ]
@@ -126,7 +128,7 @@ def add_run_page(studio: Studio, page: gr.Blocks) -> None:
         return refusal, gr.update(value=str(path) if path else None, visible=path is not None)
 
     look = {"fn": refresh, "inputs": [name, seen, slider], "outputs": parts, **QUIET}
-    page.load(open_page, None, [name, message, prompt, *parts], **QUIET)
+    page.load(open_page, None, [name, message, *parts], **QUIET)
     timer.tick(**look)
     slider.change(choose_step, [name, slider], [samples, measure, take], trigger_mode="always_last", **QUIET)
     saved = "the run saves a checkpoint after this step, and goes on"
@@ -143,7 +145,9 @@ def add_run_page(studio: Studio, page: gr.Blocks) -> None:
     ).then(choose_step, [name, slider], [samples, measure, take], **QUIET)
     take.click(press_take, [name, slider], message, api_visibility="private").then(**look)
     generate.click(press_generate, [name, prompt, count, seed], [message, generated], api_visibility="private")
-    export.click(press_export, [name, kind], [message, file], api_visibility="private")
+    export.click(lambda: gr.update(value=None, visible=False), None, file, **QUIET).then(
+        press_export, [name, kind], [message, file], api_visibility="private"
+    )
 
 
 BUTTON_STATES = (("training",), ("training",), ("paused",), ("queued",))

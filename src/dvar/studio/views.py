@@ -59,7 +59,7 @@ def show_check(check: Check, images: Mapping[str, Path], estimate: Estimate | No
 
 
 def show_run(run: LibraryRun) -> str:
-    """Return the head of a run and its charts."""
+    """Return the head of a run: what it is doing, the sentence of its verdict, its numbers."""
     opened = run.opened
     prediction = predict(opened) if opened and run.state in ("training", "paused") else None
     return _render(
@@ -70,9 +70,12 @@ def show_run(run: LibraryRun) -> str:
         model=_name_model(opened) if opened else "",
         numbers=_list_numbers(run, opened, prediction) if opened else [],
         verdict=_read_verdict(opened) if opened else None,
-        figures=report_figures,
-        judged=opened is not None and bool(len(opened.trace.steps)),
     )
+
+
+def show_charts(run: RunFolder) -> str:
+    """Return the charts of a run: its losses, and the ratio that its rule compares with the threshold."""
+    return _render("charts.html", opened=run, figures=report_figures, judged=bool(len(run.trace.steps)))
 
 
 def show_samples(run: RunFolder, step: int, scores: RunScores | None) -> str:
