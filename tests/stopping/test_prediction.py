@@ -37,7 +37,7 @@ def test_an_exponential_decline_meets_the_threshold_where_it_will() -> None:
 
 def test_only_the_last_half_window_counts() -> None:
     ratios = decline(0.005)
-    earlier = STEPS <= STEPS[-1] - WINDOW / 2
+    earlier = STEPS[-1] - STEPS >= WINDOW / 2
     assert predict_stop(STEPS, np.where(earlier, 9.0, ratios), WINDOW, THRESHOLD) == predict_stop(
         STEPS, ratios, WINDOW, THRESHOLD
     )
@@ -67,7 +67,7 @@ def test_a_faster_decline_stops_earlier() -> None:
         np.linspace(0.3, 0.9, len(STEPS)),
         decline(0.05),
         np.full(len(STEPS), np.nan),
-        np.where(STEPS > STEPS[-MIN_RATIOS], decline(0.005), np.nan),
+        np.where(np.arange(len(STEPS)) > len(STEPS) - MIN_RATIOS, decline(0.005), np.nan),
         np.empty(0),
     ],
     ids=["level", "rising", "below the threshold", "warming up", "too few", "nothing"],
@@ -105,7 +105,9 @@ def test_four_stops_in_five_of_the_recorded_runs_lie_in_the_interval() -> None:
     answers = [(method, prediction, stop) for method, prediction, stop in rows if prediction]
     inside = [prediction.low - 10 <= stop <= prediction.high + 10 for _, prediction, stop in answers]
     errors = [abs(math.log2(prediction.step / stop)) for _, prediction, stop in answers if math.isfinite(stop)]
-    print(f"{len(answers)} answers of {len(rows)}, coverage {np.mean(inside):.2f}, error {np.median(errors):.2f} octaves")
+    print(
+        f"{len(answers)} answers of {len(rows)}, coverage {np.mean(inside):.2f}, error {np.median(errors):.2f} octaves"
+    )
     for name in sorted({method for method, _, _ in answers}):
         of_method = [flag for flag, (method, _, _) in zip(inside, answers, strict=True) if method == name]
         print(f"  {name}: {len(of_method)} answers, coverage {np.mean(of_method):.2f}")

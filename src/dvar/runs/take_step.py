@@ -63,7 +63,5 @@ def take_step(folder: Path, step: int) -> tuple[Path, ...]:
             write_weights(folder / name, tensors, metadata)
         best = [earlier.get(name, name) for name in result.get("best_weights", ())]
         write_model_card(folder, config, verdict, run.samples.get(step, ()), [*files], backbone.title)
-        write_json(
-            folder / RESULT, {**result, "exported_step": step, "weights": [*files], "best_weights": best}
-        )
+        write_json(folder / RESULT, {**result, "exported_step": step, "weights": [*files], "best_weights": best})
         return tuple(folder / name for name in files)

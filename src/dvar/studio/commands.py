@@ -51,9 +51,7 @@ def generate(run: LibraryRun, prompt: str, count: int, seed: int) -> None:
     Raises:
         RefusedInput: As `run_command`.
     """
-    run_command(
-        ["generate", str(run.folder), f"--prompt={prompt}", "--num_images", str(count), "--seed", str(seed)]
-    )
+    run_command(["generate", str(run.folder), f"--prompt={prompt}", "--num_images", str(count), "--seed", str(seed)])
 
 
 def measure(run: LibraryRun) -> None:

@@ -14,7 +14,7 @@ from dvar.errors import DvarError, RefusedInput, first_line
 from dvar.files import read_json, read_text
 from dvar.locks import LOCK, read_holder
 from dvar.runs.run_folder import RunFolder
-from dvar.studio.run_files import LOG, REQUEST, STARTED
+from dvar.studio.run_files import HELD, LOG, REQUEST, STARTED
 from dvar.training.run_layout import CONFIG, RESULT, TRACE, checkpoint_paths
 
 State = Literal["queued", "starting", "training", "paused", "finished", "failed"]
@@ -63,7 +63,7 @@ class LibraryRun:
     @property
     def changed(self) -> float:
         """When it was last written to, in seconds since the epoch."""
-        names = (RESULT, TRACE, CONFIG, LOG, REQUEST)
+        names = (RESULT, TRACE, CONFIG, LOG, REQUEST, HELD)
         return max((_modified(self.folder / name) for name in names), default=0.0)
 
 
@@ -95,7 +95,7 @@ def read_state(folder: Path) -> State:
         return "finished"
     if _is_starting(folder):
         return "starting"
-    return "paused" if checkpoint_paths(folder) else "failed"
+    return "paused" if checkpoint_paths(folder) or (folder / HELD).exists() else "failed"
 
 
 def open_run(folder: Path) -> RunFolder:
@@ -122,7 +122,7 @@ def _find_runs(root: Path, depth: int = DEPTH) -> Iterator[Path]:
     for folder in folders:
         if folder.name.startswith("."):
             continue
-        if any((folder / name).exists() for name in (CONFIG, REQUEST, LOG)):
+        if any((folder / name).exists() for name in (CONFIG, REQUEST, HELD, LOG)):
             yield folder
         elif depth > 1:
             yield from _find_runs(folder, depth - 1)

@@ -172,4 +172,3 @@ def _read_form(values: Any) -> Form:
         if value is not None and value != presets[name]
     }
     return Form(*texts, numbers=numbers)
-

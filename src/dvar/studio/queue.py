@@ -17,7 +17,7 @@ from dvar.files import read_json, write_atomically, write_json
 from dvar.locks import LOCK, lock_path, read_holder
 from dvar.runs.watched_process import WatchedProcess
 from dvar.studio.library import LibraryRun, list_runs
-from dvar.studio.run_files import LOG, QUEUE_LOCK, REQUEST, SETTINGS, STARTED
+from dvar.studio.run_files import HELD, LOG, QUEUE_LOCK, REQUEST, SETTINGS, STARTED
 from dvar.training.methods.registry import METHODS
 from dvar.training.run_layout import SAVE_REQUEST
 
@@ -35,9 +35,14 @@ def enqueue(folder: Path, method: str, settings: Mapping[str, Any]) -> None:
 def enqueue_resumption(run: LibraryRun) -> None:
     """Ask for a run to go on from its last checkpoint, with the settings that it has recorded.
 
+    One that was taken out of the queue asks for what it asked for before.
+
     Raises:
         RefusedInput: It is training, waits already, or is damaged.
     """
+    if run.state == "paused" and (run.folder / HELD).exists():
+        (run.folder / HELD).replace(run.folder / REQUEST)
+        return
     if run.state != "paused" or not run.opened:
         raise RefusedInput([f"a run that goes on must be paused, and {run.name} is {run.state}: choose another"])
     settings = run.opened.settings
@@ -48,14 +53,17 @@ def enqueue_resumption(run: LibraryRun) -> None:
 
 def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     """Write settings as TOML; those that are None are left out, as TOML has no word for it."""
-    rows = [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in settings.items() if value is not None]
+    rows = [
+        f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in settings.items() if value is not None
+    ]
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / SETTINGS, ("\n".join(rows) + "\n").encode())
 
 
 def cancel(run: LibraryRun) -> None:
-    """Take a run out of the queue."""
-    (run.folder / REQUEST).unlink(missing_ok=True)
+    """Take a run out of the queue; `enqueue_resumption` puts it back."""
+    with suppress(FileNotFoundError):  # its turn has come
+        (run.folder / REQUEST).replace(run.folder / HELD)
 
 
 def stop(run: LibraryRun) -> bool:

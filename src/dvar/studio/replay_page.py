@@ -7,18 +7,20 @@ from typing import Any
 
 import gradio as gr
 
+from dvar.errors import RefusedInput
 from dvar.logs.reader import read_log
 from dvar.runs.config import ALL_RULES, ReplayConfig, problems
 from dvar.runs.replay import replay_rules
 from dvar.runs.replay_figure import plot_replay
 from dvar.studio.pages import QUIET, Studio, answer, heading, uploaded_files
 from dvar.studio.views import show_message, show_replay
-from dvar.errors import RefusedInput
 
 
 def add_replay_page(studio: Studio, page: gr.Blocks) -> None:
     """Add the replay of a log to its page."""
-    heading("Replay a log", "When would each rule have stopped? Drop a trace, CSV, JSON lines or another trainer's log.")
+    heading(
+        "Replay a log", "When would each rule have stopped? Drop a trace, CSV, JSON lines or another trainer's log."
+    )
     log = gr.File(label="Log", file_count="single", height=150)
     with gr.Row():
         metric = gr.Textbox(label="Curve", info="The loss on fixed inputs by default.", max_lines=1)

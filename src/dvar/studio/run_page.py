@@ -35,14 +35,14 @@ def add_run_page(studio: Studio, page: gr.Blocks) -> None:
             measure = gr.Button("Measure likeness and obedience")
             take = gr.Button("Take this step", visible=False)
     with gr.Column(visible=False) as use:
-        gr.HTML('<div class="dvar"><h2>Generate</h2></div>')
+        gr.HTML('<div class="dvar"><h2 class="part">Generate</h2></div>')
         prompt = gr.Textbox(label="Prompt", max_lines=2)
         with gr.Row():
             count = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Images", buttons=[])
             seed = gr.Number(0, label="Seed of the first image", precision=0, minimum=0)
         generate = gr.Button("Generate", variant="primary")
         generated = gr.HTML()
-        gr.HTML('<div class="dvar"><h2>Export</h2></div>')
+        gr.HTML('<div class="dvar"><h2 class="part">Export</h2></div>')
         kind = gr.Radio([], label="Format")
         export = gr.Button("Make the file")
         file = gr.File(label="File to download", visible=False, interactive=False)
@@ -136,13 +136,13 @@ def add_run_page(studio: Studio, page: gr.Blocks) -> None:
     stop.click(lambda title: act(title, queue.stop, stopped), name, message, **QUIET).then(**look)
     save.click(lambda title: act(title, queue.request_checkpoint, saved), name, message, **QUIET)
     go_on.click(press_go_on, name, message, **QUIET).then(**look)
-    cancel.click(
-        lambda title: act(title, queue.cancel, "the run is out of the queue"), name, message, **QUIET
-    ).then(**look)
+    cancel.click(lambda title: act(title, queue.cancel, "the run is out of the queue"), name, message, **QUIET).then(
+        **look
+    )
     measured = "likeness and obedience are measured"
-    measure.click(
-        lambda title: act(title, commands.measure, measured), name, message, api_visibility="private"
-    ).then(choose_step, [name, slider], [samples, measure, take], **QUIET)
+    measure.click(lambda title: act(title, commands.measure, measured), name, message, api_visibility="private").then(
+        choose_step, [name, slider], [samples, measure, take], **QUIET
+    )
     take.click(press_take, [name, slider], message, api_visibility="private").then(**look)
     generate.click(press_generate, [name, prompt, count, seed], [message, generated], api_visibility="private")
     export.click(lambda: gr.update(value=None, visible=False), None, file, **QUIET).then(
@@ -164,7 +164,9 @@ def _view_step(run: LibraryRun, recorded: list[int], place: int) -> list[Any]:
     html = show_samples(opened, step, scores)
     missing = scores is None or step not in scores.steps
     if not clip:
-        html += show_message("likeness and obedience need a CLIP, and this run names none: --clip_model with best_by clip")
+        html += show_message(
+            "likeness and obedience need a CLIP, and this run names none: --clip_model with best_by clip"
+        )
     can_take = (
         run.state == "finished" and step != opened.exported_step and (run.folder / checkpoint_name(step)).is_dir()
     )

@@ -1,0 +1,83 @@
+"""Likeness and obedience of samples, and the files that a run is exported to."""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+from fake_run import generate_trace, write_run
+
+from dvar import mini
+from dvar.errors import RefusedInput
+from dvar.runs.run_folder import RunFolder
+from dvar.studio import commands
+from dvar.studio.library import find_run
+from dvar.studio.scores import find_clip, measure_scores, read_scores
+
+SETTINGS = {"method": "textual-inversion"}
+
+
+@pytest.fixture
+def mug_run(tmp_path: Path) -> Path:
+    """A finished run of a mug whose samples at step 0 are of a dog, and at step 60 the instance images themselves."""
+    folder = write_run(tmp_path / "mug", generate_trace(steps=60), sampled_every=0, **SETTINGS)
+    mug, dog = (sorted(mini.concepts()[name].glob("*.png")) for name in ("red_striped_mug", "blue_dog"))
+    for target, images in ((folder / "references", mug), (folder / "samples/step-000060", mug)):
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir(parents=True)
+        for number, path in enumerate(images[:3]):
+            shutil.copy(path, target / f"{number:02d}.png")
+    (folder / "samples/step-000000").mkdir()
+    for number, path in enumerate(dog[:3]):
+        shutil.copy(path, folder / "samples/step-000000" / f"{number:02d}.png")
+    rows = ", ".join('{"prompt": "a photo of <thing>", "seed": 0}' for _ in range(3))
+    (folder / "samples/prompts.json").write_text(f"[{rows}]")
+    return folder
+
+
+def test_the_instance_images_are_more_like_themselves_than_another_subject(mug_run: Path) -> None:
+    run = RunFolder.open(mug_run)
+    assert read_scores(run) is None
+    scores = measure_scores(run)
+    assert scores == read_scores(run)
+    assert scores.clip == "the bundled scorer"
+    assert scores.steps[60].likeness > scores.steps[0].likeness + 0.1
+    assert scores.steps[60].obedience > scores.steps[0].obedience, "a photo of a mug"
+
+
+def test_a_step_that_has_scores_is_not_measured_again(mug_run: Path) -> None:
+    run = RunFolder.open(mug_run)
+    before = measure_scores(run)
+    for path in run.samples[60]:
+        path.write_bytes(b"no image")
+    assert measure_scores(run) == before
+
+
+def test_a_run_without_a_clip_at_hand_says_so(tmp_path: Path) -> None:
+    folder = write_run(
+        tmp_path / "sd", generate_trace(steps=60), pretrained_model_name_or_path="owner/model", **SETTINGS
+    )
+    run = RunFolder.open(folder)
+    assert find_clip(run.settings) == ""
+    with pytest.raises(RefusedInput, match="names no CLIP"):
+        measure_scores(run)
+
+
+def test_weights_are_exported_as_one_file(mug_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (mug_run / "learned_embeds.safetensors").write_bytes(b"weights")
+    (mug_run / "README.md").write_text("card")
+    downloads = mug_run.parent / "downloads"
+    downloads.mkdir()
+    monkeypatch.setattr(commands, "download_folder", lambda: downloads)
+    path = commands.export(find_run(mug_run.parent, "mug"), commands.WEIGHTS)
+    assert path.is_relative_to(downloads)
+    with zipfile.ZipFile(path) as archive:
+        assert archive.namelist() == ["learned_embeds.safetensors", "README.md"]
+
+
+@pytest.mark.parametrize("name", ["LoRA for ComfyUI and AUTOMATIC1111", "anything", "../x", None])
+def test_a_format_that_the_run_does_not_have_is_refused(mug_run: Path, name: str) -> None:
+    with pytest.raises(RefusedInput, match="cannot be exported"):
+        commands.export(find_run(mug_run.parent, "mug"), name)
