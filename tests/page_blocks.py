@@ -51,6 +51,7 @@ NOT_RUN = {
     "if monitor(global_step).stop:": "it stands in sd-scripts' own loop; test_network_trainers.py has it",
     # people
     "dvar survey serve survey": "it serves until it is interrupted; tests/survey/test_survey_browser.py",
+    "dvar studio runs/": "it serves until it is interrupted; tests/studio/test_studio_browser.py",
     "dvar survey import survey answers.csv": "it needs people's answers; tests/survey/test_survey_scoring.py",
 }
 ELSEWHERE = {

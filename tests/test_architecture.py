@@ -101,7 +101,13 @@ HEAVY = (
 IMPORTERS = ("import_module", "__import__", "import_string", "resolve_name")
 READERS = (
     "files",
-    *("html.templates", "mini.__init__", "mini.recogniser", "diffusion.clip"),  # of the package's own files
+    *(
+        "html.templates",
+        "mini.__init__",
+        "mini.recogniser",
+        "diffusion.clip",
+        "studio.app",
+    ),  # of the package's own files
     *("testing.contracts", "testing.family_contract", "testing.method_contract"),  # of what they have written
     *("cluster.local", "survey.build", "training.checkpoint"),  # of what they have written
     "stopping.gloo_exit",  # of the kernel's own

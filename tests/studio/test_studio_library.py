@@ -51,7 +51,9 @@ def test_the_run_that_was_written_to_last_comes_first(library: Path) -> None:
     assert list_runs(library)[0].name == "cat"
 
 
-@pytest.mark.parametrize("name", ["../mug", "/etc", "", ".", "..", "batch", "mug/", "mug/../cat", None, ["mug"], "mug\0"])
+@pytest.mark.parametrize(
+    "name", ["../mug", "/etc", "", ".", "..", "batch", "mug/", "mug/../cat", None, ["mug"], "mug\0"]
+)
 def test_a_name_that_is_no_run_of_the_library_is_refused(library: Path, name: object) -> None:
     with pytest.raises(RefusedInput, match="choose one of the library"):
         find_run(library / "batch", name)

@@ -38,7 +38,11 @@ def test_a_draft_holds_images_captions_and_form_in_its_folder(tmp_path: Path, mu
     draft.fill_captions(["a photo of <thing>", "my <thing>"])
     draft.write_form({"name": "x"})
     again = Draft(tmp_path)
-    assert [again.caption(path) for path in again.images[:3]] == ["a <thing> in the snow", "my <thing>", "a photo of <thing>"]
+    assert [again.caption(path) for path in again.images[:3]] == [
+        "a <thing> in the snow",
+        "my <thing>",
+        "a photo of <thing>",
+    ]
     assert again.read_form() == {"name": "x"}
     again.remove_image("00.png")
     again.write_caption("01.png", " ")
@@ -49,7 +53,12 @@ def test_a_draft_holds_images_captions_and_form_in_its_folder(tmp_path: Path, mu
 
 @pytest.mark.parametrize(
     ("name", "plain"),
-    [("../../evil.png", "evil.png"), (".hidden.PNG", "hidden.png"), ("a b\n<c>.png", "a_b__c_.png"), ("x.txt", "x.image")],
+    [
+        ("../../evil.png", "evil.png"),
+        (".hidden.PNG", "hidden.png"),
+        ("a b\n<c>.png", "a_b__c_.png"),
+        ("x.txt", "x.image"),
+    ],
 )
 def test_an_upload_gets_a_plain_name(tmp_path: Path, name: str, plain: str) -> None:
     upload = tmp_path / "upload"
@@ -169,13 +178,19 @@ def test_time_and_memory_are_those_of_the_newest_run_of_its_kind(tmp_path: Path)
     settings = build_settings(FORM, tmp_path, MODELS, tmp_path)
     config = configure(settings, METHODS["textual-inversion"].config_type)
     assert estimate(config, tmp_path) is None
-    same = {name: value for name, value in config.to_dict().items() if name not in ("max_train_steps", "window", "threshold")}
+    same = {
+        name: value
+        for name, value in config.to_dict().items()
+        if name not in ("max_train_steps", "window", "threshold")
+    }
     trace = generate_trace(steps=100)
     write_run(tmp_path / "before", trace, finished=False, sampled_every=0, **same)
     write_run(tmp_path / "other", trace, finished=False, sampled_every=0, **same | {"resolution": 512})
     cost = estimate(config, tmp_path)
     assert cost is not None
     assert cost.like == "before"
-    pace = sum(float(trace.metric(f"seconds.{kind}")[1].sum()) for kind in ("train", "probe", "other")) / trace.last_step
+    pace = (
+        sum(float(trace.metric(f"seconds.{kind}")[1].sum()) for kind in ("train", "probe", "other")) / trace.last_step
+    )
     assert cost.seconds == pytest.approx(pace * config.max_train_steps)
     assert cost.peak is None

@@ -37,6 +37,7 @@ def mug_run(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_instance_images_are_more_like_themselves_than_another_subject(mug_run: Path) -> None:
     run = RunFolder.open(mug_run)
     assert read_scores(run) is None
@@ -47,6 +48,7 @@ def test_the_instance_images_are_more_like_themselves_than_another_subject(mug_r
     assert scores.steps[60].obedience > scores.steps[0].obedience, "a photo of a mug"
 
 
+@pytest.mark.slow
 def test_a_step_that_has_scores_is_not_measured_again(mug_run: Path) -> None:
     run = RunFolder.open(mug_run)
     before = measure_scores(run)

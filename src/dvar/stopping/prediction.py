@@ -16,9 +16,8 @@ EARLIEST, LATEST = 0.25, 7.0
 """The interval, in multiples of the steps that the line leaves.
 
 They are the quantiles 0.1 and 0.9 of (steps left) / (steps left by the line) at nine moments of each of the 84 runs in
-docs/traces.npz. The residuals of the line say much less than is true: an interval of two of their standard errors,
-corrected for autocorrelation, holds 43 % of the stops instead of 80 %, because a ratio does not fall in a line for
-long.
+docs/traces.npz. The residuals of the line say much less than is true: the interval of 80 % that they give, corrected
+for autocorrelation, holds 44 % of the stops, because a ratio does not fall in a line for long (LOG.md).
 """
 
 

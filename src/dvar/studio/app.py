@@ -121,7 +121,7 @@ def _read_styles() -> str:
     """Return the styles of the charts, for what is of class dvar alone, and those of the studio."""
     charts = str(read_stylesheet(("charts.css",))).replace(":root", "&")
     own = files("dvar.studio").joinpath("static", "studio.css").read_text(encoding="utf-8")
-    return f".dvar {{ {charts} }}\n{own}"
+    return f".gradio-container.gradio-container {{ .dvar {{ {charts} }}\n{own} }}"
 
 
 @contextmanager

@@ -39,7 +39,7 @@ class LibraryRun:
 
     @property
     def opened(self) -> RunFolder | None:
-        """What the run has written; None before it has written anything, or where that is damaged."""
+        """The files of the run; None before it has written any, or where they are damaged."""
         try:
             return open_run(self.folder)
         except DvarError:
@@ -47,7 +47,7 @@ class LibraryRun:
 
     @property
     def problem(self) -> str:
-        """Why the run failed or cannot be read; empty where nothing is wrong."""
+        """The reason why the run failed or cannot be read; empty where nothing is wrong."""
         try:
             if (self.folder / CONFIG).exists():
                 open_run(self.folder)

@@ -29,7 +29,7 @@ NUMBERS = ("max_train_steps", "learning_rate", "train_batch_size", "resolution",
 
 @dataclass(frozen=True)
 class Form:
-    """What the form of a new run holds.
+    """The content of the form of a new run.
 
     Attributes:
         name: The name of the run, which becomes its folder.
@@ -52,7 +52,7 @@ class Form:
 
 @dataclass(frozen=True)
 class ImageCheck:
-    """What preflight says of one image: a problem, a remark, or nothing."""
+    """The answer of preflight to one image: a problem, a remark, or nothing."""
 
     name: str
     problem: str = ""
@@ -61,7 +61,7 @@ class ImageCheck:
 
 @dataclass(frozen=True)
 class Check:
-    """What preflight says of a new run.
+    """The answer of preflight to a new run.
 
     Attributes:
         images: Of each image.
@@ -76,7 +76,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What earlier runs of the same method, model and size say of a new one.
+    """The cost of a new run, as an earlier one of the same method, model and size had it.
 
     Attributes:
         like: The run that it is taken from.

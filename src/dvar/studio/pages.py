@@ -19,7 +19,7 @@ QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 @dataclass(frozen=True)
 class Studio:
-    """What the pages work on.
+    """The library and the base models that the pages work on.
 
     Attributes:
         root: The folder of the library.

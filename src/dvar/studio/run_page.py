@@ -48,14 +48,14 @@ def add_run_page(studio: Studio, page: gr.Blocks) -> None:
         file = gr.File(label="File to download", visible=False, interactive=False)
     timer = gr.Timer(SECONDS)
     buttons = [stop, save, go_on, cancel]
-    parts = [seen, head, charts, *buttons, steps, slider, samples, measure, take, use, prompt, generated, kind]
+    parts = [seen, head, message, charts, *buttons, steps, slider, samples, measure, take, use, prompt, generated, kind]
 
     def open_page(request: gr.Request) -> list[Any]:
         title = request.query_params.get("name", "")
         run, refusal = answer(lambda: find_run(studio.root, title))
         if run is None:
-            return [title, refusal, *(gr.skip() for _ in parts)]
-        return [title, "", *refresh(title, None, 1)]
+            return [title, gr.skip(), gr.skip(), refusal, *(gr.skip() for _ in parts[3:])]
+        return [title, *refresh(title, None, 1)]
 
     def refresh(title: str, before: Any, place: int) -> list[Any]:
         run, _ = answer(lambda: find_run(studio.root, title))
@@ -75,6 +75,7 @@ def add_run_page(studio: Studio, page: gr.Blocks) -> None:
         return [
             now,
             show_run(run),
+            gr.skip() if before is not None and before[0] == run.state else "",
             show_charts(opened) if opened else "",
             *(gr.update(visible=run.state in states) for states in BUTTON_STATES),
             gr.update(visible=bool(recorded)),
@@ -128,7 +129,7 @@ def add_run_page(studio: Studio, page: gr.Blocks) -> None:
         return refusal, gr.update(value=str(path) if path else None, visible=path is not None)
 
     look = {"fn": refresh, "inputs": [name, seen, slider], "outputs": parts, **QUIET}
-    page.load(open_page, None, [name, message, *parts], **QUIET)
+    page.load(open_page, None, [name, *parts], **QUIET)
     timer.tick(**look)
     slider.change(choose_step, [name, slider], [samples, measure, take], trigger_mode="always_last", **QUIET)
     saved = "the run saves a checkpoint after this step, and goes on"

@@ -12,7 +12,7 @@ from urllib.parse import quote
 import numpy as np
 from markupsafe import Markup
 
-from dvar.config.training import BUNDLED_MODELS
+from dvar.config.training import BUNDLED_MODELS, FREE_FIELDS
 from dvar.errors import DvarError
 from dvar.html import svg_charts
 from dvar.html.images import embed_image
@@ -180,7 +180,7 @@ def _list_numbers(run: LibraryRun, opened: RunFolder, prediction: StopPrediction
     seconds = sum(opened.seconds.values())
     if run.state == "training" and (pace := _recent_pace(opened)):
         left = format_duration(pace * (cap - opened.steps))
-        numbers.append(Number("pace", f"{1 / pace:.3g} steps/s", f"{left} to the cap"))
+        numbers.append(Number("steps a second", f"{1 / pace:.3g}", f"{left} to the cap"))
     elif seconds:
         numbers.append(Number("time", format_duration(seconds), "training and measuring"))
     return numbers
@@ -228,14 +228,15 @@ def _plot_relative_losses(runs: Sequence[RunFolder]) -> Markup | None:
 
 
 def _compare_rows(runs: Sequence[RunFolder]) -> list[tuple[str, list[str]]]:
-    """Return the settings in which runs differ, and how each ended."""
+    """Return how runs ended, and the settings that both have and in which they differ."""
     ends = [
         ("steps", [str(run.steps) for run in runs]),
         ("best step", [str(run.best[0]) if run.best else "" for run in runs]),
         ("time", [format_duration(sum(run.seconds.values())) for run in runs]),
     ]
-    names = {name: None for run in runs for name in run.config if name not in ("versions", "output_dir")}
-    texts = {name: [_format(run.config.get(name)) for run in runs] for name in names}
+    names = [name for name in runs[0].config if name not in {"versions", *FREE_FIELDS}] if runs else []
+    shared = [name for name in names if all(name in run.config for run in runs)]
+    texts = {name: [_format(run.config[name]) for run in runs] for name in shared}
     return ends + [(name, values) for name, values in texts.items() if len({*values}) > 1]
 
 

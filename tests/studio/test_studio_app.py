@@ -1,0 +1,158 @@
+"""The studio as an application: what it refuses, what its file routes give away, and its settings."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import dvar
+from fake_run import generate_trace, write_run
+
+from dvar.studio.config import StudioConfig, problems
+
+pytestmark = [  # Gradio leaves the event loops open that it makes where none runs
+    pytest.mark.filterwarnings("ignore:unclosed event loop:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+PASSWORD = "a long password of twelve"
+
+
+def test_the_settings_are_those_of_this_machine_alone_by_default() -> None:
+    assert problems(StudioConfig()) == []
+    assert StudioConfig().host == "127.0.0.1"
+
+
+def test_nothing_listens_elsewhere_without_a_password(tmp_path: Path) -> None:
+    answer = dvar("studio", tmp_path, "--host", "0.0.0.0")
+    assert answer.status == 2
+    assert answer.err == (
+        "dvar: password_file is missing: it is needed to listen on 0.0.0.0, which other machines can reach: "
+        "name a file with a password\n"
+    )
+
+
+def test_a_short_password_a_missing_file_and_a_missing_folder_are_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "short").write_text("secret\n")
+    answer = dvar("studio", tmp_path, "--password_file", tmp_path / "short", "--models_dir", tmp_path / "none")
+    assert "must hold at least 12 characters, got 6: write a longer password into it" in answer.err
+    assert "models_dir must be a folder" in answer.err
+    assert "cannot be read (No such file" in dvar("studio", tmp_path, "--password_file", tmp_path / "none").err
+
+
+def test_a_missing_gradio_is_refused_with_what_to_install(tmp_path: Path) -> None:
+    hidden = "import sys; sys.modules['gradio'] = None"
+    program = f"{hidden}; from dvar.cli.main import main; sys.exit(main(['studio', {str(tmp_path)!r}]))"
+    process = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ}, timeout=300
+    )
+    assert (process.returncode, process.stderr) == (1, "dvar: this command needs gradio: pip install 'dvar[studio]'\n")
+
+
+def test_gradio_is_imported_by_the_studio_alone() -> None:
+    package = Path(dvar_package())
+    users = [
+        path.relative_to(package).parts[0]
+        for path in package.rglob("*.py")
+        if any(word in path.read_text(encoding="utf-8") for word in ("import gradio", "from gradio"))
+    ]
+    assert set(users) == {"studio"}
+
+
+def dvar_package() -> str:
+    """Return the folder of the package."""
+    import dvar as package
+
+    return str(Path(package.__file__).parent)
+
+
+# --- the application itself -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A client of a studio with one run and a password."""
+    pytest.importorskip("gradio", reason="needs the extra: pip install 'dvar[studio]'")
+    root, uploads = tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("uploads")
+    write_run(root / "mug", generate_trace(steps=100), sampled_every=0)
+    patch = pytest.MonkeyPatch()
+    patch.setenv("GRADIO_TEMP_DIR", str(uploads))
+    from starlette.testclient import TestClient
+
+    from dvar.studio.app import build_app
+    from dvar.studio.config import LOOPBACK
+    from dvar.studio.pages import Studio
+
+    app = build_app(Studio(root, {"mini": "mini"}), LOOPBACK, PASSWORD)
+    with TestClient(app, base_url="http://127.0.0.1") as opened:
+        opened.root = root
+        yield opened
+    patch.undo()
+
+
+def log_in(client: Any) -> None:
+    answer = client.post("/login", data={"username": "dvar", "password": PASSWORD})
+    assert answer.status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/config", "/gradio_api/info", "/gradio_api/file=x"])
+def test_nothing_is_shown_before_the_password(client: Any, path: str) -> None:
+    client.cookies.clear()
+    assert client.get(path).status_code == 401
+    wrong = client.post("/login", data={"username": "dvar", "password": "guess"})
+    assert wrong.status_code == 400
+
+
+def test_the_file_routes_give_away_no_file_of_the_machine_and_none_of_a_run(client: Any) -> None:
+    log_in(client)
+    root = client.root
+    for path in ("/etc/passwd", root / "mug" / "config.json", Path(__file__), "../../etc/passwd", root / "mug"):
+        for route in ("/gradio_api/file=", "/gradio_api/file/", "/file="):
+            answer = client.get(f"{route}{path}")
+            assert answer.status_code in (403, 404), (route, path)
+
+
+def test_an_address_of_another_site_and_a_request_from_one_are_refused(client: Any) -> None:
+    log_in(client)
+    assert client.get("/config").status_code == 200
+    assert client.get("/config", headers={"host": "evil.example"}).status_code == 400
+    for headers in ({"origin": "http://evil.example"}, {"sec-fetch-site": "cross-site"}):
+        answer = client.post("/gradio_api/queue/join", headers=headers, content="{}")
+        assert answer.status_code == 403
+
+
+def test_the_browser_loads_nothing_from_elsewhere(client: Any) -> None:
+    log_in(client)
+    answer = client.get("/")
+    policy = answer.headers["content-security-policy"]
+    assert "default-src 'self'" in policy
+    assert "http" not in policy
+    config = client.get("/config").json()
+    assert config["analytics_enabled"] is False
+    assert "fonts.googleapis.com" not in json.dumps(config.get("stylesheets"))
+
+
+def test_a_forged_upload_path_is_refused(client: Any, tmp_path: Path) -> None:
+    from dvar.errors import RefusedInput
+    from dvar.studio.pages import uploaded_files
+
+    for path in ("/etc/passwd", str(tmp_path / "x"), "../x", f"{os.environ['GRADIO_TEMP_DIR']}/../x"):
+        with pytest.raises(RefusedInput, match="must have been uploaded"):
+            uploaded_files([path])
+    inside = Path(os.environ["GRADIO_TEMP_DIR"]) / "a" / "image.png"
+    assert uploaded_files(str(inside)) == [inside.resolve()]
+
+
+def test_passwords_cannot_be_guessed_at_will(client: Any) -> None:
+    from dvar.studio.app import LOGINS_PER_HOUR
+
+    answers = {
+        client.post("/login", data={"username": "dvar", "password": "guess"}).status_code
+        for _ in range(LOGINS_PER_HOUR + 1)
+    }
+    assert 429 in answers
