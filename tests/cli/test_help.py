@@ -18,7 +18,7 @@ from dvar.runs.config import ReplayConfig
 
 COMMANDS = [
     *((name,) for name in ("batch", "concepts", "demo", "export", "generate", "integrate", "launch")),
-    *((name,) for name in ("record", "replay", "report", "reproduce")),
+    *((name,) for name in ("record", "replay", "report", "reproduce", "studio")),
     *(("train", method) for method in PAPER_METHODS),
     *(("survey", name) for name in ("build", "serve", "export", "import", "forget", "score")),
 ]

@@ -8,8 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 from fake_run import generate_trace, write_run
 
 from dvar import mini
+from dvar.studio.draft import Draft
 from dvar.studio.library import find_run
 from dvar.training.run_layout import SAVE_REQUEST, checkpoint_paths
 
@@ -68,6 +70,14 @@ def open_page(browser: Any, size: dict[str, int], **options: Any) -> tuple[Any, 
     return page, faults
 
 
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Wait until what the studio has been asked to write is on the disk."""
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def is_elsewhere(url: str) -> list[str]:
     return [] if url.startswith(("http://127.0.0.1:", "data:", "blob:")) else [f"it loads {url}"]
 
@@ -80,7 +90,8 @@ def find_barriers(page: Any) -> list[str]:
 
 
 def assert_well_made(page: Any) -> None:
-    """Fail if the page has a barrier or is wider than the window."""
+    """Fail if the page, once it has loaded, has a barrier or is wider than the window."""
+    page.wait_for_function("!document.querySelector('p.loading')")
     assert find_barriers(page) == []
     width = page.viewport_size["width"]
     assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing overflows"
@@ -117,6 +128,7 @@ def test_from_dropped_images_to_a_downloaded_file(tmp_path: Path, browser: Any) 
         page.get_by_label("Name of the run").fill("my-mug")
         page.get_by_label("Class noun").fill("mug")
         page.get_by_label("Caption of 00.png").fill("<thing> in the <b>snow</b> ${1+1}")
+        wait_for(lambda: "snow" in Draft(tmp_path).caption(Draft(tmp_path).images[0]))
         page.get_by_role("button", name="Fill captions").click()
         page.get_by_role("button", name="Numbers of the preset").click()
         page.get_by_label("Cap, in steps").fill("90")

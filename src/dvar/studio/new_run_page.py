@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -124,30 +125,12 @@ def add_new_run_page(studio: Studio, page: gr.Blocks) -> None:
         ensure_runner(studio.root)
         return show_message(f"{run} is in the queue"), f"run?name={quote(run, safe='')}"
 
+    def show_captions(seen: int) -> None:
+        for path in draft.images:
+            _add_caption(draft, path, version)
+
     with captions:
-
-        @gr.render(inputs=version, triggers=[version.change], show_progress="hidden")
-        def show_captions(seen: int) -> None:
-            for path in draft.images:
-                with gr.Row(elem_classes="caption", equal_height=True):
-                    gr.HTML(f'<div class="dvar">{embed_image(path, path.name)}</div>', scale=0, min_width=72)
-                    text = gr.Textbox(
-                        draft.caption(path), label=f"Caption of {path.name}", placeholder="from templates", scale=8
-                    )
-                    remove = gr.Button(f"Remove {path.name}", size="sm", scale=1, min_width=120)
-                text.input(
-                    lambda caption, name=path.name: draft.write_caption(name, caption),
-                    text,
-                    trigger_mode="always_last",
-                    **QUIET,
-                )
-
-                def drop(count: int, name: str = path.name) -> int:
-                    draft.remove_image(name)
-                    return count + 1
-
-                remove.click(drop, version, version, **QUIET)
-
+        gr.render(inputs=version, triggers=[version.change], show_progress="hidden")(show_captions)
     page.load(load, version, [version, *fields], **QUIET)
     upload.upload(add, [upload, version], [upload, version, result], **QUIET).then(check, fields, result, **QUIET)
     fill.click(fill_captions, [version, *fields], [version, result], **QUIET)
@@ -158,6 +141,26 @@ def add_new_run_page(studio: Studio, page: gr.Blocks) -> None:
     start_button.click(begin, fields, [result, address], api_visibility="private").then(
         None, address, None, js=OPEN, api_visibility="private"
     )
+
+
+def _add_caption(draft: Draft, path: Path, version: gr.State) -> None:
+    """Add the row of an image: the image, its caption, and a button that removes both."""
+    with gr.Row(elem_classes="caption", equal_height=True):
+        gr.HTML(f'<div class="dvar">{embed_image(path, path.name)}</div>', scale=0, min_width=72)
+        caption = gr.Textbox(
+            draft.caption(path), label=f"Caption of {path.name}", placeholder="from templates", scale=8
+        )
+        remove = gr.Button(f"Remove {path.name}", size="sm", scale=1, min_width=120)
+
+    def write(text: str) -> None:
+        draft.write_caption(path.name, text)
+
+    def drop(seen: int) -> int:
+        draft.remove_image(path.name)
+        return seen + 1
+
+    caption.input(write, caption, trigger_mode="always_last", **QUIET)
+    remove.click(drop, version, version, **QUIET)
 
 
 def _read_form(values: Any) -> Form:
