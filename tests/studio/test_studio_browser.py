@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed on this machine"),
 ]
-TIMEOUT = 600.0
+TIMEOUT = 300.0
 PHONE, DESKTOP = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
 PAGES = {"": "Runs", "new": "New run", "compare": "Compare", "replay": "Replay a log"}
 

@@ -141,6 +141,15 @@ def test_preflight_speaks_of_each_image_and_of_the_whole(tmp_path: Path, mug: li
     assert any("window must be" in problem for problem in check.problems)
 
 
+def test_a_low_cap_scales_the_preset_as_in_a_shell_and_the_check_says_so(tmp_path: Path, mug: list[Path]) -> None:
+    Draft(tmp_path).add(mug)
+    check, config = check_new_run(replace(FORM, numbers={"max_train_steps": 60}), tmp_path, MODELS)
+    assert check.problems == ()
+    assert any("is scaled to 60: window" in remark for remark in check.remarks)
+    assert config is not None
+    assert config.window < 60
+
+
 def test_an_empty_draft_is_asked_for_images_alone(tmp_path: Path) -> None:
     check, _ = check_new_run(FORM, tmp_path, MODELS)
     assert check.problems == ("the images are missing: drop three to five of the concept",)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dvar.config.buckets import valid_buckets
-from dvar.config.presets import configure
+from dvar.config.presets import configure, configure_to_cap
 from dvar.config.training import BUNDLED_MODEL, BUNDLED_MODELS, TrainingConfig
 from dvar.errors import DvarError, RefusedInput
 from dvar.studio.draft import Draft
@@ -141,7 +141,7 @@ def check_new_run(form: Form, root: Path, models: Mapping[str, str]) -> tuple[Ch
     draft = Draft(root)
     try:
         settings = build_settings(form, root, models, draft.images_folder)
-        config = configure(settings, METHODS.find(form.method).config_type)
+        config, scaled = configure_to_cap(settings, METHODS.find(form.method).config_type)
     except RefusedInput as error:
         return Check(tuple(ImageCheck(path.name) for path in draft.images), error.problems, ()), None
     rows = tuple(_check_image(path, config) for path in draft.images)
@@ -162,7 +162,7 @@ def check_new_run(form: Form, root: Path, models: Mapping[str, str]) -> tuple[Ch
             rows,
             tuple(_in_words_of_form(problem) for problem in problems if problem not in own)
             or tuple(f"{row.name}: see below" for row in rows if row.problem),
-            tuple(dict.fromkeys(text for text in _list_remarks(caught) if text not in own)),
+            tuple(dict.fromkeys(text for text in [scaled, *_list_remarks(caught)] if text and text not in own)),
         ),
         config,
     )

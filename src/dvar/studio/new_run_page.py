@@ -148,7 +148,11 @@ def _add_caption(draft: Draft, path: Path, version: gr.State) -> None:
     with gr.Row(elem_classes="caption", equal_height=True):
         gr.HTML(f'<div class="dvar">{embed_image(path, path.name)}</div>', scale=0, min_width=72)
         caption = gr.Textbox(
-            draft.caption(path), label=f"Caption of {path.name}", placeholder="from templates", scale=8
+            draft.caption(path),
+            label=f"Caption of {path.name}",
+            placeholder="from templates",
+            scale=8,
+            interactive=True,
         )
         remove = gr.Button(f"Remove {path.name}", size="sm", scale=1, min_width=120)
 
@@ -159,7 +163,7 @@ def _add_caption(draft: Draft, path: Path, version: gr.State) -> None:
         draft.remove_image(path.name)
         return seen + 1
 
-    caption.input(write, caption, trigger_mode="always_last", **QUIET)
+    gr.on([caption.change, caption.blur], write, caption, trigger_mode="always_last", **QUIET)
     remove.click(drop, version, version, **QUIET)
 
 
