@@ -21,7 +21,8 @@ STEPS = np.arange(200, 400, 10)
 
 def decline(rate: float, steps: NDArray[np.int64] = STEPS) -> NDArray[np.float64]:
     """Return a ratio that is 1 at the first step and falls exponentially, by this rate per step."""
-    return np.exp(-rate * (steps - steps[0]))
+    ratios: NDArray[np.float64] = np.exp(-rate * (steps - steps[0]))
+    return ratios
 
 
 def test_an_exponential_decline_meets_the_threshold_where_it_will() -> None:

@@ -90,7 +90,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
     app = build_app(Studio(root, {"mini": "mini"}), LOOPBACK, PASSWORD)
     with TestClient(app, base_url="http://127.0.0.1") as opened:
-        opened.root = root
+        vars(opened)["root"] = root
         yield opened
     patch.undo()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_run import generate_trace, write_run
@@ -112,7 +113,7 @@ def test_the_class_noun_goes_where_the_method_wants_it(tmp_path: Path) -> None:
         ({"model": "./here"}, "the base model must be one of"),
     ],
 )
-def test_what_could_leave_the_folder_is_refused(tmp_path: Path, change: Mapping[str, str], problem: str) -> None:
+def test_what_could_leave_the_folder_is_refused(tmp_path: Path, change: Mapping[str, Any], problem: str) -> None:
     with pytest.raises(RefusedInput, match=problem):
         build_settings(replace(FORM, **change), tmp_path, MODELS, tmp_path)
 

@@ -16,13 +16,13 @@ from dvar.studio import commands
 from dvar.studio.library import find_run
 from dvar.studio.scores import find_clip, measure_scores, read_scores
 
-SETTINGS = {"method": "textual-inversion"}
+METHOD = "textual-inversion"
 
 
 @pytest.fixture
 def mug_run(tmp_path: Path) -> Path:
     """A finished run of a mug whose samples at step 0 are of a dog, and at step 60 the instance images themselves."""
-    folder = write_run(tmp_path / "mug", generate_trace(steps=60), sampled_every=0, **SETTINGS)
+    folder = write_run(tmp_path / "mug", generate_trace(steps=60), sampled_every=0, method=METHOD)
     mug, dog = (sorted(mini.concepts()[name].glob("*.png")) for name in ("red_striped_mug", "blue_dog"))
     for target, images in ((folder / "references", mug), (folder / "samples/step-000060", mug)):
         shutil.rmtree(target, ignore_errors=True)
@@ -59,7 +59,7 @@ def test_a_step_that_has_scores_is_not_measured_again(mug_run: Path) -> None:
 
 def test_a_run_without_a_clip_at_hand_says_so(tmp_path: Path) -> None:
     folder = write_run(
-        tmp_path / "sd", generate_trace(steps=60), pretrained_model_name_or_path="owner/model", **SETTINGS
+        tmp_path / "sd", generate_trace(steps=60), pretrained_model_name_or_path="owner/model", method=METHOD
     )
     run = RunFolder.open(folder)
     assert find_clip(run.settings) == ""

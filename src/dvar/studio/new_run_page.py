@@ -170,12 +170,10 @@ def _add_caption(draft: Draft, path: Path, version: gr.State) -> None:
 def _read_form(values: Any) -> Form:
     """Return the form from the values of its fields; of its numbers, those that are not the preset's."""
     texts = [str(value or "").strip() for value in values[: len(TEXTS)]]
-    form = Form(*texts, numbers={})
-    presets = preset_numbers(form.method, form.model)
+    name, method, model, word, noun, prompt = texts
+    presets = preset_numbers(method, model)
     entered = dict(zip(NUMBERS, values[len(TEXTS) :], strict=True))
     numbers = {
-        name: type(presets[name])(value)
-        for name, value in entered.items()
-        if value is not None and value != presets[name]
+        key: type(presets[key])(value) for key, value in entered.items() if value is not None and value != presets[key]
     }
-    return Form(*texts, numbers=numbers)
+    return Form(name, method, model, word, noun, prompt, numbers)
