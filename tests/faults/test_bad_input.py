@@ -163,7 +163,7 @@ VALUES = [
         "clip_model {folder}/nowhere is neither a folder here nor a hub id",
         ("--best_by", "clip", "--clip_model", "{folder}/nowhere", "--validation_steps", "100"),
     ),
-    setting("preset", "papr", "preset must be one of lean, mini, mini-flow, paper, v1, got 'papr': try paper"),
+    setting("preset", "papr", "preset must be one of lean, mini, mini-flow, paper, smoke, v1, got 'papr': try paper"),
     setting("freeze_model", "all", "crossattn_kv", CUSTOM),
     setting("learnable_property", "mood", "object"),
     setting("learnin_rate", 1, "unknown flag --learnin_rate: the nearest known one is --learning_rate"),

@@ -412,6 +412,7 @@ def test_an_ill_formed_rule_setting_is_reported_once(config: TextualInversionCon
         ({"placeholder_token": "a"}, "the model already knows a:"),
         ({"initializer_token": "mugs"}, "initializer_token must be one token, got 'mugs', which is"),
         ({"initializer_token": "red mug"}, "which is 2: red mug; try mug"),
+        ({"initializer_token": "zqxj"}, "which is 4: z q x j; try a more common word for the kind of thing it is"),
         ({"initializer_token": "mugs"}, "try mug"),
         ({"initializer_token": "vaze"}, "try vase"),
         ({"validation_prompt": "a " * 75 + "<thing>"}, "text of validation_prompt must be at most 77 tokens, got 78"),
