@@ -99,14 +99,14 @@ def add_new_run_page(studio: Studio, page: gr.Blocks) -> None:
         problems, refusal = answer(lambda: draft.add(uploaded_files(paths)))
         return None, seen + 1, refusal or (show_message("\n".join(problems), "alert") if problems else "")
 
-    def fill_captions(seen: int, *values: Any) -> tuple[int, str]:
+    def fill_captions(seen: int, *values: Any) -> tuple[int, Any]:
         def write() -> None:
             form = _read_form(values)
             settings = build_settings(form, studio.root, studio.models, draft.images_folder)
             draft.fill_captions(configure(settings, METHODS.find(form.method).config_type).caption_templates)
 
         _, refusal = answer(write)
-        return seen + 1, refusal
+        return seen + 1, refusal or gr.skip()  # a check may have answered meanwhile
 
     def check(*values: Any) -> str:
         def look() -> str:
