@@ -16,10 +16,6 @@ from fake_run import generate_trace, write_run
 
 from dvar.studio.config import StudioConfig, problems
 
-pytestmark = [  # Gradio leaves the event loops open that it makes where none runs
-    pytest.mark.filterwarnings("ignore:unclosed event loop:ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
 PASSWORD = "a long password of twelve"
 
 
@@ -75,24 +71,30 @@ def dvar_package() -> str:
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A client of a studio with one run and a password."""
-    pytest.importorskip("gradio", reason="needs the extra: pip install 'dvar[studio]'")
-    root, uploads = tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("uploads")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library with one run."""
+    root = tmp_path_factory.mktemp("runs")
     write_run(root / "mug", generate_trace(steps=100), sampled_every=0)
-    patch = pytest.MonkeyPatch()
-    patch.setenv("GRADIO_TEMP_DIR", str(uploads))
-    from starlette.testclient import TestClient
+    return root
 
-    from dvar.studio.app import build_app
-    from dvar.studio.config import LOOPBACK
-    from dvar.studio.pages import Studio
 
-    app = build_app(Studio(root, {"mini": "mini"}), LOOPBACK, PASSWORD)
-    with TestClient(app, base_url="http://127.0.0.1") as opened:
-        vars(opened)["root"] = root
-        yield opened
-    patch.undo()
+@pytest.fixture(scope="module")
+def client(library: Path) -> Iterator[Any]:
+    """A client of a studio with a password, which runs in a process of its own: Gradio leaves event loops open."""
+    pytest.importorskip("gradio", reason="needs the extra: pip install 'dvar[studio]'")
+    httpx = pytest.importorskip("httpx")
+    password = library / ".password"
+    password.write_text(PASSWORD)
+    words = ["studio", str(library), "--port", "0", "--password_file", str(password)]
+    process = subprocess.Popen([sys.executable, "-m", "dvar", *words], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout
+        address = process.stdout.readline().split()[1]
+        with httpx.Client(base_url=address, timeout=300) as opened:
+            yield opened
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def log_in(client: Any) -> None:
@@ -100,6 +102,7 @@ def log_in(client: Any) -> None:
     assert answer.status_code == 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["/config", "/gradio_api/info", "/gradio_api/file=x"])
 def test_nothing_is_shown_before_the_password(client: Any, path: str) -> None:
     client.cookies.clear()
@@ -108,15 +111,16 @@ def test_nothing_is_shown_before_the_password(client: Any, path: str) -> None:
     assert wrong.status_code == 400
 
 
-def test_the_file_routes_give_away_no_file_of_the_machine_and_none_of_a_run(client: Any) -> None:
+@pytest.mark.slow
+def test_the_file_routes_give_away_no_file_of_the_machine_and_none_of_a_run(client: Any, library: Path) -> None:
     log_in(client)
-    root = client.root
-    for path in ("/etc/passwd", root / "mug" / "config.json", Path(__file__), "../../etc/passwd", root / "mug"):
+    for path in ("/etc/passwd", library / "mug" / "config.json", Path(__file__), "../../etc/passwd", library / "mug"):
         for route in ("/gradio_api/file=", "/gradio_api/file/", "/file="):
             answer = client.get(f"{route}{path}")
             assert answer.status_code in (403, 404), (route, path)
 
 
+@pytest.mark.slow
 def test_an_address_of_another_site_and_a_request_from_one_are_refused(client: Any) -> None:
     log_in(client)
     assert client.get("/config").status_code == 200
@@ -126,6 +130,7 @@ def test_an_address_of_another_site_and_a_request_from_one_are_refused(client: A
         assert answer.status_code == 403
 
 
+@pytest.mark.slow
 def test_the_browser_loads_nothing_from_elsewhere(client: Any) -> None:
     log_in(client)
     answer = client.get("/")
@@ -137,22 +142,27 @@ def test_the_browser_loads_nothing_from_elsewhere(client: Any) -> None:
     assert "fonts.googleapis.com" not in json.dumps(config.get("stylesheets"))
 
 
-def test_a_forged_upload_path_is_refused(client: Any, tmp_path: Path) -> None:
-    from dvar.errors import RefusedInput
-    from dvar.studio.pages import uploaded_files
+@pytest.mark.slow
+def test_a_forged_upload_path_is_refused(tmp_path: Path) -> None:
+    program = """
+import os, sys
+from pathlib import Path
+from dvar.errors import RefusedInput
+from dvar.studio.pages import uploaded_files
+uploads = Path(os.environ["GRADIO_TEMP_DIR"])
+assert uploaded_files(str(uploads / "a" / "image.png")) == [uploads / "a" / "image.png"]
+for path in ("/etc/passwd", f"{uploads}/../x", "../x", str(uploads)):
+    try:
+        uploaded_files([path])
+    except RefusedInput as error:
+        print(error)
+"""
+    environment = {**os.environ, "GRADIO_TEMP_DIR": str(tmp_path.resolve())}
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert process.stdout.count("a file must have been uploaded here") == 4, process.stderr
 
-    for path in ("/etc/passwd", str(tmp_path / "x"), "../x", f"{os.environ['GRADIO_TEMP_DIR']}/../x"):
-        with pytest.raises(RefusedInput, match="must have been uploaded"):
-            uploaded_files([path])
-    inside = Path(os.environ["GRADIO_TEMP_DIR"]) / "a" / "image.png"
-    assert uploaded_files(str(inside)) == [inside.resolve()]
 
-
+@pytest.mark.slow
 def test_passwords_cannot_be_guessed_at_will(client: Any) -> None:
-    from dvar.studio.app import LOGINS_PER_HOUR
-
-    answers = {
-        client.post("/login", data={"username": "dvar", "password": "guess"}).status_code
-        for _ in range(LOGINS_PER_HOUR + 1)
-    }
+    answers = {client.post("/login", data={"username": "dvar", "password": "guess"}).status_code for _ in range(21)}
     assert 429 in answers
