@@ -65,9 +65,9 @@ def environment(wheels: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
     run(python, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", wheels["dvar"])
     packages = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
     for name in list_needs("dvar") - {"dvar"}:  # copied from here, for tests use no network
-        found = distribution(name)
-        for top in {file.parts[0] for file in found.files or [] if ".." not in file.parts}:
-            source, target = Path(str(found.locate_file(top))), packages / top
+        package = distribution(name)
+        for top in {file.parts[0] for file in package.files or [] if ".." not in file.parts}:
+            source, target = Path(str(package.locate_file(top))), packages / top
             if source.is_dir():
                 shutil.copytree(source, target, dirs_exist_ok=True)
             elif source.is_file():

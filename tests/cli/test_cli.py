@@ -306,7 +306,7 @@ def test_an_interrupted_demo_says_what_to_type(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    ("started", "found", "name"),
+    ("started", "path", "name"),
     [
         ("/venv/bin/dvar", "/venv/bin/dvar", "dvar"),
         (".venv/bin/dvar", None, ".venv/bin/dvar"),
@@ -317,10 +317,10 @@ def test_an_interrupted_demo_says_what_to_type(tmp_path: Path, monkeypatch: pyte
     ],
 )
 def test_commands_to_type_start_as_this_one_did(
-    started: str, found: str | None, name: str, monkeypatch: pytest.MonkeyPatch
+    started: str, path: str | None, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", [started])
-    monkeypatch.setattr("dvar.cli.console.shutil.which", lambda _: found)
+    monkeypatch.setattr("dvar.cli.console.shutil.which", lambda _: path)
     assert program_name() == name
 
 
@@ -584,7 +584,7 @@ def test_export_writes_what_is_requested_and_refuses_what_is_missing(trained: Tr
     answer = dvar("export", trained.folder)
     assert (answer.status, answer.err) == (
         2,
-        "dvar: export needs --merged, --kohya or --push_to_hub, got none: name what to write\n",
+        "dvar: export needs --step, --merged, --kohya or --push_to_hub, got none: name what to write\n",
     )
     answer = dvar("export", trained.folder, "--kohya", tmp_path / "lora.safetensors")
     assert answer.status == 2

@@ -145,11 +145,11 @@ def test_an_unknown_setting_is_refused_with_the_nearest() -> None:
 @pytest.mark.parametrize("name", ["paper", "lean", "mini"])
 def test_a_low_cap_scales_the_steps_of_a_preset_and_leaves_what_was_given(name: str, method: str) -> None:
     """Half of the step that a straight line is stopped at, window / sqrt(threshold), halves each number of steps."""
-    config_type, given = PAPER_METHODS[method], {"preset": name, "instance_data_dir": "images", **REQUIRED[method]}
-    preset = configure(given, config_type)
+    config_type, values = PAPER_METHODS[method], {"preset": name, "instance_data_dir": "images", **REQUIRED[method]}
+    preset = configure(values, config_type)
     suited = math.ceil(preset.window / math.sqrt(preset.threshold))
     for cap in (MIN_RECORDS + 1, 60, suited // 2, suited - 1):
-        config, sentence = configure_to_cap({**given, "max_train_steps": cap}, config_type)
+        config, sentence = configure_to_cap({**values, "max_train_steps": cap}, config_type)
         assert (problems(config), rule.problems(config)) == ([], [])
         for setting in STEP_SETTINGS:
             exact = getattr(preset, setting) * cap / suited
@@ -159,11 +159,11 @@ def test_a_low_cap_scales_the_steps_of_a_preset_and_leaves_what_was_given(name: 
             preset, max_train_steps=cap
         )
     own = {"window": 30, "checkpointing_steps": 50}
-    config, sentence = configure_to_cap({**given, "max_train_steps": 60, **own}, config_type)
+    config, sentence = configure_to_cap({**values, "max_train_steps": 60, **own}, config_type)
     assert (config.window, config.checkpointing_steps) == (30, 50)
     assert "window" not in sentence.partition(":")[2]
     for others in ({}, {"max_train_steps": suited}, {"max_train_steps": 60, **dict.fromkeys(STEP_SETTINGS, 9)}):
-        values = {**given, **others}
+        values = {**values, **others}
         assert configure_to_cap(values, config_type) == (configure(values, config_type), "")
 
 
@@ -177,7 +177,7 @@ def test_a_cap_that_is_no_number_is_left_to_the_checks() -> None:
 
 def test_smoke_shortens_the_preset_of_the_model() -> None:
     for model, own in (("mini", "mini"), ("mini-flow", "mini-flow"), ("owner/model", "lean")):
-        given = {"pretrained_model_name_or_path": model}
-        smoke, whole = (configure({**given, "preset": name}, TextualInversionConfig) for name in ("smoke", own))
+        values = {"pretrained_model_name_or_path": model}
+        smoke, whole = (configure({**values, "preset": name}, TextualInversionConfig) for name in ("smoke", own))
         assert smoke == replace(whole, **preset_settings("smoke"), preset="smoke")
         assert (smoke.max_train_steps, smoke.resolution) == (20, whole.resolution)

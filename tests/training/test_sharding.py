@@ -177,7 +177,7 @@ def assert_half(folder: Path, device: str, precision: str, tolerance: float) -> 
         assert sharded["loss"] == pytest.approx(whole["loss"], rel=tolerance)
         assert sharded["gradients"] == pytest.approx(whole["gradients"], rel=100 * tolerance, abs=tolerance)
         for ours, theirs in zip(sharded["images"], whole["images"], strict=True):
-            assert max(abs(one - other) for one, other in zip(ours, theirs, strict=True)) <= levels
+            assert max(abs(left - right) for left, right in zip(ours, theirs, strict=True)) <= levels
         for part, learned in (("denoiser", whole["learned"]), ("towers", 0)):
             assert 0 < sharded[part] - learned < 0.55 * (whole[part] - learned)  # a weight is split by its rows
 

@@ -80,7 +80,7 @@ SIGNALS: Mapping[str, tuple[tuple[str, ...], Callable[[RecordedRun], tuple[Steps
 
 @dataclass(frozen=True)
 class ClockQuality:
-    """How well a clock tells from which step on runs memorise.
+    """The quality of a clock: how well it tells from which step on runs memorise.
 
     Attributes:
         name: The signal, or `CONSTANT_CLOCK`.

@@ -77,13 +77,13 @@ def _compare(result: TrainingResult, prompt: str, concept: str) -> int:
     places = choose_new_places(concept)
     images = generate_images(run, [f"{prompt} {place}" for place in places], range(len(places)))
     images_by_place = dict(zip(places, (image.path for image in images), strict=True))
-    shown = Demo(run, longer, measure_likeness(run, longer), images_by_place)
+    results = Demo(run, longer, measure_likeness(run, longer), images_by_place)
     curves = {"training loss": longer.trace.metric("train_loss")[1], "held loss": longer.trace.values}
     print()
-    for name, finding in shown.findings.items():
+    for name, finding in results.findings.items():
         curve = sparkline([float(loss) for loss in curves[name]], 40) if name in curves else ""
         print(f"{name:<15}{curve:<42}{finding}")
     for place, path in images_by_place.items():
         print(f"{place:<15}{path}")
-    print(f"{'on one page':<15}{write_demo(shown)}")
+    print(f"{'on one page':<15}{write_demo(results)}")
     return 0

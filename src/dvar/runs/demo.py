@@ -40,7 +40,7 @@ MAX_COLUMNS, ROWS = 8, 3
 
 @dataclass(frozen=True)
 class Demo:
-    """What the demo shows.
+    """The results that the demo shows.
 
     Attributes:
         run: The run that DVAR stopped.
@@ -80,7 +80,7 @@ class Demo:
 
     @property
     def findings(self) -> dict[str, str]:
-        """What the training loss, the held loss and the images show, by their names, in numbers of this very run."""
+        """The findings by what shows them: training loss, held loss and likeness, in numbers of this very run."""
         losses, held = self.trace.metric("train_loss")[1], self.trace.values
         first, at_stop, last = held[0], held[self.trace.steps <= self.stop][-1], held[-1]
         start, middle, end = (self.likeness[step] for step in (min(self.likeness), self.stop, max(self.likeness)))
@@ -95,8 +95,8 @@ class Demo:
 
 def choose_new_places(concept: str, count: int = 4) -> list[str]:
     """Return places, in words, that the images of a bundled concept do not show; at most five are shown."""
-    known = mini.places(concept)
-    return [words for name, words in PLACES.items() if name not in known][:count]
+    learned = mini.places(concept)
+    return [words for name, words in PLACES.items() if name not in learned][:count]
 
 
 def train_past_stop(run: RunFolder, consumers: Sequence[Callable[[StepRecord], None]] = ()) -> RunFolder:

@@ -85,7 +85,7 @@ class ProgressState:
 
     @property
     def doubt(self) -> str:
-        """Why the run goes on below the threshold; empty where it does not, or stops."""
+        """The reason why the run goes on below the threshold; empty where it does not, or stops."""
         if self.verdict is None or self.verdict.stop or self.verdict.reason not in CONDITION_REASONS:
             return ""
         return f"goes on: {self.verdict.reason}"
