@@ -163,8 +163,8 @@ def test_a_low_cap_scales_the_steps_of_a_preset_and_leaves_what_was_given(name: 
     assert (config.window, config.checkpointing_steps) == (30, 50)
     assert "window" not in sentence.partition(":")[2]
     for others in ({}, {"max_train_steps": suited}, {"max_train_steps": 60, **dict.fromkeys(STEP_SETTINGS, 9)}):
-        values = {**values, **others}
-        assert configure_to_cap(values, config_type) == (configure(values, config_type), "")
+        settings = {**values, **others}
+        assert configure_to_cap(settings, config_type) == (configure(settings, config_type), "")
 
 
 def test_a_cap_that_is_no_number_is_left_to_the_checks() -> None:
