@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from dvar import mini
+from dvar.analysis.eligibility import Eligibility
 from dvar.config.methods import PAPER_METHODS
 from dvar.config.presets import preset_settings
 from dvar.stopping.trace import Trace
@@ -62,6 +63,15 @@ def test_the_gates_that_ship_are_of_the_weights_that_were_recorded() -> None:
     ships = Path(mini.__file__).with_name("gate.json")
     assert json.loads(ships.read_text())["mini"]["sha256"] == json.loads(science.FROZEN.read_text())["recorded"]
     assert [*mini.gates()] == ["textual-inversion", "dreambooth-lora", "custom-diffusion"]
+
+
+def test_the_gate_of_the_model_that_ships_waits_for_its_recordings() -> None:
+    gate = json.loads(science.FROZEN.with_name("gate_of_the_panel.json").read_text())["mini"]
+    assert gate["sha256"] == json.loads(science.FROZEN.read_text())["mini"]["weights"]
+    assert [*gate["gates"]] == ["textual-inversion", "dreambooth-lora", "custom-diffusion"]
+    for figures in gate["gates"].values():
+        eligibility = Eligibility(**figures)
+        assert not (eligibility.failures or eligibility.roughness)
 
 
 def test_what_was_frozen_is_what_ships() -> None:
