@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo survey test test-all coverage check snapshots docs results setup clean
+.PHONY: help demo survey test test-all coverage check snapshots docs results setup locked clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -85,6 +85,11 @@ results: setup ## record runs, reproduce the paper's tables and figures, and wri
 	$(RUN)/dvar reproduce all
 	$(RUN)/python docs/build/results.py runs/laboratory
 	cp runs/laboratory/traces.npz docs/traces.npz
+
+locked: setup ## write locked.txt: the versions of constraints.txt, with the SHA-256 of each of their files
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(RUN)/uv pip compile constraints.txt --quiet --generate-hashes --no-deps --universal --python-version 3.11.5 \
+	  --no-annotate --custom-compile-command "make locked" --output-file locked.txt
 
 clean: ## remove .venv and all caches
 	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache .hypothesis
