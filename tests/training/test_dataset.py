@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
+from packaging.version import Version
 from PIL import Image
 
 from dvar.config.methods import CustomDiffusionConfig, TextualInversionConfig
@@ -195,7 +197,12 @@ def test_formats_that_photographs_do_not_come_in_are_not_opened(tmp_path: Path, 
         read_image(path.rename(tmp_path / "renamed.png"), 64)
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "RGB"])
+reads_its_ycbcr = pytest.mark.skipif(
+    Version(PIL.__version__) < Version("13"), reason="Pillow reads the TIFF of YCbCr that it writes from 13 on"
+)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", pytest.param("YCbCr", marks=reads_its_ycbcr), "RGB"])
 def test_every_common_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
     image = read_image(save_image(tmp_path, Image.new("RGB", (64, 64), WHITE).convert(mode), "image.tiff"), 64)
     assert (image.mode, image.getpixel((9, 9))) == ("RGB", WHITE)
