@@ -42,7 +42,7 @@ def list_findings(results: str) -> list[str]:
     times = ", ".join(
         f"{strategies[TUNED]['Speed-up'].removesuffix('×')} ({name})" for name, strategies in table.items()
     )
-    kept = ", ".join(
+    likeness = ", ".join(
         f"{mean(strategies[TUNED])} against {mean(strategies[CAP])} ({name})" for name, strategies in table.items()
     )
     ranked = [(row["Rule"], row["Octaves from the oracle"].partition(" ")[0]) for row in rules if row["Rule"] != ORACLE]
@@ -57,7 +57,7 @@ def list_findings(results: str) -> list[str]:
     return [
         "**Time.** Stopped by a DVAR whose settings were tuned on other concepts, training is so many times as fast as "
         f"up to the cap: {times}.",
-        f"**What it costs.** The likeness of the images (CLIP) at the stop and at the cap is {kept}.",
+        f"**What it costs.** The likeness of the images (CLIP) at the stop and at the cap is {likeness}.",
         f"**Ranking.** By the distance of their stops from the best step, in doublings of the steps, lead {ranking}; "
         f"{here}, and the best constant number of steps has {constant}.",
         f"**Against a constant.** {comparison[1]} ({concepts[1]} concepts, {concepts[2]} seed each.)",
