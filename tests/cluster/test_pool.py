@@ -121,6 +121,32 @@ def test_a_worker_that_dies_between_two_tasks_costs_none(tmp_path: Path) -> None
     worker.close()
 
 
+class Unplaced(LocalWorker):
+    """A worker whose cluster has no room for it and answers slowly."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.asked, self.closed = threading.Event(), threading.Event()
+
+    def ready(self, seconds: float) -> bool:
+        self.asked.set()
+        self.closed.wait()
+        threading.Event().wait(0.2)
+        return False
+
+    def close(self) -> None:
+        self.closed.set()
+
+
+def test_no_thread_asks_a_cluster_after_the_end_of_the_pool(tmp_path: Path) -> None:
+    before, unplaced = {*threading.enumerate()}, Unplaced("unplaced")
+    with Pool([LocalWorker("placed"), unplaced]) as pool:
+        pool.submit(scripted_task(tmp_path, "task"))
+        assert [event.kind for event in pool.events() if event] == ["started", "done"]
+        assert unplaced.asked.wait(10)
+    assert {*threading.enumerate()} <= before
+
+
 @pytest.mark.parametrize("where", ["events", "consumer"])
 def test_an_interruption_asks_the_running_task_to_save_and_starts_no_more(tmp_path: Path, where: str) -> None:
     kinds: list[tuple[str, str]] = []

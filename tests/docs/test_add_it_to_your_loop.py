@@ -44,7 +44,7 @@ def ray_on_one_core(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 
     # Ray starts its workers with a niceness of 15: on a busy machine the trial would never begin.
     monkeypatch.setenv("RAY_worker_niceness", "0")
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, configure_logging=False)
     yield
     ray.shutdown()
 

@@ -80,6 +80,15 @@ def test_each_folder_of_a_folder_is_a_job_with_the_noun_beside_it(
     assert {job.config.class_noun for job in jobs if isinstance(job.config, CustomDiffusionConfig)} == {"mug"}
 
 
+def test_a_low_cap_scales_what_counts_steps(tmp_path: Path, concepts: Path) -> None:
+    images = {"instance_data_dir": str(concepts / "mug"), "initializer_token": "mug"}
+    tables: list[dict[str, Any]] = [{"id": "short", "max_train_steps": 60, **images}, {"id": "whole", **images}]
+    short, whole = read_jobs(tables, BatchConfig(output_dir=str(tmp_path)))
+    assert (short.config.window, whole.config.window) == (23, 200)  # 200 · 60 / ceil(200 / √0.15)
+    assert "scaled to 60: window 23 instead of 200" in short.scaled
+    assert not whole.scaled
+
+
 def test_paths_do_not_depend_on_where_a_worker_runs(
     concepts: Path, shared: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

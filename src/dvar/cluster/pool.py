@@ -15,6 +15,8 @@ from dvar.cluster.task import ENDS, Report, TaskEvent, Worker, WorkerTask
 
 POLL_SECONDS = 1.0
 """Seconds after which a worker that waits for a place on a cluster looks whether it is still needed."""
+END_SECONDS = 10.0
+"""Seconds to wait at the end for a thread that talks to a cluster which does not answer."""
 
 
 @dataclass
@@ -74,6 +76,8 @@ class Pool:
             self._waiting.put(None)
         for worker in self.workers:
             worker.close()
+        for thread in self._threads:  # one that asked a cluster after its end would join the next one, and die with it
+            thread.join(END_SECONDS)
 
     @property
     def running(self) -> list[str]:

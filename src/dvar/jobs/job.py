@@ -26,11 +26,13 @@ class Job:
         id: Its name in the batch.
         config: The settings of the run; ``output_dir`` is its folder, or the URL of one.
         checkpoints: The checkpoints that it leaves.
+        scaled: What was scaled to a low cap, as a sentence; empty where nothing was.
     """
 
     id: str
     config: TrainingConfig
     checkpoints: Checkpoints = "none"
+    scaled: str = ""
 
     @cached_property
     def digest(self) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import dvar.config.training as training_config
 from dvar.config.fields import canonical_settings, read_settings
-from dvar.config.presets import configure
+from dvar.config.presets import configure_to_cap
 from dvar.config.training import BUNDLED_MODEL, TrainingConfig
 from dvar.errors import RefusedInput
 from dvar.files import read_text
@@ -67,7 +67,7 @@ def read_jobs(source: str | Path | Sequence[Table], config: BatchConfig) -> list
         except RefusedInput as refused:
             for problem in refused.problems:
                 jobs_by_problem.setdefault(problem, []).append(str(table.get("id") or number + 1))
-    problems = [f"{name}, job {_list_some(labels)}: {problem}" for problem, labels in jobs_by_problem.items()]
+    problems = [f"{name}, job {list_some(labels)}: {problem}" for problem, labels in jobs_by_problem.items()]
     problems += _duplicate_problems(jobs)
     if not tables:
         problems.append(f"{name} must hold at least one job, got none: add a table [[job]], a line or a folder")
@@ -76,7 +76,7 @@ def read_jobs(source: str | Path | Sequence[Table], config: BatchConfig) -> list
     return jobs
 
 
-def _list_some(labels: Sequence[str]) -> str:
+def list_some(labels: Sequence[str]) -> str:
     """Return the first of many labels, and how many others there are."""
     return ", ".join(labels[:3]) + (f" and {len(labels) - 3} more" if len(labels) > 3 else "")
 
@@ -154,12 +154,12 @@ def _build_job(table: Table, shared: Table, config: BatchConfig) -> Job:
         problems.append(f"id must be letters, digits, '.', '_' and '-', got {name!r}: give another")
     values.setdefault("output_dir", f"{config.output_dir.rstrip('/')}/{name}")
     limit = {} if config.checkpoints == "all" else {"checkpoints_total_limit": 1}
-    run = configure({**values, **limit}, config_type)
+    run, scaled = configure_to_cap({**values, **limit}, config_type)
     problems += [*training_config.problems(run), *rule.problems(run), *_folder_problems(run)]
     problems += pack_fit.problems(run) if config.pack > 1 else []
     if problems:
         raise RefusedInput(problems)
-    return Job(name, _with_whole_paths(run), config.checkpoints)
+    return Job(name, _with_whole_paths(run), config.checkpoints, scaled)
 
 
 def _name_noun(settings: Table, config_type: type[TrainingConfig]) -> dict[str, Any]:
