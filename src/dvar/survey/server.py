@@ -74,7 +74,8 @@ def serve_survey(folder: str | Path, config: SurveyServeConfig, notify: Callable
         limiter = RateLimiter(config.joins_per_hour) if config.public_url else None
         own_host = None if config.host in LOOPBACK else config.host
         app = create_app(folder, survey, secret, config.public_url, own_host, limiter)
-        settings = uvicorn.Config(app, log_level="warning", access_log=False, **connection_options())
+        # Without a log_config it leaves the process's own logging as it is, and closes no handler of others.
+        settings = uvicorn.Config(app, log_config=None, log_level="warning", access_log=False, **connection_options())
         port = socket.getsockname()[1]
         host = f"[{config.host}]" if ":" in config.host else config.host
         base = (config.public_url or f"http://{host}:{port}").rstrip("/")
