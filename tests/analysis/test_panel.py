@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_record import compute_oracle_step, write_fake_record
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dvar.analysis.panel import (
@@ -185,7 +185,6 @@ def test_the_p_of_many_differences_is_drawn() -> None:
     assert np.isnan(sign_flip_p([]))
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(-5, 5).map(lambda value: round(value, 3)), min_size=1, max_size=8), st.sampled_from([-1, 8]))
 def test_the_p_does_not_change_with_sign_or_unit(values: list[float], factor: float) -> None:
     assert sign_flip_p([factor * value for value in values]) == pytest.approx(sign_flip_p(values))

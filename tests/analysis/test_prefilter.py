@@ -44,7 +44,7 @@ def falling_trace(seed: int, gap: int, level: float, jitter: float) -> Trace:
     return trace
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(
     seed=st.integers(0, 2**16),
     gap=st.sampled_from([1, 3]),

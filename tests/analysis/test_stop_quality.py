@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_record import GAIN, START, compute_oracle_step, write_fake_record
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dvar.analysis.stop_quality import (
@@ -70,7 +70,6 @@ def test_noise_alone_is_no_learning() -> None:
     assert np.mean(learned) <= 0.1
 
 
-@settings(deadline=None)
 @given(st.floats(0.1, 10), st.floats(-5, 5), st.floats(20, 200))
 def test_q_and_oracle_do_not_depend_on_the_scores_scale_and_origin(scale: float, shift: float, learned: float) -> None:
     values = rising_scores(STEPS, learned)
@@ -115,7 +114,6 @@ def test_a_run_that_gains_nothing_has_no_oracle(end: float) -> None:
     assert np.isnan(curve.gain_at(20))
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=20))
 def test_an_oracle_is_a_step_of_the_run_or_none(values: list[float]) -> None:
     curve = LearningCurve.from_scores(np.arange(len(values)), values)

@@ -316,7 +316,6 @@ def test_random_commands_on_damaged_files_end_in_a_line_each(
     @settings(
         max_examples=CASES,
         database=None,
-        deadline=None,
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )

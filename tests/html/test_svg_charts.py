@@ -23,7 +23,6 @@ def _read_points(svg: str) -> list[list[tuple[int, int]]]:
     return [[(int(x), int(y)) for x, y in piece] for piece in pairs]
 
 
-@settings(deadline=None)
 @given(low=numbers, width=st.floats(1e-7, 1e6))
 def test_linear_ticks_lie_within_the_scale_and_are_neither_few_nor_many(low: float, width: float) -> None:
     scale = Scale(low, low + max(width, 1e-6 * abs(low)))
@@ -44,7 +43,6 @@ def test_labels_have_the_decimals_that_distinguish_neighbours() -> None:
     assert re.findall(r">([\d.]+)</text>", svg) == ["0.0426", "0.0428", "0.0430", "0.0432"]
 
 
-@settings(deadline=None)
 @given(values=st.lists(st.floats(0.01, 1e6), min_size=1), log=st.booleans())
 def test_a_scale_covers_all_its_values(values: list[float], log: bool) -> None:
     places = Scale.around(values, log=log).place(values)
@@ -73,7 +71,7 @@ def test_a_curve_of_nothing_is_empty() -> None:
     assert _read_points(curve(Scale(0, 1), Scale(0, 1), [], [], "a")) == []
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 1000), count=st.integers(2 * COLUMNS + 1, 9000))
 def test_a_long_curve_is_thinned_but_keeps_its_ends_and_extremes(seed: int, count: int) -> None:
     values = np.random.default_rng(seed).uniform(0, 1, count)

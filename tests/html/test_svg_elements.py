@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html.parser import HTMLParser
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from markupsafe import Markup
 
@@ -31,7 +31,6 @@ class _Parser(HTMLParser):
         self.text += data
 
 
-@settings(deadline=None)
 @given(content=text, title=text)
 def test_text_and_attributes_come_back_as_they_were_and_never_become_markup(content: str, title: str) -> None:
     parser = _Parser(element("text", content, title=title))

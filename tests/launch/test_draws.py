@@ -25,7 +25,7 @@ DRAW_TIMESTEPS: dict[str, Callable[[int], Tensor]] = {
 }
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(length=st.integers(1, 5), samples=st.integers(1, 9), seed=st.integers(0, 99))
 def test_each_entry_falls_once_into_each_stratum_and_all_together_into_finer_ones(
     length: int, samples: int, seed: int

@@ -31,7 +31,7 @@ seeds = st.integers(0, 2**32 - 1)
 
 
 @given(seeds)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_seed_gives_one_image_and_its_silhouette(seed: int) -> None:
     first, second = (
         (sample_subject(rng), sample_scene(rng)) for rng in (np.random.default_rng(seed), np.random.default_rng(seed))
@@ -70,7 +70,7 @@ def test_every_class_shows_all_of_its_colours(noun: str) -> None:
 
 @given(seeds)
 @example(1_897_479_823)  # a black and white teddy in a black and white picture
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_caption_is_true_of_its_image_and_of_no_contrary_one(seed: int) -> None:
     rng = np.random.default_rng(seed)
     subject, scene = sample_subject(rng), sample_scene(rng)

@@ -84,7 +84,7 @@ def test_watching_ends_and_changes_nothing() -> None:
     assert torch.equal(draws().predict(unet), before)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(hardened=st.floats(30, 3000), bound=st.floats(0.5, 6))
 def test_no_head_rises_above_the_bound_and_none_stays_hard(hardened: float, bound: float) -> None:
     unet = network(hardened)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_record import write_fake_record
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -81,7 +81,6 @@ values = st.one_of(st.floats(1e-9, 1), st.integers(1, 64), st.text("a/,= é", ma
 changes = st.dictionaries(st.sampled_from(["a", "b", "c"]), values, max_size=3)
 
 
-@settings(deadline=None)
 @given(changes, changes)
 def test_different_settings_have_different_names(first: dict[str, Any], second: dict[str, Any]) -> None:
     texts = [{name: str(value) for name, value in sorted(each.items())} for each in (first, second)]

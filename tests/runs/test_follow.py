@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dvar import Dvar, RefusedInput, Trace
@@ -78,7 +78,6 @@ def list_verdicts(events: Iterable[FollowedLog]) -> list[Verdict]:
 # --- growth ---------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 400), max_size=12))
 def test_the_verdicts_are_those_of_the_live_run_whatever_was_written_between_two_looks(
     tmp_path_factory: pytest.TempPathFactory, cuts: list[int]

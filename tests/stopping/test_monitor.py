@@ -63,7 +63,7 @@ def test_it_gives_the_verdict_of_a_loop_written_by_hand(tmp_path: Path, every: i
     assert monitor.trace.records == trace.records == Trace.read(monitor.path).records
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(killed=st.integers(1, 30), distance=st.integers(0, 10), every=st.sampled_from([1, 2]))
 def test_a_run_killed_anywhere_and_resumed_anywhere_before_stops_as_if_nothing_had_happened(
     tmp_path_factory: pytest.TempPathFactory, killed: int, distance: int, every: int

@@ -213,7 +213,7 @@ def stop_at_every_step(tau: int, late: int, window: int, threshold: float) -> in
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     tau=st.sampled_from([60, 100, 200, 400, 1000, 10**6]),
     late=st.sampled_from([0, 0, 100, 400]),

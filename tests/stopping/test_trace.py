@@ -194,7 +194,7 @@ def test_a_header_that_is_no_json_of_this_format_is_refused(header: dict[str, An
 # --- on disk --------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows)
 def test_a_trace_survives_its_file_to_the_last_bit(tmp_path: Path, records: list[Any]) -> None:
     trace, path = build_trace(records), tmp_path / "trace.jsonl"

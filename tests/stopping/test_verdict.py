@@ -355,7 +355,7 @@ def test_nothing_is_diagnosed_before_the_window_is_full_or_after_a_nan() -> None
     assert judge_curve(lambda step: math.nan, cap=400).diagnoses == ()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(power=st.integers(-400, 400), shape=st.sampled_from(["line", "slow", "noise", "spike"]))
 def test_diagnoses_do_not_depend_on_the_scale(power: int, shape: str) -> None:
     curves: dict[str, Callable[[int], float]] = {
@@ -386,7 +386,6 @@ def test_diagnoses_are_those_of_the_step_of_the_verdict() -> None:
 # --- JSON -----------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(), min_size=1, max_size=30))
 def test_a_verdict_survives_json(values: list[float]) -> None:
     trace = Trace()

@@ -47,7 +47,7 @@ def test_wilsons_ends_are_the_shares_at_which_a_score_test_just_rejects(count: i
     assert interval.low <= hits / count <= interval.high
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 400), st.floats(0.5, 0.999), st.data())
 def test_wilsons_interval_equals_scipys(count: int, confidence: float, data: st.DataObject) -> None:
     stats = pytest.importorskip("scipy.stats", reason="needs the extra: pip install 'dvar[lab]'")
@@ -117,7 +117,7 @@ def test_davidson_without_an_effect_of_the_side_has_its_closed_form() -> None:
 counts = st.tuples(st.integers(1, 40), st.integers(1, 40))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(counts, counts, counts)
 def test_the_fitted_strength_maximises_the_likelihood(better, equal, worse) -> None:  # type: ignore[no-untyped-def]
     votes, on_left = cast_votes(better, equal, worse)
@@ -197,7 +197,7 @@ def test_without_a_maximum_of_the_likelihood_there_is_no_strength(votes) -> None
     assert fit_davidson(*cast_votes(*votes)) is None
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.lists(st.sampled_from([1, 0, -1, None, None]), min_size=6, max_size=6), min_size=2, max_size=6))
 def test_alpha_equals_another_librarys(rows: list[list[int | None]]) -> None:
     ours = np.array([[MISSING if value is None else value for value in row] for row in rows], np.int64)
