@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from dvar.stopping.diagnosis import Reason
-from dvar.stopping.rules import AnyOf, Dvar, FixedSteps
+from dvar.stopping.rules import AnyOf, Dvar, FixedSteps, Rule
 from dvar.stopping.trace import Trace
 from dvar.stopping.verdict import Verdict
 
@@ -40,12 +40,19 @@ def falling_loss(step: int) -> float:
 
 
 def generate_trace(
-    loss: Callable[[int], float] = falling_loss, steps: int = 1000, probe_every: int = 1, seed: int = 0
+    loss: Callable[[int], float] = falling_loss,
+    steps: int = 1000,
+    probe_every: int = 1,
+    seed: int = 0,
+    rule: Rule | None = None,
 ) -> Trace:
-    """Return the trace of a run whose L_det follows ``loss`` until the rule of `CONFIG` stops it or its steps end."""
+    """Return the trace of a run whose L_det follows ``loss`` until ``rule`` stops it or its steps end.
+
+    The rule is that of `CONFIG` by default.
+    """
     rng = np.random.default_rng(seed)
     level = np.array([0.2 + 3.0 * np.exp(-timestep / 200) for timestep in TIMESTEPS])
-    trace, rule = Trace({"timesteps": list(TIMESTEPS)}), _build_rule()
+    trace, rule = Trace({"timesteps": list(TIMESTEPS)}), rule or _build_rule()
     for step in range(steps + 1):
         probed = step % probe_every == 0
         jitter = 1 + 2e-4 * rng.standard_normal(len(TIMESTEPS))

@@ -17,8 +17,9 @@ GUIDES = (
     "docs/concepts/glossary.md",
 )
 WRAPPED = sorted({*GUIDES, "LOG.md", "README.md", *(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md"))})
-# This one is generated, a paragraph a line.
-WRAPPED = [page for page in WRAPPED if page != "docs/results.md"]
+# These are generated, a paragraph a line; those that the site's build writes are there after it.
+WRAPPED = [page for page in WRAPPED if page not in ("docs/results.md", "docs/reference/commands.md")]
+WRAPPED = [page for page in WRAPPED if not page.startswith("docs/notebooks/")]
 PACKAGE = ROOT / "src" / "dvar"
 
 

@@ -17,6 +17,7 @@ else:
     import fcntl
 
 LOCK = ".lock"
+_ATTEMPTS = 100
 
 
 @contextmanager
@@ -27,7 +28,6 @@ def lock_folder(folder: Path) -> Iterator[None]:
         FolderInUse: Another process holds it.
     """
     missing = next((parent for parent in (folder, *folder.parents) if parent.exists()), folder)
-    folder.mkdir(parents=True, exist_ok=True)
     try:
         with lock_path(folder / LOCK, folder):
             yield
@@ -79,7 +79,7 @@ def read_holder(path: Path) -> int | None:
 def _open_locked(path: Path, written: Path) -> IO[str]:
     """Return the open file of a lock that this process now holds."""
     while True:
-        lock = path.open("a+", encoding="utf-8")
+        lock = _open(path)
         try:
             _lock(lock)
         except OSError as error:
@@ -95,6 +95,15 @@ def _open_locked(path: Path, written: Path) -> IO[str]:
                 lock.truncate(0)
                 return lock
         lock.close()
+
+
+def _open(path: Path) -> IO[str]:
+    """Open the file of a lock in its folder, which others who hold the lock in turn may remove and make again."""
+    for _ in range(_ATTEMPTS):
+        with suppress(FileNotFoundError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return path.open("a+", encoding="utf-8")
+    return path.open("a+", encoding="utf-8")
 
 
 def _lock(file: IO[str]) -> None:

@@ -37,11 +37,25 @@ def test_the_count_is_that_of_the_steps_that_are_due() -> None:
     assert count_due(PerOctave(1), 64) == 8
 
 
+def test_a_cadence_may_begin_late() -> None:
+    # From 32 on, six times an octave: 32 · 2^(k / 6), rounded up.
+    due = [step for step in range(130) if is_due(PerOctave(6, first=32), step)]
+    assert due == [0, 32, 36, 41, 46, 51, 58, 64, 72, 81, 91, 102, 115, 128]
+    assert [step for step in range(20) if is_due(PerOctave(1, first=5), step)] == [0, 5, 8, 16]
+
+
 def test_cadences_in_words() -> None:
     assert (format_cadence(10), format_cadence(PerOctave(16))) == ("every 10", "16 times an octave")
+    assert format_cadence(PerOctave(6, first=32)) == "6 times an octave from step 32 on"
 
 
 @pytest.mark.parametrize("count", [0, -1, 1.5, True])
 def test_no_measurement_is_no_cadence(count: float) -> None:
     with pytest.raises(RefusedInput, match="1 or more measurements an octave, got"):
         PerOctave(count)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("first", [-1, 1.5, True])
+def test_a_cadence_begins_at_a_step(first: float) -> None:
+    with pytest.raises(RefusedInput, match="begins at a step, 0 or more, got"):
+        PerOctave(6, first)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -286,6 +287,15 @@ def test_arrivals_from_one_address_are_limited_and_raters_continue(place: Place)
     assert third.http.get("/task").url.path == "/"
     unlimited = create_app(place.folder, place.survey, KEY)
     assert all(Visitor(unlimited).begin().hidden for _ in range(3))
+
+
+def test_the_logging_of_the_process_stays_as_it_is(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uvicorn.Server, "run", lambda *_, **__: None)
+    closed: list[str] = []
+    handler = logging.NullHandler()
+    monkeypatch.setattr(handler, "close", lambda: closed.append("closed"))
+    serve_survey(place.folder, SurveyServeConfig(port=0), lambda _: None)
+    assert not closed
 
 
 @pytest.mark.parametrize(("public_url", "limit"), [(None, None), ("https://survey.example.org", 7)])

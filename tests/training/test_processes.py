@@ -39,7 +39,7 @@ def test_two_processes_train_the_run_of_one(tiny_model: Path, tiny_images: Path,
 def test_a_process_that_is_killed_ends_the_run_which_resumes_on_another_number(
     lost: int, tiny_model: Path, tiny_images: Path, tmp_path: Path
 ) -> None:
-    settings = {"max_train_steps": 150, "validation_steps": 50, "threshold": 1e-9}
+    settings = {"max_train_steps": 60, "validation_steps": 50, "threshold": 1e-9}
     words = flags(tiny_model, tiny_images, tmp_path / "lost", **settings)
     processes = start_processes(words, 2)
     wait_for(tmp_path / "lost" / "checkpoint-4" / "manifest.json", processes[0])

@@ -12,6 +12,7 @@ import numpy as np
 from dvar.analysis.families import FAMILIES, StrategyFamily
 from dvar.analysis.prefilter import Prefilter
 from dvar.analysis.stop_quality import LearningCurve
+from dvar.config.presets import OCTAVE as OCTAVE_SETTINGS
 from dvar.config.presets import preset_settings
 from dvar.config.training import BUNDLED_MODELS
 from dvar.errors import RefusedInput
@@ -19,7 +20,7 @@ from dvar.recordings.archive import RecordingArchive
 from dvar.recordings.mixture import base_model_problems, group_runs, name_groups, name_some
 from dvar.recordings.panel import PRESET, PROTOCOL, name_variation
 from dvar.recordings.recorded_run import CHOOSE, Floats, RecordedRun, Steps
-from dvar.stopping.octave import Octave
+from dvar.stopping.octave import FIRST_STEP, Octave
 from dvar.stopping.rules import Dvar, Rule
 from dvar.stopping.trace import LOSS, Trace
 
@@ -31,8 +32,9 @@ PERFECT = "perfect rule"
 REGISTERED = (OCTAVE, OCTAVE_CHEAP, CONSTANT, CORRECTED, DVAR_PRESET, DVAR_TUNED, TREND_TUNED)
 LATER = (DVAR_STRATIFIED,)
 """Rules that the protocol does not name; nothing is claimed of them."""
-CHEAP_DRAWS, CHEAP_FIRST, CHEAP_PER_OCTAVE = 16, 32, 6
-"""What octave reads where it must be cheap: so many draws, from which step on, and how often in an octave."""
+CHEAP_DRAWS, CHEAP_PER_OCTAVE = OCTAVE_SETTINGS["eval_batch_size"][0], OCTAVE_SETTINGS["probes_per_octave"][0]
+CHEAP_FIRST = FIRST_STEP // 2
+"""What octave reads where it must be cheap: so many draws, how often in an octave, and from which step on."""
 MIN_LENGTH = 4.0
 """Oracles that a run should be long."""
 _TUNED = {DVAR_TUNED: ("DVAR", LOSS), DVAR_STRATIFIED: ("DVAR", STRATIFIED), TREND_TUNED: ("Trend", LOSS)}

@@ -248,7 +248,8 @@ def configure(values: Mapping[str, Any], config_type: type[C]) -> C:
     """Return the config of a run: ``values`` over the preset over the defaults.
 
     Without a ``preset`` in ``values`` it is that of the bundled model, "mini" or "mini-flow", and "lean" for any other
-    model; methods of other packages have none. "smoke" stands over that preset of the model. The config keeps the name.
+    model; methods of other packages have none. "smoke" stands over that preset of the model, and what the rule octave
+    needs over any. The config keeps the name.
     Ranges are not checked here: `dvar.config.training.problems`.
 
     Args:
@@ -261,6 +262,15 @@ def configure(values: Mapping[str, Any], config_type: type[C]) -> C:
     named, preset = _split_settings(values, config_type)
     return config_type(**{**preset, **named})
 
+
+OCTAVE: Mapping[str, tuple[Any, str]] = MappingProxyType(
+    {
+        "probes_per_octave": (6, "its cheap form in the panel (docs/protocol.md)"),
+        "eval_batch_size": (16, "as above"),
+        "eval_timesteps": STRATIFIED,
+    }
+)
+"""What the rule octave has in place of the settings of a preset: value and source."""
 
 STEP_SETTINGS = ("window", "probe_every", "validation_steps", "checkpointing_steps")
 """The settings that count steps of a run and are scaled to a low cap, the window first."""
@@ -287,10 +297,11 @@ def configure_to_cap(values: Mapping[str, Any], config_type: type[C]) -> tuple[C
     suited = math.ceil(preset["window"] / math.sqrt(preset["threshold"]))
     if not MIN_RECORDS < cap < suited:
         return config, ""
+    of_another_rule = ("window", "probe_every") if config.rule == "octave" else ()
     scaled = {
         name: max(MIN_RECORDS if name == "window" else 1, getattr(config, name) * cap // suited)
         for name in STEP_SETTINGS
-        if name not in named
+        if name not in named and name not in of_another_rule
     }
     if not scaled:
         return config, ""
@@ -312,4 +323,8 @@ def _split_settings(values: Mapping[str, Any], config_type: type[C]) -> tuple[di
     settings = preset_settings(name or own, method)
     if name == SMOKE:
         settings = {**preset_settings(own, method), **settings}
+    if named.get("rule") == "octave":
+        settings |= {setting: value for setting, (value, _) in OCTAVE.items()}
+        if "probe_every" in named:
+            del settings["probes_per_octave"]
     return {**named, "preset": name or own}, settings

@@ -22,6 +22,8 @@ from dvar.config.fields import (
 )
 from dvar.config.objective import ObjectiveConfig, objective_conflicts
 from dvar.config.templates import PLAIN_PROMPTS, TEMPLATES
+from dvar.stopping.cadence import PerOctave, is_due
+from dvar.stopping.octave import FIRST_STEP, MIN_OCTAVE_RECORDS
 
 BUNDLED_MODEL, FLOW_MODEL = "mini", "mini-flow"
 BUNDLED_MODELS = {BUNDLED_MODEL: "the bundled model", FLOW_MODEL: "mini-flow, the second bundled model"}
@@ -133,7 +135,18 @@ class TrainingConfig(ObjectiveConfig):
     )
     seed: int = setting(0, "Seed of all randomness.", SEED)
 
-    probe_every: int = setting(1, "Steps between two evaluations of the held batch.", COUNT, section="Stopping")
+    rule: Literal["dvar", "paper", "octave"] = setting(
+        "dvar",
+        "Rule that ends the run: 'dvar', 'paper' (DVAR without its doubts), or 'octave', which takes no window.",
+        section="Stopping",
+    )
+    probe_every: int = setting(1, "Steps between two evaluations of the held batch.", COUNT)
+    probes_per_octave: int | None = setting(
+        None,
+        f"Evaluations in each doubling of the steps from step {FIRST_STEP // 2} on, in place of --probe_every; for the "
+        "rule octave.",
+        Range(MIN_OCTAVE_RECORDS, most=64),
+    )
     eval_batch_size: int = setting(8, "Inputs in the held batch.", BATCH)
     eval_timesteps: Literal["uniform", "stratified"] = setting(
         "uniform", "Timesteps of the held batch: each drawn from all, or one from each of as many equal parts of them."
@@ -243,6 +256,18 @@ class TrainingConfig(ObjectiveConfig):
     def pivot_step(self) -> int:
         """The step after which the new word is frozen, and from which the rule judges; 0 where it is never frozen."""
         return 0
+
+    @property
+    def earliest_stop(self) -> int:
+        """The step before which the rule cannot end the run, counted from the one from which it judges."""
+        return FIRST_STEP if self.rule == "octave" else self.window
+
+    def is_probed(self, step: int) -> bool:
+        """Return whether the held batch is evaluated at ``step``; at the cap it always is."""
+        if self.probes_per_octave is None:
+            return step % self.probe_every == 0 or step == self.max_train_steps
+        since = step - self.pivot_step if step > self.pivot_step else step
+        return is_due(PerOctave(self.probes_per_octave, FIRST_STEP // 2), since) or step == self.max_train_steps
 
     @property
     def plain_prompt(self) -> str:
@@ -357,12 +382,13 @@ def _clip_conflicts(config: TrainingConfig) -> Conflicts:
     if config.clip_model and not uses:
         message = f"clip_model is for initializer clip or best_by clip, got {config.clip_model!r} with neither: drop it"
         yield {*choices, "clip_model"}, message
-    # The rule cannot stop within its window, so a trained step is always scored before it does.
-    if config.best_by == "clip" and config.validation_steps > config.window:
-        message = f"validation_steps must be at most the window ({config.window}) where best_by is clip, since samples"
+    # A trained step must be scored before the rule can stop.
+    if config.best_by == "clip" and config.validation_steps > config.earliest_stop:
+        bound = "the first stop" if config.rule == "octave" else "the window"
+        message = f"validation_steps must be at most {bound} ({config.earliest_stop}) where best_by is clip, since"
         yield (
-            {"best_by", "validation_steps", "window"},
-            f"{message} are scored, got {config.validation_steps}: lower it",
+            {"best_by", "validation_steps", "window", "rule"},
+            f"{message} samples are scored, got {config.validation_steps}: lower it",
         )
 
 

@@ -170,7 +170,7 @@ def _plot(demo: Demo, steps: np.ndarray, losses: np.ndarray, class_: str, label:
     """Return a chart of losses with the stop."""
     x, y = Scale(0.0, max(demo.longer.steps, 1) * 1.03), Scale.around(losses, room=0.16)
     named = class_ == "signal"
-    window = svg_charts.band(x, demo.stop - demo.run.config["window"], demo.stop, "window")
+    window = svg_charts.band(x, demo.stop - demo.run.window_at(demo.stop), demo.stop, "window")
     stop = svg_charts.upright(x, demo.stop, "stop", f"stop {demo.stop}" if named else None)
     return svg_charts.panel(
         x, y, [window, stop, svg_charts.curve(x, y, steps, losses, class_)], label=label, steps=named

@@ -16,12 +16,14 @@ from dvar.errors import RefusedInput
 from dvar.files import read_json
 from dvar.runs.config import ALL_RULES, ReplayConfig
 from dvar.stopping.rule import build_rule
-from dvar.stopping.rules import RULES, Dvar, Rule, schedule_problems
+from dvar.stopping.rules import RULES, Rule, schedule_problems
 from dvar.stopping.trace import LOSS, Trace
 from dvar.stopping.verdict import Verdict
 from dvar.training.run_layout import CONFIG
 
-_OWN_SETTINGS = {"window": int, "threshold": float, "probe_every": int}
+_MEASURED = frozenset(("total_var", "octave_gain"))
+"""What a verdict of DVAR, and one of octave, holds once there is something to measure."""
+_OWN_SETTINGS = {"rule?": str, "window": int, "threshold": float, "probe_every": int}
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,13 @@ class ReplayOutcome:
 
 
 def read_own_settings(log: Path) -> dict[str, Any]:
-    """Return window and threshold of the run whose folder, or whose trace, ``log`` is; none of any other log."""
+    """Return rule, window and threshold of the run whose folder or trace ``log`` is; none of any other log."""
     try:
         settings = read_json((log if log.is_dir() else log.parent) / CONFIG, _OWN_SETTINGS)
     except (OSError, ValueError):
         return {}
-    return {name: settings[name] for name in ("window", "threshold")}
+    own = {name: settings[name] for name in ("window", "threshold")}
+    return {**own, "rule": (settings["rule"],)} if "rule" in settings else own
 
 
 def build_rules(config: ReplayConfig) -> dict[str, Rule]:
@@ -125,10 +128,10 @@ def name_curve(trace: Trace) -> str:
     return str(trace.header.get("log", {}).get("metric", "L_det"))
 
 
-def compute_ratios(trace: Trace, rule: Dvar) -> NDArray[np.float64]:
-    """Return DVAR's ratio after each evaluation of ``trace``, shape (evaluations,); nan where it had none yet."""
+def compute_ratios(trace: Trace, rule: Rule) -> NDArray[np.float64]:
+    """Return the ratio of DVAR or octave after each evaluation of ``trace``, [evaluations]; nan where there is none."""
     metrics = (verdict.metrics for verdict in replay_rule(trace, rule))
-    return np.array([values["ratio"] if "total_var" in values else np.nan for values in metrics])
+    return np.array([np.nan if _MEASURED.isdisjoint(values) else values.get("ratio", np.nan) for values in metrics])
 
 
 def _judge(name: str, trace: Trace, rule: Rule) -> ReplayOutcome:

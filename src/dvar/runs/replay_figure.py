@@ -15,6 +15,7 @@ from dvar.html.svg_elements import element, join
 from dvar.html.templates import read_stylesheet, render, write_page
 from dvar.runs.config import ReplayConfig
 from dvar.runs.replay import ReplayOutcome, compute_ratios, name_curve
+from dvar.stopping.octave import Octave
 from dvar.stopping.rules import Dvar
 from dvar.stopping.trace import Trace
 
@@ -93,6 +94,28 @@ def layer_ratios(
         svg_charts.curve(x, y, line_steps, (window / (line_steps - first)) ** 2, "null"),
         svg_charts.level(y, threshold, "threshold", f"threshold {100 * threshold:g} %"),
         svg_charts.curve(x, y, trace.steps, np.maximum(ratios, y.low), "signal"),
+    ]
+
+
+def layer_shares(
+    x: Scale, trace: Trace, shares: NDArray[np.float64], ready: int, stops: Sequence[Markup]
+) -> tuple[Scale, list[Markup]]:
+    """Return the scale and the layers of a panel of what the last doubling of the steps brought, for the rule octave.
+
+    Args:
+        x: Scale of the steps.
+        trace: The trace behind the shares.
+        shares: Share of the gain that the last doubling brought, after each evaluation; nan where there is none.
+        ready: The step before which the rule cannot stop.
+        stops: Marks of stops, from `svg_charts.upright`.
+    """
+    limit, finite = Octave().share, shares[np.isfinite(shares)]
+    y = Scale(min([0.0, *finite]) - 0.05, max([1.0, *finite]) * 1.05)
+    return y, [
+        svg_charts.band(x, trace.judged_from, ready, "warming"),
+        *stops,
+        svg_charts.level(y, limit, "threshold", f"limit {100 * limit:g} %"),
+        svg_charts.curve(x, y, trace.steps, shares, "signal"),
     ]
 
 

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from dvar.html import svg_charts
 from dvar.html.svg_charts import Scale
-from dvar.runs.replay_figure import layer_ratios
+from dvar.runs.replay_figure import layer_ratios, layer_shares
 from dvar.runs.run_folder import Floats, RunFolder
 
 MAX_COLUMNS, MAX_ROWS = 6, 8  # of the grid of sample images
@@ -62,9 +62,13 @@ def plot_fixed_loss(run: RunFolder) -> Markup:
 
 
 def plot_ratio(run: RunFolder) -> Markup:
-    """Return a chart of DVAR's ratio with the threshold and the ratio of a straight line, as SVG."""
-    x, (window, threshold) = _step_scale(run), (run.config["window"], run.config["threshold"])
-    y, layers = layer_ratios(x, run.trace, run.ratios, window, threshold, _mark_stop(run, x, "stop"))
+    """Return a chart of the ratio that the rule compares with its threshold, as SVG; DVAR's with a straight line's."""
+    x = _step_scale(run)
+    stops = _mark_stop(run, x, "stop")
+    if not run.takes_window:
+        y, layers = layer_shares(x, run.trace, run.ratios, run.ready_step, stops)
+        return svg_charts.panel(x, y, layers, label="Share of the last doubling", steps=True, tall=True)
+    y, layers = layer_ratios(x, run.trace, run.ratios, run.config["window"], run.config["threshold"], stops)
     return svg_charts.panel(x, y, layers, label="Ratio of the variances", steps=True, tall=True)
 
 
@@ -106,7 +110,7 @@ def _step_scale(run: RunFolder) -> Scale:
 def _mark_verdict(run: RunFolder, x: Scale, name: str | None = None) -> list[Markup]:
     """Mark the window behind a stop, the steps with a loss that is not finite, and the stop."""
     step = run.verdict.step
-    window = [svg_charts.band(x, step - run.config["window"], step, "window")] if run.stopped_by_condition else []
+    window = [svg_charts.band(x, step - run.window_at(step), step, "window")] if run.stopped_by_condition else []
     marks = [svg_charts.upright(x, step, "lost") for step in run.non_finite_steps[:MAX_NON_FINITE_MARKS]]
     return [*window, *marks, *_mark_stop(run, x, name)]
 

@@ -15,10 +15,12 @@ from dvar.config.training import TrainingConfig
 from dvar.errors import RefusedInput, TraceError, first_line
 from dvar.files import read_json
 from dvar.runs.replay import compute_ratios
-from dvar.stopping.rules import CONDITION_REASONS, Dvar
+from dvar.stopping.octave import FIRST_STEP
+from dvar.stopping.rules import CONDITION_REASONS, Rule
 from dvar.stopping.trace import Trace
 from dvar.stopping.verdict import Verdict
 from dvar.training.methods.registry import config_from_dict
+from dvar.training.rule import condition_of
 from dvar.training.run_layout import CONFIG, REFERENCES, RESULT, SAMPLE_PROMPTS, SAMPLES, TRACE
 from dvar.training.run_schemas import RESULT as RESULT_SCHEMA
 from dvar.training.run_schemas import RUN_CONFIG, SAMPLE_PROMPT_ROWS
@@ -61,7 +63,7 @@ class RunFolder:
         if config is None:
             raise RefusedInput([f"a run folder holds {CONFIG}, {folder} does not: name the --output_dir of a run"])
         try:
-            Dvar(window=config["window"], threshold=config["threshold"])
+            condition_of(config.get("rule", "dvar"), config["window"], config["threshold"])
         except RefusedInput as error:
             raise RefusedInput([f"{folder / CONFIG}: {problem}: restore it" for problem in error.problems]) from error
         return cls(
@@ -89,7 +91,7 @@ class RunFolder:
 
     @cached_property
     def verdict(self) -> Verdict:
-        """The verdict that a finished run ended with, or DVAR's verdict on the trace of an unfinished one.
+        """The verdict that a finished run ended with, or that of its rule on the trace of an unfinished one.
 
         Raises:
             RefusedInput: Another version wrote result.json, with a verdict that this one cannot read.
@@ -133,6 +135,20 @@ class RunFolder:
         return pace * int(self.config["max_train_steps"])
 
     @property
+    def takes_window(self) -> bool:
+        """Whether its rule looks at a window of steps, as DVAR does, and not at the last doubling of the steps."""
+        return str(self.config.get("rule", "dvar")) != "octave"
+
+    @property
+    def ready_step(self) -> int:
+        """The step before which its rule cannot stop."""
+        return self.trace.judged_from + (int(self.config["window"]) if self.takes_window else FIRST_STEP)
+
+    def window_at(self, step: int) -> int:
+        """Return the number of steps before ``step`` that its rule looks at there."""
+        return int(self.config["window"]) if self.takes_window else (step - self.trace.judged_from) // 2
+
+    @property
     def straight_line_step(self) -> float:
         """The step at which DVAR would stop a loss that falls in a straight line: window / sqrt(threshold).
 
@@ -159,12 +175,12 @@ class RunFolder:
 
     @cached_property
     def ratios(self) -> Floats:
-        """DVAR's ratio after each evaluation; nan where it had none."""
+        """The ratio that its rule compares with a threshold, after each evaluation; nan where it had none."""
         return compute_ratios(self.trace, self._rule)
 
     @property
-    def _rule(self) -> Dvar:
-        return Dvar(window=self.config["window"], threshold=self.config["threshold"])
+    def _rule(self) -> Rule:
+        return condition_of(self.config.get("rule", "dvar"), self.config["window"], self.config["threshold"])
 
 
 def _read_trace(path: Path) -> Trace:

@@ -17,19 +17,23 @@ class PerOctave:
 
     Args:
         count: At least 1.
+        first: The first step after step 0 at which one is due, 0 or more.
 
     Raises:
         RefusedInput: ``count`` is out of its range.
     """
 
     count: int
+    first: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.count, int) or isinstance(self.count, bool) or self.count < 1:
             raise RefusedInput([f"a cadence is of 1 or more measurements an octave, got {self.count!r}"])
+        if not isinstance(self.first, int) or isinstance(self.first, bool) or self.first < 0:
+            raise RefusedInput([f"a cadence begins at a step, 0 or more, got {self.first!r}"])
 
     def __str__(self) -> str:
-        return f"{self.count} times an octave"
+        return f"{self.count} times an octave" + (f" from step {self.first} on" if self.first else "")
 
 
 Cadence = int | PerOctave
@@ -40,7 +44,9 @@ def is_due(cadence: Cadence, step: int) -> bool:
     """Return whether a measurement is due at ``step``; at step 0, the untouched model, one always is."""
     if isinstance(cadence, int):
         return step % cadence == 0
-    if step < 2:
+    if 0 < step < cadence.first:
+        return False
+    if step < 2 or step == cadence.first:
         return True
     return math.floor(cadence.count * math.log2(step)) > math.floor(cadence.count * math.log2(step - 1))
 

@@ -23,6 +23,8 @@ from dvar.stopping.verdict import Verdict
 
 MIN_OCTAVE_RECORDS = 4
 """Records in the last octave without which no line is fitted through it."""
+FIRST_STEP = 64
+"""The earliest stop of this rule."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -58,7 +60,7 @@ class Octave:
     share: float = 0.45
     agreement: float = 0.6
     noise: float = 4.0
-    first_step: int = 64
+    first_step: int = FIRST_STEP
     metric: str = LOSS
 
     def __post_init__(self) -> None:
@@ -107,6 +109,7 @@ class Octave:
         doubts = self.share * recent - slopes
         metrics |= {
             "share": self.share,
+            "threshold": self.share,
             "gain": float(recent.mean()),
             "octave_gain": float(slopes.mean()),
             "noise": sigma,
@@ -115,6 +118,8 @@ class Octave:
             "disagreement": float(doubts.std()),
             "agreement": self.agreement,
         }
+        if metrics["gain"] > 0:
+            metrics["ratio"] = metrics["octave_gain"] / metrics["gain"]
         holds = metrics["gain"] > self.noise * sigma and metrics["doubt"] > self.agreement * metrics["disagreement"]
         reason = Reason.STABILISED if holds else Reason.RUNNING
         # What speaks against convergence is shown beside a stop and prevents none: on a logarithmic scale of steps a

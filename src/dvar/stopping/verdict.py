@@ -38,7 +38,8 @@ class Verdict:
             DVAR also: ratio, window_var, total_var, straight_line_step (see `Dvar`); the other rules: change, range or
             slope; a plateau: best, best_step, waited, patience, min_delta; octave: gain, octave_gain, noise, doubt,
             disagreement (see `Octave`) and its settings; a cap: max_steps; a value that is not
-            finite: non_finite_step, non_finite_last, non_finite_records.
+            finite: non_finite_step, non_finite_last, non_finite_records. "ratio" is what DVAR and octave compare with
+            their "threshold"; octave has none before anything was gained.
         diagnose: Computes `diagnoses`.
     """
 

@@ -48,7 +48,8 @@ def serve_studio(root: str | Path, config: StudioConfig, notify: Callable[[str],
         host = f"[{config.host}]" if ":" in config.host else config.host
         notify(f"studio    http://{host}:{socket.getsockname()[1]}/")
         notify(f"runs      {root}")
-        uvicorn.Server(uvicorn.Config(app, log_config=None, log_level="warning", access_log=False)).run(sockets=[socket])
+        settings = uvicorn.Config(app, log_config=None, log_level="warning", access_log=False)
+        uvicorn.Server(settings).run(sockets=[socket])
 
 
 def _listen(host: str, port: int) -> Socket:

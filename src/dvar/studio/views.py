@@ -112,7 +112,9 @@ def show_message(text: str, kind: str = "note") -> str:
 
 
 def predict(run: RunFolder) -> StopPrediction | None:
-    """Return when DVAR is likely to stop a run."""
+    """Return when DVAR is likely to stop a run; None for another rule too."""
+    if not run.takes_window:
+        return None
     return predict_stop(run.trace.steps, run.ratios, run.config["window"], run.config["threshold"])
 
 
@@ -193,10 +195,9 @@ def _describe_prediction(run: RunFolder, prediction: StopPrediction | None, cap:
         return Number(name, f"{min(prediction.step, cap)}", f"four runs in five: {prediction.low} to {high}")
     if prediction:
         return Number(name, f"{cap}", "the cap, by the pace of the decline")
-    ready = run.trace.judged_from + int(run.config["window"])
-    if run.steps < ready:
-        return Number(name, "not yet", f"not before step {ready}, when the window is full")
-    return Number(name, "unknown", "the ratio does not fall steadily")
+    if run.steps < run.ready_step:
+        return Number(name, "not yet", f"not before step {run.ready_step}")
+    return Number(name, "unknown", "the ratio does not fall steadily" if run.takes_window else "by the rule octave")
 
 
 def _recent_pace(run: RunFolder) -> float | None:

@@ -108,9 +108,9 @@ def training_loop(
 ) -> Generator[StepRecord | Request, None, None]:
     """Yield a `StepRecord` for the untouched model and one after each update, and requests for what they need.
 
-    L_det is evaluated at every ``probe_every``-th step and at the cap, so N updates give N + 1 evaluations at cadence
-    1. Whoever breaks out of the loop leaves a run that can be resumed. A loss that is not finite stops, and neither
-    moves the model nor is saved.
+    L_det is evaluated at the steps that the config probes, so N updates give N + 1 evaluations at cadence 1. Whoever
+    breaks out of the loop leaves a run that can be resumed. A loss that is not finite stops, and neither moves the
+    model nor is saved.
 
     Args:
         learner: What is trained; with records in its trace, training resumes after the last one.
@@ -138,7 +138,7 @@ def training_loop(
             except Abandoned:
                 save()
                 return
-        due = step % config.probe_every == 0 or step == config.max_train_steps
+        due = config.is_probed(step)
         held_losses = None
         with watch("probe"):
             if due and update.taken:

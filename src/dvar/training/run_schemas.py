@@ -9,6 +9,7 @@ RUN_CONFIG = {
     "pretrained_model_name_or_path": str,
     "placeholder_token": (str, None),
     "output_dir": str,
+    "rule?": str,
     "window": int,
     "threshold": float,
     "max_train_steps": int,
