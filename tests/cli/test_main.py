@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import os
 import sqlite3
@@ -60,6 +61,19 @@ MAIN = "import sys; from dvar.cli.main import main; sys.exit(main())"
             [
                 "dvar: report met text that is not UTF-8 ('utf-8' codec can't decode byte 0xff in position 0: "
                 "invalid start byte): save it as UTF-8"
+            ],
+        ),
+        (
+            RuntimeError("Symlink loop from 'runs'"),
+            2,
+            ["dvar: report was given a link that leads back to itself (Symlink loop from 'runs'): name another"],
+        ),
+        (
+            csv.Error("field larger than field limit (131072)"),
+            2,
+            [
+                "dvar: report was given a table that is not CSV (field larger than field limit (131072)): "
+                "save it as CSV again"
             ],
         ),
         (BadZipFile("bad magic"), 2, ["dvar: report was given a damaged archive (bad magic): restore it"]),

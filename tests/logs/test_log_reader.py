@@ -437,6 +437,11 @@ def test_a_wandb_file_that_ends_within_a_record_is_read_up_to_it(tmp_path: Path)
         encode_records([b"\xff\xff"]),  # a number that does not end
         encode_records([encode_field(2, encode_field(1, encode_field(1, b"\xff")))]),  # a name that is no text
         encode_records([encode_field(2, encode_field(1, encode_field(1, b"loss") + encode_field(16, b"{")))]),
+        encode_records([encode_field(2, 7)]),  # a number in the place of the history, a step, an item, a name, a value
+        encode_records([encode_field(2, encode_field(2, 7))]),
+        encode_records([encode_field(2, encode_field(1, 7))]),
+        encode_records([encode_field(2, encode_field(1, encode_field(1, 7)))]),
+        encode_records([encode_field(2, encode_field(1, encode_field(1, b"loss") + encode_field(16, 7)))]),
     ],
 )
 def test_a_damaged_wandb_file_is_refused(tmp_path: Path, content: bytes) -> None:
@@ -743,6 +748,18 @@ def test_a_table_torn_at_its_last_line_is_read_up_to_it_with_a_warning(tmp_path:
     path.write_text("step,val_loss,lr\n0,0.5,1\n1,0.4,1,\n2,0.3")
     with pytest.warns(UserWarning, match="the last line is incomplete, as after a crash, and is dropped"):
         assert read_log(path).steps.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_number_beyond_the_largest_float_is_infinite(tmp_path: Path, sign: int) -> None:
+    rows = [{"step": step, "eval_loss": value} for step, value in enumerate((0.5, sign * 10**400))]
+    (tmp_path / "log.json").write_text(json.dumps(rows))
+    assert read_log(tmp_path / "log.json").values.tolist() == [0.5, sign * math.inf]
+
+
+def test_a_header_with_a_carriage_return_within_ends_there(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_bytes(b"step,eval_loss\r0,0.5\r1,0.4\n")
+    assert read_log(tmp_path / "log.csv").values.tolist() == [0.5, 0.4]
 
 
 def test_json_that_holds_no_records_is_refused(tmp_path: Path) -> None:

@@ -325,6 +325,16 @@ def test_answers_of_a_platform_come_back_as_votes(tmp_path: Path, names: tuple[s
             assert vote.answer == "first"
 
 
+def test_tasks_for_a_file_that_cannot_be_written_leave_no_secret(tmp_path: Path) -> None:
+    folder, _ = build_small_survey(tmp_path)
+    (tmp_path / "file").touch()
+    before = sorted(folder.iterdir())
+    with pytest.raises(RefusedInput, match=r"output must be a file that can be written, and .*file is a file"):
+        write_tasks(folder, tmp_path / "file" / "tasks.csv", "customization", "https://a.example")
+    assert sorted(folder.iterdir()) == before
+    assert write_tasks(folder, tmp_path / "new" / "tasks.csv", "customization", "https://a.example")
+
+
 def test_neither_a_ticket_nor_its_row_reveals_the_role_of_a_task(tmp_path: Path) -> None:
     folder, survey = build_small_survey(tmp_path)
     tickets = dict[str, list[str]]()

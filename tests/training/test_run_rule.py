@@ -19,6 +19,8 @@ from dvar.runs.run_folder import RunFolder
 from dvar.stopping.octave import Octave
 from dvar.stopping.rules import AnyOf, Dvar, FixedSteps
 from dvar.stopping.trace import Trace
+from dvar.studio.library import find_run
+from dvar.studio.views import predict, show_charts, show_run
 from dvar.training.loop import StepRecord
 from dvar.training.personalise import personalise
 from dvar.training.rule import problems, rule_of
@@ -143,3 +145,12 @@ def test_an_unfinished_run_is_judged_by_its_own_rule(tmp_path: Path) -> None:
     trace = generate_trace(steps=100, rule=Octave())
     run = RunFolder.open(write_run(tmp_path, trace, finished=False, rule="octave"))
     assert run.verdict == Octave()(trace)
+
+
+def test_the_studio_shows_octave_by_its_name_and_predicts_nothing(tmp_path: Path) -> None:
+    write_run(tmp_path / "mug", generate_trace(steps=100, rule=Octave()), finished=False, rule="octave")
+    run = find_run(tmp_path, "mug")
+    assert run.opened
+    assert predict(run.opened) is None
+    assert "Gain of the last doubling" in show_charts(run.opened)
+    assert "not before step 64" not in show_run(run)

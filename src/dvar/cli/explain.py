@@ -80,9 +80,15 @@ def explain_error(error: Exception, tokens: Sequence[str]) -> tuple[Sequence[str
             return [f"{command} met text that is not UTF-8 ({first_line(error)}): save it as UTF-8"], REFUSED
         case RuntimeError() if "home directory" in str(error):
             return ["~NAME stands for the home of a user, and there is no such user: write the path out"], REFUSED
+        case RuntimeError() if "Symlink loop" in str(error):  # of pathlib before Python 3.13
+            return [
+                f"{command} was given a link that leads back to itself ({first_line(error)}): name another"
+            ], REFUSED
     if _is_instance(error, "sqlite3", "Error"):
         message = f"{command} cannot use a database of SQLite ({first_line(error)})"
         return [f"{message}: make room, close other programs that use it, or restore it"], FAILED
+    if _is_instance(error, "_csv", "Error"):
+        return [f"{command} was given a table that is not CSV ({first_line(error)}): save it as CSV again"], REFUSED
     if _is_instance(error, "zipfile", "BadZipFile"):
         return [f"{command} was given a damaged archive ({first_line(error)}): restore it"], REFUSED
     raise error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -63,6 +64,8 @@ def _parse_value(cell: Any) -> float | str | None:
         return cell
     try:
         return float(cell)
+    except OverflowError:  # a whole number of JSON beyond the largest float
+        return math.inf if cell > 0 else -math.inf
     except (TypeError, ValueError):
         return str(cell)
 
@@ -180,7 +183,7 @@ def _is_table(path: Path) -> bool:
 
 def _list_columns(path: Path) -> list[str]:
     """Return the names in the first line of a CSV file."""
-    header = read_head(path).partition(b"\n")[0].decode("utf-8", errors="replace").strip()
+    header = "".join(read_head(path).decode("utf-8", errors="replace").splitlines()[:1]).strip()
     return next(csv.reader([header], delimiter=_find_delimiter(header)), [])
 
 

@@ -26,7 +26,9 @@ def _read_wandb(path: Path, step_column: str | None) -> Iterator[Point]:
     rows = []
     try:
         for record in split_records(read_content(path), path):
-            rows += [_parse_history(history) for number, history in _iter_fields(record) if number == _HISTORY]
+            rows += [
+                _parse_history(_require_bytes(part)) for number, part in _iter_fields(record) if number == _HISTORY
+            ]
     except (IndexError, UnicodeDecodeError, ValueError) as error:
         raise RefusedInput([f"{path} is damaged ({error}): export the run's history from W&B"]) from error
     return read_rows(rows, path, step_column)
@@ -57,14 +59,20 @@ def _parse_history(history: bytes) -> Mapping[str, Any]:
     row: dict[str, Any] = {}
     for number, content in _iter_fields(history):
         if number == _HISTORY_STEP:
-            row.setdefault("_step", dict(_iter_fields(content)).get(1, 0))
+            row.setdefault("_step", dict(_iter_fields(_require_bytes(content))).get(1, 0))
         elif number == _ITEMS:
-            fields = list(_iter_fields(content))
-            keys = [part.decode() for field, part in fields if field in (_KEY, _NESTED_KEY)]
+            fields = list(_iter_fields(_require_bytes(content)))
+            keys = [_require_bytes(part).decode() for field, part in fields if field in (_KEY, _NESTED_KEY)]
             row[".".join(filter(None, keys))] = next(
-                (parse_json(part) for field, part in fields if field == _VALUE), None
+                (parse_json(_require_bytes(part)) for field, part in fields if field == _VALUE), None
             )
     return row
+
+
+def _require_bytes(content: Any) -> bytes:
+    if not isinstance(content, bytes):
+        raise ValueError("a number in the place of a text")
+    return content
 
 
 def _iter_fields(message: bytes) -> Iterator[tuple[int, Any]]:

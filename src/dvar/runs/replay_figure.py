@@ -109,13 +109,14 @@ def layer_shares(
         ready: The step before which the rule cannot stop.
         stops: Marks of stops, from `svg_charts.upright`.
     """
-    limit, finite = Octave().share, shares[np.isfinite(shares)]
-    y = Scale(min([0.0, *finite]) - 0.05, max([1.0, *finite]) * 1.05)
+    limit, measured = Octave().share, np.flatnonzero(np.isfinite(shares))
+    y = Scale(min([0.0, *shares[measured]]) - 0.05, max([1.0, *shares[measured]]) * 1.05)
     return y, [
         svg_charts.band(x, trace.judged_from, ready, "warming"),
         *stops,
         svg_charts.level(y, limit, "threshold", f"limit {100 * limit:g} %"),
         svg_charts.curve(x, y, trace.steps, shares, "signal"),
+        *[svg_charts.dot(x, y, int(trace.steps[last]), shares[last], "best") for last in measured[-1:]],
     ]
 
 

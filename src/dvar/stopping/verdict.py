@@ -190,10 +190,8 @@ def _format_octave(metrics: Mapping[str, float]) -> str:
     if not gain > metrics["noise_multiple"] * noise:
         multiple = f"{metrics['noise_multiple']:.6g} times the noise of {100 * noise:.2g} %"
         return f"the samples' losses have fallen by {100 * gain:.2g} %, no more than {multiple}"
-    brought = (
-        f"the last doubling of the steps brought {100 * metrics['octave_gain'] / gain:.3g} % of the gain "
-        f"(limit {100 * metrics['share']:.6g} %)"
-    )
+    share = f"{100 * metrics['octave_gain'] / gain:.3g} %" if metrics["octave_gain"] > 0 else "none"
+    brought = f"the last doubling of the steps brought {share} of the gain (limit {100 * metrics['share']:.6g} %)"
     needed = metrics["agreement"] * metrics["disagreement"]
     if 0 < metrics["doubt"] <= needed:
         return f"{brought}, but the held samples do not agree on it yet"

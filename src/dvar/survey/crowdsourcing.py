@@ -12,7 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from dvar.errors import RefusedInput
-from dvar.files import read_text
+from dvar.files import read_text, writing_problem
 from dvar.survey.questions import QUESTION_TEXTS, THE_OBJECT
 from dvar.survey.secret import read_or_create_secret, read_secret
 from dvar.survey.survey import QUESTIONS, VOTES_FILE, Answer, Question, Role, Survey, Task
@@ -65,6 +65,8 @@ def write_tasks(folder: Path, path: Path, question: Question, image_url: str, se
         raise RefusedInput([f"{folder} has no task of {question}: it has {', '.join(_questions_of(survey))}"])
     if path.exists():
         raise RefusedInput([f"{path} exists already: name another --output, or remove it"])
+    if problem := writing_problem(path):
+        raise RefusedInput([f"output must be a file that can be written, and {problem}: choose another"])
     secret = read_or_create_secret(folder, secret_file)
     reference_count = max(len(task.references) for task in tasks)
     rows = [
@@ -72,6 +74,7 @@ def write_tasks(folder: Path, path: Path, question: Question, image_url: str, se
         for task in tasks
         for side in (SIDES[:1] if task.first == task.second else SIDES)
     ]
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
