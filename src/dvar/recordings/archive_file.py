@@ -2,7 +2,8 @@
 
 # The file is NumPy's own format without pickles: for each run its series, their steps and the scores of every image,
 # those of rescored steps too, and one JSON text that describes them.  Losses on held draws were computed in float32 and
-# are stored so, bit for bit; everything else is rounded to float32.
+# are stored so, bit for bit; everything else is rounded to 13 bits, and steps are stored as differences: a run of 6,000
+# steps then takes three quarters of the space.
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ from dvar.recordings.recorded_run import Floats, RecordedRun, RescoredRun
 from dvar.schema import find_mismatch
 from dvar.stopping.trace import Trace
 
-FORMAT = 1
+FORMAT, WITHOUT_ROUNDING = 2, 1
+"""The format of files, and the earlier one that is read too: steps as they are, and all numbers in float32."""
 MAX_BYTES = 20_000_000
 """Size that the public file may have."""
 SUFFIX = ".npz"
@@ -32,6 +34,7 @@ MAX_INFLATED = 50 * MAX_BYTES
 """Bytes that the arrays of such a file may have in all."""
 _INDEX = "index"
 _INDEX_SCHEMA = {
+    "dvar_traces": int,
     "tuning": [str],
     "seconds": {str: {str: float}},
     "records": [
@@ -57,6 +60,11 @@ _SERIES = (
     "grad_norm",
     "token_norm",
 )
+
+_EXACT = frozenset(("eval", "stratified", "fresh", "frozen", "unseen"))
+"""Series of losses on held draws, whose differences rules judge."""
+_DROPPED_BITS = 11
+"""Bits of a float32's 23 that are rounded away: a relative error of at most 2^-13, 0.012 %."""
 
 Array = NDArray[Any]
 
@@ -110,7 +118,12 @@ def read_traces(path: str | Path) -> RecordingArchive:
             index = parse_json(arrays[_INDEX].tobytes())
             if mismatch := find_mismatch(index, _INDEX_SCHEMA):
                 raise ValueError(mismatch)
-            pairs = [_unpack(number, description, arrays) for number, description in enumerate(index["records"])]
+            if (version := index["dvar_traces"]) not in (FORMAT, WITHOUT_ROUNDING):
+                raise ValueError(f"format {version} is of another version of dvar")
+            pairs = [
+                _unpack(number, description, arrays, differences=version == FORMAT)
+                for number, description in enumerate(index["records"])
+            ]
     except (OSError, ValueError, KeyError, IndexError, EOFError, BadZipFile, zlib.error) as error:
         raise RefusedInput(
             [f"{path} is not a file of traces ({first_line(error)}): name one that dvar reproduce traces wrote"]
@@ -165,15 +178,16 @@ def _pack(run: RecordedRun, rescored: RescoredRun | None) -> tuple[dict[str, Any
     for name in _SERIES:
         if run.has_series(name):
             steps, values = run.series(name)
-            arrays[f"{name}/steps"], arrays[name] = steps.astype(np.int32), values.astype(np.float32)
+            arrays[f"{name}/steps"] = np.diff(steps, prepend=0).astype(np.int32)
+            arrays[name] = values.astype(np.float32) if name in _EXACT else _round(values)
     arrays["scored"] = run.scored_steps.astype(np.int32)
     arrays["scoring"] = run.scoring_seconds.astype(np.float32)
     for (part, metric), values in run.image_scores.items():
-        arrays[f"scores/{part}/{metric}"] = values.astype(np.float32)
+        arrays[f"scores/{part}/{metric}"] = _round(values)
     if rescored:
         arrays["rescored"] = rescored.steps.astype(np.int32)
         for (part, metric), values in rescored.image_scores.items():
-            arrays[f"rescored/{part}/{metric}"] = values.astype(np.float32)
+            arrays[f"rescored/{part}/{metric}"] = _round(values)
     description = {
         "method": run.method,
         "concept": run.concept,
@@ -188,10 +202,20 @@ def _pack(run: RecordedRun, rescored: RescoredRun | None) -> tuple[dict[str, Any
     return description, arrays
 
 
+def _round(values: Array) -> Array:
+    """Return values as float32 whose last bits are zeros, which take no space in a compressed file."""
+    single = values.astype(np.float32)
+    bits = single.view(np.uint32).astype(np.uint64) + (1 << _DROPPED_BITS - 1)
+    rounded = (bits >> _DROPPED_BITS << _DROPPED_BITS).astype(np.uint32).view(np.float32)
+    return np.where(np.isfinite(single), rounded, single)
+
+
 def _unpack(
-    number: int, description: Mapping[str, Any], archive_arrays: Mapping[str, Array]
+    number: int, description: Mapping[str, Any], archive_arrays: Mapping[str, Array], *, differences: bool
 ) -> tuple[RecordedRun, RescoredRun | None]:
     arrays = {name: archive_arrays[f"{number}/{name}"] for name in description["names"]}
+    if differences:
+        arrays |= {name: values.cumsum() for name, values in arrays.items() if name.endswith("/steps")}
     trace = Trace(description["trace"])
     for step, row in _step_records(arrays, description["cap"]):
         trace.record(step, row.pop("eval", None), **row)
