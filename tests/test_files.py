@@ -62,6 +62,16 @@ def test_a_staged_folder_replaces_an_older_one_with_all_of_its_files(tmp_path: P
     assert [path.name for path in folder.parent.iterdir()] == ["samples"]
 
 
+def test_a_folder_that_is_not_completed_leaves_none_of_those_above_it(tmp_path: Path) -> None:
+    with suppress(KeyError), staged_folder(tmp_path / "new" / "deep" / "export") as staged:
+        (staged / "weights").touch()
+        raise KeyError
+    assert not list(tmp_path.iterdir())
+    with staged_folder(tmp_path / "new" / "deep" / "export"):
+        pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["new", "deep", "export"]
+
+
 def test_a_partly_staged_folder_is_staged_again_from_the_beginning(tmp_path: Path) -> None:
     with suppress(KeyError), staged_folder(tmp_path / "samples") as staged:
         (staged / "left.png").touch()

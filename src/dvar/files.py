@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from dvar.locks import LOCK, lock_path
+from dvar.locks import LOCK, lock_path, unless_empty
 from dvar.schema import MAX_DEPTH, find_mismatch, nests_too_deeply
 
 MAX_BYTES = 2**30
@@ -165,8 +165,7 @@ def staged_folder(path: Path) -> Iterator[Path]:
     Raises:
         RefusedInput: Another process writes this folder.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with lock_path(path.with_name(f".{path.name}{LOCK}"), path):
+    with unless_empty(path.parent), lock_path(path.with_name(f".{path.name}{LOCK}"), path):
         staged = path.with_name(f".{path.name}.part")
         remove(staged)
         staged.mkdir()

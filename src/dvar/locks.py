@@ -27,20 +27,26 @@ def lock_folder(folder: Path) -> Iterator[None]:
     Raises:
         FolderInUse: Another process holds it.
     """
-    missing = next((parent for parent in (folder, *folder.parents) if parent.exists()), folder)
+    with unless_empty(folder), lock_path(folder / LOCK, folder):
+        yield
+
+
+@contextmanager
+def unless_empty(folder: Path) -> Iterator[None]:
+    """Remove a folder that a scope has made, and those above it that it has made too, where they hold nothing."""
+    before = next((parent for parent in (folder, *folder.parents) if parent.exists()), folder)
     try:
-        with lock_path(folder / LOCK, folder):
-            yield
+        yield
     finally:
         with suppress(OSError):  # it holds something
-            while folder != missing:
+            while folder != before:
                 folder.rmdir()
                 folder = folder.parent
 
 
 @contextmanager
 def lock_path(path: Path, written: Path) -> Iterator[None]:
-    """Hold a lock at ``path``, a file that exists for as long, while ``written`` is written.
+    """Hold a lock at ``path``, a file that exists for as long, while ``written`` is written; its folder is made.
 
     Raises:
         FolderInUse: Another process holds it.
