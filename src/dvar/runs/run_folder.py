@@ -15,7 +15,7 @@ from dvar.config.training import TrainingConfig
 from dvar.errors import RefusedInput, TraceError, first_line
 from dvar.files import read_json
 from dvar.runs.replay import compute_ratios
-from dvar.stopping.octave import FIRST_STEP
+from dvar.stopping.octave import FIRST_STEP, Octave
 from dvar.stopping.rules import CONDITION_REASONS, Rule
 from dvar.stopping.trace import Trace
 from dvar.stopping.verdict import Verdict
@@ -63,7 +63,7 @@ class RunFolder:
         if config is None:
             raise RefusedInput([f"a run folder holds {CONFIG}, {folder} does not: name the --output_dir of a run"])
         try:
-            condition_of(config.get("rule", "dvar"), config["window"], config["threshold"])
+            _read_rule(config)
         except RefusedInput as error:
             raise RefusedInput([f"{folder / CONFIG}: {problem}: restore it" for problem in error.problems]) from error
         return cls(
@@ -137,7 +137,7 @@ class RunFolder:
     @property
     def takes_window(self) -> bool:
         """Whether its rule looks at a window of steps, as DVAR does, and not at the last doubling of the steps."""
-        return str(self.config.get("rule", "dvar")) != "octave"
+        return not isinstance(self._rule, Octave)
 
     @property
     def ready_step(self) -> int:
@@ -178,9 +178,14 @@ class RunFolder:
         """The ratio that its rule compares with a threshold, after each evaluation; nan where it had none."""
         return compute_ratios(self.trace, self._rule)
 
-    @property
+    @cached_property
     def _rule(self) -> Rule:
-        return condition_of(self.config.get("rule", "dvar"), self.config["window"], self.config["threshold"])
+        return _read_rule(self.config)
+
+
+def _read_rule(config: Mapping[str, Any]) -> Rule:
+    """Return the rule that a run's settings name; DVAR where they name none, as those of earlier runs do."""
+    return condition_of(config.get("rule", "dvar"), config["window"], config["threshold"])
 
 
 def _read_trace(path: Path) -> Trace:
