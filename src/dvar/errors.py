@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 # DvarError
 # ├── RefusedInput     (ValueError)       settings, images or files that cannot be used, all problems at once
@@ -81,6 +81,12 @@ def suggest(word: str, words: Iterable[str]) -> str:
     words = list(words)
     near = nearest(word, words)
     return f"the nearest is {near}" if near else f"choose one of {', '.join(words)}"
+
+
+def name_some(names: Sequence[str]) -> str:
+    """Return the first three of some names, and how many more there are."""
+    more = len(names) - 3
+    return ", ".join(names[:3]) + (f" and {more} more" if more > 0 else "")
 
 
 def first_line(error: Exception) -> str:

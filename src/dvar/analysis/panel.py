@@ -15,9 +15,9 @@ from dvar.analysis.stop_quality import LearningCurve
 from dvar.config.presets import OCTAVE as OCTAVE_SETTINGS
 from dvar.config.presets import preset_settings
 from dvar.config.training import BUNDLED_MODELS
-from dvar.errors import RefusedInput
+from dvar.errors import RefusedInput, name_some
 from dvar.recordings.archive import RecordingArchive
-from dvar.recordings.mixture import base_model_problems, group_runs, name_groups, name_some
+from dvar.recordings.mixture import base_model_problems, group_runs, name_groups
 from dvar.recordings.panel import PRESET, PROTOCOL, name_variation
 from dvar.recordings.recorded_run import CHOOSE, Floats, RecordedRun, Steps
 from dvar.stopping.octave import FIRST_STEP, Octave

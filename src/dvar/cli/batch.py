@@ -24,9 +24,9 @@ def batch(jobs: Path, /, **flags: Any) -> int:
     """
     config = BatchConfig(**flags)
     raise_problems(batch_problems(config))
+    from dvar.errors import name_some
     from dvar.jobs.batch import Batch
     from dvar.jobs.progress import show_batch
-    from dvar.jobs.read_jobs import list_some
     from dvar.jobs.status import format_summary
 
     opened = Batch(jobs, config)
@@ -34,7 +34,7 @@ def batch(jobs: Path, /, **flags: Any) -> int:
     print_message(f"{len(opened.jobs)} jobs, {missing} of them to train, in {config.output_dir}")
     for sentence in dict.fromkeys(job.scaled for job in opened.missing if job.scaled):
         ids = [job.id for job in opened.missing if job.scaled == sentence]
-        print_message(f"job {list_some(ids)}: {sentence}")
+        print_message(f"job {name_some(ids)}: {sentence}")
     try:
         with show_batch(missing, as_json=config.json) as progress:
             for event in opened.events(every=1.0):

@@ -15,7 +15,7 @@ import dvar.config.training as training_config
 from dvar.config.fields import canonical_settings, read_settings
 from dvar.config.presets import configure_to_cap
 from dvar.config.training import BUNDLED_MODEL, TrainingConfig
-from dvar.errors import RefusedInput
+from dvar.errors import RefusedInput, name_some
 from dvar.files import read_text
 from dvar.jobs.config import BatchConfig
 from dvar.jobs.job import Job
@@ -67,18 +67,13 @@ def read_jobs(source: str | Path | Sequence[Table], config: BatchConfig) -> list
         except RefusedInput as refused:
             for problem in refused.problems:
                 jobs_by_problem.setdefault(problem, []).append(str(table.get("id") or number + 1))
-    problems = [f"{name}, job {list_some(labels)}: {problem}" for problem, labels in jobs_by_problem.items()]
+    problems = [f"{name}, job {name_some(labels)}: {problem}" for problem, labels in jobs_by_problem.items()]
     problems += _duplicate_problems(jobs)
     if not tables:
         problems.append(f"{name} must hold at least one job, got none: add a table [[job]], a line or a folder")
     if problems:
         raise RefusedInput(problems)
     return jobs
-
-
-def list_some(labels: Sequence[str]) -> str:
-    """Return the first of many labels, and how many others there are."""
-    return ", ".join(labels[:3]) + (f" and {len(labels) - 3} more" if len(labels) > 3 else "")
 
 
 def _read_source(path: Path) -> tuple[Table, list[Table]]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from dvar.errors import RefusedInput
+from dvar.errors import RefusedInput, name_some
 from dvar.recordings.archive import RecordingArchive
 from dvar.recordings.archive_file import open_records
-from dvar.recordings.mixture import name_some
 from dvar.recordings.protocol import PROTOCOLS
 from dvar.recordings.recorded_run import RecordedRun
 from dvar.recordings.setting import LOCATIONS, MONITORING

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from dvar.config.training import BUNDLED_MODELS
+from dvar.errors import name_some
 from dvar.recordings.recorded_run import RecordedRun
 
 _UNKNOWN = "a model from before headers named it"
@@ -37,9 +38,3 @@ def group_runs(pairs: Iterable[tuple[str, RecordedRun]]) -> dict[str, list[Recor
 def name_groups(groups: Mapping[str, Sequence[RecordedRun]]) -> str:
     """Return the names of groups, each with some of its runs."""
     return " and ".join(f"{name} ({name_some([run.name for run in runs])})" for name, runs in groups.items())
-
-
-def name_some(names: Sequence[str]) -> str:
-    """Return the first two of some names, and how many more there are."""
-    more = len(names) - 2
-    return ", ".join(names[:2]) + (f" and {more} more" if more > 0 else "")
