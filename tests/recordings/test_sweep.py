@@ -155,6 +155,22 @@ def test_recordings_that_one_process_makes_are_those_that_each_makes_alone(base:
         assert list_measurements(first) == list_measurements(second)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_ray")
+def test_recordings_of_a_ray_cluster_are_those_of_local_processes(base: RecordingSpec, tmp_path: Path) -> None:
+    import ray
+
+    local, remote = (replace(base, records=str(tmp_path / name), concept="ball") for name in ("local", "remote"))
+    assert [row.state for row in run_sweep([local], places=Places(1))] == ["done"]
+    places = Places(1, ray="auto")
+    try:
+        assert places.problems(tmp_path) == []
+        assert [row.state for row in run_sweep([remote], places=places)] == ["done"]
+    finally:
+        ray.shutdown()
+    assert list_measurements(local) == list_measurements(remote)
+
+
 def list_measurements(recording: RecordingSpec) -> list[dict[str, Any]]:
     """Return all that a recording has measured but seconds."""
     rows = [dict(row) for row in RecordedRun.open(recording.folder).trace.records]
