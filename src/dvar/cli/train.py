@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 
+from dvar.cli.collection import collecting_late
 from dvar.cli.console import FAILED, INTERRUPTED, print_message, program_name
 from dvar.cli.options import Command, option_value, raise_problems, with_flags_of
 from dvar.config.fields import read_settings
@@ -19,6 +20,7 @@ from dvar.training.methods.registry import METHODS
 
 if TYPE_CHECKING:
     from dvar.config.training import TrainingConfig
+    from dvar.training.loop import StepRecord
     from dvar.training.run import TrainingResult
 
 HELP = {
@@ -133,6 +135,17 @@ def run_training(
         config_type: The config class of the method.
         finish: What is done with the result and a prompt, in place of `print_result`.
     """
+    with collecting_late() as begin:
+        return _train(settings, config_type, finish or print_result, begin)
+
+
+def _train(
+    settings: Mapping[str, Any],
+    config_type: type[TrainingConfig],
+    finish: Callable[[TrainingResult, str], int],
+    begin: Callable[[StepRecord], None],
+) -> int:
+    """Do what `run_training` does; ``begin`` is called with each step."""
     from dvar.config.presets import configure_to_cap
     from dvar.training.preflight import is_main_process, preflight
 
@@ -143,7 +156,8 @@ def run_training(
     if not is_main_process(os.environ):  # which speaks for the others
         from dvar.training.personalise import personalise
 
-        return INTERRUPTED if personalise(config, concept=concept).verdict.reason.value == "interrupted" else 0
+        result = personalise(config, [begin], concept=concept)
+        return INTERRUPTED if result.verdict.reason.value == "interrupted" else 0
     if scaled:
         print_message(scaled)
     title = f"{config.subject} · {config.pretrained_model_name_or_path} · {config.output_dir}"
@@ -152,8 +166,8 @@ def run_training(
     from dvar.training.progress import read_earlier_losses, show_progress
 
     with show_progress(config.max_train_steps, title, sys.stderr, read_earlier_losses(config)) as progress:
-        result = personalise(config, [progress], concept=concept)
-    return (finish or print_result)(result, f"{config.plain_prompt} on the beach")
+        result = personalise(config, [begin, progress], concept=concept)
+    return finish(result, f"{config.plain_prompt} on the beach")
 
 
 def _read_step_settings(folder: str) -> dict[str, int]:

@@ -1,0 +1,39 @@
+"""When Python collects garbage while a command loads a model and works with it."""
+
+# What is imported and loaded is half a million objects, none of them garbage. Python looks through them again and again
+# while they are made, and once more when it ends: a fifth of the processor time of a short run (Python 3.11).
+
+from __future__ import annotations
+
+import atexit
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+LOADING_THRESHOLD = 20_000
+"""New objects between two collections while a command loads; Python's own number is 700 to 2,000."""
+
+
+@contextmanager
+def collecting_late() -> Iterator[Callable[[object], None]]:
+    """Collect garbage rarely, and if training begins, from then on as before, but only what has been made since.
+
+    Yields:
+        A consumer of steps: the first one says that training begins.
+    """
+    thresholds, begun = gc.get_threshold(), False
+
+    def begin(_step: object) -> None:
+        nonlocal begun
+        if not begun:
+            gc.set_threshold(*thresholds)
+            gc.freeze()
+        begun = True
+
+    atexit.register(gc.freeze)
+    gc.set_threshold(LOADING_THRESHOLD, *thresholds[1:])
+    try:
+        yield begin
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.unfreeze()
