@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from fake_record import GAIN, START, write_fake_record
 
+from dvar.analysis import strategies
 from dvar.analysis.eligibility import MIN_RUNS, Eligibility, judge_eligibility
 from dvar.recordings.archive import RecordingArchive
+from dvar.recordings.recorded_run import RecordedRun
+from dvar.stopping.trace import Trace
 
 STEPS, CAP = (0, 25, 50, 100), 100
 TUNING = tuple(f"tuning_{number}" for number in range(MIN_RUNS))
@@ -110,6 +114,18 @@ def test_enough_tuning_runs_judge_the_method_up_to_baselines_cap(tmp_path: Path)
     late = judge_eligibility(fake_archive(tmp_path / "late", MIN_RUNS, learned=400.0), "custom-diffusion")
     assert late is not None
     assert "of its gain by half of the cap" in late.failures[0]
+
+
+@pytest.mark.parametrize(("step", "below"), [(40, 0.0), (41, 1.0)])
+def test_the_loss_counts_up_to_the_cap_and_at_it(
+    step: int, below: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(strategies, "baseline_cap", lambda run: 40)
+    run = RecordedRun.open(write_fake_record(tmp_path, cap=60, learned=8.0))
+    trace = Trace(run.trace.header)
+    for record in run.trace.records:
+        trace.record(**{**record, **({"eval": [99.0] * 8} if record["step"] == step else {})})
+    assert Eligibility.of_runs([replace(run, trace=trace)]).below == below
 
 
 def test_with_fewer_runs_the_bundled_model_has_its_measured_eligibility_and_another_model_none(tmp_path: Path) -> None:

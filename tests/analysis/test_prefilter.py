@@ -80,3 +80,11 @@ def test_a_loss_that_is_not_finite_is_left_to_the_rule() -> None:
     for step, loss in enumerate([1.0, float("nan"), 1.0]):
         trace.record(step, loss)
     assert Prefilter(trace)(Dvar(8, 0.5, stop_on=(Reason.NON_FINITE,))).all()
+
+
+def test_where_the_moving_average_is_zero_the_rule_is_left_to_refuse_it() -> None:
+    trace = Trace()
+    for step in range(80):
+        trace.record(step, float(step >= 60))
+    candidates = Prefilter(trace)(EmaPercentile(WINDOW, 0.01))
+    np.testing.assert_array_equal(candidates, np.arange(80) >= WINDOW)  # the average of WINDOW steps before is 0

@@ -91,6 +91,15 @@ def test_a_stop_at_the_oracle_has_no_distance(tmp_path: Path) -> None:
     assert assess_stop(run, curve.step_at() / 2).premature
 
 
+@pytest.mark.parametrize(("oracle", "counted"), [(0.25, 1.0), (1.5, 1.5)])
+def test_an_oracle_before_the_first_step_counts_as_that_step(
+    oracle: float, counted: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RecordedRun.open(write_fake_record(tmp_path, cap=60))
+    monkeypatch.setattr(LearningCurve, "step_at", lambda curve: oracle)
+    assert assess_stop(run, 12).distance == pytest.approx(np.log2(12 / counted))
+
+
 def test_a_stop_and_the_checkpoint_it_keeps_have_distances_of_their_own(tmp_path: Path) -> None:
     """Training on to four oracles is wasteful, whichever checkpoint is kept; its quality is that of the checkpoint."""
     run = RecordedRun.open(write_fake_record(tmp_path, cap=600))
@@ -185,6 +194,19 @@ def test_all_of_several_values_are_above_0_where_the_weakest_is() -> None:
     assert weakest([above, above]).low > 0
     assert weakest([above, across]).low < 0 < weakest([above, across]).high
     assert weakest([above, below]).high < 0
+
+
+def test_two_concepts_have_an_interval_that_is_the_same_every_time() -> None:
+    """Of two concepts one is drawn twice in half of the draws, so the interval is from one to the other."""
+    interval = bootstrap_statistic(2, lambda chosen: float(np.array([1.0, 3.0])[chosen].mean()))
+    assert (interval.mean, interval.low, interval.high, interval.concepts) == (2, 1, 3, 2)
+    assert bootstrap_mean([1.0, 3.0]) == interval
+    values = np.random.default_rng(3).standard_normal(12)
+    assert bootstrap_mean(values) == bootstrap_mean(values)
+
+
+def test_concepts_that_agree_have_an_interval_without_width() -> None:
+    assert bootstrap_mean([2.0, 2.0, 2.0]) == MeanInterval(2.0, 2.0, 2.0, 3)
 
 
 def test_one_concept_has_no_interval() -> None:

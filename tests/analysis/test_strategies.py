@@ -31,8 +31,19 @@ class ForeignRule:
         return Verdict(bool(stop), Reason.RUNNING, trace.last_step, "foreign", {})
 
 
+@dataclass(frozen=True)
+class ForeignClock:
+    """A rule that the library does not know, which stops between two values of its metric."""
+
+    metric: str = "stratified"
+
+    def __call__(self, trace: Trace) -> Verdict:
+        return Verdict(trace.last_step >= 123, Reason.RUNNING, trace.last_step, "foreign", {})
+
+
 RULES: tuple[Rule, ...] = (
     ForeignRule(),
+    ForeignClock(),
     AnyOf((Dvar(60, 1e-9), ForeignRule())),
     Dvar(60, 0.15),
     Dvar(60, 0.15, strict_paper=True),
@@ -157,6 +168,14 @@ def test_every_family_has_the_same_budget_and_can_be_evaluated(run: RecordedRun,
     assert isinstance(evaluate_strategy(strategy, run), StopResult)
 
 
+@pytest.mark.parametrize(("name", "low", "high"), [("EMA percentile", 1e-5, 1e-2), ("Hall", 2e-4, 5e-2)])
+def test_thresholds_that_the_paper_does_not_give_are_spaced_evenly(name: str, low: float, high: float) -> None:
+    (family,) = (family for family in FAMILIES if family.name == name)
+    assert (len(family.thresholds), family.thresholds[0], family.thresholds[-1]) == (10, low, high)
+    octaves = np.diff(np.log2(family.thresholds))
+    np.testing.assert_allclose(octaves, np.log2(high / low) / 9, atol=0.1)  # written with two digits
+
+
 def test_tuning_a_constant_finds_the_oracle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All concepts learn alike, so the fewest steps with 90 % of the gain are the oracle's, to one step of the grid."""
     monkeypatch.setattr(families, "baseline_cap", lambda run: 600)
@@ -255,4 +274,6 @@ def test_presets_are_shortened_as_the_training_is(run: RecordedRun) -> None:
     assert strategies.time_scale(run) == pytest.approx(short)
     assert strategies.paper_dvar_strategy(run, scaled=False).rule == Dvar(310, 0.15, strict_paper=True)
     assert strategies.paper_dvar_strategy(run, scaled=True).rule == Dvar(round(310 * short), 0.15, strict_paper=True)
-    assert strategies.clip_s_strategy(run).sample_every == round(50 * short)
+    clip_s = strategies.clip_s_strategy(run)
+    assert clip_s.sample_every == round(50 * short)
+    assert clip_s.rule == Plateau("clip_image", patience=round(7 * 50 * short), min_delta=0.02, mode="max")

@@ -58,6 +58,28 @@ def test_draws_differ_between_steps_streams_and_seeds(examples: Encoded) -> None
     assert not torch.equal(draws.noise, draws.vae_noise)
 
 
+def test_samples_of_a_step_share_neither_noise_nor_timestep(examples: Encoded) -> None:
+    draws = draw(examples, **STREAM, step=1, first=0, count=64)
+    for noise in (draws.noise, draws.vae_noise):
+        assert len({tuple(sample.flatten().tolist()) for sample in noise}) == 64
+    assert len({*draws.timesteps.tolist()}) > 32
+
+
+def test_draws_are_the_same_in_every_version(examples: Encoded) -> None:
+    """A resumed run, and one that is recorded again, draws what an earlier version drew: the values of version 0.1."""
+    draws = draw(examples, **STREAM, step=7, first=0, count=4)
+    assert draws.timesteps.tolist() == [918, 828, 890, 418]
+    assert draws.input_ids[:, 0].tolist() == [49, 49, 3, 40]
+    views = [(2, 1), (2, 0), (0, 1), (2, 1)]
+    assert all(torch.equal(image, examples.moments[view]) for image, view in zip(draws.moments, views, strict=True))
+    torch.testing.assert_close(
+        draws.noise[:, 0, 0, 0], torch.tensor([0.9363, -0.8225, -1.4557, 0.9933]), rtol=0, atol=1e-4
+    )
+    torch.testing.assert_close(
+        draws.vae_noise[:, 0, 0, 0], torch.tensor([-1.1537, 0.0671, 0.2306, 0.7197]), rtol=0, atol=1e-4
+    )
+
+
 def test_images_views_captions_and_timesteps_are_drawn_uniformly(examples: Encoded) -> None:
     draws = draw(examples, timesteps=10, seed=0, stream="train", first=0, count=3000)
     # With n = 3000 and chance p a count has mean np and deviation sqrt(np(1 - p)); six deviations never happen.

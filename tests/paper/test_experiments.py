@@ -570,6 +570,19 @@ def test_only_the_draws_of_an_interval_count(archive: RecordingArchive) -> None:
     assert at_start["Begin (0–333)"] > 3 * at_start["End (666–1000)"]
 
 
+def test_a_cell_of_table_3_is_the_correlation_on_its_interval(archive: RecordingArchive) -> None:
+    runs = archive.runs_of("textual-inversion")
+    means = {}
+    for row in timesteps.table_3(archive).tables[0].data:
+        pairs = [timesteps.read_interval(run, row["score"], *timesteps.INTERVALS[row["interval"]]) for run in runs]
+        levels = [np.corrcoef(*pair)[0, 1] for pair in pairs]
+        changes = [np.corrcoef(np.diff(loss), np.diff(score))[0, 1] for loss, score in pairs]
+        assert row["levels mean"] == pytest.approx(np.mean(levels))
+        assert row["changes mean"] == pytest.approx(np.mean(changes))
+        means[row["score"], row["interval"]] = row["levels mean"]
+    assert len(set(means.values())) == len(means) == 4 * 4
+
+
 def test_the_octaves_between_two_stops_do_not_grow_with_the_number_of_batches() -> None:
     assert held_batch.measure_spread([100, 200, 800]) == pytest.approx((1 + 3 + 2) / 3)
     assert np.isnan(held_batch.measure_spread([100]))

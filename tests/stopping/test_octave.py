@@ -165,13 +165,41 @@ def test_what_it_waits_for_is_said() -> None:
     assert "% of the gain (limit 45 %)" in str(stop)
 
 
+def test_the_share_of_the_last_doubling_is_that_of_the_gain() -> None:
+    """x = c (log2(t) - 5) has s = c and G = c (m - 5), m being the mean of log2 over (t / sqrt(2), t]."""
+    trace = record([step for step in EIGHTHS if step <= 128], [late_logarithm])
+    verdict = Octave()(trace)
+    assert (verdict.stop, verdict.reason) == (False, Reason.RUNNING)
+    share = verdict.metrics["octave_gain"] / verdict.metrics["gain"]
+    # Steps are whole numbers, so that 91 lies inside (90.5, 128]: the middle one of five is 2/8 before the last.
+    assert share == pytest.approx(1 / (2 - 2 / 8), rel=0.01)
+    assert verdict.sentence == (
+        f"go on at step 128: the last doubling of the steps brought {100 * share:.3g} % of the gain (limit 45 %)"
+    )
+
+
+def test_an_empty_trace_has_no_records() -> None:
+    verdict = Octave()(Trace())
+    assert (verdict.rule, verdict.metrics) == ("Octave()", {"window": 64, "seen": 0, "records": 0})
+
+
+def test_an_octave_with_too_few_records_says_how_many_it_needs() -> None:
+    verdict = Octave()(record([40, 64], [exponential(200.0)]))
+    assert verdict.sentence == "go on at step 64: warming up, 64 of 64 steps, 2 of the 4 records needed"
+
+
+def test_the_earliest_stop_may_be_as_early_as_the_records_of_an_octave() -> None:
+    assert Octave(first_step=4).first_step == 4
+
+
 def test_a_stop_shows_what_speaks_against_it_and_stops_all_the_same() -> None:
     falling = record(EIGHTHS, [late_logarithm])
     stop = find_stop(falling, Octave())
     assert stop is not None
     verdict = Octave()(falling.cut(stop))
     assert verdict.stop
-    assert Reason.STILL_FALLING in [diagnosis.reason for diagnosis in verdict.diagnoses]
+    (doubt,) = (diagnosis for diagnosis in verdict.diagnoses if diagnosis.reason is Reason.STILL_FALLING)
+    assert doubt.metrics["window"] == math.ceil(stop / 2)  # the last octave
 
 
 def test_a_run_that_began_at_another_step_is_judged_from_there() -> None:

@@ -61,6 +61,19 @@ def test_a_faster_decline_stops_earlier() -> None:
     assert fast.step < slow.step
 
 
+def test_a_ratio_of_zero_is_left_out_as_one_that_is_missing() -> None:
+    zero, missing = (np.r_[decline(0.005)[:-10], value, decline(0.005)[-9:]] for value in (0.0, np.nan))
+    assert predict_stop(STEPS, zero, WINDOW, THRESHOLD) == predict_stop(STEPS, missing, WINDOW, THRESHOLD) is not None
+
+
+def test_a_line_that_has_met_the_threshold_leaves_one_more_record() -> None:
+    """The last ratio lies above the line through those before it, which met the threshold already."""
+    line = THRESHOLD * np.exp(-0.02 * (STEPS - 340))
+    last = int(STEPS[-1])
+    prediction = predict_stop(STEPS, np.r_[line[:-1], 1.1 * THRESHOLD], WINDOW, THRESHOLD)
+    assert prediction == StopPrediction(last + 10, round(last + EARLIEST * 10), round(last + LATEST * 10))
+
+
 @pytest.mark.parametrize(
     "ratios",
     [

@@ -496,6 +496,27 @@ class TestEveryRule(RuleContract):
         self.rule = request.param
 
 
+SINGLE = [rule for rule in ALL if not isinstance(rule, AnyOf | AllOf | NotBefore | AtMost)]
+
+
+@pytest.mark.parametrize("rule", SINGLE, ids=repr)
+def test_every_verdict_names_its_rule_as_source(rule: Rule) -> None:
+    curves = (lambda step: 1.0, lambda step: 1 / (1 + step), lambda step: math.nan if step == 90 else 1 / (1 + step))
+    for curve in curves:
+        traces = [record_trace(map(curve, range(count))) for count in (0, 1, 30, 60, 100, 160)]
+        assert {rule(trace).rule for trace in traces} == {repr(rule)}
+
+
+def test_a_plateau_without_a_record_has_seen_nothing() -> None:
+    metrics = Plateau("eval", 20, min_delta=0.5)(Trace()).metrics
+    assert metrics == {"patience": 20, "min_delta": 0.5, "window": 20, "seen": 0, "records": 0}
+
+
+def test_an_infinite_improvement_is_refused() -> None:
+    with pytest.raises(RefusedInput, match="min_delta"):
+        Plateau("eval", 20, min_delta=math.inf)
+
+
 class TestARuleOnAnImageMetric(RuleContract):
     rule = Plateau("clip_image", patience=60, min_delta=0.01, mode="max")
     metric = "clip_image"

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from dvar import AnyOf, Dvar, FixedSteps, Reason, RefusedInput, Rule, Trace, Verdict
 from dvar.stopping.curve import Curve
+from dvar.stopping.diagnosis import Diagnosis, diagnose
 from dvar.stopping.rules import CONDITION_REASONS, EmaPercentile, Hall, Plateau, Trend
 
 RULE = Dvar(window=310, threshold=0.15, stop_on=CONDITION_REASONS)
@@ -74,12 +75,12 @@ def record_trace(curve: Callable[[int], float], count: int) -> Trace:
         (
             EmaPercentile(40, 1e-3),
             lambda step: 2.0 - step / 100,
-            "moving average changed by -20.7 % over 40 steps (thr",
+            "moving average changed by -20.7 % over 40 steps (threshold 0.1 %)",
         ),
         (
             EmaPercentile(40, 1e-3),
             lambda step: 1.0 + step / 100,
-            "moving average changed by +34.7 % over 40 steps (thr",
+            "moving average changed by +34.7 % over 40 steps (threshold 0.1 %)",
         ),
         (Hall(40, 0.1), lambda step: 100.0 - (step % 2) * 20, "steps range over 20 % of their level (threshold 10 %)"),
         (
@@ -127,7 +128,55 @@ def test_a_sentence_never_contradicts_its_verdict(ratio: float, threshold: float
         assert (float(words[0]) < 100 * threshold) == (ratio < threshold)
 
 
+def test_one_value_that_is_not_finite_is_not_counted_and_several_are() -> None:
+    def judge_gap(last: int) -> str:
+        return str(Dvar(8, 0.15)(record_trace(lambda step: math.nan if 9 <= step <= last else 0.1, 20)))
+
+    assert judge_gap(9) == "go on at step 19: the loss is not finite at step 9, so its variance is undefined"
+    assert judge_gap(12) == (
+        "go on at step 19: the loss is not finite from step 9 to step 12 (4 records), so its variance is undefined"
+    )
+
+
+def test_what_is_not_finite_is_called_a_metric_where_the_rule_names_one() -> None:
+    trace = record_trace(lambda step: math.nan if step == 9 else 0.1, 20)
+    assert "the loss is not finite at step 9" in str(Dvar(8, 0.15)(trace))
+    assert "the metric is not finite at step 9" in str(Plateau("eval", 8)(trace))
+
+
+def test_the_sentence_of_a_rise() -> None:
+    doubt = Diagnosis(Reason.RISING, {"rise": 0.01, "rise_share": 0.1234, "rise_steps": 155})
+    assert doubt.sentence == (
+        "over the last 155 steps the loss rose by 12 % of its range, so an earlier step may be better"
+    )
+
+
+def test_a_loss_that_moved_without_jitter_is_not_said_never_to_have_changed() -> None:
+    metrics = {"start": 0.1, "level": 0.2, "jitter": 0.0, "window": 40}
+    assert str(Diagnosis(Reason.NOT_LEARNING, metrics)) == (
+        "not learning: the loss began at 0.1 and averages 0.2 over the last 40 steps, "
+        "which is no clear fall beside its jitter of 0"
+    )
+
+
+def test_an_outlier_of_one_record_and_of_several_are_named_by_their_steps() -> None:
+    metrics = {"outlier_first": 7, "outlier_last": 7, "outlier_share": 0.6, "ratio_without": 0.4}
+    assert Diagnosis(Reason.OUTLIER_DOMINATED, metrics).sentence == (
+        "step 7 accounts for 60 % of the total variance; without it the ratio is 40 %"
+    )
+    assert Diagnosis(Reason.OUTLIER_DOMINATED, {**metrics, "outlier_last": 9}).sentence == (
+        "steps 7 to 9 account for 60 % of the total variance; without them the ratio is 40 %"
+    )
+
+
 # --- diagnoses ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("window", "doubts"), [(4, 1), (3, 0)])
+def test_a_fall_is_fitted_through_four_records_or_more(window: int, doubts: int) -> None:
+    curve = Curve.from_trace(record_trace(lambda step: 1 - step / 32, 17))  # exact in float64
+    reasons = [diagnosis.reason for diagnosis in diagnose(curve, window)]
+    assert reasons.count(Reason.STILL_FALLING) == doubts
 
 
 @pytest.mark.parametrize("tau", [50, 100])
