@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dvar.cli.collection import collecting_late
 from dvar.cli.console import print_message
+from dvar.cli.garbage_collection import collecting_late
 from dvar.cli.options import raise_problems, with_flags_of
 from dvar.runs.config import ExportConfig, GenerateConfig, ReportConfig, problems
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 
-from dvar.cli.collection import collecting_late
 from dvar.cli.console import FAILED, INTERRUPTED, print_message, program_name
+from dvar.cli.garbage_collection import collecting_late
 from dvar.cli.options import Command, option_value, raise_problems, with_flags_of
 from dvar.config.fields import read_settings
 from dvar.errors import DvarError, first_line

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from dvar.cli.collection import LOADING_THRESHOLD, collecting_late
+from dvar.cli.garbage_collection import LOADING_THRESHOLD, collecting_late
 
 
 @pytest.fixture(autouse=True)
