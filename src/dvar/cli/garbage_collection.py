@@ -1,7 +1,7 @@
 """When Python collects garbage while a command loads a model and works with it."""
 
 # What is imported and loaded is half a million objects, none of them garbage. Python looks through them again and again
-# while they are made, and once more when it ends: a fifth of the processor time of a short run (Python 3.11).
+# while they are made, and once more when it ends: a fifth of the processor time of a start (Python 3.11).
 
 from __future__ import annotations
 
@@ -16,19 +16,15 @@ LOADING_THRESHOLD = 20_000
 
 @contextmanager
 def collecting_late() -> Iterator[Callable[[object], None]]:
-    """Collect garbage rarely, and if training begins, from then on as before, but only what has been made since.
+    """Collect garbage rarely until training begins, if it does, and not at all when the process ends.
 
     Yields:
         A consumer of steps: the first one says that training begins.
     """
-    thresholds, begun = gc.get_threshold(), False
+    thresholds = gc.get_threshold()
 
     def begin(_step: object) -> None:
-        nonlocal begun
-        if not begun:
-            gc.set_threshold(*thresholds)
-            gc.freeze()
-        begun = True
+        gc.set_threshold(*thresholds)
 
     atexit.register(gc.freeze)
     gc.set_threshold(LOADING_THRESHOLD, *thresholds[1:])
@@ -36,4 +32,3 @@ def collecting_late() -> Iterator[Callable[[object], None]]:
         yield begin
     finally:
         gc.set_threshold(*thresholds)
-        gc.unfreeze()
