@@ -53,6 +53,24 @@ def test_a_script_that_never_ends_is_refused(tmp_path: Path) -> None:
     assert "a device" in check.problem
 
 
+def test_a_folder_is_checked_without_what_is_installed_in_it(tmp_path: Path) -> None:
+    for name in ("own", ".hidden", "env", "lib/site-packages"):
+        (tmp_path / name).mkdir(parents=True)
+        write_script(tmp_path / name)
+    (tmp_path / "env" / "pyvenv.cfg").touch()
+    assert [check.name for check in check_folder(tmp_path)] == ["own/script.py"]
+    assert [check.name for check in check_folder(tmp_path / "lib" / "site-packages")] == ["script.py"]
+
+
+@pytest.mark.parametrize("source", ["x = " + "-" * 100_000 + "1", "x" + ".a" * 20_000])
+def test_a_script_that_is_nested_too_deeply_is_a_line_and_does_not_end_the_check(source: str, tmp_path: Path) -> None:
+    (tmp_path / "deep.py").write_text(f"{source}\nloss.backward()\n")
+    write_script(tmp_path)
+    deep, fits = check_folder(tmp_path)
+    assert "nested too deeply" in deep.problem
+    assert fits.fits
+
+
 @pytest.mark.parametrize(
     ("changes", "flags", "parts"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 from dvar.errors import RefusedInput, first_line
 from dvar.files import read_content
 from dvar.launch.script import TrainingScript, script_problems
+
+INSTALLED = ("site-packages", "dist-packages", "node_modules")
 
 
 @dataclass(frozen=True)
@@ -59,11 +62,22 @@ def check_script(path: Path, name: str = "") -> ScriptCheck:
 
 
 def check_folder(folder: Path) -> Iterator[ScriptCheck]:
-    """Yield the answer for each file below a folder that has a backward pass."""
-    for path in sorted(folder.rglob("*.py")):
+    """Yield the answer for each file below a folder that has a backward pass, without what is installed there."""
+    for path in sorted(_iter_sources(folder)):
         name = str(path.relative_to(folder))
         try:
             if b".backward(" in read_content(path):
                 yield check_script(path, name)
         except (RefusedInput, OSError) as error:
             yield ScriptCheck(name, "", "", first_line(error))
+
+
+def _iter_sources(folder: Path) -> Iterator[Path]:
+    """Yield the Python files below a folder; hidden folders, environments and packages in them are left out."""
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not _is_installed(Path(parent, name))]
+        yield from (Path(parent, name) for name in files if name.endswith(".py"))
+
+
+def _is_installed(folder: Path) -> bool:
+    return folder.name.startswith(".") or folder.name in INSTALLED or (folder / "pyvenv.cfg").is_file()

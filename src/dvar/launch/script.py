@@ -44,6 +44,8 @@ class TrainingScript:
             raise RefusedInput(f"script {path} cannot be read: {error.strerror or error}; check its path") from error
         except (SyntaxError, ValueError) as error:
             raise RefusedInput(f"script {path} is not Python: {error}; check its path") from error
+        except (RecursionError, MemoryError) as error:  # Python's parser itself
+            raise RefusedInput(f"script {path} is nested too deeply for Python; check its path") from error
         loops = find_training_loops(tree, path)
         for module, module_tree in _iter_own_modules(tree, path):
             loops += find_training_loops(module_tree, module)
@@ -86,7 +88,7 @@ def _iter_own_modules(tree: ast.AST, path: Path) -> Iterator[tuple[Path, ast.AST
         seen.add(module)
         try:
             module_tree = ast.parse(read_content(module), str(module))
-        except (OSError, SyntaxError, ValueError):
+        except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
             continue  # the script itself will report it, if it matters
         yield module, module_tree
         waiting += _iter_imported_files(module_tree, module, folders)
