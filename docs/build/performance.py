@@ -56,7 +56,7 @@ python benchmarks/against_diffusers.py CHECKOUT --output docs/performance/agains
 Whole programs on the bundled model, with the same batch, images and optimizer, in one thread: the scripts of a checkout
 of diffusers, with diffusers {version}, and `dvar train` with a probe of 8 held samples at every 12th step. *A step* is
 the slope of processor time between two lengths, and *beside the steps* is the rest: imports, loading, saving. Neither
-draws images, except that `dvar` draws two of a single sampling step. The other core was busy.
+draws images, except that `dvar` draws two of a single sampling step. The cores did other work too.
 
 {against}
 
