@@ -142,15 +142,15 @@ def test_a_folder_without_recordings_is_refused(tmp_path: Path) -> None:
 
 
 def test_runs_of_two_base_models_under_one_name_are_named(tmp_path: Path) -> None:
-    for index, base in enumerate(["a" * 64, "a" * 64, "a" * 64, "b" * 64]):
+    for index, base in enumerate(["a" * 64] * 4 + ["b" * 64]):
         write_fake_record(tmp_path, seed=index, cap=20, header={"base": base})
     runs = RecordingArchive.open(tmp_path).runs
-    assert base_model_problems(runs[:3]) == []
+    assert base_model_problems(runs[:4]) == []
     (problem,) = base_model_problems(runs)
     name = "textual-inversion/red_mug"
     assert problem == (
-        f"base model mini must be one and the same, got aaaaaaaaaaaa ({name}/0, {name}/1 and 1 more) and "
-        f"bbbbbbbbbbbb ({name}/3): name the records of one alone"
+        f"base model mini must be one and the same, got aaaaaaaaaaaa ({name}/0, {name}/1, {name}/2 and 1 more) "
+        f"and bbbbbbbbbbbb ({name}/4): name the records of one alone"
     )
     older = write_fake_record(tmp_path, seed=9, cap=20)
     (problem,) = base_model_problems([runs[0], RecordedRun.open(older)])
