@@ -88,6 +88,23 @@ def test_an_unknown_series_or_score_names_those_there_are(folder: Path) -> None:
         run.scores("train", "dino")
 
 
+@pytest.mark.parametrize("content", ['{"hashes": 0.5}', '{"hashes": {"trace.jsonl": 3}}', '{"threads": "one"}', "[]"])
+def test_an_end_of_another_shape_is_damage_of_this_recording_alone(content: str, tmp_path: Path) -> None:
+    write_fake_record(tmp_path, concept="red_mug", cap=40)
+    damaged = write_fake_record(tmp_path, concept="blue_dog", cap=40)
+    (damaged / "done.json").write_text(content)
+    archive = RecordingArchive.open(tmp_path)
+    assert [run.concept for run in archive] == ["red_mug"]
+    assert archive.unreadable["textual-inversion/blue_dog/0"].startswith("done.json must be JSON")
+
+
+def test_measured_seconds_of_another_shape_are_refused(tmp_path: Path) -> None:
+    write_fake_record(tmp_path, cap=40)
+    (tmp_path / "seconds.json").write_text('{"textual-inversion": 3.0}')
+    with pytest.raises(RefusedInput, match=r"seconds\.json must be JSON"):
+        RecordingArchive.open(tmp_path)
+
+
 def test_joined_archives_take_a_run_from_the_first_that_has_it(tmp_path: Path) -> None:
     first, second = tmp_path / "one", tmp_path / "other"
     write_fake_record(first, concept="red_mug", cap=40)

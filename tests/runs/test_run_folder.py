@@ -92,6 +92,13 @@ def test_damaged_json_is_refused_by_name(run_folder: Path, name: str) -> None:
         RunFolder.open(run_folder)
 
 
+def test_a_result_that_names_no_weights_is_refused(run_folder: Path) -> None:
+    path = run_folder / "result.json"
+    path.write_text(path.read_text().replace('"weights"', '"weighss"'))
+    with pytest.raises(RefusedInput, match=r"result.json.*weights"):
+        RunFolder.open(run_folder)
+
+
 def test_a_damaged_trace_is_refused(run_folder: Path) -> None:
     (run_folder / "trace.jsonl").write_text("no trace\n")
     with pytest.raises(TraceError, match=r"trace\.jsonl"):

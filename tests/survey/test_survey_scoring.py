@@ -258,6 +258,8 @@ def test_raters_are_deleted_by_their_numbers(tmp_path: Path, capsys: pytest.Capt
     each = len(votes) // 3
     assert main(["survey", "forget", str(folder), "2", "9"]) == 2
     assert "has no 9" in capsys.readouterr().err
+    assert main(["survey", "forget", str(folder), str(2**63)]) == 2
+    assert f"has no {2**63}" in capsys.readouterr().err
     assert main(["survey", "forget", str(folder)]) == 2
     assert VoteStore(folder / VOTES_FILE, survey).load_votes() == votes
     capsys.readouterr()

@@ -55,7 +55,7 @@ class RecordingArchive:
             rule = f"there are no recorded runs in {root}, <method>/<concept>/<seed>/done.json each"
             raise RefusedInput([f"{rule}: record some, or name another --records"])
         seconds = root / SECONDS
-        measured = read_recorded_json(seconds) if seconds.exists() else {}
+        measured = read_recorded_json(seconds, {str: {str: float}}) if seconds.exists() else {}
         return cls(tuple(runs), unreadable, tuning_concepts, measured, load_rescored(runs))
 
     @classmethod

@@ -40,6 +40,7 @@ from dvar.training.run_layout import CONFIG, TRACE
 Floats = NDArray[np.float64]
 Steps = NDArray[np.int64]
 Part = Literal["train", "validation"]
+DONE_SCHEMA = {"hashes?": {str: str}, "threads?": int}
 ImageScores = Mapping[tuple[str, str], Floats]
 """(part, metric) to the score of each image, [steps, images]."""
 
@@ -99,7 +100,7 @@ class RecordedRun:
         """
         folder = Path(folder)
         method, concept, name = folder.parts[-3:]
-        done = read_recorded_json(folder / DONE)
+        done = read_recorded_json(folder / DONE, DONE_SCHEMA)
         hashes = done.get("hashes", {})
         problems = [
             f"{folder / name} is not what was recorded (its SHA-256 differs from done.json): record the run again"
@@ -373,14 +374,18 @@ def _image_scores(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], Fl
     return {(part, metric): np.array([row[part][metric] for row in rows], np.float64) for part, metric in common}
 
 
-def read_recorded_json(path: Path) -> dict[str, Any]:
+def read_recorded_json(path: Path, schema: Any = dict) -> dict[str, Any]:
     """Return what a JSON file of a recording holds.
+
+    Args:
+        path: The file.
+        schema: What the content must look like, as for `dvar.files.read_json`.
 
     Raises:
         RefusedInput: The file is missing or damaged.
     """
     try:
-        content: dict[str, Any] = read_json(path, dict)
+        content: dict[str, Any] = read_json(path, schema)
         return content
     except OSError as error:
         raise RefusedInput([f"{path} is missing: the run was not recorded to its end, record it again"]) from error

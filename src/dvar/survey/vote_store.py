@@ -40,6 +40,7 @@ create table if not exists assignment (
 create index if not exists assignment_task on assignment (question, role, task, given, answered);
 """
 
+LARGEST_NUMBER = 2**63 - 1  # of SQLite
 RATER_LABEL = "trim(w.id || ' ' || w.name)"  # two raters may have the same name
 
 Side = Literal["first", "second"]
@@ -130,6 +131,8 @@ class VoteStore:
 
     def rater_name(self, rater: int) -> str | None:
         """Return the name of a rater, None when there is no such rater."""
+        if not 0 < rater <= LARGEST_NUMBER:
+            return None
         row = self._connection.execute("select name from worker where id = ?", (rater,)).fetchone()
         return row[0] if row else None
 

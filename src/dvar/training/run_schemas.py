@@ -22,7 +22,7 @@ RESULT = {
     "exported_step": int,
     "best_step?": int,
     "seconds": {str: float},
-    "weights?": [str],
+    "weights": [str],
     "best_weights?": [str],
     "base_sha256?": str,
     "family?": str,
