@@ -152,6 +152,19 @@ def test_arrays_that_inflate_beyond_their_headers_are_refused_before_they_are_re
         read_traces(path)
 
 
+@pytest.mark.parametrize(("place", "value"), [(6, 139), (8, 1), (10, 12), (10, 14), (10, 99)])
+def test_an_archive_with_flipped_bits_is_refused(
+    place: int, value: int, archive: RecordingArchive, tmp_path: Path
+) -> None:
+    """The bytes of the first entry of the central directory: version needed, flags (encrypted), compression."""
+    path = write_traces(archive, tmp_path / "traces.npz")
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\x01\x02") + place] = value
+    path.write_bytes(content)
+    with pytest.raises(RefusedInput, match=r"traces\.npz is not a file of traces"):
+        read_traces(path)
+
+
 @pytest.mark.parametrize("content", [b"", b"PK", b"PK\x05\x06" + bytes(18), b"no archive"])
 def test_a_file_that_is_no_archive_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "traces.npz").write_bytes(content)

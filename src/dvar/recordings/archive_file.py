@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import math
 import zlib
 from collections.abc import Iterator, Mapping
@@ -33,6 +34,9 @@ SUFFIX = ".npz"
 MAX_INFLATED = 50 * MAX_BYTES
 """Bytes that the arrays of such a file may have in all."""
 _INDEX = "index"
+# Bits of an archive that were flipped may ask for another kind of compression, a later version or a password, which
+# zipfile refuses as a RuntimeError.
+DAMAGE = (OSError, ValueError, KeyError, IndexError, EOFError, RuntimeError, BadZipFile, zlib.error, lzma.LZMAError)
 _INDEX_SCHEMA = {
     "dvar_traces": int,
     "tuning": [str],
@@ -124,7 +128,7 @@ def read_traces(path: str | Path) -> RecordingArchive:
                 _unpack(number, description, arrays, differences=version == FORMAT)
                 for number, description in enumerate(index["records"])
             ]
-    except (OSError, ValueError, KeyError, IndexError, EOFError, BadZipFile, zlib.error) as error:
+    except DAMAGE as error:
         raise RefusedInput(
             [f"{path} is not a file of traces ({first_line(error)}): name one that dvar reproduce traces wrote"]
         ) from error
