@@ -12,6 +12,7 @@ from dvar.runs.config import ExportConfig, GenerateConfig, ReportConfig, problem
 
 
 @with_flags_of(GenerateConfig)
+@collecting_late()
 def generate(run: Path, /, **flags: Any) -> int:
     """Generate images of a learned word.
 
@@ -22,28 +23,27 @@ def generate(run: Path, /, **flags: Any) -> int:
     """
     config = GenerateConfig(**flags)
     raise_problems(problems(config))
-    with collecting_late():
-        from dvar.runs.generate import find_missing_word, generate_images
-        from dvar.runs.run_folder import RunFolder
+    from dvar.runs.generate import find_missing_word, generate_images
+    from dvar.runs.run_folder import RunFolder
 
-        folder = RunFolder.open(run)
-        if problem := find_missing_word(folder.settings, str(config.prompt)):
-            print_message(problem)
-        images = generate_images(
-            folder,
-            [str(config.prompt)] * config.num_images,
-            range(config.seed, config.seed + config.num_images),
-            folder=Path(config.output) if config.output else None,
-            guidance_scale=config.guidance_scale,
-            num_inference_steps=config.num_inference_steps,
-            scheduler=config.scheduler,
-            mixed_precision=config.mixed_precision,
-            quantize=config.quantize,
-            offload=config.offload,
-        )
-        for image in images:
-            print(image.path)
-        return 0
+    folder = RunFolder.open(run)
+    if problem := find_missing_word(folder.settings, str(config.prompt)):
+        print_message(problem)
+    images = generate_images(
+        folder,
+        [str(config.prompt)] * config.num_images,
+        range(config.seed, config.seed + config.num_images),
+        folder=Path(config.output) if config.output else None,
+        guidance_scale=config.guidance_scale,
+        num_inference_steps=config.num_inference_steps,
+        scheduler=config.scheduler,
+        mixed_precision=config.mixed_precision,
+        quantize=config.quantize,
+        offload=config.offload,
+    )
+    for image in images:
+        print(image.path)
+    return 0
 
 
 @with_flags_of(ExportConfig)
