@@ -120,7 +120,31 @@ def test_a_signal_that_knows_is_supported_and_one_that_does_not_is_not(clocks: d
     ],
 )
 def test_what_supports_a_clock(difference: MeanInterval, right: MeanInterval, supported: bool) -> None:
-    assert ClockQuality(GAP, difference, right, difference, 6, 6).is_supported is supported
+    enough, good = MeanInterval(-1.0, -1.5, -0.5, 6), MeanInterval(0.9, 0.7, 1.0, 6)
+    assert ClockQuality(GAP, difference, right, difference, 6, 6, good, enough).is_supported is supported
+    assert ClockQuality(GAP, difference, good, enough, 6, 6, right, difference).is_supported is supported
+
+
+def test_where_no_run_memorises_no_signal_is_supported_and_the_constant_is_never_wrong(tmp_path: Path) -> None:
+    """Records of other lengths than those at the preset: a constant that says "never" says so of them too."""
+    options: dict[str, Any] = {"header": HEADER, "images": 4, "jitter": 1e-5, "every": 4, "learned": LEARNED}
+    for concept in MEMORISED:
+        for rate, cap in ((1, CAP), (0.25, 4 * CAP), (4, CAP // 2)):
+            setting = {"learning_rate": {"value": 0.005 * rate, "preset": 0.005}} if rate != 1 else {}
+            write_fake_record(tmp_path, concept=concept, cap=cap, memorised=8.0 * CAP, setting=setting, **options)
+    panel = PanelRuns.of(RecordingArchive.open(tmp_path))
+    clocks = judge_clocks(panel, panel.runs)
+    assert (clocks[0].runs, clocks[0].memorising) == (18, 0)
+    assert clocks[0].error.mean == 0
+    assert not any(clock.is_supported for clock in clocks)
+
+
+def test_a_constant_beyond_a_short_record_never_strikes_in_it(panel: PanelRuns, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"header": HEADER, "images": 4, "every": 4, "learned": LEARNED}
+    write_fake_record(tmp_path, concept="concept_z", cap=40, memorised=400.0, **options)
+    short = PanelRuns.of(RecordingArchive.open(tmp_path)).runs
+    constant = judge_clocks(replace(panel, runs=(*panel.runs, *short)), short)[0]
+    assert constant.error.mean == 0, "the run does not memorise within its record either"
 
 
 def test_a_clock_that_rightly_never_strikes_is_right(tmp_path: Path) -> None:

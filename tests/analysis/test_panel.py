@@ -40,6 +40,7 @@ from dvar.analysis.panel_comparison import (
 from dvar.analysis.stop_quality import MeanInterval
 from dvar.analysis.strategies import Strategy, evaluate_strategy
 from dvar.errors import RefusedInput
+from dvar.mini import TUNING
 from dvar.recordings.archive import RecordingArchive
 from dvar.stopping.cadence import PerOctave, is_due
 from dvar.stopping.octave import Octave
@@ -112,7 +113,7 @@ def test_a_constant_is_the_median_of_the_other_concepts_at_the_preset(panel: Pan
 def test_a_concept_s_own_runs_do_not_choose_its_settings(archive: RecordingArchive, ends: PanelStops) -> None:
     own = "concept_a"
     elsewhere = PanelRuns.of(without(archive, lambda run: run.concept == own and not run.setting))
-    stops = PanelStops.of(elsewhere, elsewhere.select(RATE_ENDS)).stops
+    stops = PanelStops.of(elsewhere, elsewhere.select(RATE_ENDS), elsewhere.list_concepts(RATE_ENDS)).stops
     for name in (CONSTANT, CORRECTED, DVAR_TUNED):
         before = {run.run.name: stop for run, stop in ends.stops[name].items() if run.run.concept == own}
         after = {run.run.name: stop for run, stop in stops[name].items() if run.run.concept == own}
@@ -168,7 +169,9 @@ def test_claims_end_at_the_first_comparison_that_is_not_won() -> None:
     assert may_claim([won, won, won]) == [True, True, True]
     assert may_claim([won, tie, won]) == [True, True, False]
     assert may_claim([lost, won, won]) == [True, False, False]
-    assert replace(won, p=0.06).outcome == "tie", "the interval alone does not decide"
+    assert replace(won, p=0.06).outcome == "tie", "the interval alone does not win"
+    assert replace(won, p=0.06).side == "won"
+    assert replace(lost, p=0.06).outcome == "lost", "but it loses"
     assert replace(won, difference=MeanInterval(-1, -1.1, -0.9, 5)).outcome == "too few concepts"
 
 
@@ -233,8 +236,44 @@ def test_grids_are_of_a_hundred_settings_in_steps() -> None:
 def test_a_run_that_learned_nothing_is_left_out_and_named(archive: RecordingArchive, tmp_path: Path) -> None:
     write_panel_record(tmp_path, "concept_z", learned=1e9, cap=60, noise=0.01)
     panel = PanelRuns.of(RecordingArchive.join([archive, RecordingArchive.open(tmp_path)]))
-    assert panel.unlearned == (f"{TI}/concept_z/0",)
+    assert [run.name for run in panel.unlearned] == [f"{TI}/concept_z/0"]
     assert len(panel.runs) == 18
+
+
+def test_settings_are_chosen_on_all_concepts_that_take_part(archive: RecordingArchive, tmp_path: Path) -> None:
+    """A concept whose end runs learned nothing, or that has three images of its own, is one of the others."""
+    options: dict[str, Any] = {"header": HEADER, "images": 4, "jitter": 1e-5, "every": 2}
+    four = list(CONCEPTS)[:4]
+    for concept, counts in ((four[0], (1, 3)), (four[1], (1, 3)), (four[2], (1, 3)), (four[3], (1,))):
+        for count in counts:
+            setting = {"images": {"value": count, "preset": 5}}
+            write_fake_record(tmp_path, TI, concept, cap=200, learned=16.0, setting=setting, **options)
+    write_panel_record(tmp_path, "concept_z", 4.0, learned=1e9, cap=60, noise=0.01)
+    write_panel_record(tmp_path, "concept_z", learned=16.0)
+    panel = PanelRuns.of(RecordingArchive.join([archive, RecordingArchive.open(tmp_path)]))
+    assert panel.list_concepts(["images 3"]) == set(four)
+    stops, _ = compare_registered(panel)
+    assert {run.run.concept for run in stops.presets} == {*CONCEPTS, "concept_z"}
+    assert "concept_z" not in {run.run.concept for run in stops.runs}
+
+
+@pytest.mark.parametrize(
+    ("more", "refusal"),
+    [
+        ({"seed": 1}, "the panel is of seed 0, got textual-inversion/concept_y/1"),
+        ({"concept": TUNING[0]}, f"tuning concepts take no part in the panel, got textual-inversion/{TUNING[0]}/0"),
+        (
+            {"setting": {"learning_rate": {"value": 0.05, "preset": 0.005}}},
+            "the panel varies what docs/protocol.md lists, got textual-inversion/concept_y/0,learning_rate=0.05",
+        ),
+    ],
+)
+def test_runs_that_the_panel_does_not_plan_are_refused(
+    archive: RecordingArchive, tmp_path: Path, more: dict[str, Any], refusal: str
+) -> None:
+    write_fake_record(tmp_path, TI, **{"concept": "concept_y", "cap": 200, "header": HEADER, **more})
+    with pytest.raises(RefusedInput, match=refusal):
+        PanelRuns.of(RecordingArchive.join([archive, RecordingArchive.open(tmp_path)]))
 
 
 def test_a_short_run_is_known_as_one(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from fake_record import write_fake_record
 
 from dvar.analysis.stop_quality import MeanInterval
 from dvar.paper.config import ReproduceConfig
-from dvar.paper.experiments.panel import _describe_comparisons, compare_on_panel
-from dvar.paper.panel_results import PanelResults
+from dvar.paper.experiments.panel import _describe_comparisons, _describe_runs, compare_on_panel
+from dvar.paper.panel_default import Condition, describe_default, list_default_conditions
+from dvar.paper.panel_results import MAIN, PanelResults
 from dvar.paper.panel_summary import MAX_LINES, summarise_panel
 from dvar.paper.reproduce import reproduce
 from dvar.paper.result import ExperimentResult, Table
@@ -122,7 +123,9 @@ def test_the_summary_is_plain_and_short_and_agrees_with_the_tables(
     assert "33 recorded runs of 6 concepts" in result.summary[0]
     assert result.summary[1].startswith("Pre-registered 1: octave stops nearer to the right step than a fixed number")
     assert "(not claimed: one before was not won)" in result.summary[3] or "no difference" in result.summary[3]
-    assert any(line.startswith("For a user: under a preset that was tuned") for line in result.summary)
+    (advice,) = [line for line in result.summary if line.startswith("For a user: ")]
+    assert "multiply it by the old rate over the new one" in advice, "comparison 2 is lost: time scales as 1 / rate"
+    assert "The default rule stays what it is: comparison 3 is " in advice
     assert result.summary[-1].startswith("Not shown here: anything about Stable Diffusion")
 
 
@@ -138,7 +141,10 @@ def test_a_tie_is_printed_as_a_tie(results: PanelResults) -> None:
     lost = replace(results, comparisons=(replace(results.comparisons[0], difference=MeanInterval(1, 0.5, 1.5, 8)),) * 3)
     assert _describe_comparisons(lost)[0].startswith("Comparison 1, octave − constant: lost (1.00 [0.50, 1.50]")
     assert "would be lost" in _describe_comparisons(lost)[1]
-    assert any("train a fixed number of steps" in line for line in summarise_panel(lost))
+    assert any("octave is no reason to give up a fixed number" in line for line in summarise_panel(lost))
+    won = replace(tied.comparisons[0], difference=MeanInterval(-1, -1.5, -0.5, 8), p=0.01)
+    first = replace(results, comparisons=(won, *tied.comparisons[1:]))
+    assert any("no number of steps is known, let octave stop" in line for line in summarise_panel(first))
 
 
 def test_the_summary_heads_the_page_and_stays_when_other_sections_are_made_again(root: Path, tmp_path: Path) -> None:
@@ -156,3 +162,53 @@ def test_the_summary_heads_the_page_and_stays_when_other_sections_are_made_again
     assert again == text
     without = {name: part for name, part in page["read_sections"](text).items() if name != "summary"}
     assert "In ten lines" not in page["format_page"](without)
+
+
+def test_the_default_changes_only_where_every_condition_is_met(
+    result: ExperimentResult, results: PanelResults, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conditions = list_default_conditions(results)
+    assert [condition.met for condition in conditions[:2]] == [True, False], "comparison 3 may not be claimed"
+    assert [condition.text.split(" is ")[0] for condition in conditions[2:4]] == [
+        "octave, cheap − constant",
+        "octave, cheap − DVAR, tuned",
+    ]
+    assert [condition.met for condition in conditions[2:4]] == [row["outcome"] == "won" for row in default_rows(result)]
+    assert conditions[4].met is None, "two methods are missing"
+    assert conditions[5].met is (results.probe_share() <= 0.1)
+    sentences = {
+        (True, True): "Octave becomes the default: a; b.",
+        (True, None): "Whether octave becomes the default is not known yet: b.",
+        (False, None): "The default rule stays what it is: a.",
+    }
+    for met, sentence in sentences.items():
+        monkeypatch.setattr(
+            "dvar.paper.panel_default.list_default_conditions", lambda _, met=met: tuple(map(Condition, "ab", met))
+        )
+        assert describe_default(results) == sentence
+
+
+def default_rows(result: ExperimentResult) -> list[dict[str, Any]]:
+    data = find_table(result, "comparisons").data
+    return [dict(row) for row in data if row["group"] == "Registered for the default alone"]
+
+
+def test_the_main_panel_is_judged_when_it_is_whole(results: PanelResults, monkeypatch: pytest.MonkeyPatch) -> None:
+    methods = ("textual-inversion",)
+    monkeypatch.setattr("dvar.paper.panel_results.panel_concepts", lambda: [*"abcdefgh"])
+    for count, whole in ((6, True), (5, True), (7, False)):
+        main = replace(MAIN, concepts=count, methods=methods)
+        monkeypatch.setattr("dvar.paper.panel_results.MAIN", main)
+        fresh = replace(results)
+        assert (fresh.main is not None) is whole
+        if fresh.main is not None:
+            assert {run.run.concept for run in fresh.main.runs} == {*"abcdef"[:count]}
+            assert list_default_conditions(fresh)[4].met in ((True, False) if count == 6 else (None,))
+
+
+def test_runs_that_broke_are_named(results: PanelResults) -> None:
+    broken = {"textual-inversion/g/0": "the loss is not finite at step 12"}
+    sentences = _describe_runs(replace(results, archive=replace(results.archive, unreadable=broken)))
+    named = "textual-inversion/g/0 (the loss is not finite at step 12)."
+    assert f"Recordings that broke or are unfinished, and are left out: {named}" in sentences
+    assert any(sentence.startswith("The least gain of those that count is ") for sentence in sentences)

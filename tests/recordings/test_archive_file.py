@@ -62,6 +62,12 @@ def test_rescored_steps_are_in_the_file(archive: RecordingArchive, tmp_path: Pat
     assert back.runs[1].image_scores.keys() == archive.runs[1].image_scores.keys()
 
 
+def test_runs_that_broke_are_named_in_the_file(archive: RecordingArchive, tmp_path: Path) -> None:
+    broken = {"textual-inversion/red_mug/7": "the loss is not finite at step 12"}
+    back = read_traces(write_traces(replace(archive, unreadable=broken), tmp_path / "traces.npz"))
+    assert back.unreadable == broken
+
+
 @given(arrays(np.float32, st.integers(1, 20)))
 def test_numbers_are_rounded_to_the_nearest_of_13_bits_and_once(values: NDArray[np.float32]) -> None:
     rounded = archive_file._round(values)

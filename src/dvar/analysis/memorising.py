@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dvar.analysis.panel import PanelRun, PanelRuns
 from dvar.analysis.stop_quality import MIN_CONCEPTS, MeanInterval, average_concepts, bootstrap_mean
@@ -89,6 +90,8 @@ class ClockQuality:
         difference: The error minus that of the constant on the same runs, paired by concept.
         runs: Runs that were judged.
         memorising: Runs that memorise by their images.
+        right_memorising: As ``right``, over the runs that memorise alone.
+        difference_memorising: As ``difference``, over the runs that memorise alone.
     """
 
     name: str
@@ -97,11 +100,20 @@ class ClockQuality:
     difference: MeanInterval
     runs: int
     memorising: int
+    right_memorising: MeanInterval
+    difference_memorising: MeanInterval
 
     @property
     def is_supported(self) -> bool:
-        """Whether the clock is nearer than the constant and right more often than not, by both intervals."""
-        return self.difference.concepts >= MIN_CONCEPTS and self.difference.high < 0 and self.right.low > 0.5
+        """Whether the clock is nearer than the constant and right more often than not, by both intervals.
+
+        Both over all runs and over those that memorise: to be silent where nothing happens proves no signal.
+        """
+        pairs = ((self.difference, self.right), (self.difference_memorising, self.right_memorising))
+        return all(
+            difference.concepts >= MIN_CONCEPTS and difference.high < 0 and right.low > 0.5
+            for difference, right in pairs
+        )
 
 
 def judge_clocks(panel: PanelRuns, runs: Sequence[PanelRun]) -> list[ClockQuality]:
@@ -109,8 +121,8 @@ def judge_clocks(panel: PanelRuns, runs: Sequence[PanelRun]) -> list[ClockQualit
 
     A clock strikes at the first record at which its signal exceeds a threshold. The threshold of a run, and the
     constant, are chosen for its method on the other concepts at the preset, by the least mean distance. A clock that
-    never strikes, and a run that never memorises, count as `NEVER` times the record's length, so that two of them
-    agree.
+    never strikes, a constant beyond the record, and a run that never memorises count as `NEVER` times the record's
+    length, so that two of them agree.
 
     Args:
         panel: The panel, whose runs at the preset thresholds are chosen on.
@@ -140,11 +152,13 @@ def _other_presets(panel: PanelRuns, run: PanelRun) -> list[PanelRun]:
 
 
 def _strike_constants(panel: PanelRuns, runs: Sequence[PanelRun]) -> dict[PanelRun, float]:
-    return {
-        run: float(2 ** np.median([np.log2(_true_step(other)) for other in others]))
-        for run in runs
-        if (others := _other_presets(panel, run))
-    }
+    strikes = {}
+    for run in runs:
+        if others := _other_presets(panel, run):
+            constant = float(2 ** np.median([np.log2(_true_step(other)) for other in others]))
+            never = constant > min(run.run.cap, max(other.run.cap for other in others))
+            strikes[run] = NEVER * run.run.cap if never else constant
+    return strikes
 
 
 def _strike_signals(panel: PanelRuns, name: str, runs: Sequence[PanelRun]) -> dict[PanelRun, float]:
@@ -170,13 +184,22 @@ def _strike_signals(panel: PanelRuns, name: str, runs: Sequence[PanelRun]) -> di
 
 def _assess(name: str, strikes: Mapping[PanelRun, float], constants: Mapping[PanelRun, float]) -> ClockQuality:
     runs = list(strikes)
-    concepts = [run.run.concept for run in runs]
+    concepts = np.array([run.run.concept for run in runs])
     errors = np.array([_error(run, strikes[run]) for run in runs])
-    of_constant = np.array([_error(run, constants[run]) for run in runs])
+    differences = errors - np.array([_error(run, constants[run]) for run in runs])
+    right = (errors <= RIGHT).astype(np.float64)
+    memorising = np.array([np.isfinite(memorising_step(run)) for run in runs])
 
-    def mean(values: Floats) -> MeanInterval:
-        return bootstrap_mean(average_concepts(concepts, values.tolist()))
+    def mean(values: Floats, counted: NDArray[np.bool_] | slice = slice(None)) -> MeanInterval:
+        return bootstrap_mean(average_concepts(concepts[counted].tolist(), values[counted].tolist()))
 
-    memorising = sum(bool(np.isfinite(memorising_step(run))) for run in runs)
-    right = mean((errors <= RIGHT).astype(np.float64))
-    return ClockQuality(name, mean(errors), right, mean(errors - of_constant), len(runs), memorising)
+    return ClockQuality(
+        name=name,
+        error=mean(errors),
+        right=mean(right),
+        difference=mean(differences),
+        runs=len(runs),
+        memorising=int(memorising.sum()),
+        right_memorising=mean(right, memorising),
+        difference_memorising=mean(differences, memorising),
+    )

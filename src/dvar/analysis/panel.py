@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 
@@ -16,9 +16,10 @@ from dvar.config.presets import OCTAVE as OCTAVE_SETTINGS
 from dvar.config.presets import preset_settings
 from dvar.config.training import BUNDLED_MODELS
 from dvar.errors import RefusedInput, name_some
+from dvar.mini import TUNING
 from dvar.recordings.archive import RecordingArchive
 from dvar.recordings.mixture import base_model_problems, group_runs, name_groups
-from dvar.recordings.panel import PRESET, PROTOCOL, name_variation
+from dvar.recordings.panel import PRESET, PROTOCOL, STAGES, name_variation
 from dvar.recordings.recorded_run import CHOOSE, Floats, RecordedRun, Steps
 from dvar.stopping.octave import FIRST_STEP, Octave
 from dvar.stopping.rules import Dvar, Rule
@@ -73,7 +74,7 @@ class PanelRun:
         rate = run.setting.get("learning_rate")
         return cls(
             run,
-            name_variation(run.setting) if run.setting else PRESET.title,
+            _title(run),
             rate["value"] / rate["preset"] if rate else 1.0,
             max(LearningCurve.of_run(run).step_at(), 1.0),
             LearningCurve.of_run(run, CHOOSE).step_at(),
@@ -95,35 +96,48 @@ class PanelRuns:
 
     Attributes:
         runs: The runs that have learned.
-        unlearned: Names of the others.
+        unlearned: The others.
     """
 
     runs: tuple[PanelRun, ...]
-    unlearned: tuple[str, ...]
+    unlearned: tuple[RecordedRun, ...]
 
     @classmethod
     def of(cls, archive: RecordingArchive) -> PanelRuns:
         """Return the panel in an archive.
 
         Raises:
-            RefusedInput: There is none, or it is mixed with runs of another protocol, version or base model, or some
-                run lacks a series that a rule reads; the runs are named.
+            RefusedInput: There is none, or it is mixed with runs of another protocol, version or base model, some run
+                is not in the plan of the panel, or lacks a series that a rule reads; the runs are named.
         """
         runs = [run for run in archive if _protocol(run)[0] == PROTOCOL]
         if not runs:
             rule = "no run of the panel was recorded"
             raise RefusedInput([f"{rule}: dvar record --panel all records them, as docs/protocol.md says"])
-        problems = [*_mixture_problems(list(archive)), *_series_problems(runs)]
+        problems = [*_mixture_problems(list(archive)), *_plan_problems(runs), *_series_problems(runs)]
         if problems:
             raise RefusedInput(problems)
         learned = [run for run in runs if LearningCurve.of_run(run).learned]
         names = {run.name for run in learned}
-        return cls(tuple(map(PanelRun.of, learned)), tuple(run.name for run in runs if run.name not in names))
+        return cls(tuple(map(PanelRun.of, learned)), tuple(run for run in runs if run.name not in names))
 
     def select(self, variations: Iterable[str], methods: Iterable[str] = ()) -> list[PanelRun]:
         """Return the runs of these variations; with ``methods``, those of these methods alone."""
         variations, methods = set(variations), set(methods)
         return [run for run in self.runs if run.variation in variations and (not methods or run.run.method in methods)]
+
+    def list_concepts(self, variations: Iterable[str]) -> set[str]:
+        """Return the concepts that take part where these variations are compared.
+
+        A concept does if a run of it, learned or not, was recorded in these variations or others of their stages: "3
+        images" varies nothing for a concept that has three, and settings are chosen on it all the same.
+        """
+        titles = set(variations)
+        for stage in STAGES:
+            if titles & (of_stage := {variation.title for variation in stage.variations}):
+                titles |= of_stage
+        recorded = [*((run.run, run.variation) for run in self.runs), *((run, _title(run)) for run in self.unlearned)]
+        return {run.concept for run, title in recorded if title in titles}
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,16 +146,15 @@ class PanelStops:
 
     Args:
         runs: The runs.
-        presets: The runs at the preset of the same concepts and methods, on which settings are chosen.
+        presets: The runs at the preset on which settings are chosen.
     """
 
     runs: tuple[PanelRun, ...]
     presets: tuple[PanelRun, ...]
 
     @classmethod
-    def of(cls, panel: PanelRuns, runs: Sequence[PanelRun]) -> PanelStops:
-        """Return the stops on some runs of a panel, whose settings are chosen on their concepts at the preset."""
-        concepts = {run.run.concept for run in runs}
+    def of(cls, panel: PanelRuns, runs: Sequence[PanelRun], concepts: Collection[str]) -> PanelStops:
+        """Return the stops on some runs of a panel, whose settings are chosen on these concepts at the preset."""
         presets = [run for run in panel.select([PRESET.title]) if run.run.concept in concepts]
         return cls(tuple(runs), tuple(presets))
 
@@ -232,6 +245,10 @@ def _make_rule(family: StrategyFamily, setting: tuple[float, float, float], meth
     return family.strategy(setting, int(preset_settings("mini", method)["max_train_steps"])).rule
 
 
+def _title(run: RecordedRun) -> str:
+    return name_variation(run.setting) if run.setting else PRESET.title
+
+
 def _protocol(run: RecordedRun) -> tuple[str, int]:
     protocol = run.header.get("protocol", {})
     return str(protocol.get("name", "before the panel")), int(protocol.get("version", 0))
@@ -248,6 +265,19 @@ def _mixture_problems(runs: Sequence[RecordedRun]) -> list[str]:
     if others := {model: of_model for model, of_model in models.items() if model not in BUNDLED_MODELS}:
         names = name_groups(others)
         problems.append(f"the panel is of {' and '.join(BUNDLED_MODELS)}, got {names}: take the others away")
+    return problems
+
+
+def _plan_problems(runs: Sequence[RecordedRun]) -> list[str]:
+    """Return which runs are none that the panel plans, though they were measured as it measures."""
+    planned = {variation.title for stage in STAGES for variation in stage.variations}
+    problems = []
+    if seeds := [run.name for run in runs if run.seed]:
+        problems.append(f"the panel is of seed 0, got {name_some(seeds)}: take them away")
+    if tuning := [run.name for run in runs if run.concept in TUNING]:
+        problems.append(f"tuning concepts take no part in the panel, got {name_some(tuning)}: take them away")
+    if others := [run.name for run in runs if _title(run) not in planned]:
+        problems.append(f"the panel varies what docs/protocol.md lists, got {name_some(others)}: take them away")
     return problems
 
 

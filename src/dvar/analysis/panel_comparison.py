@@ -42,14 +42,20 @@ class Comparison:
 
     @property
     def outcome(self) -> Outcome:
-        """Whether the first rule is nearer, further, or neither can be said."""
+        """Whether the first rule is nearer, further, or neither can be said.
+
+        A registered comparison is won only if the sign flips agree with its interval; it is lost by the interval alone.
+        """
+        return "tie" if self.side == "won" and self.p >= _LEVEL else self.side
+
+    @property
+    def side(self) -> Outcome:
+        """On which side of 0 the interval lies, which is all that the protocol asks of other comparisons."""
         if self.difference.concepts < MIN_CONCEPTS:
             return "too few concepts"
-        if self.p < _LEVEL and self.difference.high < 0:
+        if self.difference.high < 0:
             return "won"
-        if self.p < _LEVEL and self.difference.low > 0:
-            return "lost"
-        return "tie"
+        return "lost" if self.difference.low > 0 else "tie"
 
 
 def compare_rules(stops: PanelStops, first: str, second: str, runs: Sequence[PanelRun] | None = None) -> Comparison:
@@ -74,7 +80,7 @@ def compare_registered(panel: PanelRuns) -> tuple[PanelStops, list[Comparison]]:
     Raises:
         RefusedInput: Fewer than `MIN_CONCEPTS` concepts have such runs, and others to tune on; they are named.
     """
-    stops = PanelStops.of(panel, panel.select(RATE_ENDS))
+    stops = PanelStops.of(panel, panel.select(RATE_ENDS), panel.list_concepts(RATE_ENDS))
     comparisons = [compare_rules(stops, *names) for names in COMPARISONS]
     for comparison in comparisons:
         if comparison.outcome == "too few concepts":

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from dvar.analysis.panel import CONSTANT, OCTAVE, PERFECT, PanelRun, PanelStops
 from dvar.analysis.panel_comparison import Comparison, average_errors, compare_rules
-from dvar.analysis.stop_quality import MIN_CONCEPTS
+from dvar.paper.panel_default import describe_default
 from dvar.paper.panel_results import PanelResults
-from dvar.paper.result import format_estimate, format_number, format_percent, method_title
+from dvar.paper.result import format_estimate, format_number, method_title
 
 MAX_LINES = 10
 _ANSWERS = {
@@ -25,7 +27,7 @@ def summarise_panel(results: PanelResults) -> tuple[str, ...]:
     methods = ", ".join(map(method_title, sorted({run.run.method for run in ends.runs}, reverse=True)))
     lines = [
         f"Asked: does an adaptive stop pay where the time scale of training is not known? Read from {len(runs)} "
-        f"recorded runs of {len({run.run.concept for run in runs})} concepts on the bundled model; errors are in "
+        f"recorded runs of {len({run.run.concept for run in runs})} concepts on {_name_models(runs)}; errors are in "
         "octaves, factors of two in steps.",
         *(
             _describe_registered(number, comparison, opponent, claim)
@@ -39,11 +41,11 @@ def summarise_panel(results: PanelResults) -> tuple[str, ...]:
         _describe_preset(results),
         _describe_others(results),
         _describe_cost(results),
-        _advise(results),
+        f"{_advise(results)} {describe_default(results)}",
         "Not shown here: anything about Stable Diffusion or another large model, and anything about images that people "
         "judge.",
     ]
-    return tuple(line for line in lines if line)[:MAX_LINES]
+    return tuple(line for line in lines if line)
 
 
 def _describe_registered(number: int, comparison: Comparison, opponent: str, claim: bool) -> str:
@@ -57,9 +59,9 @@ def _describe_registered(number: int, comparison: Comparison, opponent: str, cla
 
 def _describe_preset(results: PanelResults) -> str:
     comparison = compare_rules(results.presets, OCTAVE, CONSTANT)
-    if comparison.difference.concepts < MIN_CONCEPTS:
+    if comparison.side == "too few concepts":
         return ""
-    answer = _ANSWERS[comparison.outcome].format(first=OCTAVE, second=_OPPONENTS[0])
+    answer = _ANSWERS[comparison.side].format(first=OCTAVE, second=_OPPONENTS[0])
     return (
         f"At the preset itself, where the time scale is known: {answer}, {format_estimate(comparison.difference)} "
         f"octaves over {comparison.difference.concepts} concepts."
@@ -69,8 +71,8 @@ def _describe_preset(results: PanelResults) -> str:
 def _describe_others(results: PanelResults) -> str:
     outcomes: dict[str, list[str]] = {}
     for title, stops in results.others.items():
-        outcomes.setdefault(compare_rules(stops, OCTAVE, CONSTANT).outcome, []).append(title)
-    words = {"won": "nearer at", "lost": "further at", "tie": "no difference at"}
+        outcomes.setdefault(compare_rules(stops, OCTAVE, CONSTANT).side, []).append(title)
+    words = {"won": "nearer at", "lost": "further at", "tie": "no difference can be seen at"}
     parts = [f"{words[outcome]} {', '.join(titles)}" for outcome, titles in outcomes.items() if outcome in words]
     line = f"Other changes, octave against a fixed number of steps, not pre-registered: {'; '.join(parts)}."
     return line if parts else ""
@@ -80,20 +82,28 @@ def _describe_cost(results: PanelResults) -> str:
     late = _median_distance(results.ends)
     direction = "late" if late > 0 else "early"
     share = results.probe_share()
-    cost = f"; the probes of its cheap form take {format_percent(share)} of a run's time" if np.isfinite(share) else ""
+    part = format_number(100 * share, 1)
+    cost = f"; the probes of its cheap form take {part} % of a run's time" if np.isfinite(share) else ""
     return f"In the median octave stops {format_number(abs(late), 2)} octaves {direction} at these rates{cost}."
 
 
 def _advise(results: PanelResults) -> str:
-    first = results.comparisons[0].outcome
-    if first == "won":
+    first, second, _ = (comparison.outcome for comparison in results.comparisons)
+    if first == "won" and second == "lost":
         return (
-            "For a user: under a preset that was tuned, its number of steps will do; where the learning rate is "
-            "changed or no number is known, let octave stop."
+            "For a user: where a good number of steps is known at one learning rate, multiply it by the old rate over "
+            "the new one; octave is for where none is known."
         )
+    if first == "won":
+        return "For a user: where the learning rate has changed and no number of steps is known, let octave stop."
     if first == "lost":
-        return "For a user: train a fixed number of steps; no rule of this page is a reason not to."
+        return "For a user: octave is no reason to give up a fixed number of steps."
     return "For a user: nothing here is a reason to prefer an adaptive stop to a fixed number of steps, or the reverse."
+
+
+def _name_models(runs: Sequence[PanelRun]) -> str:
+    models = sorted({str(run.run.config["pretrained_model_name_or_path"]) for run in runs})
+    return f"the bundled model {models[0]}" if len(models) == 1 else f"the bundled models {' and '.join(models)}"
 
 
 def _error(stops: PanelStops, rule: str) -> str:

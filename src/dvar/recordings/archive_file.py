@@ -40,6 +40,7 @@ DAMAGE = (OSError, ValueError, KeyError, IndexError, EOFError, RuntimeError, Bad
 _INDEX_SCHEMA = {
     "dvar_traces": int,
     "tuning": [str],
+    "unreadable?": {str: str},
     "seconds": {str: {str: float}},
     "records": [
         {
@@ -87,6 +88,7 @@ def write_traces(archive: RecordingArchive, path: str | Path) -> Path:
         "tuning": list(archive.tuning_concepts),
         "seconds": {method: archive.unit_seconds(method) for method in methods},
         "records": [],
+        "unreadable": dict(archive.unreadable),
     }
     for number, run in enumerate(archive):
         description, run_arrays = _pack(run, archive.rescored.get(run.name))
@@ -134,6 +136,7 @@ def read_traces(path: str | Path) -> RecordingArchive:
         ) from error
     return RecordingArchive(
         runs=tuple(run for run, _ in pairs),
+        unreadable=index.get("unreadable", {}),
         tuning_concepts=tuple(index["tuning"]),
         measured_seconds=index["seconds"],
         rescored={run.name: rescored for run, rescored in pairs if rescored},

@@ -28,8 +28,9 @@ from dvar.analysis.panel_comparison import (
     average_errors,
     compare_rules,
 )
-from dvar.analysis.stop_quality import MIN_CONCEPTS, MeanInterval
+from dvar.analysis.stop_quality import MIN_CONCEPTS, LearningCurve, MeanInterval
 from dvar.html.tables import Column
+from dvar.paper.panel_default import describe_default
 from dvar.paper.panel_results import RATES, PanelResults
 from dvar.paper.panel_summary import summarise_panel
 from dvar.paper.result import (
@@ -89,7 +90,8 @@ def _table_of_rates(name: str, title: str, stops: PanelStops, runs: Sequence[Pan
     caption = (
         f"{title}: mean error of a stop in octaves, |log2(stop / oracle)|, over concepts; in the last column with the "
         "95 % interval from resampling concepts. The perfect rule is the oracle of the other half of the images: the "
-        f"room that is left. Rules marked so were looked at later. {_describe_provenance(runs)}"
+        f"room that is left. Nothing is claimed from this table, and rules marked so were looked at later. "
+        f"{_describe_provenance(runs)}"
     )
     return _table_of_errors(name, caption, titles, rows)
 
@@ -101,7 +103,8 @@ def _table_of_presets(results: PanelResults) -> Table:
     rows = [(rule, [average_errors(stops, rule, group) for group in (*groups, stops.runs)]) for rule in _ROWS]
     caption = (
         "The preset, where nothing is shifted: mean error in octaves by method, in the last column over all with the "
-        f"95 % interval from resampling concepts. {_describe_provenance(stops.runs)}"
+        f"95 % interval from resampling concepts. Nothing is claimed from this table. "
+        f"{_describe_provenance(stops.runs)}"
     )
     return _table_of_errors("preset", caption, (*map(method_title, methods), "all"), rows)
 
@@ -136,6 +139,7 @@ class ComparisonRow:
         comparison: The comparison.
         long: The same without runs that are short, where that differs.
         outcome: What may be said.
+        perfect: The mean error of the perfect rule on these runs, in octaves.
     """
 
     group: str
@@ -143,6 +147,7 @@ class ComparisonRow:
     comparison: Comparison
     long: Comparison
     outcome: str
+    perfect: float
 
 
 def _compare(
@@ -150,7 +155,8 @@ def _compare(
 ) -> ComparisonRow:
     runs = [run for run in stops.runs if not run.is_short]
     long = compare_rules(stops, comparison.first, comparison.second, runs)
-    return ComparisonRow(group, name, comparison, long, outcome or comparison.outcome)
+    perfect = average_errors(stops, PERFECT, stops.runs).mean
+    return ComparisonRow(group, name, comparison, long, outcome or comparison.side, perfect)
 
 
 def _table_of_comparisons(results: PanelResults) -> Table:
@@ -169,6 +175,9 @@ def _table_of_comparisons(results: PanelResults) -> Table:
         _compare(results.ends, _DEFAULT, "rates × 1/4, × 4", compare_rules(results.ends, OCTAVE_CHEAP, second))
         for second in (CONSTANT, DVAR_TUNED)
     ]
+    if results.main:
+        main = compare_rules(results.main, OCTAVE, CONSTANT)
+        rows.append(_compare(results.main, _DEFAULT, f"{PRESET.title}, main panel", main))
     later = {"all learning rates": results.rates, PRESET.title: results.presets, **results.others}
     for title, stops in later.items():
         for second in (CONSTANT, DVAR_TUNED):
@@ -180,6 +189,7 @@ def _table_of_comparisons(results: PanelResults) -> Table:
         Column("Octaves", lambda row: _format_difference(row.comparison)),
         Column("p", lambda row: format_number(row.comparison.p)),
         Column("Without short runs", lambda row: _format_difference(row.long)),
+        Column("Perfect rule", lambda row: format_number(row.perfect, 2)),
         Column("Concepts", lambda row: f"{row.comparison.difference.concepts}"),
         Column("Runs", lambda row: f"{row.comparison.runs}"),
         Column("Outcome", lambda row: row.outcome),
@@ -187,9 +197,10 @@ def _table_of_comparisons(results: PanelResults) -> Table:
     caption = (
         "Differences of mean errors in octaves, paired by concept, below 0 where the first rule is nearer to the "
         "oracle. The interval resamples concepts; p is the share of sign flips of the concepts' differences that are "
-        "as far from 0. Won: the interval lies below 0 and p < 0.05; lost: above. With fewer than "
-        f"{MIN_CONCEPTS} concepts no interval is given. Short runs last less than {MIN_LENGTH:g} oracles. Registered "
-        "comparisons are tested in this order, and none is claimed after one that is not won (docs/protocol.md)."
+        "as far from 0. Won: the interval lies below 0, in the three registered comparisons with p < 0.05 too; lost: "
+        f"above. With fewer than {MIN_CONCEPTS} concepts no interval is given. Short runs last less than "
+        f"{MIN_LENGTH:g} oracles. The perfect rule's own error is the room that is left. Registered comparisons are "
+        "tested in this order, and none is claimed after one that is not won (docs/protocol.md)."
     )
     data = [
         {
@@ -201,6 +212,7 @@ def _table_of_comparisons(results: PanelResults) -> Table:
             "p": row.comparison.p,
             "runs": row.comparison.runs,
             "without short runs": row.long.difference,
+            "perfect rule": row.perfect,
             "outcome": row.outcome,
         }
         for row in rows
@@ -231,15 +243,18 @@ def _table_of_clocks(results: PanelResults) -> Table:
         Column("− constant", lambda clock: format_estimate(clock.difference)),
         Column("Runs", lambda clock: f"{clock.runs}"),
         Column("Memorising", lambda clock: f"{clock.memorising}"),
+        Column("Right there", lambda clock: format_percent(clock.right_memorising.mean)),
+        Column("− constant there", lambda clock: format_estimate(clock.difference_memorising)),
         Column("Supported", lambda clock: "yes" if clock.is_supported else "no"),
     ]
     clocks = judge_clocks(results.panel, runs)
     caption = (
-        "The second clock, not pre-registered: the step from which on validation images obey their prompts clearly "
-        "less than at the oracle, and signals that would show it, each with a threshold chosen for the method on the "
-        "other concepts at the preset. A run that never memorises, and a signal that never strikes, count as twice the "
-        f"record. Right: at most {RIGHT:g} octave off. Supported: nearer than the constant and right more often than "
-        f"not, by both intervals. {_describe_provenance(runs)}"
+        "The second clock, not one of the three comparisons: the step from which on validation images obey their "
+        "prompts clearly less than at the oracle, and signals that would show it, each with a threshold chosen for the "
+        "method on the other concepts at the preset. A run that never memorises, a signal that never strikes and a "
+        f"constant beyond the record count as twice the record. Right: at most {RIGHT:g} octave off. Supported: nearer "
+        "than the constant and right more often than not, by both intervals, over all runs and over those that "
+        f"memorise. {_describe_provenance(runs)}"
     )
     data = [
         {
@@ -249,6 +264,8 @@ def _table_of_clocks(results: PanelResults) -> Table:
             "difference": clock.difference,
             "runs": clock.runs,
             "memorising": clock.memorising,
+            "right memorising": clock.right_memorising,
+            "difference memorising": clock.difference_memorising,
             "supported": clock.is_supported,
         }
         for clock in clocks
@@ -293,8 +310,14 @@ def _describe_comparisons(results: PanelResults) -> list[str]:
 def _describe_runs(results: PanelResults) -> list[str]:
     """Return sentences about runs that are left out, short or censored."""
     sentences = []
-    if unlearned := results.panel.unlearned:
+    if unlearned := [run.name for run in results.panel.unlearned]:
         sentences.append(f"{len(unlearned)} runs gained nothing and are left out: {', '.join(unlearned)}.")
+    if unreadable := results.archive.unreadable:
+        reasons = "; ".join(f"{name} ({reason})" for name, reason in sorted(unreadable.items()))
+        sentences.append(f"Recordings that broke or are unfinished, and are left out: {reasons}.")
+    curves = [(LearningCurve.of_run(run.run), run.run.name) for run in results.panel.runs]
+    clarity, name = min(((curve.plateau - curve.start) / max(curve.noise, 1e-9), name) for curve, name in curves)
+    sentences.append(f"The least gain of those that count is {clarity:.0f} standard deviations of the scores ({name}).")
     if short := [run.run.name for run in results.panel.runs if run.is_short]:
         sentences.append(
             f"{len(short)} of {len(results.panel.runs)} runs are shorter than {MIN_LENGTH:g} oracles: "
@@ -306,8 +329,11 @@ def _describe_runs(results: PanelResults) -> list[str]:
         counts = ", ".join(f"{rule} {count}" for rule, count in censored.items() if count)
         sentences.append(f"Records that ended before the rule stopped, of {len(results.ends.runs)}: {counts}.")
     if np.isfinite(share := results.probe_share()):
-        sentences.append(f"Cheap octave's probes take {format_percent(share)} of a run's time at the preset.")
-    return sentences
+        part = format_number(100 * share, 1)
+        sentences.append(
+            f"Cheap octave's probes take {part} % of a run's time at the preset, by seconds of one thread."
+        )
+    return [*sentences, describe_default(results)]
 
 
 def _format_difference(comparison: Comparison) -> str:
