@@ -16,22 +16,28 @@ from dvar.locks import LOCK, lock_path, unless_empty
 from dvar.schema import MAX_DEPTH, find_mismatch, nests_too_deeply
 
 MAX_BYTES = 2**30
-"""Size of a file that is read as a whole: more is none of ours, and no log of a run."""
+"""Size of a text that is read as a whole: more is none of ours, and no log of a run."""
 MAX_NAME = 255
 """Bytes that a name may have on every file system in use."""
 
 
-def read_content(path: Path) -> bytes:
+def read_content(path: Path, limit: int | None = MAX_BYTES) -> bytes:
     """Return the content of a file.
 
+    Args:
+        path: The file.
+        limit: Bytes that it may have; None for weights, of which there may be any number.
+
     Raises:
-        OSError: It cannot be read, has more than `MAX_BYTES`, or is a pipe, a device or a socket, which may never end.
+        OSError: It cannot be read, has more than ``limit``, or is a pipe, a device or a socket, which may never end.
     """
     size = check_regular(path)
     with path.open("rb") as file:
-        content = b"" if size > MAX_BYTES else file.read(MAX_BYTES + 1)
-    if max(size, len(content)) > MAX_BYTES:
-        raise OSError(errno.EFBIG, f"it has more than {MAX_BYTES} bytes", str(path))
+        if limit is None:
+            return file.read()
+        content = b"" if size > limit else file.read(limit + 1)
+    if max(size, len(content)) > limit:
+        raise OSError(errno.EFBIG, f"it has more than {limit} bytes", str(path))
     return content
 
 

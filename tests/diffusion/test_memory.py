@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from dvar.cli.main import main
 from dvar.config.methods import CustomDiffusionConfig, DreamBoothLoraConfig
 from dvar.diffusion.backbone import load_backbone
 from dvar.diffusion.backbones.stock import StockBackbone
-from dvar.diffusion.loading import stored_dtypes
+from dvar.diffusion.loading import loading_errors, stored_dtypes
 from dvar.diffusion.sampling import rehearse
 from dvar.errors import RefusedInput
 from dvar.runs.export import write_merged_pipeline
@@ -58,6 +59,46 @@ def test_a_quantised_base_predicts_nearly_the_same_in_a_part_of_the_memory(
         exact, rounded = whole.predict(*inputs(whole)), small.predict(*inputs(small))
     error = float((rounded - exact).norm() / exact.norm())
     assert 0 < error < {"nf4": 0.3, "int8": 0.05}[kind]
+
+
+def test_layers_of_8_bits_follow_their_weights_to_other_memory(tmp_path: Path) -> None:
+    """As when --offload moves the whole network to a GPU, before its first evaluation and after."""
+    pytest.importorskip("bitsandbytes")
+    backbone = load_backbone(tiny_pipeline(tmp_path / "model"), device="cpu", quantize="int8")
+    layers = [layer for layer in backbone.denoiser.modules() if type(layer).__name__ == "Linear8bitLt"]
+    expected = None
+    for _ in range(2):
+        for layer in layers:
+            layer.weight.data = layer.weight.data.clone()
+            for holder in (layer.weight, layer.state):
+                if holder.CB is not None:
+                    holder.CB.zero_()  # what is left behind
+        with torch.no_grad():
+            predicted = backbone.predict(*inputs(backbone))
+        assert predicted.std() > 0.01
+        assert expected is None or torch.equal(predicted, expected)
+        expected = predicted
+    assert all(layer.state.CB.data_ptr() == layer.weight.data_ptr() for layer in layers)
+
+
+def test_a_gpu_without_room_is_not_called_a_broken_model() -> None:
+    with pytest.raises(torch.OutOfMemoryError), loading_errors("model", "Stable Diffusion model"):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def test_t5_computes_in_float32_beside_a_network_in_half_precision(tmp_path: Path) -> None:
+    backbone = load_backbone(tiny_flux_pipeline(tmp_path / "model"), device="cpu", mixed_precision="fp16")
+    encoder, dtypes = backbone.stock.text_encoder_2, set()
+    for name, layer in encoder.named_modules():
+        if name.endswith("wo"):
+            layer.weight.data *= 3e5  # whose products are beyond the range of float16
+            layer.register_forward_hook(lambda _layer, _inputs, output: dtypes.add(output.dtype))
+    with torch.no_grad(), backbone.autocast():
+        states = backbone.encode_captions(backbone.tokenize(["a photo of mug"]))
+        assert torch.is_autocast_enabled("cpu"), "the scope is as before"
+    assert dtypes == {torch.float32}
+    assert all(bool(state.isfinite().all()) for state in states["text_encoder_2"])
+    assert copy.deepcopy(encoder)(torch.ones(1, 4, dtype=torch.int64))[0].isfinite().all()
 
 
 @pytest.mark.parametrize("kind", KINDS)

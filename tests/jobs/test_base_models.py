@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,3 +68,29 @@ def test_copies_share_the_weights_and_nothing_else(tiny_model: Path, concepts: P
     assert ours.data_ptr() == theirs.data_ptr()
     other = models(replace(job.config, mixed_precision="bf16"))
     assert next(other.denoiser.parameters()).dtype == torch.bfloat16
+
+
+def test_the_model_before_is_gone_when_the_next_one_loads(
+    tiny_model: Path, concepts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though a run, which holds a copy of it, is held by its own parts."""
+    (job,) = read_jobs([tiny_table(tiny_model, concepts, "mug")], BatchConfig(output_dir=str(tmp_path)))
+    alive: list[int] = []
+    loaded: list[weakref.ref[Any]] = []
+
+    def load(config: Any) -> Backbone:
+        alive.append(sum(reference() is not None for reference in loaded))
+        backbone = load_base_model(config)
+        loaded.append(weakref.ref(next(backbone.denoiser.parameters()).untyped_storage()))
+        return backbone
+
+    models = BaseModels(load)
+    gc.disable()
+    try:
+        run: dict[str, Any] = {"backbone": models(job.config)}
+        run["probe"] = run
+        del run
+        models(replace(job.config, gradient_checkpointing=True))
+    finally:
+        gc.enable()
+    assert alive == [0, 0]

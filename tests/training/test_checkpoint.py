@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from dvar.errors import CheckpointError
+from dvar.files import read_content
 from dvar.stopping.trace import Trace
 from dvar.training.checkpoint import Checkpoint, latest_checkpoint
 from dvar.training.run_layout import checkpoint_paths
@@ -43,6 +45,16 @@ def test_a_checkpoint_reads_back_as_it_was_written(tmp_path: Path) -> None:
     assert equal_checkpoints(Checkpoint.read(path), build_checkpoint(5))
     assert equal_checkpoints(latest_checkpoint(tmp_path), build_checkpoint(5))
     assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint-5"]
+
+
+def test_weights_of_any_size_are_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = build_checkpoint(5)
+    large = replace(checkpoint, tensors={**checkpoint.tensors, "best/<thing>": torch.rand(100, 100)})
+    path = large.write(tmp_path)
+    monkeypatch.setattr(read_content, "__defaults__", (10_000,))  # in place of a gibibyte of text
+    with pytest.raises(OSError, match="it has more than 10000 bytes"):
+        read_content(path / "tensors.safetensors")
+    assert equal_checkpoints(Checkpoint.read(path), large)
 
 
 def test_the_newest_is_the_highest_step_and_only_the_newest_are_kept(tmp_path: Path) -> None:

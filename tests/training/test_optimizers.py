@@ -26,10 +26,11 @@ def build_config(name: str, **settings: Any) -> TextualInversionConfig:
 
 
 def create_parameters() -> list[nn.Parameter]:
-    """One of each kind: large enough for a state of 8 bits, small, and zero at the start."""
+    """Two that are large enough for states of 8 bits, which share their tables, a small one, and one that is zero."""
     random = torch.Generator().manual_seed(0)
     return [
         nn.Parameter(torch.randn(4, 2048, generator=random)),
+        nn.Parameter(torch.randn(2, 4096, generator=random)),
         nn.Parameter(torch.randn(3, generator=random)),
         nn.Parameter(torch.zeros(5)),
     ]

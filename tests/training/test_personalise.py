@@ -331,7 +331,7 @@ def test_a_checkpoint_of_other_images_is_refused(config: TextualInversionConfig,
     with pytest.raises(Killed):
         personalise(config, [kill_at(5)])
     other_images = tiny_concept(tmp_path / "other", size=80)
-    with pytest.raises(CheckpointError, match="the images or their captions changed"):
+    with pytest.raises(CheckpointError, match="the images, their captions or how often each is drawn changed"):
         personalise(replace(config, resume_from_checkpoint="latest", instance_data_dir=str(other_images)))
 
 
@@ -831,6 +831,22 @@ def test_nothing_is_overwritten_beside_what_no_run_wrote(config: TextualInversio
         path.parent.rmdir()
     personalise(replace(config, seed=1, overwrite=True))
     assert not list(folder.glob("logs/*")), "of the run before"
+
+
+def test_copies_of_one_s_own_stay(config: TextualInversionConfig) -> None:
+    folder = personalise(config).folder
+    names = ("learned_embeds-mine.safetensors", "learned_embeds.mine.safetensors", "trace.jsonl.mine")
+    copies = [folder / name for name in names]
+    for path in copies:
+        path.write_bytes(b"mine")
+    (folder / "learned_embeds-steps-3.safetensors").write_bytes(b"of an earlier end")
+    more = replace(config, max_train_steps=config.max_train_steps + 1, extend=True)
+    personalise(replace(more, resume_from_checkpoint="latest"))
+    assert [path.read_bytes() for path in copies] == [b"mine"] * 3
+    assert not (folder / "learned_embeds-steps-3.safetensors").exists()
+    copies[1].unlink()  # which has the name of one of several tokens
+    personalise(replace(config, overwrite=True))
+    assert [path.exists() for path in copies] == [True, False, True]
 
 
 def test_a_folder_that_another_run_writes_is_refused_before_a_model_is_loaded(

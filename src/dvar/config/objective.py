@@ -30,7 +30,11 @@ class ObjectiveConfig(Config):
     logit_mean: float = setting(0.0, "Mean of logit-normal timesteps; above 0 there is more noise.", Range(-10, 10))
     logit_std: float = setting(1.0, "Deviation of logit-normal timesteps.", POSITIVE)
     mode_scale: float = setting(1.29, "How much timesteps of 'mode' keep to the middle.", Range(-1, 1.75))
-    sigma_shift: float = setting(3.0, "How much 'shifted' timesteps keep to the noise; 1 is uniform.", POSITIVE)
+    sigma_shift: float = setting(
+        3.0,
+        "How much 'shifted' timesteps keep to the noise, beyond a shift of the scheduler's own; 1 is not at all.",
+        POSITIVE,
+    )
     loss_weighting: LossWeighting = setting(
         "none", "Weight of a noise level sigma in flow matching: 1, sigma^-2, or 2 / (pi (1 - 2 sigma + 2 sigma^2))."
     )

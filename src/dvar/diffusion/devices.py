@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def best_device() -> str:
@@ -29,6 +30,26 @@ def float32_arithmetic(allow_tf32: bool = False) -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def leave_autocast(network: nn.Module, device: torch.device) -> None:
+    """Have a network compute in the precision of its weights, under autocast too.
+
+    Args:
+        network: The network.
+        device: Where it computes.
+    """
+    network.register_forward_pre_hook(partial(_enter_full_precision, device.type))
+    network.register_forward_hook(_exit_full_precision, always_call=True)
+
+
+def _enter_full_precision(device_type: str, network: Any, _inputs: Any) -> None:
+    network.full_precision = torch.autocast(device_type, enabled=False)
+    network.full_precision.__enter__()
+
+
+def _exit_full_precision(network: Any, _inputs: Any, _outputs: Any) -> None:
+    network.full_precision.__exit__(None, None, None)
 
 
 def describe_arithmetic(device: torch.device, mixed_precision: str) -> dict[str, Any]:

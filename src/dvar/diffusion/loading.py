@@ -37,10 +37,15 @@ def quiet_libraries() -> Iterator[None]:
 
 @contextmanager
 def loading_errors(name: str | Path, kind: str) -> Iterator[None]:
-    """Load a model of some ``kind`` in a scope: silence the libraries, and turn their errors into a `ModelError`."""
+    """Load a model of some ``kind`` in a scope: silence the libraries, and turn their errors into a `ModelError`.
+
+    Memory that ran out is not the model's fault, and stays the error that it is.
+    """
     try:
         with quiet_libraries():
             yield
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{name} does not load as a {kind}: {first_line(error)}") from error
 

@@ -41,9 +41,21 @@ def quantize_linears(network: Any, kind: str, precision: torch.dtype, device: to
         else:
             new = layers.Linear8bitLt(**size, bias=bias is not None, has_fp16_weights=False)
             new.weight = layers.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+            new.register_forward_pre_hook(_follow_weights)
         if bias is not None:
             new.bias = nn.Parameter(bias.data.to(precision), requires_grad=False)
         parent, _, place = name.rpartition(".")
         setattr(network.get_submodule(parent), place, new.to(device).eval())
     # By which PEFT recognises what stands under its matrices.
     network.is_loaded_in_4bit, network.is_loaded_in_8bit = kind == "nf4", kind == "int8"
+
+
+def _follow_weights(layer: Any, _inputs: Any) -> None:
+    """Have a layer of 8 bits read the weights that it has now.
+
+    A network that is moved as a whole takes the weights along, and leaves behind what bitsandbytes reads in their place
+    (0.49, issue 1791): they and the scales of their rows.
+    """
+    for holder in (layer.weight, layer.state):
+        if holder.CB is not None and holder.CB.data_ptr() != layer.weight.data_ptr():
+            holder.CB, holder.SCB = layer.weight.data, holder.SCB.to(layer.weight.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +38,7 @@ class BaseModels:
         key = tuple(getattr(config, name) for name in LOADED_BY)
         if self._model is None or key != self._key:
             self._model = None  # never two of them in memory
+            gc.collect()  # a run and its probe hold each other, and the copy of the model that they had
             self._model, self._key = self.load(config), key
         return copy_sharing_weights(self._model)
 

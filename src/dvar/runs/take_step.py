@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from dvar.diffusion.backbone import load_backbone
 from dvar.diffusion.source import ModelSource
 from dvar.errors import RefusedInput
-from dvar.files import read_content, remove, write_atomically, write_json
+from dvar.files import remove, staged_file, write_json
 from dvar.locks import lock_folder
 from dvar.runs.load_model import load_result, loading_options
 from dvar.runs.run_folder import RunFolder
@@ -56,7 +57,8 @@ def take_step(folder: Path, step: int) -> tuple[Path, ...]:
         verdict = run.verdict
         earlier = {name: at_step(name, exported) for name in result["weights"]}
         for name, saved in earlier.items():
-            write_atomically(folder / saved, read_content(folder / name))
+            with staged_file(folder / saved) as staged:
+                shutil.copyfile(folder / name, staged)
         remove(folder / RESULT)
         metadata = {**provenance(config, backbone.digest, step), **method.metadata}
         for name, tensors in files.items():

@@ -82,7 +82,7 @@ class Checkpoint:
         """
         try:
             digests = read_json(path / MANIFEST, MANIFEST_DIGESTS)
-            contents = {name: read_content(path / name) for name in (TENSORS, FACTS, TRACE)}
+            contents = {name: read_content(path / name, limit=None) for name in (TENSORS, FACTS, TRACE)}
             damaged = [name for name, content in contents.items() if sha256(content).hexdigest() != digests[name]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} is not a whole checkpoint ({error}): name another, or 'latest'") from error

@@ -11,10 +11,12 @@ from dvar.training.dataset import ClassImages, Concept
 
 
 def digest_of(concept: Concept) -> str:
-    """Return the SHA-256 of the images and captions of a concept."""
+    """Return the SHA-256 of the images and captions of a concept, and of how often each is drawn."""
     digest = sha256()
     for index, image in enumerate(concept.images):
         digest.update(image.tobytes() + json.dumps(concept.texts(index)).encode())
+    if concept.repeats:
+        digest.update(json.dumps(concept.repeats).encode())
     _update_by_classes(digest, concept.classes)
     return digest.hexdigest()
 

@@ -92,7 +92,8 @@ def read_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dic
         {name: value for name, value in group.items() if name != "params" and value != optimizer.defaults.get(name)}
         for group in state["param_groups"]
     ]
-    tensors = {path: leaf.cpu() for path, leaf in leaves.items() if isinstance(leaf, Tensor)}
+    # Copies, for bitsandbytes has one table for the states of all matrices, and a file has each tensor once.
+    tensors = {path: leaf.to("cpu", copy=True) for path, leaf in leaves.items() if isinstance(leaf, Tensor)}
     plain = {path: leaf for path, leaf in leaves.items() if not isinstance(leaf, Tensor)}
     return tensors, {"plain": plain, "groups": groups}
 

@@ -273,7 +273,7 @@ def _checkpoint_to_resume(folder: Path, config: TrainingConfig, concept: Concept
         if key not in free and value != saved.get(key)
     ]
     if checkpoint.facts["pictures"] != digest_of(concept):
-        differences.append("the images or their captions changed")
+        differences.append("the images, their captions or how often each is drawn changed")
     if differences:
         message = f"{checkpoint_name(checkpoint.step)} was made under other settings ({'; '.join(differences)})"
         hint = " (a higher cap alone is accepted with --extend)" if higher and constant and not config.extend else ""

@@ -49,8 +49,8 @@ from dvar.training.run_layout import (
     SAMPLES,
     SAVE_REQUEST,
     TRACE,
-    WEIGHTS,
     at_step,
+    find_steps_of,
     step_name,
 )
 from dvar.training.sample_prompts import read_sample_prompts
@@ -304,7 +304,9 @@ class TrainingRun:
         best_weights = result.weights
         if exported_step != learner.best_step and config.keep != "last":
             best_weights = self._export(learner.best, learner.best_step, name_step=True)
-        self._remove_other_weights({*result.weights, *best_weights})
+        of_any_step = {path for written in result.weights for path in find_steps_of(written)}
+        for path in of_any_step - {*result.weights, *best_weights}:
+            path.unlink()
         names = [path.name for path in result.weights]
         write_model_card(self.folder, config, verdict, self.generate_samples(exported_step), names, self.backbone.title)
         facts = {
@@ -433,12 +435,6 @@ class TrainingRun:
             paths.append(self.folder / (at_step(name, step) if name_step else name))
             write_weights(paths[-1], tensors, metadata)
         return tuple(paths)
-
-    def _remove_other_weights(self, weights: set[Path]) -> None:
-        """Remove the weight files in the folder that are not among ``weights``."""
-        paths = {path for name in WEIGHTS for path in self.folder.glob(f"{Path(name).stem}*.safetensors")}
-        for path in paths - weights:
-            path.unlink()
 
 
 def _cut_trace(path: Path, checkpoint: Checkpoint) -> None:

@@ -39,8 +39,7 @@ change of the model; whole weights under the U-Net's names."""
 # overwriting removes nothing else. What no run writes there, such as a file of one's own in one of its folders, or a
 # checkpoint of another program, is `foreign`, and nothing is overwritten beside it.
 WRITTEN = (
-    *(CONFIG, TRACE, f"{TRACE}.*", "checkpoint-*", ".checkpoint-*"),
-    *(f"{Path(name).stem}*.safetensors" for name in WEIGHTS),
+    *(CONFIG, TRACE, f"{TRACE}.cut-*", f"{TRACE}.part", "checkpoint-*", ".checkpoint-*"),
     *(REFERENCES, SAMPLES, f"{CLASS_IMAGES}*", f".{CLASS_IMAGES}*.part", TRACKER_LOGS),
     *(INITIALIZER, RESULT, REPORT, MODEL_CARD),
 )
@@ -52,11 +51,29 @@ _IN_FOLDERS = re.compile(
     rf"|{TRACKER_LOGS}/events\.out\.tfevents\..*"
 )
 """What a run writes into the folders of its folder."""
+_WEIGHT_FILE = re.compile(
+    rf"(?P<name>{'|'.join(re.escape(Path(name).stem) for name in WEIGHTS)}|{Path(EMBEDS).stem}\.[A-Za-z0-9_-]*?)"
+    r"(-steps-\d+)?\.safetensors"
+)
+"""A weight file as `at_step` and `of_token` name them; a copy under another name is not the run's."""
 
 
 def find_written(folder: Path) -> list[Path]:
     """Return the files and folders in a run's folder that have the names of what a run writes."""
-    return sorted({path for name in WRITTEN for path in folder.glob(name)})
+    weights = [path for path in folder.glob("*.safetensors") if _WEIGHT_FILE.fullmatch(path.name)]
+    return sorted({*weights, *(path for name in WRITTEN for path in folder.glob(name))})
+
+
+def find_steps_of(path: Path) -> list[Path]:
+    """Return the weight files that are the one at ``path`` of any step, itself included."""
+    name = name_without_step(path.name)
+    return [other for other in path.parent.glob("*.safetensors") if name_without_step(other.name) == name]
+
+
+def name_without_step(name: str) -> str:
+    """Return the name that `at_step` was given, without its suffix; empty for what is no weight file of a run."""
+    match = _WEIGHT_FILE.fullmatch(name)
+    return match["name"] if match else ""
 
 
 def find_foreign(folder: Path) -> list[str]:

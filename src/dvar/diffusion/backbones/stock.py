@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dvar.config.training import Sampler
 from dvar.diffusion.backbones.prompt_cache import PromptCache, States
-from dvar.diffusion.devices import best_device
+from dvar.diffusion.devices import best_device, leave_autocast
 from dvar.diffusion.loading import loading_errors, stored_dtypes
 from dvar.diffusion.objective import Schedule
 from dvar.diffusion.quantization import quantize_linears
@@ -151,6 +151,10 @@ class StockBackbone(ABC):
                 quantize_linears(backbone.denoiser, quantize, precision, idle)
             for network in networks:  # each weight in its precision at once: a GPU need not hold them all in float32
                 backbone.convert(network).to(idle)
+        if precision is torch.float16:  # T5 leaves its range: diffusers keeps parts of it in float32
+            for tower in backbone.towers:
+                if tower.embeds_key is None:
+                    leave_autocast(tower.encoder, target)
         denoiser = backbone.denoiser
         if gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
