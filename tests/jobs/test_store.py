@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,15 @@ from batch_tables import tiny_table
 from short_run import Outcome
 
 import dvar.jobs.train_job
-from dvar.errors import RefusedInput
+from dvar.errors import FolderInUse, RefusedInput
 from dvar.jobs.base_models import BaseModels
+from dvar.jobs.batch import Batch
 from dvar.jobs.config import BatchConfig
 from dvar.jobs.job import Job
 from dvar.jobs.read_jobs import read_jobs
 from dvar.jobs.store import RemoteStore, read_run_json, run_folder, url_problems
-from dvar.jobs.train_job import JobTrainer
+from dvar.jobs.train_job import JobTrainer, begin_job
+from dvar.locks import lock_path
 from dvar.training.loop import StepRecord
 
 
@@ -105,10 +109,92 @@ def test_what_makes_other_files_count_is_pushed_last(tmp_path: Path, monkeypatch
     assert list_files(tmp_path / "remote") == {"result.json", "trace.jsonl"}
 
 
-def test_nothing_stays_on_the_machine_of_a_worker(tmp_path: Path) -> None:
-    with run_folder(f"file://{tmp_path}/remote") as store:
-        assert store.folder.exists()
-    assert not store.folder.exists()
+def test_a_push_removes_only_what_its_worker_fetched_or_stored(tmp_path: Path) -> None:
+    store = RemoteStore(tmp_path / "local", f"file://{tmp_path}/remote")
+    store.fetch()
+    for name in ("checkpoint-4/tensors", "samples/step-000000/00.png"):
+        (store.folder / name).parent.mkdir(parents=True)
+        (store.folder / name).write_text("of this worker")
+    store.push()
+    (tmp_path / "remote" / "checkpoint-4" / "manifest.json").write_text("of another worker")
+    shutil.rmtree(store.folder)
+    store.folder.mkdir()
+    store.push()
+    assert list_files(tmp_path / "remote") == {"checkpoint-4/manifest.json"}
+    assert not (tmp_path / "remote" / "samples").exists()
+
+
+def test_a_run_that_changes_while_it_is_fetched_is_fetched_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = tmp_path / "remote"
+    for name in ("checkpoint-4/tensors", "checkpoint-4/manifest.json", "trace.jsonl"):
+        (remote / name).parent.mkdir(parents=True, exist_ok=True)
+        (remote / name).write_text(name)
+    store = RemoteStore(tmp_path / "local", f"file://{remote}")
+    get = store.system.get_file
+
+    def replace_checkpoint(path: str, target: str) -> None:
+        if (remote / "checkpoint-4" / "tensors").exists() and path.endswith("tensors"):
+            (remote / "checkpoint-4").rename(remote / "checkpoint-8")
+        get(path, target)
+
+    monkeypatch.setattr(store.system, "get_file", replace_checkpoint)
+    store.fetch()
+    assert list_files(store.folder) == {"checkpoint-8/tensors", "checkpoint-8/manifest.json", "trace.jsonl"}
+    monkeypatch.setattr(store.system, "get_file", lambda path, target: get(f"{path}-gone", target))
+    with pytest.raises(FolderInUse, match="must not change while it is fetched, and a file that was listed is gone"):
+        store.fetch()
+
+
+def test_nothing_stays_on_the_machine_of_a_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    killed, alive = tmp_path / "dvar-job-1", tmp_path / "dvar-job-2"
+    for folder in (killed, alive):
+        (folder / "run").mkdir(parents=True)
+    with lock_path(tmp_path / "dvar-job-2.lock", alive):
+        with run_folder(f"file://{tmp_path}/remote") as store:
+            assert store.folder.exists()
+        assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [alive.name]
+
+
+def test_two_workers_of_one_machine_do_not_share_a_folder(tmp_path: Path) -> None:
+    url = f"file://{tmp_path}/remote"
+    with run_folder(url) as first:
+        with run_folder(url) as second:
+            assert first.folder != second.folder
+        assert first.folder.exists()
+
+
+def test_a_worker_whose_run_another_one_has_claimed_pushes_nothing_more(
+    models: BaseModels, tiny_model: Path, concepts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = remote_job(tiny_model, concepts, tmp_path / "remote")
+    train(models, remote_job(tiny_model, concepts, tmp_path / "reference"))
+    run = tmp_path / "remote" / "mug"
+    files: list[set[str]] = []
+
+    class LosesRun(dvar.jobs.train_job._Pushes):
+        def __call__(self, step: StepRecord) -> None:
+            super().__call__(step)
+            if step.step == 6 and not files:
+                with run_folder(job.config.output_dir) as store:
+                    begin_job(job, store)
+                files.append(list_files(run))
+
+    monkeypatch.setattr(dvar.jobs.train_job, "_Pushes", LosesRun)
+    with pytest.raises(RefusedInput, match="one worker writes a run, and another has taken over the one in file://"):
+        train(models, job)
+    assert files == [list_files(run)]
+    assert "checkpoint-4/manifest.json" in files[0]
+    assert ".lock" not in files[0]
+    train(models, job)
+    assert Outcome.of(run) == Outcome.of(tmp_path / "reference" / "mug")
+
+
+def test_logs_behind_a_url_are_in_a_folder_of_the_user(tiny_model: Path, concepts: Path, tmp_path: Path) -> None:
+    opened = Batch([tiny_table(tiny_model, concepts, "mug")], BatchConfig(output_dir=f"file://{tmp_path}"))
+    assert opened._task(opened.jobs[0]).log.parts[-3:] == (f"dvar-jobs-{os.getuid()}", "logs", "mug.log")
 
 
 def test_a_url_that_cannot_be_written_is_refused(tmp_path: Path) -> None:

@@ -153,10 +153,17 @@ class Batch:
         order: dict[Any, int] = {}
         return sorted(jobs, key=lambda job: order.setdefault(pack_key(job.config), len(order)))
 
+    @property
+    def _logs(self) -> Path:
+        """The folder of the workers' logs; behind a URL, one of this user on each machine."""
+        if self.folder:
+            return self.folder / LOGS
+        user = f"-{os.getuid()}" if hasattr(os, "getuid") else ""  # on Windows each user has a temporary folder
+        return Path(tempfile.gettempdir()) / f"dvar-jobs{user}" / LOGS
+
     def _task(self, job: Job) -> WorkerTask:
-        logs = (self.folder or Path(tempfile.gettempdir()) / "dvar-jobs") / LOGS
         program = "dvar.jobs.train_job" if self.config.pack == 1 else "dvar.jobs.train_pack"
-        return WorkerTask(job.id, program, job.to_json(), logs / f"{job.id}.log", self.config.threads)
+        return WorkerTask(job.id, program, job.to_json(), self._logs / f"{job.id}.log", self.config.threads)
 
     def _take_event(self, event: TaskEvent) -> JobEvent:
         if event.kind == "failed":

@@ -2,24 +2,33 @@
 
 # Behind a URL the run is written into a folder of the worker's machine, fetched before it and pushed at each checkpoint
 # and at the end.  What makes other files count, the manifest of a checkpoint and result.json, is pushed last.
+#
+# No file system of fsspec locks a folder for all machines.  So a worker claims a run by a mark in its job.json, and the
+# last claim counts: a worker that was taken for lost pushes nothing more once another one has claimed its run.  What
+# remains is a push in whose middle the other claims it.  Both write the same job then, a checkpoint of which each has
+# written a part is known by its manifest and passed over, and neither removes what only the other has written.
 
 from __future__ import annotations
 
 import json
-import shutil
+import secrets
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from hashlib import sha256
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from dvar.errors import RefusedInput, first_line
-from dvar.files import read_json
+from dvar.errors import FolderInUse, RefusedInput, first_line
+from dvar.files import read_json, remove, write_json
+from dvar.jobs.job import JOB
+from dvar.locks import LOCK, lock_path
 from dvar.training.checkpoint import MANIFEST
 from dvar.training.run_layout import RESULT
 
 _LAST = (MANIFEST, RESULT)
+_TEMPORARY = "dvar-job-"
+_FETCHES = 5
+"""How often a run is listed that changes while it is fetched."""
 
 
 def is_url(folder: str) -> bool:
@@ -53,18 +62,38 @@ def read_run_json(folder: str, name: str) -> Any:
 
 @contextmanager
 def run_folder(folder: str) -> Iterator[RunStore]:
-    """Yield the store of a run's folder; what is behind a URL is fetched first, and removed here at last."""
+    """Yield the store of a run's folder; what is behind a URL is fetched first, and removed here at last.
+
+    Raises:
+        FolderInUse: What is behind the URL changes all the time.
+    """
     if not is_url(folder):
         yield RunStore(Path(folder).expanduser())
         return
-    local = Path(tempfile.gettempdir()) / "dvar-jobs" / sha256(folder.encode()).hexdigest()[:16]
-    shutil.rmtree(local, ignore_errors=True)
-    store = RemoteStore(local, folder)
-    try:
+    with _temporary_folder() as local:
+        store = RemoteStore(local / "run", folder)
         store.fetch()
         yield store
-    finally:
-        shutil.rmtree(local, ignore_errors=True)
+
+
+@contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    """Yield a new folder that this process alone uses; those of workers that were killed are removed before it."""
+    root = Path(tempfile.gettempdir())
+    for left in (path for path in root.glob(f"{_TEMPORARY}*") if path.is_dir()):
+        with suppress(OSError, FolderInUse), lock_path(_lock_of(left), left):  # another user's, or a living worker's
+            remove(left)
+    folder = root / f"{_TEMPORARY}{secrets.token_hex(8)}"
+    with lock_path(_lock_of(folder), folder):
+        folder.mkdir(mode=0o700)
+        try:
+            yield folder
+        finally:
+            remove(folder)
+
+
+def _lock_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.lock")
 
 
 class RunStore:
@@ -76,6 +105,10 @@ class RunStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+
+    def claim(self, facts: Mapping[str, str]) -> None:
+        """Write which job the run is of; from now on no other worker pushes into where it is stored."""
+        write_json(self.folder / JOB, facts)
 
     def push(self) -> None:
         """Bring what is new to where the run is stored: it is there already."""
@@ -91,37 +124,93 @@ class RemoteStore(RunStore):
 
     def __init__(self, folder: Path, url: str) -> None:
         super().__init__(folder)
+        self.url = url
         self.system, self.root = open_url(url)
         self._pushed: dict[str, tuple[int, int]] = {}
+        self._worker = ""
 
     def fetch(self) -> None:
-        """Fetch the run as it is stored."""
-        self.folder.mkdir(parents=True)
-        with suppress(FileNotFoundError):
-            for path in self.system.find(self.root):
-                name = path.removeprefix(self.root).lstrip("/")
-                target = self.folder / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                self.system.get_file(path, str(target))
-                self._pushed[name] = _stamp(target)
+        """Fetch the run as it is stored.
+
+        Raises:
+            FolderInUse: It has changed each time while it was fetched.
+        """
+        for _ in range(_FETCHES):
+            try:
+                self._fetch_listed()
+                return
+            except FileNotFoundError as error:
+                change = first_line(error)
+        message = f"{self.url} must not change while it is fetched, and a file that was listed is gone ({change})"
+        raise FolderInUse([f"{message}: end the other worker that writes it, or wait for it"])
+
+    def claim(self, facts: Mapping[str, str]) -> None:
+        """Write which job the run is of, and store it at once, with a mark by which other workers lose the run."""
+        self._worker = secrets.token_hex(8)
+        super().claim({**facts, "worker": self._worker})
+        self._put(JOB)
 
     def push(self) -> None:
-        """Store what is new or changed, and then remove what is here no more."""
-        files = {path.relative_to(self.folder).as_posix(): path for path in self.folder.rglob("*") if path.is_file()}
-        stamps = {name: _stamp(path) for name, path in files.items()}
-        changed = [name for name, stamp in stamps.items() if self._pushed.get(name) != stamp]
-        for name in sorted(changed, key=lambda name: Path(name).name in _LAST):
-            target = f"{self.root}/{name}"
-            self.system.makedirs(target.rpartition("/")[0], exist_ok=True)
-            self.system.put_file(str(files[name]), target)
-        # A folder that has lost all its files goes as a whole: some file systems would leave it empty.
-        folders = {name.rpartition("/")[0] for name in stamps}
-        lost = {name.rpartition("/")[0] for name in self._pushed} - folders
-        files_lost = {name for name in self._pushed.keys() - stamps.keys() if name.rpartition("/")[0] in folders}
-        for name in (*lost, *files_lost):
+        """Store what is new or changed, and then remove what is here no more, as far as it was fetched or stored here.
+
+        Raises:
+            RefusedInput: Another worker has claimed the run.
+        """
+        if self._worker and self._worker != self._read_claim():
+            rule = f"one worker writes a run, and another has taken over the one in {self.url}"
+            raise RefusedInput([f"{rule}: let it end, or start the batch again once it is lost"])
+        # Locks hold on this machine alone.
+        files = (path for path in self.folder.rglob("*") if path.is_file() and not path.name.endswith(LOCK))
+        names = {path.relative_to(self.folder).as_posix(): path for path in files}
+        changed = [name for name, path in names.items() if self._pushed.get(name) != _stamp(path)]
+        for name in sorted(changed, key=_is_last):
+            self._put(name)
+        for name in sorted(self._pushed.keys() - names.keys(), key=_is_last, reverse=True):
             with suppress(FileNotFoundError):
-                self.system.rm(f"{self.root}/{name}", recursive=name in lost)
-        self._pushed = stamps
+                self.system.rm_file(f"{self.root}/{name}")
+            del self._pushed[name]
+            self._remove_empty_folders(name)
+
+    def _fetch_listed(self) -> None:
+        """Fetch what is stored now; raise a FileNotFoundError if a part of it is removed meanwhile."""
+        remove(self.folder)
+        self.folder.mkdir(parents=True)
+        self._pushed.clear()
+        self.system.invalidate_cache()
+        paths: list[str] = []
+        with suppress(FileNotFoundError):  # there is no run yet
+            paths = self.system.find(self.root)
+        for path in paths:
+            name = path.removeprefix(self.root).lstrip("/")
+            target = self.folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.system.get_file(path, str(target))
+            self._pushed[name] = _stamp(target)
+
+    def _read_claim(self) -> str:
+        """Return the mark of the worker that has claimed the run last; empty if its job.json is gone or damaged."""
+        with suppress(FileNotFoundError, ValueError):
+            return str(json.loads(self.system.cat_file(f"{self.root}/{JOB}")).get("worker"))
+        return ""
+
+    def _put(self, name: str) -> None:
+        """Store a file."""
+        path, target = self.folder / name, f"{self.root}/{name}"
+        stamp = _stamp(path)
+        self.system.makedirs(target.rpartition("/")[0], exist_ok=True)
+        self.system.put_file(str(path), target)
+        self._pushed[name] = stamp
+
+    def _remove_empty_folders(self, name: str) -> None:
+        """Remove the folders of a file that was removed where they are empty: object stores have no such folders."""
+        for folder in PurePosixPath(name).parents[:-1]:
+            with suppress(Exception):  # it holds something, or there is none: each file system has errors of its own
+                self.system.rmdir(f"{self.root}/{folder}")
+
+
+def _is_last(name: str) -> bool:
+    """Return whether a file makes others count: it is stored after them, and removed before them."""
+    return PurePosixPath(name).name in _LAST
 
 
 def _stamp(path: Path) -> tuple[int, int]:

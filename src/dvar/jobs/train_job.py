@@ -12,10 +12,10 @@ from typing import Any
 from dvar.cluster.program import serve
 from dvar.config.training import TrainingConfig
 from dvar.errors import FolderInUse, NonFiniteLoss
-from dvar.files import remove, write_json
+from dvar.files import remove
 from dvar.jobs.base_models import BaseModels
 from dvar.jobs.config import Checkpoints
-from dvar.jobs.job import JOB, Job
+from dvar.jobs.job import Job
 from dvar.jobs.model_cache import cached_model
 from dvar.jobs.status import end_facts
 from dvar.jobs.store import RunStore, is_url, read_run_json, run_folder
@@ -77,9 +77,8 @@ def begin_job(job: Job, store: RunStore) -> TrainingConfig:
     """Return the config to train a job by, from its last checkpoint if it has one."""
     folder = store.folder
     can_resume = bool(checkpoint_paths(folder))
-    if not can_resume:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / JOB, {"id": job.id, "digest": job.digest})
+    folder.mkdir(parents=True, exist_ok=True)
+    store.claim({"id": job.id, "digest": job.digest})
     model = job.config.pretrained_model_name_or_path
     return replace(
         job.config,
