@@ -168,6 +168,7 @@ VALUES = [
     setting("learnable_property", "mood", "object"),
     setting("learnin_rate", 1, "unknown flag --learnin_rate: the nearest known one is --learning_rate"),
     setting("rank", 4, "unknown flag --rank"),
+    Case("has no use for 'false': a flag is switched off by --no_NAME", ("--random_flip", "false")),
     setting("class_noun", "mug", "unknown flag --class_noun"),
     Case("requires an argument", ("--seed",)),
     Case("--config", ("--config", "{folder}/nowhere.toml")),

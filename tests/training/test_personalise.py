@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -287,6 +288,16 @@ def test_resuming_a_finished_run_changes_nothing(config: TextualInversionConfig)
     assert torch.equal(load_vectors(result.folder), before)
 
 
+def test_other_repeats_are_another_run(config: TextualInversionConfig) -> None:
+    personalise(config)
+    images = Path(str(config.instance_data_dir))
+    names = sorted(path.name for path in images.iterdir() if path.suffix == ".png")
+    rows = [{"file_name": name, "repeats": 1 + 4 * (name == names[0])} for name in names]
+    (images / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(CheckpointError, match="or how often each is drawn changed"):
+        personalise(replace(config, resume_from_checkpoint="latest"))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -354,10 +365,13 @@ def test_a_run_stopped_by_its_rule_takes_no_further_step(config: TextualInversio
     settings = replace(config, threshold=0.999, max_train_steps=100)
     result = personalise(settings)
     steps: list[StepRecord] = []
-    changes: tuple[dict[str, Any], ...] = ({}, {"extend": True, "max_train_steps": 200})
-    for change in changes:
-        resumed = personalise(replace(settings, resume_from_checkpoint="latest", **change), [steps.append])
-        assert (resumed.steps, resumed.verdict.reason) == (result.steps, Reason.STABILISED)
+    again = replace(settings, resume_from_checkpoint="latest")
+    longer = replace(again, extend=True, max_train_steps=200)
+    ended = f"the rule had ended this run at step {result.steps}, and --extend raises the cap alone: train into another"
+    for resumed, warned in ((again, nullcontext()), (longer, pytest.warns(UserWarning, match=ended))):
+        with warned:
+            outcome = personalise(resumed, [steps.append])
+        assert (outcome.steps, outcome.verdict.reason) == (result.steps, Reason.STABILISED)
     assert steps == []
 
 

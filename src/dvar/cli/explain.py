@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from cyclopts import CycloptsError, UnknownOptionError
+from cyclopts.exceptions import UnusedCliTokensError
 
 from dvar.cli.console import FAILED, REFUSED
 from dvar.errors import CheckpointError, DvarError, ModelError, RefusedInput, TraceError, first_line, nearest
@@ -60,6 +61,10 @@ def explain_error(error: Exception, tokens: Sequence[str]) -> tuple[Sequence[str
             near = nearest(flag.lstrip("-"), [name.lstrip("-") for name in flags])
             remedy = f"the nearest known one is --{near}" if near else f"{_program(command)} --help lists them all"
             return [f"unknown flag {flag}: {remedy}"], REFUSED
+        case UnusedCliTokensError():
+            words = " ".join(map(repr, error.unused_tokens or ()))
+            remedy = "a flag is switched off by --no_NAME, and a text with spaces stands in quotes"
+            return [f"{_program(command)} has no use for {words}: {remedy}"], REFUSED
         case CycloptsError():
             return [" ".join(str(error).split())], REFUSED
         case RefusedInput():

@@ -299,9 +299,11 @@ def configure_to_cap(values: Mapping[str, Any], config_type: type[C]) -> tuple[C
         return config, ""
     of_another_rule = ("window", "probe_every") if config.rule == "octave" else ()
     scaled = {
-        name: max(MIN_RECORDS if name == "window" else 1, getattr(config, name) * cap // suited)
+        name: value
         for name in STEP_SETTINGS
         if name not in named and name not in of_another_rule
+        if (value := max(MIN_RECORDS if name == "window" else 1, getattr(config, name) * cap // suited))
+        != getattr(config, name)
     }
     if not scaled:
         return config, ""

@@ -24,6 +24,7 @@ from dvar.errors import CheckpointError, ModelError, OutOfResources, RefusedInpu
 from dvar.files import remove
 from dvar.locks import lock_folder
 from dvar.stopping.diagnosis import Reason
+from dvar.stopping.rules import CONDITION_REASONS
 from dvar.stopping.verdict import Verdict
 from dvar.training.checkpoint import Checkpoint, latest_checkpoint, validate_run_facts
 from dvar.training.class_images import generate_class_images
@@ -36,7 +37,15 @@ from dvar.training.processes import ALONE, Processes, launched_processes
 from dvar.training.publish import push_run, repository_of
 from dvar.training.requests import Request, outcome_of
 from dvar.training.run import TrainingResult, TrainingRun, write_config
-from dvar.training.run_layout import CLASS_IMAGES, RESULT, checkpoint_name, checkpoint_paths, find_written, problems
+from dvar.training.run_layout import (
+    CLASS_IMAGES,
+    CONFIG,
+    RESULT,
+    checkpoint_name,
+    checkpoint_paths,
+    find_written,
+    problems,
+)
 from dvar.training.shard_fit import is_sharded
 from dvar.training.sharding import shard_backbone
 from dvar.training.token_initializer import choose_initializer_tokens, load_clip
@@ -120,6 +129,10 @@ def train_run(
         run.processes.call("release")
         run.release_encoders()
     verdict = run.rule(run.learner.trace)
+    if checkpoint and config.extend and verdict.stop and verdict.reason in CONDITION_REASONS:
+        ended = f"the rule had ended this run at step {checkpoint.step}, and --extend raises the cap alone"
+        remedy = "train into another --output_dir, under settings that stop later"
+        warnings.warn(f"{ended}: {remedy}", stacklevel=2)
     tracker = Tracker(config.report_to, run.folder, config.to_dict())
     all_consumers: tuple[Callable[[StepRecord], None], ...] = (tracker, run.save_on_request, *consumers)
     with interruption() as interrupted, closing(tracker), closing(run.loop(interrupted)) as loop:
@@ -197,7 +210,9 @@ def prepare(
         config = replace(config, initializer_token=checkpoint.facts["config"]["initializer_token"])
     else:
         for path in find_written(folder):
-            remove(path)
+            if path.name != CONFIG:  # which says that the rest is a run's: it is there until the new one replaces it
+                remove(path)
+        write_config(folder, config)
         config = choose_initializer_tokens(config, concept, backbone, clip)
         write_config(folder, config)
     step = checkpoint.step if checkpoint else None

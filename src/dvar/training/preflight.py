@@ -44,7 +44,7 @@ def preflight(
         *packages.problems(valid),
         *(run_layout.problems(valid) if is_main_process(os.environ) else ()),  # for it alone writes there
         *publish.problems(valid),
-        *image_problems,
+        *(image_problems if valid.resolution == config.resolution else ()),  # by the size that was asked for
     ]
     fit_problems = family_fit.problems(valid) if load_tokenizer and not model_problems else []
     problems += fit_problems or sample_prompts.problems(valid)
