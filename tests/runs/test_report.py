@@ -267,6 +267,14 @@ def test_the_weights_of_the_lowest_step_are_named_where_they_are_saved(tmp_path:
     assert best_weights in Page(write_report(write_run(tmp_path / "two", trace, best_weights=[best_weights]))).text
 
 
+def test_a_result_that_names_no_other_weights_has_a_page(run_folder: Path) -> None:
+    path = run_folder / "result.json"
+    result = json.loads(path.read_text())
+    assert result.pop("best_weights")
+    path.write_text(json.dumps(result))
+    assert write_report(run_folder).exists()
+
+
 def test_a_run_that_stops_after_a_straight_line_would_says_what_that_means(tmp_path: Path) -> None:
     trace = generate_trace(lambda step: falling_loss(step // 6))
     assert trace.last_step > 413

@@ -334,6 +334,11 @@ def test_tasks_for_a_file_that_cannot_be_written_leave_no_secret(tmp_path: Path)
     with pytest.raises(RefusedInput, match=r"output must be a file that can be written, and .*file is a file"):
         write_tasks(folder, tmp_path / "file" / "tasks.csv", "customization", "https://a.example")
     assert sorted(folder.iterdir()) == before
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "tasks.csv.part").mkdir()  # in the way of the file, as no look at the disk foresees
+    with pytest.raises(OSError, match=r"tasks\.csv\.part"):
+        write_tasks(folder, tmp_path / "taken" / "tasks.csv", "customization", "https://a.example")
+    assert sorted(folder.iterdir()) == before
     assert write_tasks(folder, tmp_path / "new" / "tasks.csv", "customization", "https://a.example")
 
 

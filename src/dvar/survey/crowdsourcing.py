@@ -12,7 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from dvar.errors import RefusedInput
-from dvar.files import read_text, writing_problem
+from dvar.files import read_text, staged_file, writing_problem
 from dvar.survey.questions import QUESTION_TEXTS, THE_OBJECT
 from dvar.survey.secret import read_or_create_secret, read_secret
 from dvar.survey.survey import QUESTIONS, VOTES_FILE, Answer, Question, Role, Survey, Task
@@ -67,15 +67,16 @@ def write_tasks(folder: Path, path: Path, question: Question, image_url: str, se
         raise RefusedInput([f"{path} exists already: name another --output, or remove it"])
     if problem := writing_problem(path):
         raise RefusedInput([f"output must be a file that can be written, and {problem}: choose another"])
-    secret = read_or_create_secret(folder, secret_file)
     reference_count = max(len(task.references) for task in tasks)
-    rows = [
-        _task_row(survey, task, side, secret, image_url.rstrip("/"), reference_count)
-        for task in tasks
-        for side in (SIDES[:1] if task.first == task.second else SIDES)
-    ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
+    # The secret comes once there is a file for what it signs: /proc is a folder that nothing can be written to.
+    with staged_file(path) as staged, staged.open("w", encoding="utf-8", newline="") as file:
+        secret = read_or_create_secret(folder, secret_file)
+        rows = [
+            _task_row(survey, task, side, secret, image_url.rstrip("/"), reference_count)
+            for task in tasks
+            for side in (SIDES[:1] if task.first == task.second else SIDES)
+        ]
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         for row in sorted(rows, key=lambda row: row["ticket"]):
