@@ -488,7 +488,7 @@ def test_replay_names_the_curve_that_it_preferred_and_what_is_too_sparse(tmp_pat
 def test_replay_judges_a_run_of_ours_by_its_own_settings_unless_others_are_named(tmp_path: Path) -> None:
     write_run(tmp_path, generate_trace(), sampled_every=0)
     answer = dvar("replay", tmp_path)
-    assert answer.err == "dvar: judged with this run's own window 160 and threshold 0.15\n"
+    assert answer.err == "dvar: judged with this run's own settings: window 160, threshold 0.15\n"
     assert "of the last 160 steps" in answer.out
     assert "224 of 310 steps" in dvar("replay", tmp_path / "trace.jsonl", "--window", "310").out
     (tmp_path / "config.json").write_text('{"window": 3}')  # of another program

@@ -162,6 +162,9 @@ def test_a_check_runs_nothing_and_says_what_fits(tmp_path: Path) -> None:
     answer = dvar("launch", "--check", script)
     assert answer.status == 2
     assert answer.out.startswith("script.py: the loss is taken from accelerator.backward(loss), got 'loss.backward()'")
+    (tmp_path / "empty").mkdir()
+    answer = dvar("launch", "--check", tmp_path / "empty")
+    assert answer.out == "no script here has accelerator.backward(loss) in a loop\n"
     table = dvar("launch", "--check", SCRIPTS).out.splitlines()
     assert [line.split()[0] for line in table] == [
         "script",

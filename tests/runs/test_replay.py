@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from dvar import Dvar, RefusedInput, Trace
+from dvar.launch.config import LaunchConfig
 from dvar.runs.config import ReplayConfig, problems
-from dvar.runs.replay import ReplayOutcome, compute_ratios, replay_rule, replay_rules
+from dvar.runs.replay import ReplayOutcome, compute_ratios, read_own_settings, replay_rule, replay_rules
 from dvar.runs.replay_figure import plot_replay, write_replay
 from dvar.stopping.diagnosis import Reason
 from dvar.stopping.rule import build_rule
@@ -108,6 +109,36 @@ def test_ratios_are_the_rules_and_nan_while_it_has_none() -> None:
     assert np.isnan(ratios[:310]).all()
     expected = [verdict.metrics["ratio"] for verdict in replay_rule(trace, Dvar(310, 0.15))]
     np.testing.assert_array_equal(ratios[310:], expected[310:])
+
+
+def test_a_launched_script_is_judged_by_the_settings_in_its_trace(tmp_path: Path) -> None:
+    path, launch = tmp_path / "trace.jsonl", LaunchConfig(dvar_window=40, dvar_threshold=0.3)
+    (tmp_path / "config.json").write_text('{"window": 3}', encoding="utf-8")  # of the model that the script saved
+    Trace(launch.header("train.py")).write(path)
+    expected = {"window": 40, "threshold": 0.3, "rule": ("dvar",)}
+    assert read_own_settings(path) == read_own_settings(tmp_path) == expected
+    Trace(LaunchConfig(dvar_rule="hall", dvar_window=40).header("train.py")).write(path)
+    assert read_own_settings(path) == {"window": 40, "hall_threshold": 0.01, "rule": ("hall",)}
+    Trace(LaunchConfig(dvar_rule="octave").header("train.py")).write(path)
+    assert read_own_settings(path) == {"rule": ("octave",)}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"dvar_trace": 1}',
+        b'{"launch": 3}',
+        b'{"launch": {"rule": "dvar", "settings": {"window": "40"}}}',
+        b'{"launch": {"rule": "dvar", "settings": {"pace": 3}}}',
+        b"step,loss",
+        b"\xff\x00",
+    ],
+)
+def test_a_log_without_settings_of_a_rule_has_none_of_its_own(line: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    assert read_own_settings(path) == {}
+    path.write_bytes(line + b"\n")
+    assert read_own_settings(path) == {}
 
 
 # --- the figure -----------------------------------------------------------------------------------------------------

@@ -48,8 +48,8 @@ def launch(script: Path, /, *arguments: str, dvar_config: ConfigFile = None, **f
     """Run a training script that uses accelerate, unchanged, and end it when the concept is learned.
 
     The script computes its own loss on held samples of its own dataset; L_det is recorded and judged, and a stop ends
-    the loop, so that the script saves as ever. Training is bit for bit that of the plain script. All flags stand before
-    the script; with accelerate: accelerate launch -m dvar launch SCRIPT ARGUMENTS.
+    the loop, so that the script saves as usual. Training is bit for bit that of the plain script. All flags stand
+    before the script; with accelerate: accelerate launch -m dvar launch SCRIPT ARGUMENTS.
 
     Parameters
     ----------
@@ -92,7 +92,10 @@ def _check(path: Path) -> int:
         row = check_script(path)
         print(row.sentence)
         return 0 if row.fits else REFUSED
-    _print_checks(check_folder(path))
+    if checks := list(check_folder(path)):
+        _print_checks(checks)
+    else:
+        print("no script here has accelerator.backward(loss) in a loop")
     return 0
 
 

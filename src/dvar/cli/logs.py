@@ -28,7 +28,7 @@ def replay(log: Path, /, **flags: Any) -> int:
 
     Reads trace.jsonl, CSV, JSON lines, W&B's history and its .wandb files, the trainer_state.json of transformers, and
     the logs of SimpleTuner, ai-toolkit, DiffSynth, MLflow and trackio. With dvar[tensorboard] it reads event files too.
-    A run of dvar is judged with its own window and threshold.
+    A run of dvar, and a script that dvar launched, is judged by its own rule and settings unless you name others.
 
     Parameters
     ----------
@@ -44,7 +44,7 @@ def replay(log: Path, /, **flags: Any) -> int:
     config = ReplayConfig(**flags, **own)
     raise_problems(problems(config))
     if own:
-        print_message(f"judged with this run's own {' and '.join(f'{name} {value}' for name, value in own.items())}")
+        print_message(f"judged with this run's own settings: {_format_settings(own)}")
     if config.follow:
         return _follow(log, config)
     trace = read_log(log, config.metric, config.step_column)
@@ -54,6 +54,12 @@ def replay(log: Path, /, **flags: Any) -> int:
     if config.output:
         print(f"figure    {write_replay(Path(config.output), log.name, trace, outcomes, config)}")
     return 0
+
+
+def _format_settings(settings: Mapping[str, Any]) -> str:
+    """Return settings by name as a sentence lists them."""
+    texts = {name: " ".join(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+    return ", ".join(f"{name} {text}" for name, text in texts.items())
 
 
 def _print_outcomes(outcomes: Iterable[ReplayOutcome]) -> None:

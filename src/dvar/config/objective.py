@@ -39,10 +39,10 @@ class ObjectiveConfig(Config):
         "none", "Weight of a noise level sigma in flow matching: 1, sigma^-2, or 2 / (pi (1 - 2 sigma + 2 sigma^2))."
     )
     snr_gamma: float | None = setting(
-        None, "Min-SNR-gamma weights for a model of diffusion; 5 is usual, none by default.", POSITIVE
+        None, "Min-SNR-gamma weights, for diffusion, not flow matching; 5 is usual, none by default.", POSITIVE
     )
     noise_offset: float = setting(
-        0.0, "Deviation of what is added to all noise of a channel, such as 0.1.", NOT_NEGATIVE
+        0.0, "Standard deviation of a constant added to the noise of each channel, such as 0.1.", NOT_NEGATIVE
     )
     caption_dropout: float = setting(0.0, "Share of instance images that are shown with an empty caption.", Range(0, 1))
 

@@ -94,19 +94,23 @@ class TrainingConfig(ObjectiveConfig):
         "no",
         "Arithmetic of the frozen model; bf16 adds noise to L_det, under Textual Inversion 12 % of its early fall.",
     )
-    allow_tf32: bool = setting(False, "Compute float32 in TensorFloat-32 on a GPU: faster, with a third of the digits.")
+    allow_tf32: bool = setting(
+        False, "Compute float32 in TensorFloat-32 on a GPU: faster, with 10 of the 23 bits of precision."
+    )
     gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass: less memory, more time.")
     attention_slicing: bool = setting(False, "Compute attention in slices: less memory, more time.")
     quantize: Literal["no", "nf4", "int8"] = setting(
-        "no", "Bits of the frozen denoising network: 4 or 8, by bitsandbytes."
+        "no", "Store the frozen denoising network in 4 bits (nf4) or 8 (int8), by bitsandbytes."
     )
-    offload: bool = setting(False, "Have networks on the CPU while they are idle: less memory of a GPU, more time.")
-    compile: bool = setting(False, "Compile the U-Net: minutes before the first step, then faster steps on a GPU.")
+    offload: bool = setting(False, "Keep idle networks on the CPU: less memory of a GPU, more time.")
+    compile: bool = setting(
+        False, "Compile the denoising network: minutes before the first step, then faster steps on a GPU."
+    )
 
     preset: str | None = setting(
         None,
         "Named settings to start from: 'mini' for the bundled model, 'lean' for others; 'paper' probes at every step, "
-        "'smoke' only tries whether everything runs, in 20 steps.",
+        "'smoke' only checks that everything runs, in 20 steps.",
         section="Method",
     )
     placeholder_token: str | None = setting("<thing>", "New word that stands for the concept in prompts.")
@@ -137,7 +141,8 @@ class TrainingConfig(ObjectiveConfig):
 
     rule: Literal["dvar", "paper", "octave"] = setting(
         "dvar",
-        "Rule that ends the run: 'dvar', 'paper' (DVAR without its doubts), or 'octave', which takes no window.",
+        "Rule that ends the run: 'dvar'; 'paper', which stops at the threshold alone; or 'octave', which stops when "
+        "the last doubling of the steps brought little.",
         section="Stopping",
     )
     probe_every: int = setting(1, "Steps between two evaluations of the held batch.", COUNT)
@@ -344,7 +349,7 @@ def _bucket_conflicts(config: TrainingConfig) -> Conflicts:
         yield names, f"{error}: correct it"
     if config.random_rescale:
         message = "aspect_ratio_buckets are for images that are shown whole, and random_rescale rescales squares"
-        yield names, f"{message}: add --no-random_rescale"
+        yield names, f"{message}: add --no_random_rescale"
 
 
 def _token_conflicts(config: TrainingConfig) -> Conflicts:

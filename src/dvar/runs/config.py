@@ -45,7 +45,7 @@ class GenerateConfig(Config):
         None, "Bits of the denoising network; the run's own by default."
     )
     offload: bool | None = setting(
-        None, "Have networks on the CPU while they are idle, or with --no_offload not; the run's own by default."
+        None, "Keep idle networks on the CPU, or with --no_offload not; the run's own by default."
     )
 
 
@@ -54,7 +54,7 @@ class ExportConfig(Config):
     """Every setting of ``dvar export``."""
 
     step: int | None = setting(
-        None, "Take this step first: make the weights of its checkpoint the result of the run.", NOT_NEGATIVE
+        None, "Make the weights of this step, which must have a checkpoint, the result of the run.", NOT_NEGATIVE
     )
     merged: str | None = setting(
         None, "New folder for a whole diffusers pipeline: the base model with what was learned merged into it."
@@ -89,8 +89,8 @@ class ReplayConfig(Config):
 
     rule: tuple[str, ...] = setting(
         ("dvar",),
-        "Rule to replay: dvar, paper (DVAR as published), ema, hall, trend, plateau, one of an installed package, or "
-        "all; repeat the flag for another.",
+        "Rule to replay: dvar, paper (DVAR as published), ema, hall, trend, plateau, octave, one of an installed "
+        "package, or all; repeat the flag for another.",
         section="Rules",
     )
     window: int = setting(TrainingConfig.window, "Number of past steps that a rule uses.")

@@ -13,8 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dvar.errors import RefusedInput
-from dvar.files import read_json
+from dvar.files import parse_json, read_json, regular_file
+from dvar.launch.config import TRACE
 from dvar.runs.config import ALL_RULES, ReplayConfig
+from dvar.schema import find_mismatch
 from dvar.stopping.rule import build_rule
 from dvar.stopping.rules import RULES, Rule, schedule_problems
 from dvar.stopping.trace import LOSS, Trace
@@ -24,6 +26,10 @@ from dvar.training.run_layout import CONFIG
 _MEASURED = frozenset(("total_var", "octave_gain"))
 """What a verdict of DVAR, and one of octave, holds once there is something to measure."""
 _OWN_SETTINGS = {"rule?": str, "window": int, "threshold": float, "probe_every": int}
+_LAUNCHED = {"launch": {"rule": str, "settings": {str: float}}}
+"""What the settings of a run, and the header of a launched script's trace, hold about the rule."""
+_MAX_HEADER = 2**16
+"""Bytes that the header of a trace may have."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +58,29 @@ class ReplayOutcome:
 
 
 def read_own_settings(log: Path) -> dict[str, Any]:
-    """Return rule, window and threshold of the run whose folder or trace ``log`` is; none of any other log."""
+    """Return the settings that judged the run or the launched script whose folder or trace ``log`` is.
+
+    They have the names of the fields of `ReplayConfig`; there are none for any other log.
+    """
     try:
         settings = read_json((log if log.is_dir() else log.parent) / CONFIG, _OWN_SETTINGS)
     except (OSError, ValueError):
-        return {}
+        return _read_launch_settings(log / TRACE if log.is_dir() else log)
     own = {name: settings[name] for name in ("window", "threshold")}
     return {**own, "rule": (settings["rule"],)} if "rule" in settings else own
+
+
+def _read_launch_settings(trace: Path) -> dict[str, Any]:
+    """Return the settings in the header of a launched script's trace; none of any other file."""
+    try:
+        with regular_file(trace).open("rb") as file:
+            header = parse_json(file.readline(_MAX_HEADER))
+    except (OSError, ValueError):
+        return {}
+    if find_mismatch(header, _LAUNCHED):
+        return {}
+    own = {**header["launch"]["settings"], "rule": (header["launch"]["rule"],)}
+    return own if own.keys() <= {item.name for item in fields(ReplayConfig)} else {}
 
 
 def build_rules(config: ReplayConfig) -> dict[str, Rule]:

@@ -219,7 +219,7 @@ def _pair_tasks(pair: RunPair, store: ImageStore) -> list[Task]:
         )
     if not tasks:
         problem = f"{pair.candidate.folder} and {pair.baseline.folder} have no image of the same prompt and seed"
-        raise RefusedInput([f"{problem}, steps and guidance: run dvar generate, or leave out --no-generate"])
+        raise RefusedInput([f"{problem}, steps and guidance: run dvar generate, or leave out --no_generate"])
     return tasks
 
 
