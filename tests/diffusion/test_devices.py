@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dvar.diffusion.backbone import load_backbone
 from dvar.diffusion.devices import (
+    best_device,
     copy_to_cpu,
     describe_arithmetic,
     float32_arithmetic,
@@ -20,6 +21,17 @@ from dvar.diffusion.objective import Draws, Encoded, denoising_loss, draw
 from dvar.testing import tiny_concept, tiny_pipeline, tiny_sd3_pipeline, tiny_xl_pipeline
 
 FLAGS = (torch.backends.cudnn, torch.backends.cuda.matmul)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "told", "device"), [(1, "", "cuda"), (1, "true", "cpu"), (1, "false", "cuda"), (0, "", "cpu")]
+)
+def test_the_best_device_is_a_gpu_unless_accelerate_was_told_to_use_the_cpu(
+    gpu: int, told: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpu))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", told)
+    assert best_device() == device
 
 
 @pytest.mark.parametrize("allow", [False, True])

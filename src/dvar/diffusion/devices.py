@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 
 
 def best_device() -> str:
-    """Return "cuda" where there is such a GPU, else "cpu"."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """Return "cuda" where there is such a GPU, else "cpu", as also under ``accelerate launch --cpu``."""
+    told = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    return "cuda" if torch.cuda.is_available() and not told else "cpu"
 
 
 @contextmanager

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dvar.diffusion.devices import best_device
 from dvar.errors import ProcessLost
 from dvar.stopping.gloo_exit import wait_for_gloo
 from dvar.training.shard_fit import is_sharded
@@ -158,7 +159,7 @@ def launched_processes(environment: Mapping[str, str] = os.environ) -> Iterator[
 
 def _own_device(environment: Mapping[str, str]) -> torch.device:
     """Return the device of this process, which becomes the current one."""
-    if not torch.cuda.is_available() or environment.get("ACCELERATE_USE_CPU", "").lower() == "true":
+    if best_device() == "cpu":
         return torch.device("cpu")
     device = torch.device("cuda", int(environment.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
