@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 # ├── TraceError       (ValueError)       a record or a trace file that breaks the order or the shape of a trace
 # ├── CheckpointError                     a checkpoint that is damaged, or made under other settings
 # ├── ModelError                          a model folder or hub id that cannot be loaded or does not fit
+# │   └── UnreachableModel                a model that cannot be fetched now
 # ├── OutOfResources                      memory or disk that ran out while training
 # ├── ProcessLost                         one of several processes that train a run has ended or hangs
 # └── NonFiniteLoss    (ArithmeticError)  a loss that is nan or infinite while training
@@ -53,6 +54,10 @@ class CheckpointError(DvarError):
 
 class ModelError(DvarError):
     """A model that cannot be loaded, or is of a kind that is not supported."""
+
+
+class UnreachableModel(ModelError):
+    """A model on the hub that cannot be fetched now: the same may be accepted later."""
 
 
 class OutOfResources(DvarError):

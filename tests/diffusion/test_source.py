@@ -15,13 +15,14 @@ from safetensors.torch import load_file, save_file
 from single_files import write_single_file, write_single_file_of_3
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
+from dvar.cluster.program import PASSING
 from dvar.config.methods import DreamBoothLoraConfig
 from dvar.diffusion import source as sources
 from dvar.diffusion.backbone import load_backbone
 from dvar.diffusion.model_files import model_problems
 from dvar.diffusion.single_file import find_kind
 from dvar.diffusion.source import ModelSource
-from dvar.errors import ModelError, RefusedInput
+from dvar.errors import ModelError, RefusedInput, UnreachableModel
 from dvar.runs.load_model import load_personalised_backbone
 from dvar.testing import tiny_pipeline, tiny_sd3_pipeline, tiny_xl_pipeline
 from dvar.training.personalise import personalise
@@ -260,6 +261,19 @@ def test_without_a_network_one_line_says_so(hub: Callable[..., None], tmp_path: 
     )
     with pytest.raises(ModelError, match="owner/name is not in the cache and there is no network"):
         load_backbone("owner/name", device="cpu")
+
+
+def test_a_connection_that_breaks_is_another_error_than_a_model_that_does_not_load(
+    hub: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def break_down(*_: Any, **__: Any) -> None:
+        raise ConnectionResetError("Connection reset by peer")
+
+    hub(tiny_pipeline(tmp_path / "model"), "owner/name")
+    monkeypatch.setattr("diffusers.DiffusionPipeline.download", break_down)
+    with pytest.raises(UnreachableModel, match=r"owner/name cannot be fetched whole \(Connection reset by peer\): try"):
+        load_backbone("owner/name", device="cpu")
+    assert isinstance(UnreachableModel(), PASSING), "a batch tries it again"
 
 
 def test_a_model_on_the_hub_is_checked_by_its_configs_before_weights_are_fetched(

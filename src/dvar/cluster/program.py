@@ -16,14 +16,24 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from dvar.cluster.task import failure
-from dvar.errors import CheckpointError, DvarError, FolderInUse, ModelError, NonFiniteLoss, RefusedInput, first_line
+from dvar.errors import (
+    CheckpointError,
+    DvarError,
+    FolderInUse,
+    ModelError,
+    NonFiniteLoss,
+    RefusedInput,
+    UnreachableModel,
+    first_line,
+)
 
 Run = Callable[[str, Callable[..., None]], Mapping[str, Any]]
 """(argument of a task, report of progress by keyword) -> facts about its end."""
 End = Mapping[str, Any] | Exception | KeyboardInterrupt
 """The facts about the end of a task, or what ended it: KeyboardInterrupt where it was asked to stop."""
 HOPELESS = (RefusedInput, ModelError, CheckpointError, NonFiniteLoss)
-"""Errors that another attempt would only repeat."""
+"""Errors that another attempt would only repeat, but for those of `PASSING`."""
+PASSING = (FolderInUse, UnreachableModel)
 
 
 def serve(run: Run) -> int:
@@ -148,7 +158,7 @@ def _report_of(error: Exception | KeyboardInterrupt, prefix: str = "") -> dict[s
     if isinstance(error, DvarError):
         reason = " ".join(str(error).split())
         print(f"dvar: {prefix}{reason}", file=sys.stderr)
-        return failure(reason, retry=isinstance(error, FolderInUse) or not isinstance(error, HOPELESS))
+        return failure(reason, retry=isinstance(error, PASSING) or not isinstance(error, HOPELESS))
     traceback.print_exception(error)  # a fault of this program: the log has its place
     return failure(f"{type(error).__name__}: {first_line(error)}")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from dvar import mini
 from dvar.config.training import BUNDLED_MODELS, TrainingConfig
 from dvar.diffusion import single_file
-from dvar.errors import ModelError, first_line
+from dvar.errors import ModelError, UnreachableModel, first_line
 
 CONFIG_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*/*.json", "*/*.txt", "*/*.model", "*/*.jinja"]
 """What describes a model beside its weights: configs and tokenizers."""
@@ -61,28 +61,34 @@ class ModelSource:
             return folder if folder.is_dir() else fetch_configs(configs, None)
         except ModelError as error:
             message = f"{self.name} has no configs of its own, and {error}"
-            raise ModelError(f"{message}; or name a folder with them by --single_file_config") from error
+            raise type(error)(f"{message}; or name a folder with them by --single_file_config") from error
 
     def fetch(self) -> Path:
         """Return the folder with the model's configs and weights, fetched from the hub where it is there.
 
         Raises:
+            UnreachableModel: The connection broke.
             ModelError: As `config_folder`.
         """
         if Path(self.name).is_dir():
             return Path(self.name)
         fetch_configs(self.name, self.revision)  # which says in one line what is wrong
         from diffusers import DiffusionPipeline
+        from huggingface_hub import errors
 
-        return Path(
-            DiffusionPipeline.download(
-                self.name,
-                revision=self.revision,
-                variant=self.variant,
-                use_safetensors=True,
-                local_files_only=not _is_reachable(self.name, self.revision),
+        try:
+            return Path(
+                DiffusionPipeline.download(
+                    self.name,
+                    revision=self.revision,
+                    variant=self.variant,
+                    use_safetensors=True,
+                    local_files_only=not _is_reachable(self.name, self.revision),
+                )
             )
-        )
+        except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, ConnectionError, TimeoutError) as error:
+            message = f"{self.name} cannot be fetched whole ({first_line(error)})"
+            raise UnreachableModel(f"{message}: try again, or name a folder") from error
 
     def __str__(self) -> str:
         return self.name
@@ -98,7 +104,8 @@ def fetch_configs(name: str, revision: str | None) -> Path:
     """Return the folder with the configs and tokenizers of a model on the hub, cached or fetched.
 
     Raises:
-        ModelError: There is no such model, it may not be read, or it is neither in the cache nor reachable.
+        UnreachableModel: It is neither in the cache nor reachable.
+        ModelError: There is no such model, or it may not be read.
     """
     from huggingface_hub import errors, snapshot_download
 
@@ -114,9 +121,10 @@ def fetch_configs(name: str, revision: str | None) -> Path:
         raise ModelError(f"{name} has no revision {revision}: name a branch, a tag or a commit of it") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         message = f"{name}{at} is not in the cache and there is no network"
-        raise ModelError(f"{message}: connect once, or name a folder") from error
+        raise UnreachableModel(f"{message}: connect once, or name a folder") from error
     except (OSError, ValueError, errors.HfHubHTTPError) as error:
-        raise ModelError(f"{name}{at} cannot be fetched ({first_line(error)}): try again, or name a folder") from error
+        message = f"{name}{at} cannot be fetched ({first_line(error)})"
+        raise UnreachableModel(f"{message}: try again, or name a folder") from error
     if not (folder / "model_index.json").exists():
         raise ModelError(f"{name}{at} is no diffusers pipeline, it lacks model_index.json: name another, or a folder")
     return folder

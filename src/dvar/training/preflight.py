@@ -9,7 +9,7 @@ import dvar.config.training as training_config
 from dvar.config.fields import replace_invalid_fields
 from dvar.config.training import TrainingConfig
 from dvar.diffusion import model_files
-from dvar.errors import ModelError, RefusedInput
+from dvar.errors import ModelError, RefusedInput, UnreachableModel
 from dvar.training import family_fit, packages, placeholder_tokens, publish, rule, run_layout, sample_prompts, shard_fit
 from dvar.training.dataset import Concept, scan_concept
 from dvar.training.placeholder_tokens import Tokenizer, load_tokenizer_of
@@ -53,6 +53,8 @@ def preflight(
             tokenizer = load_tokenizer(valid)
             problems += placeholder_tokens.problems(valid, tokenizer, concept.prompts)
         except ModelError as error:
+            if isinstance(error, UnreachableModel) and not problems:
+                raise  # which another attempt may find reachable
             problems.append(str(error))
     if problems:
         raise RefusedInput(problems)
