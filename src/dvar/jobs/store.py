@@ -1,7 +1,8 @@
 """The folder of a job's run: on this machine, on a shared disk, or behind a URL of fsspec."""
 
 # Behind a URL the run is written into a folder of the worker's machine, fetched before it and pushed at each checkpoint
-# and at the end.  What makes other files count, the manifest of a checkpoint and result.json, is pushed last.
+# and at the end.  What says whose the other files are, job.json and config.json, is pushed first, and what makes them
+# count, the manifest of a checkpoint and result.json, last; they are removed the other way round.
 #
 # No file system of fsspec locks a folder for all machines.  So a worker claims a run by a mark in its job.json, and the
 # last claim counts: a worker that was taken for lost pushes nothing more once another one has claimed its run.  What
@@ -23,9 +24,9 @@ from dvar.files import read_json, remove, write_json
 from dvar.jobs.job import JOB
 from dvar.locks import LOCK, lock_path
 from dvar.training.checkpoint import MANIFEST
-from dvar.training.run_layout import RESULT
+from dvar.training.run_layout import CONFIG, RESULT
 
-_LAST = (MANIFEST, RESULT)
+_FIRST, _LAST = (JOB, CONFIG), (MANIFEST, RESULT)
 _TEMPORARY = "dvar-job-"
 _FETCHES = 5
 """How often a run is listed that changes while it is fetched."""
@@ -163,9 +164,9 @@ class RemoteStore(RunStore):
         files = (path for path in self.folder.rglob("*") if path.is_file() and not path.name.endswith(LOCK))
         names = {path.relative_to(self.folder).as_posix(): path for path in files}
         changed = [name for name, path in names.items() if self._pushed.get(name) != _stamp(path)]
-        for name in sorted(changed, key=_is_last):
+        for name in sorted(changed, key=_rank):
             self._put(name)
-        for name in sorted(self._pushed.keys() - names.keys(), key=_is_last, reverse=True):
+        for name in sorted(self._pushed.keys() - names.keys(), key=_rank, reverse=True):
             with suppress(FileNotFoundError):
                 self.system.rm_file(f"{self.root}/{name}")
             del self._pushed[name]
@@ -208,9 +209,10 @@ class RemoteStore(RunStore):
                 self.system.rmdir(f"{self.root}/{folder}")
 
 
-def _is_last(name: str) -> bool:
-    """Return whether a file makes others count: it is stored after them, and removed before them."""
-    return PurePosixPath(name).name in _LAST
+def _rank(name: str) -> int:
+    """Return when a file is stored: 0 before others, 1 among them, 2 after them."""
+    own_name = PurePosixPath(name).name
+    return 0 if name in _FIRST else 2 if own_name in _LAST else 1
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -5,25 +5,28 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dvar.cluster.program import serve
 from dvar.config.training import TrainingConfig
-from dvar.errors import FolderInUse, NonFiniteLoss
+from dvar.errors import CheckpointError, FolderInUse, NonFiniteLoss
 from dvar.files import remove
 from dvar.jobs.base_models import BaseModels
 from dvar.jobs.config import Checkpoints
-from dvar.jobs.job import Job
+from dvar.jobs.job import JOB, Job
 from dvar.jobs.model_cache import cached_model
 from dvar.jobs.status import end_facts
 from dvar.jobs.store import RunStore, is_url, read_run_json, run_folder
+from dvar.locks import lock_folder
 from dvar.stopping.diagnosis import Reason
+from dvar.training.checkpoint import Checkpoint
 from dvar.training.loop import StepRecord
 from dvar.training.personalise import personalise
-from dvar.training.run import TrainingResult
-from dvar.training.run_layout import RESULT, TRACE, checkpoint_paths, find_written
+from dvar.training.run import TrainingResult, write_config
+from dvar.training.run_layout import RESULT, TRACE, checkpoint_paths, find_foreign, find_written
 
 WAIT_SECONDS = 600
 """How long a job waits for the worker that trained it last, or that copies its base model."""
@@ -74,11 +77,20 @@ def has_ended(store: RunStore) -> bool:
 
 
 def begin_job(job: Job, store: RunStore) -> TrainingConfig:
-    """Return the config to train a job by, from its last checkpoint if it has one."""
+    """Return the config to train a job by, from its last whole checkpoint if it has one.
+
+    Raises:
+        FolderInUse: Another process writes into its folder.
+    """
     folder = store.folder
-    can_resume = bool(checkpoint_paths(folder))
-    folder.mkdir(parents=True, exist_ok=True)
-    store.claim({"id": job.id, "digest": job.digest})
+    with lock_folder(folder):  # the worker that trained it last may be saving
+        can_resume = _has_whole_checkpoint(folder)
+        saved = read_run_json(str(folder), JOB)
+        is_own = saved is not None and saved.get("digest") == job.digest
+        if can_resume or is_own or not find_foreign(folder):
+            store.claim({"id": job.id, "digest": job.digest})
+        if is_own and not can_resume:  # a worker may have been lost before it had stored the config
+            write_config(folder, job.config)
     model = job.config.pretrained_model_name_or_path
     return replace(
         job.config,
@@ -87,6 +99,15 @@ def begin_job(job: Job, store: RunStore) -> TrainingConfig:
         resume_from_checkpoint="latest" if can_resume else None,
         overwrite=not can_resume and bool(find_written(folder)),
     )
+
+
+def _has_whole_checkpoint(folder: Path) -> bool:
+    """Return whether a run can be resumed: a worker that is lost while it pushes leaves a part of a checkpoint."""
+    for path in checkpoint_paths(folder):
+        with suppress(CheckpointError):
+            Checkpoint.read(path)
+            return True
+    return False
 
 
 def job_consumers(config: TrainingConfig, store: RunStore, report: Report) -> list[Callable[[StepRecord], None]]:

@@ -49,6 +49,11 @@ class _Member:
     scope: ExitStack = field(default_factory=ExitStack)
     store: RunStore = field(init=False)
 
+    def postpone(self) -> None:
+        """Let it begin a second later: another process uses its folder."""
+        self.due, self.waits = time.monotonic() + 1.0, self.waits + 1
+        self.scope.close()
+
 
 class JobPack:
     """Jobs that a worker trains at once, as `JobTrainer` trains one.
@@ -91,8 +96,7 @@ class JobPack:
         for name, end in (self._pack.advance() if len(self._pack) else {}).items():
             member = self._members[name]
             if isinstance(end, FolderInUse) and member.waits < WAIT_SECONDS:  # as `JobTrainer` waits
-                member.due, member.waits = time.monotonic() + 1.0, member.waits + 1
-                member.scope.close()
+                member.postpone()
                 self._waiting.append(name)
             else:
                 ends[name] = _conclude(member, end)
@@ -121,6 +125,9 @@ class JobPack:
                     if facts := self._begin(name, member):
                         ends[name] = facts
                 except Exception as error:
+                    if isinstance(error, FolderInUse) and member.waits < WAIT_SECONDS:
+                        member.postpone()
+                        continue
                     ends[name] = error
             self._waiting.remove(name)
         return ends
