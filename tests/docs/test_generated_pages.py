@@ -53,9 +53,10 @@ def test_the_readme_follows_other_results() -> None:
     )
     time, _, ranking, _ = readme.list_findings(results.replace(f"| {speed} |", "| 123.4× |"))
     assert "123.4 (Textual Inversion)" in time
-    assert f"with {octaves.partition(' ')[0]}, and the best constant" in ranking
+    assert f"({octaves.partition(' ')[0]}) with tuned settings" in ranking
+    assert "with the paper's; the best constant" in ranking
     changed = results.replace(octaves, f"9.99{octaves[4:]}")
-    assert "with 9.99, and the best constant" in readme.list_findings(changed)[2]
+    assert "(9.99) with tuned settings" in readme.list_findings(changed)[2]
 
 
 def test_the_page_of_memory_is_current() -> None:
