@@ -67,25 +67,26 @@ The last column is the smallest card, in GiB, for 1,024 px with `--gradient_chec
 |---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|
 {rows}
 
-- **Text encoders** that train nothing read every prompt once, before the first step, and their weights are given up: in
+- **Text encoders** that train nothing read every prompt once, before the first step, and their weights are freed: in
   training they take nothing. By default they are on the GPU together with the denoising network while they read, so the
-  start of a run needs the sum of both; with `--offload` one network at a time is there, which needs the figure in
-  brackets. The encoder half of the autoencoder goes in the same way. No loss and no image changes by this.
-- **A new word** keeps the encoders that learn it, which are CLIPs; T5 is given up all the same.
+  start of a run needs the sum of both; with `--offload` they are there one at a time, which needs the figure in
+  brackets. The encoder half of the autoencoder is freed in the same way. None of this changes a loss or an image.
+- **A new word** keeps the encoders that learn it, which are CLIPs; T5 is freed all the same.
 - **Half precision.** Under `--mixed_precision bf16` the denoising network and the text encoders that learn no word have
   their weights in bfloat16, and weights that are stored in 16 bits are loaded so. Under `fp16` those encoders stay in
   float32, for T5 overflows in fp16.
 - **`--quantize nf4`** and `int8` convert the frozen linear layers in the blocks of the denoising network, by
-  bitsandbytes (`pip install 'dvar[quantize]'`), after their digest is taken. What is learned stays in float32, and its
-  files fit the whole model; `--merged` adds it to the whole model. Custom Diffusion trains these weights and is
-  refused.
+  bitsandbytes (`pip install 'dvar[quantize]'`, [or from a clone](get-started.md#not-on-pypi-yet)), after their digest
+  is taken. What is learned stays in float32, and its files fit the whole model; `--merged` adds it to the whole model.
+  Custom Diffusion trains these weights and is refused.
 - **`dvar generate`** loads the model as the run had it: in its precision, with its bits and with `--offload`, so that
   what has trained generates too, and a sample of the run can be repeated bit for bit. It needs what the start of a run
   needs. `--mixed_precision`, `--quantize` and `--offload` or `--no_offload` change that. `dvar export --merged` writes
   the whole model in the run's precision, in float32 with `--mixed_precision no`, and works on the CPU.
 - **Several GPUs** can share the frozen weights of a model that does not fit one: [FSDP](guides/run-many.md).
 - **Not in the table:** Latent Diffusion, whose autoencoder is built for 256 px; class images, which double the batch;
-  larger batches and held batches, which cost in proportion only what is over the weights.
+  larger batches and held batches, which cost in proportion only what is over the weights. A held batch of 1 makes the
+  curve depend on a single timestep: take 4 or 8 where it fits (`--eval_batch_size`).
 """
 
 if __name__ == "__main__":

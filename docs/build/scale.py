@@ -36,7 +36,7 @@ run folders, which are the only state: kill anything at any time, and the same c
 ```bash
 dvar batch concepts/                    # a folder of images for each concept, with NAME.json beside it: its noun
 dvar batch jobs.toml --workers 2        # a table for each job, on two processes of this machine
-dvar batch jobs.csv --ray auto          # the same on a Ray cluster: pip install 'dvar[ray]'
+dvar batch jobs.csv --ray auto          # the same on a Ray cluster, with the extra ray
 dvar batch jobs.toml --pack 4           # four concepts in each forward pass of a worker
 ```
 
@@ -78,10 +78,10 @@ layer). Held batches share passes too. Each run has its own draws, step, probe, 
 folder; when *its* rule stops it, its place is given to the next job.
 
 - **A run in a pack is the run alone, but for rounding.** It draws the same samples, and a larger batch adds numbers up
-  in another order. In the tests, on random models of the size of a toy, losses agree to 2e-6 of their value, norms of
-  gradients to 2e-5 and weights to 2e-4, with the same stop and the same files; on the bundled model see the table. A
-  pack of one is bit for bit the run alone for Textual Inversion. AdamW's first step is as long for a gradient that is
-  zero but for rounding as for any other, so where many are, runs drift apart further, as they do between two machines.
+  in another order. In the tests, on tiny random models, losses agree to 2e-6 of their value, norms of gradients to 2e-5
+  and weights to 2e-4, with the same stop and the same files; on the bundled model see the table. A pack of one is bit
+  for bit the run alone for Textual Inversion. AdamW's first step is as long for a gradient that is zero but for
+  rounding as for any other, so where many are, runs drift apart further, as they do between two machines.
 - **A run that breaks ends by itself**: a loss that is not finite, an image that cannot be read, a disk. What the others
   compute in the passes that it still shared is bit for bit what it would have been beside a sound one; afterwards the
   passes have fewer samples. A process that dies, or memory that runs out in a shared pass, costs every run of the pack
@@ -93,9 +93,9 @@ folder; when *its* rule stops it, its place is given to the next job.
   pack have one base model and precision: a job of another one waits until the pack has ended, and jobs are begun in an
   order that makes this rare. Refused by name are `custom-diffusion` and `use_dora`, which train the network's own
   weights, and `compile`, `quantize` and `offload`, under which a base model is not copied: train them without `--pack`.
-- **What it does not share**: text encoders, which are small, read each run's captions apart; sample images, images of
-  the class and exports are made by one run while the others wait. The seconds in a trace are those of the clock, which
-  all runs of the pack share. Output of all jobs of a worker is in one log, `logs/worker-1.log`.
+- **What it does not share**: text encoders, which are small, read each run's captions apart; sample images, class
+  images and exports are made by one run while the others wait. The seconds in a trace are those of the clock, which all
+  runs of the pack share. Output of all jobs of a worker is in one log, `logs/worker-1.log`.
 
 Tested on CPUs, in float32, on random models of Stable Diffusion, SDXL, Stable Diffusion 3, FLUX and Latent Diffusion;
 not on GPUs, nor in half precision.
@@ -108,11 +108,11 @@ python benchmarks/pack.py --workers 1 --output docs/scale/pack.json
 
 Measured: {pack_steps} updates of each run on the bundled model, {pack_processes}, on a machine of two cores that
 trainings beside it kept busy, so that the clock says little. Concepts an hour are therefore computed from processor
-time: {concept_steps} updates of a concept and half as many probes, on {pack_cores} of one's own; starting up, samples
-and exports come on top. The first row of each method is a process for each run, without a pack; *ratio* is against it.
-A second core trains as many concepts again, in a process of its own with as much memory, either way. *Memory* is that
-of the process at its peak, *a concept* the share of each run in training. *Difference* is the largest of L_det between
-one run in the pack and alone, relative to its value.
+time: {concept_steps} updates of a concept and half as many probes, on {pack_cores}; starting up, samples and exports
+come on top. The first row of each method is a process for each run, without a pack; *ratio* is against it. A second
+core trains as many concepts again, in a process of its own with as much memory, either way. *Memory* is that of the
+process at its peak, *a concept* the share of each run in training. *Difference* is the largest of L_det between one run
+in the pack and alone, relative to its value.
 
 On a CPU that two images keep busy already, a pack saves the small operations of a small network and little more: the
 gain ends at about four runs. What it saves everywhere is memory: a further run costs 7 to 8 % of a
@@ -156,9 +156,9 @@ accelerate launch --use_fsdp --fsdp_version 2 --num_processes 4 -m dvar train dr
 ```
 
 With FSDP each process holds its part of the frozen weights of the denoising network and of the text encoders that learn
-no word (T5, language models). A block is gathered when a forward or a backward pass comes to it, and given up again
-after it. So all processes make every pass together, also those of the held batch, of sample images and of class images;
-all else is as above. What trains is small and whole on each process, and so are CLIPs and the autoencoder. Checkpoints,
+no word (T5, language models). A block is gathered when a forward or a backward pass comes to it, and freed again after
+it. So all processes make every pass together, also those of the held batch, of sample images and of class images; all
+else is as above. What trains is small and whole on each process, and so are CLIPs and the autoencoder. Checkpoints,
 exports and `report.html` are therefore the same files, and a run can be resumed with FSDP or without it.
 
 - **A GPU holds** the frozen weights divided by the number of processes, the blocks at work, what is whole, and the
@@ -173,10 +173,10 @@ exports and `report.html` are therefore the same files, and a run can be resumed
 
 `dvar generate` loads the whole model in one process; `--offload` and `--quantize nf4` help there.
 
-Tested on CPUs with two gloo processes, on random models of the size of a toy: losses and weights for each method,
-verdict, files and images, resuming on one process, and a process that is lost. Losses, gradients and images of each
-family were compared once, in float32 and bfloat16. Of the bundled model's U-Net, 44.4 MB with a LoRA, each of two
-processes held 22.3 MB, before and after a pass. A test for two GPUs is written and has not run yet.
+Tested on CPUs with two gloo processes, on tiny random models: losses and weights for each method, verdict, files and
+images, resuming on one process, and a process that is lost. Losses, gradients and images of each family were compared
+once, in float32 and bfloat16. Of the bundled model's U-Net, 44.4 MB with a LoRA, each of two processes held 22.3 MB,
+before and after a pass. A test for two GPUs is written and has not run yet.
 
 ## What it costs
 
@@ -188,10 +188,10 @@ python benchmarks/batch.py --jobs {jobs} --steps {steps} --output docs/scale/bat
 
 {engine}
 
-Measured: {jobs} jobs of {steps} steps on the bundled model, on two cores that other work kept busy, so that a second
-worker gains little and all seconds are long. *Beyond training* is what a job takes besides its training steps and
-evaluations: reading and encoding its images, a sample image, the export, and for the first job of a worker the start of
-its process and the base model. A process for each job would pay for the start each time.
+Measured: {jobs} jobs of {steps} steps on the bundled model, on a quiet machine of two cores. *Beyond training* is what
+a job takes besides its training steps and evaluations: reading and encoding its images, a sample image, the export, and
+for the first job of a worker the start of its process and the base model. A process for each job would pay for the
+start each time.
 
 ### GPU hours and storage
 
@@ -201,14 +201,14 @@ are busy all day.
 
 {hours}
 
-The paper evaluates the held batch at every step. The preset `lean` spends about a twentieth of the time on it, as
-counts of forward passes have it; on the bundled model the probe took {probe} of a run (measured:
+The paper evaluates the held batch at every step. The preset `lean` spends 3 to 4 % of the work on it, by count of
+forward and backward passes; on the model that was bundled until 2026-11-28 the probe took {probe} of a run (measured:
 [performance](../performance.md)).
 
 Estimated storage: the bytes of the learned weights follow from their shapes, in float32, and a run exports them twice,
 at its last step and at its best one (`keep = "best"` halves that); the rest of a run, its trace, samples and reference
-images, is what a run of the bundled model left, {rest} (measured above). Images of 512 × 512 pixels are some 50 times
-as large as its 64 × 64 (an estimate), which makes {images} MB of a run.
+images, is what a run of the bundled model left, {rest} (in docs/scale/batch.json). Images of 512 × 512 pixels are some
+50 times as large as its 64 × 64 (an estimate), which makes {images} MB a run.
 
 {storage}
 
@@ -313,7 +313,7 @@ def page() -> str:
         pack_processes="one process on one thread"
         if packs["workers"] == 1
         else f"{packs['workers']} processes at once",
-        pack_cores="one core" if packs["workers"] == 1 else f"{packs['workers']} cores",
+        pack_cores="one dedicated core" if packs["workers"] == 1 else f"{packs['workers']} dedicated cores",
         concept_steps=packs["concept_steps"],
         jobs=measured["rows"][0]["jobs"],
         steps=measured["steps"],

@@ -57,8 +57,8 @@ CASES = (
     Case(
         Reason.STABILISED,
         falling,
-        "The loss has fallen, and its variance over the last window is a small share of the total. Nothing speaks "
-        "against convergence.",
+        "The loss has fallen, and its variance over the last window is a small share of the total. Nothing casts "
+        "doubt on convergence.",
         "Use the result. The weights with the lowest loss are saved beside the last ones.",
     ),
     Case(
@@ -80,8 +80,8 @@ CASES = (
         lambda step: falling(step, 600),
         "The run has reached the number of steps that you allowed, and the rule has not stopped it before. The loss "
         "has not settled, or its jitter hides it.",
-        "Look at the curve. If it still falls, raise the cap (`--max_train_steps`); if it only jitters, use a larger "
-        "held batch (`--eval_batch_size`).",
+        "Look at the curve. If it still falls, raise the cap and go on: `--resume_from_checkpoint latest --extend "
+        "--max_train_steps N`. If it only jitters, train again with a larger held batch (`--eval_batch_size`).",
         600,
         AtMost(DVAR, 600),
     ),
@@ -208,7 +208,7 @@ def build_pages() -> dict[Path, str]:
         rows.append(f"| [{case.reason.value}](#{name}) | {stops} | {summary}. |")
         sections.append(
             f"## {case.reason.value}\n\n{_wrap(str(verdict), '> ')}\n\n"
-            f"![The loss and the ratio of a run that is {case.reason.value}](verdicts/{name}.svg)\n\n"
+            f"![The loss and the ratio of a run whose verdict is “{case.reason.value}”](verdicts/{name}.svg)\n\n"
             f"{_wrap(case.meaning)}\n\n{_wrap(f'**What to do:** {case.advice}')}\n"
         )
     return {FOLDER / "verdicts.md": OPENING + "\n".join(rows) + "\n\n" + "\n".join(sections) + STOP_ON, **figures}
