@@ -149,6 +149,9 @@ def run_command(command: str, folder: Path) -> None:
     short = next((flags for start, flags in SHORT.items() if words[1 : 1 + len(start.split())] == start.split()), [])
     if "--max_train_steps" in words:  # it is short already
         short = []
+    for flag in (flag for flag in short if flag.startswith("--") and flag in words):  # the page's value takes long
+        place = words.index(flag)
+        del words[place : place + 2]
     answer = dvar(*words[1:], *short)
     assert answer.status == 0, f"{command}\n{answer.err}"
 
