@@ -1,4 +1,4 @@
-"""What speaks against a curve as evidence of convergence."""
+"""Doubts about a curve as evidence of convergence."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Reason(str, Enum):
     """The reason of a verdict.
 
     A rule gives `RUNNING`, `WARMING_UP`, `STABILISED`, `CAP`, `NO_CHANGE` (every value is the same) or `NON_FINITE`.
-    When its condition holds although something speaks against convergence, the reason is that doubt instead of
+    When its condition holds although something casts doubt on convergence, the reason is that doubt instead of
     `STABILISED`: `OUTLIER_DOMINATED`, `RISING`, `NOT_LEARNING` or `STILL_FALLING`, the first of them in this order.
     ``Dvar.stop_on`` says which of these stop. A trainer also ends a run that is `NON_FINITE` or was `INTERRUPTED`.
     """
@@ -58,7 +58,7 @@ class Reason(str, Enum):
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """A doubt: one thing that speaks against convergence. `str()` gives its name and one sentence.
+    """A doubt: one reason to think that the run has not converged. `str()` gives its name and one sentence.
 
     Args:
         reason: "not learning", "still falling", "rising" or "outlier-dominated".
@@ -80,7 +80,7 @@ class Diagnosis:
 
 
 def diagnose(curve: Curve, window: int, threshold: float | None = None) -> tuple[Diagnosis, ...]:
-    """Return everything that speaks against ``curve`` as evidence of convergence, the gravest doubt first.
+    """Return all doubts about ``curve`` as evidence of convergence, the gravest first.
 
     The jitter is the standard deviation of the differences between neighbours in the window, over sqrt(2).
 

@@ -122,7 +122,7 @@ class Octave:
             metrics["ratio"] = metrics["octave_gain"] / metrics["gain"]
         holds = metrics["gain"] > self.noise * sigma and metrics["doubt"] > self.agreement * metrics["disagreement"]
         reason = Reason.STABILISED if holds else Reason.RUNNING
-        # What speaks against convergence is shown beside a stop and prevents none: on a logarithmic scale of steps a
+        # What casts doubt on convergence is shown beside a stop and prevents none: on a logarithmic scale of steps a
         # loss that still falls may have brought nearly all it will.
         window = max(2, math.ceil(curve.span / 2))
         return Verdict(holds, reason, step, repr(self), metrics, lambda: diagnose(curve, window))

@@ -73,7 +73,7 @@ class Dvar:
     variances weight a record by the steps since the record before it (the first by 1). The window holds the steps in
     (t - window, t]. Until ``window`` steps have passed since the first record and the window holds 8 records, the
     reason is "warming up" and the ratio is 1. When the condition holds, the curve is diagnosed: the reason is
-    "stabilised" if nothing speaks against convergence, else the gravest doubt, and ``stop_on`` says which reasons stop.
+    "stabilised" if nothing casts doubt on convergence, else the gravest doubt, and ``stop_on`` says which reasons stop.
     A trace in which nothing changed gives "no change", one with a nan or an infinity "non-finite"; neither stops unless
     it is in ``stop_on``, because a rule stops for convergence and not for a fault.
 

@@ -57,7 +57,7 @@ class Verdict:
 
     @property
     def diagnoses(self) -> tuple[Diagnosis, ...]:
-        """All doubts: what speaks against convergence although the rule's condition may hold, the gravest first.
+        """All doubts about convergence, the gravest first; the rule's condition may hold all the same.
 
         They are computed when read, from the trace as it was at ``step``.
         """
