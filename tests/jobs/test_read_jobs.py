@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,12 @@ import pytest
 from batch_tables import tiny_settings, write_toml
 
 from dvar.config.methods import CustomDiffusionConfig, DreamBoothLoraConfig, TextualInversionConfig
+from dvar.config.training import FREE_FIELDS
 from dvar.errors import RefusedInput
 from dvar.jobs.config import BatchConfig, batch_problems
 from dvar.jobs.job import Job
 from dvar.jobs.read_jobs import read_jobs
+from dvar.testing import tiny_concept
 
 
 def refuse(source: Any, **settings: Any) -> str:
@@ -93,8 +97,11 @@ def test_paths_do_not_depend_on_where_a_worker_runs(
     concepts: Path, shared: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(concepts)
-    (job,) = read_jobs([{**shared, "instance_data_dir": "mug"}], BatchConfig(output_dir="out"))
+    table = {**shared, "instance_data_dir": "mug", "sample_prompts": "mug.json", "single_file_config": "ball"}
+    (job,) = read_jobs([table], BatchConfig(output_dir="out"))
     assert job.config.instance_data_dir == str(concepts / "mug")
+    assert job.config.sample_prompts == str(concepts / "mug.json")
+    assert job.config.single_file_config == str(concepts / "ball")
     assert job.config.output_dir == str(concepts / "out" / "mug")
     (job,) = read_jobs([{**shared, "instance_data_dir": "mug"}], BatchConfig(output_dir="s3://bucket/out/"))
     assert job.config.output_dir == "s3://bucket/out/mug"
@@ -108,6 +115,51 @@ def test_the_digest_is_of_what_a_run_computes(tmp_path: Path, concepts: Path, sh
     same = [digest(), digest(checkpointing_steps=1), digest(id="other")]
     assert len({*same}) == 1
     assert len({*same, digest(seed=1), digest(keep="best"), digest(instance_data_dir=str(concepts / "torn"))}) == 4
+
+
+def test_the_digest_of_a_plain_job_stays_what_it_was(tmp_path: Path) -> None:
+    (tmp_path / "images" / ".thumbnails").mkdir(parents=True)
+    for name in ("0.png", "0.txt", ".thumbnails/0.png"):
+        (tmp_path / "images" / name).write_text(name)
+    config = TextualInversionConfig(instance_data_dir=str(tmp_path / "images"), initializer_token="mug")
+    settings = {name: value for name, value in config.to_dict().items() if name == "keep" or name not in FREE_FIELDS}
+    digest = sha256(json.dumps(settings, sort_keys=True).encode())
+    for name in ("0.png", "0.txt"):
+        digest.update(name.encode() + b"\0" + sha256(name.encode()).digest())
+    assert Job("it", config).digest == digest.hexdigest()
+
+
+def test_the_digest_is_of_all_files_that_a_run_reads(tmp_path: Path, shared: dict[str, Any]) -> None:
+    folders = {name: tiny_concept(tmp_path / name) for name in ("kohya/10_mug", "listed", "class")}
+    entry = {"instance_prompt": "a <new1> mug", "class_prompt": "mug"}
+    entry |= {"instance_data_dir": str(folders["listed"]), "class_data_dir": str(folders["class"])}
+    (tmp_path / "list.json").write_text(json.dumps([entry]))
+    (tmp_path / "prompts.txt").write_text("a mug")
+    listed = {**shared, "id": "it", "method": "custom-diffusion", "concepts_list": str(tmp_path / "list.json")}
+    listed |= {"initializer_token": "ktn", "placeholder_token": "<new1>", "validation_prompt": "a <new1> mug"}
+    kohya = {**shared, "id": "it", "instance_data_dir": str(tmp_path / "kohya")}
+    prompted = {**kohya, "sample_prompts": str(tmp_path / "prompts.txt")}
+
+    def digest(table: dict[str, Any]) -> str:
+        return read_jobs([table], BatchConfig(output_dir=str(tmp_path / "out")))[0].digest
+
+    for table, path in (
+        (kohya, folders["kohya/10_mug"] / "00.png"),
+        (listed, folders["listed"] / "00.png"),
+        (listed, folders["class"] / "00.png"),
+        (prompted, tmp_path / "prompts.txt"),
+    ):
+        before = digest(table)
+        path.write_bytes(path.read_bytes() + b"changed")
+        assert digest(table) != before
+    before = digest(kohya)
+    folders["kohya/10_mug"].rename(tmp_path / "kohya" / "20_mug")
+    assert digest(kohya) != before
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path: Path, concepts: Path, shared: dict[str, Any]) -> None:
+    table = {**shared, "id": "it", "instance_data_dir": str(concepts / "mug"), "sample_prompts": "none.txt"}
+    assert "sample_prompts must be a file, and none.txt is none: check the path" in refuse([table])
 
 
 def test_every_problem_of_every_job_is_named_at_once(tmp_path: Path, concepts: Path, shared: dict[str, Any]) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from dvar.config.training import FREE_FIELDS, TrainingConfig
+from dvar.files import read_json
 from dvar.jobs.config import Checkpoints
 from dvar.training.methods.registry import config_from_dict
 
@@ -39,8 +42,8 @@ class Job:
         """The SHA-256 of what the run computes: its settings, and the files that it reads."""
         settings = {name: value for name, value in self.config.to_dict().items() if name not in _DIGESTED}
         digest = sha256(json.dumps(settings, sort_keys=True).encode())
-        for path in self._files():
-            digest.update(path.name.encode() + b"\0" + sha256(path.read_bytes()).digest())
+        for name, path in self._files():
+            digest.update(name.encode() + b"\0" + sha256(path.read_bytes()).digest())
         return digest.hexdigest()
 
     def to_json(self) -> str:
@@ -53,10 +56,32 @@ class Job:
         content = json.loads(text)
         return cls(content["id"], config_from_dict(content["config"]), content["checkpoints"])
 
-    def _files(self) -> Iterator[Path]:
+    def _files(self) -> Iterator[tuple[str, Path]]:
+        """Yield the files that the run reads, but for its base model: what they are called in the digest, and where."""
         config = self.config
-        if config.concepts_list:
-            yield Path(config.concepts_list).expanduser()
-        for folder in (config.instance_data_dir, config.class_data_dir):
+        for file in (config.concepts_list, config.sample_prompts):
+            if file:
+                yield Path(file).name, Path(file).expanduser()
+        for folder in (config.instance_data_dir, config.class_data_dir, *self._listed_folders()):
             if folder:
-                yield from sorted(path for path in Path(folder).expanduser().iterdir() if path.is_file())
+                yield from _files_in(Path(folder).expanduser())
+
+    def _listed_folders(self) -> Iterator[str]:
+        """Yield the folders of images in the list of concepts, which is checked where the job is trained."""
+        entries: Any = []
+        if self.config.concepts_list:
+            with suppress(ValueError):
+                entries = read_json(Path(self.config.concepts_list).expanduser())
+        for entry in entries if isinstance(entries, list) else ():
+            for key in ("instance_data_dir", "class_data_dir"):
+                if isinstance(entry, dict) and isinstance(folder := entry.get(key), str):
+                    yield folder
+
+
+def _files_in(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Yield the files in a folder of images, and those in the folders in it, whose names say how often they count."""
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    yield from ((path.name, path) for path in paths if path.is_file())
+    for part in paths:
+        if part.is_dir() and not part.name.startswith("."):
+            yield from ((f"{part.name}/{path.name}", path) for path in sorted(part.iterdir()) if path.is_file())

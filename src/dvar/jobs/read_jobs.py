@@ -33,7 +33,10 @@ ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 JOB_KEYS = ("id", "method")
 DECIDED = ("resume_from_checkpoint", "overwrite", "extend", "checkpoints_total_limit")
 """Settings that a batch decides."""
-PATHS = ("instance_data_dir", "class_data_dir", "concepts_list", "pretrained_model_name_or_path", "clip_model")
+PATHS = (
+    *("instance_data_dir", "class_data_dir", "concepts_list", "sample_prompts"),
+    *("pretrained_model_name_or_path", "single_file_config", "clip_model"),
+)
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"}
 
 Table = Mapping[str, Any]
@@ -150,7 +153,7 @@ def _build_job(table: Table, shared: Table, config: BatchConfig) -> Job:
     values.setdefault("output_dir", f"{config.output_dir.rstrip('/')}/{name}")
     limit = {} if config.checkpoints == "all" else {"checkpoints_total_limit": 1}
     run, scaled = configure_to_cap({**values, **limit}, config_type)
-    problems += [*training_config.problems(run), *rule.problems(run), *_folder_problems(run)]
+    problems += [*training_config.problems(run), *rule.problems(run), *_path_problems(run)]
     problems += pack_fit.problems(run) if config.pack > 1 else []
     if problems:
         raise RefusedInput(problems)
@@ -177,11 +180,16 @@ def _with_whole_paths(config: TrainingConfig) -> TrainingConfig:
     return replace(config, **whole)
 
 
-def _folder_problems(config: TrainingConfig) -> Iterator[str]:
+def _path_problems(config: TrainingConfig) -> Iterator[str]:
+    """Yield which folders and files that the digest of a job is of cannot be read."""
     for name in ("instance_data_dir", "class_data_dir"):
         folder = getattr(config, name)
         if isinstance(folder, str) and not Path(folder).expanduser().is_dir():
             yield f"{name} must be a folder, and {folder} is none: check the path"
+    for name in ("concepts_list", "sample_prompts"):
+        file = getattr(config, name)
+        if isinstance(file, str) and not Path(file).expanduser().is_file():
+            yield f"{name} must be a file, and {file} is none: check the path"
 
 
 def _convert_cells(settings: Mapping[str, Any], config_type: type[TrainingConfig]) -> dict[str, Any]:
