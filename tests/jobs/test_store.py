@@ -24,6 +24,7 @@ from dvar.jobs.store import RemoteStore, read_run_json, run_folder, url_problems
 from dvar.jobs.train_job import JobTrainer, begin_job
 from dvar.locks import lock_path
 from dvar.training.loop import StepRecord
+from dvar.training.publish import repository_of
 
 
 class Lost(Exception):
@@ -153,15 +154,23 @@ def test_nothing_stays_on_the_machine_of_a_worker(tmp_path: Path, monkeypatch: p
     for folder in (killed, alive):
         (folder / "run").mkdir(parents=True)
     with lock_path(tmp_path / "dvar-job-2.lock", alive):
-        with run_folder(f"file://{tmp_path}/remote") as store:
+        with run_folder(f"file://{tmp_path}/remote", "mug") as store:
             assert store.folder.exists()
         assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [alive.name]
 
 
+def test_a_run_behind_a_url_is_pushed_to_the_hub_under_the_id_of_its_job(
+    tiny_model: Path, concepts: Path, tmp_path: Path
+) -> None:
+    job = remote_job(tiny_model, concepts, tmp_path / "remote")
+    with run_folder(job.config.output_dir, job.id) as store:
+        assert repository_of(begin_job(job, store)) == "mug"
+
+
 def test_two_workers_of_one_machine_do_not_share_a_folder(tmp_path: Path) -> None:
     url = f"file://{tmp_path}/remote"
-    with run_folder(url) as first:
-        with run_folder(url) as second:
+    with run_folder(url, "mug") as first:
+        with run_folder(url, "mug") as second:
             assert first.folder != second.folder
         assert first.folder.exists()
 
@@ -178,7 +187,7 @@ def test_a_worker_whose_run_another_one_has_claimed_pushes_nothing_more(
         def __call__(self, step: StepRecord) -> None:
             super().__call__(step)
             if step.step == 6 and not files:
-                with run_folder(job.config.output_dir) as store:
+                with run_folder(job.config.output_dir, job.id) as store:
                     begin_job(job, store)
                 files.append(list_files(run))
 

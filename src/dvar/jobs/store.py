@@ -62,8 +62,12 @@ def read_run_json(folder: str, name: str) -> Any:
 
 
 @contextmanager
-def run_folder(folder: str) -> Iterator[RunStore]:
+def run_folder(folder: str, name: str) -> Iterator[RunStore]:
     """Yield the store of a run's folder; what is behind a URL is fetched first, and removed here at last.
+
+    Args:
+        folder: The folder.
+        name: The name of the job, which a folder of this machine has too: the hub calls a run by its folder.
 
     Raises:
         FolderInUse: What is behind the URL changes all the time.
@@ -72,7 +76,7 @@ def run_folder(folder: str) -> Iterator[RunStore]:
         yield RunStore(Path(folder).expanduser())
         return
     with _temporary_folder() as local:
-        store = RemoteStore(local / "run", folder)
+        store = RemoteStore(local / name, folder)
         store.fetch()
         yield store
 

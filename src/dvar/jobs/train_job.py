@@ -53,7 +53,7 @@ class JobTrainer:
             KeyboardInterrupt: It was asked to stop, and can go on later.
         """
         job = Job.from_json(argument)
-        with run_folder(job.config.output_dir) as store:
+        with run_folder(job.config.output_dir, job.id) as store:
             if not has_ended(store):
                 validate_end(self._train_when_free(job, store, report), store)
             return end_job(job, store)

@@ -139,8 +139,8 @@ class JobPack:
 
     def _begin(self, name: str, member: _Member) -> Mapping[str, Any] | None:
         """Let a job begin; return the facts about its end if it has ended before."""
-        job, store = member.job, member.scope.enter_context(run_folder(member.job.config.output_dir))
-        member.store = store
+        job = member.job
+        member.store = store = member.scope.enter_context(run_folder(job.config.output_dir, job.id))
         if has_ended(store):
             return end_job(job, store)
         config = begin_job(job, store)
