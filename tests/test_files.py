@@ -108,6 +108,13 @@ def test_json_that_nests_too_deeply_is_refused(text: str) -> None:
         parse_json(text)
 
 
+@pytest.mark.parametrize("text", ['["a\\ud800"]', b'{"\\uDC00": 1}', '[["\\udc00\\ud800"]]'])
+def test_json_with_half_a_character_is_refused(text: str | bytes) -> None:
+    with pytest.raises(ValueError, match="it holds half of a character"):
+        parse_json(text)
+    assert parse_json(r'["\ud83d\ude00", "\u0000", "\\ud800"]') == ["\U0001f600", "\0", r"\ud800"]
+
+
 def test_what_keeps_a_file_from_being_written_is_known_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     assert writing_problem(tmp_path / "new" / "folder", folder=True) == writing_problem(tmp_path / "file") == ""

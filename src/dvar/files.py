@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dvar.locks import LOCK, lock_path, unless_empty
-from dvar.schema import MAX_DEPTH, find_mismatch, nests_too_deeply
+from dvar.schema import MAX_DEPTH, find_mismatch, is_encodable, nests_too_deeply
 
 MAX_BYTES = 2**30
 """Size of a text that is read as a whole: more is none of ours, and no log of a run."""
@@ -91,7 +91,7 @@ def parse_json(text: str | bytes) -> Any:
     """Return the value of a JSON text.
 
     Raises:
-        ValueError: It is not JSON in UTF-8, or nests too deeply.
+        ValueError: It is not JSON in UTF-8, holds half a character, or nests too deeply.
     """
     try:
         value = json.loads(text)
@@ -100,6 +100,9 @@ def parse_json(text: str | bytes) -> Any:
     brackets = text.count("[") + text.count("{") if isinstance(text, str) else text.count(b"[") + text.count(b"{")
     if brackets > MAX_DEPTH and nests_too_deeply(value):  # a line of a trace is not worth the look
         raise ValueError("it nests too deeply")
+    escapes = text.count("\\u") if isinstance(text, str) else text.count(b"\\u")
+    if escapes and not is_encodable(json.dumps(value, ensure_ascii=False)):
+        raise ValueError("it holds half of a character, such as \\ud800")
     return value
 
 

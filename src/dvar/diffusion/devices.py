@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 def best_device() -> str:
     """Return "cuda" where there is such a GPU, else "cpu", as also under ``accelerate launch --cpu``."""
-    told = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
-    return "cuda" if torch.cuda.is_available() and not told else "cpu"
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    return "cuda" if torch.cuda.is_available() and not on_cpu else "cpu"
 
 
 @contextmanager
