@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 import socket
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -522,3 +524,11 @@ def test_a_table_that_never_ends_is_refused(tmp_path: Path) -> None:
     write_tasks(folder, tmp_path / "tasks.csv", "customization", "https://a.example")
     with pytest.raises(RefusedInput, match="a device"):
         import_answers(folder, Path("/dev/zero"))
+
+
+def test_a_survey_that_names_no_runs_is_read(tmp_path: Path) -> None:
+    folder, survey = build_small_survey(tmp_path)
+    content = json.loads((folder / "survey.json").read_text())
+    del content["runs"]
+    (folder / "survey.json").write_text(json.dumps(content))
+    assert Survey.load(folder) == replace(survey, runs=())

@@ -127,7 +127,7 @@ class Survey:
         content = read_json(path, _SCHEMA)
         del content["format"]
         tasks = tuple(Task(**{**task, "references": tuple(task["references"])}) for task in content.pop("tasks"))
-        return cls(**{**content, "tasks": tasks, "runs": tuple(content["runs"])})
+        return cls(**{**content, "tasks": tasks, "runs": tuple(content.get("runs", ()))})
 
     def save(self, folder: Path) -> None:
         """Write the survey file into ``folder``."""
