@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from scripted_tasks import count_attempts, scripted_task
 
 from dvar.cluster.local import LocalWorker
 from dvar.cluster.pool import Pool, interrupting_signals
-from dvar.cluster.task import TaskEvent, WorkerTask
+from dvar.cluster.task import Report, TaskEvent, WorkerTask
 
 HERE = Path(__file__).parent
 
@@ -66,6 +67,7 @@ def test_several_workers_run_at_once(tmp_path: Path) -> None:
         ([("fail", "the disk\nis full")], "the disk is full"),
         ([("crash", "oh no")], "ZeroDivisionError: oh no"),
         ([("kill", 9)], "killed by SIGKILL"),
+        ([("kill", 40)], "killed by signal 40"),
         ([("print", "a note\ndvar: the loss was not finite"), ("exit", 3)], "the loss was not finite"),
         ([("exit", 3)], "ended with status 3 and said nothing"),
     ],
@@ -145,6 +147,47 @@ def test_no_thread_asks_a_cluster_after_the_end_of_the_pool(tmp_path: Path) -> N
         assert [event.kind for event in pool.events() if event] == ["started", "done"]
         assert unplaced.asked.wait(10)
     assert {*threading.enumerate()} <= before
+
+
+class Broken(LocalWorker):
+    """A worker whose cluster is gone.
+
+    Args:
+        name: Its name.
+        when: When it notices: "ready", or "run" for once it has a task.
+    """
+
+    def __init__(self, name: str, when: str) -> None:
+        super().__init__(name)
+        self.when = when
+
+    def ready(self, seconds: float) -> bool:
+        if self.when == "ready":
+            raise ConnectionError("no head")
+        return True
+
+    def run(self, task: WorkerTask) -> Iterator[Report]:
+        raise ConnectionError("no head")
+
+
+@pytest.mark.parametrize("when", ["ready", "run"])
+def test_a_task_whose_worker_breaks_ends_with_what_broke_it(tmp_path: Path, when: str) -> None:
+    with Pool([Broken("first", when), Broken("second", when)], retries=1) as pool:
+        for name in "ab":
+            pool.submit(scripted_task(tmp_path, name))
+        events = [event for event in pool.events() if event]
+    for name in "ab":
+        assert list_kinds(events, name) == ["started", "retried", "started", "failed"]
+    assert events[-1].facts == {"reason": "the worker broke (ConnectionError: no head)"}
+
+
+def test_a_broken_worker_leaves_the_tasks_to_the_others(tmp_path: Path) -> None:
+    with Pool([Broken("broken", "ready"), LocalWorker("sound")]) as pool:
+        for name in "ab":
+            pool.submit(scripted_task(tmp_path, name))
+        events = [event for event in pool.events() if event]
+    assert {event.worker for event in events} == {"sound"}
+    assert [list_kinds(events, name) for name in "ab"] == [["started", "done"]] * 2
 
 
 @pytest.mark.parametrize("where", ["events", "consumer"])

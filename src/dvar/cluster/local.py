@@ -150,7 +150,14 @@ def explain_end(log: Path, before: int, status: int) -> Report:
     if status in INTERRUPTED:
         return {"report": "interrupted"}
     if status < 0:
-        return failure(f"killed by {signal.Signals(-status).name}")
+        return failure(f"killed by {_signal_name(-status)}")
     text = log.read_bytes()[before:].decode(errors="replace") if log.exists() else ""
     lines = [line for line in text.splitlines() if line.strip()]
     return failure(lines[-1].removeprefix("dvar: ") if lines else f"ended with status {status} and said nothing")
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # most real-time signals have no name
+        return f"signal {number}"

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any
 
-from dvar.cluster.task import ENDS, Report, TaskEvent, Worker, WorkerTask
+from dvar.cluster.task import ENDS, Report, TaskEvent, Worker, WorkerTask, failure
+from dvar.errors import first_line
 
 POLL_SECONDS = 1.0
 """Seconds after which a worker that waits for a place on a cluster looks whether it is still needed."""
@@ -56,6 +57,7 @@ class Pool:
         self._pending: dict[str, _Progress] = {}
         self._running: dict[str, Worker] = {}
         self._cancelled: set[str] = set()
+        self._broken: set[str] = set()
         self._closed = threading.Event()
         self._threads = [threading.Thread(target=self._work, args=(worker,), daemon=True) for worker in workers]
 
@@ -130,22 +132,45 @@ class Pool:
     def _work(self, worker: Worker) -> None:
         """Take one task after another from the queue: the life of a thread."""
         while True:
-            while not worker.ready(POLL_SECONDS):
-                if self._closed.is_set():
-                    return
-            task = self._waiting.get()
-            if task is None:
+            error = self._wait_until_ready(worker)
+            if self._closed.is_set() or (task := self._waiting.get()) is None:
                 return
             self._running[task.name] = worker
             if task.name in self._cancelled:
                 self._reports.put((task.name, worker, {"report": "interrupted"}))
             else:
                 self._reports.put((task.name, worker, {"report": "started"}))
-                for report in worker.run(task):
+                for report in [_breakdown(error)] if error else self._run(worker, task):
                     if report["report"] in ENDS:
                         self._running.pop(task.name, None)
                     self._reports.put((task.name, worker, report))
             self._running.pop(task.name, None)
+
+    def _wait_until_ready(self, worker: Worker) -> Exception | None:
+        """Wait until a worker can take a task, or the pool is closed; return what broke it if all of them are broken.
+
+        One that is broken leaves the tasks to the others, until none is left that could run them.
+        """
+        while not self._closed.is_set():
+            try:
+                is_ready = worker.ready(POLL_SECONDS)
+                self._broken.discard(worker.name)
+                if is_ready:
+                    return None
+            except Exception as error:  # of its cluster
+                self._broken.add(worker.name)
+                if len(self._broken) == len(self.workers):
+                    return error
+                self._closed.wait(POLL_SECONDS)
+        return None
+
+    @staticmethod
+    def _run(worker: Worker, task: WorkerTask) -> Iterator[Report]:
+        """Yield the reports of a task; where its worker breaks, the last one is a failure."""
+        try:
+            yield from worker.run(task)
+        except Exception as error:
+            yield _breakdown(error)
 
     def _take_report(self, name: str, worker: Worker, report: Report) -> TaskEvent:
         """Return the event that a report is, after deciding whether a task that ended is tried again."""
@@ -175,6 +200,11 @@ class Pool:
             progress.failures = progress.preemptions = 0
             progress.step = step
         progress.fresh = False
+
+
+def _breakdown(error: Exception) -> Report:
+    """Return the report of a task whose worker broke."""
+    return failure(f"the worker broke ({type(error).__name__}: {first_line(error)})")
 
 
 @contextmanager
