@@ -57,7 +57,7 @@ answer, a node with another version or without the shared folder.
   `summary.json` counts verdicts, steps saved and failures with their reasons; `events.jsonl` has a line for each event,
   and `--json` prints them.
 - **`--output_dir s3://…`** or any other URL of fsspec works too: a run is fetched before it, and pushed at each
-  checkpoint and at its end.
+  checkpoint and at its end. Where two workers write one run, the last to begin goes on, and the other ends with a line.
 
 From Python, `dvar.batch` yields the same events:
 
