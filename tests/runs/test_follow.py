@@ -182,6 +182,25 @@ def test_a_log_that_cannot_be_read_for_a_moment_is_read_at_the_next_look(
     assert events[-1].end == "the rule stops"
 
 
+def test_a_folder_that_is_removed_while_the_files_are_listed_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append(tmp_path / "log.csv", "step,val_loss\n" + format_rows(range(20)))()
+    rglob, listings = Path.rglob, 0
+
+    def list_while_a_folder_is_removed(folder: Path, pattern: str) -> Iterator[Path]:
+        nonlocal listings
+        listings += 1
+        yield from rglob(folder, pattern)
+        if listings == 1:
+            raise FileNotFoundError("checkpoint-500")
+
+    monkeypatch.setattr("dvar.runs.follow.read_log", lambda *_, **__: record_trace(range(20 * listings)))
+    monkeypatch.setattr(Path, "rglob", list_while_a_folder_is_removed)
+    events = Trainer(append(tmp_path / "log.csv", format_rows(range(20, 40)))).follow(tmp_path)
+    assert {event.trace.last_step for event in events} == {19, 39}
+
+
 def test_a_warning_about_the_log_is_given_once(tmp_path: Path) -> None:
     log = tmp_path / "log.csv"
     append(log, "step,loss\n0,0.5\n")()

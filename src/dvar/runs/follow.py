@@ -78,7 +78,7 @@ def follow_log(
     last_record = clock()
     while True:
         running = is_running()  # before the log is read, so that what the program wrote last is read
-        if (new_states := _list_states(log)) != states or not running:
+        if (new_states := _list_states(log)) is None or new_states != states or not running:
             states = new_states
             try:
                 newest = _read_quietly(log, metric, step_column, running, seen_warnings)
@@ -149,16 +149,23 @@ def _last_evaluation(trace: Trace) -> int:
     return int(trace.steps[-1]) if len(trace.steps) else -1
 
 
-def _list_states(log: Path) -> FileStates:
-    """Return the states of all files of a log: those in a folder; or a file and those beside it that begin as it."""
+def _list_states(log: Path) -> FileStates | None:
+    """Return the states of all files of a log: those in a folder; or a file and those beside it that begin as it.
+
+    Returns:
+        None where they cannot be listed at this moment.
+    """
     files = log.rglob("*") if log.is_dir() else log.parent.glob(f"{escape(log.name)}*")
     states = []
-    for file in files:
-        try:
-            state = file.stat()
-        except FileNotFoundError:  # removed in this moment
-            continue
-        states.append((str(file), state.st_size, state.st_mtime_ns))
+    try:
+        for file in files:
+            try:
+                state = file.stat()
+            except FileNotFoundError:  # removed in this moment
+                continue
+            states.append((str(file), state.st_size, state.st_mtime_ns))
+    except OSError:  # a folder was removed in this moment, such as an old checkpoint
+        return None
     return tuple(sorted(states))
 
 
