@@ -17,6 +17,31 @@ from fake_run import generate_trace, write_run
 from dvar.studio.config import StudioConfig, problems
 
 PASSWORD = "a long password of twelve"
+VISIT = """
+import json, sys
+from pathlib import Path
+from starlette.routing import Mount
+from starlette.testclient import TestClient
+from dvar.studio.app import build_app
+from dvar.studio.config import LOOPBACK
+from dvar.studio.pages import Studio
+
+def walk(router):
+    for route in router.routes:
+        inner = getattr(route, "original_router", None) or (route.app if isinstance(route, Mount) else None)
+        yield from walk(inner) if inner else ((method, route.path) for method in route.methods or ["GET"])
+
+app = build_app(Studio(Path(sys.argv[1]), {}), LOOPBACK, sys.argv[2])
+client = TestClient(app, "http://127.0.0.1", follow_redirects=False)
+answers = [(*row, client.request(*row)) for row in sorted({*walk(app.app)})]
+print(json.dumps([(method, path, answer.status_code, answer.text) for method, path, answer in answers]))
+"""
+OPEN = {
+    *(("GET", path) for path in ("/", "/new", "/compare", "/replay", "/run")),
+    *(("GET", path) for path in ("/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt")),
+    *(("POST", path) for path in ("/login", "/login/")),
+    ("HEAD", "/"),
+}
 
 
 def test_the_settings_are_those_of_this_machine_alone_by_default() -> None:
@@ -109,6 +134,29 @@ def test_nothing_is_shown_before_the_password(client: Any, path: str) -> None:
     assert client.get(path).status_code == 401
     wrong = client.post("/login", data={"username": "dvar", "password": "guess"})
     assert wrong.status_code == 400
+
+
+@pytest.mark.slow
+def test_no_route_but_those_of_the_login_answers_without_one(library: Path) -> None:
+    pytest.importorskip("gradio", reason="needs the extra: pip install 'dvar[studio]'")
+    words = [sys.executable, "-c", VISIT, str(library), PASSWORD]
+    environment = {**os.environ, "HF_TOKEN": "hf_dummy", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300)
+    assert process.returncode == 0, process.stderr
+    answers = json.loads(process.stdout)
+    assert {path for _, path, _, _ in answers} > {"/config", "/gradio_api/reset", "/gradio_api/queue/join"}
+    refused = {301, 302, 303, 307, 308, 401, 403, 404}
+    assert {(method, path) for method, path, status, _ in answers if status not in refused} <= OPEN
+    for method, path, status, text in answers:
+        if (method, path) in OPEN and text.startswith("<!doctype html>"):
+            assert (status, '"auth_required":true' in text) == (200, True), path
+
+
+@pytest.mark.slow
+def test_no_history_of_the_calls_is_kept(client: Any) -> None:
+    log_in(client)
+    assert not client.get("/config").json().get("run_history")
+    assert client.post("/gradio_api/run-history/connect", json={}).status_code in (403, 404)
 
 
 @pytest.mark.slow

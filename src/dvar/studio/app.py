@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from typing import Any
 from urllib.parse import urlsplit
 
-# Gradio reads this when it is imported: no statistics about the use of the studio leave the machine.
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+# Gradio reads these when it is imported, or when the pages are mounted: no statistics about the use of the studio leave
+# the machine, and no history of its calls is kept, whose routes would use the machine's token of the hub.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = os.environ["GRADIO_RUN_HISTORY"] = "False"
 
 import gradio as gr
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
+from starlette.requests import HTTPConnection
 from starlette.responses import PlainTextResponse
+from starlette.routing import Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dvar.html.templates import read_stylesheet
@@ -32,6 +35,16 @@ LIBRARY = "Runs"
 USER = "dvar"
 MAX_UPLOAD = "100mb"
 LOGINS_PER_HOUR = 20
+PAGES = (
+    ("New run", "new", add_new_run_page, True),
+    ("Compare", "compare", add_compare_page, True),
+    ("Replay a log", "replay", add_replay_page, True),
+    ("Run", "run", add_run_page, False),
+)
+"""The pages beside the library: the name and the path of each, what adds it, and whether the bar lists it."""
+OPEN = {"", "/login", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt"} | {f"/{row[1]}" for row in PAGES}
+"""Paths that need no login: each page, which shows the login in its place, and what that loads."""
+OPEN_FOLDERS = ("/assets/", "/static/", "/svelte/")
 HEADERS = {
     "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; "
     "script-src 'self' 'unsafe-inline' 'unsafe-eval'; font-src 'self' data:; connect-src 'self'; form-action 'self'; "
@@ -68,7 +81,18 @@ def build_app(studio: Studio, hosts: tuple[str, ...], password: str | None = Non
             theme=_build_theme(),
             head=f"<style>{_read_styles()}</style>",
         )
-    return Guard(app, hosts)
+    return Guard(app, hosts, _read_logins(app) if password else None)
+
+
+def _read_logins(app: Starlette) -> Callable[[HTTPConnection], bool]:
+    """Return what tells whether a request is of somebody who has logged in to the mounted pages."""
+    pages: Any = next(route.app for route in app.routes if isinstance(route, Mount))
+
+    def is_logged_in(request: HTTPConnection) -> bool:
+        names = (f"access-token-{pages.cookie_id}", f"access-token-unsecure-{pages.cookie_id}")
+        return any(request.cookies.get(name) in pages.tokens for name in names)
+
+    return is_logged_in
 
 
 def _build_pages(studio: Studio) -> gr.Blocks:
@@ -76,12 +100,7 @@ def _build_pages(studio: Studio) -> gr.Blocks:
     with pages:
         gr.Navbar(main_page_name=LIBRARY)
         add_library_page(studio, pages)
-    for name, path, add, is_listed in (
-        ("New run", "new", add_new_run_page, True),
-        ("Compare", "compare", add_compare_page, True),
-        ("Replay a log", "replay", add_replay_page, True),
-        ("Run", "run", add_run_page, False),
-    ):
+    for name, path, add, is_listed in PAGES:
         with pages.route(name, path, show_in_navbar=is_listed) as page:
             gr.Navbar(main_page_name=LIBRARY)
             add(studio, page)
@@ -136,15 +155,20 @@ class Guard:
     """Middleware that lets only the studio's own pages talk to it, and sends the security headers.
 
     A request under another host name, as of a page whose address was made to point here, is refused, and so is one that
-    another site's page sends. Where a password is asked for, an address may try it a few times an hour.
+    another site's page sends. Where a password is asked for, an address may try it a few times an hour, and nothing but
+    what the login needs is answered before: Gradio asks for no login at some of its routes.
 
     Args:
         app: The application.
         hosts: The host names under which it may be addressed; any if empty.
+        is_logged_in: Tells whether a request is of somebody who has logged in; nobody needs to without one.
     """
 
-    def __init__(self, app: ASGIApp, hosts: tuple[str, ...]) -> None:
-        self.app, self.hosts, self.logins = app, hosts, RateLimiter(LOGINS_PER_HOUR)
+    def __init__(
+        self, app: ASGIApp, hosts: tuple[str, ...], is_logged_in: Callable[[HTTPConnection], bool] | None = None
+    ) -> None:
+        self.app, self.hosts, self.is_logged_in = app, hosts, is_logged_in
+        self.logins = RateLimiter(LOGINS_PER_HOUR)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
@@ -170,7 +194,10 @@ class Guard:
             return PlainTextResponse("This request comes from another site.", 403)
         if headers.get("sec-fetch-site") == "cross-site" and scope["method"] != "GET":
             return PlainTextResponse("This request comes from another site.", 403)
-        is_login = scope["method"] == "POST" and scope["path"].rstrip("/") == "/login"
-        if is_login and self.logins.admit((scope.get("client") or ("",))[0]):
+        path = scope["path"].rstrip("/")
+        is_open = path in OPEN or scope["path"].startswith(OPEN_FOLDERS)
+        if self.is_logged_in and not is_open and not self.is_logged_in(HTTPConnection(scope)):
+            return PlainTextResponse("The studio asks for its password: log in on its first page.", 401)
+        if scope["method"] == "POST" and path == "/login" and self.logins.admit((scope.get("client") or ("",))[0]):
             return PlainTextResponse("Too many passwords were tried: wait an hour.", 429)
         return None
