@@ -12,7 +12,7 @@ import pytest
 
 from dvar.errors import RefusedInput
 from dvar.files import staged_folder
-from dvar.locks import LOCK, lock_folder
+from dvar.locks import LOCK, lock_folder, read_holder
 
 HOLD = """
 import sys
@@ -102,3 +102,14 @@ def test_a_folder_that_is_being_filled_is_not_filled_by_another(tmp_path: Path) 
         with pytest.raises(RefusedInput, match="is being written"), staged_folder(tmp_path / "export"):
             pass
     assert [path.name for path in tmp_path.rglob("*")] == ["export", "weights"]
+
+
+def test_the_process_of_another_user_holds_its_lock_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(process: int, signal: int) -> None:
+        raise PermissionError
+
+    with held_by_another(tmp_path / "run") as holder:
+        with monkeypatch.context() as patch:
+            patch.setattr("os.kill", refuse)
+            assert read_holder(tmp_path / "run" / LOCK) == holder.pid
+    assert read_holder(tmp_path / "run" / LOCK) is None

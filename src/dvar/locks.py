@@ -73,7 +73,8 @@ def read_holder(path: Path) -> int | None:
     try:
         with path.open("r", encoding="ascii") as lock:
             process = int(lock.read(20))
-            os.kill(process, 0)
+            with suppress(PermissionError):  # another user's
+                os.kill(process, 0)
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return process

@@ -611,3 +611,13 @@ def test_report_writes_the_page_to_the_requested_file(trained: Trained, tmp_path
     answer = dvar("report", trained.folder, "--output", tmp_path / "page.html")
     assert (answer.status, answer.out.strip()) == (0, str(tmp_path / "page.html"))
     assert (tmp_path / "page.html").is_file()
+
+
+@pytest.mark.parametrize("ends", [">&-", "2>&-", ">&- 2>&-", ">out.txt"])
+def test_closed_streams_and_narrow_encodings_do_not_end_a_command(ends: str, tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("step,val_loss\n" + "".join(f"{step},{1 / (step + 1)}\n" for step in range(400)))
+    words = f"{shlex.quote(sys.executable)} -m dvar replay log.csv --window 40 {ends}"
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    process = subprocess.run(words, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert "Traceback" not in process.stderr

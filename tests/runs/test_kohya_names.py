@@ -20,7 +20,7 @@ from dvar.config.methods import DreamBoothLoraConfig
 from dvar.diffusion.sampling import sample
 from dvar.errors import RefusedInput
 from dvar.runs.export import write_kohya_lora
-from dvar.runs.kohya import FLUX_1, FORMATS, rename
+from dvar.runs.kohya import FLUX_1, FORMATS, describe, rename
 from dvar.runs.load_model import load_personalised_backbone
 from dvar.testing import (
     tiny_concept,
@@ -95,6 +95,21 @@ def loaded_products(pipeline: Any) -> dict[str, Tensor]:
         name: layer.scaling["default_0"] * layer.lora_B["default_0"].weight.detach() @ layer.lora_A["default_0"].weight
         for name, layer in layers.items()
     }
+
+
+@pytest.mark.parametrize(
+    ("base", "version", "architecture"),
+    [
+        ((768, "epsilon"), "sd_v1", "stable-diffusion-v1"),
+        ((1024, "epsilon"), "sd_v2", "stable-diffusion-v2-512"),
+        ((1024, "v_prediction"), "sd_v2_v", "stable-diffusion-v2-768-v"),
+    ],
+)
+def test_stable_diffusion_2_is_named_as_such(base: tuple[int, str], version: str, architecture: str) -> None:
+    metadata = describe(DreamBoothLoraConfig(instance_prompt=PROMPT), "Stable Diffusion", 4, 2.0, "mug", base=base)
+    assert metadata["ss_base_model_version"] == version
+    assert metadata["modelspec.architecture"] == f"{architecture}/lora"
+    assert metadata.get("ss_v2") == ("True" if base[0] == 1024 else None)
 
 
 def generate(pipeline: Any) -> Any:

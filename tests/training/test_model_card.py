@@ -99,3 +99,13 @@ def test_the_card_states_the_prior_loss_weight_if_there_is_a_prior(
 ) -> None:
     write_model_card(tmp_path, config, VERDICT, [])
     assert ("| prior loss weight |" in (tmp_path / "README.md").read_text()) == expected
+
+
+def test_whatever_a_prompt_holds_the_program_and_the_table_of_the_card_are_whole(tmp_path: Path) -> None:
+    prompt = 'a "mug" | it\'s <thing>'
+    config = DreamBoothLoraConfig(placeholder_token="<thing>", instance_prompt=prompt, validation_prompt=prompt)
+    write_model_card(tmp_path, config, VERDICT, [])
+    card = (tmp_path / "README.md").read_text()
+    compile(card.split("```python")[1].split("```")[0], "card", "exec")
+    rows = [line.replace("\\|", "") for line in card.splitlines() if line.startswith("| ")]
+    assert {row.count("|") for row in rows} == {3}

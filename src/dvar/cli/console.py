@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import shutil
@@ -24,6 +25,16 @@ def program_name() -> str:
     if Path(started).stem != "dvar" or shutil.which("dvar") in (started, str(Path(started).absolute())):
         return "dvar"
     return shlex.quote(started)
+
+
+def prepare_streams() -> None:
+    """Have standard output and error take whatever is printed: closed ones drop it, others escape what they lack."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the shell, or of a program without a console
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (as long as the program)
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def print_message(message: str) -> None:

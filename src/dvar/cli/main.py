@@ -19,6 +19,7 @@ from dvar.cli.console import (
     REFUSED,
     discard_output,
     flush_output,
+    prepare_streams,
     print_message,
     print_messages,
     show_warning,
@@ -77,6 +78,7 @@ def main(tokens: Sequence[str] | None = None) -> int:
         0; 1 for a failure, 2 for refused input, 130 when interrupted, 141 when the reader of standard output is gone.
     """
     share_cores(os.environ)
+    prepare_streams()
     words = mark_script(sys.argv[1:] if tokens is None else list(tokens))
     if problems := token_problems(words):
         print_messages(problems)

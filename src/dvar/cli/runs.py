@@ -33,7 +33,7 @@ def generate(run: Path, /, **flags: Any) -> int:
         folder,
         [str(config.prompt)] * config.num_images,
         range(config.seed, config.seed + config.num_images),
-        folder=Path(config.output) if config.output else None,
+        folder=Path(config.output).expanduser() if config.output else None,
         guidance_scale=config.guidance_scale,
         num_inference_steps=config.num_inference_steps,
         scheduler=config.scheduler,
@@ -64,12 +64,12 @@ def export(run: Path, /, **flags: Any) -> int:
         for path in take_step(run, config.step):
             print(path)
     if config.kohya:
-        print(write_kohya_lora(run, Path(config.kohya)))
+        print(write_kohya_lora(run, Path(config.kohya).expanduser()))
         for path in list_embeddings(run):
             print(f"note      the new word is not in it but in {path}, which prompts need too:")
             print(f"          ComfyUI and AUTOMATIC1111 read it as an embedding, called {path.stem} in prompts")
     if config.merged:
-        print(write_merged_pipeline(run, Path(config.merged), config.mixed_precision))
+        print(write_merged_pipeline(run, Path(config.merged).expanduser(), config.mixed_precision))
     if config.push_to_hub:
         print(push_finished_run(run, config.push_to_hub))
     return 0
@@ -89,7 +89,7 @@ def report(run: Path, /, **flags: Any) -> int:
     from dvar.runs.launch_report import find_launch_trace, write_launch_report
 
     if trace := find_launch_trace(run):
-        print(write_launch_report(trace, Path(config.output) if config.output else None))
+        print(write_launch_report(trace, Path(config.output).expanduser() if config.output else None))
         return 0
     from dvar.runs.report import write_report
 

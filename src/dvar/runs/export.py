@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +65,13 @@ def write_kohya_lora(run: str | Path, path: Path) -> Path:
         adapters = json.loads(metadata.pop(LORA_ADAPTER_METADATA_KEY))
         parts = [part for part in kohya.FORMATS[family].prefixes if f"{part}.lora_alpha" in adapters]
         alphas = {part: float(adapters[f"{part}.lora_alpha"]) for part in parts}
-        denoiser = read_json(ModelSource.of(config).config_folder / parts[0] / "config.json", dict)
+        configs = ModelSource.of(config).config_folder
+        denoiser = read_json(configs / parts[0] / "config.json", dict)
+        scheduler = read_json(configs / "scheduler" / "scheduler_config.json", dict)
         tensors = kohya.rename(lora, alphas, family, denoiser)
-        metadata |= kohya.describe(config, family, int(adapters[f"{parts[0]}.r"]), alphas[parts[0]], path.stem)
+        base = denoiser.get("cross_attention_dim"), scheduler.get("prediction_type")
+        rank = int(adapters[f"{parts[0]}.r"])
+        metadata |= kohya.describe(config, family, rank, alphas[parts[0]], path.stem, base=base)
     except (ValueError, TypeError, LookupError) as error:
         message = f"{Path(run) / LORA} is not the LoRA that this run wrote ({error})"
         raise RefusedInput([f"{message}: restore it or train again"]) from error
@@ -114,7 +118,7 @@ def write_merged_pipeline(run: str | Path, folder: Path, mixed_precision: str | 
             for key, part in (("clip_l", ""), ("clip_g", "_2")):
                 _add_vectors(pipeline, part, str(config.placeholder_token), tensors[key])
         elif kind == LORA:
-            _fuse_lora(pipeline, str(run), name)
+            _fuse_lora(pipeline, str(run), name, sorted({key.partition(".")[0] for key in tensors}))
         else:
             pipeline.unet.load_state_dict(tensors, strict=False)
     with staged_folder(folder) as staged:
@@ -145,11 +149,11 @@ def _add_words(pipeline: Any, vectors: Mapping[str, Tensor]) -> None:
         _append_vector(pipeline.tokenizer, pipeline.bert, token, rows)
 
 
-def _fuse_lora(pipeline: Any, folder: str, name: str) -> None:
-    """Add a LoRA to the weights that it changes, by the U-Net itself where the pipeline has no loader."""
+def _fuse_lora(pipeline: Any, folder: str, name: str, parts: Sequence[str]) -> None:
+    """Add a LoRA to the weights of the ``parts`` that it changes, by the U-Net where the pipeline has no loader."""
     if hasattr(pipeline, "load_lora_weights"):
         pipeline.load_lora_weights(folder, weight_name=name)
-        pipeline.fuse_lora()
+        pipeline.fuse_lora(components=list(parts))  # of FLUX it would leave the text encoder as it was
         pipeline.unload_lora_weights()
         return
     pipeline.unet.load_lora_adapter(folder, weight_name=name, prefix="unet")

@@ -70,7 +70,7 @@ def list_generated_images(run: RunFolder) -> tuple[GeneratedImage, ...]:
     images, path = _list_samples(run), run.folder / GENERATED / GENERATED_LIST
     if path.exists():
         try:
-            rows = [parse_json(line) for line in read_text(path).splitlines()]
+            rows = [parse_json(line) for line in read_text(path).split("\n") if line]  # a prompt may hold other breaks
             if mismatch := find_mismatch(rows, [_ROW], "line"):
                 raise ValueError(mismatch)
             listed = [GeneratedImage(**{**row, "path": path.parent / Path(row["path"]).name}) for row in rows]

@@ -40,6 +40,8 @@ class LoraFormat:
     has_alpha: bool = True
 
 
+_WIDTH_OF_2, _SECOND = 1024, "stable-diffusion-v2-512"
+"""Of Stable Diffusion 2: the width of its text, and the name of the model that predicts noise."""
 FORMATS: Mapping[str, LoraFormat] = {
     STABLE_DIFFUSION: LoraFormat("sd_v1", "stable-diffusion-v1", {"unet": "lora_unet_", "text_encoder": "lora_te_"}),
     STABLE_DIFFUSION_XL: LoraFormat(
@@ -159,7 +161,9 @@ def original_flux_name(layer: str) -> tuple[str, str]:
     return f"{'single' if match[1] else 'double'}_blocks.{match[2]}.{name}", place
 
 
-def describe(config: TrainingConfig, family: str, rank: int, alpha: float, name: str) -> dict[str, str]:
+def describe(
+    config: TrainingConfig, family: str, rank: int, alpha: float, name: str, *, base: tuple[Any, Any] = (None, None)
+) -> dict[str, str]:
     """Return the metadata that readers show: the base, rank and alpha, and the words that call up the concept.
 
     Args:
@@ -168,21 +172,28 @@ def describe(config: TrainingConfig, family: str, rank: int, alpha: float, name:
         rank: The rank of the matrices.
         alpha: Their alpha.
         name: The name of the file, without its suffix.
+        base: The width of the text that its U-Net reads, and what it predicts: readers sort Stable Diffusion 2 from 1.
 
     Source: kohya-ss/sd-scripts, and the Stability AI model metadata specification for ``modelspec``.
     """
     trigger = config.placeholder_token or str(config.instance_prompt)
+    version, architecture, second = FORMATS[family].version, FORMATS[family].architecture, {}
+    if family == STABLE_DIFFUSION and base[0] == _WIDTH_OF_2:
+        velocity = base[1] == "v_prediction"
+        version, architecture = ("sd_v2_v", "stable-diffusion-v2-768-v") if velocity else ("sd_v2", _SECOND)
+        second = {"ss_v2": "True"}
     return {
+        **second,
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(rank),
         "ss_network_alpha": f"{alpha:g}",
-        "ss_base_model_version": FORMATS[family].version,
+        "ss_base_model_version": version,
         "ss_resolution": f"({config.resolution}, {config.resolution})",
         "ss_output_name": name,
         "ss_tag_frequency": json.dumps({"concept": {trigger: 1}}),
         "ss_seed": str(config.seed),
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{FORMATS[family].architecture}/lora",
+        "modelspec.architecture": f"{architecture}/lora",
         "modelspec.title": name,
         "modelspec.trigger_phrase": trigger,
         "modelspec.resolution": f"{config.resolution}x{config.resolution}",

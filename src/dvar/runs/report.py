@@ -57,7 +57,7 @@ def write_report(run_dir: str | Path, path: str | Path | None = None) -> Path:
         TraceError: The trace of the run is damaged.
     """
     run = RunFolder.open(run_dir)
-    return write_page(Path(path) if path else run.folder / REPORT, render_report(run))
+    return write_page(Path(path).expanduser() if path else run.folder / REPORT, render_report(run))
 
 
 def render_report(run: RunFolder) -> str:

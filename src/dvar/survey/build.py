@@ -71,7 +71,7 @@ def build_survey(runs: Sequence[str | Path], config: SurveyBuildConfig) -> Surve
         RefusedInput: The output folder is in use, or some runs are unfinished, have no counterpart or have no
             reference images; all such runs are named before any image is generated.
     """
-    output = Path(config.output_dir)
+    output = Path(config.output_dir).expanduser()
     if output.exists() and any(output.iterdir()):
         raise RefusedInput([f"{output} already holds files: name another --output_dir, or remove it"])
     pairs = pair_runs([RunFolder.open(folder) for folder in runs])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,9 +82,13 @@ def _facts(
         "subject": config.subject,
         "learned": config.learned[:1].upper() + config.learned[1:],
         "kind": config.kind,
-        "prompt": prompt,
+        "quoted_prompt": json.dumps(prompt, ensure_ascii=False),
         "verdict": verdict.sentence,
-        "settings": "\n".join(f"| {key} | {value} |" for key, value in settings.items() if value is not None),
+        "settings": "\n".join(
+            f"| {key} | {str(value).replace('|', chr(92) + '|')} |"
+            for key, value in settings.items()
+            if value is not None
+        ),
         "samples": " ".join(f"![{prompt}]({path.relative_to(folder).as_posix()})" for path in samples),
     }
 
@@ -117,7 +122,7 @@ tags:
 
 pipeline = {source}
 {loads}
-pipeline(prompt="{prompt}").images[0].save("image.png")
+pipeline(prompt={quoted_prompt}).images[0].save("image.png")
 ```
 
 How training ended: {verdict}.
