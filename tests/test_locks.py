@@ -108,8 +108,7 @@ def test_the_process_of_another_user_holds_its_lock_too(tmp_path: Path, monkeypa
     def refuse(process: int, signal: int) -> None:
         raise PermissionError
 
-    with held_by_another(tmp_path / "run") as holder:
-        with monkeypatch.context() as patch:
-            patch.setattr("os.kill", refuse)
-            assert read_holder(tmp_path / "run" / LOCK) == holder.pid
+    with held_by_another(tmp_path / "run") as holder, monkeypatch.context() as patch:
+        patch.setattr("os.kill", refuse)
+        assert read_holder(tmp_path / "run" / LOCK) == holder.pid
     assert read_holder(tmp_path / "run" / LOCK) is None
