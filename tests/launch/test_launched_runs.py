@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import torch
 from command_line import dvar
 from launched_script import NEVER, SCRIPTS, find_differences, launch, read_state, read_trace, write_script
 from safetensors.torch import load_file
+
+from dvar.launch.keep_best import BestWeights
 
 RISING = ("optimizer.step()", "optimizer.step(); [p.data.mul_(1.0 + (global_step > 12)) for p in model.parameters()]")
 """A change with which the loss of the plain script rises after step 12."""
@@ -87,6 +90,44 @@ def test_the_best_weights_are_saved_beside_the_last(tmp_path: Path) -> None:
     assert all(torch.equal(weights[name], model[name]) for name in model)
     answer = launch(script, tmp_path / "on", flags=flags)
     assert (answer.status, "which exists: move it away" in answer.err) == (2, True)
+
+
+class Weights:
+    """What an accelerator holds of one model with one weight."""
+
+    is_main_process = True
+
+    def __init__(self) -> None:
+        self.model = torch.nn.Linear(1, 1, bias=False)
+        self._models, self._optimizers = [self.model], [torch.optim.SGD(self.model.parameters())]
+        self._save_model_state_pre_hook: dict[str, object] = {}
+
+    def unwrap_model(self, model: torch.nn.Module) -> torch.nn.Module:
+        return model
+
+
+@pytest.mark.parametrize(
+    ("saved", "copied"),
+    [
+        (None, {3, 4}),  # the part before was killed, and its best weights are lost
+        ('{"step": 1, "L_det": 0.4}', {4}),
+        ('{"step": 1, "L_det": 0.2}', set()),
+        ('{"step": 1, "L_det": NaN}', {3, 4}),
+    ],
+)
+def test_a_resumed_script_keeps_what_is_better_than_the_weights_that_were_saved(
+    saved: str | None, copied: set[int], tmp_path: Path
+) -> None:
+    if saved:
+        (tmp_path / "dvar-best").mkdir()
+        (tmp_path / "dvar-best" / "step.json").write_text(saved)
+    best = BestWeights(Weights(), tmp_path, resumed=True)
+    steps = set()
+    for step, value in enumerate((math.nan, -math.inf, 0.5, 0.3), 1):
+        best.consider(step, value)
+        steps.add(best.step)
+    assert steps - {None} == copied
+    assert best.save() == (tmp_path / "dvar-best" if copied else None)
 
 
 def test_the_best_weights_are_written_by_the_scripts_own_hook(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dvar.errors import RefusedInput
-from dvar.files import staged_folder, write_json
+from dvar.files import read_json, staged_folder, write_json
 from dvar.stopping.probe import preserve_state
 
 FOLDER, STEP_FILE, WEIGHTS = "dvar-best", "step.json", "weights.safetensors"
@@ -23,11 +24,11 @@ class BestWeights:
     Args:
         accelerator: The accelerator of the script.
         parent: The folder in which `FOLDER` is written.
-        resumed: Whether the script is resumed, so that the folder of the part before may be replaced.
+        resumed: Whether the script is resumed, so that the folder of the part before may be replaced by a better step.
 
     Attributes:
         step: The step of the copy; None before the first.
-        value: The lowest L_det so far.
+        value: The lowest L_det so far, of the weights that there are: a part that was killed has saved none.
     """
 
     def __init__(self, accelerator: Any, parent: Path, *, resumed: bool) -> None:
@@ -36,11 +37,13 @@ class BestWeights:
             raise RefusedInput(f"dvar_keep_best writes the new folder {self.folder}, which exists: move it away")
         self.step: int | None = None
         self.value = math.inf
+        with contextlib.suppress(OSError, ValueError):  # there is no such file, or it says nothing
+            self.value = float(read_json(self.folder / STEP_FILE, {"L_det": float})["L_det"])
         self._copies: list[Tensor] = []
 
     def consider(self, step: int, value: float) -> None:
-        """Copy the trained weights if L_det is lower than ever."""
-        if value < self.value and self._accelerator.is_main_process:
+        """Copy the trained weights if L_det is finite and lower than ever."""
+        if math.isfinite(value) and value < self.value and self._accelerator.is_main_process:
             self.step, self.value = step, value
             self._copies = [weight.detach().to("cpu", copy=True) for _, weight in self._trained_weights()]
 

@@ -272,8 +272,6 @@ class LaunchSession:
         self._whole = running.loop.by_position
         self._draw(running, loader)
         self.verdict = self._judge.begin(running.first)
-        if self.best and len(self._judge.trace):  # what is resumed may have had a better step
-            self.best.value = float(self._judge.trace.values.min())
         self.print_message(
             f"{running.loop.path.name}: the loop of line {running.loop.line} over {len(loader.dataset)} samples of "
             f"{type(loader.dataset).__name__}, with the loss of line {running.loop.loss_line}; L_det on "
