@@ -13,7 +13,7 @@ from fake_run import generate_trace, write_run
 
 from dvar.errors import RefusedInput
 from dvar.locks import LOCK, lock_folder, read_holder
-from dvar.studio.library import find_run, list_runs, open_run, read_state
+from dvar.studio.library import STARTING_SECONDS, describe_process, find_run, list_runs, open_run, read_state
 from dvar.studio.run_files import LOG, REQUEST, STARTED
 from dvar.training.run_layout import CONFIG, RESULT
 
@@ -95,13 +95,28 @@ def test_a_run_waits_starts_and_fails(tmp_path: Path) -> None:
     (folder / REQUEST).write_text("{}")
     assert read_state(folder) == "queued"
     (folder / REQUEST).rename(folder / LOG)
-    (folder / STARTED).write_text(json.dumps({"process": os.getpid()}))
+    (folder / STARTED).write_text(json.dumps(describe_process(os.getpid())))
     assert read_state(folder) == "starting"
-    (folder / STARTED).write_text(json.dumps({"process": 2**22 + 1}))
+    (folder / STARTED).write_text(json.dumps(describe_process(2**22 + 1)))
     (folder / LOG).write_text("step 1\ndvar: the memory does not suffice: try a lower --resolution\n")
     run = find_run(tmp_path, "new")
     assert run.state == "failed"
     assert run.problem == "the memory does not suffice: try a lower --resolution"
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs a system that says when a process began")
+def test_a_process_that_has_the_number_of_one_that_ended_starts_no_run(library: Path) -> None:
+    (library / "cat" / STARTED).write_text(json.dumps({"process": os.getpid(), "began": "1"}))
+    assert read_state(library / "cat") == "paused"
+
+
+def test_a_process_that_never_takes_its_lock_starts_no_run(library: Path) -> None:
+    started = library / "cat" / STARTED
+    started.write_text(json.dumps(describe_process(os.getpid())))
+    assert read_state(library / "cat") == "starting"
+    long_ago = started.stat().st_mtime - STARTING_SECONDS - 1
+    os.utime(started, (long_ago, long_ago))
+    assert read_state(library / "cat") == "paused"
 
 
 def test_a_damaged_run_is_listed_with_what_is_wrong(library: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 import subprocess
 import sys
@@ -25,7 +27,7 @@ from dvar.studio.queue import (
     run_queue,
     stop,
 )
-from dvar.studio.run_files import QUEUE_LOCK, REQUEST, SETTINGS
+from dvar.studio.run_files import QUEUE_LOCK, REQUEST, SETTINGS, STARTED
 from dvar.training.run_layout import SAVE_REQUEST
 
 METHOD = "textual-inversion"
@@ -89,6 +91,15 @@ def test_a_run_waits_until_no_other_is_training(tmp_path: Path, trained: list[st
     run_queue(tmp_path, sleep)
     assert waits == [[]], "nothing began while the other run was held"
     assert trained == ["mug"]
+
+
+def test_a_process_from_before_a_restart_does_not_hold_the_queue_up(tmp_path: Path, trained: list[str]) -> None:
+    enqueue(tmp_path / "mug", METHOD, SETTINGS_OF_MUG)
+    started = write_run(tmp_path / "shell", generate_trace(steps=50), finished=False, sampled_every=0) / STARTED
+    started.write_text(json.dumps({"process": os.getpid(), "began": "before"}))
+    run_queue(tmp_path, lambda seconds: pytest.fail("the queue waits"))
+    assert trained == ["mug"]
+    assert not started.exists()
 
 
 def test_a_damaged_request_does_not_hold_the_queue_up(tmp_path: Path, trained: list[str]) -> None:

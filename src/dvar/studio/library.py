@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from dvar.errors import DvarError, RefusedInput, first_line
-from dvar.files import read_json, read_text
+from dvar.files import read_content, read_json, read_text
 from dvar.locks import LOCK, read_holder
 from dvar.runs.run_folder import RunFolder
 from dvar.studio.run_files import HELD, LOG, REQUEST, STARTED
@@ -20,6 +21,8 @@ from dvar.training.run_layout import CONFIG, RESULT, TRACE, checkpoint_paths
 State = Literal["queued", "starting", "training", "paused", "finished", "failed"]
 DEPTH = 3
 """Folders of runs that may lie inside one another, such as runs/batch/mug."""
+STARTING_SECONDS = 300.0
+"""The time that a process has to take the lock of its run, which it does before it loads a model."""
 _LOG_END = 4000  # characters of a log in which its last lines are looked for
 
 
@@ -98,6 +101,16 @@ def read_state(folder: Path) -> State:
     return "paused" if checkpoint_paths(folder) or (folder / HELD).exists() else "failed"
 
 
+def describe_process(process: int) -> dict[str, Any]:
+    """Return what tells a process from others that have its number later: when it began, where the system says that."""
+    try:
+        stat = read_content(Path(f"/proc/{process}/stat"), 4096)
+        began = stat.rpartition(b")")[2].split()[19].decode()  # the name before it may hold anything
+    except (OSError, IndexError):
+        began = ""
+    return {"process": process, "began": began}
+
+
 def open_run(folder: Path) -> RunFolder:
     """Return what a run has written, read again only where its files have changed.
 
@@ -133,10 +146,12 @@ def _is_starting(folder: Path) -> bool:
     if sys.platform == "win32":
         return False  # where asking for a process would end it
     try:
-        os.kill(int(read_json(folder / STARTED, {"process": int})["process"]), 0)
+        started = read_json(folder / STARTED, {"process": int, "began": str})
+        os.kill(started["process"], 0)
     except (OSError, ValueError, OverflowError):
         return False
-    return True
+    is_recent = time.time() - _modified(folder / STARTED) < STARTING_SECONDS
+    return is_recent and started == describe_process(started["process"])
 
 
 def _last_message(folder: Path) -> str:

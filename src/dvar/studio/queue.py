@@ -16,7 +16,7 @@ from dvar.errors import FolderInUse, RefusedInput
 from dvar.files import read_json, write_atomically, write_json
 from dvar.locks import LOCK, lock_path, read_holder
 from dvar.runs.watched_process import WatchedProcess
-from dvar.studio.library import LibraryRun, list_runs
+from dvar.studio.library import LibraryRun, describe_process, list_runs
 from dvar.studio.run_files import HELD, LOG, QUEUE_LOCK, REQUEST, SETTINGS, STARTED
 from dvar.training.methods.registry import METHODS
 from dvar.training.run_layout import SAVE_REQUEST
@@ -129,11 +129,14 @@ def run_queue(root: Path, sleep: Callable[[float], None] = time.sleep) -> None:
         FolderInUse: Another process does so already.
     """
     with lock_path(root / QUEUE_LOCK, root):
-        while run := next_run(root):
+        for run in list_runs(root):
+            if run.state != "starting":
+                (run.folder / STARTED).unlink(missing_ok=True)
+        while waiting := next_run(root):
             if any(other.state in ("starting", "training") for other in list_runs(root)):
                 sleep(POLL_SECONDS)
             else:
-                train(run)
+                train(waiting)
 
 
 def train(run: LibraryRun) -> int:
@@ -149,7 +152,7 @@ def train(run: LibraryRun) -> int:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        write_json(folder / STARTED, {"process": process.pid})
+        write_json(folder / STARTED, describe_process(process.pid))
         (folder / REQUEST).unlink(missing_ok=True)
         status = process.wait()
     (folder / STARTED).unlink(missing_ok=True)
