@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -337,3 +337,27 @@ def test_wrong_arguments_are_refused_in_one_line_each(
     assert len(lines) == len(messages)
     assert all(line.startswith(f"dvar: {start}") for line, start in zip(lines, messages, strict=True))
     assert not list(tmp_path.iterdir())
+
+
+def test_both_runs_of_a_pair_get_images_sampled_as_the_candidate_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Methods differ in guidance, steps and prompts of their own, and only equal ones can be compared."""
+    calls: dict[str, tuple[Sequence[str], dict[str, Any]]] = {}
+
+    def record(run: RunFolder, prompts: Sequence[str], seeds: Sequence[int], **sampling: Any) -> None:
+        calls[run.folder.name] = (sorted(set(prompts)), sampling)
+
+    monkeypatch.setattr("dvar.survey.build.generate_images", record)
+    runs = write_rival_runs(tmp_path)
+    config = json.loads((runs[1] / "config.json").read_text())
+    config |= {"guidance_scale": 2.5, "instance_prompt": None, "placeholder_token": "<other>"}
+    (runs[1] / "config.json").write_text(json.dumps(config))
+    (tmp_path / "scenes.txt").write_text("on a boat")
+    settings = replace(build_config(tmp_path), generate=True, scenes=str(tmp_path / "scenes.txt"))
+    with pytest.raises(RefusedInput):  # for nothing is generated here
+        build_survey(runs, settings)
+    candidate = RunFolder.open(runs[0]).settings
+    plain = candidate.plain_prompt.replace(candidate.subject, "<other>")
+    assert calls["full"][0] == [plain, f"{plain} on a boat"]
+    assert {sampling["guidance_scale"] for _, sampling in calls.values()} == {candidate.guidance_scale}

@@ -78,7 +78,7 @@ def build_survey(runs: Sequence[str | Path], config: SurveyBuildConfig) -> Surve
     if config.generate:
         for pair in pairs:
             for run in (pair.candidate, pair.baseline):
-                _generate_missing(run, config)
+                _generate_missing(run, pair.candidate, config)
     with staged_folder(output) as staging:
         (staging / IMAGE_FOLDER).mkdir()
         survey = _plan_survey(pairs, ImageStore(staging / IMAGE_FOLDER), config)
@@ -307,18 +307,25 @@ def _match_sizes(first: Image.Image, second: Image.Image) -> tuple[Image.Image, 
     )
 
 
-def _generate_missing(run: RunFolder, config: SurveyBuildConfig) -> None:
-    """Generate the images of the plain prompt and of each scene that the run does not have yet."""
-    existing = {(image.prompt, image.seed) for image in list_generated_images(run)}
-    plain = run.settings.plain_prompt
+def _generate_missing(run: RunFolder, candidate: RunFolder, config: SurveyBuildConfig) -> None:
+    """Generate the images of the plain prompt and of each scene that the run does not have yet.
+
+    Both runs of a pair sample as the candidate does, and have its prompts: methods differ in their own.
+    """
+    settings = candidate.settings
+    sampling = settings.num_inference_steps, float(settings.guidance_scale), settings.validation_scheduler
+    existing = {(image.prompt, image.seed, image.sampling_settings) for image in list_generated_images(run)}
+    plain = _prompt_pattern(settings.plain_prompt, candidate).replace("{}", run.settings.subject)
     missing = [
         (prompt, seed)
         for prompt in (plain, *(f"{plain} {scene}" for scene in _read_scenes(config)))
         for seed in range(config.images_per_prompt)
-        if (prompt, seed) not in existing
+        if (prompt, seed, sampling) not in existing
     ]
     if missing:
-        generate_images(run, [prompt for prompt, _ in missing], [seed for _, seed in missing])
+        prompts, seeds = zip(*missing, strict=True)
+        steps, guidance, scheduler = sampling
+        generate_images(run, prompts, seeds, num_inference_steps=steps, guidance_scale=guidance, scheduler=scheduler)
 
 
 def _read_scenes(config: SurveyBuildConfig) -> Sequence[str]:
