@@ -109,6 +109,8 @@ def draw_held_items(loader: Any, count: int, seed: int, *, whole: bool) -> HeldI
 def _choose(loader: Any, count: int, seed: int, whole: bool) -> list[Any]:
     """Return the first indices that the sampler would give from this seed: lists for batches, else one by one."""
     sampler = loader.batch_sampler
+    while hasattr(sampler, "skip_batches"):  # accelerate's, of a script that is resumed within an epoch
+        sampler = sampler.batch_sampler
     with preserve_state([], seed):
         if sampler is None:  # each item of the dataset is a batch
             generator = torch.Generator().manual_seed(seed)
