@@ -15,7 +15,7 @@ from dvar import mini
 from dvar.config.presets import configure
 from dvar.errors import RefusedInput
 from dvar.studio.draft import Draft
-from dvar.studio.library import find_run
+from dvar.studio.library import find_run, list_runs
 from dvar.studio.new_run import Form, build_settings, check_new_run, estimate, list_models, preset_numbers, start
 from dvar.studio.queue import read_request
 from dvar.studio.run_files import IMAGES, SETTINGS
@@ -180,8 +180,23 @@ def test_a_run_that_cannot_start_leaves_the_draft_where_it_is(tmp_path: Path, mu
 def test_a_name_that_is_taken_is_refused(tmp_path: Path, mug: list[Path]) -> None:
     write_run(tmp_path / "my-mug", generate_trace(steps=50), sampled_every=0)
     Draft(tmp_path).add(mug)
-    with pytest.raises(RefusedInput, match="holds another run"):
+    with pytest.raises(RefusedInput, match="needs a folder of its own"):
         start(FORM, tmp_path, MODELS)
+
+
+def test_the_name_of_a_run_that_waits_and_of_a_folder_of_runs_are_taken_too(tmp_path: Path, mug: list[Path]) -> None:
+    Draft(tmp_path).add(mug)
+    start(FORM, tmp_path, MODELS)
+    write_run(tmp_path / "batch" / "dog", generate_trace(steps=50), sampled_every=0)
+    for name in ("my-mug", "batch"):
+        Draft(tmp_path).add(mug)
+        check, config = check_new_run(replace(FORM, name=name), tmp_path, MODELS)
+        taken = f"a new run needs a folder of its own, and {tmp_path / name} exists: give the run another name"
+        assert check.problems == (taken,)
+        assert config is not None
+        with pytest.raises(RefusedInput, match="needs a folder of its own"):
+            start(replace(FORM, name=name), tmp_path, MODELS)
+    assert {run.name for run in list_runs(tmp_path)} == {"my-mug", "batch/dog"}
 
 
 def test_time_and_memory_are_those_of_the_newest_run_of_its_kind(tmp_path: Path) -> None:

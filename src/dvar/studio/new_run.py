@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -155,6 +156,9 @@ def check_new_run(form: Form, root: Path, models: Mapping[str, str]) -> tuple[Ch
         except DvarError as error:
             problems = (str(error),)
     own = {row.problem for row in rows} | {row.remark for row in rows}
+    if os.path.lexists(root / form.name):
+        taken = f"a new run needs a folder of its own, and {root / form.name} exists: give the run another name"
+        problems = (taken, *(problem for problem in problems if not problem.startswith("output_dir")))
     if not rows:
         problems = ("the images are missing: drop three to five of the concept", *_without_folder(problems))
     return (
