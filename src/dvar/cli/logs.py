@@ -162,7 +162,7 @@ def _act(log: Path, event: FollowedLog | None, config: ReplayConfig, process: Wa
             write_json(Path(config.stop_file), event.verdict.to_json())
             print(f"stop file {config.stop_file}")
         if process:
-            sent = process.interrupt()
+            sent = process.interrupt(descendants=True)
             print(f"process   {process.pid} {'is interrupted' if sent else 'had ended already'}")
         if config.on_stop:
             environment = {"DVAR_STEP": f"{event.verdict.step}", "DVAR_VERDICT": str(event.verdict)}

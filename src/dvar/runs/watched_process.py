@@ -6,6 +6,8 @@ import os
 import select
 import signal
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 from dvar.errors import RefusedInput
 
@@ -49,10 +51,18 @@ class WatchedProcess:
             return False
         return True
 
-    def interrupt(self) -> bool:
-        """Send SIGINT, as Ctrl-C does, and return whether the process was still there."""
+    def interrupt(self, *, descendants: bool = False) -> bool:
+        """Send SIGINT, and return whether the process was still there.
+
+        Args:
+            descendants: Send it to the processes that this one has started too, as Ctrl-C does: ``accelerate launch``
+                waits for the one that trains, and ends alone.
+        """
         if not self.is_running():
             return False
+        for pid in _find_descendants(self.pid) if descendants else ():
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGINT)
         try:
             if self._handle >= 0:
                 signal.pidfd_send_signal(self._handle, signal.SIGINT)
@@ -67,3 +77,16 @@ class WatchedProcess:
         if self._handle >= 0:
             os.close(self._handle)
             self._handle = -1
+
+
+def _find_descendants(pid: int) -> list[int]:
+    """Return the processes that a process has started, and those that these have; none without a /proc."""
+    children: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError, ValueError, IndexError):  # it has ended
+            parent = int(path.read_text(errors="replace").rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(path.parent.name))
+    descendants = list(children.get(pid, ()))
+    for child in descendants:  # which grows
+        descendants += children.get(child, ())
+    return descendants
