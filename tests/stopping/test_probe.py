@@ -312,6 +312,19 @@ def test_a_seed_may_be_of_any_size_and_does_not_start_the_gpu(monkeypatch: pytes
     assert torch.equal(Probe(build_loss(net), HELD, seed=2**40)(), Probe(build_loss(net), HELD)())
 
 
+def test_the_random_state_of_other_accelerators_is_kept_and_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A generator of the CPU in the place of that of Apple's GPU, which draws what the loss draws there."""
+    device = torch.Generator().manual_seed(1)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "get_rng_state", device.get_state)
+    monkeypatch.setattr(torch.mps, "set_rng_state", device.set_state)
+    monkeypatch.setattr(torch.mps, "manual_seed", device.manual_seed)
+    before = device.get_state()
+    probe = Probe(lambda held: torch.rand(8, generator=device), HELD)
+    assert torch.equal(probe(), probe())
+    assert torch.equal(device.get_state(), before)
+
+
 def build_paired_probe(net: Net) -> PairedProbe[dict[str, Tensor]]:
     frozen = copy.deepcopy(net)
 

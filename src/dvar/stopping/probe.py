@@ -287,20 +287,31 @@ def _evaluation_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
 def _preserve_random_states(seed: int | None = None) -> Iterator[None]:
     """Seed the global generators inside the scope, if there is a seed, and restore their states afterwards."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    # Before CUDA is first used there is no state to preserve, and reading one would initialise it.
-    initialised = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    cuda = torch.cuda.get_rng_state_all() if initialised else []
+    accelerators = list(_iter_accelerators())
+    states = [read() for read, _, _ in accelerators]
     try:
         if seed is not None:
             random.seed(seed)
             np.random.seed(seed % 2**32)
             # `torch.manual_seed` would also queue a seed for CUDA before it is first used.
             torch.default_generator.manual_seed(seed)
-            if cuda:
-                torch.cuda.manual_seed_all(seed)
+            for _, _, seed_all in accelerators:
+                seed_all(seed)
         yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
         torch.set_rng_state(cpu)
-        torch.cuda.set_rng_state_all(cuda)
+        for (_, restore, _), state in zip(accelerators, states, strict=True):
+            restore(state)
+
+
+def _iter_accelerators() -> Iterator[tuple[Callable[[], Any], Callable[[Any], None], Callable[[int], None]]]:
+    """Yield how the random state of each kind of accelerator in use is read, restored and seeded."""
+    # Before CUDA or XPU is first used there is no state to preserve, and reading one would initialise it.
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        yield torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all, torch.cuda.manual_seed_all
+    if hasattr(torch, "xpu") and torch.xpu.is_initialized():  # type: ignore[no-untyped-call]
+        yield torch.xpu.get_rng_state_all, torch.xpu.set_rng_state_all, torch.xpu.manual_seed_all
+    if torch.backends.mps.is_available():
+        yield torch.mps.get_rng_state, torch.mps.set_rng_state, torch.mps.manual_seed
