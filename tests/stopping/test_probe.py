@@ -320,7 +320,7 @@ def test_the_random_state_of_other_accelerators_is_kept_and_seeded(monkeypatch: 
     monkeypatch.setattr(torch.mps, "set_rng_state", device.set_state)
     monkeypatch.setattr(torch.mps, "manual_seed", device.manual_seed)
     before = device.get_state()
-    probe = Probe(lambda held: torch.rand(8, generator=device), HELD)
+    probe = Probe(lambda held: torch.rand(8, generator=device), HELD, [nn.Identity()])
     assert torch.equal(probe(), probe())
     assert torch.equal(device.get_state(), before)
 
