@@ -11,10 +11,12 @@ from fake_run import generate_trace, write_run
 
 from dvar import mini
 from dvar.errors import RefusedInput
+from dvar.files import read_json, write_json
 from dvar.runs.run_folder import RunFolder
 from dvar.studio import commands
 from dvar.studio.library import find_run
 from dvar.studio.scores import find_clip, measure_scores, read_scores
+from dvar.training.run_layout import RESULT
 
 METHOD = "textual-inversion"
 
@@ -23,6 +25,7 @@ METHOD = "textual-inversion"
 def mug_run(tmp_path: Path) -> Path:
     """A finished run of a mug whose samples at step 0 are of a dog, and at step 60 the instance images themselves."""
     folder = write_run(tmp_path / "mug", generate_trace(steps=60), sampled_every=0, method=METHOD)
+    write_json(folder / RESULT, {**read_json(folder / RESULT), "base_sha256": "0" * 64})
     mug, dog = (sorted(mini.concepts()[name].glob("*.png")) for name in ("red_striped_mug", "blue_dog"))
     for target, images in ((folder / "references", mug), (folder / "samples/step-000060", mug)):
         shutil.rmtree(target, ignore_errors=True)
@@ -67,16 +70,40 @@ def test_a_run_without_a_clip_at_hand_says_so(tmp_path: Path) -> None:
         measure_scores(run)
 
 
-def test_weights_are_exported_as_one_file(mug_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def downloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the downloads, which is not Gradio's."""
+    folder = tmp_path / ".downloads"
+    folder.mkdir()
+    monkeypatch.setattr(commands, "download_folder", lambda: folder)
+    return folder
+
+
+def test_weights_are_exported_as_one_file(mug_run: Path, downloads: Path) -> None:
     (mug_run / "learned_embeds.safetensors").write_bytes(b"weights")
     (mug_run / "README.md").write_text("card")
-    downloads = mug_run.parent / "downloads"
-    downloads.mkdir()
-    monkeypatch.setattr(commands, "download_folder", lambda: downloads)
     path = commands.export(find_run(mug_run.parent, "mug"), commands.WEIGHTS)
     assert path.is_relative_to(downloads)
     with zipfile.ZipFile(path) as archive:
         assert archive.namelist() == ["learned_embeds.safetensors", "README.md"]
+
+
+def test_weights_that_are_no_file_of_the_run_are_refused(mug_run: Path, downloads: Path) -> None:
+    (mug_run.parent / "secret").write_text("secret")
+    write_json(mug_run / RESULT, {**read_json(mug_run / RESULT), "weights": ["../secret"]})
+    with pytest.raises(RefusedInput, match="must list the run's weight files"):
+        commands.export(find_run(mug_run.parent, "mug"), commands.WEIGHTS)
+
+
+def test_of_the_weights_of_the_best_step_only_files_of_the_run_are_exported(mug_run: Path, downloads: Path) -> None:
+    names = ["learned_embeds.safetensors", "learned_embeds-step-40.safetensors"]
+    for name in names:
+        (mug_run / name).write_bytes(b"weights")
+    (mug_run.parent / "secret").write_text("secret")
+    best = [names[1], "../secret", str(mug_run.parent / "secret"), "config.json"]
+    write_json(mug_run / RESULT, {**read_json(mug_run / RESULT), "best_weights": best})
+    with zipfile.ZipFile(commands.export(find_run(mug_run.parent, "mug"), commands.WEIGHTS)) as archive:
+        assert archive.namelist() == names
 
 
 @pytest.mark.parametrize("name", ["LoRA for ComfyUI and AUTOMATIC1111", "anything", "../x", None])

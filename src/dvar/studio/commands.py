@@ -11,9 +11,11 @@ from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZipFile
 
 from dvar.errors import RefusedInput
+from dvar.runs.load_model import load_result
 from dvar.runs.run_folder import RunFolder
 from dvar.studio.library import LibraryRun
 from dvar.training.run_layout import LORA, MODEL_CARD
+from dvar.training.run_layout import WEIGHTS as WEIGHT_FILES
 
 WEIGHTS, KOHYA, MERGED, REPORT = (
     "weights for diffusers",
@@ -98,10 +100,12 @@ def download_folder() -> Path:
 
 
 def _zip_weights(run: LibraryRun, folder: Path) -> Path:
-    path, result = folder / f"{run.folder.name}.zip", (run.opened and run.opened.result) or {}
+    path, (_, result) = folder / f"{run.folder.name}.zip", load_result(run.folder)
+    # A run may have come from anybody, so a name leads to no other file of the machine.
+    own = {MODEL_CARD, *(file.name for kind in WEIGHT_FILES for file in run.folder.glob(f"{Path(kind).stem}*"))}
     with ZipFile(path, "w", ZIP_DEFLATED) as archive:
         for name in dict.fromkeys([*result["weights"], *result.get("best_weights", ()), MODEL_CARD]):
-            if (run.folder / name).is_file():
+            if name in own and (run.folder / name).is_file():
                 archive.write(run.folder / name, name)
     return path
 
