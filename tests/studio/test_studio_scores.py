@@ -88,6 +88,20 @@ def test_weights_are_exported_as_one_file(mug_run: Path, downloads: Path) -> Non
         assert archive.namelist() == ["learned_embeds.safetensors", "README.md"]
 
 
+def test_a_run_has_one_file_for_a_download_and_none_where_it_cannot_be_made(mug_run: Path, downloads: Path) -> None:
+    (mug_run / "learned_embeds.safetensors").write_bytes(b"weights")
+    shutil.copytree(mug_run, mug_run.parent / "mug-2")
+    other = commands.export(find_run(mug_run.parent, "mug-2"), commands.WEIGHTS)
+    run = find_run(mug_run.parent, "mug")
+    for _ in range(2):
+        path = commands.export(run, commands.WEIGHTS)
+    assert {file for file in downloads.rglob("*") if file.is_file()} == {path, other}
+    write_json(mug_run / RESULT, {**read_json(mug_run / RESULT), "weights": ["../secret"]})
+    with pytest.raises(RefusedInput):
+        commands.export(run, commands.WEIGHTS)
+    assert [*downloads.iterdir()] == [other.parent]
+
+
 def test_weights_that_are_no_file_of_the_run_are_refused(mug_run: Path, downloads: Path) -> None:
     (mug_run.parent / "secret").write_text("secret")
     write_json(mug_run / RESULT, {**read_json(mug_run / RESULT), "weights": ["../secret"]})

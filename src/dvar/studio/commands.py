@@ -7,10 +7,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from hashlib import sha256
 from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZipFile
 
 from dvar.errors import RefusedInput
+from dvar.files import remove
 from dvar.runs.load_model import load_result
 from dvar.runs.run_folder import RunFolder
 from dvar.studio.library import LibraryRun
@@ -75,21 +77,28 @@ def take_step(run: LibraryRun, step: int) -> None:
 
 
 def export(run: LibraryRun, name: str) -> Path:
-    """Return a file with a finished run in one of `FORMATS`, in a new folder for downloads.
+    """Return a file with a finished run in one of `FORMATS`, in a new folder for downloads; the run's others go.
 
     Raises:
         RefusedInput: As `run_command`, or there is no such format.
     """
     if run.state != "finished" or not run.opened or name not in list_formats(run.opened):
         raise RefusedInput([f"{run.name} cannot be exported as {str(name)[:40]!r}: choose one of the list"])
-    folder = Path(tempfile.mkdtemp(prefix="export-", dir=download_folder()))
+    prefix = f"export-{sha256(run.name.encode()).hexdigest()[:16]}-"
+    for earlier in download_folder().glob(f"{prefix}*"):
+        remove(earlier)
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=download_folder()))
     makers: dict[str, Callable[[], Path]] = {
         WEIGHTS: lambda: _zip_weights(run, folder),
         KOHYA: lambda: _export_kohya(run, folder / f"{run.folder.name}.safetensors"),
         MERGED: lambda: _zip_pipeline(run, folder),
         REPORT: lambda: _write_report(run, folder / f"{run.folder.name}.html"),
     }
-    return makers[name]()
+    try:
+        return makers[name]()
+    except BaseException:
+        remove(folder)
+        raise
 
 
 def download_folder() -> Path:
