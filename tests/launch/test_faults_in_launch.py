@@ -8,7 +8,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 import pytest
-from launched_script import find_differences, launch, read_state, read_trace, write_script
+from launched_script import NEVER, find_differences, launch, read_state, read_trace, write_script
 
 OFF = ("--dvar_off",)
 
@@ -59,6 +59,39 @@ def test_a_fault_of_ours_switches_the_probe_off(
     assert len(lines) == happened
     assert all("training goes on without a stop: OSError: No space left on device" in line for line in lines)
     assert find_differences(plain_state, read_state(tmp_path / "on")) == []
+
+
+@pytest.mark.parametrize(
+    ("place", "line"),
+    [
+        ("dvar.launch.judge.LaunchJudge.log", "L_det could not be logged: OSError: No space left on device"),
+        ("dvar.launch.keep_best.BestWeights.consider", "the best weights could not be copied: OSError: No space left"),
+        ("dvar.launch.keep_best.BestWeights.save", "the best weights could not be saved: OSError: No space left"),
+    ],
+)
+def test_a_fault_of_the_main_process_alone_leaves_the_probe_on(
+    place: str, line: str, plain_state: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(place, fail_from(1, resolve_name(place)))
+    answer = launch("plain.py", tmp_path / "on", flags=(*NEVER, "--dvar_keep_best"))
+    assert answer.status == 0
+    assert answer.err.count("No space left on device") == answer.err.count(f"dvar: {line}") == 1
+    assert find_differences(plain_state, read_state(tmp_path / "on")) == []
+    assert read_trace(tmp_path / "on").steps.tolist() == list(range(0, 24, 2))
+
+
+def test_a_line_that_cannot_be_printed_leaves_the_probe_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = []
+
+    def print_message(line: str) -> None:
+        lines.append(line)
+        if len(lines) == 1:
+            raise BrokenPipeError
+
+    monkeypatch.setattr("dvar.cli.launch.print_message", print_message)
+    assert launch("plain.py", tmp_path / "on").status == 0
+    assert "the loop of line" in lines[0]
+    assert read_trace(tmp_path / "on").steps.tolist() == list(range(0, 24, 2))
 
 
 def test_a_script_that_fails_on_single_samples_gets_whole_batches(tmp_path: Path) -> None:

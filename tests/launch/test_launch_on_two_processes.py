@@ -7,16 +7,37 @@ import sys
 from pathlib import Path
 
 import pytest
-from launched_script import SCRIPTS, SOON, find_differences, launch, read_state, read_trace
+from launched_script import SCRIPTS, SOON, find_differences, launch, read_state, read_trace, write_script
 from two_processes import run_on_two
 
 NEVER = ("--dvar_every", "2", "--dvar_window", "20", "--dvar_threshold", "1e-9")
 
 
-def launch_on_two(output_dir: Path, flags: tuple[str, ...]) -> list[str]:
-    """Launch the plain script on two processes and return what each printed to standard error."""
-    script = str(SCRIPTS / "plain.py")
-    return run_on_two(["-m", "dvar", "launch", *flags, script, "--output_dir", str(output_dir)])
+FULL_DISK = """
+from accelerate.tracking import GeneralTracker, on_main_process
+
+class FullDisk(GeneralTracker):
+    name, requires_logging_directory, tracker = "full", False, None
+
+    @on_main_process
+    def store_init_configuration(self, values):
+        pass
+
+    @on_main_process
+    def log(self, values, step=None, **settings):
+        if "dvar/L_det" in values and step >= 4:
+            raise OSError("No space left on device")
+
+
+def main("""
+"""A tracker that fails on the main process, before the function of the plain script."""
+
+
+def launch_on_two(
+    output_dir: Path, flags: tuple[str, ...], script: Path = SCRIPTS / "plain.py", *arguments: str
+) -> list[str]:
+    """Launch a script on two processes and return what each printed to standard error."""
+    return run_on_two(["-m", "dvar", "launch", *flags, str(script), "--output_dir", str(output_dir), *arguments])
 
 
 @pytest.mark.slow
@@ -33,6 +54,16 @@ def test_two_processes_train_as_without_dvar_and_stop_together(tmp_path: Path) -
     assert f"dvar: stop at step {step}: " in first
     assert "dvar: " not in second
     assert [read_state(tmp_path / "stopped", process)["global_step"] for process in (0, 1)] == [step, step]
+
+
+@pytest.mark.slow
+def test_a_fault_of_the_main_process_alone_leaves_no_other_waiting(tmp_path: Path) -> None:
+    script = write_script(tmp_path, ("def main(", FULL_DISK), ("log_with=args.report_to", "log_with=[FullDisk()]"))
+    first, second = launch_on_two(tmp_path / "on", NEVER, script, "--report_to", "full")
+    assert first.count("dvar: L_det could not be logged: OSError: No space left on device") == 1
+    assert "dvar: " not in second
+    assert read_trace(tmp_path / "on").steps.tolist() == list(range(0, 24, 2))
+    assert [read_state(tmp_path / "on", process)["global_step"] for process in (0, 1)] == [24, 24]
 
 
 @pytest.mark.slow

@@ -94,13 +94,21 @@ class LaunchJudge:
             finally:
                 self._probe.losses = ()
 
-        verdict = self._together(record)
+        return self._together(record)
+
+    def log(self, step: int, losses: Sequence[float], verdict: Verdict) -> None:
+        """Log L_det and the ratio of a step to the script's trackers.
+
+        Args:
+            step: Number of updates.
+            losses: One for each held sample.
+            verdict: The verdict on them.
+        """
         scalars = {"dvar/L_det": sum(losses) / len(losses)}
         if "total_var" in verdict.metrics:
             scalars["dvar/ratio"] = verdict.metrics["ratio"]
         with preserve_state([]):  # a tracker may draw
             self._accelerator.log(scalars, step=step)
-        return verdict
 
     def _together(self, judge: Callable[[], Verdict]) -> Verdict:
         with self._catch_warnings():

@@ -44,8 +44,8 @@ class BestWeights:
     def consider(self, step: int, value: float) -> None:
         """Copy the trained weights if L_det is finite and lower than ever."""
         if math.isfinite(value) and value < self.value and self._accelerator.is_main_process:
-            self.step, self.value = step, value
             self._copies = [weight.detach().to("cpu", copy=True) for _, weight in self._trained_weights()]
+            self.step, self.value = step, value
 
     def save(self) -> Path | None:
         """Write the copy as the script writes its checkpoints, and return the folder; None where there is no copy.

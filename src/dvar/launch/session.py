@@ -67,7 +67,8 @@ class LaunchSession:
     """The probe of a launched script, and its stop.
 
     Only the first training loop that runs is measured. Whatever goes wrong in here is reported once and switches the
-    probe off; the script goes on.
+    probe off; the script goes on. What the main process does alone leaves the probe on if it fails: the other processes
+    would wait for the held losses of this one.
 
     Args:
         config: The settings of `dvar launch`.
@@ -106,6 +107,7 @@ class LaunchSession:
         self._other_items: dict[str, Any] = {}
         self._loss: Any = None
         self._error: BaseException | None = None
+        self._failures: set[str] = set()
 
     # --- what the additions call -----------------------------------------------------------------------------------
 
@@ -371,23 +373,38 @@ class LaunchSession:
         assert self._judge is not None
         self.verdict = self._judge.judge(step, losses, running.seconds)
         running.seconds, self._recorded = {}, True
+        with self._report_failure("L_det could not be logged"):
+            self._judge.log(step, losses, self.verdict)
         if self.best:
-            self.best.consider(step, sum(losses) / len(losses))
+            with self._report_failure("the best weights could not be copied"):
+                self.best.consider(step, sum(losses) / len(losses))
         if self.verdict.stop:
             self.print_message(self.verdict.sentence)
 
     # --- messages ----------------------------------------------------------------------------------------------------
 
     def print_message(self, line: str) -> None:
-        """Print a line for the user, on the main process."""
+        """Print a line for the user, on the main process, if that is possible."""
         if self._accelerator is None or self._accelerator.is_main_process:
-            self._report(line)
+            with contextlib.suppress(Exception):  # such as a pipe that nobody reads any more
+                self._report(line)
+
+    @contextlib.contextmanager
+    def _report_failure(self, what: str) -> Iterator[None]:
+        """Report an error as a line that begins with ``what``, at its first time, and go on."""
+        from dvar.launch.judge import describe_error
+
+        try:
+            yield
+        except Exception as error:
+            if what not in self._failures:
+                self._failures.add(what)
+                self.print_message(": ".join((what, describe_error(error))))
 
     def _switch_off(self, error: Exception) -> None:
         self._active, self._held = False, None
         reason = str(error) if isinstance(error, DvarError) else f"{type(error).__name__}: {first_line(error)}"
-        with contextlib.suppress(Exception):
-            self.print_message(f"the probe is switched off, and training goes on without a stop: {reason}")
+        self.print_message(f"the probe is switched off, and training goes on without a stop: {reason}")
 
 
 def _read_value(value: Callable[[], Any]) -> Any:
