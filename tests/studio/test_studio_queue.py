@@ -9,12 +9,14 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_run import generate_trace, write_run
 
 import dvar.studio.queue as studio_queue
 from dvar.errors import FolderInUse, RefusedInput
+from dvar.files import write_json
 from dvar.locks import LOCK, lock_folder, lock_path
 from dvar.studio.library import LibraryRun, find_run, list_runs
 from dvar.studio.queue import (
@@ -26,8 +28,9 @@ from dvar.studio.queue import (
     request_checkpoint,
     run_queue,
     stop,
+    train,
 )
-from dvar.studio.run_files import QUEUE_LOCK, REQUEST, SETTINGS, STARTED
+from dvar.studio.run_files import HELD, QUEUE_LOCK, REQUEST, SETTINGS, STARTED
 from dvar.training.run_layout import SAVE_REQUEST
 
 METHOD = "textual-inversion"
@@ -140,6 +143,49 @@ def test_a_run_that_is_taken_out_of_the_queue_is_paused_and_can_be_put_back(tmp_
     assert next_run(tmp_path) is None
     enqueue_resumption(find_run(tmp_path, "mug"))
     assert read_request(find_run(tmp_path, "mug")) == request
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The folders of the runs that were started, as processes that end at once, each tried to be taken out before."""
+    folders: list[Path] = []
+    popen = subprocess.Popen
+
+    def start(words: list[str], **options: Any) -> Any:
+        folder = Path(words[words.index("--output_dir") + 1])
+        folders.append(folder)
+        with pytest.raises(RefusedInput, match="must be waiting, and mug is paused"):
+            cancel(find_run(folder.parent, folder.name))
+        return popen([sys.executable, "-c", "pass"], **options)
+
+    monkeypatch.setattr(studio_queue.subprocess, "Popen", start)
+    return folders
+
+
+def test_a_run_whose_turn_has_come_cannot_be_taken_out_of_the_queue(tmp_path: Path, started: list[Path]) -> None:
+    enqueue(tmp_path / "mug", METHOD, SETTINGS_OF_MUG)
+    assert train(find_run(tmp_path, "mug")) == 0
+    assert started == [tmp_path / "mug"]
+    assert not {REQUEST, HELD, STARTED} & {path.name for path in (tmp_path / "mug").iterdir()}
+    assert find_run(tmp_path, "mug").state == "failed"
+
+
+def test_a_run_that_was_taken_out_meanwhile_is_not_trained(tmp_path: Path, started: list[Path]) -> None:
+    enqueue(tmp_path / "mug", METHOD, SETTINGS_OF_MUG)
+    run = find_run(tmp_path, "mug")
+    cancel(run)
+    assert train(run) is None
+    assert started == []
+    assert find_run(tmp_path, "mug").state == "paused"
+
+
+def test_a_request_that_was_held_yields_to_a_checkpoint(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "mug", generate_trace(steps=50), finished=False, sampled_every=0, method=METHOD)
+    (folder / "checkpoint-50").mkdir()
+    write_json(folder / HELD, {"method": METHOD, "resume": False, "time": 1.0})
+    enqueue_resumption(find_run(tmp_path, "mug"))
+    assert read_request(find_run(tmp_path, "mug"))["resume"] is True
+    assert not (folder / HELD).exists()
 
 
 def test_stopping_interrupts_the_process_that_holds_the_run_and_no_other(tmp_path: Path) -> None:

@@ -16,10 +16,10 @@ from dvar.errors import FolderInUse, RefusedInput
 from dvar.files import read_json, write_atomically, write_json
 from dvar.locks import LOCK, lock_path, read_holder
 from dvar.runs.watched_process import WatchedProcess
-from dvar.studio.library import LibraryRun, describe_process, list_runs
+from dvar.studio.library import LibraryRun, describe_process, list_runs, read_state
 from dvar.studio.run_files import HELD, LOG, QUEUE_LOCK, REQUEST, SETTINGS, STARTED
 from dvar.training.methods.registry import METHODS
-from dvar.training.run_layout import SAVE_REQUEST
+from dvar.training.run_layout import SAVE_REQUEST, checkpoint_paths
 
 POLL_SECONDS = 1.0
 _REQUEST_SCHEMA = {"method": str, "resume": bool, "time": float}
@@ -35,13 +35,14 @@ def enqueue(folder: Path, method: str, settings: Mapping[str, Any]) -> None:
 def enqueue_resumption(run: LibraryRun) -> None:
     """Ask for a run to go on from its last checkpoint, with the settings that it has recorded.
 
-    One that was taken out of the queue asks for what it asked for before.
+    One that was taken out of the queue before its first checkpoint asks for what it asked for before.
 
     Raises:
         RefusedInput: It is training, waits already, or is damaged.
     """
-    if run.state == "paused" and (run.folder / HELD).exists():
-        (run.folder / HELD).replace(run.folder / REQUEST)
+    held = run.folder / HELD
+    if run.state == "paused" and held.exists() and not checkpoint_paths(run.folder):
+        held.replace(run.folder / REQUEST)
         return
     if run.state != "paused" or not run.opened:
         raise RefusedInput([f"a run that goes on must be paused, and {run.name} is {run.state}: choose another"])
@@ -49,6 +50,7 @@ def enqueue_resumption(run: LibraryRun) -> None:
     names = [item.name for item in fields(settings) if item.name not in _DECIDED]
     write_settings(run.folder, {name: getattr(settings, name) for name in names})
     write_json(run.folder / REQUEST, {"method": settings.method, "resume": True, "time": time.time()})
+    held.unlink(missing_ok=True)
 
 
 def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
@@ -61,9 +63,16 @@ def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def cancel(run: LibraryRun) -> None:
-    """Take a run out of the queue; `enqueue_resumption` puts it back."""
-    with suppress(FileNotFoundError):  # its turn has come
+    """Take a run out of the queue; `enqueue_resumption` puts it back.
+
+    Raises:
+        RefusedInput: It does not wait, as when its turn has come.
+    """
+    try:
         (run.folder / REQUEST).replace(run.folder / HELD)
+    except FileNotFoundError:
+        rule = f"a run that leaves the queue must be waiting, and {run.name} is {read_state(run.folder)}"
+        raise RefusedInput([f"{rule}: look at its page again"]) from None
 
 
 def stop(run: LibraryRun) -> bool:
@@ -139,9 +148,13 @@ def run_queue(root: Path, sleep: Callable[[float], None] = time.sleep) -> None:
                 train(waiting)
 
 
-def train(run: LibraryRun) -> int:
-    """Train a queued run in a process of its own, and return its exit status."""
+def train(run: LibraryRun) -> int | None:
+    """Train a queued run in a process of its own, and return its exit status; None where it waits no longer."""
     folder, request = run.folder, read_request(run)
+    try:
+        cancel(run)  # nobody else can from here on; it can be put back where this process ends before it has begun
+    except RefusedInput:
+        return None
     words = ["train", request["method"], "--config", str(folder / SETTINGS), "--output_dir", str(folder)]
     words += ["--resume_from_checkpoint", "latest"] if request["resume"] else []
     with (folder / LOG).open("ab") as log:
@@ -153,7 +166,7 @@ def train(run: LibraryRun) -> int:
             start_new_session=True,
         )
         write_json(folder / STARTED, describe_process(process.pid))
-        (folder / REQUEST).unlink(missing_ok=True)
+        (folder / HELD).unlink(missing_ok=True)
         status = process.wait()
     (folder / STARTED).unlink(missing_ok=True)
     return status
