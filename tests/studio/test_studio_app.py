@@ -15,6 +15,7 @@ from command_line import dvar
 from fake_run import generate_trace, write_run
 
 from dvar.studio.config import StudioConfig, problems
+from dvar.training.run_layout import GENERATED, GENERATED_LIST
 
 PASSWORD = "a long password of twelve"
 VISIT = """
@@ -208,6 +209,32 @@ for path in ("/etc/passwd", f"{uploads}/../x", "../x", str(uploads)):
     environment = {**os.environ, "GRADIO_TEMP_DIR": str(tmp_path.resolve())}
     process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert process.stdout.count("a file must have been uploaded here") == 4, process.stderr
+
+
+@pytest.mark.slow
+def test_the_rest_of_a_run_is_shown_where_its_list_of_generated_images_is_damaged(tmp_path: Path) -> None:
+    pytest.importorskip("gradio", reason="needs the extra: pip install 'dvar[studio]'")
+    folder = write_run(tmp_path / "mug", generate_trace(steps=100), method="textual-inversion")
+    (folder / GENERATED).mkdir()
+    (folder / GENERATED / GENERATED_LIST).write_text("{\n")
+    program = """
+import json, sys
+from pathlib import Path
+import gradio as gr
+from dvar.studio.pages import Studio
+from dvar.studio.run_page import add_run_page
+with gr.Blocks() as page:
+    add_run_page(Studio(Path(sys.argv[1]), {}), page)
+refresh = next(event.fn for event in page.fns.values() if event.name == "refresh")
+print(json.dumps([str(part) for part in refresh("mug", None, 1)]))
+"""
+    words = [sys.executable, "-c", program, str(tmp_path)]
+    process = subprocess.run(words, capture_output=True, text=True, env={**os.environ}, timeout=300)
+    assert process.returncode == 0, process.stderr
+    _, head, message, charts, *_ = json.loads(process.stdout)
+    assert "<h1>mug</h1>" in head
+    assert "delete it and generate the images again" in message
+    assert "<svg" in charts
 
 
 @pytest.mark.slow

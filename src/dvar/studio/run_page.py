@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import gradio as gr
 
@@ -13,6 +14,7 @@ from dvar.studio.scores import find_clip, read_scores
 from dvar.studio.views import show_charts, show_generated, show_message, show_run, show_samples
 from dvar.training.run_layout import checkpoint_name
 
+T = TypeVar("T")
 SECONDS = 2.0  # between two looks at the folder
 MAX_IMAGES = 16
 
@@ -72,18 +74,32 @@ def add_run_page(studio: Studio, page: gr.Blocks) -> None:
         finished = run.state == "finished" and opened is not None
         was_finished = before is not None and before[0] == "finished"
         formats = commands.list_formats(opened) if finished and opened else ()
+        refusals: list[str] = []
+
+        def draw(view: Callable[[], T], instead: T) -> T:
+            """Return a view, or what takes its place where it is refused: the others are shown all the same."""
+            drawn, refusal = answer(view)
+            if drawn is None:
+                refusals.append(refusal)
+            return instead if drawn is None else drawn
+
+        state = draw(lambda: show_run(run), "")
+        curves = draw(lambda: show_charts(opened) if opened else "", "")
+        step = draw(lambda: _view_step(run, recorded, place), NO_STEP)
+        words = draw(lambda: f"{opened.settings.plain_prompt} on the beach" if opened else "", "")
+        images = draw(lambda: show_generated(opened) if finished and opened else "", "")
         return [
             now,
-            show_run(run),
-            gr.skip() if before is not None and before[0] == run.state else "",
-            show_charts(opened) if opened else "",
+            state,
+            "".join(dict.fromkeys(refusals)) or (gr.skip() if before is not None and before[0] == run.state else ""),
+            curves,
             *(gr.update(visible=run.state in states) for states in BUTTON_STATES),
             gr.update(visible=bool(recorded)),
             gr.update(maximum=max(2, len(recorded)), value=max(1, place), visible=len(recorded) > 1),
-            *_view_step(run, recorded, place),
+            *step,
             gr.update(visible=finished),
-            gr.skip() if was_finished or not opened else f"{opened.settings.plain_prompt} on the beach",
-            show_generated(opened) if finished and opened else "",
+            gr.skip() if was_finished or not opened else words,
+            images,
             gr.update(choices=list(formats), value=formats[0] if formats else None),
         ]
 
@@ -153,13 +169,15 @@ def add_run_page(studio: Studio, page: gr.Blocks) -> None:
 
 BUTTON_STATES = (("training",), ("training",), ("paused",), ("queued",))
 """The states in which the buttons stop, save, go on and cancel are there."""
+NO_STEP: list[Any] = ["", gr.update(visible=False), gr.update(visible=False)]
+"""The view of a step where there is none."""
 
 
 def _view_step(run: LibraryRun, recorded: list[int], place: int) -> list[Any]:
     """Return the samples of the step at ``place``, counted from 1, and the buttons to measure and to take it."""
     opened = run.opened
     if not opened or not recorded:
-        return ["", gr.update(visible=False), gr.update(visible=False)]
+        return NO_STEP
     step = recorded[min(max(int(place), 1), len(recorded)) - 1]
     scores, clip = read_scores(opened), find_clip(opened.settings)
     html = show_samples(opened, step, scores)
