@@ -158,7 +158,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
             cancel(find_run(folder.parent, folder.name))
         return popen([sys.executable, "-c", "pass"], **options)
 
-    monkeypatch.setattr(studio_queue.subprocess, "Popen", start)
+    monkeypatch.setattr(subprocess, "Popen", start)
     return folders
 
 
