@@ -36,6 +36,7 @@ from dvar.training.run_layout import SAVE_REQUEST
 METHOD = "textual-inversion"
 SETTINGS_OF_MUG = {
     "placeholder_token": '<a "mug">',
+    "initializer_token": "m\x7fu\x00\x1f\tg é \u2028",
     "max_train_steps": 60,
     "learning_rate": 1e-5,
     "random_flip": False,

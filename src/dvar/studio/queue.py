@@ -55,11 +55,11 @@ def enqueue_resumption(run: LibraryRun) -> None:
 
 def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     """Write settings as TOML; those that are None are left out, as TOML has no word for it."""
-    rows = [
-        f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in settings.items() if value is not None
-    ]
+    values = {name: json.dumps(value, ensure_ascii=False) for name, value in settings.items() if value is not None}
+    text = "".join(f"{name} = {value}\n" for name, value in values.items())
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / SETTINGS, ("\n".join(rows) + "\n").encode())
+    # JSON takes the character DEL as it is; every other that TOML does not take, JSON does not take either.
+    write_atomically(folder / SETTINGS, text.replace("\x7f", "\\u007f").encode())
 
 
 def cancel(run: LibraryRun) -> None:
