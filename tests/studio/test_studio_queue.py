@@ -124,7 +124,13 @@ def test_a_second_runner_ends_at_once(tmp_path: Path, trained: list[str]) -> Non
 
 def test_a_paused_run_goes_on_with_the_settings_that_it_has_recorded(tmp_path: Path) -> None:
     folder = write_run(
-        tmp_path / "mug", generate_trace(steps=50), finished=False, sampled_every=0, method=METHOD, max_train_steps=77
+        tmp_path / "mug",
+        generate_trace(steps=50),
+        finished=False,
+        sampled_every=0,
+        method=METHOD,
+        max_train_steps=77,
+        instance_data_dir=str(tmp_path),
     )
     (folder / "checkpoint-50").mkdir()
     enqueue_resumption(find_run(tmp_path, "mug"))
@@ -134,6 +140,20 @@ def test_a_paused_run_goes_on_with_the_settings_that_it_has_recorded(tmp_path: P
     assert read_request(find_run(tmp_path, "mug"))["resume"] is True
     with pytest.raises(RefusedInput, match="must be paused, and mug is queued"):
         enqueue_resumption(find_run(tmp_path, "mug"))
+
+
+def test_a_run_whose_images_are_not_found_from_here_does_not_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_run(tmp_path / "mug", generate_trace(steps=50), finished=False, sampled_every=0, method=METHOD)
+    (folder / "checkpoint-50").mkdir()
+    with pytest.raises(RefusedInput, match="instance_data_dir of mug must exist, and images/mug does not"):
+        enqueue_resumption(find_run(tmp_path, "mug"))
+    assert find_run(tmp_path, "mug").state == "paused"
+    (tmp_path / "images" / "mug").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    enqueue_resumption(find_run(tmp_path, "mug"))
+    assert find_run(tmp_path, "mug").state == "queued"
 
 
 def test_a_run_that_is_taken_out_of_the_queue_is_paused_and_can_be_put_back(tmp_path: Path) -> None:
@@ -181,7 +201,10 @@ def test_a_run_that_was_taken_out_meanwhile_is_not_trained(tmp_path: Path, start
 
 
 def test_a_request_that_was_held_yields_to_a_checkpoint(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "mug", generate_trace(steps=50), finished=False, sampled_every=0, method=METHOD)
+    trace, images = generate_trace(steps=50), str(tmp_path)
+    folder = write_run(
+        tmp_path / "mug", trace, finished=False, sampled_every=0, method=METHOD, instance_data_dir=images
+    )
     (folder / "checkpoint-50").mkdir()
     write_json(folder / HELD, {"method": METHOD, "resume": False, "time": 1.0})
     enqueue_resumption(find_run(tmp_path, "mug"))

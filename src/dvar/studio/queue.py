@@ -23,6 +23,7 @@ from dvar.training.run_layout import SAVE_REQUEST, checkpoint_paths
 
 POLL_SECONDS = 1.0
 _REQUEST_SCHEMA = {"method": str, "resume": bool, "time": float}
+_DATA = ("instance_data_dir", "concepts_list", "sample_prompts")
 _DECIDED = ("resume_from_checkpoint", "overwrite", "output_dir", "preset")
 
 
@@ -38,7 +39,7 @@ def enqueue_resumption(run: LibraryRun) -> None:
     One that was taken out of the queue before its first checkpoint asks for what it asked for before.
 
     Raises:
-        RefusedInput: It is training, waits already, or is damaged.
+        RefusedInput: It is training, waits already, or is damaged, or its images are not found from here.
     """
     held = run.folder / HELD
     if run.state == "paused" and held.exists() and not checkpoint_paths(run.folder):
@@ -47,6 +48,10 @@ def enqueue_resumption(run: LibraryRun) -> None:
     if run.state != "paused" or not run.opened:
         raise RefusedInput([f"a run that goes on must be paused, and {run.name} is {run.state}: choose another"])
     settings = run.opened.settings
+    for name in _DATA:  # the run has recorded each as it was typed, from the folder in which it was started
+        if (path := getattr(settings, name)) and not Path(path).expanduser().exists():
+            remedy = "put it back, or start the studio in the folder in which the run was started"
+            raise RefusedInput([f"{name} of {run.name} must exist, and {path} does not: {remedy}"])
     names = [item.name for item in fields(settings) if item.name not in _DECIDED]
     write_settings(run.folder, {name: getattr(settings, name) for name in names})
     write_json(run.folder / REQUEST, {"method": settings.method, "resume": True, "time": time.time()})
