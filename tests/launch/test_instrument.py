@@ -32,6 +32,7 @@ class ScriptedSession:
     def __init__(self, stop_after: int = 99) -> None:
         self.measuring, self.taken, self.counts, self.stop_after = False, list[Any](), 0, stop_after
         self.read: list[Any] = []
+        self.given = 0
 
     def batches(self, key: str, counted: bool, iterable: tuple[Any, ...], *values: Any) -> Iterator[Any]:
         assert counted
@@ -39,10 +40,12 @@ class ScriptedSession:
         self.measuring = True
         yield 0, 100
         self.measuring = False
-        for index, batch in enumerate(iterable[0], iterable[1]):
-            yield index, batch
+        self.given = 0
+        for index, batch in enumerate(*iterable):
             if self.stopped(key):
                 return
+            self.given += 1
+            yield index, batch
 
     def take(self, loss: Any) -> None:
         self.taken.append(loss)
@@ -55,6 +58,9 @@ class ScriptedSession:
 
     def stopped(self, key: str) -> bool:
         return self.counts >= self.stop_after
+
+    def idle(self, key: str) -> bool:
+        return not self.given and self.stopped(key)
 
 
 def run(session: ScriptedSession, source: str = LOOP, **names: Any) -> list[Any]:
@@ -83,11 +89,41 @@ def test_a_held_batch_reaches_the_loss_and_nothing_after_it() -> None:
     assert session.read == [("train.py:5", 5), ("train.py:5", 7), ("train.py:5", 9)]
 
 
-def test_a_stop_leaves_all_loops_at_once() -> None:
+def test_a_stop_ends_the_epoch_and_no_further_one_begins() -> None:
     log = run(ScriptedSession(stop_after=3))
-    assert log[-2:] == [("after", 1), ("end",)]
-    assert ("epoch", 0) in log
-    assert ("epoch", 1) not in log
+    assert log[-3:] == [("after", 1), ("epoch", 1), ("end",)]
+
+
+def test_a_stop_leaves_where_the_script_itself_would() -> None:
+    source = LOOP.replace(
+        '        log.append(("epoch", epoch))\n',
+        '        log.append(("mean", epoch))\n'
+        "        if global_step >= 50:\n            break\n"
+        '        log.append(("validation", epoch))\n',
+    )
+    log = run(ScriptedSession(stop_after=3), source)
+    assert log[-2:] == [("mean", 1), ("end",)]
+    assert ("validation", 0) in log
+
+
+def test_a_stop_before_the_first_batch_of_an_epoch_leaves_at_once() -> None:
+    assert run(ScriptedSession(stop_after=0)) == [("before", 0, 0, 100), ("end",)]
+
+
+def test_a_stop_in_an_epoch_that_ends_early_leaves_before_the_end_of_the_next() -> None:
+    source = LOOP.replace('        log.append(("epoch"', '        if epoch == 0: continue\n        log.append(("epoch"')
+    log = run(ScriptedSession(stop_after=1), source)
+    assert log[-2:] == [("before", 1, 0, 100), ("end",)]
+
+
+def test_a_stop_leaves_all_loops_around() -> None:
+    source = (
+        "def train():\n    for part in range(2):\n        for epoch in range(2):\n            if True:\n"
+        "                for step, batch in enumerate(batches):\n                    accelerator.backward(batch)\n"
+        '            log.append(("epoch", epoch))\n        log.append(("part", part))\n'
+    )
+    log = run(ScriptedSession(stop_after=3), source)
+    assert [entry for entry in log if entry[0] != "backward"] == [("epoch", 0), ("epoch", 1), ("part", 0)]
 
 
 def test_an_error_on_a_held_batch_is_absorbed_and_any_other_is_not() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import dvar
-from launched_script import NEVER, SCRIPTS, find_differences, launch, read_state, read_trace, write_script
+from launched_script import NEVER, SCRIPTS, SOON, find_differences, launch, read_state, read_trace, write_script
 from safetensors.torch import load_file
 
 from dvar.launch.keep_best import BestWeights
@@ -33,6 +33,20 @@ def test_a_resumed_script_continues_the_trace_as_if_it_had_not_ended(tmp_path: P
     assert resumed.steps.tolist() == whole.steps.tolist() == list(range(0, 24, 2))
     assert resumed.samples[:7].tolist() == whole.samples[:7].tolist()
     assert (tmp_path / "on" / "trace.jsonl.cut-12").exists()
+
+
+def test_a_script_that_is_resumed_after_its_stop_ends_without_an_epoch(tmp_path: Path) -> None:
+    mean = (
+        "\n        if global_step >=",
+        "\n        train_loss = sum(losses) / len(losses)\n        if global_step >=",
+    )
+    script = write_script(tmp_path, mean)
+    assert launch(script, tmp_path / "out", flags=SOON).status == 0
+    step = read_trace(tmp_path / "out").last_step
+    script = write_script(tmp_path, mean, ("global_step = 0", f"global_step = {step}"))
+    answer = launch(script, tmp_path / "out", flags=SOON)
+    assert (answer.status, f"dvar: stop at step {step}: " in answer.err) == (0, True)
+    assert read_state(tmp_path / "out")["losses"] == []
 
 
 def test_the_losses_of_the_held_samples_are_those_of_the_script_on_them(tmp_path: Path) -> None:

@@ -2,30 +2,38 @@
 
 # Of
 #
-#     for step, batch in enumerate(train_dataloader):
-#         ...
-#         accelerator.backward(loss)
-#         ...
+#     for epoch in range(epochs):
+#         for step, batch in enumerate(train_dataloader):
+#             ...
+#             accelerator.backward(loss)
+#             ...
+#         save(model)
 #
 # becomes
 #
-#     for step, batch in __dvar__.batches("train.py:7", True, (train_dataloader,), lambda: global_step, ...):
-#         try:
-#             ...
-#             if __dvar__.measuring:
-#                 __dvar__.take(loss)
-#                 continue
-#             accelerator.backward(loss)
-#             __dvar__.count()
-#             ...
-#         except:
-#             if not __dvar__.absorb():
-#                 raise
-#     if __dvar__.stopped("train.py:7"):
-#         break
+#     for epoch in range(epochs):
+#         for step, batch in __dvar__.batches("train.py:7", True, (train_dataloader,), lambda: global_step, ...):
+#             try:
+#                 ...
+#                 if __dvar__.measuring:
+#                     __dvar__.take(loss)
+#                     continue
+#                 accelerator.backward(loss)
+#                 __dvar__.count()
+#                 ...
+#             except:
+#                 if not __dvar__.absorb():
+#                     raise
+#         if __dvar__.idle("train.py:7"):
+#             break
+#         save(model)
+#         if __dvar__.stopped("train.py:7"):
+#             break
 #
-# Nothing after `backward` sees a held batch, an error on one does not end the script, and a stop leaves all loops.
-# `next(other_batches)` before `backward` becomes `__dvar__.next("9:16", other_batches)`.
+# Nothing after `backward` sees a held batch, and an error on one does not end the script. A stop leaves all loops as
+# the script's own last step does: what it does at the end of an epoch, such as saving, happens once, and no further
+# epoch begins. Where it leaves the outer loop itself under a condition (`if global_step >= max_train_steps: break`),
+# the stop leaves there. `next(other_batches)` before `backward` becomes `__dvar__.next("9:16", other_batches)`.
 
 from __future__ import annotations
 
@@ -76,21 +84,21 @@ class _Instrument(ast.NodeTransformer):
     visit_AsyncFunctionDef = visit_ClassDef = visit_FunctionDef
 
     def visit_For(self, node: Loop) -> Any:
-        before = len(self._inside)
+        before, exits = len(self._inside), [part for part in node.body if _leaves_loop(part)]
         self._around += 1
         self.generic_visit(node)
         self._around -= 1
-        if loop := self._loops.get(node):
-            assert isinstance(node, ast.For)
-            self._inside.append(loop)
-            node.iter = _call_batches(loop, node)
-            node.body = [_absorb_errors(node.body)]
-        inside = self._inside[before:]
+        if inside := self._inside[before:]:
+            _leave_when_stopped(node.body, inside, exits)
         if not self._around:
             del self._inside[before:]
-        elif inside:
-            condition = " or ".join(f"{NAME}.stopped({loop.key!r})" for loop in inside)
-            return [node, _parse(f"if {condition}:\n    break", node)]
+        if loop := self._loops.get(node):
+            assert isinstance(node, ast.For)
+            node.iter = _call_batches(loop, node)
+            node.body = [_absorb_errors(node.body)]
+            if self._around:
+                self._inside.append(loop)
+                return [node, _parse(f"if {NAME}.idle({loop.key!r}):\n    break", node)]
         return node
 
     visit_While = visit_For
@@ -134,6 +142,27 @@ def _absorb_errors(body: list[ast.stmt]) -> ast.stmt:
     assert isinstance(scope, ast.Try)
     scope.body = body
     return scope
+
+
+def _leave_when_stopped(body: list[ast.stmt], inside: Sequence[TrainingLoop], exits: Sequence[ast.stmt]) -> None:
+    """Add to the body of a loop that a stop of a training loop in it leaves it too.
+
+    Args:
+        body: The body.
+        inside: The training loops in it.
+        exits: The script's own statements in it that leave the loop: a stop leaves at the first of them behind the
+            training loops, or else at the end.
+    """
+    nodes = {loop.node for loop in inside}
+    last = max((place for place, part in enumerate(body) if not nodes.isdisjoint(ast.walk(part))), default=-1)
+    places = (place for place, part in enumerate(body) if place > last and part in exits)
+    condition = " or ".join(f"{NAME}.stopped({loop.key!r})" for loop in inside)
+    body.insert(next(places, len(body)), _parse(f"if {condition}:\n    break", body[-1]))
+
+
+def _leaves_loop(statement: ast.stmt) -> bool:
+    """Return whether a statement leaves the loop that it stands in under a condition."""
+    return isinstance(statement, ast.If) and isinstance(statement.body[-1], ast.Break | ast.Return)
 
 
 def _parse(source: str, place: ast.AST) -> ast.stmt:

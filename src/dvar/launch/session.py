@@ -100,6 +100,7 @@ class LaunchSession:
         self._accelerator: Any = None
         self._active = True
         self._passed_backward = False
+        self._idle = True
         self._judge: LaunchJudge | None = None
         self._held: HeldItems | None = None
         self._whole = False
@@ -132,6 +133,7 @@ class LaunchSession:
         """
         source: Iterable[Any] = iterable[0]
         position = iterable[1] if len(iterable) > 1 else 0
+        self._idle = True
         if self.stopped(key):
             return
         running = self._begin_loop(key, source, counter, accelerator, settings)
@@ -141,7 +143,7 @@ class LaunchSession:
                 yield from self._measure(running, source, position if counted else None)
             if self.stopped(key):
                 return
-            self._passed_backward = False
+            self._passed_backward = self._idle = False
             try:
                 # No variable holds the batch: the script decides how long it lives.
                 if counted:
@@ -198,6 +200,13 @@ class LaunchSession:
             and running.loop.key == key
             and bool(self.verdict and self.verdict.stop)
         )
+
+    def idle(self, key: str) -> bool:
+        """Return whether the rule had stopped this training loop before an epoch had a batch.
+
+        What the script does at the end of an epoch, such as a mean over its losses, may then be impossible.
+        """
+        return self._idle and self.stopped(key)
 
     def finish(self) -> LaunchResult | None:
         """Save the best weights, if they are kept, and return what happened.
