@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from dvar.errors import RefusedInput
+from dvar.files import read_content
 
 
 class WatchedProcess:
@@ -84,7 +85,7 @@ def _find_descendants(pid: int) -> list[int]:
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError, ValueError, IndexError):  # it has ended
-            parent = int(path.read_text(errors="replace").rpartition(")")[2].split()[1])
+            parent = int(read_content(path).rpartition(b")")[2].split()[1])
             children.setdefault(parent, []).append(int(path.parent.name))
     descendants = list(children.get(pid, ()))
     for child in descendants:  # which grows

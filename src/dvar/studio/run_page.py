@@ -78,10 +78,10 @@ def add_run_page(studio: Studio, page: gr.Blocks) -> None:
 
         def draw(view: Callable[[], T], instead: T) -> T:
             """Return a view, or what takes its place where it is refused: the others are shown all the same."""
-            drawn, refusal = answer(view)
-            if drawn is None:
+            page_part, refusal = answer(view)
+            if page_part is None:
                 refusals.append(refusal)
-            return instead if drawn is None else drawn
+            return instead if page_part is None else page_part
 
         state = draw(lambda: show_run(run), "")
         curves = draw(lambda: show_charts(opened) if opened else "", "")
