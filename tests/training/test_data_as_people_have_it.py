@@ -150,7 +150,7 @@ def test_sizes_of_a_family_are_multiples_of_its_own(images: Path, tmp_path: Path
 
 def test_sizes_and_rescaling_exclude_each_other(images: Path) -> None:
     config = CustomDiffusionConfig(instance_data_dir=str(images), class_noun="mug", aspect_ratio_buckets="auto")
-    with pytest.raises(RefusedInput, match="random_rescale rescales squares: add --no-random_rescale"):
+    with pytest.raises(RefusedInput, match="random_rescale rescales squares: add --no_random_rescale"):
         preflight(config, None)
 
 

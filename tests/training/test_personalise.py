@@ -288,14 +288,14 @@ def test_resuming_a_finished_run_changes_nothing(config: TextualInversionConfig)
     assert torch.equal(load_vectors(result.folder), before)
 
 
-def test_other_repeats_are_another_run(config: TextualInversionConfig) -> None:
-    personalise(config)
-    images = Path(str(config.instance_data_dir))
-    names = sorted(path.name for path in images.iterdir() if path.suffix == ".png")
-    rows = [{"file_name": name, "repeats": 1 + 4 * (name == names[0])} for name in names]
-    (images / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+def test_other_repeats_are_another_run(config: TextualInversionConfig, tmp_path: Path) -> None:
+    images = shutil.copytree(str(config.instance_data_dir), tmp_path / "own")
+    settings = replace(config, instance_data_dir=str(images))
+    personalise(settings)
+    first = sorted(path.name for path in images.glob("*.png"))[0]
+    (images / "metadata.jsonl").write_text(json.dumps({"file_name": first, "repeats": 5}))
     with pytest.raises(CheckpointError, match="or how often each is drawn changed"):
-        personalise(replace(config, resume_from_checkpoint="latest"))
+        personalise(replace(settings, resume_from_checkpoint="latest"))
 
 
 @pytest.mark.parametrize(
