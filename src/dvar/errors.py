@@ -97,3 +97,8 @@ def name_some(names: Sequence[str]) -> str:
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message, or its type where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def describe_error(error: Exception) -> str:
+    """Return the type of an error and the first line of its message; of one of ours, its message."""
+    return str(error) if isinstance(error, DvarError) else f"{type(error).__name__}: {first_line(error)}"

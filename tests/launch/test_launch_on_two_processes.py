@@ -32,6 +32,24 @@ class FullDisk(GeneralTracker):
 def main("""
 """A tracker that fails on the main process, before the function of the plain script."""
 
+FAULT_OF_THE_SECOND = """
+import os
+
+import dvar.launch.held as held
+
+function = {place}
+
+def fail(*arguments, **settings):
+    if os.environ["RANK"] == "1":
+        raise OSError("Cannot allocate memory")
+    return function(*arguments, **settings)
+
+{place} = fail
+
+
+def main("""
+"""A part of the probe that fails on the second process, before the function of the plain script."""
+
 
 def launch_on_two(
     output_dir: Path, flags: tuple[str, ...], script: Path = SCRIPTS / "plain.py", *arguments: str
@@ -63,6 +81,17 @@ def test_a_fault_of_the_main_process_alone_leaves_no_other_waiting(tmp_path: Pat
     assert first.count("dvar: L_det could not be logged: OSError: No space left on device") == 1
     assert "dvar: " not in second
     assert read_trace(tmp_path / "on").steps.tolist() == list(range(0, 24, 2))
+    assert [read_state(tmp_path / "on", process)["global_step"] for process in (0, 1)] == [24, 24]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["held.draw_held_items", "held.HeldItems.copy"])
+def test_a_fault_of_the_second_process_alone_switches_the_probe_off_on_both(place: str, tmp_path: Path) -> None:
+    script = write_script(tmp_path, ("def main(", FAULT_OF_THE_SECOND.format(place=place)))
+    first, second = launch_on_two(tmp_path / "on", NEVER, script)
+    reason = "training goes on without a stop: OSError: Cannot allocate memory"
+    assert first.count(f"dvar: the probe is switched off, and {reason}") == 1
+    assert "dvar: " not in second
     assert [read_state(tmp_path / "on", process)["global_step"] for process in (0, 1)] == [24, 24]
 
 

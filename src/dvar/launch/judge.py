@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import gather_object
 
-from dvar.errors import first_line
 from dvar.stopping.integrations.accelerate import broadcast_object
 from dvar.stopping.monitor import StopMonitor, broadcast_verdict
 from dvar.stopping.probe import preserve_state
@@ -146,10 +145,3 @@ class Measurement:
         error = next((error for _, error in parts if error), "")
         losses = zip(*(losses for losses, _ in parts), strict=False)
         return Measurement((), error) if error else Measurement(tuple(loss for row in losses for loss in row))
-
-
-def describe_error(error: BaseException | None) -> str:
-    """Return the type of an error and the first line of its message."""
-    if not isinstance(error, Exception):
-        return "nothing was raised" if error is None else type(error).__name__
-    return f"{type(error).__name__}: {first_line(error)}"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dvar.errors import DvarError, RefusedInput, first_line
+from dvar.errors import DvarError, RefusedInput, describe_error
 from dvar.launch.config import TRACE, LaunchConfig, output_problems, trace_problems
 from dvar.stopping.trace import Trace
 
@@ -67,8 +67,8 @@ class LaunchSession:
     """The probe of a launched script, and its stop.
 
     Only the first training loop that runs is measured. Whatever goes wrong in here is reported once and switches the
-    probe off; the script goes on. What the main process does alone leaves the probe on if it fails: the other processes
-    would wait for the held losses of this one.
+    probe off, on all processes or on none: the others would wait for the held losses of one that has it off. The script
+    goes on. What the main process does alone leaves the probe on if it fails.
 
     Args:
         config: The settings of `dvar launch`.
@@ -107,7 +107,8 @@ class LaunchSession:
         self._judged_step, self._recorded = -1, False
         self._other_items: dict[str, Any] = {}
         self._loss: Any = None
-        self._error: BaseException | None = None
+        self._error: Exception | None = None
+        self._fault: Exception | None = None
         self._failures: set[str] = set()
 
     # --- what the additions call -----------------------------------------------------------------------------------
@@ -176,7 +177,7 @@ class LaunchSession:
             try:
                 self._other_items[place] = copy_item(item)
             except Exception as error:
-                self._switch_off(error)
+                self._fault = error.with_traceback(None)  # for the next measurement, which all processes share
         return item
 
     def count(self) -> None:
@@ -226,7 +227,7 @@ class LaunchSession:
             try:
                 best = self.best.save()
             except Exception as error:  # what the script has saved itself matters more
-                self.print_message(f"the best weights could not be saved: {type(error).__name__}: {first_line(error)}")
+                self.print_message(f"the best weights could not be saved: {describe_error(error)}")
         return LaunchResult(self.verdict, self.trace_path, best)
 
     # --- the loop ----------------------------------------------------------------------------------------------------
@@ -252,7 +253,8 @@ class LaunchSession:
             step = first if isinstance(first, int) and first > 0 else 0
             self._accelerator = accelerator()
             running = RunningLoop(self.loops[key], self._accelerator, _read_value(settings), step, step)
-            self._open(running, loader)
+            self._prepare(running, loader)
+            self._begin_trace(running, loader)
         except RefusedInput:
             raise
         except Exception as error:
@@ -262,7 +264,27 @@ class LaunchSession:
         running.since = time.perf_counter()
         return running
 
-    def _open(self, running: RunningLoop, loader: Any) -> None:
+    def _prepare(self, running: RunningLoop, loader: Any) -> None:
+        """Open the trace and draw the held samples; what one process cannot do ends it on all of them.
+
+        Raises:
+            RefusedInput: The trace, the weights or the dataset are not what they must be.
+            DvarError: A fault of this process or of another.
+        """
+        from dvar.launch.judge import Measurement
+
+        error = ""
+        try:
+            self._open(running)
+            self._draw(running, loader)
+        except RefusedInput:
+            raise
+        except Exception as fault:
+            error = describe_error(fault)
+        if error := Measurement((), error).together(running.accelerator).error:
+            raise DvarError(error)
+
+    def _open(self, running: RunningLoop) -> None:
         from dvar.launch.judge import LaunchJudge
 
         config, header = self.config, self.config.header(self.script.name)
@@ -281,13 +303,15 @@ class LaunchSession:
             config.rule, self.trace_path, config.dvar_every, header, running.accelerator, self.print_message
         )
         self._whole = running.loop.by_position
-        self._draw(running, loader)
+
+    def _begin_trace(self, running: RunningLoop, loader: Any) -> None:
+        assert self._judge is not None
         self.verdict = self._judge.begin(running.first)
         self.print_message(
             f"{running.loop.path.name}: the loop of line {running.loop.line} over {len(loader.dataset)} samples of "
             f"{type(loader.dataset).__name__}, with the loss of line {running.loop.loss_line}; L_det on "
-            f"{self._describe_held(running)} every {config.dvar_every} steps, judged by {config.rule!r}, recorded in "
-            f"{self.trace_path}"
+            f"{self._describe_held(running)} every {self.config.dvar_every} steps, judged by {self.config.rule!r}, "
+            f"recorded in {self.trace_path}"
         )
 
     def _draw(self, running: RunningLoop, loader: Any) -> None:
@@ -328,29 +352,44 @@ class LaunchSession:
             running.seconds["train"] = begin - running.since
         self._judged_step = step
         try:
-            measurement = yield from self._yield_held(running, position)
+            measurement = yield from self._yield_held(running, loader, position)
             if measurement.error and not self._whole and not self._recorded:
                 # Some scripts need as many samples as they have in a batch.
-                from dvar.launch.held import find_loader
-
-                self._whole = True
-                self._draw(running, find_loader(loader))
-                measurement = yield from self._yield_held(running, position)
+                self._whole, self._held = True, None
+                measurement = yield from self._yield_held(running, loader, position)
             if measurement.error:
-                raise DvarError(f"the script computed no loss on a held batch ({measurement.error})")
+                raise DvarError(measurement.error)
             running.seconds["probe"] = time.perf_counter() - begin
             self._record(running, step, measurement.losses)
         except Exception as error:
             self._switch_off(error)
         running.since = time.perf_counter()
 
-    def _yield_held(self, running: RunningLoop, position: int | None) -> Generator[Any, None, Measurement]:
-        """Yield the held batches of this process and return the measurement of all."""
+    def _yield_held(self, running: RunningLoop, loader: Any, position: int | None) -> Generator[Any, None, Measurement]:
+        """Yield the held batches of this process and return the measurement of all: the error of one is that of all."""
+        from dvar.launch.held import find_loader
+        from dvar.launch.judge import Measurement
+
+        try:
+            if self._held is None:
+                self._draw(running, find_loader(loader))
+            part = Measurement((yield from self._yield_samples(running, position)))
+        except Exception as error:
+            part = Measurement((), describe_error(error))
+        return part.together(running.accelerator)
+
+    def _yield_samples(self, running: RunningLoop, position: int | None) -> Generator[Any, None, tuple[float, ...]]:
+        """Yield the held batches of this process and return the losses that the script computed on them.
+
+        Raises:
+            DvarError: The script computed no loss on one of them.
+        """
         from dvar.launch.held import sample_seed
-        from dvar.launch.judge import Measurement, describe_error
         from dvar.launch.measurement import measurement_scope
 
         assert self._held is not None
+        if self._fault:
+            raise self._fault
         accelerator, samples = running.accelerator, self._count(running)
         losses: list[Any] = []
         self._error = None
@@ -369,14 +408,14 @@ class LaunchSession:
                     self.measuring = False
             if self._loss is None:
                 error = describe_error(self._error) if self._error else "the loop went on without backward"
-                return Measurement((), error).together(accelerator)
+                raise DvarError(f"the script computed no loss on a held batch ({error})")
             if self._loss.element_size() < 4 and not losses and not self._recorded:
                 self.print_message(
                     f"the script computes its loss in {self._loss.dtype}, of which a rule sees three digits at most: "
                     "let it convert prediction and target with `.float()`"
                 )
             losses.append(self._loss.float().mean())
-        return Measurement(tuple(float(loss) for loss in losses)).together(accelerator)
+        return tuple(float(loss) for loss in losses)
 
     def _record(self, running: RunningLoop, step: int, losses: tuple[float, ...]) -> None:
         assert self._judge is not None
@@ -401,8 +440,6 @@ class LaunchSession:
     @contextlib.contextmanager
     def _report_failure(self, what: str) -> Iterator[None]:
         """Report an error as a line that begins with ``what``, at its first time, and go on."""
-        from dvar.launch.judge import describe_error
-
         try:
             yield
         except Exception as error:
@@ -412,8 +449,7 @@ class LaunchSession:
 
     def _switch_off(self, error: Exception) -> None:
         self._active, self._held = False, None
-        reason = str(error) if isinstance(error, DvarError) else f"{type(error).__name__}: {first_line(error)}"
-        self.print_message(f"the probe is switched off, and training goes on without a stop: {reason}")
+        self.print_message(f"the probe is switched off, and training goes on without a stop: {describe_error(error)}")
 
 
 def _read_value(value: Callable[[], Any]) -> Any:
