@@ -20,7 +20,7 @@ REWRITE = "DVAR_REWRITE_SNAPSHOTS"
 
 OURS = {name for name, item in vars(errors).items() if isinstance(item, type) and issubclass(item, errors.DvarError)}
 BUILT_IN = {"AttributeError", "ImportError", "KeyError", "RuntimeError", "TypeError", "ValueError"}
-SPEAKERS = {*OURS, *BUILT_IN, "warn", "print_message", "print_messages"}
+SPEAKERS = {*OURS, *BUILT_IN, "warn", "print_message", "print_messages", "_report_failure"}
 """What is called with a message: error classes, warnings and the messages of the command line."""
 COLLECTORS = ("problems", "conflicts", "faults")
 """Words in the name of a function that returns or yields messages."""
