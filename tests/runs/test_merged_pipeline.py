@@ -10,6 +10,7 @@ from dvar.config.methods import DreamBoothLoraConfig
 from dvar.runs.export import write_merged_pipeline
 from dvar.testing import tiny_flux_pipeline
 from dvar.training.personalise import personalise
+from dvar.training.run_layout import MODEL_CARD
 
 
 def test_all_parts_that_a_lora_changes_are_merged(tiny_images: Path, tmp_path: Path) -> None:
@@ -38,3 +39,4 @@ def test_all_parts_that_a_lora_changes_are_merged(tiny_images: Path, tmp_path: P
     for part in ("transformer", "text_encoder"):
         before, after = getattr(base, part).state_dict(), getattr(merged, part).state_dict()
         assert any(not after[name].equal(before[name]) for name in before), part
+    assert "safety checker" not in (folders[0] / MODEL_CARD).read_text(encoding="utf-8")

@@ -123,7 +123,7 @@ def write_merged_pipeline(run: str | Path, folder: Path, mixed_precision: str | 
             pipeline.unet.load_state_dict(tensors, strict=False)
     with staged_folder(folder) as staged:
         pipeline.save_pretrained(staged)
-        (staged / MODEL_CARD).write_text(_format_model_card(config), encoding="utf-8", newline="\n")
+        (staged / MODEL_CARD).write_text(_format_model_card(config, pipeline), encoding="utf-8", newline="\n")
     return folder
 
 
@@ -181,8 +181,10 @@ def _append_vector(tokenizer: Any, encoder: Any, token: str, vectors: Tensor) ->
         encoder.to_logits.weight[: old.out_features], encoder.to_logits.bias[: old.out_features] = old.weight, old.bias
 
 
-def _format_model_card(config: TrainingConfig) -> str:
+def _format_model_card(config: TrainingConfig, pipeline: Any) -> str:
     prompt = json.dumps(config.plain_prompt)
+    unchecked = hasattr(pipeline, "safety_checker")
+    note = "It has no safety checker: look at its images before others see them.\n\n" if unchecked else ""
     return f"""# {config.subject}
 
 A whole pipeline: {public_model_name(config)} with {config.learned} merged into it, learned by {config.title}.
@@ -194,5 +196,5 @@ pipeline = DiffusionPipeline.from_pretrained(".")
 pipeline(prompt={prompt}).images[0].save("image.png")
 ```
 
-Licence: that of the base model.
+{note}Licence: that of the base model.
 """
