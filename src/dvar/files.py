@@ -19,6 +19,7 @@ MAX_BYTES = 2**30
 """Size of a text that is read as a whole: more is none of ours, and no log of a run."""
 MAX_NAME = 255
 """Bytes that a name may have on every file system in use."""
+_LEFT_BESIDE_IMAGES = {"Thumbs.db", "desktop.ini"}
 
 
 def read_content(path: Path, limit: int | None = MAX_BYTES) -> bytes:
@@ -58,6 +59,12 @@ def regular_file(path: Path) -> Path:
     """Return ``path``, which another library is to open; raise an `OSError` if it may never end, as `check_regular`."""
     check_regular(path)
     return path
+
+
+def visible_paths(folder: Path) -> list[Path]:
+    """Return what is in a folder, sorted, but for hidden names and what an operating system leaves beside images."""
+    paths = (path for path in sorted(folder.iterdir()) if not path.name.startswith("."))
+    return [path for path in paths if path.name not in _LEFT_BESIDE_IMAGES]
 
 
 def read_text(path: Path, encoding: str = "utf-8") -> str:

@@ -157,6 +157,20 @@ def test_the_digest_is_of_all_files_that_a_run_reads(tmp_path: Path, shared: dic
     assert digest(kohya) != before
 
 
+@pytest.mark.parametrize("name", [".DS_Store", "Thumbs.db", ".thumbnails/00.png"])
+def test_the_digest_is_not_of_what_a_file_manager_leaves(name: str, tmp_path: Path, shared: dict[str, Any]) -> None:
+    folder = tiny_concept(tmp_path / "mug")
+
+    def digest() -> str:
+        table = {**shared, "id": "it", "instance_data_dir": str(folder)}
+        return read_jobs([table], BatchConfig(output_dir=str(tmp_path / "out")))[0].digest
+
+    before = digest()
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(b"view")
+    assert digest() == before
+
+
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path, concepts: Path, shared: dict[str, Any]) -> None:
     table = {**shared, "id": "it", "instance_data_dir": str(concepts / "mug"), "sample_prompts": "none.txt"}
     assert "sample_prompts must be a file, and none.txt is none: check the path" in refuse([table])

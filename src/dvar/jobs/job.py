@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dvar.config.training import FREE_FIELDS, TrainingConfig
-from dvar.files import read_json
+from dvar.files import read_json, visible_paths
 from dvar.jobs.config import Checkpoints
 from dvar.training.methods.registry import config_from_dict
 
@@ -80,8 +80,8 @@ class Job:
 
 def _files_in(folder: Path) -> Iterator[tuple[str, Path]]:
     """Yield the files in a folder of images, and those in the folders in it, whose names say how often they count."""
-    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    paths = visible_paths(folder) if folder.is_dir() else []
     yield from ((path.name, path) for path in paths if path.is_file())
     for part in paths:
-        if part.is_dir() and not part.name.startswith("."):
-            yield from ((f"{part.name}/{path.name}", path) for path in sorted(part.iterdir()) if path.is_file())
+        if part.is_dir():
+            yield from ((f"{part.name}/{path.name}", path) for path in visible_paths(part) if path.is_file())

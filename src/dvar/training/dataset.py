@@ -15,11 +15,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from dvar.config.buckets import Size, nearest_bucket, valid_buckets
 from dvar.config.training import BUNDLED_MODELS, TrainingConfig
 from dvar.errors import RefusedInput, suggest
-from dvar.files import check_regular, parse_json, read_json, read_text
+from dvar.files import check_regular, parse_json, read_json, read_text, visible_paths
 from dvar.training.photographs import is_photograph
 
-# Files that an operating system leaves beside images.
-_IGNORED = {"Thumbs.db", "desktop.ini"}
 _METADATA = "metadata.jsonl"
 # What photographs come in. Pillow opens 40 more, of which some run programs (EPS) or are no images of pixels.
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
@@ -303,7 +301,7 @@ def _split_by_repeats(source: _Source) -> list[_Source]:
     folder = Path(source.folder or "").expanduser()
     if not source.folder or not folder.is_dir():
         return [source]
-    parts = [(path, _REPEATS.match(path.name)) for path in _visible_files(folder)]
+    parts = [(path, _REPEATS.match(path.name)) for path in visible_paths(folder)]
     if not parts or not all(match and path.is_dir() for path, match in parts):
         return [source]
     return [
@@ -325,7 +323,7 @@ def _read_folder(
         message = f"{source.prefix}instance_data_dir must be a folder with images, and {folder} {state}"
         problems.append(f"{message}: check the path")
         return {}, {}
-    files = _visible_files(folder)
+    files = visible_paths(folder)
     caption_files = [file for file in files if file.suffix.lower() == ".txt" or file.name == _METADATA]
     image_files = [file for file in files if file not in caption_files]
     images: dict[str, Image.Image] = {}
@@ -350,12 +348,6 @@ def _read_folder(
     return images, rows
 
 
-def _visible_files(folder: Path) -> list[Path]:
-    """Return the files of ``folder``, sorted, but for hidden ones and those that belong to no concept."""
-    files = (file for file in sorted(folder.iterdir()) if not file.name.startswith("."))
-    return [file for file in files if file.name not in _IGNORED]
-
-
 def _read_class_images(source: _Source, config: TrainingConfig, problems: list[str]) -> list[Image.Image]:
     """Return the class images of the folder that ``source`` names, if any, and add its problems to ``problems``."""
     if not source.class_folder:
@@ -366,7 +358,7 @@ def _read_class_images(source: _Source, config: TrainingConfig, problems: list[s
         problems.append(f"{message}: check the path")
         return []
     images = []
-    for file in _visible_files(folder):
+    for file in visible_paths(folder):
         if file.suffix.lower() == ".txt":
             continue
         try:
