@@ -262,6 +262,16 @@ class BackboneContract:
             if gradient is not None and expected is not None:
                 torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-6)
 
+    def test_its_pipeline_has_the_options_of_the_model(self, tmp_path_factory: Any) -> None:
+        """Turn round each yes or no that model_index.json may say beside its parts, such as whether it is distilled."""
+        backbone = self.load(self.folder(tmp_path_factory))
+        stock = backbone.stock
+        flipped = {name: not value for name, value in stock.config.items() if isinstance(value, bool)}
+        stock.register_to_config(**flipped)
+        pipeline = backbone.pipeline()
+        for name in flipped.keys() - backbone.options.keys():
+            assert pipeline.config[name] == flipped[name], name
+
     def test_prompts_that_are_read_once_change_no_loss_and_no_image(self, tmp_path_factory: Any) -> None:
         """Compare both bit for bit before and after the encoders are given up; a prompt's states ignore its batch."""
         import torch

@@ -60,15 +60,18 @@ def generate(folder: Path, run: Path | None = None) -> np.ndarray[Any, Any]:
     return np.asarray(pipeline(prompt=PROMPT, generator=generator, **size).images[0], dtype=np.int64)
 
 
+@pytest.mark.parametrize("text", [False, True])
 @pytest.mark.parametrize("save", [tiny_pipeline, pytest.param(tiny_flux_pipeline, marks=pytest.mark.slow)])
 def test_stock_diffusers_loads_dora_and_generates_the_same_image(
-    save: Callable[[Path], Path], tiny_images: Path, tmp_path: Path
+    save: Callable[[Path], Path], text: bool, tiny_images: Path, tmp_path: Path
 ) -> None:
     model = save(tmp_path / "model")
-    run = personalise(build_config(model, tiny_images, tmp_path / "run")).folder
+    config = build_config(model, tiny_images, tmp_path / "run", train_text_encoder=text)
+    run = personalise(config).folder
     weights = load_file(run / "pytorch_lora_weights.safetensors")
-    rows = {name: part for name, part in weights.items() if name.endswith(".lora_magnitude_vector")}
+    rows = {name: part for name, part in weights.items() if ".lora_magnitude_vector" in name}
     assert len(rows) == len(weights) / 3
+    assert any(name.startswith("text_encoder.") for name in rows) == text
     (ours,) = sample(load_personalised_backbone(run, device="cpu"), [PROMPT], [5], size=32, steps=2, guidance=4.0)
     theirs = generate(model, run)
     assert np.abs(theirs - np.asarray(ours, dtype=np.int64)).max() <= 1

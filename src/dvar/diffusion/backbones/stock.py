@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
+from inspect import signature
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Self
@@ -398,7 +399,10 @@ class StockBackbone(ABC):
     def pipeline(self, scheduler: Sampler = "model") -> Any:
         """Return a stock pipeline of the same networks, with the model's own scheduler or the named one."""
         sampler = type(self.scheduler) if scheduler == "model" else getattr(diffusers, scheduler)
-        parts = {**self.stock.components, "scheduler": sampler.from_config(self.scheduler.config)}
+        arguments = signature(type(self.stock)).parameters
+        # Of its arguments diffusers counts those without a default as components; others may matter as much.
+        own = {name: value for name, value in self.stock.config.items() if name in arguments}
+        parts = {**own, **self.stock.components, "scheduler": sampler.from_config(self.scheduler.config)}
         pipeline = type(self.stock)(**{**parts, **self.options, **dict.fromkeys(self.cache.released)})
         pipeline.set_progress_bar_config(disable=True)
         for name in self.cache.methods:

@@ -160,8 +160,8 @@ class DreamBoothLora:
 def _exported_name(prefix: str, name: str) -> str:
     """Return the name of an adapter's matrix for other loaders, which keep a level of older text encoders."""
     inner = name.replace(".default", "")
-    if "lora_magnitude_vector" in inner:  # PEFT takes off what its own module adds
+    if prefix.startswith("text_encoder"):
+        return f"{prefix}.text_model.{inner.removeprefix('text_model.')}"
+    if "lora_magnitude_vector" in inner:  # its loader adds what PEFT's own module does, and that of encoders does not
         inner = inner.removesuffix(".weight")
-    if prefix.startswith("text_encoder") and not inner.startswith("text_model."):
-        inner = f"text_model.{inner}"
     return f"{prefix}.{inner}"
