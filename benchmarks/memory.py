@@ -32,6 +32,7 @@ from dvar.diffusion.backbones.stable_diffusion import StableDiffusion
 from dvar.diffusion.backbones.stable_diffusion_3 import StableDiffusion3
 from dvar.diffusion.backbones.stable_diffusion_xl import StableDiffusionXL
 from dvar.diffusion.backbones.z_image import ZImage
+from dvar.diffusion.quantization import linears_in_blocks
 
 FIGURES = Path(__file__).parents[1] / "docs" / "memory.json"
 RESOLUTIONS, RANK, GIB, DTYPE = (512, 1024), 4, 2**30, torch.bfloat16
@@ -230,11 +231,7 @@ def measure(model: Model, resolution: int, checkpointing: bool) -> Step:
         network = model.network().requires_grad_(False)
         backbone = model.backbone(SimpleNamespace(**{model.backbone.denoiser_name: network, **model.parts}), DTYPE)
         weights = sum(part.numel() for part in network.parameters())
-        linears = [
-            layer.weight.numel()
-            for name, layer in network.named_modules()
-            if isinstance(layer, torch.nn.Linear) and any(part.isdigit() for part in name.split("."))
-        ]
+        linears = [layer.weight.numel() for _, layer in linears_in_blocks(network)]
         network.add_adapter(LoraConfig(r=RANK, target_modules=list(backbone.lora_targets["attention"])))
     with FakeTensorMode():
         materialise(network)

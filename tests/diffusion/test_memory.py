@@ -24,7 +24,13 @@ from dvar.diffusion.sampling import rehearse
 from dvar.errors import RefusedInput
 from dvar.runs.export import write_merged_pipeline
 from dvar.runs.load_model import load_personalised_backbone, loading_options
-from dvar.testing import tiny_flux_pipeline, tiny_klein_pipeline, tiny_pipeline, tiny_xl_pipeline
+from dvar.testing import (
+    tiny_flux_pipeline,
+    tiny_klein_pipeline,
+    tiny_pipeline,
+    tiny_xl_pipeline,
+    tiny_z_image_pipeline,
+)
 from dvar.training.methods.dreambooth_lora import DreamBoothLora
 from dvar.training.methods.textual_inversion import TextualInversion
 from dvar.training.personalise import personalise
@@ -59,6 +65,14 @@ def test_a_quantised_base_predicts_nearly_the_same_in_a_part_of_the_memory(
         exact, rounded = whole.predict(*inputs(whole)), small.predict(*inputs(small))
     error = float((rounded - exact).norm() / exact.norm())
     assert 0 < error < {"nf4": 0.3, "int8": 0.05}[kind]
+
+
+def test_what_stands_before_and_after_the_blocks_is_not_quantised(tmp_path: Path) -> None:
+    """Of a Z-Image it has numbers in its names, too: its embedders of time and captions are sequences of layers."""
+    pytest.importorskip("bitsandbytes")
+    backbone = load_backbone(tiny_z_image_pipeline(tmp_path / "model"), device="cpu", quantize="nf4")
+    small = {name for name, layer in backbone.denoiser.named_modules() if type(layer).__name__ == "Linear4bit"}
+    assert {name.split(".")[0] for name in small} == {"layers", "noise_refiner", "context_refiner"}
 
 
 def test_layers_of_8_bits_follow_their_weights_to_other_memory(tmp_path: Path) -> None:

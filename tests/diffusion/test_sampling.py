@@ -13,7 +13,9 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
 
 from dvar.diffusion.backbones.stable_diffusion import StableDiffusion
-from dvar.diffusion.sampling import BATCH, Abandoned, sample, sample_into
+from dvar.diffusion.backbones.stable_diffusion_xl import StableDiffusionXL
+from dvar.diffusion.sampling import BATCH, Abandoned, batch_size, sample, sample_into
+from dvar.testing import tiny_xl_pipeline
 
 
 def equal_pixels(first: Any, second: Any) -> bool:
@@ -90,6 +92,23 @@ def test_more_prompts_than_a_batch_are_sampled_in_batches(tiny_model: Path) -> N
     assert len(images) == BATCH + 1
     image = sample(backbone, ["a mug"], [BATCH], size=32, steps=1)[0]
     assert equal_pixels(images[-1], image)
+
+
+@pytest.mark.parametrize(("size", "images"), [(64, 8), (256, 8), (512, 4), (768, 1), (1024, 1), (2048, 1)])
+def test_a_batch_is_as_large_as_a_decoder_can_take(size: int, images: int) -> None:
+    assert batch_size(size) == images
+
+
+def test_a_prompt_without_a_negative_one_is_sampled_as_if_alone(tmp_path: Path) -> None:
+    """An empty negative prompt is none to this pipeline: it would be encoded, where none is zeros."""
+    backbone = StableDiffusionXL.load(tiny_xl_pipeline(tmp_path / "model"), device="cpu")
+    options: dict[str, Any] = {"size": 32, "steps": 2, "guidance": 6.0}
+    prompts, seeds = ["a mug", "a mug", "a cat"], [3, 3, 4]
+    images = sample(backbone, prompts, seeds, negatives=[None, "dark", None], **options)
+    for index in (0, 2):
+        assert equal_pixels(images[index], sample(backbone, prompts[index : index + 1], [seeds[index]], **options)[0])
+    assert not equal_pixels(images[0], images[1])
+    assert not equal_pixels(images[0], sample(backbone, ["a mug"], [3], negatives=[""], **options)[0])
 
 
 def test_a_folder_holds_all_of_its_images_or_does_not_exist(tiny_model: Path, tmp_path: Path) -> None:

@@ -173,6 +173,7 @@ DAMAGE: list[tuple[Callable[[Path], object], str]] = [
     ),
     (as_float8, "must hold weights of 16 or 32 bits, got F8_E4M3: name the full checkpoint"),
     (lambda file: change(file, v_pred=torch.zeros(0)), "predicts velocity, and the scheduler of single_file_config"),
+    (lambda file: change(file, ztsnr=torch.zeros(0)), "has no signal at its last timestep (ztsnr), and the scheduler"),
     (
         lambda file: change(file, conditioner__embedders__0__model__text_projection=torch.zeros(1)),
         "is a refiner, which continues images of another model: name the base model",
@@ -189,6 +190,29 @@ def test_a_single_file_that_cannot_be_trained_is_refused_by_its_header(
     (problem,) = model_problems(ModelSource(str(file), single_file_config=str(tiny_model)))
     assert message in problem
     assert "\n" not in problem
+
+
+def test_a_file_of_2_needs_its_configs(tmp_path: Path, tiny_model: Path) -> None:
+    """Those of 512 px predict noise, those of 768 px velocity, and the tensors are the same."""
+    file = save_file_of(tiny_model, tmp_path / "model.safetensors")
+    change(file, cond_stage_model__model__token_embedding__weight=torch.zeros(1))
+    (problem,) = model_problems(ModelSource(str(file)))
+    assert (
+        "does not say whether it predicts noise, as those of 512 px do, or velocity, as those of 768 px: name a folder"
+        in problem
+    )
+
+
+def test_a_scheduler_that_agrees_with_the_marks_of_a_file_is_taken(tmp_path: Path, tiny_model: Path) -> None:
+    file = save_file_of(tiny_model, tmp_path / "model.safetensors")
+    change(file, v_pred=torch.zeros(0), ztsnr=torch.zeros(0))
+    configs = shutil.copytree(tiny_model, tmp_path / "configs")
+    scheduler = configs / "scheduler" / "scheduler_config.json"
+    source = ModelSource(str(file), single_file_config=str(configs))
+    assert len(model_problems(source)) == 2
+    marks = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | marks))
+    assert model_problems(source) == []
 
 
 def test_a_pickle_is_refused_by_its_name(tmp_path: Path) -> None:

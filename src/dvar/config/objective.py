@@ -24,7 +24,7 @@ class ObjectiveConfig(Config):
 
     timestep_sampling: TimestepSampling = setting(
         "model",
-        "How training draws timesteps: 'model' is uniform for diffusion and logit-normal for flow matching.",
+        "How training draws timesteps: 'model' is logit-normal for Stable Diffusion 3 and uniform for all others.",
         section="Objective",
     )
     logit_mean: float = setting(0.0, "Mean of logit-normal timesteps; above 0 there is more noise.", Range(-10, 10))

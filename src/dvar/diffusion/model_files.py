@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,11 +95,19 @@ def _file_problems(source: ModelSource) -> list[str]:
     if missing:
         message = f"{file} lacks {', '.join(missing)}"
         return [f"{message}, and so does {name}: name a whole checkpoint, or a folder that has the rest"]
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    if "v_pred" in single_file.read_header(file) and scheduler.get("prediction_type") != "v_prediction":
+    return list(_scheduler_problems(file, name, read_json(folder / "scheduler" / "scheduler_config.json")))
+
+
+def _scheduler_problems(file: Path, name: str, scheduler: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a single file says of its noise that the scheduler of its configs does not."""
+    marks = single_file.read_header(file).keys()
+    if "v_pred" in marks and scheduler.get("prediction_type") != "v_prediction":
         message = f"{file} predicts velocity, and the scheduler of {name} says {scheduler.get('prediction_type')}"
-        return [f"{message}: copy the folder, and write v_prediction into its scheduler_config.json"]
-    return []
+        yield f"{message}: copy the folder, and write v_prediction into its scheduler_config.json"
+    if "ztsnr" in marks and not scheduler.get("rescale_betas_zero_snr"):
+        message = f"{file} has no signal at its last timestep (ztsnr), and the scheduler of {name} leaves some"
+        remedy = 'copy the folder, and write "rescale_betas_zero_snr": true and "timestep_spacing": "trailing" into its'
+        yield f"{message}: {remedy} scheduler_config.json"
 
 
 def _config_problems(title: str, folder: Path, remedy: str) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dvar.diffusion.randomness import generator
-from dvar.diffusion.timesteps import LOGIT_NORMAL, UNIFORM, Density
+from dvar.diffusion.timesteps import UNIFORM, Density
 
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 Choose = Callable[[str, int], int]
@@ -184,12 +184,12 @@ class Schedule:
         sigmas: Tensor,
         scaling_factor: float | Tensor,
         shift_factor: float | Tensor = 0.0,
-        density: Density = LOGIT_NORMAL,
+        density: Density = UNIFORM,
     ) -> Schedule:
         """Return the schedule of a model of flow matching, from its noise levels in rising order, float32 [T].
 
         Source: Esser et al., Scaling Rectified Flow Transformers (2024), Section 3: z_t = (1 - sigma) z_0 + sigma
-            epsilon, and timesteps drawn from a logit-normal density.
+            epsilon.
         """
         return cls(1 - sigmas, sigmas, 1000 * sigmas, "flow", scaling_factor, shift_factor, density)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,9 +29,7 @@ def quantize_linears(network: Any, kind: str, precision: torch.dtype, device: to
 
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line for each layer and step
     layers = bitsandbytes.nn
-    for name, layer in list(network.named_modules()):
-        if type(layer) is not nn.Linear or not any(part.isdigit() for part in name.split(".")):
-            continue
+    for name, layer in list(linears_in_blocks(network)):
         size: dict[str, Any] = {"input_features": layer.in_features, "output_features": layer.out_features}
         weight, bias = layer.weight.data.to(precision), layer.bias
         if kind == "nf4":
@@ -48,6 +47,14 @@ def quantize_linears(network: Any, kind: str, precision: torch.dtype, device: to
         setattr(network.get_submodule(parent), place, new.to(device).eval())
     # By which PEFT recognises what stands under its matrices.
     network.is_loaded_in_4bit, network.is_loaded_in_8bit = kind == "nf4", kind == "int8"
+
+
+def linears_in_blocks(network: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Yield the linear layers in the repeated blocks of a network, which are lists of modules, by their names."""
+    lists = [name for name, part in network.named_modules() if isinstance(part, nn.ModuleList)]
+    for name, layer in network.named_modules():
+        if type(layer) is nn.Linear and any(name.startswith(f"{blocks}.") for blocks in lists):
+            yield name, layer
 
 
 def _follow_weights(layer: Any, _inputs: Any) -> None:

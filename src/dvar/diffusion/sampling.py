@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from dvar.diffusion.backbone import Backbone
 from dvar.files import staged_folder
 from dvar.stopping.probe import preserve_state
 
-BATCH = 8
-"""Images in one forward pass."""
+BATCH, PIXELS = 8, 2**20
+"""Images in one forward pass at most, and their pixels: a decoder in float32 takes some 3 KiB for each."""
 
 
 class Abandoned(Exception):
@@ -32,7 +33,7 @@ def sample(
     steps: int = 50,
     guidance: float = 7.5,
     scheduler: Sampler = "model",
-    negatives: Sequence[str] | None = None,
+    negatives: Sequence[str | None] | None = None,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> list[Image.Image]:
     """Return one generated RGB image for each prompt, its noise drawn on the CPU from its own seed.
@@ -48,7 +49,7 @@ def sample(
         steps: Denoising steps.
         guidance: Weight of guidance, as the stock pipeline counts it; as a rule there is none with 1 or less.
         scheduler: The scheduler, by default the model's own.
-        negatives: What guidance leads away from, for each prompt; by default what the stock pipeline takes.
+        negatives: What guidance leads away from, for each prompt; where there is none, what the stock pipeline takes.
         interrupted: Whether to stop; asked after each denoising step.
 
     Raises:
@@ -66,10 +67,10 @@ def sample(
     images: list[Image.Image] = []
     decoding = _decoding_in_float32(pipeline, backbone.device.type)
     with preserve_state(backbone.modules), backbone.autocast(), backbone.generating(pipeline), decoding:
-        for first in range(0, len(prompts), BATCH):
+        for part in _iter_batches(negatives or [None] * len(prompts), size):
             output = pipeline(
-                **_options(backbone, prompts, negatives, first, guidance),
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds[first : first + BATCH]],
+                **_options(backbone, prompts[part], negatives[part] if negatives else None, guidance),
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
                 height=size,
                 width=size,
                 num_inference_steps=steps,
@@ -102,7 +103,7 @@ def rehearse(
     *,
     size: int,
     guidance: float,
-    negatives: Sequence[str] | None = None,
+    negatives: Sequence[str | None] | None = None,
 ) -> None:
     """Have the stock pipeline read these prompts in the batches of `sample`, and generate nothing."""
 
@@ -113,19 +114,37 @@ def rehearse(
         raise Rehearsed
 
     with preserve_state(backbone.modules), backbone.autocast():
-        for first in range(0, len(prompts), BATCH):
+        for part in _iter_batches(negatives or [None] * len(prompts), size):
             pipeline = backbone.pipeline()
             pipeline.prepare_latents = stop  # which every pipeline calls once it has read its prompts
             with suppress(Rehearsed), backbone.generating(pipeline):
-                pipeline(**_options(backbone, prompts, negatives, first, guidance), height=size, width=size)
+                options = _options(backbone, prompts[part], negatives[part] if negatives else None, guidance)
+                pipeline(**options, height=size, width=size)
+
+
+def batch_size(size: int) -> int:
+    """Return how many images of this side are generated in one forward pass."""
+    return max(1, min(BATCH, PIXELS // size**2))
+
+
+def _iter_batches(negatives: Sequence[str | None], size: int) -> Iterator[slice]:
+    """Yield the parts of a list of prompts that are generated in one pass: all with a negative prompt, or all without.
+
+    An empty one would stand for none otherwise, which is not the same to every pipeline.
+    """
+    first = 0
+    for _, same in groupby(negatives, lambda negative: negative is None):
+        last = first + len(list(same))
+        yield from (slice(start, min(start + batch_size(size), last)) for start in range(first, last, batch_size(size)))
+        first = last
 
 
 def _options(
-    backbone: Backbone, prompts: Sequence[str], negatives: Sequence[str] | None, first: int, guidance: float
+    backbone: Backbone, prompts: Sequence[str], negatives: Sequence[str | None] | None, guidance: float
 ) -> dict[str, Any]:
-    """Return the arguments of the stock pipeline for the batch from prompt ``first`` on."""
-    batch = slice(first, first + BATCH)
-    return backbone.generation_options(prompts[batch], guidance, negatives[batch] if negatives is not None else None)
+    """Return the arguments of the stock pipeline for a batch, of which all have a negative prompt or none."""
+    texts = [negative for negative in negatives or () if negative is not None]
+    return backbone.generation_options(prompts, guidance, texts or None)
 
 
 def to_images(pixels: torch.Tensor) -> list[Image.Image]:

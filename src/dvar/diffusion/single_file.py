@@ -31,7 +31,7 @@ class FileKind:
     Attributes:
         pipeline: The class of its diffusers pipeline.
         title: Its family in prose.
-        configs: The hub id of its configs and tokenizers.
+        configs: The hub id of its configs and tokenizers; empty where models with different ones look the same.
         parts: How the names of tensors begin in the file, by the part of the pipeline; without the denoising network
             where it has two ways.
     """
@@ -52,7 +52,7 @@ SD_1 = FileKind(
 SD_2 = FileKind(
     "StableDiffusionPipeline",
     "Stable Diffusion 2.x",
-    "stabilityai/stable-diffusion-2-1",
+    "",
     {"unet": "model.diffusion_model.", "vae": _VAE, "text_encoder": "cond_stage_model.model."},
 )
 XL = FileKind(

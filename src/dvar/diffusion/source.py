@@ -55,7 +55,12 @@ class ModelSource:
             return Path(self.name)
         if not self.is_file:
             return fetch_configs(self.name, self.revision)
-        configs = self.single_file_config or single_file.find_kind(Path(self.name)).configs
+        kind = single_file.find_kind(Path(self.name))
+        configs = self.single_file_config or kind.configs
+        if not configs:
+            message = f"{self.name} is of a {kind.title} and does not say whether it predicts noise, as those of 512 px"
+            remedy = "name a folder or hub id with its configs by --single_file_config"
+            raise ModelError(f"{message} do, or velocity, as those of 768 px: {remedy}")
         folder = Path(configs).expanduser()
         try:
             return folder if folder.is_dir() else fetch_configs(configs, None)

@@ -16,7 +16,7 @@ import torch
 from dvar.cluster.places import Places
 from dvar.config.methods import PAPER_METHODS, CustomDiffusionConfig
 from dvar.config.presets import preset_settings
-from dvar.diffusion.sampling import BATCH
+from dvar.diffusion.sampling import batch_size
 from dvar.recordings.protocol import PROTOCOLS, START_UP_CLASS_IMAGES, UNSEEN
 from dvar.recordings.record import is_complete
 from dvar.recordings.recorded_run import DONE
@@ -107,7 +107,7 @@ def measure_unit_seconds(spec: RecordingSpec) -> dict[str, float]:
         train = _median_seconds(lambda number: run.learner.update(run.training_losses, number + 1), REPETITIONS)
         train /= _relative_batch(spec)
         forward = _median_seconds(lambda _: run.probe(), REPETITIONS) / run.config.eval_batch_size
-        count = min(BATCH, len(prompts.prompts))
+        count = min(batch_size(run.config.resolution), len(prompts.prompts))
         images = _median_seconds(lambda _: recorder.generate(prompts.prompts[:count], prompts.seeds[:count]), 3)
     return {"start_up": start_up, "train": train, "forward": forward, "picture": images / count}
 

@@ -163,18 +163,15 @@ class TrainingRun:
         self.backbone.release_encoders(generate, images=not config.random_rescale)
 
     @cached_property
-    def sample_texts(self) -> tuple[list[str], list[str] | None, list[int]]:
-        """The prompts, the negative ones, if any, and the seeds of the sample images."""
+    def sample_texts(self) -> tuple[list[str], list[str | None], list[int]]:
+        """The prompts, the negative one of each, if any, and the seeds of the sample images."""
         config = self.config
         prompts = [prompt for prompt in read_sample_prompts(config) for _ in range(config.num_validation_images)]
         seeds = [
             (config.seed if prompt.seed is None else prompt.seed) + index % config.num_validation_images
             for index, prompt in enumerate(prompts)
         ]
-        negatives = (
-            [prompt.negative or "" for prompt in prompts] if any(prompt.negative for prompt in prompts) else None
-        )
-        return [prompt.prompt for prompt in prompts], negatives, seeds
+        return [prompt.prompt for prompt in prompts], [prompt.negative for prompt in prompts], seeds
 
     def steps(self, interrupted: Callable[[], bool], series: Series | None = None) -> Iterator[StepRecord]:
         """Train by itself, writing the trace and the checkpoints; ``series`` is as for `training_loop`."""
@@ -244,11 +241,10 @@ class TrainingRun:
         config, samples = self.config, self.folder / SAMPLES
         prompts, negatives, seeds = self.sample_texts
         samples.mkdir(exist_ok=True)
-        rows: list[dict[str, Any]] = [
-            {"prompt": prompt, "seed": seed} for prompt, seed in zip(prompts, seeds, strict=True)
+        rows = [
+            {"prompt": prompt, "seed": seed, **({"negative_prompt": negative} if negative else {})}
+            for prompt, negative, seed in zip(prompts, negatives, seeds, strict=True)
         ]
-        if negatives is not None:
-            rows = [{**row, "negative_prompt": text} for row, text in zip(rows, negatives, strict=True)]
         write_json(samples / SAMPLE_PROMPTS, rows)
         return sample_into(
             samples / step_name(step),

@@ -21,8 +21,10 @@ from dvar.testing import (
     tiny_klein_pipeline,
     tiny_ldm_pipeline,
     tiny_pipeline,
+    tiny_qwen_image_pipeline,
     tiny_sd3_pipeline,
     tiny_xl_pipeline,
+    tiny_z_image_pipeline,
 )
 
 Save = Callable[..., Path]
@@ -32,7 +34,23 @@ def edit(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_timesteps_of_flow_matching_are_logit_normal() -> None:
+@pytest.mark.parametrize(
+    ("save", "kind"),
+    [
+        (tiny_pipeline, "uniform"),
+        (tiny_sd3_pipeline, "logit-normal"),
+        (tiny_flux_pipeline, "uniform"),
+        (tiny_klein_pipeline, "uniform"),
+        (tiny_z_image_pipeline, "uniform"),
+        (tiny_qwen_image_pipeline, "uniform"),
+    ],
+)
+def test_noise_levels_are_drawn_as_in_diffusers_script_of_the_family(save: Save, kind: str, tmp_path: Path) -> None:
+    """By the default of its --weighting_scheme: "none" is uniform, and that of Stable Diffusion 3 "logit_normal"."""
+    assert load_backbone(save(tmp_path / "model"), device="cpu").schedule.density.kind == kind
+
+
+def test_timesteps_of_a_logit_normal_density() -> None:
     examples = Encoded(torch.randn(1, 1, 8, 2, 2), [torch.zeros(1, 4, dtype=torch.int64)])
     draws = draw(examples, timesteps=1000, seed=1, stream="train", count=4000, density=LOGIT_NORMAL)
     # The quartiles of the sigmoid of a standard Gaussian are sigmoid(-0.6745), 0.5 and sigmoid(0.6745).

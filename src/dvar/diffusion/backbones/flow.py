@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 from torch import Tensor
 
 from dvar.diffusion.backbones.stock import StockBackbone
 from dvar.diffusion.objective import Schedule
+from dvar.diffusion.timesteps import UNIFORM, Density
 from dvar.errors import ModelError
 
 
@@ -16,7 +18,12 @@ class FlowBackbone(StockBackbone):
 
     Where the scheduler shifts them by the size of the image as it generates, training has the levels before that shift,
     as in diffusers' scripts.
+
+    Attributes:
+        density: How training draws noise levels, as diffusers' script of the family does.
     """
+
+    density: ClassVar[Density] = UNIFORM
 
     def check(self, name: str | Path) -> None:
         """Raise a `ModelError` if the scheduler is not one of flow matching, and as its base class does."""
@@ -38,4 +45,5 @@ class FlowBackbone(StockBackbone):
     def schedule(self) -> Schedule:
         """The noise and the target under which it was trained: those of its own scheduler."""
         config = self.vae.config
-        return Schedule.flow(self.noise.float().cpu(), config.scaling_factor, config.shift_factor or 0.0)
+        shift = config.shift_factor or 0.0
+        return Schedule.flow(self.noise.float().cpu(), config.scaling_factor, shift, self.density)

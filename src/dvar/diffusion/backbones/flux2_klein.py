@@ -48,9 +48,8 @@ class Flux2Klein(FlowBackbone):
         """The noise and the target under which it was trained, with the scale of each channel [4C, 1, 1]."""
         mean, variance = self.vae.bn.running_mean, self.vae.bn.running_var
         scale = (variance + self.vae.config.batch_norm_eps).rsqrt()
-        return Schedule.flow(
-            self.noise.float().cpu(), scale.float().cpu().reshape(-1, 1, 1), mean.float().cpu().reshape(-1, 1, 1)
-        )
+        scale, mean = (values.float().cpu().reshape(-1, 1, 1) for values in (scale, mean))
+        return Schedule.flow(self.noise.float().cpu(), scale, mean, self.density)
 
     @torch.no_grad()
     def encode(self, images: Sequence[Image.Image]) -> Tensor:

@@ -45,7 +45,7 @@ class QwenImage(FlowBackbone):
             torch.tensor(values).reshape(-1, 1, 1)
             for values in (self.vae.config.latents_mean, self.vae.config.latents_std)
         )
-        return Schedule.flow(self.noise.float().cpu(), 1 / deviation, mean)
+        return Schedule.flow(self.noise.float().cpu(), 1 / deviation, mean, self.density)
 
     def generation_options(
         self, prompts: Sequence[str], guidance: float, negatives: Sequence[str] | None = None

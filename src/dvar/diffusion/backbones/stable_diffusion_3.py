@@ -13,6 +13,7 @@ from torch import Tensor
 from dvar.diffusion.backbones.flow import FlowBackbone
 from dvar.diffusion.backbones.prompt_cache import States
 from dvar.diffusion.backbones.stock import TextTower
+from dvar.diffusion.timesteps import LOGIT_NORMAL, Density
 
 T5 = "text_encoder_3"
 T5_LENGTH = 256
@@ -30,6 +31,7 @@ class StableDiffusion3(FlowBackbone):
     pipeline_class: ClassVar[str] = "StableDiffusion3Pipeline"
     title: ClassVar[str] = "Stable Diffusion 3"
     denoiser_name: ClassVar[str] = "transformer"
+    density: ClassVar[Density] = LOGIT_NORMAL
     embeds_keys: ClassVar[Mapping[str, str | None]] = MappingProxyType(
         {"text_encoder": "clip_l", "text_encoder_2": "clip_g", T5: None}
     )
