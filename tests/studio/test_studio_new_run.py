@@ -88,7 +88,7 @@ def test_a_name_from_the_browser_reaches_no_file_that_is_no_image_of_the_draft(t
 @pytest.mark.parametrize("model", MODELS)
 def test_the_form_shows_the_numbers_of_the_preset(method: str, model: str) -> None:
     config = configure({"pretrained_model_name_or_path": model}, METHODS[method].config_type)
-    numbers = preset_numbers(method, model)
+    numbers = preset_numbers(method, model, MODELS)
     assert numbers["window"] == config.window
     assert numbers["max_train_steps"] == config.max_train_steps
 

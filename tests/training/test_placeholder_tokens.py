@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dvar.config.methods import TextualInversionConfig
+from dvar.config.methods import DreamBoothLoraConfig, TextualInversionConfig
 from dvar.testing import tiny_tokenizer
 from dvar.training.placeholder_tokens import problems, token_id
 
@@ -33,6 +33,22 @@ def test_a_caption_of_exactly_the_maximum_length_is_accepted(tokenizer: Any) -> 
     assert problems(full, tokenizer, {"00.png": "a " * 73 + "<thing>"}) == []
     (problem,) = problems(full, tokenizer, {"00.png": "a " * 74 + "<thing>"})
     assert "the text of 00.png must be at most 77 tokens, got 78" in problem
+
+
+def test_a_caption_is_as_long_as_the_longest_reader_takes(tokenizer: Any) -> None:
+    """CLIP reads 77 tokens with its two marks, and must read the new word; another encoder reads the rest."""
+    reader = tiny_tokenizer()
+    reader.model_max_length = 100
+    assert problems(CONFIG, tokenizer, {"00.png": "a " * 74 + "<thing>" + " a" * 10}, reader) == []
+    (problem,) = problems(CONFIG, tokenizer, {"00.png": "a " * 76 + "<thing>"}, reader)
+    assert problem == (
+        "the text of 00.png must have <thing> in the 77 tokens that its encoder reads: put it nearer to the beginning"
+    )
+    (problem,) = problems(CONFIG, tokenizer, {"00.png": "<thing>" + " a" * 110}, reader)
+    assert "the text of 00.png must be at most 100 tokens, got" in problem
+    lora = DreamBoothLoraConfig(instance_prompt="a " * 90)
+    assert problems(lora, tokenizer, {}, reader) == []
+    assert len(problems(lora, tokenizer, {})) == 2  # the prompt of the samples, too
 
 
 def test_an_initializer_may_be_a_token_that_is_not_a_word(tokenizer: Any) -> None:

@@ -147,11 +147,13 @@ def _train(
 ) -> int:
     """Do what `run_training` does; ``begin`` is called with each step."""
     from dvar.config.presets import configure_to_cap
+    from dvar.training.family_fit import family_settings
     from dvar.training.preflight import is_main_process, preflight
 
-    config, scaled = configure_to_cap(settings, config_type)
+    config, scaled = configure_to_cap(settings, config_type, family_settings)
     if config.extend:
-        config, scaled = configure_to_cap({**_read_step_settings(config.output_dir), **settings}, config_type)
+        settings = {**_read_step_settings(config.output_dir), **settings}
+        config, scaled = configure_to_cap(settings, config_type, family_settings)
     concept = preflight(config)
     if not is_main_process(os.environ):  # which speaks for the others
         from dvar.training.personalise import personalise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -16,6 +16,7 @@ from dvar.errors import RefusedInput, nearest
 from dvar.stopping.verdict import MIN_RECORDS
 
 C = TypeVar("C", bound=TrainingConfig)
+ModelSettings = Callable[[TrainingConfig], Mapping[str, Any]]
 
 # The paper's values are the defaults of the config classes; the table says where each was published.
 _DEFAULTS = {
@@ -244,22 +245,24 @@ def preset_settings(name: str, method: str = TI) -> dict[str, Any]:
     return {row.setting: row.value for row in TABLE if (row.name, row.method) == (name, method)}
 
 
-def configure(values: Mapping[str, Any], config_type: type[C]) -> C:
+def configure(values: Mapping[str, Any], config_type: type[C], model_settings: ModelSettings | None = None) -> C:
     """Return the config of a run: ``values`` over the preset over the defaults.
 
     Without a ``preset`` in ``values`` it is that of the bundled model, "mini" or "mini-flow", and "lean" for any other
-    model; methods of other packages have none. "smoke" stands over that preset of the model, and what the rule octave
-    needs over any. The config keeps the name.
+    model; methods of other packages have none. "smoke" stands over that preset of the model, what a model of another
+    family needs over "lean", and what the rule octave needs over any. The config keeps the name.
     Ranges are not checked here: `dvar.config.training.problems`.
 
     Args:
         values: Settings by field name or alias; paths may be `Path`.
         config_type: The config class of the method.
+        model_settings: Returns what the base model of a config needs in place of "lean", whose values are for Stable
+            Diffusion 1.5.
 
     Raises:
         RefusedInput: Settings are unknown, or the preset is.
     """
-    named, preset = _split_settings(values, config_type)
+    named, preset = _split_settings(values, config_type, model_settings)
     return config_type(**{**preset, **named})
 
 
@@ -276,7 +279,9 @@ STEP_SETTINGS = ("window", "probe_every", "validation_steps", "checkpointing_ste
 """The settings that count steps of a run and are scaled to a low cap, the window first."""
 
 
-def configure_to_cap(values: Mapping[str, Any], config_type: type[C]) -> tuple[C, str]:
+def configure_to_cap(
+    values: Mapping[str, Any], config_type: type[C], model_settings: ModelSettings | None = None
+) -> tuple[C, str]:
     """Return the config of `configure` with the preset's steps scaled to a low cap, and a sentence that says so.
 
     A loss that falls in a straight line is stopped after window / sqrt(threshold) steps, and one that slows down no
@@ -286,11 +291,12 @@ def configure_to_cap(values: Mapping[str, Any], config_type: type[C]) -> tuple[C
     Args:
         values: As for `configure`.
         config_type: The config class of the method.
+        model_settings: As for `configure`.
 
     Raises:
         RefusedInput: As `configure`.
     """
-    named, preset = _split_settings(values, config_type)
+    named, preset = _split_settings(values, config_type, model_settings)
     config, cap = config_type(**{**preset, **named}), named.get("max_train_steps")
     if not isinstance(cap, int) or not preset.keys() >= {"window", "threshold"}:
         return config, ""
@@ -312,7 +318,9 @@ def configure_to_cap(values: Mapping[str, Any], config_type: type[C]) -> tuple[C
     return replace(config, **scaled), sentence
 
 
-def _split_settings(values: Mapping[str, Any], config_type: type[C]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _split_settings(
+    values: Mapping[str, Any], config_type: type[C], model_settings: ModelSettings | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the settings in ``values`` with the name of the preset, and those of the preset beneath them."""
     plain = {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
     named = canonical_settings(plain, config_type)
@@ -322,9 +330,12 @@ def _split_settings(values: Mapping[str, Any], config_type: type[C]) -> tuple[di
     model = named.get("pretrained_model_name_or_path", BUNDLED_MODEL)
     has_own = model in BUNDLED_MODELS and any((row.name, row.method) == (model, method) for row in TABLE)
     own = model if has_own else "lean"
-    settings = preset_settings(name or own, method)
+    base = own if name in (None, SMOKE) else name
+    settings = preset_settings(base, method)
+    if base == "lean" and model_settings:
+        settings |= model_settings(config_type(**{**settings, **named}))
     if name == SMOKE:
-        settings = {**preset_settings(own, method), **settings}
+        settings |= preset_settings(name, method)
     if named.get("rule") == "octave":
         settings |= {setting: value for setting, (value, _) in OCTAVE.items()}
         if "probe_every" in named:

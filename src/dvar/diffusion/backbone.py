@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from dvar.config.training import Sampler
+from dvar.diffusion import tokens
 from dvar.diffusion.families import find_family
 from dvar.diffusion.source import ModelSource, as_source
 from dvar.diffusion.tokens import read_index
@@ -184,3 +185,14 @@ def load_tokenizer(name: str | Path | ModelSource) -> Any:
     """
     source = as_source(name)
     return find_family(source.name, read_index(source)["_class_name"]).load_tokenizer(source.config_folder)
+
+
+def load_long_tokenizer(name: str | Path | ModelSource) -> Any:
+    """Return the tokenizer of the text encoder that reads what the CLIPs beside it cut off; None where there is none.
+
+    Raises:
+        ModelError: It cannot be read, or no backbone is registered for the model.
+    """
+    source = as_source(name)
+    family = find_family(source.name, read_index(source)["_class_name"])
+    return tokens.load_long_tokenizer(source.config_folder, *family.long_tokenizer) if family.long_tokenizer else None

@@ -35,7 +35,13 @@ class BackboneEntry:
         multiple: What the side of its images is a multiple of, in pixels.
         lora_targets: The names of its choices of matrices for LoRA; none are checked before loading if empty.
         learns_no_token: The reason if no placeholder token can be learned; empty if one can.
+        long_tokenizer: The folder of the tokenizer of an encoder that reads what the CLIPs beside it cut off, and how
+            many tokens it reads; None if there is no such encoder.
         reads_negatives: Whether its stock pipeline takes a negative prompt.
+        settings: What takes the place of the paper's settings, which are for Stable Diffusion 1.5: the steps and the
+            guidance of its stock pipeline, the resolution of diffusers' script.
+        lora_settings: The same for LoRA alone, as by default in diffusers' script.
+        few_steps: The steps of a model of it that is distilled to few.
     """
 
     pipeline: str
@@ -48,7 +54,16 @@ class BackboneEntry:
     multiple: int = 8
     lora_targets: tuple[str, ...] = ()
     learns_no_token: str = ""
+    long_tokenizer: tuple[str, int] | None = None
     reads_negatives: bool = True
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    lora_settings: Mapping[str, Any] = field(default_factory=dict)
+    few_steps: int = 4
+
+    def settings_of(self, method: str, *, distilled: bool) -> dict[str, Any]:
+        """Return what takes the place of the paper's settings for a method, on a model that is distilled or not."""
+        few = {"num_inference_steps": self.few_steps, "guidance_scale": 0.0} if distilled else {}
+        return {**self.settings, **(self.lora_settings if method == "dreambooth-lora" else {}), **few}
 
     @property
     def is_unet(self) -> bool:
@@ -115,6 +130,7 @@ _CLIP, _KL = ("clip_text_model", "clip"), ("AutoencoderKL",)
 _UNET_TARGETS = ("attention", "cross-attention", "attention+gates")
 _LANGUAGE_MODEL = "its text encoder is a language model, and stock diffusers loads no learned word into one"
 _CHANNELS = "transformer.in_channels"
+_LORA = {"learning_rate": 1e-4, "adam_weight_decay": 1e-4, "max_grad_norm": 1.0}
 
 BACKBONES: Registry[BackboneEntry] = Registry("backbone", "dvar.backbones")
 """Every family by the class of its pipelines. Other packages add theirs by an entry point of "dvar.backbones"."""
@@ -142,6 +158,7 @@ for entry in (
         (("unet.in_channels", ("vqvae.latent_channels",)), ("unet.cross_attention_dim", ("bert.d_model",))),
         lora_targets=_UNET_TARGETS,
         reads_negatives=False,
+        settings={"resolution": 256},
     ),
     BackboneEntry(
         "StableDiffusionXLPipeline",
@@ -155,6 +172,8 @@ for entry in (
             ("unet.cross_attention_dim", ("text_encoder.hidden_size", "text_encoder_2.hidden_size")),
         ),
         lora_targets=_UNET_TARGETS,
+        settings={"resolution": 1024, "guidance_scale": 5.0},
+        lora_settings=_LORA,
     ),
     BackboneEntry(
         "StableDiffusion3Pipeline",
@@ -172,6 +191,9 @@ for entry in (
         ),
         multiple=16,
         lora_targets=("attention",),
+        long_tokenizer=("tokenizer_3", 256),
+        settings={"num_inference_steps": 28, "guidance_scale": 7.0},
+        lora_settings=_LORA,
     ),
     BackboneEntry(
         "FluxPipeline",
@@ -188,6 +210,9 @@ for entry in (
         multiple=16,
         lora_targets=("attention",),
         reads_negatives=False,
+        long_tokenizer=("tokenizer_2", 512),
+        settings={"num_inference_steps": 28, "guidance_scale": 3.5},
+        lora_settings=_LORA,
     ),
     BackboneEntry(
         "Flux2KleinPipeline",
@@ -204,6 +229,8 @@ for entry in (
         lora_targets=("attention",),
         reads_negatives=False,
         learns_no_token=_LANGUAGE_MODEL,
+        settings={"guidance_scale": 4.0},
+        lora_settings=_LORA,
     ),
     BackboneEntry(
         "ZImagePipeline",
@@ -216,6 +243,9 @@ for entry in (
         multiple=16,
         lora_targets=("attention",),
         learns_no_token=_LANGUAGE_MODEL,
+        settings={"guidance_scale": 5.0},
+        lora_settings=_LORA,
+        few_steps=8,
     ),
     BackboneEntry(
         "QwenImagePipeline",
@@ -232,6 +262,8 @@ for entry in (
         multiple=16,
         lora_targets=("attention",),
         learns_no_token=_LANGUAGE_MODEL,
+        settings={"guidance_scale": 4.0},
+        lora_settings=_LORA,
     ),
 ):
     BACKBONES.register(entry.pipeline, entry)

@@ -73,6 +73,20 @@ def load_language_tokenizer(name: str | Path) -> Any:
     return tokenizer
 
 
+def load_long_tokenizer(name: str | Path, folder: str, length: int) -> Any:
+    """Return the tokenizer in a folder of a model whose encoder reads ``length`` tokens; None where it has none.
+
+    Raises:
+        ModelError: It cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    if not (Path(name) / folder).is_dir():
+        return None
+    with _tokenizer_errors(name, "base"):
+        return AutoTokenizer.from_pretrained(name, subfolder=folder, model_max_length=length)
+
+
 def _check_vocabulary(name: str | Path, tokenizer: Any, kind: str) -> None:
     """Raise a `ModelError` if transformers made up an empty vocabulary, as it does without files."""
     if len(tokenizer) < 128:  # a real one spells at least the letters

@@ -22,6 +22,7 @@ from dvar.jobs.job import Job
 from dvar.jobs.store import is_url
 from dvar.recordings.concepts import read_noun
 from dvar.training import pack_fit, rule
+from dvar.training.family_fit import family_settings
 from dvar.training.methods.registry import METHODS
 
 if sys.version_info >= (3, 11):
@@ -152,7 +153,7 @@ def _build_job(table: Table, shared: Table, config: BatchConfig) -> Job:
         problems.append(f"id must be letters, digits, '.', '_' and '-', got {name!r}: give another")
     values.setdefault("output_dir", f"{config.output_dir.rstrip('/')}/{name}")
     limit = {} if config.checkpoints == "all" else {"checkpoints_total_limit": 1}
-    run, scaled = configure_to_cap({**values, **limit}, config_type)
+    run, scaled = configure_to_cap({**values, **limit}, config_type, family_settings)
     problems += [*training_config.problems(run), *rule.problems(run), *_path_problems(run)]
     problems += pack_fit.problems(run) if config.pack > 1 else []
     if problems:

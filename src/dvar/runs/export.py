@@ -12,13 +12,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from dvar.config.training import TrainingConfig
-from dvar.diffusion.backbone import load_backbone
+from dvar.diffusion.backbone import Backbone, load_backbone
 from dvar.diffusion.source import ModelSource
 from dvar.errors import RefusedInput
 from dvar.files import read_json, regular_file, staged_folder
 from dvar.runs import kohya
 from dvar.runs.load_model import load_personalised_backbone, load_result, load_weights, loading_options
-from dvar.training.loading_code import STABLE_DIFFUSION
+from dvar.training.loading_code import STABLE_DIFFUSION, generate_line
 from dvar.training.publish import push_run, repository_problems
 from dvar.training.run_layout import CLIP_EMBEDS, EMBEDS, LORA, MODEL_CARD, weights_kind
 from dvar.training.weight_files import public_model_name, write_weights
@@ -109,7 +109,8 @@ def write_merged_pipeline(run: str | Path, folder: Path, mixed_precision: str | 
     weights = load_weights(Path(run), result["weights"])
     options = loading_options(config, mixed_precision, quantize="no", offload=False)
     load_personalised_backbone(run, device="cpu", **options)
-    pipeline = load_backbone(ModelSource.of(config), device="cpu", **options).pipeline()
+    backbone = load_backbone(ModelSource.of(config), device="cpu", **options)
+    pipeline = backbone.pipeline()
     for name, tensors in zip(result["weights"], weights, strict=True):
         kind = weights_kind(name)
         if kind == EMBEDS:
@@ -123,7 +124,7 @@ def write_merged_pipeline(run: str | Path, folder: Path, mixed_precision: str | 
             pipeline.unet.load_state_dict(tensors, strict=False)
     with staged_folder(folder) as staged:
         pipeline.save_pretrained(staged)
-        (staged / MODEL_CARD).write_text(_format_model_card(config, pipeline), encoding="utf-8", newline="\n")
+        (staged / MODEL_CARD).write_text(_format_model_card(config, backbone), encoding="utf-8", newline="\n")
     return folder
 
 
@@ -181,9 +182,8 @@ def _append_vector(tokenizer: Any, encoder: Any, token: str, vectors: Tensor) ->
         encoder.to_logits.weight[: old.out_features], encoder.to_logits.bias[: old.out_features] = old.weight, old.bias
 
 
-def _format_model_card(config: TrainingConfig, pipeline: Any) -> str:
-    prompt = json.dumps(config.plain_prompt)
-    unchecked = hasattr(pipeline, "safety_checker")
+def _format_model_card(config: TrainingConfig, backbone: Backbone) -> str:
+    unchecked = backbone.title == STABLE_DIFFUSION
     note = "It has no safety checker: look at its images before others see them.\n\n" if unchecked else ""
     return f"""# {config.subject}
 
@@ -193,7 +193,7 @@ A whole pipeline: {public_model_name(config)} with {config.learned} merged into 
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained(".")
-pipeline(prompt={prompt}).images[0].save("image.png")
+{generate_line(config, config.plain_prompt, backbone.title)}
 ```
 
 {note}Licence: that of the base model.

@@ -16,6 +16,7 @@ from dvar.runs.run_folder import RunFolder
 from dvar.stopping.diagnosis import Reason
 from dvar.training.loading_code import (
     STABLE_DIFFUSION,
+    generate_line,
     import_lines,
     load_lines,
     load_pipeline_line,
@@ -116,7 +117,7 @@ def _program(run: RunFolder) -> str:
         "",
         f"pipeline = {load_pipeline_line(config, config.pretrained_model_name_or_path)}",
         *load_lines(weights, run.config["output_dir"], run.config["placeholder_token"], family),
-        f'pipeline(prompt={_quote(_prompt(run))}).images[0].save("image.png")',
+        generate_line(config, _prompt(run), family),
     ]
     return "\n".join(lines)
 

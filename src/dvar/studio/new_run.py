@@ -19,6 +19,7 @@ from dvar.studio.library import list_runs
 from dvar.studio.queue import enqueue
 from dvar.studio.run_files import IMAGES
 from dvar.training.dataset import read_image
+from dvar.training.family_fit import family_settings
 from dvar.training.methods.registry import METHODS
 from dvar.training.preflight import preflight
 
@@ -90,9 +91,10 @@ class Estimate:
     peak: int | None
 
 
-def preset_numbers(method: str, model: str) -> dict[str, Any]:
-    """Return the numbers of the form by the preset of a method and a model."""
-    config = configure({"pretrained_model_name_or_path": model or BUNDLED_MODEL}, METHODS.find(method).config_type)
+def preset_numbers(method: str, model: str, models: Mapping[str, str]) -> dict[str, Any]:
+    """Return the numbers of the form by the preset of a method and a model, one of ``models`` or a hub id."""
+    settings = {"pretrained_model_name_or_path": models.get(model, model) or BUNDLED_MODEL}
+    config = configure(settings, METHODS.find(method).config_type, family_settings)
     return {name: getattr(config, name) for name in NUMBERS}
 
 
@@ -142,7 +144,7 @@ def check_new_run(form: Form, root: Path, models: Mapping[str, str]) -> tuple[Ch
     draft = Draft(root)
     try:
         settings = build_settings(form, root, models, draft.images_folder)
-        config, scaled = configure_to_cap(settings, METHODS.find(form.method).config_type)
+        config, scaled = configure_to_cap(settings, METHODS.find(form.method).config_type, family_settings)
     except RefusedInput as error:
         return Check(tuple(ImageCheck(path.name) for path in draft.images), error.problems, ()), None
     rows = tuple(_check_image(path, config) for path in draft.images)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -83,13 +84,13 @@ def add_new_run_page(studio: Studio, page: gr.Blocks) -> None:
     def load(seen: int) -> list[Any]:
         form = {**DEFAULTS, **draft.read_form()}
         try:
-            presets = preset_numbers(str(form["method"]), str(form["model"]))
+            presets = preset_numbers(str(form["method"]), str(form["model"]), studio.models)
         except DvarError:
-            presets = preset_numbers(DEFAULTS["method"], DEFAULTS["model"])
+            presets = preset_numbers(DEFAULTS["method"], DEFAULTS["model"], studio.models)
         return [seen + 1, *(form[key] for key in TEXTS), *(form.get(key, presets[key]) for key in NUMBERS)]
 
     def use_preset(method: str, model: str) -> list[Any]:
-        values, _ = answer(lambda: preset_numbers(method, model))
+        values, _ = answer(lambda: preset_numbers(method, model, studio.models))
         return [values[key] for key in NUMBERS] if values else [gr.skip()] * len(NUMBERS)
 
     def remember(*values: Any) -> None:
@@ -101,7 +102,7 @@ def add_new_run_page(studio: Studio, page: gr.Blocks) -> None:
 
     def fill_captions(seen: int, *values: Any) -> tuple[int, Any]:
         def write() -> None:
-            form = _read_form(values)
+            form = _read_form(values, studio.models)
             settings = build_settings(form, studio.root, studio.models, draft.images_folder)
             draft.fill_captions(configure(settings, METHODS.find(form.method).config_type).caption_templates)
 
@@ -110,7 +111,7 @@ def add_new_run_page(studio: Studio, page: gr.Blocks) -> None:
 
     def check(*values: Any) -> str:
         def look() -> str:
-            answered, config = check_new_run(_read_form(values), studio.root, studio.models)
+            answered, config = check_new_run(_read_form(values, studio.models), studio.root, studio.models)
             cost = estimate(config, studio.root) if config else None
             images = {path.name: path for path in draft.images}
             return show_check(answered, images, cost, config.max_train_steps if config else None)
@@ -119,7 +120,7 @@ def add_new_run_page(studio: Studio, page: gr.Blocks) -> None:
         return html or refusal
 
     def begin(*values: Any) -> tuple[str, str]:
-        run, refusal = answer(lambda: start(_read_form(values), studio.root, studio.models))
+        run, refusal = answer(lambda: start(_read_form(values, studio.models), studio.root, studio.models))
         if run is None:
             return refusal, ""
         ensure_runner(studio.root)
@@ -167,11 +168,11 @@ def _add_caption(draft: Draft, path: Path, version: gr.State) -> None:
     remove.click(drop, version, version, **QUIET)
 
 
-def _read_form(values: Any) -> Form:
+def _read_form(values: Any, models: Mapping[str, str]) -> Form:
     """Return the form from the values of its fields; of its numbers, those that are not the preset's."""
     texts = [str(value or "").strip() for value in values[: len(TEXTS)]]
     name, method, model, word, noun, prompt = texts
-    presets = preset_numbers(method, model)
+    presets = preset_numbers(method, model, models)
     entered = dict(zip(NUMBERS, values[len(TEXTS) :], strict=True))
     numbers = {
         key: type(presets[key])(value) for key, value in entered.items() if value is not None and value != presets[key]

@@ -1,8 +1,10 @@
-"""Checks of a config against the family of its base model: what this family cannot learn or do."""
+"""A config and the family of its base model: what the family takes by default, and what it cannot learn or do."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 from dvar.config.buckets import valid_buckets
 from dvar.config.training import TrainingConfig
@@ -10,6 +12,22 @@ from dvar.diffusion.families import BackboneEntry, find_family
 from dvar.diffusion.source import ModelSource
 from dvar.diffusion.tokens import read_index
 from dvar.errors import ModelError
+
+DISTILLED = ("schnell", "turbo")
+"""Words in the names of models that generate in a few steps, without guidance."""
+
+
+def family_settings(config: TrainingConfig) -> dict[str, Any]:
+    """Return what the base model of ``config``, where it is at hand, takes in place of the paper's settings."""
+    source = ModelSource.of(config)
+    try:
+        index = read_index(source)
+        family = find_family(source.name, index["_class_name"])
+    except ModelError:
+        return {}
+    words = Path(source.name).name.lower()
+    distilled = index.get("is_distilled") is True or any(word in words for word in DISTILLED)
+    return family.settings_of(config.method, distilled=distilled)
 
 
 def problems(config: TrainingConfig) -> list[str]:

@@ -11,6 +11,7 @@ from dvar.diffusion.single_file import find_kind
 from dvar.training.run_layout import ATTENTION, CLIP_EMBEDS, EMBEDS, LORA, WEIGHTS, weights_kind
 
 STABLE_DIFFUSION, STABLE_DIFFUSION_3, LATENT_DIFFUSION = "Stable Diffusion", "Stable Diffusion 3", "Latent Diffusion"
+QWEN_IMAGE = "Qwen-Image"
 """Families by their `Backbone.title`; the first is what results mean that are from before there were others."""
 
 
@@ -58,6 +59,22 @@ def load_lines(
     """
     ordered = sorted(names, key=lambda name: (WEIGHTS.index(weights_kind(name)), name))
     return [line for name in ordered for line in _load_lines_of(name, folder, json.dumps(token), family)]
+
+
+def generate_line(config: TrainingConfig, prompt: str, family: str = STABLE_DIFFUSION) -> str:
+    """Return the line that generates an image of a prompt with ``pipeline``, as the samples of the run are.
+
+    Args:
+        config: The config of the run.
+        prompt: The prompt.
+        family: The family of the base model, by its `Backbone.title`.
+    """
+    quoted = json.dumps(prompt, ensure_ascii=False)
+    guidance = f"guidance_scale={config.guidance_scale:g}"
+    if family == QWEN_IMAGE:
+        guidance = f'negative_prompt=" ", true_cfg_scale={config.guidance_scale:g}'
+    options = f"num_inference_steps={config.num_inference_steps}, {guidance}"
+    return f'pipeline(prompt={quoted}, {options}).images[0].save("image.png")'
 
 
 _BERT_LINES = """for token, vectors in load_file({path}).items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from dvar.files import read_content, write_atomically
 from dvar.stopping.verdict import Verdict
 from dvar.training.loading_code import (
     STABLE_DIFFUSION,
+    generate_line,
     import_lines,
     load_lines,
     load_pipeline_line,
@@ -82,7 +82,7 @@ def _facts(
         "subject": config.subject,
         "learned": config.learned[:1].upper() + config.learned[1:],
         "kind": config.kind,
-        "quoted_prompt": json.dumps(prompt, ensure_ascii=False),
+        "generates": generate_line(config, prompt, family),
         "verdict": verdict.sentence,
         "settings": "\n".join(
             f"| {key} | {str(value).replace('|', chr(92) + '|')} |"
@@ -122,7 +122,7 @@ tags:
 
 pipeline = {source}
 {loads}
-pipeline(prompt={quoted_prompt}).images[0].save("image.png")
+{generates}
 ```
 
 How training ended: {verdict}.

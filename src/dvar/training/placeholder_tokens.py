@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 from dvar.config.training import TrainingConfig
-from dvar.diffusion.backbone import load_tokenizer
+from dvar.diffusion.backbone import load_long_tokenizer, load_tokenizer
 from dvar.diffusion.source import ModelSource
 from dvar.errors import nearest
 
@@ -43,18 +43,37 @@ def load_tokenizer_of(config: TrainingConfig) -> Tokenizer:
     return tokenizer
 
 
-def problems(config: TrainingConfig, tokenizer: Tokenizer, captions: Mapping[str, str]) -> list[str]:
+def load_long_tokenizer_of(config: TrainingConfig) -> Tokenizer | None:
+    """Return the tokenizer of the text encoder of ``config`` that reads what its CLIPs cut off, if it has one.
+
+    Raises:
+        ModelError: It cannot be read.
+    """
+    tokenizer: Tokenizer | None = load_long_tokenizer(ModelSource.of(config))
+    return tokenizer
+
+
+def problems(
+    config: TrainingConfig,
+    tokenizer: Tokenizer,
+    captions: Mapping[str, str],
+    long_tokenizer: Tokenizer | None = None,
+) -> list[str]:
     """Return what is wrong, by ``tokenizer``, with the placeholder tokens, the initializer tokens and the captions.
 
     Args:
         config: The config of the run.
         tokenizer: The tokenizer of its base model.
         captions: The captions of its images, by the name of what they belong to.
+        long_tokenizer: The tokenizer of a text encoder that reads what that of ``tokenizer`` cuts off, if it has one.
     """
+    texts = {**captions, "validation_prompt": config.sample_prompt}
+    if config.instance_prompt:
+        texts["instance_prompt"] = config.instance_prompt
     return [
         *_placeholder_problems(config, tokenizer),
         *_initializer_problems(config, tokenizer),
-        *_length_problems(config, tokenizer, captions),
+        *(problem for text in texts.items() for problem in _length_problems(config, tokenizer, *text, long_tokenizer)),
     ]
 
 
@@ -79,20 +98,31 @@ def _initializer_problems(config: TrainingConfig, tokenizer: Tokenizer) -> Itera
             yield f"{message}; try {near}" if near else f"{message}; try a more common word for the kind of thing it is"
 
 
-def _length_problems(config: TrainingConfig, tokenizer: Tokenizer, captions: Mapping[str, str]) -> Iterator[str]:
-    """Yield the texts that are longer than the tokenizer admits."""
-    texts = {**captions, "validation_prompt": config.sample_prompt}
-    if config.instance_prompt:
-        texts["instance_prompt"] = config.instance_prompt
-    for name, text in texts.items():
-        known_part, vectors = text, 0
+def _length_problems(
+    config: TrainingConfig, tokenizer: Tokenizer, name: str, text: str, long_tokenizer: Tokenizer | None
+) -> Iterator[str]:
+    """Yield what is too long in a text: the whole, or what stands before a new word where another encoder reads on."""
+    prefixes = ("", *FAR, *NEAR) if config.random_rescale and name != "validation_prompt" else ("",)
+    most, reader = tokenizer.model_max_length, long_tokenizer or tokenizer
+    if long_tokenizer:
+        length = max(len(long_tokenizer.encode(prefix + text)) for prefix in prefixes)
         for token in config.placeholder_tokens:
-            known_part, vectors = known_part.replace(token, " "), vectors + config.num_vectors * text.count(token)
-        prefixes = ("", *FAR, *NEAR) if config.random_rescale and name != "validation_prompt" else ("",)
-        length = max(len(tokenizer.encode(prefix + known_part)) for prefix in prefixes) + vectors
-        if length > tokenizer.model_max_length:
-            message = f"the text of {name} must be at most {tokenizer.model_max_length} tokens, got {length}"
-            yield f"{message}: shorten it"
+            start = text[: text.rfind(token) + len(token)] if token in text else ""
+            if _count_tokens(config, tokenizer, start, prefixes) > most:
+                message = f"the text of {name} must have {token} in the {most} tokens that its encoder reads"
+                yield f"{message}: put it nearer to the beginning"
+    else:
+        length = _count_tokens(config, tokenizer, text, prefixes)
+    if length > reader.model_max_length:
+        yield f"the text of {name} must be at most {reader.model_max_length} tokens, got {length}: shorten it"
+
+
+def _count_tokens(config: TrainingConfig, tokenizer: Tokenizer, text: str, prefixes: Sequence[str]) -> int:
+    """Return the tokens of a text after the longest prefix, each new word counted by its vectors."""
+    known_part, vectors = text, 0
+    for token in config.placeholder_tokens:
+        known_part, vectors = known_part.replace(token, " "), vectors + config.num_vectors * text.count(token)
+    return max(len(tokenizer.encode(prefix + known_part)) for prefix in prefixes) + vectors
 
 
 def token_names(placeholder_token: str, count: int) -> tuple[str, ...]:

@@ -51,7 +51,9 @@ def preflight(
     if load_tokenizer and not model_problems and not fit_problems:
         try:
             tokenizer = load_tokenizer(valid)
-            problems += placeholder_tokens.problems(valid, tokenizer, concept.prompts)
+            problems += placeholder_tokens.problems(
+                valid, tokenizer, concept.prompts, placeholder_tokens.load_long_tokenizer_of(valid)
+            )
         except ModelError as error:
             if isinstance(error, UnreachableModel) and not problems:
                 raise  # which another attempt may find reachable
