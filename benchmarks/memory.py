@@ -40,6 +40,16 @@ CLIP_L, CLIP_G, T5, QWEN3_4B, QWEN3_8B, QWEN_VL = 0.123, 0.695, 4.762, 4.022, 8.
 """Billions of weights of the text encoders, by their configs."""
 
 
+KL = partial(
+    diffusers.AutoencoderKL,
+    block_out_channels=(128, 256, 512, 512),
+    layers_per_block=2,
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4,
+)
+KL_4, KL_16 = partial(KL, latent_channels=4), partial(KL, latent_channels=16)
+
+
 @dataclass(frozen=True)
 class Model:
     """A base model at full size.
@@ -51,6 +61,8 @@ class Model:
         channels: The channels of its latents, as training has them.
         factor: Pixels of a latent's side.
         states: The shapes of what its text encoders give for a caption.
+        autoencoder: Builds its autoencoder.
+        latents: The shape of the latents that it decodes, without height and width.
         frozen, clips: Billions of weights of encoders that learn no word, and of those that can, each.
     """
 
@@ -60,6 +72,8 @@ class Model:
     channels: int
     factor: int
     states: Mapping[str, tuple[tuple[int, ...], ...]]
+    autoencoder: Callable[[], Any] = KL_16
+    latents: tuple[int, ...] = (1, 16)
     clips: tuple[float, ...] = ()
     frozen: tuple[float, ...] = ()
     parts: Mapping[str, Any] = field(default_factory=dict)
@@ -134,6 +148,8 @@ MODELS = (
         4,
         8,
         {"text_encoder": ((77, 768),)},
+        KL_4,
+        (1, 4),
         clips=(CLIP_L,),
     ),
     Model(
@@ -143,6 +159,8 @@ MODELS = (
         4,
         8,
         CLIPS,
+        KL_4,
+        (1, 4),
         clips=(CLIP_L, CLIP_G),
         parts=VAE,
     ),
@@ -183,6 +201,8 @@ MODELS = (
         128,
         16,
         {"text_encoder": ((512, 7680),)},
+        diffusers.AutoencoderKLFlux2,
+        (1, 32),
         frozen=(QWEN3_4B,),
     ),
     Model(
@@ -192,6 +212,8 @@ MODELS = (
         128,
         16,
         {"text_encoder": ((512, 12288),)},
+        diffusers.AutoencoderKLFlux2,
+        (1, 32),
         frozen=(QWEN3_8B,),
     ),
     Model(
@@ -210,6 +232,8 @@ MODELS = (
         16,
         8,
         {"text_encoder": ((64, 3584),)},
+        diffusers.AutoencoderKLQwenImage,
+        (1, 16, 1),
         frozen=(QWEN_VL,),
     ),
 )
@@ -251,6 +275,18 @@ def measure(model: Model, resolution: int, checkpointing: bool) -> Step:
     return Step(weights, sum(linears), learned, live.peak)
 
 
+def measure_decoding(model: Model, resolution: int) -> int:
+    """Return the bytes beside its weights that the decoder takes for a sample of ``resolution``, in float32."""
+    with torch.device("meta"):
+        autoencoder = model.autoencoder().requires_grad_(False)
+    with FakeTensorMode(), torch.no_grad():
+        materialise(autoencoder, torch.float32)
+        side = resolution // 8
+        with LiveBytes([*autoencoder.parameters(), *autoencoder.buffers()]) as live:
+            autoencoder.decode(torch.randn(*model.latents, side, side))
+    return live.peak
+
+
 class LiveBytes(TorchDispatchMode):
     """The most bytes that tensors which operations return hold at once, without what ``held`` holds."""
 
@@ -278,11 +314,11 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def materialise(network: torch.nn.Module) -> None:
-    """Put fake tensors on the CPU in the place of those without a device, frozen weights in half precision."""
+def materialise(network: torch.nn.Module, frozen: torch.dtype = DTYPE) -> None:
+    """Put fake tensors on the CPU in the place of those without a device, frozen weights in a precision."""
     for layer in network.modules():
         for name, part in list(layer.named_parameters(recurse=False)):
-            dtype = torch.float32 if part.requires_grad else DTYPE
+            dtype = torch.float32 if part.requires_grad else frozen
             setattr(layer, name, torch.nn.Parameter(torch.empty(part.shape, dtype=dtype), part.requires_grad))
         for parts in (layer._buffers, vars(layer)):
             for name, part in list(parts.items()):
@@ -297,11 +333,13 @@ def main() -> None:
         if sys.argv[1:] and not any(word in model.name for word in sys.argv[1:]):
             continue
         for resolution in RESOLUTIONS:
+            decoding = round(measure_decoding(model, resolution) / GIB, 2)
             for checkpointing in (False, True):
                 step = measure(model, resolution, checkpointing)
                 row = {"model": model.name, "resolution": resolution, "checkpointing": checkpointing}
                 row |= {"weights": round(step.weights / 1e9, 2), "in_blocks": round(step.in_blocks / 1e9, 2)}
                 row |= {"learned": round(step.learned / 1e9, 5), "rest_gib": round(step.rest / GIB, 2)}
+                row |= {"decoding_gib": decoding}
                 rows.append({**row, "clips": list(model.clips), "frozen": list(model.frozen)})
                 print(rows[-1], flush=True)
                 gc.collect()

@@ -23,6 +23,11 @@ def train_gib(row: dict[str, Any], in_block: float) -> float:
     return float((frozen + row["learned"] * ADAMW) * BILLION / GIB + row["rest_gib"] + BESIDES)
 
 
+def sample_gib(row: dict[str, Any], in_block: float) -> float:
+    """Return the GiB of decoding a sample beside a network whose frozen weights in blocks take ``in_block`` bytes."""
+    return train_gib({**row, "rest_gib": row["decoding_gib"]}, in_block)
+
+
 def encoders_gib(row: dict[str, Any]) -> tuple[float, float]:
     """Return the GiB of all text encoders and of the largest, CLIPs in 32 bits and others in 16."""
     sizes = [size * FULL for size in row["clips"]] + [size * HALF for size in row["frozen"]]
@@ -47,9 +52,13 @@ def page() -> str:
             thrifty, plain = (by_key[name, resolution, checkpointing] for checkpointing in (True, False))
             cells += [f"{train_gib(plain, HALF):.1f}", f"{train_gib(thrifty, HALF):.1f}"]
             cells += [f"{train_gib(thrifty, INT8):.1f}", f"{train_gib(thrifty, NF4):.1f}"]
-        cells.append(smallest_card(max(train_gib(by_key[name, 1024, True], NF4), largest + BESIDES)))
+        large = by_key[name, 1024, True]
+        cells.append(smallest_card(max(train_gib(large, NF4), sample_gib(large, NF4), largest + BESIDES)))
         lines.append(f"| {' | '.join(cells)} |")
-    return TEXT.replace("{rows}", "\n".join(lines))
+    sizes = {row["model"]: row["decoding_gib"] for row in rows if row["resolution"] == 1024}
+    usual = min(sizes.values())
+    others = ", ".join(f"{name} {size:.1f}" for name, size in sizes.items() if size > 1.1 * usual)
+    return TEXT.replace("{rows}", "\n".join(lines)).replace("{decoding}", f"{usual:.1f} GiB ({others})")
 
 
 TEXT = """# What memory a family needs
@@ -72,6 +81,9 @@ The last column is the smallest card, in GiB, for 1,024 px with `--gradient_chec
   start of a run needs the sum of both; with `--offload` they are there one at a time, which needs the figure in
   brackets. The encoder half of the autoencoder is freed in the same way. None of this changes a loss or an image.
 - **A new word** keeps the encoders that learn it, which are CLIPs; T5 is freed all the same.
+- **Samples** and class images are generated in batches of at most 1,024 × 1,024 pixels, one image of that size or four
+  of 512, and decoded in float32. Beside the weights a batch takes {decoding} for that, which the
+  last column counts.
 - **Half precision.** Under `--mixed_precision bf16` the denoising network and the text encoders that learn no word have
   their weights in bfloat16, and weights that are stored in 16 bits are loaded so. Under `fp16` those encoders stay in
   float32, for T5 overflows in fp16.
