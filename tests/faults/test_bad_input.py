@@ -297,7 +297,7 @@ RUNS = [
     Case("got OMPI_COMM_WORLD_SIZE=4", (), environment=(("OMPI_COMM_WORLD_SIZE", "4"),)),
     Case("{folder}/nowhere", ("report", "{folder}/nowhere"), method=None),
     Case("a run folder holds config.json, {folder}/images does not", ("report", "{folder}/images"), method=None),
-    Case("export needs --step, --merged, --kohya or --push_to_hub", ("export", "{folder}/out"), method=None),
+    Case("export needs --step, --merged, --kohya, --embedding or", ("export", "{folder}/out"), method=None),
     Case("concept 'red_mugg' is not bundled", ("demo", "--concept", "red_mugg"), method=None),
     Case("--prompt", ("generate", "{folder}/out"), method=None),
     Case("generat", ("generat",), method=None),

@@ -98,18 +98,48 @@ def loaded_products(pipeline: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("base", "version", "architecture"),
+    ("family", "denoiser", "prediction", "version", "architecture"),
     [
-        ((768, "epsilon"), "sd_v1", "stable-diffusion-v1"),
-        ((1024, "epsilon"), "sd_v2", "stable-diffusion-v2-512"),
-        ((1024, "v_prediction"), "sd_v2_v", "stable-diffusion-v2-768-v"),
+        ("Stable Diffusion", {"cross_attention_dim": 768}, "epsilon", "sd_v1", "stable-diffusion-v1"),
+        ("Stable Diffusion", {"cross_attention_dim": 1024}, "epsilon", "sd_v2", "stable-diffusion-v2-512"),
+        ("Stable Diffusion", {"cross_attention_dim": 1024}, "v_prediction", "sd_v2_v", "stable-diffusion-v2-768-v"),
+        ("Stable Diffusion 3", {"num_layers": 24}, None, "sd3", "stable-diffusion-3-m"),
+        (
+            "Stable Diffusion 3",
+            {"num_layers": 24, "dual_attention_layers": [0]},
+            None,
+            "sd3",
+            "stable-diffusion-3-5-medium",
+        ),
+        ("Stable Diffusion 3", {"num_layers": 38}, None, "sd3", "stable-diffusion-3-5-large"),
+        ("FLUX.1", {"guidance_embeds": True}, None, "flux1", "flux-1-dev"),
+        ("FLUX.1", {"guidance_embeds": False}, None, "flux1", "flux-1-schnell"),
+        ("FLUX.2 klein", {"joint_attention_dim": 7680}, None, "flux_2_klein_4b", "Flux.2-klein-4b"),
+        ("FLUX.2 klein", {"joint_attention_dim": 12288}, None, "flux_2_klein_9b", "Flux.2-klein-9b"),
     ],
 )
-def test_stable_diffusion_2_is_named_as_such(base: tuple[int, str], version: str, architecture: str) -> None:
-    metadata = describe(DreamBoothLoraConfig(instance_prompt=PROMPT), "Stable Diffusion", 4, 2.0, "mug", base=base)
+def test_each_model_of_a_family_has_its_name(
+    family: str, denoiser: dict[str, Any], prediction: str | None, version: str, architecture: str
+) -> None:
+    config = DreamBoothLoraConfig(instance_prompt=PROMPT)
+    metadata = describe(config, family, 4, 2.0, "mug", denoiser=denoiser, prediction=prediction)
     assert metadata["ss_base_model_version"] == version
     assert metadata["modelspec.architecture"] == f"{architecture}/lora"
-    assert metadata.get("ss_v2") == ("True" if base[0] == 1024 else None)
+    assert metadata.get("ss_v2") == ("True" if version.startswith("sd_v2") else None)
+    assert metadata.get("modelspec.prediction_type") == {"epsilon": "epsilon", "v_prediction": "v"}.get(
+        prediction or ""
+    )
+
+
+def test_the_trigger_is_what_readers_call_the_word() -> None:
+    config = DreamBoothLoraConfig(placeholder_token="<my-mug>")
+    by_word = describe(config, "Stable Diffusion", 4, 2.0, "mug", word="my-mug-word")
+    assert by_word["modelspec.trigger_phrase"] == "my-mug-word"
+    assert json.loads(by_word["ss_tag_frequency"]) == {"concept": {"my-mug-word": 1}}
+    assert "embedding of <my-mug>" in by_word["modelspec.usage_hint"]
+    assert "modelspec.usage_hint" not in describe(
+        DreamBoothLoraConfig(instance_prompt=PROMPT), "Stable Diffusion", 4, 2.0, "mug"
+    )
 
 
 def generate(pipeline: Any) -> Any:

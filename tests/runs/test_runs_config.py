@@ -43,7 +43,7 @@ def test_settings_are_refused_by_name_and_all_at_once() -> None:
         "got 'DDIM'",
         "prompt is missing: give --prompt the text of the images, with the learned word in it",
     ]
-    message = "export needs --step, --merged, --kohya or --push_to_hub, got none: name what to write"
+    message = "export needs --step, --merged, --kohya, --embedding or --push_to_hub, got none: name what to write"
     assert problems(ExportConfig()) == [message]
     assert problems(ExportConfig(kohya="lora.safetensors", mixed_precision="bf16")) == [
         "mixed_precision is for a pipeline, got bf16 without --merged: drop it"

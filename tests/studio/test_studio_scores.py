@@ -120,7 +120,28 @@ def test_of_the_weights_of_the_best_step_only_files_of_the_run_are_exported(mug_
         assert archive.namelist() == names
 
 
-@pytest.mark.parametrize("name", ["LoRA for ComfyUI and AUTOMATIC1111", "anything", "../x", None])
+def test_other_programs_get_the_word_too_and_what_it_is_called(
+    mug_run: Path, downloads: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lora = "pytorch_lora_weights.safetensors"
+    (mug_run / lora).write_bytes(b"weights")
+    write_json(mug_run / RESULT, {**read_json(mug_run / RESULT), "weights": ["learned_embeds.safetensors", lora]})
+
+    def run_command(words: list[str]) -> str:
+        files = {Path(words[words.index(flag) + 1]) for flag in ("--kohya", "--embedding")}
+        for file in files:
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(b"written")
+        return "\n".join(map(str, sorted(files)))
+
+    monkeypatch.setattr(commands, "run_command", run_command)
+    with zipfile.ZipFile(commands.export(find_run(mug_run.parent, "mug"), commands.OTHERS)) as archive:
+        names = ["mug/README.txt", "mug/mug-word.safetensors", "mug/mug.safetensors"]
+        assert sorted(name for name in archive.namelist() if not name.endswith("/")) == names
+        assert archive.read(names[0]) == b"mug-word.safetensors\nmug.safetensors"
+
+
+@pytest.mark.parametrize("name", ["LoRA", "anything", "../x", None])
 def test_a_format_that_the_run_does_not_have_is_refused(mug_run: Path, name: str) -> None:
     with pytest.raises(RefusedInput, match="cannot be exported"):
         commands.export(find_run(mug_run.parent, "mug"), name)

@@ -57,21 +57,32 @@ def export(run: Path, /, **flags: Any) -> int:
     """
     config = ExportConfig(**flags)
     raise_problems(problems(config))
-    from dvar.runs.export import list_embeddings, push_finished_run, write_kohya_lora, write_merged_pipeline
+    from dvar.runs import export as exports
+    from dvar.runs.load_model import load_result
     from dvar.runs.take_step import take_step
+    from dvar.training.loading_code import has_embedding
 
+    embedding = Path(config.embedding).expanduser() if config.embedding else None
+    lora = Path(config.kohya).expanduser() if config.kohya else None
+    raise_problems(exports.embedding_problems(run, embedding) if embedding else [])
+    raise_problems(exports.kohya_problems(run, lora) if lora else [])
     if config.step is not None:
         for path in take_step(run, config.step):
             print(path)
-    if config.kohya:
-        print(write_kohya_lora(run, Path(config.kohya).expanduser()))
-        for path in list_embeddings(run):
-            print(f"note      the new word is not in it but in {path}, which prompts need too:")
-            print(f"          ComfyUI and AUTOMATIC1111 read it as an embedding, called {path.stem} in prompts")
+    if embedding:
+        print(exports.write_embedding(run, embedding))
+        print("note      in prompts the new word is called by the name of this file:")
+        for line in exports.describe_embedding(run, embedding.stem):
+            print(f"          {line}")
+    if lora:
+        print(exports.write_kohya_lora(run, lora, embedding.stem if embedding else None))
+        trained, result = load_result(run)
+        if not embedding and has_embedding(trained.method, result):
+            print("note      its prompts need the new word too: write it by --embedding NAME.safetensors")
     if config.merged:
-        print(write_merged_pipeline(run, Path(config.merged).expanduser(), config.mixed_precision))
+        print(exports.write_merged_pipeline(run, Path(config.merged).expanduser(), config.mixed_precision))
     if config.push_to_hub:
-        print(push_finished_run(run, config.push_to_hub))
+        print(exports.push_finished_run(run, config.push_to_hub))
     return 0
 
 

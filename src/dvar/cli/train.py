@@ -39,8 +39,8 @@ HELP = {
 PRESETS_HELP = (
     "\n\nTraining stops by DVAR or at the cap.\n\n"
     "The values shown are those of preset '{preset}'. --preset names another; the default is that of the bundled "
-    "model, 'mini' or 'mini-flow', and 'lean' for any other. A settings file overrides the preset, and a flag "
-    "overrides both."
+    "model, 'mini' or 'mini-flow', and 'lean' for any other, in which Stable Diffusion XL and later families have some "
+    "of their own. A settings file overrides the preset, and a flag overrides both."
 )
 ConfigFile = Annotated[
     Path | None, Parameter(name="--config", help="TOML file of settings, named as the flags.", group="Settings file")

@@ -64,6 +64,11 @@ class ExportConfig(Config):
         "New file, NAME.safetensors, for the LoRA of a dreambooth-lora run under the names that ComfyUI and, of Stable "
         "Diffusion 1.x, 2.x and XL, AUTOMATIC1111 and kohya's scripts read.",
     )
+    embedding: str | None = setting(
+        None,
+        "New file, NAME.safetensors, for the new word of a textual-inversion or dreambooth-lora run, which ComfyUI "
+        "and, of Stable Diffusion 1.x, 2.x and XL, AUTOMATIC1111, Forge and InvokeAI call NAME in prompts.",
+    )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = setting(
         None, "Precision of the merged pipeline; the run's own by default, and float32 with 'no'."
     )
@@ -145,8 +150,9 @@ def problems(config: RunsConfig) -> list[str]:
     match config:
         case GenerateConfig(prompt=None):
             messages.append("prompt is missing: give --prompt the text of the images, with the learned word in it")
-        case ExportConfig(step=None, merged=None, kohya=None, push_to_hub=None):
-            messages.append("export needs --step, --merged, --kohya or --push_to_hub, got none: name what to write")
+        case ExportConfig(step=None, merged=None, kohya=None, embedding=None, push_to_hub=None):
+            rule = "export needs --step, --merged, --kohya, --embedding or --push_to_hub, got none"
+            messages.append(f"{rule}: name what to write")
         case ExportConfig(merged=None, mixed_precision=str(precision)):
             messages.append(f"mixed_precision is for a pipeline, got {precision} without --merged: drop it")
         case ReportConfig(output=str(output)) if not output.endswith(".html"):
@@ -161,7 +167,7 @@ def problems(config: RunsConfig) -> list[str]:
 def _output_problems(config: RunsConfig) -> list[str]:
     """Return which of the files and folders that are to be written cannot be."""
     messages = []
-    for name in ("output", "merged", "kohya"):
+    for name in ("output", "merged", "kohya", "embedding"):
         value = getattr(config, name, None)
         folder = name == "merged" or (name == "output" and isinstance(config, GenerateConfig))
         if value is not None and (problem := writing_problem(value, folder=folder)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,18 +19,39 @@ from dvar.errors import RefusedInput
 from dvar.files import read_json, regular_file, staged_folder
 from dvar.runs import kohya
 from dvar.runs.load_model import load_personalised_backbone, load_result, load_weights, loading_options
-from dvar.training.loading_code import STABLE_DIFFUSION, generate_line
+from dvar.training.loading_code import STABLE_DIFFUSION, embedding_names, generate_line, has_embedding
 from dvar.training.publish import push_run, repository_problems
 from dvar.training.run_layout import CLIP_EMBEDS, EMBEDS, LORA, MODEL_CARD, weights_kind
 from dvar.training.weight_files import public_model_name, write_weights
 
+EMBEDDING_NAME = re.compile(r"[A-Za-z0-9._-]+")
+"""A name that all programs take for a word in a prompt."""
 
-def write_kohya_lora(run: str | Path, path: Path) -> Path:
+
+def kohya_problems(run: str | Path, path: Path) -> list[str]:
+    """Return why the LoRA of a finished run cannot be written to a file for kohya's scripts and ComfyUI."""
+    config, result = load_result(run)
+    family, problems = result.get("family", STABLE_DIFFUSION), _file_problems("kohya", path)
+    if LORA not in result["weights"]:
+        remedy = "use --embedding" if config.method == "textual-inversion" else "use --merged"
+        problems.append(f"--kohya needs the LoRA of a dreambooth-lora run, and {run} is of {config.method}: {remedy}")
+    elif family not in kohya.FORMATS:
+        problems.append(
+            f"--kohya knows the names of {', '.join(kohya.FORMATS)} alone, and {run} is of a {family}: "
+            f"use its {LORA}, which diffusers reads as it is"
+        )
+    if getattr(config, "use_dora", False):
+        problems.append(f"--kohya writes LoRA alone, and {run} is DoRA: use its {LORA}, or --merged")
+    return problems
+
+
+def write_kohya_lora(run: str | Path, path: Path, word: str | None = None) -> Path:
     """Write the LoRA of a finished run with the tensor names of kohya's scripts and ComfyUI, and return its path.
 
     Args:
         run: Folder of a finished run.
         path: A new .safetensors file.
+        word: What readers of the file call the new word, if there is one: the name of the file of its embedding.
 
     Raises:
         RefusedInput: The run has no LoRA or a damaged one, or ``path`` is not a new .safetensors file.
@@ -37,27 +59,10 @@ def write_kohya_lora(run: str | Path, path: Path) -> Path:
     Source: the names and the `alpha` of each layer are those that `dvar.runs.kohya.rename` says.
     Deviates: diffusers' own converter writes the rank as alpha, whatever the alpha was.
     """
-    config, result = load_result(run)
-    problems = []
-    if LORA not in result["weights"]:
-        problems.append(
-            f"--kohya needs the LoRA of a dreambooth-lora run, and {run} is of {config.method}: use --merged, "
-            f"or its {EMBEDS}, which ComfyUI and AUTOMATIC1111 read as it is"
-        )
-    family = result.get("family", STABLE_DIFFUSION)
-    if LORA in result["weights"] and family not in kohya.FORMATS:
-        problems.append(
-            f"--kohya knows the names of {', '.join(kohya.FORMATS)} alone, and {run} is of a {family}: "
-            f"use its {LORA}, which diffusers reads as it is"
-        )
-    if getattr(config, "use_dora", False):
-        problems.append(f"--kohya writes LoRA alone, and {run} is DoRA: use its {LORA}, or --merged")
-    if path.suffix != ".safetensors":
-        problems.append(f"--kohya must name a .safetensors file, got {path}: try {path.with_suffix('.safetensors')}")
-    if path.exists():
-        problems.append(f"--kohya {path} exists already: name a new file")
-    if problems:
+    if problems := kohya_problems(run, path):
         raise RefusedInput(problems)
+    config, result = load_result(run)
+    family = result.get("family", STABLE_DIFFUSION)
     (lora,) = load_weights(Path(run), [LORA])
     try:
         with safe_open(regular_file(Path(run) / LORA), "pt") as file:
@@ -69,9 +74,9 @@ def write_kohya_lora(run: str | Path, path: Path) -> Path:
         denoiser = read_json(configs / parts[0] / "config.json", dict)
         scheduler = read_json(configs / "scheduler" / "scheduler_config.json", dict)
         tensors = kohya.rename(lora, alphas, family, denoiser)
-        base = denoiser.get("cross_attention_dim"), scheduler.get("prediction_type")
-        rank = int(adapters[f"{parts[0]}.r"])
-        metadata |= kohya.describe(config, family, rank, alphas[parts[0]], path.stem, base=base)
+        rank, alpha, prediction = int(adapters[f"{parts[0]}.r"]), alphas[parts[0]], scheduler.get("prediction_type")
+        facts: dict[str, Any] = {"word": word, "denoiser": denoiser, "prediction": prediction}
+        metadata |= kohya.describe(config, family, rank, alpha, path.stem, **facts)
     except (ValueError, TypeError, LookupError) as error:
         message = f"{Path(run) / LORA} is not the LoRA that this run wrote ({error})"
         raise RefusedInput([f"{message}: restore it or train again"]) from error
@@ -80,10 +85,63 @@ def write_kohya_lora(run: str | Path, path: Path) -> Path:
     return path
 
 
-def list_embeddings(run: Path) -> list[Path]:
-    """Return the files of a finished run that hold the vectors of its new words."""
-    _, result = load_result(run)
-    return [run / name for name in result["weights"] if weights_kind(name) in (EMBEDS, CLIP_EMBEDS)]
+def embedding_problems(run: str | Path, path: Path) -> list[str]:
+    """Return why the new word of a finished run cannot be written to a file for other programs."""
+    config, result = load_result(run)
+    problems = _file_problems("embedding", path)
+    if not has_embedding(config.method, result):
+        run_of = f"{config.title} on a {result.get('family', STABLE_DIFFUSION)}"
+        rule = "--embedding needs one new word that other programs can use by itself"
+        problems.append(f"{rule}, and {run} is {run_of} with {len(embedding_names(result))}: use --merged")
+    if not EMBEDDING_NAME.fullmatch(path.stem):
+        rule = "--embedding is what prompts call the word, in letters, digits, '.', '_' and '-'"
+        problems.append(f"{rule}, got {path.stem!r}: name another file")
+    return problems
+
+
+def write_embedding(run: str | Path, path: Path) -> Path:
+    """Write the vectors of the new word of a finished run as other programs read them, and return the path.
+
+    These programs call the word by the name of the file. A word of one text encoder is written as ``emb_params``, one
+    of two as ``clip_l`` and ``clip_g``, each [vectors, width].
+
+    Args:
+        run: Folder of a finished run.
+        path: A new .safetensors file.
+
+    Raises:
+        RefusedInput: As `embedding_problems`, or the weights are damaged.
+
+    Source: the layouts that ComfyUI, AUTOMATIC1111, Forge, InvokeAI and kohya's scripts read alike.
+    """
+    if problems := embedding_problems(run, path):
+        raise RefusedInput(problems)
+    config, result = load_result(run)
+    names = embedding_names(result)
+    (vectors,) = load_weights(Path(run), names)
+    if weights_kind(names[0]) == EMBEDS:
+        vectors = {"emb_params": vectors[str(config.placeholder_token)]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_weights(path, vectors, {"modelspec.title": path.stem, "modelspec.trigger_phrase": path.stem})
+    return path
+
+
+def describe_embedding(run: str | Path, name: str) -> list[str]:
+    """Return how programs call the new word of a run whose embedding has this file name, without its suffix."""
+    config, result = load_result(run)
+    if result.get("family", STABLE_DIFFUSION) in (kohya.STABLE_DIFFUSION, kohya.STABLE_DIFFUSION_XL):
+        return [f"ComfyUI: embedding:{name}", f"AUTOMATIC1111 and Forge: {name}", f"InvokeAI: <{name}>"]
+    return [f"ComfyUI: embedding:{name} in the text for CLIP, {config.placeholder_token} in that for T5"]
+
+
+def _file_problems(flag: str, path: Path) -> list[str]:
+    """Return why a file that ``flag`` names cannot be written as new weights."""
+    problems = []
+    if path.suffix != ".safetensors":
+        problems.append(f"--{flag} must name a .safetensors file, got {path}: try {path.with_suffix('.safetensors')}")
+    if path.exists():
+        problems.append(f"--{flag} {path} exists already: name a new file")
+    return problems
 
 
 def write_merged_pipeline(run: str | Path, folder: Path, mixed_precision: str | None = None) -> Path:

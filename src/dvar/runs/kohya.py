@@ -31,36 +31,67 @@ class LoraFormat:
         architecture: The base model in ``modelspec.architecture``.
         prefixes: How the names of a part of the pipeline begin, the denoising network's first. A prefix that ends with
             an underscore has the dots of layers made underscores too.
+        module: The module of kohya's scripts that trains such a LoRA, in ``ss_network_module``.
+        implementation: Whose code the names of layers are of, in ``modelspec.implementation``.
         has_alpha: Whether the file holds the alpha of each layer; the scale is in the second factors if not.
     """
 
     version: str
     architecture: str
     prefixes: Mapping[str, str]
+    module: str = "networks.lora"
+    implementation: str = "diffusers"
     has_alpha: bool = True
 
 
-_WIDTH_OF_2, _SECOND = 1024, "stable-diffusion-v2-512"
-"""Of Stable Diffusion 2: the width of its text, and the name of the model that predicts noise."""
+_WIDTH_OF_2, _WIDTH_OF_9B, _LAYERS_OF_LARGE = 1024, 12288, 38
+"""The width of the text of Stable Diffusion 2 and of FLUX.2 klein 9B; the layers of Stable Diffusion 3.5 large."""
 FORMATS: Mapping[str, LoraFormat] = {
     STABLE_DIFFUSION: LoraFormat("sd_v1", "stable-diffusion-v1", {"unet": "lora_unet_", "text_encoder": "lora_te_"}),
     STABLE_DIFFUSION_XL: LoraFormat(
         "sdxl_base_v1-0",
         "stable-diffusion-xl-v1-base",
         {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"},
+        implementation="https://github.com/Stability-AI/generative-models",
     ),
     STABLE_DIFFUSION_3: LoraFormat(
         "sd3",
         "stable-diffusion-3",
         {part: f"{part}." for part in ("transformer", "text_encoder", "text_encoder_2")},
+        "networks.lora_sd3",
         has_alpha=False,
     ),
-    FLUX_1: LoraFormat("flux1", "flux-1", {"transformer": "lora_unet_", "text_encoder": "lora_te1_"}),
-    FLUX_2: LoraFormat("flux_2_klein", "Flux.2-klein", {"transformer": "lora_unet_"}),
-    "Z-Image": LoraFormat("z_image", "Z-Image", {"transformer": "diffusion_model."}),
-    "Qwen-Image": LoraFormat("qwen_image", "Qwen-Image", {"transformer": "lora_unet_"}),
+    FLUX_1: LoraFormat(
+        "flux1",
+        "flux-1",
+        {"transformer": "lora_unet_", "text_encoder": "lora_te1_"},
+        "networks.lora_flux",
+        "https://github.com/black-forest-labs/flux",
+    ),
+    FLUX_2: LoraFormat(
+        "flux_2_klein",
+        "Flux.2-klein",
+        {"transformer": "lora_unet_"},
+        "networks.lora_flux_2",
+        "https://github.com/black-forest-labs/flux2",
+    ),
+    "Z-Image": LoraFormat(
+        "z_image",
+        "Z-Image",
+        {"transformer": "diffusion_model."},
+        "networks.lora_zimage",
+        "https://github.com/Tongyi-MAI/Z-Image",
+    ),
+    "Qwen-Image": LoraFormat(
+        "qwen_image",
+        "Qwen-Image",
+        {"transformer": "lora_unet_"},
+        "networks.lora_qwen_image",
+        "https://github.com/QwenLM/Qwen-Image",
+    ),
 }
 """The families whose names both ComfyUI and stock diffusers read."""
+_PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
 _BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.attentions\.(\d+)\.(.*)")
 _FLUX_BLOCK = re.compile(r"(single_)?transformer_blocks\.(\d+)\.(.*)")
 _FLUX_LAYERS = {
@@ -162,7 +193,15 @@ def original_flux_name(layer: str) -> tuple[str, str]:
 
 
 def describe(
-    config: TrainingConfig, family: str, rank: int, alpha: float, name: str, *, base: tuple[Any, Any] = (None, None)
+    config: TrainingConfig,
+    family: str,
+    rank: int,
+    alpha: float,
+    name: str,
+    *,
+    word: str | None = None,
+    denoiser: Mapping[str, Any] | None = None,
+    prediction: str | None = None,
 ) -> dict[str, str]:
     """Return the metadata that readers show: the base, rank and alpha, and the words that call up the concept.
 
@@ -172,19 +211,18 @@ def describe(
         rank: The rank of the matrices.
         alpha: Their alpha.
         name: The name of the file, without its suffix.
-        base: The width of the text that its U-Net reads, and what it predicts: readers sort Stable Diffusion 2 from 1.
+        word: What the programs that read the file call the new word, if there is one: the name of its embedding's file.
+        denoiser: The config of the denoising network, by which readers sort models of one family.
+        prediction: What the denoising network predicts, as the config of its scheduler says.
 
-    Source: kohya-ss/sd-scripts, and the Stability AI model metadata specification for ``modelspec``.
+    Source: kohya-ss/sd-scripts and musubi-tuner, and the Stability AI model metadata specification for ``modelspec``.
     """
-    trigger = config.placeholder_token or str(config.instance_prompt)
-    version, architecture, second = FORMATS[family].version, FORMATS[family].architecture, {}
-    if family == STABLE_DIFFUSION and base[0] == _WIDTH_OF_2:
-        velocity = base[1] == "v_prediction"
-        version, architecture = ("sd_v2_v", "stable-diffusion-v2-768-v") if velocity else ("sd_v2", _SECOND)
-        second = {"ss_v2": "True"}
+    trigger = word or config.placeholder_token or str(config.instance_prompt)
+    version, architecture = _name_base(family, denoiser or {}, prediction)
+    hint = f"prompts need the embedding of {config.placeholder_token}, which is called by the name of its file"
     return {
-        **second,
-        "ss_network_module": "networks.lora",
+        **({"ss_v2": "True"} if version.startswith("sd_v2") else {}),
+        "ss_network_module": FORMATS[family].module,
         "ss_network_dim": str(rank),
         "ss_network_alpha": f"{alpha:g}",
         "ss_base_model_version": version,
@@ -194,7 +232,27 @@ def describe(
         "ss_seed": str(config.seed),
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.implementation": FORMATS[family].implementation,
         "modelspec.title": name,
         "modelspec.trigger_phrase": trigger,
         "modelspec.resolution": f"{config.resolution}x{config.resolution}",
+        **({"modelspec.usage_hint": hint} if config.placeholder_token else {}),
+        **({"modelspec.prediction_type": _PREDICTIONS[prediction]} if prediction in _PREDICTIONS else {}),
     }
+
+
+def _name_base(family: str, denoiser: Mapping[str, Any], prediction: str | None) -> tuple[str, str]:
+    """Return what readers call a base model, by version and by architecture."""
+    version, architecture = FORMATS[family].version, FORMATS[family].architecture
+    if family == STABLE_DIFFUSION and denoiser.get("cross_attention_dim") == _WIDTH_OF_2:
+        velocity = prediction == "v_prediction"
+        return ("sd_v2_v", "stable-diffusion-v2-768-v") if velocity else ("sd_v2", "stable-diffusion-v2-512")
+    if family == STABLE_DIFFUSION_3:
+        medium = "5-medium" if denoiser.get("dual_attention_layers") else "m"
+        return version, f"{architecture}-{'5-large' if denoiser.get('num_layers') == _LAYERS_OF_LARGE else medium}"
+    if family == FLUX_1:
+        return version, f"{architecture}-{'dev' if denoiser.get('guidance_embeds') else 'schnell'}"
+    if family == FLUX_2:
+        size = "9b" if denoiser.get("joint_attention_dim") == _WIDTH_OF_9B else "4b"
+        return f"{version}_{size}", f"{architecture}-{size}"
+    return version, architecture

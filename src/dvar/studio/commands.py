@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -16,22 +17,24 @@ from dvar.files import remove
 from dvar.runs.load_model import load_result
 from dvar.runs.run_folder import RunFolder
 from dvar.studio.library import LibraryRun
+from dvar.training.loading_code import has_embedding
 from dvar.training.run_layout import LORA, MODEL_CARD
 from dvar.training.run_layout import WEIGHTS as WEIGHT_FILES
 
-WEIGHTS, KOHYA, MERGED, REPORT = (
+WEIGHTS, OTHERS, MERGED, REPORT = (
     "weights for diffusers",
-    "LoRA for ComfyUI and AUTOMATIC1111",
+    "weights for ComfyUI and other programs",
     "whole pipeline",
     "report",
 )
-FORMATS = (WEIGHTS, KOHYA, MERGED, REPORT)
+FORMATS = (WEIGHTS, OTHERS, MERGED, REPORT)
 
 
 def list_formats(run: RunFolder) -> tuple[str, ...]:
     """Return the formats that a finished run can be exported in."""
-    has_lora = LORA in (run.result or {}).get("weights", ())
-    return tuple(name for name in FORMATS if name != KOHYA or has_lora)
+    result = run.result or {"weights": ()}
+    for_others = LORA in result["weights"] or has_embedding(run.settings.method, result)
+    return tuple(name for name in FORMATS if name != OTHERS or for_others)
 
 
 def run_command(words: Sequence[str], module: str = "dvar") -> str:
@@ -90,7 +93,7 @@ def export(run: LibraryRun, name: str) -> Path:
     folder = Path(tempfile.mkdtemp(prefix=prefix, dir=download_folder()))
     makers: dict[str, Callable[[], Path]] = {
         WEIGHTS: lambda: _zip_weights(run, folder),
-        KOHYA: lambda: _export_kohya(run, folder / f"{run.folder.name}.safetensors"),
+        OTHERS: lambda: _zip_for_others(run, folder),
         MERGED: lambda: _zip_pipeline(run, folder),
         REPORT: lambda: _write_report(run, folder / f"{run.folder.name}.html"),
     }
@@ -119,8 +122,19 @@ def _zip_weights(run: LibraryRun, folder: Path) -> Path:
     return path
 
 
-def _export_kohya(run: LibraryRun, path: Path) -> Path:
-    run_command(["export", str(run.folder), "--kohya", str(path)])
+def _zip_for_others(run: LibraryRun, folder: Path) -> Path:
+    """Return a zip with the LoRA and the embedding of a run, as far as it has them, and how prompts call the word."""
+    content, name = folder / run.folder.name, re.sub(r"[^A-Za-z0-9._-]", "-", run.folder.name)
+    config, result = load_result(run.folder)
+    words = ["export", str(run.folder)]
+    if LORA in result["weights"]:
+        words += ["--kohya", str(content / f"{name}.safetensors")]
+    if has_embedding(config.method, result):
+        words += ["--embedding", str(content / f"{name}-word.safetensors")]
+    text = run_command(words).replace(f"{content}/", "")
+    (content / "README.txt").write_text(text, encoding="utf-8", newline="\n")
+    path = Path(shutil.make_archive(str(content), "zip", folder, content.name))
+    shutil.rmtree(content)
     return path
 
 

@@ -1,10 +1,11 @@
-"""The Python lines that load the weight files of a run in stock diffusers."""
+"""How other software takes the weight files of a run: the Python lines that load them in stock diffusers, and words."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from dvar.config.training import BUNDLED_MODEL, BUNDLED_MODELS, TrainingConfig
 from dvar.diffusion.single_file import find_kind
@@ -13,6 +14,23 @@ from dvar.training.run_layout import ATTENTION, CLIP_EMBEDS, EMBEDS, LORA, WEIGH
 STABLE_DIFFUSION, STABLE_DIFFUSION_3, LATENT_DIFFUSION = "Stable Diffusion", "Stable Diffusion 3", "Latent Diffusion"
 QWEN_IMAGE = "Qwen-Image"
 """Families by their `Backbone.title`; the first is what results mean that are from before there were others."""
+
+
+def has_embedding(method: str, result: Mapping[str, Any]) -> bool:
+    """Return whether other programs can use the new word of a run by itself.
+
+    Args:
+        method: The method of the run.
+        result: Its result, with "weights" and "family".
+    """
+    by_itself = method != "custom-diffusion" and result.get("family", STABLE_DIFFUSION) != LATENT_DIFFUSION
+    return by_itself and len(embedding_names(result)) == 1
+
+
+def embedding_names(result: Mapping[str, Any]) -> list[str]:
+    """Return the names of the files with vectors of new words."""
+    stems = tuple(Path(kind).stem for kind in (EMBEDS, CLIP_EMBEDS))
+    return [name for name in result["weights"] if name.startswith(stems)]
 
 
 def pipeline_class(config: TrainingConfig) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,7 +72,9 @@ def _facts(
     }
     prompt = config.sample_prompt
     return {
-        "head": (f"base_model: {name}\n" * is_on_hub(name)) + (f"license: {licence}\n" if licence else ""),
+        "head": (f"base_model: {name}\n" * is_on_hub(name))
+        + (f"license: {licence}\n" if licence else "")
+        + f"instance_prompt: {json.dumps(config.plain_prompt, ensure_ascii=False)}\n",
         "model": model,
         "licence": f"{licence}, that of the base model" if licence else f"that of the base model, {model}",
         "source": load_pipeline_line(config, public_name),
