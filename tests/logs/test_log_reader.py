@@ -659,6 +659,68 @@ def test_one_step_with_two_values_is_refused_and_with_one_value_twice_is_not(tmp
         read_log(write_table(tmp_path, [*rows, {"step": 1, "val_loss": 0.3}]))
 
 
+def test_a_run_that_repeats_its_last_record_was_resumed(tmp_path: Path) -> None:
+    """Evaluations at every 50 steps, a checkpoint at 500, and the next attempt evaluates 550 once more."""
+    rows = [
+        {"step": step, "train_loss": 1.0, **({"val_loss": 1 / (1 + step)} if step % 50 == 0 else {})}
+        for step in range(560)
+    ]
+    again = [
+        {"step": step, "train_loss": 1.0, **({"val_loss": 0.25} if step % 50 == 0 else {})} for step in range(501, 601)
+    ]
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows + again))
+    with pytest.warns(UserWarning, match="val_loss: resumed from step 550"):
+        trace = read_log(log)
+    assert trace.steps.tolist() == list(range(0, 601, 50))
+    assert trace.values[-2:].tolist() == [0.25, 0.25]
+    log.write_text('{"step": 1, "val_loss": 0.4}\n{"step": 1, "val_loss": 0.40001}\n{"step": 2, "val_loss": 0.3}\n')
+    with pytest.warns(UserWarning, match="val_loss: resumed from step 1"):
+        assert read_log(log).values.tolist() == [0.40001, 0.3]
+
+
+def test_a_run_may_be_resumed_many_times(tmp_path: Path) -> None:
+    rows = [step for attempt in range(20) for step in range(attempt * 10, attempt * 10 + 15)]
+    log = tmp_path / "log.csv"
+    log.write_text("step,val_loss\n" + "".join(f"{step},{1 / (1 + step)!r}\n" for step in rows))
+    with pytest.warns(UserWarning, match="resumed from step 10, 20"):
+        assert read_log(log).steps.tolist() == list(range(205))
+
+
+def test_another_metric_of_a_trace_is_judged_from_where_the_run_is(tmp_path: Path) -> None:
+    trace = Trace({"judged_from": 500, "reading": "as it is"})
+    for step in range(3):
+        trace.record(step, eval=[1.0, 2.0], val_loss=0.5)
+    trace.write(tmp_path / "trace.jsonl")
+    assert read_log(tmp_path, "val_loss").header["judged_from"] == 500
+
+
+def test_the_newest_state_of_a_trainer_is_read(tmp_path: Path) -> None:
+    for place, (name, steps) in enumerate({".": 100, "checkpoint-500": 500}.items()):
+        history = [{"step": step, "eval_loss": 1.0} for step in range(0, steps + 1, 50)]
+        file = tmp_path / name / "trainer_state.json"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps({"log_history": history}))
+        os.utime(file, (place, place))
+    assert read_log(tmp_path).last_step == 500
+
+
+def test_the_metrics_of_lightning_are_found_in_its_folder(tmp_path: Path) -> None:
+    file = tmp_path / "version_0" / "metrics.csv"
+    file.parent.mkdir()
+    file.write_text("epoch,step,val_loss\n0,0,0.5\n1,10,0.4\n")
+    assert read_log(tmp_path).values.tolist() == [0.5, 0.4]
+
+
+def test_a_concept_that_is_called_total_is_no_loss_over_all(tmp_path: Path) -> None:
+    log = tmp_path / "log.csv"
+    log.write_text("step,loss/validation_step/total eclipse,loss/validation_step/b\n0,1,2\n")
+    with pytest.raises(RefusedInput, match="holds 2 losses on fixed inputs"):
+        read_log(log)
+    log.write_text("step,loss/validation_step/total_average,loss/validation_step/b\n0,1,2\n")
+    assert read_log(log).values.tolist() == [1.0]
+
+
 def test_a_step_logged_twice_as_nan_is_no_contradiction(tmp_path: Path) -> None:
     rows = [{"step": 0, "val_loss": 0.5}, {"step": 1, "val_loss": math.nan}, {"step": 1, "val_loss": math.nan}]
     assert read_log(write_table(tmp_path, rows)).steps.tolist() == [0, 1]

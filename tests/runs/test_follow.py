@@ -123,6 +123,33 @@ def test_a_stop_that_the_log_has_passed_already_is_the_first_one(tmp_path: Path)
     assert last.trace.last_step == 399
 
 
+def test_a_stop_of_an_earlier_run_does_not_end_the_next_one(tmp_path: Path) -> None:
+    log = tmp_path / "log.csv"
+    append(log, "step,val_loss\n" + format_rows(range(400)))()
+    trainer = Trainer(lambda: None, lambda: log.write_text("step,val_loss\n0,0.5\n"), append(log, "1,0.4\n"))
+    events = list(trainer.follow(log, only_new=True))
+    assert any(event.note.startswith("the log holds a stop from before it was followed") for event in events)
+    assert events[-1].end == "there was no new record for 1.66667 minutes"
+    assert events[-1].verdict
+    assert (events[-1].verdict.step, events[-1].verdict.stop) == (1, False)
+
+
+def test_a_stop_that_was_passed_before_following_counts_once_the_log_grows(tmp_path: Path) -> None:
+    log = tmp_path / "log.csv"
+    append(log, "step,val_loss\n" + format_rows(range(400)))()
+    first = next(verdict for verdict in replay_rule(record_trace(range(400)), RULE) if verdict.stop)
+    (*_, last) = Trainer(lambda: None, append(log, format_rows([400]))).follow(log, only_new=True)
+    assert (last.verdict, last.end) == (first, "the rule stops")
+    (*_, last) = Trainer(lambda: None, lambda: None).follow(log, only_new=True)
+    assert "no new record" in last.end
+
+
+def test_a_log_that_begins_while_it_is_followed_counts_from_its_first_record(tmp_path: Path) -> None:
+    log = tmp_path / "log.csv"
+    (*_, last) = Trainer(append(log, "step,val_loss\n" + format_rows(range(400)))).follow(log, only_new=True)
+    assert last.end == "the rule stops"
+
+
 def test_a_line_that_is_still_being_written_is_not_judged(tmp_path: Path) -> None:
     log = tmp_path / "log.csv"
     append(log, "step,val_loss\n0,0.5\n1,0.4")()

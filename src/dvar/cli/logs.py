@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from dvar.stopping.verdict import Verdict
 
 PLAIN_WIDTH = 200  # of a table that is written into a file or a pipe
+SAVING_SECONDS = 600.0
+"""How long a program that was interrupted may take to save, before what --on_stop names runs."""
 
 
 @with_flags_of(ReplayConfig)
@@ -103,6 +105,7 @@ def _follow(log: Path, config: ReplayConfig) -> int:
         poll_seconds=config.poll_seconds,
         idle_seconds=60 * config.idle_minutes,
         is_running=process.is_running if process else lambda: True,
+        only_new=bool(process or config.on_stop or config.stop_file),
     )
     try:
         return _act(log, _print_events(events, config), config, process)
@@ -149,21 +152,25 @@ def _act(log: Path, event: FollowedLog | None, config: ReplayConfig, process: Wa
     import subprocess
 
     from dvar.files import write_json
+    from dvar.runs.follow import STOPS
     from dvar.runs.replay import ReplayOutcome
     from dvar.runs.replay_figure import write_replay
 
     if event is None or event.verdict is None:
         print_message(f"{log} was never judged: {event.end if event else 'nothing was read'}")
         return REFUSED
-    print(event.verdict if event.verdict.stop else f"{event.end}: {event.verdict}", flush=True)
+    stops = event.end == STOPS
+    print(event.verdict if stops else f"{event.end}: {event.verdict}", flush=True)
     status = 0
-    if event.verdict.stop:
+    if stops:
         if config.stop_file:
             write_json(Path(config.stop_file), event.verdict.to_json())
             print(f"stop file {config.stop_file}")
         if process:
             sent = process.interrupt(descendants=True)
-            print(f"process   {process.pid} {'is interrupted' if sent else 'had ended already'}")
+            print(f"process   {process.pid} {'is interrupted' if sent else 'had ended already'}", flush=True)
+            if config.on_stop and not process.wait(SAVING_SECONDS):
+                print_message(f"process {process.pid} has not ended in {SAVING_SECONDS:g} seconds: on_stop runs now")
         if config.on_stop:
             environment = {"DVAR_STEP": f"{event.verdict.step}", "DVAR_VERDICT": str(event.verdict)}
             command = subprocess.run(config.on_stop, shell=True, env={**os.environ, **environment})

@@ -66,7 +66,7 @@ def find_log(path: Path) -> Path:
     if not path.is_dir():
         return path
     for log_format in list_formats():
-        for pattern in log_format.file_names:
-            if files := [file for file in path.glob(pattern) if file.is_file()]:
-                return max(files, key=lambda file: (file.stat().st_mtime_ns, file.name))
+        files = [file for pattern in log_format.file_names for file in path.glob(pattern) if file.is_file()]
+        if files:
+            return max(files, key=lambda file: (file.stat().st_mtime_ns, file.name))
     return path

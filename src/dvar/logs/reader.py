@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import itertools
+import math
 import os
 import re
 import warnings
@@ -18,6 +20,8 @@ RANDOM_TIMESTEPS = (
     "this is a training loss with random timesteps; its variance says nothing about convergence, "
     "unless it was measured on a fixed batch"
 )
+Points = list[tuple[int | None, float | str]]
+"""The points of a curve in the order of the log: step and value."""
 KNOWN_FAULTS = {
     "loss/validation/step_average": "kohya's scripts overwrite only a part of this average after the first epoch, so "
     "that it lags behind the loss: read loss/validation/epoch_average",
@@ -29,8 +33,10 @@ _HELD = frozenset({"eval", "val", "valid", "validation", "test", "held", "heldou
 # Where a program logs several held losses, and one of them is over all of their samples.
 _POOLED = frozenset({"pooled", "total", "mean"})
 _NO_LOSS = frozenset({"divergence", "lr", "time", "runtime", "seconds", "std"})
-# A run is resumed a few times at most; an unsorted table goes back at every other row.
-_MAX_RESUMES = 10
+# An unsorted table goes back at every other row; a run that is resumed often goes on for more rows in between.
+_MAX_RESUMES, _RESUMED_SHARE = 10, 0.25
+# By so much of its value the loss of a step differs at most where it is measured again after a resume.
+_REPEATED = 1e-3
 # So few different values per record, in at least so many records, are a sign of rounding.
 _MANY_RECORDS, _ROUNDED_SHARE = 100, 0.1
 
@@ -78,7 +84,7 @@ def read_log(
             warnings.filterwarnings("ignore", message=f".*{INCOMPLETE_LINE}")
         if log_format is TRACE_FORMAT:
             return _read_trace(path, metric)
-        curves: dict[str, list[tuple[int | None, float | str]]] = {}
+        curves: dict[str, Points] = {}
         for at, curve, value in log_format.read_points(path, step):
             curves.setdefault(curve, []).append((at, value))
     names = [curve for curve, points in curves.items() if any(isinstance(value, float) for _, value in points)]
@@ -86,7 +92,8 @@ def read_log(
     points = curves[name]
     if live and log_format.is_text_table and not _ends_in_line_break(path):
         points = points[:-1]  # a number that is being written is a number already, with fewer digits
-    return _build_trace(path, name, points, _describe_log(log_format, path, name, others))
+    resumed = any(_goes_back(other) for other in curves.values())
+    return _build_trace(path, name, points, _describe_log(log_format, path, name, others), resumed=resumed)
 
 
 def _describe_log(log_format: LogFormat, path: Path, name: str, others: list[str]) -> dict[str, Any]:
@@ -126,7 +133,7 @@ def _find_held_loss(path: Path, names: list[str]) -> tuple[str, list[str]]:
     """Return the only loss on fixed inputs, to judge by the names, or that over all of them, and the others."""
     losses = [name for name in names if _is_loss(name)]
     held = [name for name in losses if _is_held(name)]
-    pooled = [name for name in held if _split_words(name) & _POOLED]
+    pooled = [name for name in held if _is_pooled(name)]
     for choice in (held, pooled):
         if len(choice) == 1:
             return choice[0], [name for name in held if name != choice[0]]
@@ -162,6 +169,12 @@ def _is_held(name: str) -> bool:
     return bool(_split_words(name) & _HELD)
 
 
+def _is_pooled(name: str) -> bool:
+    """Return whether the last part of a name says that the loss is over all samples, and nothing else."""
+    words = _split_words(name.rpartition("/")[2])
+    return bool(words & _POOLED) and words <= _POOLED | _HELD | {"average", "loss", "mse"}
+
+
 def _is_loss(name: str) -> bool:
     words = _split_words(name)
     return (bool(words & {"loss", "mse", "det"}) or _strip_run(name) == LOSS) and not words & _NO_LOSS
@@ -174,10 +187,24 @@ def _is_training_loss(name: str) -> bool:
 # --- from points to a trace -----------------------------------------------------------------------------------------
 
 
-def _build_trace(path: Path, name: str, points: list[tuple[int | None, float | str]], header: dict[str, Any]) -> Trace:
-    """Return the trace of one curve, with warnings about what was left out or may be wrong."""
-    values, resumes = _order_points(path, name, points)
-    if len(resumes) > _MAX_RESUMES:
+def _goes_back(points: Points) -> bool:
+    """Return whether the steps of a curve go back, as after a resume."""
+    steps = [step for step, _ in points if step is not None]
+    return any(later < step for step, later in itertools.pairwise(steps))
+
+
+def _build_trace(path: Path, name: str, points: Points, header: dict[str, Any], *, resumed: bool) -> Trace:
+    """Return the trace of one curve, with warnings about what was left out or may be wrong.
+
+    Args:
+        path: The log.
+        name: The curve.
+        points: Its points.
+        header: The header of the trace.
+        resumed: Whether another curve of the log shows that the run was resumed.
+    """
+    values, resumes = _order_points(path, name, points, resumed=resumed)
+    if len(resumes) > max(_MAX_RESUMES, _RESUMED_SHARE * len(points)):
         raise RefusedInput([f"{path}: the steps of {name} go back {len(resumes)} times: sort the log by its steps"])
     if resumes:
         steps = ", ".join(map(str, resumes))
@@ -193,10 +220,11 @@ def _build_trace(path: Path, name: str, points: list[tuple[int | None, float | s
     return trace
 
 
-def _order_points(
-    path: Path, name: str, points: list[tuple[int | None, float | str]]
-) -> tuple[dict[int, float], list[int]]:
-    """Return the values by step, those of the last attempt at each, and the steps at which the run was resumed."""
+def _order_points(path: Path, name: str, points: Points, *, resumed: bool) -> tuple[dict[int, float], list[int]]:
+    """Return the values by step, those of the last attempt at each, and the steps at which the run was resumed.
+
+    Where a run is resumed from a checkpoint after which there was one record, that step is repeated and none goes back.
+    """
     values: dict[int, float] = {}
     resumes: list[int] = []
     for step, value in points:
@@ -206,10 +234,11 @@ def _order_points(
         if isinstance(value, str):
             raise RefusedInput([f"{where} must be a number, got {value!r}: fix it, or leave the record out"])
         last_step = next(reversed(values), -1)
-        if step < last_step:
+        differs = step == last_step and values[step] != value and not (value != value and values[step] != values[step])
+        if step < last_step or (differs and (resumed or math.isclose(values[step], value, rel_tol=_REPEATED))):
             resumes.append(step)
             values = {earlier: before for earlier, before in values.items() if earlier < step}
-        if step == last_step and values[step] != value and not (value != value and values[step] != values[step]):
+        elif differs:
             raise RefusedInput(
                 [
                     f"{where} has two values, {values[step]:.6g} and {value:.6g}: "
@@ -240,7 +269,8 @@ def _read_trace(path: Path, metric: str | None) -> Trace:
         raise RefusedInput([f"{path} holds no {metric!r}: name one of {format_names(trace.metric_names)}"])
     if _is_training_loss(metric):
         warnings.warn(f"{metric}: {RANDOM_TIMESTEPS}", stacklevel=3)
-    curve = Trace(_describe_log(TRACE_FORMAT, path, metric, []))
+    how: dict[str, Any] = {name: trace.header[name] for name in ("judged_from", "reading") if name in trace.header}
+    curve = Trace({**how, **_describe_log(TRACE_FORMAT, path, metric, [])})
     for step, value in zip(steps, values, strict=True):
         curve.record(int(step), float(value))
     return curve

@@ -215,6 +215,7 @@ CSV = LogFormat(
     _read_csv,
     has_step_column=True,
     is_text_table=True,
+    file_names=("metrics.csv", "version_*/metrics.csv", "lightning_logs/version_*/metrics.csv"),
 )
 LONG_CSV = LogFormat(
     "CSV with one value per line, step,key,value (DiffSynth's loss.csv)",

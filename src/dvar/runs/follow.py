@@ -22,6 +22,10 @@ FileStates = tuple[tuple[str, int, int], ...]
 """Name, size in bytes and time of the last change in nanoseconds of each file of a log."""
 
 
+STOPS = "the rule stops"
+AWAITS_RECORD = "the log holds a stop from before it was followed, which counts once there is a new record"
+
+
 @dataclass(frozen=True)
 class FollowedLog:
     """The state of a log that is followed.
@@ -48,6 +52,7 @@ def follow_log(
     poll_seconds: float = 5.0,
     idle_seconds: float = 3600.0,
     is_running: Callable[[], bool] = lambda: True,
+    only_new: bool = False,
     wait: Callable[[float], None] = time.sleep,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[FollowedLog]:
@@ -65,6 +70,8 @@ def follow_log(
         poll_seconds: Seconds from one look at the files to the next; they are read only when they have changed.
         idle_seconds: Seconds without a new record after which to end.
         is_running: Whether the program that writes the log is still running.
+        only_new: Whether a stop counts only once there is a record that was not there at the first look: what is there
+            then may be of an earlier run, whose log the program will go on with or replace.
         wait: Waits for some seconds.
         clock: Returns the time in seconds.
 
@@ -76,6 +83,7 @@ def follow_log(
     seen_warnings: set[str] = set()
     last_note = ""
     last_record = clock()
+    awaits_record, was_read = only_new and log.exists(), False
     while True:
         running = is_running()  # before the log is read, so that what the program wrote last is read
         if (new_states := _list_states(log)) is None or new_states != states or not running:
@@ -91,19 +99,28 @@ def follow_log(
                 trace, note = join_traces(now.trace, newest)
                 note, last_note = "" if note == last_note else note, note
                 agreed = find_last_agreed_step(now.trace, trace)
-                if not agreed == _last_evaluation(now.trace) == _last_evaluation(trace):
+                grows = not agreed == _last_evaluation(now.trace) == _last_evaluation(trace)
+                if grows:
                     last_record = clock()
+                awaits_record, was_read = awaits_record and not (was_read and grows), True
                 verdict = now.verdict
                 if len(trace) and (verdict is None or verdict.step > agreed):
                     verdict = rule(trace.cut(agreed))
                 now = FollowedLog(trace, verdict, note)
                 if note:
                     yield now
+                if verdict and verdict.stop and not awaits_record:
+                    yield replace(now, note="", end=STOPS)
+                    return
                 for verdict in replay_rule(trace, rule, after=agreed):
-                    now = FollowedLog(trace, verdict, end="the rule stops" if verdict.stop else "")
-                    yield now
-                    if verdict.stop:
+                    now = FollowedLog(trace, verdict)
+                    if verdict.stop and not awaits_record:
+                        yield replace(now, end=STOPS)
                         return
+                    if verdict.stop:
+                        yield replace(now, note=f"{AWAITS_RECORD}, at step {verdict.step}")
+                        break
+                    yield now
         if not running:
             yield replace(now, end="the program that writes the log has ended")
             return

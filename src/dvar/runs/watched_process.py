@@ -6,6 +6,7 @@ import os
 import select
 import signal
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -51,6 +52,15 @@ class WatchedProcess:
         except ProcessLookupError:
             return False
         return True
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until the process has ended, for at most so many seconds, and return whether it has."""
+        if self._handle >= 0:
+            return bool(select.select([self._handle], [], [], seconds)[0])
+        end = time.monotonic() + seconds
+        while (running := self.is_running()) and time.monotonic() < end:
+            time.sleep(0.1)
+        return not running
 
     def interrupt(self, *, descendants: bool = False) -> bool:
         """Send SIGINT, and return whether the process was still there.

@@ -35,10 +35,11 @@ class StopMonitor:
     """A monitor that a training loop calls after each update: it measures, records, saves and judges.
 
     ``monitor(step)`` returns the `Verdict` of the rule at the newest record. ``step`` is the number of updates made so
-    far in the whole run, 0 for the untouched model. At every ``every``-th step ``probe()`` is called and its losses are
-    recorded. Between two of these steps the last verdict is returned again, also when the same step is passed twice (a
-    loop may call after each part of an accumulated batch) and at any step after a stop. Without a probe the rule reads
-    the metrics of the call: ``monitor(step, val_loss=0.1)`` with ``Dvar(310, 0.15, metric="val_loss")``.
+    far in the whole run, 0 for the untouched model. At every ``every``-th step, or the first call after it, ``probe()``
+    is called and its losses are recorded. Between two of these steps the last verdict is returned again, also when the
+    same step is passed twice (a loop may call after each part of an accumulated batch) and at any step after a stop.
+    Without a probe the rule reads the metrics of the call: ``monitor(step, val_loss=0.1)`` with ``Dvar(310, 0.15,
+    metric="val_loss")``.
 
     Every record is in the file ``path`` before it is judged, and a run is resumed from that file, whatever the loop
     saves of its own: the first call, or `begin`, continues from the records up to its step. If there are later ones, of
@@ -83,7 +84,7 @@ class StopMonitor:
         self.trace = Trace()
         self.verdict = rule(self.trace)
         self._file: TraceFile | None = None
-        self._last_call = 0
+        self._last_call = self._last_due = 0
 
     def begin(self, step: int) -> Verdict:
         """Open the trace at ``step``, the first of a run or the one it is resumed at, and return the verdict there.
@@ -106,14 +107,19 @@ class StopMonitor:
         repeated = len(self.trace) and step == self.trace.last_step
         if self.verdict.stop or (repeated and not metrics):
             return self.verdict
-        if values := {**(self._measure(step) if step % self.every == 0 else {}), **metrics}:
+        if values := {**(self._measure(step) if self._is_due(step) else {}), **metrics}:
             record = self.trace.record(step, **values)
             if self._file is not None:
                 self._file.append(record)
             self.verdict = self.rule(self.trace)
         return self.verdict
 
+    def _is_due(self, step: int) -> bool:
+        """Return whether a multiple of ``every`` has been reached or passed: a loop may count by more than one."""
+        return step % self.every == 0 or step // self.every > self._last_due // self.every
+
     def _measure(self, step: int) -> Mapping[str, Any]:
+        self._last_due = step
         if self.probe is None:
             return {}
         return self.probe.measure(step) if isinstance(self.probe, StepProbe) else {"eval": self.probe()}
@@ -133,7 +139,7 @@ class StopMonitor:
         self._file = TraceFile(self.path, getattr(self.probe, "header", None))
         weakref.finalize(self, self._file.close)
         self.trace = Trace.read(self.path)
-        self.verdict, self._last_call = self.rule(self.trace), step
+        self.verdict, self._last_call, self._last_due = self.rule(self.trace), step, step
 
     def _set_aside(self, step: int) -> None:
         """Keep a copy of the file beside it, then cut it to ``step``; at step 0 it is of another run and is moved."""

@@ -19,7 +19,8 @@ class DvarCallback(Callback):  # type: ignore[misc]  # untyped base
     The attribute ``verdict`` is the newest one. A `Probe` needs Keras on PyTorch. With any backend, a monitor without a
     probe records the logs at the end of each epoch instead, under their names in Keras; a rule such as
     ``Dvar(310, 0.15, metric="val_loss")`` judges them. Steps are the optimizer's ``iterations``, which a saved model
-    keeps; accumulated gradients count once.
+    keeps; accumulated gradients count once. A run that Keras's ``BackupAndRestore`` resumes after its stop may make one
+    more update.
 
     Args:
         monitor: The monitor.
@@ -27,10 +28,19 @@ class DvarCallback(Callback):  # type: ignore[misc]  # untyped base
 
     def __init__(self, monitor: StopMonitor) -> None:
         super().__init__()
-        self._monitor, self.verdict = monitor, monitor.verdict
+        self._monitor, self.verdict, self._begun = monitor, monitor.verdict, False
 
     def on_train_begin(self, logs: Any = None) -> None:
-        self._apply(self._monitor.begin(self._step))
+        # At step 0 the trace of a run that goes on would be moved aside, and a callback after this one, such as Keras's
+        # BackupAndRestore, may be about to restore its step.
+        self._begun = self._step > 0 or not self._monitor.path.exists()
+        if self._begun:
+            self._apply(self._monitor.begin(self._step))
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        if not self._begun:
+            self._begun = True
+            self._apply(self._monitor.begin(self._step))
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         self._apply(self._monitor(self._step))

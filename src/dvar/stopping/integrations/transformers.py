@@ -39,9 +39,13 @@ class DvarCallback(TrainerCallback):  # type: ignore[misc]  # untyped base
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if parse_flag_from_env("ACCELERATE_USE_FSDP") or is_deepspeed_zero3_enabled():
+        model = kwargs.get("model")
+        by_transformers = getattr(model, "is_distributed_loading_by_transformers", False)
+        split = by_transformers or (getattr(model, "tp_size", None) or 1) > 1
+        if parse_flag_from_env("ACCELERATE_USE_FSDP") or is_deepspeed_zero3_enabled() or split:
+            kind = "a model that transformers has split" if split else "FSDP or DeepSpeed stage 3"
             raise RefusedInput(
-                "one process measures alone, which needs the whole model there, got FSDP or DeepSpeed stage 3: "
+                f"one process measures alone, which needs the whole model there, got {kind}: "
                 "train with data parallelism only"
             )
         self._judge(self._monitor.begin, state, control)

@@ -33,16 +33,22 @@ def build_trainer(base: Any) -> Any:
                 self.get_conf("dvar.threshold", 0.15),
                 may_stop=self.accelerator.num_processes == 1,
             )
-            self.dvar_judge.begin(self.step_num)
             self.dvar_stops = False
+            if self.accelerator.is_main_process:  # the others have the same folder
+                self.dvar_judge.begin(self._count_updates(self.step_num))
             if self.train_config.validation_config is None:
                 print("dvar: the config has no train.validation_config, so there is no loss to judge: add one")
 
         def validate(self) -> None:
             super().validate()
             loss = self.additional_logs.get(LOSS)
-            if loss is not None:  # after the update of this step
-                self.dvar_stops = self.dvar_judge(self.step_num + 1, loss)
+            if loss is not None and self.accelerator.is_main_process:  # after the update of this step
+                self.dvar_stops = self.dvar_judge(self._count_updates(self.step_num + 1), loss)
+
+        def _count_updates(self, steps: int) -> int:
+            """Return the updates after this many steps, which ai-toolkit counts by batches."""
+            updates: int = steps // max(1, self.train_config.gradient_accumulation_steps)
+            return updates
 
         def end_step_hook(self) -> None:
             super().end_step_hook()

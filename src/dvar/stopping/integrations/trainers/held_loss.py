@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -110,5 +111,8 @@ def read_environment() -> tuple[int, float]:
 
 
 def count_processes() -> int:
-    """Return the number of processes that train together, as torchrun and accelerate say it to each of them."""
+    """Return the number of processes that train together: of the group, if there is one, or as torchrun says it."""
+    torch = sys.modules.get("torch")  # by which a trainer has joined the group, with or without torchrun
+    if torch and torch.distributed.is_available() and torch.distributed.is_initialized():
+        return int(torch.distributed.get_world_size())
     return int(os.environ.get("WORLD_SIZE", "1"))
