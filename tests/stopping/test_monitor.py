@@ -63,6 +63,19 @@ def test_it_gives_the_verdict_of_a_loop_written_by_hand(tmp_path: Path, every: i
     assert monitor.trace.records == trace.records == Trace.read(monitor.path).records
 
 
+def test_a_loop_that_counts_by_more_than_one_is_measured_at_the_first_call_after_each_due_step(tmp_path: Path) -> None:
+    """Lightning counts a batch of two optimizers as two steps."""
+    monitor = StopMonitor(Dvar(60, 0.15), Decay(), tmp_path / "trace.jsonl", every=5)
+    monitor.begin(0)
+    for step in range(2, 31, 2):
+        monitor(step)
+    assert monitor.trace.steps.tolist() == [0, 6, 10, 16, 20, 26, 30]
+    monitor.begin(17)  # a resume
+    for step in (18, 21, 24, 25):
+        monitor(step)
+    assert monitor.trace.steps.tolist() == [0, 6, 10, 16, 21, 25]
+
+
 @settings(max_examples=25)
 @given(killed=st.integers(1, 30), distance=st.integers(0, 10), every=st.sampled_from([1, 2]))
 def test_a_run_killed_anywhere_and_resumed_anywhere_before_stops_as_if_nothing_had_happened(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,26 @@ def test_a_saved_model_continues_with_its_trace(tmp_path: Path) -> None:
     callback = fit_model(again, build_monitor(again, tmp_path / "trace.jsonl"), CAP)
     assert (int(again.optimizer.iterations), callback.verdict.stop) == (record_expected_trace().last_step, True)
     assert_as_expected(Trace.read(tmp_path / "trace.jsonl"))
+
+
+def test_the_trace_goes_on_where_keras_restores_the_run_after_it(tmp_path: Path) -> None:
+    """BackupAndRestore, behind it in the list, restores weights and step in its own `on_train_begin`."""
+
+    class Killed(keras.callbacks.Callback):  # type: ignore[misc]  # untyped base
+        def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+            if epoch == 2:
+                raise KeyboardInterrupt
+
+    for callbacks in ([Killed()], []):
+        net = build_model()
+        judge = DvarCallback(build_monitor(net, tmp_path / "trace.jsonl"))
+        backup = keras.callbacks.BackupAndRestore(tmp_path / "backup")
+        x, y = np.tile(X.numpy(), (7, 1)), np.tile(Y.numpy(), (7, 1))
+        with contextlib.suppress(KeyboardInterrupt):
+            net.fit(x, y, batch_size=2, epochs=CAP, shuffle=False, verbose=0, callbacks=[judge, backup, *callbacks])
+    assert judge.verdict.stop
+    assert_as_expected(Trace.read(tmp_path / "trace.jsonl"))
+    assert [path.name for path in tmp_path.glob("trace*")] == ["trace.jsonl"]
 
 
 def test_without_a_probe_it_records_what_an_epoch_ends_with(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -112,4 +113,13 @@ def test_a_model_in_parts_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
         monkeypatch.setattr("dvar.stopping.integrations.transformers.is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(RefusedInput, match="needs the whole model there, got FSDP or DeepSpeed stage 3"):
         callback.on_train_begin(TrainingArguments(output_dir=str(tmp_path)), TrainerState(), TrainerControl())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("split", [{"tp_size": 2}, {"is_distributed_loading_by_transformers": True}])
+def test_a_model_that_transformers_has_split_is_refused(tmp_path: Path, split: dict[str, Any]) -> None:
+    callback = DvarCallback(build_monitor(build_network(), tmp_path / "trace.jsonl"))
+    arguments = TrainingArguments(output_dir=str(tmp_path))
+    with pytest.raises(RefusedInput, match="got a model that transformers has split: train with data parallelism only"):
+        callback.on_train_begin(arguments, TrainerState(), TrainerControl(), model=SimpleNamespace(**split))
     assert list(tmp_path.iterdir()) == []

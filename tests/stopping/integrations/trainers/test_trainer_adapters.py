@@ -11,10 +11,11 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from dvar import Dvar, RefusedInput, Trace
 from dvar.stopping.integrations.trainers.ai_toolkit import build_trainer
-from dvar.stopping.integrations.trainers.held_loss import METRIC, HeldLossJudge, pool_losses
+from dvar.stopping.integrations.trainers.held_loss import METRIC, HeldLossJudge, count_processes, pool_losses
 from dvar.stopping.integrations.trainers.onetrainer import watch_trainers
 from dvar.stopping.integrations.trainers.simpletuner import LoggedLossStop
 from dvar.stopping.integrations.trainers.tools import TOOLS, Tool, integrate
@@ -90,6 +91,15 @@ def test_one_of_several_processes_only_says_that_it_would_stop(
     ]
 
 
+def test_processes_that_a_trainer_starts_itself_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OneTrainer starts them without torchrun, and tells its group alone how many there are."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert count_processes() == 1
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    assert count_processes() == 2
+
+
 def test_settings_out_of_range_are_refused_before_training(tmp_path: Path) -> None:
     with pytest.raises(RefusedInput, match="window must be a whole number of steps, 8 or more, got 3"):
         HeldLossJudge(tmp_path, 3)
@@ -123,7 +133,8 @@ class DiffusionTrainer:
         )
         self.logger = SimpleNamespace(finish=lambda: self.calls.append("finish"))
         self.progress_bar = SimpleNamespace(close=lambda: self.calls.append("close"))
-        self.train_config = SimpleNamespace(validation_config=SimpleNamespace(validate_every_n_steps=EVERY))
+        validation = SimpleNamespace(validate_every_n_steps=EVERY)
+        self.train_config = SimpleNamespace(validation_config=validation, gradient_accumulation_steps=1)
         self.additional_logs: dict[str, float] = {}
         self.step_num = self.start_step = self.updates = 0
 
@@ -161,6 +172,26 @@ def test_ai_toolkit_ends_at_the_stop_with_what_follows_its_loop(tmp_path: Path) 
     trainer.run()
     assert trainer.calls == ["close", "save", "finish", "end_training", "done"]
     assert trainer.step_num == trainer.updates == find_stop(range(1, CAP, EVERY))
+
+
+def test_ai_toolkit_counts_updates_where_it_accumulates_gradients(tmp_path: Path) -> None:
+    """It counts its steps by batches."""
+    trainer = build_trainer(DiffusionTrainer)(tmp_path, {"dvar.window": WINDOW})
+    trainer.train_config.gradient_accumulation_steps = 2
+    trainer.hook_before_train_loop()
+    for trainer.step_num in range(1, 10, 2):
+        trainer.validate()
+    assert [record["step"] for record in Trace.read(tmp_path / "trace.jsonl").records] == [1, 2, 3, 4, 5]
+
+
+def test_only_the_main_process_of_ai_toolkit_keeps_the_trace(tmp_path: Path) -> None:
+    for is_main in (True, False):  # the other comes later, to the same folder
+        trainer = build_trainer(DiffusionTrainer)(tmp_path, {"dvar.window": WINDOW}, processes=2)
+        trainer.accelerator.is_main_process = is_main
+        trainer.hook_before_train_loop()
+        trainer.validate()
+    assert [path.name for path in tmp_path.iterdir()] == ["trace.jsonl"]
+    assert len(Trace.read(tmp_path / "trace.jsonl")) == 1
 
 
 def test_ai_toolkit_goes_on_to_its_cap_where_nothing_may_or_can_be_judged(
