@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from dvar.cli.console import program_name
 from dvar.config.methods import CustomDiffusionConfig, DreamBoothLoraConfig, TextualInversionConfig
 from dvar.config.training import TrainingConfig, problems
 from dvar.errors import DvarError
+from dvar.logs.reader import read_log
 from dvar.runs.follow import follow_log
 from dvar.testing import tiny_concept, tiny_pipeline
 from dvar.training.run import TrainingResult
@@ -495,7 +497,23 @@ def test_replay_judges_a_run_of_ours_by_its_own_settings_unless_others_are_named
     assert "224 of 310 steps" in dvar("replay", tmp_path).out
 
 
-def test_a_followed_log_prints_verdicts_as_they_change_and_acts_once_it_stops(log: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def growing(log: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A log that another program writes: it has one record more at each look."""
+
+    steps = itertools.count(700)
+
+    def read_growing(*args: Any, **settings: Any) -> Any:
+        trace = read_log(*args, **settings)
+        with log.open("a") as file:
+            file.write(f"\n{next(steps)},0.04,0.5")
+        return trace
+
+    monkeypatch.setattr("dvar.runs.follow.read_log", read_growing)
+    return log
+
+
+def test_a_followed_log_prints_verdicts_as_they_change_and_acts_once_it_stops(growing: Path, tmp_path: Path) -> None:
     command = "import os; open('command', 'w').write(os.environ['DVAR_STEP'] + ' ' + os.environ['DVAR_VERDICT'])"
     (tmp_path / "act.py").write_text(command)
     on_stop = f'cd "{tmp_path}" && "{sys.executable}" act.py'
@@ -503,8 +521,12 @@ def test_a_followed_log_prints_verdicts_as_they_change_and_acts_once_it_stops(lo
     program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); input()"
     trainer = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stderr=subprocess.PIPE)
     flags = ["--on_stop", on_stop, "--stop_file", tmp_path / "stop.json", "--pid", trainer.pid]
-    answer = dvar("replay", log, "--follow", *flags, "--output", tmp_path / "replay.svg")
-    assert (answer.status, answer.err) == (0, "")
+    flags += ["--poll_seconds", "0.01", "--output", tmp_path / "replay.svg"]
+    answer = dvar("replay", growing, "--follow", *flags)
+    assert answer.status == 0
+    assert answer.err == (
+        "dvar: the log holds a stop from before it was followed, which counts once there is a new record, at step 406\n"
+    )
     assert b"KeyboardInterrupt" in trainer.communicate(timeout=60)[1]
     lines = answer.out.splitlines()
     assert lines[0] == "curve     val_loss in metrics.csv"
@@ -523,9 +545,18 @@ def test_a_followed_log_prints_verdicts_as_they_change_and_acts_once_it_stops(lo
     assert json.loads((tmp_path / "stop.json").read_text())["step"] == 406
 
 
-def test_a_command_that_fails_at_a_stop_is_reported(log: Path) -> None:
-    answer = dvar("replay", log, "--follow", "--on_stop", "exit 3")
-    assert (answer.status, answer.err) == (1, "dvar: on_stop ended with status 3: exit 3\n")
+def test_a_command_that_fails_at_a_stop_is_reported(growing: Path) -> None:
+    answer = dvar("replay", growing, "--follow", "--poll_seconds", "0.01", "--on_stop", "exit 3")
+    assert answer.status == 1
+    assert answer.err.splitlines()[-1] == "dvar: on_stop ended with status 3: exit 3"
+
+
+def test_a_stop_of_an_earlier_run_does_nothing(log: Path, tmp_path: Path) -> None:
+    flags = ["--stop_file", tmp_path / "stop.json", "--poll_seconds", "0.01", "--idle_minutes", "0.001"]
+    answer = dvar("replay", log, "--follow", *flags)
+    assert answer.status == 0
+    assert "there was no new record for 0.001 minutes: stop at step 406" in answer.out
+    assert not (tmp_path / "stop.json").exists()
 
 
 def test_a_followed_log_ends_with_a_verdict_when_its_program_does(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:

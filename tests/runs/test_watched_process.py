@@ -35,9 +35,11 @@ def test_what_a_launcher_has_started_is_interrupted_with_it(tmp_path: Path) -> N
             assert launcher.poll() is None
         child = WatchedProcess(int((tmp_path / "ready.pid").read_text()))
         process = WatchedProcess(launcher.pid)
+        assert not process.wait(0)
         assert process.interrupt(descendants=True)
         launcher.communicate(timeout=60)  # which ends once nobody holds its output open any more
         assert not child.is_running()
         assert not process.interrupt(descendants=True)
+        assert process.wait(60)
         child.close()
         process.close()
