@@ -1,6 +1,6 @@
 # dvar on CPUs, with the bundled models:
 #   docker build --tag dvar --build-arg TORCH="torch==2.13.0 --index-url ..." .
-#   docker run --rm --volume "$PWD/runs:/work/runs" dvar demo
+#   mkdir -p runs && docker run --rm --user "$(id -u):$(id -g)" --volume "$PWD/runs:/work/runs" dvar demo
 # The build argument names PyTorch's own index of builds for CPUs; without it, torch for Linux brings CUDA with it.
 FROM python:3.11-slim
 ARG TORCH="torch==2.13.0"

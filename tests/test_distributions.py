@@ -107,7 +107,7 @@ def test_the_wheels_share_no_file_and_hold_the_models_once(wheels: dict[str, Pat
     names = {name: set(zipfile.ZipFile(path).namelist()) for name, path in wheels.items()}
     assert not {entry for entry in names["dvar"] & names["dvar-mini"] if ".dist-info" not in entry}
     parts = {entry.split("/")[2] for entry in names["dvar-mini"] if entry.startswith("dvar/mini/")}
-    assert parts == {"model", "flow", "judges", "concepts", "README.md"}
+    assert parts == {"model", "flow", "judges", "concepts", "README.md", "LICENSE"}
     assert "dvar/mini/__init__.py" in names["dvar"]
     assert wheels["dvar"].stat().st_size < 3e6
 

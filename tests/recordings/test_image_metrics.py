@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torchmetrics.functional import pairwise_cosine_similarity
 from torchmetrics.functional.multimodal import clip_score
-from transformers import CLIPProcessor, ViTConfig, ViTImageProcessorPil, ViTModel
+from transformers import CLIPProcessor, Dinov2Config, Dinov2Model, ViTConfig, ViTImageProcessorPil, ViTModel
 
 from dvar import mini
 from dvar.diffusion.clip import Clip
@@ -116,6 +117,29 @@ def test_dino_reads_the_class_token(tmp_path: Path, clip: Clip, images: list[Ima
     scores = Scorer(clip, images[:2], dino=dino)(images, ["a mug"] * 5)
     torch.testing.assert_close(torch.tensor(scores["dino"]), pairwise_cosine_similarity(first, first[:2]).mean(dim=1))
     assert Scorer(clip, images, dino=dino).names == {"clip": "clip", "dino": tmp_path.name}
+
+
+def tiny_dino(folder: Path, *, image_size: int = 32, crop: int = 32) -> Path:
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 4}
+    with torch.random.fork_rng():
+        Dinov2Model(Dinov2Config(image_size=image_size, **sizes)).eval().save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": crop, "width": crop}).save_pretrained(folder)
+    return folder
+
+
+def test_a_dino_may_read_images_of_another_size_than_it_was_trained_at(tmp_path: Path) -> None:
+    dino = Dino.load(tiny_dino(tmp_path / "dino", image_size=56, crop=28))
+    assert dino.embed_images([Image.new("RGB", (40, 50), "red")]).shape == (1, 16)
+    with pytest.raises(ModelError, match="squares of whole patches of 4 pixels, got 30x30: complete the folder"):
+        Dino.load(tiny_dino(tmp_path / "other", crop=30))
+
+
+def test_the_weights_of_a_dino_are_never_a_pickle(tmp_path: Path) -> None:
+    folder = tiny_dino(tmp_path / "dino")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="does not load as a DINO"):
+        Dino.load(folder)
 
 
 def edit_json(folder: Path, name: str, change: Callable[[dict[str, Any]], object]) -> None:

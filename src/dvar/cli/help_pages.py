@@ -43,7 +43,12 @@ def _columns(console: Console, options: ConsoleOptions, entries: Sequence[HelpEn
     from cyclopts.help import NameRenderer
     from cyclopts.help.specs import AsteriskColumn, ColumnSpec
 
-    longest = max(len(word) for entry in entries for word in entry.display_labels_with_metavar)
+    # What cyclopts 5 adds: with cyclopts 4, the last one for Python 3.10, a flag is as long as its names.
+    longest = max(
+        len(word)
+        for entry in entries
+        for word in getattr(entry, "display_labels_with_metavar", (*entry.names, *entry.shorts))
+    )
     width = max(math.ceil(console.width * 0.35), longest)
     names = NameRenderer(max_width=width)
     marker = [AsteriskColumn] if any(entry.required for entry in entries) else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dvar.config.training import Sampler
 from dvar.diffusion import tokens
@@ -14,6 +14,8 @@ from dvar.diffusion.source import ModelSource, as_source
 from dvar.diffusion.tokens import read_index
 
 if TYPE_CHECKING:
+    from typing import Self  # which Python 3.10 does not have
+
     import torch
     from PIL import Image
     from torch import Tensor, nn

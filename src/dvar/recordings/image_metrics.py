@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModel
 
 from dvar import mini
-from dvar.diffusion.clip import Clip, embed_in_batches, image_size_problems, normalize
+from dvar.diffusion.clip import Clip, embed_in_batches, normalize
 from dvar.diffusion.devices import best_device
 from dvar.diffusion.loading import loading_errors
 from dvar.errors import ModelError, RefusedInput
@@ -66,10 +66,13 @@ class Dino:
         """
         with loading_errors(name, "DINO"):
             processor = transformers.AutoImageProcessor.from_pretrained(name, backend="pil")
-            model = AutoModel.from_pretrained(name, dtype=torch.float32)
-            size = model.config.image_size
-        if problems := image_size_problems(processor, size):
-            raise ModelError(f"{name} does not fit: {'; '.join(problems)}: complete the folder or name another DINO")
+            model = AutoModel.from_pretrained(name, dtype=torch.float32, use_safetensors=True)  # and no pickle
+            size, patch = model.config.image_size, model.config.patch_size
+        height, width = processor(Image.new("RGB", (size + 16, size + 8)), return_tensors="pt").pixel_values.shape[-2:]
+        # DINOv2 is trained at another size than its processor's, and interpolates the positions of its patches.
+        if height != width or height % patch:
+            rule = f"{name} must have a processor that makes squares of whole patches of {patch} pixels"
+            raise ModelError(f"{rule}, got {width}x{height}: complete the folder or name another DINO")
         return cls(Path(name).name, model.to(device or best_device()).eval().requires_grad_(False), processor)
 
     def embed_images(self, images: Sequence[Image.Image]) -> Tensor:

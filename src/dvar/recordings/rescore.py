@@ -152,6 +152,7 @@ def _spec_of(folder: Path, run: TrainingRun) -> RecordingSpec:
         concepts=None if images == mini.concepts().get(folder.parent.name) else str(images.parent),
         clip=judged["clip"],
         dino=judged["dino"],
+        lpips=judged.get("lpips"),
         pairing=judged["pairing"],
     )
 

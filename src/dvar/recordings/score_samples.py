@@ -10,7 +10,7 @@ from PIL import Image
 
 from dvar.diffusion.clip import Clip
 from dvar.diffusion.sampling import sample
-from dvar.files import read_json, regular_file, write_json
+from dvar.files import read_json, write_json
 from dvar.recordings.concepts import read_prompts
 from dvar.recordings.image_metrics import Dino, Judge, Scorer
 from dvar.recordings.lpips import Lpips
@@ -18,25 +18,22 @@ from dvar.recordings.protocol import PLACES, PROTOCOLS, ScoringPrompts
 from dvar.recordings.recorded_run import DONE, ROUNDS, read_rounds
 from dvar.recordings.restore import restore_runs
 from dvar.recordings.spec import RecordingSpec
-from dvar.training.dataset import Concept
+from dvar.training.dataset import Concept, open_image
 from dvar.training.run import TrainingRun
 
 
 def load_scorer(spec: RecordingSpec, concept: Concept) -> Scorer:
     """Return what scores the images of a recording.
 
-    The references are the image files as CLIP's own processor wants them, not the squares that training crops.
+    The references are the images as CLIP's own processor wants them, upright and on white as training has them, but not
+    the squares that training crops.
 
     Raises:
         ModelError, RefusedInput: A judge cannot be loaded.
     """
-    references = []
-    for path in spec.reference_paths(concept):
-        with Image.open(regular_file(path)) as image:
-            references.append(image.convert("RGB"))
     return Scorer(
         Clip.load(spec.clip) if spec.clip else Clip.scoring(),
-        references,
+        [open_image(path) for path in spec.reference_paths(concept)],
         pairing=spec.pairing,
         dino=Dino.load(spec.dino) if spec.dino else None,
         judge=Judge(spec.concept) if spec.bundled else None,

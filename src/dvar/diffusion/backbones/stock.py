@@ -11,7 +11,7 @@ from hashlib import sha256
 from inspect import signature
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import diffusers
 import numpy as np
@@ -30,6 +30,9 @@ from dvar.diffusion.single_file import missing_parts
 from dvar.diffusion.source import ModelSource, as_source
 from dvar.diffusion.tokens import read_index
 from dvar.errors import ModelError
+
+if TYPE_CHECKING:
+    from typing import Self  # which Python 3.10 does not have
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 T5_METHOD = "_get_t5_prompt_embeds"
