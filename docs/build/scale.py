@@ -29,7 +29,8 @@ TEXT = """# Many runs, many machines
 <!-- written by docs/build/scale.py -->
 
 `dvar batch` trains many concepts; `accelerate launch -m dvar train` trains one with several GPUs. Both leave ordinary
-run folders, which are the only state: kill anything at any time, and the same command goes on.
+run folders, which are the only state: kill anything at any time, and the same command goes on. On Windows an
+interrupted batch ends its workers at once, without a save: they go on from their last checkpoints.
 
 ## Many concepts: `dvar batch`
 

@@ -22,7 +22,7 @@ def test_references_are_upright_and_on_white_as_in_training(tmp_path: Path, monk
         image.putpixel((0, 0), (255, 0, 0, 255))
         image.save(cut_out)
     monkeypatch.setattr(score_samples, "Scorer", lambda clip, references, **settings: references)
-    monkeypatch.setattr(score_samples.Clip, "scoring", lambda: None)
+    monkeypatch.setattr("dvar.recordings.score_samples.Clip.scoring", lambda: None)
     spec: Any = SimpleNamespace(
         reference_paths=lambda concept: [upright, cut_out],
         **dict.fromkeys(("clip", "dino", "lpips", "bundled")),
