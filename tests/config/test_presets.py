@@ -105,9 +105,10 @@ def test_the_default_preset_is_mini_for_the_bundled_model_and_lean_for_others() 
 
 
 @pytest.mark.parametrize("method", PAPER_METHODS)
-def test_lean_differs_from_paper_only_in_its_cadence_and_timesteps(method: str) -> None:
+def test_lean_differs_from_paper_only_in_its_cadence_timesteps_and_samples(method: str) -> None:
     paper, lean = preset_settings("paper", method), preset_settings("lean", method)
-    assert {name for name in paper if lean[name] != paper[name]} == {"probe_every", "eval_timesteps"}
+    samples = {"validation_steps", "num_validation_images"}
+    assert {name for name in paper if lean[name] != paper[name]} == {"probe_every", "eval_timesteps", *samples}
     assert {preset_settings(name, method)["eval_timesteps"] for name in ("lean", "mini")} == {"stratified"}
     assert lean.keys() == paper.keys()
     assert paper["probe_every"] == 1

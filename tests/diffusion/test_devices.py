@@ -24,12 +24,13 @@ FLAGS = (torch.backends.cudnn, torch.backends.cuda.matmul)
 
 
 @pytest.mark.parametrize(
-    ("gpu", "use_cpu", "device"), [(1, "", "cuda"), (1, "true", "cpu"), (1, "false", "cuda"), (0, "", "cpu")]
+    ("gpu", "use_cpu", "device"), [(1, "", "cuda:2"), (1, "true", "cpu"), (1, "false", "cuda:2"), (0, "", "cpu")]
 )
 def test_the_best_device_is_a_gpu_unless_accelerate_launches_on_the_cpu(
     gpu: int, use_cpu: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpu))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
     monkeypatch.setenv("ACCELERATE_USE_CPU", use_cpu)
     assert best_device() == device
 

@@ -114,9 +114,13 @@ def test_the_command_the_batch_and_the_studio_ask_for_them(
 
 def test_the_page_on_base_models_names_them() -> None:
     def describe(values: Any) -> str:
-        return ", ".join(f"`{name}` {value:g}" for name, value in values.items()) or "–"
+        return ", ".join(f"`{name}` {_describe_value(value)}" for name, value in values.items()) or "–"
 
     page = (DOCS / "reference" / "base-models.md").read_text(encoding="utf-8")
     for family in BACKBONES.values():
         cells = (family.title, describe(family.settings), describe(family.lora_settings), f"{family.few_steps}")
         assert f"| {' | '.join(cells)} |" in page
+
+
+def _describe_value(value: Any) -> str:
+    return "yes" if value is True else value if isinstance(value, str) else f"{value:g}"

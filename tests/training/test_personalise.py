@@ -136,6 +136,24 @@ def test_the_held_timesteps_can_be_one_of_each_part_of_the_schedule(config: Text
     assert [timestep * 8 // 1000 for timestep in held()] != list(range(8))
 
 
+def test_a_held_batch_of_large_images_is_evaluated_in_parts(
+    config: TextualInversionConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Trace.read(personalise(config).folder / "trace.jsonl")
+    sizes: list[int] = []
+    loss = denoising_loss
+
+    def note_size(predict: Any, draws: Any, schedule: Any) -> torch.Tensor:
+        sizes.append(len(draws.timesteps))
+        return loss(predict, draws, schedule)
+
+    monkeypatch.setattr("dvar.training.run.denoising_loss", note_size)
+    monkeypatch.setattr("dvar.training.run.HELD_PIXELS", 3 * 32 * 32)
+    parts = Trace.read(personalise(replace(config, overwrite=True)).folder / "trace.jsonl")
+    assert sizes[:3] == [3, 3, 2]
+    np.testing.assert_allclose(parts.samples, whole.samples, rtol=1e-4)
+
+
 def test_training_lowers_the_loss_on_the_fixed_batch(config: TextualInversionConfig) -> None:
     personalise(replace(config, max_train_steps=40, validation_steps=100))
     values = Trace.read(Path(config.output_dir) / "trace.jsonl").values

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 
 def best_device() -> str:
-    """Return "cuda" where there is such a GPU, else "cpu", as also under ``accelerate launch --cpu``."""
+    """Return the current GPU where there is one of CUDA, else "cpu", as also under ``accelerate launch --cpu``."""
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
-    return "cuda" if torch.cuda.is_available() and not on_cpu else "cpu"
+    # By its number: without one, diffusers' hooks take the first GPU in every process.
+    return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() and not on_cpu else "cpu"
 
 
 @contextmanager

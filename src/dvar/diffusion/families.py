@@ -130,7 +130,14 @@ _CLIP, _KL = ("clip_text_model", "clip"), ("AutoencoderKL",)
 _UNET_TARGETS = ("attention", "cross-attention", "attention+gates")
 _LANGUAGE_MODEL = "its text encoder is a language model, and stock diffusers loads no learned word into one"
 _CHANNELS = "transformer.in_channels"
-_LORA = {"learning_rate": 1e-4, "adam_weight_decay": 1e-4, "max_grad_norm": 1.0}
+_LORA: Mapping[str, Any] = {
+    "learning_rate": 1e-4,
+    "adam_weight_decay": 1e-4,
+    "max_grad_norm": 1.0,
+    "mixed_precision": "bf16",
+    "gradient_checkpointing": True,
+}
+"""What LoRA takes by default in diffusers' scripts, and in their examples for a GPU."""
 
 BACKBONES: Registry[BackboneEntry] = Registry("backbone", "dvar.backbones")
 """Every family by the class of its pipelines. Other packages add theirs by an entry point of "dvar.backbones"."""

@@ -48,6 +48,11 @@ class Draws:
         """Return the same draws on ``device``."""
         return Draws(**{name: part.to(device) for name, part in self._parts().items()})
 
+    def split(self, count: int) -> list[Draws]:
+        """Return these draws as batches of at most ``count``."""
+        parts = {name: torch.split(part, count) for name, part in self._parts().items()}
+        return [Draws(**dict(zip(parts, chunk, strict=True))) for chunk in zip(*parts.values(), strict=True)]
+
     def joined(self, other: Draws) -> Draws:
         """Return these draws and then the ``other`` draws as one batch."""
         masked = self.mask is not None or other.mask is not None

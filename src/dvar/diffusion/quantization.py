@@ -10,7 +10,13 @@ import torch
 from torch import nn
 
 
-def quantize_linears(network: Any, kind: str, precision: torch.dtype, device: torch.device | str) -> None:
+def quantize_linears(
+    network: Any,
+    kind: str,
+    precision: torch.dtype,
+    device: torch.device | str,
+    idle: torch.device | str | None = None,
+) -> None:
     """Put linear layers of 4 or 8 bits in the place of those in the repeated blocks of a frozen network.
 
     What stands before and after the blocks is left as it is: it is a small share, and images depend on it most.
@@ -19,7 +25,8 @@ def quantize_linears(network: Any, kind: str, precision: torch.dtype, device: to
         network: The network, on the CPU.
         kind: "nf4" or "int8".
         precision: The arithmetic of layers of 4 bits, and of all biases.
-        device: The device on which the weights are converted, and left.
+        device: The device on which the weights are converted.
+        idle: The device on which they are left, by default that one.
 
     Source: Dettmers et al., QLoRA (2023): frozen weights in NF4, learned ones beside them in full precision.
     Deviates: diffusers quantises while it loads and asks for a GPU; here the weights have been hashed before, and a CPU
@@ -29,22 +36,25 @@ def quantize_linears(network: Any, kind: str, precision: torch.dtype, device: to
 
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line for each layer and step
     layers = bitsandbytes.nn
-    for name, layer in list(linears_in_blocks(network)):
-        size: dict[str, Any] = {"input_features": layer.in_features, "output_features": layer.out_features}
+    for name in [name for name, _ in linears_in_blocks(network)]:
+        layer = network.get_submodule(name)
+        # Without a device their weights would be drawn at random first.
+        size: dict[str, Any] = {"device": "meta", "bias": layer.bias is not None}
+        size |= {"input_features": layer.in_features, "output_features": layer.out_features}
         weight, bias = layer.weight.data.to(precision), layer.bias
         if kind == "nf4":
-            new = layers.Linear4bit(**size, bias=bias is not None, compute_dtype=precision, quant_type="nf4")
+            new = layers.Linear4bit(**size, compute_dtype=precision, quant_type="nf4")
             new.weight = layers.Params4bit(weight, requires_grad=False, quant_type="nf4")
             # A CPU would repack the weights in the first evaluation, for which their rows must be a multiple of 32.
             new.support_avx512bf16_for_cpu = False
         else:
-            new = layers.Linear8bitLt(**size, bias=bias is not None, has_fp16_weights=False)
+            new = layers.Linear8bitLt(**size, has_fp16_weights=False)
             new.weight = layers.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
             new.register_forward_pre_hook(_follow_weights)
         if bias is not None:
             new.bias = nn.Parameter(bias.data.to(precision), requires_grad=False)
         parent, _, place = name.rpartition(".")
-        setattr(network.get_submodule(parent), place, new.to(device).eval())
+        setattr(network.get_submodule(parent), place, new.to(device).to(idle or device).eval())
     # By which PEFT recognises what stands under its matrices.
     network.is_loaded_in_4bit, network.is_loaded_in_8bit = kind == "nf4", kind == "int8"
 

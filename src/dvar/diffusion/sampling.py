@@ -105,7 +105,7 @@ def rehearse(
     guidance: float,
     negatives: Sequence[str | None] | None = None,
 ) -> None:
-    """Have the stock pipeline read these prompts in the batches of `sample`, and generate nothing."""
+    """Have the stock pipeline read these prompts in batches as `sample`, each once, and generate nothing."""
 
     class Rehearsed(Exception):
         """The prompts have been read."""
@@ -113,12 +113,14 @@ def rehearse(
     def stop(*args: Any, **kwargs: Any) -> None:
         raise Rehearsed
 
+    pairs = list(dict.fromkeys(zip(prompts, negatives or [None] * len(prompts), strict=True)))
+    prompts, negatives = [prompt for prompt, _ in pairs], [negative for _, negative in pairs]
     with preserve_state(backbone.modules), backbone.autocast():
-        for part in _iter_batches(negatives or [None] * len(prompts), size):
+        for part in _iter_batches(negatives, size):
             pipeline = backbone.pipeline()
             pipeline.prepare_latents = stop  # which every pipeline calls once it has read its prompts
             with suppress(Rehearsed), backbone.generating(pipeline):
-                options = _options(backbone, prompts[part], negatives[part] if negatives else None, guidance)
+                options = _options(backbone, prompts[part], negatives[part], guidance)
                 pipeline(**options, height=size, width=size)
 
 

@@ -227,7 +227,8 @@ def prepare(
             raise CheckpointError(f"{message}: {remedy} --output_dir")
         remove(folder / RESULT)
     processes.end_calls()
-    return TrainingRun(folder, config, concept, classes, backbone, method, clip, processes), checkpoint
+    judge = clip if config.best_by == "clip" else None  # one that has chosen initializer tokens is not kept
+    return TrainingRun(folder, config, concept, classes, backbone, method, judge, processes), checkpoint
 
 
 def _load_base(config: TrainingConfig, load: LoadBase | None, processes: Processes) -> Backbone:

@@ -79,6 +79,10 @@ class TrainingResult:
     weights: tuple[Path, ...] = ()
 
 
+HELD_PIXELS = 2**21
+"""Pixels of held samples in one forward pass: 8 images of 512, or 2 of 1,024, take less memory than a training step."""
+
+
 class TrainingRun:
     """A run in progress.
 
@@ -404,8 +408,9 @@ class TrainingRun:
         return instance_losses + self.config.effective_prior_weight * class_losses
 
     def held_losses(self, held: Sequence[Draws]) -> Tensor:
-        """Return the losses of the held draws, those of each size as one batch, float32 [B]."""
-        return torch.cat([self.losses(part) for part in held])
+        """Return the losses of the held draws, those of each size in batches of at most `HELD_PIXELS`, float32 [B]."""
+        count = max(1, HELD_PIXELS // self.config.resolution**2)
+        return torch.cat([self.losses(batch) for part in held for batch in part.split(count)])
 
     def losses(self, draws: Draws) -> Tensor:
         """Return the losses of these draws, float32 [B]."""
