@@ -615,7 +615,7 @@ def test_export_writes_what_is_requested_and_refuses_what_is_missing(trained: Tr
     answer = dvar("export", trained.folder)
     assert (answer.status, answer.err) == (
         2,
-        "dvar: export needs --step, --merged, --kohya or --push_to_hub, got none: name what to write\n",
+        "dvar: export needs --step, --merged, --kohya, --embedding or --push_to_hub, got none: name what to write\n",
     )
     answer = dvar("export", trained.folder, "--kohya", tmp_path / "lora.safetensors")
     assert answer.status == 2

@@ -151,10 +151,13 @@ def test_rules_on_the_file_of_traces_are_rules_on_the_records(root: Path, report
     reproduce(config)
     there, here = (json.loads((at / "rules.json").read_text()) for at in (report.parent, tmp_path))
     stops = [
-        [(row["rule"], row["setting"], round(row["steps"], 3)) for row in content["tables"][0]["rows"]]
+        {(row["rule"], row["setting"]): row["steps"] for row in content["tables"][0]["rows"]}
         for content in (there, here)
     ]
-    assert sorted(stops[0]) == sorted(stops[1])
+    # The file holds scores in 13 bits, by which an oracle is a little earlier or later; rules read losses alone.
+    assert stops[0] == pytest.approx(stops[1], rel=5e-3)
+    rules = {key for key in stops[0] if not key[0].startswith("Oracle")}
+    assert {key: stops[0][key] for key in rules} == pytest.approx({key: stops[1][key] for key in rules}, rel=1e-6)
 
 
 # Table 1

@@ -162,7 +162,7 @@ def test_stock_diffusers_reads_the_matrices_of_the_run_and_draws_its_image(famil
         metadata = opened.metadata()
     assert metadata["ss_network_dim"] == "4"
     assert metadata["ss_network_alpha"] == "2"
-    assert metadata["ss_base_model_version"] == FORMATS[family].version
+    assert metadata["ss_base_model_version"] == FORMATS[family].version + "_4b" * (family == "FLUX.2 klein")
     assert metadata["modelspec.trigger_phrase"] == PROMPT
     assert str(tmp_path) not in json.dumps(metadata)
     absent = {"text_encoder_3": None, "tokenizer_3": None} if family == "Stable Diffusion 3" else {}

@@ -71,7 +71,8 @@ class FamilyTrainingContract:
         }
         word: dict[str, Any] = {"placeholder_token": "<thing>", "initializer_token": "mug"}
         return {
-            "textual-inversion": TextualInversionConfig(**shared, **word),
+            # Of FLUX.1, CLIP alone learns the word, and nine small steps of its pooled state hardly show in an image.
+            "textual-inversion": TextualInversionConfig(**{**shared, **word, "learning_rate": 0.5}),
             "dreambooth-lora": DreamBoothLoraConfig(**shared, **word),
             "lora": DreamBoothLoraConfig(**shared, instance_prompt="a photo of mug"),
             "custom-diffusion": CustomDiffusionConfig(**shared, **word, class_noun="mug", num_class_images=1),
