@@ -1,4 +1,4 @@
-"""What scores the images of a recording, when they are generated and when they are scored anew."""
+"""What scores the images of a recording, when they are generated and when they are rescored."""
 
 from __future__ import annotations
 

@@ -63,13 +63,14 @@ def sample(
             raise Abandoned
         return {}
 
+    negatives = negatives or [None] * len(prompts)
     pipeline = backbone.pipeline(scheduler)
     images: list[Image.Image] = []
     decoding = _decoding_in_float32(pipeline, backbone.device.type)
     with preserve_state(backbone.modules), backbone.autocast(), backbone.generating(pipeline), decoding:
-        for part in _iter_batches(negatives or [None] * len(prompts), size):
+        for part in _iter_batches(negatives, size):
             output = pipeline(
-                **_options(backbone, prompts[part], negatives[part] if negatives else None, guidance),
+                **_options(backbone, prompts[part], negatives[part], guidance),
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
                 height=size,
                 width=size,
@@ -142,10 +143,10 @@ def _iter_batches(negatives: Sequence[str | None], size: int) -> Iterator[slice]
 
 
 def _options(
-    backbone: Backbone, prompts: Sequence[str], negatives: Sequence[str | None] | None, guidance: float
+    backbone: Backbone, prompts: Sequence[str], negatives: Sequence[str | None], guidance: float
 ) -> dict[str, Any]:
     """Return the arguments of the stock pipeline for a batch, of which all have a negative prompt or none."""
-    texts = [negative for negative in negatives or () if negative is not None]
+    texts = [negative for negative in negatives if negative is not None]
     return backbone.generation_options(prompts, guidance, texts or None)
 
 
