@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from fake_survey import build_small_survey
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from short_run import short_run
 
+from dvar.config.training import TrainingConfig
 from dvar.errors import ModelError
 from dvar.recordings.archive import RecordingArchive
 from dvar.recordings.archive_file import write_traces
@@ -77,6 +78,10 @@ COMMANDS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("generate", "trained", "--prompt", "a photo of <thing>"), ("trained",)),
     (("export", "trained", "--merged", "merged"), ("trained",)),
     (("export", "trained", "--kohya", "lora.safetensors"), ("trained",)),
+    (("export", "trained", "--embedding", "thing.safetensors"), ("trained",)),
+    (("batch", "jobs.toml", "--output_dir", "batch"), ("jobs.toml", "images", "model")),
+    (("batch", "jobs.csv", "--config", "shared.toml", "--json"), ("jobs.csv", "shared.toml", "images")),
+    (("batch", "concepts", "--config", "shared.toml", "--pack", "2"), ("concepts", "shared.toml")),
     (("record", "--estimate", "--records", "records", "--concepts_dir", "concepts"), ("concepts", "records")),
     (("reproduce", "rules", "--records", "records", "--output_dir", "laboratory"), ("records",)),
     (("reproduce", "rules", "--records", "traces.npz", "--output_dir", "laboratory"), ("traces.npz",)),
@@ -118,6 +123,8 @@ FLAGS = (
     *("--guidance_scale", "--records", "--seeds", "--first", "--workers", "--concepts_dir", "--model", "--clip_model"),
     *("--port", "--host", "--public_url", "--secret_file", "--images_url", "--resamples", "--confidence", "--scenes"),
     *("--stop_file", "--step_column", "--rule", "--resume_from_checkpoint", "--validation_prompt", "--nonsense"),
+    *("--merged", "--kohya", "--embedding", "--step", "--method", "--checkpoints", "--pack", "--threads", "--retries"),
+    *("--password_file", "--models_dir", *(f"--{setting.name}" for setting in fields(TrainingConfig))),
 )
 VALUES = (
     *("", " ", "0", "-1", "1", "7", "1.5", "1_000", "1e3", "nan", "inf", "-inf", "1e999", "9" * 30, "9" * 400, "0x10"),
@@ -245,6 +252,12 @@ def workspace(tiny_model: Path, tiny_images: Path, tmp_path_factory: pytest.Temp
         "".join(f'{name[2:]} = "{value}"\n' for name, value in names.items() if name != "--resolution")
         + "resolution = 32\n"
     )
+    shared = {"pretrained_model_name_or_path": "model", "initializer_token": "mug", "resolution": 32}
+    lines = [f"{name} = {json.dumps(value)}" for name, value in shared.items()]
+    (folder / "shared.toml").write_text("\n".join(lines) + "\n")
+    jobs = [f'[[job]]\nid = "{name}"\ninstance_data_dir = "images"' for name in ("one", "two")]
+    (folder / "jobs.toml").write_text("\n".join((*lines, *jobs)) + "\n")
+    (folder / "jobs.csv").write_text("id,instance_data_dir,seed\none,images,1\ntwo,images,2\n")
     (folder / "answers.csv").write_text("ticket,worker,answer\nabc,ann,left\n")
     script = "loader, accelerator, loss = [], None, None\nfor batch in loader:\n    accelerator.backward(loss)\n"
     (folder / "script.py").write_text(script)
@@ -260,6 +273,7 @@ def run_case(workspace: Workspace) -> Iterator[Callable[[Case], Answer]]:
             patch.setattr(f"dvar.{module}.load_backbone", refuse_to_load)
         patch.setattr("uvicorn.Server.run", lambda *_, **__: None)
         patch.setattr("dvar.paper.reproduce._make_result", refuse_to_load)
+        patch.setattr("dvar.jobs.batch.Batch.events", refuse_to_load)
         os.chdir(workspace.folder)
         os.mkfifo("pipe")
         os.symlink("loop", "loop")

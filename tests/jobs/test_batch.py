@@ -109,9 +109,13 @@ def test_the_run_of_another_is_not_touched(tiny_model: Path, concepts: Path, tmp
 
 
 def test_two_commands_do_not_run_one_batch_at_once(tiny_model: Path, concepts: Path, tmp_path: Path) -> None:
-    opened = Batch([tiny_table(tiny_model, concepts, "mug")], BatchConfig(output_dir=str(tmp_path)))
-    with lock_path(tmp_path / ".batch.lock", tmp_path), pytest.raises(RefusedInput, match="is being written"):
-        next(opened.events())
+    jobs = write_toml(tmp_path / "jobs.toml", {}, [tiny_table(tiny_model, concepts, "mug")])
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    with lock_path(folder / ".batch.lock", folder):
+        answer = dvar("batch", str(jobs), "--output_dir", str(folder))
+    assert (answer.status, "is being written" in answer.err) == (2, True), answer
+    assert not list(folder.iterdir()), "it wrote into the folder of the other one"
 
 
 @contextmanager

@@ -97,17 +97,21 @@ class Batch:
     def events(self, every: float = 60.0) -> Iterator[JobEvent | None]:
         """Run the jobs that are missing, and yield their events; None after ``every`` seconds without one.
 
+        At the end, whatever ended it, the summary is written into the folder of the batch.
+
         Raises:
             RefusedInput: Another process runs this batch.
             KeyboardInterrupt: It was asked to stop; each run has saved, and the same batch goes on.
         """
         missing = self.missing
         if not missing:
+            self._write_summary()
             return
         with ExitStack() as stack:
             if self.folder:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(lock_path(self.folder / LOCK, self.folder))
+            stack.callback(self._write_summary)
             log = stack.enter_context((self.folder / EVENTS).open("ab", buffering=0)) if self.folder else None
             stack.enter_context(interrupting_signals())
             pool = Pool(
@@ -124,14 +128,15 @@ class Batch:
                 yield job_event
 
     def summary(self) -> dict[str, Any]:
-        """Return the summary of the batch as it is now, and write it into its folder."""
+        """Return the summary of the batch as it is now."""
         self.statuses = [read_status(job) for job in self.jobs]
-        summary = summarise(self.statuses, self.failures)
+        return summarise(self.statuses, self.failures)
+
+    def _write_summary(self) -> None:
         if self.folder:
             with suppress(OSError):  # as above
                 self.folder.mkdir(parents=True, exist_ok=True)
-                write_json(self.folder / SUMMARY, summary)
-        return summary
+                write_json(self.folder / SUMMARY, self.summary())
 
     def _place_problems(self) -> list[str]:
         """Return what is wrong with where the runs are to be written and trained, having connected to the cluster."""
