@@ -10,13 +10,15 @@ import threading
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from fake_survey import build_small_survey
 
 pytest.importorskip("starlette", reason="needs the extra: pip install 'dvar[survey]'")
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.server import ServerState
 
 from dvar.survey import connections
 from dvar.survey.connections import GuardedConnection, connection_options, is_proxy
@@ -98,6 +100,64 @@ def test_a_request_that_does_not_arrive_in_time_is_closed(
         return await fetch(port)
 
     assert talk_to(app, wait).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("second", [HALF_A_FORM, b"GET / HTTP/1.1\r\nhost: 127.0.0.1\r\n"], ids=["body", "headers"])
+def test_half_a_request_behind_a_whole_one_is_closed(
+    app: ASGIApp, monkeypatch: pytest.MonkeyPatch, second: bytes
+) -> None:
+    monkeypatch.setattr(connections, "REQUEST_SECONDS", 0.2)
+
+    async def wait(port: int) -> bytes:
+        reader, writer = await open_from("127.0.0.1", port)
+        writer.write(b"GET / HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n" + second)
+        answer = await reader.read()  # until it is closed
+        writer.close()
+        return answer
+
+    assert talk_to(app, wait).startswith(b"HTTP/1.1 200")
+
+
+def test_answers_that_nobody_takes_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "ANSWER_SECONDS", 0.2)
+
+    async def answer_at_length(scope: Scope, _: Receive, send: Send) -> None:
+        size = 1 if scope["path"] == "/short" else 64 * 2**20  # more than the buffers between two sockets
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"x" * size})
+
+    async def wait(port: int) -> bytes:
+        _, writer = await open_from("127.0.0.1", port)
+        writer.write(b"".join(b"GET %s HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n" % path for path in (b"/short", b"/long")))
+        while GuardedConnection._held.total() < 1:
+            await asyncio.sleep(0)
+        while GuardedConnection._held.total():
+            await asyncio.sleep(0.01)
+        writer.transport.abort()
+        return b"closed"
+
+    assert talk_to(answer_at_length, wait) == b"closed"
+
+
+def test_a_network_of_ipv6_counts_as_one_address(app: ASGIApp) -> None:
+    def connect(address: str) -> tuple[GuardedConnection, Mock]:
+        config = uvicorn.Config(app, **connection_options())
+        config.load()
+        connection = GuardedConnection(config, ServerState(), {}, loop)
+        transport = Mock()
+        transport.get_extra_info("socket").getpeername.return_value = (address, 1, 0, 0)
+        connection.connection_made(transport)
+        return connection, transport
+
+    loop = asyncio.new_event_loop()
+    held = [connect(f"2001:db8::{number:x}") for number in range(1, 2 + connections.MOST_FROM_ADDRESS)]
+    other, transport = connect("2001:db8:0:1::1")
+    assert [bool(transport.abort.called) for _, transport in held] == [False] * (len(held) - 1) + [True]
+    assert not transport.abort.called
+    for connection in (other, *(connection for connection, _ in held)):
+        connection.connection_lost(None)
+    loop.close()
+    assert not GuardedConnection._held
 
 
 def test_bytes_that_trickle_in_do_not_move_the_deadline(app: ASGIApp, monkeypatch: pytest.MonkeyPatch) -> None:

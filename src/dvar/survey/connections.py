@@ -12,12 +12,14 @@ from typing import Any, ClassVar
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from dvar.survey.rate_limit import network_of
+
 REQUEST_SECONDS = 15.0
 """Time for a whole request to arrive, from the connection or the first byte of the request on."""
 ANSWER_SECONDS = 60.0
 """Time for an answer to be made, and for the visitor to take it."""
 MOST_FROM_ADDRESS = 20
-"""Connections from one address at a time; a browser opens six."""
+"""Connections from one address, or from one network of IPv6, at a time; a browser opens six."""
 MOST_CONNECTIONS = 500
 """Connections of all addresses at a time."""
 PROXIES = ("127.0.0.1", "::1")
@@ -33,15 +35,16 @@ class GuardedConnection(H11Protocol):
     """
 
     _held: ClassVar[Counter[str]] = Counter()
-    """Open connections by address."""
+    """Open connections by address, of IPv6 by network."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Take a connection, or close it where there are too many."""
         super().connection_made(transport)
         self._deadline: asyncio.TimerHandle | None = None
-        self._address = self.client[0] if self.client else ""
-        self._held[self._address] += 1
-        from_one = self._held[self._address] > MOST_FROM_ADDRESS and not is_proxy(self._address)
+        address = self.client[0] if self.client else ""
+        self._network = network_of(address)
+        self._held[self._network] += 1
+        from_one = self._held[self._network] > MOST_FROM_ADDRESS and not is_proxy(address)
         if from_one or sum(self._held.values()) > MOST_CONNECTIONS:
             transport.abort()
         else:
@@ -50,9 +53,9 @@ class GuardedConnection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget a connection that has ended."""
         self._set_deadline(None)
-        self._held[self._address] -= 1
-        if not self._held[self._address]:
-            del self._held[self._address]
+        self._held[self._network] -= 1
+        if not self._held[self._network]:
+            del self._held[self._network]
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -64,10 +67,12 @@ class GuardedConnection(H11Protocol):
             self._set_deadline(ANSWER_SECONDS)
 
     def on_response_complete(self) -> None:
-        """Wait for the next request, once the visitor has taken this answer."""
-        if not self.transport.get_write_buffer_size():
-            self._set_deadline(None)  # from here on uvicorn closes a connection that stays idle
+        """Wait for the next request, once the visitor has taken this answer, or go on with one that has begun."""
         super().on_response_complete()
+        if not self.cycle.response_complete:  # a request that was sent before this answer, whole or in part
+            self._set_deadline(ANSWER_SECONDS if self.conn.their_state is h11.DONE else REQUEST_SECONDS)
+        elif not self.transport.get_write_buffer_size():
+            self._set_deadline(None)  # from here on uvicorn closes a connection that stays idle
 
     def _set_deadline(self, seconds: float | None) -> None:
         """Close the connection after so many seconds from now, in the place of an earlier deadline; None for never."""

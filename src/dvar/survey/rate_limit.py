@@ -29,7 +29,7 @@ class RateLimiter:
         """Count an arrival and return 0, or return the seconds until the address may send the next one."""
         now = self.clock()
         self._forget_before(now - HOUR)
-        network = _network_of(address)
+        network = network_of(address)
         times = self.arrivals.get(network, deque())
         if len(times) >= self.limit:
             return times[0] + HOUR - now if times else HOUR
@@ -39,7 +39,7 @@ class RateLimiter:
     def is_exhausted(self, address: str) -> bool:
         """Return whether the address has had all its arrivals of this hour; nothing is counted."""
         self._forget_before(self.clock() - HOUR)
-        return len(self.arrivals.get(_network_of(address), ())) >= self.limit
+        return len(self.arrivals.get(network_of(address), ())) >= self.limit
 
     def _forget_before(self, time: float) -> None:
         for network, times in list(self.arrivals.items()):
@@ -49,7 +49,7 @@ class RateLimiter:
                 del self.arrivals[network]
 
 
-def _network_of(address: str) -> str:
+def network_of(address: str) -> str:
     """Return what is limited as one: an IPv4 address, or the network of an IPv6 address."""
     try:
         parsed = ip_address(address)
