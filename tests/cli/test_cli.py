@@ -8,8 +8,10 @@ import math
 import os
 import shlex
 import shutil
+import struct
 import subprocess
 import sys
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -28,6 +30,7 @@ from dvar.config.training import TrainingConfig, problems
 from dvar.errors import DvarError
 from dvar.logs.reader import read_log
 from dvar.runs.follow import follow_log
+from dvar.runs.generate import _save_new
 from dvar.testing import tiny_concept, tiny_pipeline
 from dvar.training.run import TrainingResult
 
@@ -251,6 +254,9 @@ def test_a_folder_of_concepts_is_checked(tmp_path: Path) -> None:
     (tmp_path / "red_teapot.json").write_text('{"noun": "tea pot", "prompts": ["in the snow"]}')
     (tmp_path / "torn.json").write_text('{"noun": "mug"}')
     (tmp_path / "torn" / "1.png").write_bytes(b"torn")
+    header = b"IHDR" + struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">II", zlib.crc32(header), 9) + b"IDAT"
+    (tmp_path / "torn" / "2.png").write_bytes(png)
     answer = dvar("concepts", tmp_path)
     lines = answer.out.splitlines()
     assert [line.split()[0] for line in lines[:4]] == ["cat1", "lone", "red_teapot", "torn"]
@@ -262,7 +268,8 @@ def test_a_folder_of_concepts_is_checked(tmp_path: Path) -> None:
         "lone must hold at least 2 images, got 1",
         "must be one word, got 'tea pot'",
         "must be a list of texts with {} where the concept stands",
-        "1.png must be an image, and cannot be read",
+        f"{tmp_path / 'torn'}: 1.png is not an image that can be read",
+        f"{tmp_path / 'torn'}: 2.png has far too many pixels",
     ):
         assert problem in answer.err
     whole = tmp_path / "whole"
@@ -621,6 +628,33 @@ def test_export_writes_what_is_requested_and_refuses_what_is_missing(trained: Tr
     assert answer.status == 2
     assert "is of textual-inversion" in answer.err
     assert not (tmp_path / "lora.safetensors").exists()
+    result = (trained.folder / "result.json").read_bytes()
+    flags = ("--embedding", tmp_path / "mug.safetensors", "--merged", tmp_path / "whole", "--push_to_hub", "a/b/c")
+    answer = dvar("export", trained.folder, "--step", "4", *flags)
+    assert answer.status == 2
+    assert "whole exists already" in answer.err
+    assert "--push_to_hub must be an id such as owner/name, got 'a/b/c'" in answer.err
+    assert (trained.folder / "result.json").read_bytes() == result, "refused, and yet changed"
+    assert not (tmp_path / "mug.safetensors").exists()
+
+
+def test_images_are_not_generated_for_a_folder_that_cannot_be_written(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dvar.runs.load_model.load_personalised_backbone", lambda *_, **__: pytest.fail("it loaded"))
+    run = shutil.copytree(trained.folder, tmp_path / "run", ignore=shutil.ignore_patterns("generated"))
+    (run / "generated").touch()
+    answer = dvar("generate", run, "--prompt", "a photo of <thing>")
+    assert answer.status == 2
+    assert f"images need a folder that can be written, and {run / 'generated'} is a file" in answer.err
+
+
+def test_two_files_of_one_number_are_never_one(tmp_path: Path) -> None:
+    """Two processes that find a number free at once get numbers of their own."""
+    (tmp_path / "00.png").touch()
+    for name in ("01.png", "02.png"):
+        assert _save_new(Image.new("RGB", (8, 8)), tmp_path) == tmp_path / name
+    assert not (tmp_path / "00.png").read_bytes()
 
 
 def test_record_refuses_bad_input_before_long_work(tmp_path: Path) -> None:

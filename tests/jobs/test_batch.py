@@ -108,6 +108,20 @@ def test_the_run_of_another_is_not_touched(tiny_model: Path, concepts: Path, tmp
         Batch([table], BatchConfig(output_dir=str(tmp_path)))
 
 
+@pytest.mark.parametrize("text", ["[]", "3", "null", '{"digest": 3}', "{" * 9, "[" * 100_000, '"\\ud800"'])
+@pytest.mark.parametrize("name", ["job.json", "result.json"])
+def test_files_of_another_shape_are_no_run(
+    name: str, text: str, tiny_model: Path, concepts: Path, tmp_path: Path
+) -> None:
+    table = tiny_table(tiny_model, concepts, "mug")
+    (job,) = read_jobs([table], BatchConfig(output_dir=str(tmp_path)))
+    (tmp_path / "mug").mkdir()
+    (tmp_path / "mug" / "job.json").write_text(json.dumps({"id": "mug", "digest": job.digest}))
+    (tmp_path / "mug" / name).write_text(text)
+    (status,) = Batch([table], BatchConfig(output_dir=str(tmp_path))).statuses
+    assert status.state == "missing"
+
+
 def test_two_commands_do_not_run_one_batch_at_once(tiny_model: Path, concepts: Path, tmp_path: Path) -> None:
     jobs = write_toml(tmp_path / "jobs.toml", {}, [tiny_table(tiny_model, concepts, "mug")])
     folder = tmp_path / "runs"

@@ -14,7 +14,8 @@ import torch
 from fake_record import write_fake_record
 
 from dvar.config.training import TrainingConfig
-from dvar.errors import CheckpointError
+from dvar.errors import CheckpointError, FolderInUse
+from dvar.locks import lock_folder
 from dvar.paper.config import ReproduceConfig
 from dvar.paper.experiments import randomness, training_batch, variants
 from dvar.paper.extra_runs import ExtraRuns, train_to_cap
@@ -96,6 +97,7 @@ def test_a_run_continues_where_it_was_killed_and_is_not_repeated(config: Trainin
         measure = measure_series(run)
 
         def measure_until(step: int, watch: Stopwatch) -> Mapping[str, Any]:
+            assert not torch.backends.cudnn.allow_tf32
             if step == 7:
                 raise Killed
             return measure(step, watch)
@@ -112,6 +114,8 @@ def test_a_run_continues_where_it_was_killed_and_is_not_repeated(config: Trainin
 
     assert measurements(again) == measurements(uninterrupted)
     assert measurements(train_to_cap(apart, killed, print)) == measurements(uninterrupted)  # nothing is left to do
+    with lock_folder(tmp_path / "apart"), pytest.raises(FolderInUse, match="is being written"):
+        train_to_cap(apart, measure_series, print)
     with pytest.raises(CheckpointError, match="learning_rate"):
         train_to_cap(replace(apart, learning_rate=0.01), measure_series, print)
 

@@ -295,6 +295,9 @@ def test_another_recording_is_refused_and_not_changed(make_spec: Make, copied: C
         record_run(make_spec(length=2.0))
     with pytest.raises(RefusedInput, match="recorded under another judged"):
         record_run(make_spec(pairing="row by row"))
+    for text in ('{"settings": 3}', "[]", ""):
+        (folder / "recording.json").write_text(text)
+        assert "holds a run that was not recorded" in make_spec().find_conflict()
     (folder / "recording.json").unlink()
     with pytest.raises(RefusedInput, match="holds a run that was not recorded"):
         record_run(make_spec())

@@ -228,6 +228,9 @@ def test_unit_seconds_are_measured_before_a_sweep_and_kept_with_its_recordings(
     prices = json.loads((root / "seconds.json").read_text())
     assert prices.keys() == {"textual-inversion"}
     assert prices["textual-inversion"].keys() == {"start_up", "train", "forward", "picture"}
+    (root / "seconds.json").write_text("[3]")
+    with pytest.raises(RefusedInput, match="must be JSON, and is not"):
+        record_missing([run], lines.append, only_estimate=True)
     (root / "seconds.json").write_text('{"textual-inversion": {"train": 1.0}, "dreambooth-lora": {"train": 2.0}}')
     record_missing([run], lines.append)
     saved = json.loads((root / "seconds.json").read_text())

@@ -54,6 +54,13 @@ def test_settings_are_refused_by_name_and_all_at_once() -> None:
     assert problems(ReportConfig(output="report.pdf")) == ["output must end in .html, got 'report.pdf': name a page"]
 
 
+def test_what_no_clock_and_no_system_can_count_is_refused() -> None:
+    assert problems(ReplayConfig(follow=True, pid=99_999_999_999, poll_seconds=1e300)) == [
+        "pid must be at most 2147483647, got 99999999999",
+        "poll_seconds must be at most 86400, got 1e+300",
+    ]
+
+
 def test_the_settings_of_a_replay_are_refused_by_name() -> None:
     config = ReplayConfig(rule=("dvra",), hall_threshold=0.0, patience=0, output="replay.png")
     assert problems(config) == [

@@ -320,6 +320,7 @@ def test_the_command_builds_and_names_the_next_step(tmp_path: Path, capsys: pyte
         (["build", "nowhere", "--overlp", "0"], ["unknown flag --overlp: the nearest known one is --overlap"]),
         (["serve", "nowhere"], ["a survey's folder holds survey.json, nowhere does not"]),
         (["serve", "nowhere", "--host", "0.0.0.0"], ["public_url is missing", "secret_file is missing"]),
+        (["score", "nowhere", "--output", "votes.sqlite"], ["output must end in .html, got 'votes.sqlite'"]),
         (["score", "nowhere"], ["a survey's folder holds survey.json, nowhere does not"]),
         (["import", "nowhere", "answers.csv"], ["a survey's folder holds survey.json, nowhere does not"]),
     ],

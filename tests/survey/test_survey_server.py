@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
@@ -166,6 +167,27 @@ def test_a_rater_goes_from_the_first_page_to_the_last_without_scripts(place: Pla
     )
     assert f"Your {seen} answers are recorded" in page.text
     assert {vote.rater for vote in place.votes} == {"1 Ada"}
+
+
+@pytest.mark.parametrize("error", [sqlite3.OperationalError("database or disk is full"), OSError(28, "No space left")])
+def test_an_answer_that_cannot_be_saved_is_asked_for_again(
+    place: Place, error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    visitor = Visitor(place.app)
+    page = visitor.begin()
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VoteStore, "record_vote", fail)
+        answer = visitor.press(page, "left")
+    assert answer.status_code == 503
+    assert "The task stays open" in Page(answer.text).text
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "uvicorn.error"]
+    assert line == f"POST /vote: {error}"
+    assert not place.votes
+    assert visitor.page().forms == page.forms
 
 
 def test_reloading_going_back_and_another_tab_show_the_open_task(place: Place) -> None:

@@ -207,7 +207,10 @@ def test_a_file_of_prompts_is_read_as_kohyas_scripts_do(images: Path, tmp_path: 
         ("", "holds no prompts: write one a line"),
         ("--n dark", "line 1, has no prompt before its options: write it first"),
         ("a mug --w 512", "line 1, has an option --w: only --n (negative prompt) and --d (seed) are read, drop it"),
-        ("a mug --d one", "line 1, has a seed 'one' that is not a whole number from 0: correct it"),
+        *(
+            (f"a mug --d {seed}", f"line 1, has a seed '{seed}' that is not a whole number from 0 to {2**63 - 1}")
+            for seed in ("one", "-1", "²", str(2**63), "9" * 5000)
+        ),
     ],
 )
 def test_a_line_that_cannot_be_read_is_refused(text: str, message: str, images: Path, tmp_path: Path) -> None:
@@ -277,6 +280,9 @@ def test_a_finished_run_is_pushed_without_the_images_it_learned_from(
     with pytest.raises(
         ModelError, match=r"is complete, and was not pushed to me/mug \(403: not yours\): try again with"
     ):
+        push_finished_run(folder, "me/mug")
+    (folder / names[1]).write_bytes(b"torn")
+    with pytest.raises(RefusedInput, match="lacks its weights or they are damaged"):
         push_finished_run(folder, "me/mug")
     shutil.rmtree(folder)
     with pytest.warns(UserWarning, match="is complete, and was not pushed to mug"):

@@ -64,8 +64,11 @@ def export(run: Path, /, **flags: Any) -> int:
 
     embedding = Path(config.embedding).expanduser() if config.embedding else None
     lora = Path(config.kohya).expanduser() if config.kohya else None
-    raise_problems(exports.embedding_problems(run, embedding) if embedding else [])
-    raise_problems(exports.kohya_problems(run, lora) if lora else [])
+    merged = Path(config.merged).expanduser() if config.merged else None
+    found = exports.embedding_problems(run, embedding) if embedding else []
+    found += exports.kohya_problems(run, lora) if lora else []
+    found += exports.merged_problems(merged) if merged else []
+    raise_problems(found + (exports.push_problems(config.push_to_hub) if config.push_to_hub else []))
     if config.step is not None:
         for path in take_step(run, config.step):
             print(path)
@@ -79,8 +82,8 @@ def export(run: Path, /, **flags: Any) -> int:
         trained, result = load_result(run)
         if not embedding and has_embedding(trained.method, result):
             print("note      its prompts need the new word too: write it by --embedding NAME.safetensors")
-    if config.merged:
-        print(exports.write_merged_pipeline(run, Path(config.merged).expanduser(), config.mixed_precision))
+    if merged:
+        print(exports.write_merged_pipeline(run, merged, config.mixed_precision))
     if config.push_to_hub:
         print(exports.push_finished_run(run, config.push_to_hub))
     return 0

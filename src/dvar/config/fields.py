@@ -45,7 +45,7 @@ class Range:
         return start if math.isinf(self.high) else f"{start} and below {self.high:g}"
 
 
-COUNT = Range(1)
+COUNT = Range(1, most=2**31 - 1)
 NOT_NEGATIVE = Range(0)
 POSITIVE = Range(0, above=True)
 BATCH = Range(1, most=65_536)

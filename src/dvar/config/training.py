@@ -120,7 +120,7 @@ class TrainingConfig(ObjectiveConfig):
     )
     num_vectors: int = setting(1, "Embedding vectors of the new word.", Range(1, most=75))
     train_batch_size: int = setting(2, "Images in one forward pass of training.", BATCH)
-    gradient_accumulation_steps: int = setting(1, "Forward passes in one step.", COUNT)
+    gradient_accumulation_steps: int = setting(1, "Forward passes in one step.", BATCH)
     optimizer: Literal["adamw", "adamw8bit", "sam", "prodigy"] = setting(
         "adamw", "AdamW, AdamW with 8-bit state, SAM over SGD, or Prodigy."
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dvar.config.fields import COUNT, NOT_NEGATIVE, POSITIVE, Config, Range, invalid_fields, setting
+from dvar.config.fields import NOT_NEGATIVE, POSITIVE, Config, Range, invalid_fields, setting
 from dvar.config.methods import TextualInversionConfig
 
 Checkpoints = Literal["none", "last", "all"]
@@ -34,7 +34,7 @@ class BatchConfig(Config):
     pack: int = setting(
         1, "Runs that each worker trains at once, in one forward pass of a frozen base model.", Range(1, most=1024)
     )
-    threads: int = setting(1, "CPU threads of each worker.", COUNT)
+    threads: int = setting(1, "CPU threads of each worker.", Range(1, most=1024))
     ray: str | None = setting(
         None, "Run on a Ray cluster: 'auto' for the one of this machine, or else a new one; or HOST:PORT."
     )

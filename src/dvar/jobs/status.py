@@ -12,6 +12,9 @@ from dvar.stopping.diagnosis import Reason
 from dvar.training.run_layout import CONFIG, RESULT
 
 State = Literal["done", "failed", "missing"]
+JOB_SCHEMA = {"digest": str}
+END_SCHEMA = {"steps": int, "seconds": {str: float}, "verdict": {"reason": str, "sentence": str}}
+"""What a batch needs of a run's result.json."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,8 @@ class JobStatus:
 def read_status(job: Job) -> JobStatus:
     """Return the state of a job."""
     folder = job.config.output_dir
-    saved, result = read_run_json(folder, JOB), read_run_json(folder, RESULT)
-    if saved is not None and saved.get("digest") != job.digest:
+    saved, result = read_run_json(folder, JOB, JOB_SCHEMA), read_run_json(folder, RESULT, END_SCHEMA)
+    if saved is not None and saved["digest"] != job.digest:
         rule = f"a job with an id that was used must be the same, and {job.id} has other settings or images"
         return JobStatus(
             job, "missing", {}, f"{rule} than the run in {folder}: give it another id, or move the run away"

@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -20,9 +19,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dvar.errors import FolderInUse, RefusedInput, first_line
-from dvar.files import read_json, remove, write_json
+from dvar.files import MAX_BYTES, parse_json, read_json, remove, write_json
 from dvar.jobs.job import JOB
 from dvar.locks import LOCK, lock_path
+from dvar.schema import find_mismatch
 from dvar.training.checkpoint import MANIFEST
 from dvar.training.run_layout import CONFIG, RESULT
 
@@ -51,13 +51,14 @@ def url_problems(folder: str) -> list[str]:
     return []
 
 
-def read_run_json(folder: str, name: str) -> Any:
-    """Return what a JSON file in a run's folder holds; None where it is missing or damaged."""
+def read_run_json(folder: str, name: str, schema: Any = dict) -> Any:
+    """Return what a JSON file in a run's folder holds; None where it is missing, damaged or differs from ``schema``."""
     with suppress(OSError, ValueError):
         if not is_url(folder):
-            return read_json(Path(folder).expanduser() / name)
+            return read_json(Path(folder).expanduser() / name, schema)
         system, root = open_url(folder)
-        return json.loads(system.cat_file(f"{root}/{name}"))
+        value = parse_json(system.cat_file(f"{root}/{name}", end=MAX_BYTES))
+        return None if find_mismatch(value, schema) else value
     return None
 
 
@@ -195,7 +196,8 @@ class RemoteStore(RunStore):
     def _read_claim(self) -> str:
         """Return the mark of the worker that has claimed the run last; empty if its job.json is gone or damaged."""
         with suppress(FileNotFoundError, ValueError):
-            return str(json.loads(self.system.cat_file(f"{self.root}/{JOB}")).get("worker"))
+            claim = parse_json(self.system.cat_file(f"{self.root}/{JOB}"))
+            return str(claim.get("worker")) if isinstance(claim, dict) else ""
         return ""
 
     def _put(self, name: str) -> None:

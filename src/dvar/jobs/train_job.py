@@ -18,7 +18,7 @@ from dvar.jobs.base_models import BaseModels
 from dvar.jobs.config import Checkpoints
 from dvar.jobs.job import JOB, Job
 from dvar.jobs.model_cache import cached_model
-from dvar.jobs.status import end_facts
+from dvar.jobs.status import END_SCHEMA, JOB_SCHEMA, end_facts
 from dvar.jobs.store import RunStore, is_url, read_run_json, run_folder
 from dvar.locks import lock_folder
 from dvar.stopping.diagnosis import Reason
@@ -73,7 +73,7 @@ class JobTrainer:
 
 def has_ended(store: RunStore) -> bool:
     """Return whether a run has ended, and its worker perhaps been lost before it could say so."""
-    return read_run_json(str(store.folder), RESULT) is not None
+    return read_run_json(str(store.folder), RESULT, END_SCHEMA) is not None
 
 
 def begin_job(job: Job, store: RunStore) -> TrainingConfig:
@@ -85,8 +85,8 @@ def begin_job(job: Job, store: RunStore) -> TrainingConfig:
     folder = store.folder
     with lock_folder(folder):  # the worker that trained it last may be saving
         can_resume = _has_whole_checkpoint(folder)
-        saved = read_run_json(str(folder), JOB)
-        is_own = saved is not None and saved.get("digest") == job.digest
+        saved = read_run_json(str(folder), JOB, JOB_SCHEMA)
+        is_own = saved is not None and saved["digest"] == job.digest
         if can_resume or is_own or not find_foreign(folder):
             store.claim({"id": job.id, "digest": job.digest})
         if is_own and not can_resume:  # a worker may have been lost before it had stored the config
@@ -130,7 +130,7 @@ def end_job(job: Job, store: RunStore) -> Mapping[str, Any]:
     """
     prune(store.folder, job.checkpoints)
     store.push()
-    facts = end_facts(read_run_json(str(store.folder), RESULT), job)
+    facts = end_facts(read_run_json(str(store.folder), RESULT, END_SCHEMA), job)
     if facts["verdict"] == Reason.NON_FINITE.value:
         raise NonFiniteLoss(facts["sentence"])
     return facts

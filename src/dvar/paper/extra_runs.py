@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dvar.config.training import BUNDLED_MODEL, BUNDLED_MODELS, TrainingConfig
+from dvar.diffusion.devices import float32_arithmetic
 from dvar.errors import CheckpointError, RefusedInput
+from dvar.locks import lock_folder
 from dvar.mini import TUNING
 from dvar.paper.config import ReproduceConfig
 from dvar.paper.result import method_title
@@ -127,21 +129,22 @@ def train_to_cap(
 
     Raises:
         CheckpointError: The folder holds a run under other settings.
+        FolderInUse: Another process writes into the folder.
         KeyboardInterrupt: The user asked to stop.
         RefusedInput: The loss is not finite.
     """
     folder = Path(config.output_dir)
-    try:
-        latest_checkpoint(folder)
-        resumed = replace(config, resume_from_checkpoint="latest")
-    except CheckpointError:
-        resumed = replace(config, overwrite=True)
-    run, checkpoint = prepare(resumed)
-    run.rule = FixedSteps(config.max_train_steps)
-    measure = series(run)
-    run.open(checkpoint)
     tenth = max(1, config.max_train_steps // 10)
-    with interruption() as interrupted:
+    with lock_folder(folder), float32_arithmetic(config.allow_tf32), interruption() as interrupted:
+        try:
+            latest_checkpoint(folder)
+            resumed = replace(config, resume_from_checkpoint="latest")
+        except CheckpointError:
+            resumed = replace(config, overwrite=True)
+        run, checkpoint = prepare(resumed)
+        run.rule = FixedSteps(config.max_train_steps)
+        measure = series(run)
+        run.open(checkpoint)
         for step in run.steps(interrupted, measure):
             if step.step % tenth == 0:
                 notify(f"step {step.step} of {config.max_train_steps}")

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
 from dvar import mini
 from dvar.errors import RefusedInput
-from dvar.files import read_json, regular_file
+from dvar.files import read_json
 from dvar.mini import TUNING
+from dvar.training.dataset import open_image
 
 MIN_IMAGES = 2
 """Images that a concept needs to be scored: similarity to a single one rewards its background."""
@@ -108,11 +107,10 @@ def _check_concept(folder: Path) -> ConceptCheck:
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in _IMAGES:
             try:
-                with Image.open(regular_file(path)) as image:
-                    image.verify()
+                open_image(path)
                 images += 1
-            except (OSError, SyntaxError, ValueError) as error:
-                problems.append(f"{path} must be an image, and cannot be read ({error}): download it again")
+            except RefusedInput as error:
+                problems += [f"{folder}: {problem}" for problem in error.problems]
     if images < MIN_IMAGES:
         problems.append(f"{folder} must hold at least {MIN_IMAGES} images, got {images}: add some")
     return ConceptCheck(folder.name, noun, images, prompts, tuple(problems))

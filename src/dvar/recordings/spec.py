@@ -295,7 +295,7 @@ def plan_recordings(config: RecordConfig) -> list[RecordingSpec]:
 def read_conditions(folder: Path) -> dict[str, Any] | None:
     """Return the `RecordingSpec.conditions` of the recording in a folder; None if there is no recording."""
     try:
-        return dict(read_json(folder / CONDITIONS, dict))
+        return dict(read_json(folder / CONDITIONS, {"settings?": dict}))
     except (OSError, ValueError):
         return None
 

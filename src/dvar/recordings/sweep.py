@@ -17,7 +17,7 @@ from dvar.cluster.places import Places
 from dvar.cluster.pool import Pool, interrupting_signals
 from dvar.cluster.task import ENDS, WorkerTask
 from dvar.errors import DvarError, FolderInUse, RefusedInput
-from dvar.files import read_json, write_json
+from dvar.files import write_json
 from dvar.locks import lock_folder
 from dvar.recordings.cost import (
     ROUGH_UNITS,
@@ -28,7 +28,7 @@ from dvar.recordings.cost import (
     measure_methods,
 )
 from dvar.recordings.protocol import PROTOCOLS
-from dvar.recordings.recorded_run import FAILED, SECONDS, RecordedRun, read_failure
+from dvar.recordings.recorded_run import FAILED, SECONDS, RecordedRun, read_failure, read_recorded_json
 from dvar.recordings.score_samples import find_missing_rounds, load_scorer
 from dvar.recordings.spec import RecordingSpec
 from dvar.stopping.cadence import format_cadence
@@ -242,7 +242,7 @@ def _save_unit_seconds(root: Path, units: Mapping[str, UnitSeconds]) -> None:
 
 def _read_unit_seconds(root: Path) -> dict[str, UnitSeconds]:
     path = root / SECONDS
-    return dict(read_json(path)) if path.exists() else {}
+    return read_recorded_json(path, {str: {str: float}}) if path.exists() else {}
 
 
 def _task(spec: RecordingSpec) -> WorkerTask:

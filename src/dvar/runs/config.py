@@ -14,6 +14,7 @@ from dvar.config.fields import (
     SAMPLING_STEPS,
     SEED,
     Config,
+    Range,
     invalid_fields,
     replace_invalid_fields,
     setting,
@@ -132,7 +133,9 @@ class ReplayConfig(Config):
     pid: int | None = setting(
         None, "Process that writes the log: interrupted at a stop, as by Ctrl-C; following ends when it does.", COUNT
     )
-    poll_seconds: float = setting(5.0, "Seconds from one look at the log to the next.", POSITIVE)
+    poll_seconds: float = setting(
+        5.0, "Seconds from one look at the log to the next.", Range(0, above=True, most=86_400)
+    )
     idle_minutes: float = setting(60.0, "Minutes without a new record after which following ends.", POSITIVE)
 
 

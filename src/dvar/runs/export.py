@@ -17,6 +17,7 @@ from dvar.diffusion.backbone import Backbone, load_backbone
 from dvar.diffusion.source import ModelSource
 from dvar.errors import RefusedInput
 from dvar.files import read_json, regular_file, staged_folder
+from dvar.locks import LOCK, lock_path, unless_empty
 from dvar.runs import kohya
 from dvar.runs.load_model import load_personalised_backbone, load_result, load_weights, loading_options
 from dvar.training.loading_code import STABLE_DIFFUSION, embedding_names, generate_line, has_embedding
@@ -80,8 +81,7 @@ def write_kohya_lora(run: str | Path, path: Path, word: str | None = None) -> Pa
     except (ValueError, TypeError, LookupError) as error:
         message = f"{Path(run) / LORA} is not the LoRA that this run wrote ({error})"
         raise RefusedInput([f"{message}: restore it or train again"]) from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_weights(path, tensors, metadata)
+    _write_new(path, tensors, metadata, "kohya")
     return path
 
 
@@ -121,8 +121,7 @@ def write_embedding(run: str | Path, path: Path) -> Path:
     (vectors,) = load_weights(Path(run), names)
     if weights_kind(names[0]) == EMBEDS:
         vectors = {"emb_params": vectors[str(config.placeholder_token)]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_weights(path, vectors, {"modelspec.title": path.stem, "modelspec.trigger_phrase": path.stem})
+    _write_new(path, vectors, {"modelspec.title": path.stem, "modelspec.trigger_phrase": path.stem}, "embedding")
     return path
 
 
@@ -144,6 +143,19 @@ def _file_problems(flag: str, path: Path) -> list[str]:
     return problems
 
 
+def _write_new(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], flag: str) -> None:
+    """Write weights to the file that ``flag`` names, which no other process may be writing."""
+    with unless_empty(path.parent), lock_path(path.with_name(f".{path.name}{LOCK}"), path):
+        if problems := _file_problems(flag, path):
+            raise RefusedInput(problems)
+        write_weights(path, tensors, metadata)
+
+
+def merged_problems(folder: Path) -> list[str]:
+    """Return why a whole pipeline cannot be written to a folder."""
+    return [f"--merged {folder} exists already: name a new folder"] if folder.exists() else []
+
+
 def write_merged_pipeline(run: str | Path, folder: Path, mixed_precision: str | None = None) -> Path:
     """Write the base model with everything a finished run learned as one pipeline, and return its folder.
 
@@ -160,8 +172,8 @@ def write_merged_pipeline(run: str | Path, folder: Path, mixed_precision: str | 
         ModelError: The base model cannot be loaded.
     """
     config, result = load_result(run)
-    if folder.exists():
-        raise RefusedInput([f"--merged {folder} exists already: name a new folder"])
+    if problems := merged_problems(folder):
+        raise RefusedInput(problems)
     # Loaded before diffusers sees the folder, which might read a pickle in place of a missing safetensors file, and
     # would leave out what does not fit without a word.
     weights = load_weights(Path(run), result["weights"])
@@ -186,16 +198,22 @@ def write_merged_pipeline(run: str | Path, folder: Path, mixed_precision: str | 
     return folder
 
 
+def push_problems(repository: str) -> list[str]:
+    """Return why a run cannot be uploaded to a repository."""
+    return repository_problems(repository, "--push_to_hub")
+
+
 def push_finished_run(run: Path, repository: str) -> str:
     """Upload a finished run to the hub and return its full id there.
 
     Raises:
-        RefusedInput: ``run`` is no finished run, or nothing can be pushed from here.
+        RefusedInput: ``run`` is no finished run, its weights are damaged, or nothing can be pushed from here.
         ModelError: The hub refuses it or cannot be reached.
     """
-    load_result(run)
-    if problems := repository_problems(repository, "--push_to_hub"):
+    _, result = load_result(run)
+    if problems := push_problems(repository):
         raise RefusedInput(problems)
+    load_weights(Path(run), result["weights"])
     return push_run(Path(run), repository)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import count
@@ -12,12 +13,14 @@ from typing import TYPE_CHECKING
 
 from dvar.config.training import Sampler, TrainingConfig
 from dvar.errors import RefusedInput
-from dvar.files import parse_json, read_text
+from dvar.files import parse_json, read_text, writing_problem
 from dvar.runs.run_folder import RunFolder
 from dvar.schema import find_mismatch
 from dvar.training.run_layout import GENERATED, GENERATED_LIST
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from dvar.diffusion.backbone import Backbone
 
 
@@ -108,13 +111,16 @@ def generate_images(
         offload: Whether networks are on the CPU while they are idle; the run's own choice by default.
 
     Raises:
-        RefusedInput: The run has not finished, or its model cannot be quantised here.
+        RefusedInput: The run has not finished, its model cannot be quantised here, or the folder cannot be written.
         ModelError: Its base model cannot be loaded.
     """
     from dvar.diffusion.devices import float32_arithmetic
     from dvar.diffusion.sampling import sample
     from dvar.runs.load_model import load_personalised_backbone, loading_options
 
+    folder = folder or run.folder / GENERATED
+    if problem := writing_problem(folder, folder=True):
+        raise RefusedInput([f"images need a folder that can be written, and {problem}: name another"])
     options = loading_options(run.settings, mixed_precision, quantize, offload)
     backbone: Backbone = load_personalised_backbone(run.folder, **options)
     steps = num_inference_steps or run.settings.num_inference_steps
@@ -124,17 +130,24 @@ def generate_images(
         samples = sample(
             backbone, prompts, seeds, size=run.settings.resolution, steps=steps, guidance=guidance, scheduler=scheduler
         )
-    folder = folder or run.folder / GENERATED
     folder.mkdir(parents=True, exist_ok=True)
     images = []
     for sample_image, prompt, seed in zip(samples, prompts, seeds, strict=True):
-        path = next(path for number in count() if not (path := folder / f"{number:02d}.png").exists())
-        sample_image.save(path)
+        path = _save_new(sample_image, folder)
         images.append(GeneratedImage(path, prompt, seed, steps, guidance, hash_result(run), scheduler))
     with (folder / GENERATED_LIST).open("a", encoding="utf-8") as file:
         for image in images:
             file.write(json.dumps({**vars(image), "path": image.path.name}, ensure_ascii=False) + "\n")
     return tuple(images)
+
+
+def _save_new(image: Image.Image, folder: Path) -> Path:
+    """Save an image under the first number that is free, also of other processes, and return its path."""
+    for number in count():
+        with suppress(FileExistsError), (path := folder / f"{number:02d}.png").open("xb") as file:
+            image.save(file, "png")
+            return path
+    raise AssertionError("numbers do not end")
 
 
 def find_missing_word(config: TrainingConfig, prompt: str) -> str:

@@ -75,11 +75,11 @@ def build_survey(runs: Sequence[str | Path], config: SurveyBuildConfig) -> Surve
     if output.exists() and any(output.iterdir()):
         raise RefusedInput([f"{output} already holds files: name another --output_dir, or remove it"])
     pairs = pair_runs([RunFolder.open(folder) for folder in runs])
-    if config.generate:
-        for pair in pairs:
-            for run in (pair.candidate, pair.baseline):
-                _generate_missing(run, pair.candidate, config)
     with staged_folder(output) as staging:
+        if config.generate:
+            for pair in pairs:
+                for run in (pair.candidate, pair.baseline):
+                    _generate_missing(run, pair.candidate, config)
         (staging / IMAGE_FOLDER).mkdir()
         survey = _plan_survey(pairs, ImageStore(staging / IMAGE_FOLDER), config)
         _pad_to_equal_length(staging / IMAGE_FOLDER)
@@ -361,5 +361,5 @@ def _open_image(path: Path) -> Image.Image:
     try:
         with Image.open(regular_file(path)) as image:
             return image.convert("RGB")
-    except OSError as error:
+    except Exception as error:  # decoders raise whatever a damaged file makes them meet
         raise RefusedInput([f"{path} must be an image, and cannot be read ({error}): restore it"]) from error

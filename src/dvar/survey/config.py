@@ -112,7 +112,9 @@ def problems(config: SurveyConfig) -> list[str]:
         case SurveyScoreConfig():
             if not lines and config.min_accuracy > 1:
                 lines.append(f"min_accuracy must be at most 1, got {config.min_accuracy}: give a share")
-            if not lines and config.output:
+            if not lines and config.output and not config.output.endswith(".html"):
+                lines.append(f"output must end in .html, got {config.output!r}: name a page")
+            elif not lines and config.output:
                 lines += _output_problems(config.output)
         case SurveyExportConfig() if not lines:
             if not _is_plain_address(config.images_url, with_path=True):

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from dvar.html.images import embed_image
 from dvar.html.svg_elements import element
 from dvar.html.tables import Column
-from dvar.html.templates import render
+from dvar.html.templates import render, write_page
 from dvar.survey.questions import QUESTION_TEXTS, THE_OBJECT
 from dvar.survey.scoring import ComparisonResult, RaterSummary, Score, Tally
 from dvar.survey.statistics import Interval
@@ -51,11 +51,13 @@ def write_result_page(folder: Path, score: Score, path: Path) -> Path:
 
     Returns:
         ``path``.
+
+    Raises:
+        RefusedInput: The file cannot be written.
     """
     context = _context(score, folder / IMAGE_FOLDER)
     page = render("dvar.survey", "result_page.html", summary=_summary(score), **context)
-    path.write_text(page + "\n", encoding="utf-8", newline="\n")
-    return path
+    return write_page(path, page + "\n")
 
 
 def render_score(score: Score, images: Path | None = None) -> Markup:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hmac
+import logging
 import secrets
+import sqlite3
 import time
 from collections.abc import Callable, Mapping
 from hashlib import sha256
@@ -27,7 +29,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dvar.errors import RefusedInput
+from dvar.errors import RefusedInput, first_line
 from dvar.html.templates import render
 from dvar.survey.config import LOOPBACK, SurveyScoreConfig, SurveyServeConfig
 from dvar.survey.connections import connection_options
@@ -153,7 +155,7 @@ def create_app(
                 https_only=https,
             ),
         ],
-        exception_handlers={HTTPException: pages.error},
+        exception_handlers={HTTPException: pages.error, OSError: pages.failure, sqlite3.Error: pages.failure},
     )
 
 
@@ -368,6 +370,14 @@ class SurveyPages:
         response = self.page("refused.html", status, message=message)
         response.headers.update(getattr(error, "headers", None) or {})
         return response
+
+    async def failure(self, request: Request, error: Exception) -> Response:
+        """Say that the survey cannot go on now, and leave a line in the log: the disk is full, or the votes are held."""
+        logging.getLogger("uvicorn.error").error("%s %s: %s", request.method, request.url.path, first_line(error))
+        message = (
+            "The survey cannot save answers at the moment. The task stays open: please try again in a few minutes."
+        )
+        return self.page("refused.html", 503, message=message)
 
     def score_so_far(self) -> Score:
         """Return the score of the votes so far, with few resamples."""

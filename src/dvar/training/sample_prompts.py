@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from dvar.config.fields import SEED
 from dvar.config.training import TrainingConfig
 from dvar.diffusion.families import find_family
 from dvar.diffusion.source import ModelSource
@@ -87,6 +88,6 @@ def _parse_line(line: str) -> SamplePrompt:
         raise ValueError("has no prompt before its options: write it first")
     if unknown := [name for name in values if name not in _KNOWN]:
         raise ValueError(f"has an option --{unknown[0]}: only --n (negative prompt) and --d (seed) are read, drop it")
-    if "d" in values and not values["d"].isdigit():
-        raise ValueError(f"has a seed {values['d']!r} that is not a whole number from 0: correct it")
+    if "d" in values and not (re.fullmatch(r"\d{1,19}", values["d"]) and int(values["d"]) in SEED):
+        raise ValueError(f"has a seed {values['d']!r} that is not a whole number from 0 to {SEED.most}: correct it")
     return SamplePrompt(prompt.strip(), values.get("n") or None, int(values["d"]) if "d" in values else None)

@@ -15,6 +15,7 @@ import torch
 
 from dvar.analysis import strategies
 from dvar.analysis.strategies import StopResult, Strategy
+from dvar.diffusion.devices import float32_arithmetic
 from dvar.errors import RefusedInput
 from dvar.html.tables import Column
 from dvar.paper.result import ExperimentResult, Provenance, Table, build_table, format_number, method_title
@@ -129,13 +130,14 @@ def check_replay(run: RecordedRun, strategy: Strategy) -> ReplayCheck:
         with tempfile.TemporaryDirectory() as folder, interruption() as interrupted:
             real, twin = (prepare_rerun(run.folder, Path(folder) / name) for name in ("run", "twin"))
             real.rule = strategy.rule
-            real.open(None)
-            for step in real.steps(lambda: False):
-                if interrupted():
-                    raise KeyboardInterrupt
-                if step.eval is not None:
-                    units["forward"].append(_time(twin.probe) / len(step.eval))
-                units["train"].append(_time(partial(twin.learner.update, twin.training_losses, step.step + 1)))
+            with float32_arithmetic(real.config.allow_tf32):  # as the run was recorded
+                real.open(None)
+                for step in real.steps(lambda: False):
+                    if interrupted():
+                        raise KeyboardInterrupt
+                    if step.eval is not None:
+                        units["forward"].append(_time(twin.probe) / len(step.eval))
+                    units["train"].append(_time(partial(twin.learner.update, twin.training_losses, step.step + 1)))
     finally:
         torch.set_num_threads(threads)
     trace, read = real.learner.trace, strategies.evaluate_strategy(strategy, run)
