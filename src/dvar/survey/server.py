@@ -372,7 +372,7 @@ class SurveyPages:
         return response
 
     async def failure(self, request: Request, error: Exception) -> Response:
-        """Say that the survey cannot go on now, and leave a line in the log: the disk is full, or the votes are held."""
+        """Say that the survey cannot go on now, as on a full disk, and leave a line in the log."""
         logging.getLogger("uvicorn.error").error("%s %s: %s", request.method, request.url.path, first_line(error))
         message = (
             "The survey cannot save answers at the moment. The task stays open: please try again in a few minutes."
