@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from hashlib import sha256
 from inspect import signature
 from pathlib import Path
 from types import MappingProxyType
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from dvar.config.training import Sampler
 from dvar.diffusion.backbones.prompt_cache import PromptCache, States
+from dvar.diffusion.backbones.weights_digest import digest_of_weights
 from dvar.diffusion.devices import best_device, leave_autocast
 from dvar.diffusion.loading import loading_errors, stored_dtypes
 from dvar.diffusion.objective import Schedule
@@ -149,7 +149,7 @@ class StockBackbone(ABC):
             for key in (key for network in networks for key, part in network.state_dict().items() if part.is_meta):
                 raise ModelError(f"{name} lacks weights, {key} among them: copy the model again")
             backbone.check_values(source.name)
-            digest = _digest(networks, backbone.noise)
+            digest = digest_of_weights(networks, backbone.noise)
             idle = torch.device("cpu") if offload else target
             if quantize != "no":
                 quantize_linears(backbone.denoiser, quantize, precision, target, idle)
@@ -471,14 +471,3 @@ class StockBackbone(ABC):
 def _is_trained(network: nn.Module) -> bool:
     """Return whether anything in a network is trained."""
     return any(weight.requires_grad for weight in network.parameters())
-
-
-def _digest(networks: Sequence[nn.Module], noise: Tensor) -> str:
-    """Return the SHA-256 of the networks' weights and of the noise schedule."""
-    digest = sha256(noise.float().numpy().tobytes())
-    for network in networks:
-        for name, tensor in network.state_dict().items():
-            digest.update(name.encode())
-            exact = tensor.float() if tensor.is_floating_point() else tensor  # which half precision fits into
-            digest.update(exact.contiguous().numpy().data)
-    return digest.hexdigest()
