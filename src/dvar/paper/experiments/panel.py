@@ -49,6 +49,7 @@ from dvar.recordings.archive import RecordingArchive
 from dvar.recordings.panel import PRESET
 
 _DEFAULT, _LATER = "Registered for the default alone", "Looked at later"
+_INTERVALS = f"with the 95 % interval from resampling concepts where there are {MIN_CONCEPTS}"
 _ROWS = (*REGISTERED, *LATER, PERFECT)
 _REGISTERED_ROWS = frozenset((*REGISTERED, PERFECT))
 
@@ -88,10 +89,9 @@ def _table_of_rates(name: str, title: str, stops: PanelStops, runs: Sequence[Pan
     rows = [(rule, [average_errors(stops, rule, group) for group in groups]) for rule in _ROWS]
     titles = (*(title.removeprefix("rate ") for title in RATES), "× 1/4 and × 4")
     caption = (
-        f"{title}: mean error of a stop in octaves, |log2(stop / oracle)|, over concepts; in the last column with the "
-        "95 % interval from resampling concepts. The perfect rule is the oracle of the other half of the images: the "
-        f"room that is left. Nothing is claimed from this table, and rules marked so were looked at later. "
-        f"{_describe_provenance(runs)}"
+        f"{title}: mean error of a stop in octaves, |log2(stop / oracle)|, over concepts, {_INTERVALS}. The perfect "
+        "rule is the oracle of the other half of the images: the room that is left. Nothing is claimed from this "
+        f"table, and rules marked so were looked at later. {_describe_provenance(runs)}"
     )
     return _table_of_errors(name, caption, titles, rows)
 
@@ -102,20 +102,17 @@ def _table_of_presets(results: PanelResults) -> Table:
     groups = [[run for run in stops.runs if run.run.method == method] for method in methods]
     rows = [(rule, [average_errors(stops, rule, group) for group in (*groups, stops.runs)]) for rule in _ROWS]
     caption = (
-        "The preset, where nothing is shifted: mean error in octaves by method, in the last column over all with the "
-        f"95 % interval from resampling concepts. Nothing is claimed from this table. "
+        f"The preset, where nothing is shifted: mean error in octaves by method and over all, {_INTERVALS}. Nothing is "
+        "claimed from this table. "
         f"{_describe_provenance(stops.runs)}"
     )
     return _table_of_errors("preset", caption, (*map(method_title, methods), "all"), rows)
 
 
-def _table_of_errors(
-    name: str, caption: str, titles: Sequence[str], rows: Sequence[ErrorRow], *, intervals: int = 1
-) -> Table:
-    """Return a table of mean errors, the last ``intervals`` columns with their interval."""
-    last = len(titles) - intervals
+def _table_of_errors(name: str, caption: str, titles: Sequence[str], rows: Sequence[ErrorRow]) -> Table:
+    """Return a table of mean errors, each with its interval where there are enough concepts."""
     columns: list[Column[ErrorRow]] = [Column("Rule", _name_rule)]
-    columns += [Column(title, partial(_format_error, index, index >= last)) for index, title in enumerate(titles)]
+    columns += [Column(title, partial(_format_error, index)) for index, title in enumerate(titles)]
     data = [{"rule": rule, **dict(zip(titles, errors, strict=True))} for rule, errors in rows]
     return build_table(name, caption, columns, rows, data=data)
 
@@ -124,9 +121,8 @@ def _name_rule(row: ErrorRow) -> str:
     return row[0] if row[0] in _REGISTERED_ROWS else f"{row[0]} (later)"
 
 
-def _format_error(index: int, interval: bool, row: ErrorRow) -> str:
-    error = row[1][index]
-    return format_estimate(error) if interval else format_number(error.mean, 2)
+def _format_error(index: int, row: ErrorRow) -> str:
+    return format_estimate(row[1][index])
 
 
 @dataclass(frozen=True)
@@ -151,11 +147,16 @@ class ComparisonRow:
 
 
 def _compare(
-    stops: PanelStops, group: str, name: str, comparison: Comparison, outcome: str | None = None
+    stops: PanelStops,
+    group: str,
+    name: str,
+    comparison: Comparison,
+    outcome: str | None = None,
+    runs: Sequence[PanelRun] | None = None,
 ) -> ComparisonRow:
-    runs = [run for run in stops.runs if not run.is_short]
-    long = compare_rules(stops, comparison.first, comparison.second, runs)
-    perfect = average_errors(stops, PERFECT, stops.runs).mean
+    runs = stops.runs if runs is None else runs
+    long = compare_rules(stops, comparison.first, comparison.second, [run for run in runs if not run.is_short])
+    perfect = average_errors(stops, PERFECT, runs).mean
     return ComparisonRow(group, name, comparison, long, outcome or comparison.side, perfect)
 
 
@@ -178,12 +179,11 @@ def _table_of_comparisons(results: PanelResults) -> Table:
     if results.main:
         main = compare_rules(results.main, OCTAVE, CONSTANT)
         rows.append(_compare(results.main, _DEFAULT, f"{PRESET.title}, main panel", main))
-    later = {"all learning rates": results.rates, PRESET.title: results.presets, **results.others}
-    for title, stops in later.items():
+    for title, stops, runs in _list_later_groups(results):
         for second in (CONSTANT, DVAR_TUNED):
-            comparison = compare_rules(stops, OCTAVE, second)
+            comparison = compare_rules(stops, OCTAVE, second, runs)
             if comparison.difference.concepts:
-                rows.append(_compare(stops, _LATER, title, comparison))
+                rows.append(_compare(stops, _LATER, title, comparison, runs=runs))
     columns: list[Column[ComparisonRow]] = [
         Column("Comparison", lambda row: f"{row.name}: {row.comparison.first} − {row.comparison.second}"),
         Column("Octaves", lambda row: _format_difference(row.comparison)),
@@ -220,6 +220,20 @@ def _table_of_comparisons(results: PanelResults) -> Table:
     return build_table("comparisons", caption, columns, rows, data=data, heading=lambda row: row.group)
 
 
+def _list_later_groups(results: PanelResults) -> list[tuple[str, PanelStops, Sequence[PanelRun]]]:
+    """Return the groups of runs that are looked at later: their title, the stops that they are among, and the runs."""
+    rates, ends = results.rates, results.ends
+    by_rate = [(rate, [run for run in rates.runs if run.variation == rate]) for rate in RATES if rate != PRESET.title]
+    methods = sorted({run.run.method for run in ends.runs}, reverse=True)
+    by_method = [(method, [run for run in ends.runs if run.run.method == method]) for method in methods]
+    whole = {"all learning rates": rates, PRESET.title: results.presets, **results.others}
+    return [
+        *((rate, rates, runs) for rate, runs in by_rate),
+        *((f"{method_title(method)}, rates × 1/4, × 4", ends, runs) for method, runs in by_method),
+        *((title, stops, stops.runs) for title, stops in whole.items()),
+    ]
+
+
 def _table_of_others(results: PanelResults) -> Table:
     rows = [
         (rule, [average_errors(stops, rule, stops.runs) for stops in results.others.values()])
@@ -228,10 +242,10 @@ def _table_of_others(results: PanelResults) -> Table:
     ]
     runs = [run for stops in results.others.values() for run in stops.runs]
     caption = (
-        "Other changes of the time scale, not pre-registered: mean error in octaves over concepts; settings are "
-        f"those of the preset. {_describe_provenance(runs)}"
+        f"Other changes of the time scale, not pre-registered: mean error in octaves over concepts, {_INTERVALS}; "
+        f"settings are those of the preset. {_describe_provenance(runs)}"
     )
-    return _table_of_errors("others", caption, tuple(results.others), rows, intervals=0)
+    return _table_of_errors("others", caption, tuple(results.others), rows)
 
 
 def _table_of_clocks(results: PanelResults) -> Table:
