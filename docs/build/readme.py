@@ -43,25 +43,35 @@ def list_findings(results: str) -> list[str]:
     likeness = ", ".join(
         f"{mean(strategies[TUNED])} against {mean(strategies[CAP])} ({name})" for name, strategies in table.items()
     )
-    ranked = [(row["Rule"], row["Octaves from the oracle"].partition(" ")[0]) for row in rules if row["Rule"] != ORACLE]
+    ranked = [(row["Rule"], row["Octaves from the oracle"]) for row in rules if row["Rule"] != ORACLE]
     ranking = ", ".join(f"“{name}” ({octaves})" for name, octaves in ranked[:3])
     (constant,) = (octaves for name, octaves in ranked if name == "Best constant")
-    comparison = re.search(r"With one setting per method, (DVAR stops [^\n]+)", results)
+    comparison = re.search(r"With one setting per method, (DVAR [^\n]+)", results)
     assert comparison, "results.md compares DVAR with a constant"
     concepts = re.search(r"Concepts: (\d+); seeds: (\d+)", results)
     assert concepts, "results.md says how much was recorded"
     return [
+        *list_answers(results),
         "**Time.** Stopped by DVAR, with the fixed batch evaluated at every step, training is so many times as fast as "
         f"up to the cap: with settings that were tuned on other concepts {times}; with the paper's window and "
         f"threshold, which the preset `lean` has too, {paper_times}.",
         f"**What it costs.** The likeness of the images (CLIP) at the stop with tuned settings and at the cap is "
         f"{likeness}.",
         "**Ranking.** Rules are ranked by the distance of their stops from the *oracle* (the best step: the first with "
-        "90 % of a run's gain in likeness, known only afterwards), in *octaves* (doublings of the step count). "
-        f"{ranking} lead. DVAR as published is {find_place(ranked, 'DVAR')} with tuned settings, "
-        f"{find_place(ranked, PAPER)} with the paper's; the best constant number of steps has {constant}.",
+        "90 % of a run's gain in likeness, known only afterwards), in *octaves* (doublings of the step count), with "
+        f"95 % intervals over concepts. Nearest on average are {ranking}. DVAR as published is "
+        f"{find_place(ranked, 'DVAR')} with tuned settings, {find_place(ranked, PAPER)} with the paper's; the best "
+        f"constant number of steps has {constant}.",
         f"**Against a constant.** {comparison[1]} ({concepts[1]} concepts, {concepts[2]} seed each.)",
     ]
+
+
+def list_answers(results: str) -> list[str]:
+    """Return what the panel answers, once the page has its summary: each comparison, and what it means for a user."""
+    summary = results.partition("\n## In ten lines\n")[2].partition("\n<!--")[0].replace("\n  ", " ")
+    lines = [line.removeprefix("- ") for line in summary.splitlines()]
+    answers = [line for line in lines if line.startswith(("Asked:", "Pre-registered", "For a user:"))]
+    return [f"**When an adaptive stop pays.** {' '.join(answers)}"] if answers else []
 
 
 def list_speedups(table: dict[str, dict[str, Row]], strategy: str) -> str:

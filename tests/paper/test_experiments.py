@@ -9,6 +9,8 @@ import runpy
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from PIL import Image
 
 from dvar.analysis import families, strategies
 from dvar.analysis.families import StrategyFamily
-from dvar.analysis.rule_ranking import ORACLE_NAME, RankedRule, compare_errors, compute_ranking, tune_rules
+from dvar.analysis.rule_ranking import CONTROL, ORACLE_NAME, RankedRule, compare_errors, compute_ranking, tune_rules
 from dvar.analysis.signal_to_noise import measure_signal_to_noise
 from dvar.analysis.stop_quality import LearningCurve, MeanInterval
 from dvar.analysis.strategy_costs import cost_rows, kept_steps
@@ -135,14 +137,31 @@ def test_the_same_records_give_the_same_files(root: Path, report: Path, tmp_path
 
 def test_dvar_is_compared_with_a_constant_for_both_kinds_of_setting(report: Path) -> None:
     content = json.loads((report.parent / "rules.json").read_text(encoding="utf-8"))
-    lines = [line for line in content["says"] if "DVAR stops" in line]
+    lines = [line for line in content["says"] if line.startswith("With one setting")]
     assert [line.split(", DVAR")[0] for line in lines] == [
         "With one setting per method",
         "With one setting, in shares of Baseline's cap, for all methods",
     ]
     for line, table in zip(lines, content["tables"], strict=False):
         (row,) = (row for row in table["shown"]["cells"] if row[0] == "DVAR")
-        assert f"({row[3]})" in line
+        assert f"({row[3]} octaves" in line
+
+
+def test_dvar_and_a_constant_are_a_tie_where_the_interval_includes_0() -> None:
+    def judge(*errors: float) -> RankedRule:
+        runs = tuple(SimpleNamespace(concept=f"concept {number}") for number in range(len(errors)))
+        outcomes = tuple(SimpleNamespace(distance=error) for error in errors)
+        return RankedRule("", "", cast(Any, runs), cast(Any, outcomes), 0.0, ())
+
+    def compare(*errors: float) -> str:
+        ranking = [replace(judge(*errors), rule="DVAR"), replace(judge(*[1.0] * len(errors)), rule=CONTROL)]
+        (sentence,) = rule_ranking._compare_with_constant("one setting", ranking)
+        return sentence
+
+    assert compare(*[0.5] * 8).startswith("With one setting, DVAR stops nearer to the oracle than a constant number")
+    assert compare(*[1.5] * 8).startswith("With one setting, DVAR stops further from the oracle than a constant number")
+    assert "are a tie (−0.10 [" in compare(0.0, 2.0, 0.5, 1.6, 0.3, 0.9, 1.2, 0.7)
+    assert compare(*[0.5] * 5).endswith("(−0.50 [−0.50, −0.50] octaves of distance over 5 concepts): too few concepts.")
 
 
 @pytest.mark.slow  # two whole rankings
@@ -557,6 +576,29 @@ def test_table_3_compares_what_the_paper_pools(many: RecordingArchive) -> None:
     pairs = [timesteps.read_interval(run, "Train image score", 0, 1) for run in apart.runs]
     losses, values = (np.concatenate([pair[side] for pair in pairs]) for side in (0, 1))
     assert row["pooled mean"] == pytest.approx(np.corrcoef(losses, values)[0, 1])
+
+
+def test_seeds_of_a_concept_do_not_narrow_the_intervals_of_table_3(many: RecordingArchive) -> None:
+    runs = [run for run in many.runs if run.method == "textual-inversion"]
+    once = timesteps._correlate(runs, "Train image score", timesteps.FULL).pooled
+    twice = timesteps._correlate([*runs, *runs], "Train image score", timesteps.FULL).pooled
+    assert once.concepts == twice.concepts == len(runs)
+    for name in ("mean", "low", "high"):
+        assert getattr(twice, name) == pytest.approx(getattr(once, name))
+    assert timesteps._measure_spread([*runs, *runs]).concepts == len(runs)
+
+
+def test_the_spread_of_a_row_is_its_largest_less_its_least_correlation(archive: RecordingArchive) -> None:
+    runs = archive.runs_of("textual-inversion")
+
+    def pooled(score: str, interval: tuple[float, float]) -> float:
+        pairs = [timesteps.read_interval(run, score, *interval) for run in runs]
+        return float(np.corrcoef(*(np.concatenate([pair[side] for pair in pairs]) for side in (0, 1)))[0, 1])
+
+    rows = [[pooled(score, interval) for interval in timesteps.INTERVALS.values()] for score in timesteps.SCORES]
+    spread = max(max(row) - min(row) for row in rows)
+    assert spread > 0
+    assert timesteps._measure_spread(runs).mean == pytest.approx(spread)
 
 
 def test_only_the_draws_of_an_interval_count(archive: RecordingArchive) -> None:

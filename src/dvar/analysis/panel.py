@@ -18,7 +18,7 @@ from dvar.config.training import BUNDLED_MODELS
 from dvar.errors import RefusedInput, name_some
 from dvar.mini import TUNING
 from dvar.recordings.archive import RecordingArchive
-from dvar.recordings.mixture import base_model_problems, group_runs, name_groups
+from dvar.recordings.mixture import base_model_problems, group_runs, name_groups, protocol_problems
 from dvar.recordings.panel import PRESET, PROTOCOL, STAGES, name_variation
 from dvar.recordings.recorded_run import CHOOSE, Floats, RecordedRun, Steps
 from dvar.stopping.octave import FIRST_STEP, Octave
@@ -256,11 +256,7 @@ def _protocol(run: RecordedRun) -> tuple[str, int]:
 
 def _mixture_problems(runs: Sequence[RecordedRun]) -> list[str]:
     """Return which protocols and base models are mixed, with the runs of each."""
-    problems = []
-    protocols = group_runs((f"{name}, version {version}", run) for run in runs for name, version in [_protocol(run)])
-    if len(protocols) > 1:
-        problems.append(f"the panel is of one protocol, got {name_groups(protocols)}: name the records of one alone")
-    problems += base_model_problems(runs)
+    problems = [*protocol_problems(runs), *base_model_problems(runs)]
     models = group_runs((str(run.config.get("pretrained_model_name_or_path")), run) for run in runs)
     if others := {model: of_model for model, of_model in models.items() if model not in BUNDLED_MODELS}:
         names = name_groups(others)

@@ -19,7 +19,7 @@ from dvar.paper.result import ExperimentResult, Provenance, save_result
 from dvar.paper.style import STYLE
 from dvar.recordings.archive import RecordingArchive
 from dvar.recordings.archive_file import open_records
-from dvar.recordings.mixture import base_model_problems
+from dvar.recordings.mixture import base_model_problems, protocol_problems
 
 if TYPE_CHECKING:
     from dvar.recordings.spec import RecordingSpec
@@ -88,10 +88,10 @@ def open_archive(config: ReproduceConfig) -> RecordingArchive:
     """Return the recorded runs that ``config`` names, from folders of recorded runs and files of traces.
 
     Raises:
-        RefusedInput: Runs of two base models under one name are mixed.
+        RefusedInput: Runs of two base models under one name, or of two protocols, are mixed.
     """
     archive = RecordingArchive.join([open_records(path) for path in config.sources])
-    if problems := base_model_problems(archive):
+    if problems := [*base_model_problems(archive), *protocol_problems(archive)]:
         raise RefusedInput(problems)
     return _select_few(archive) if config.quick else archive
 

@@ -27,6 +27,19 @@ def base_model_problems(runs: Iterable[RecordedRun]) -> list[str]:
     return problems
 
 
+def protocol_problems(runs: Iterable[RecordedRun]) -> list[str]:
+    """Return which protocols of recording, or versions of one, are mixed, with the runs of each."""
+
+    def describe(run: RecordedRun) -> str:
+        protocol = run.header.get("protocol", {})
+        return f"{protocol.get('name', 'before the panel')}, version {protocol.get('version', 0)}"
+
+    protocols = group_runs((describe(run), run) for run in runs)
+    if len(protocols) < 2:
+        return []
+    return [f"recorded runs must be of one protocol, got {name_groups(protocols)}: name the records of one alone"]
+
+
 def group_runs(pairs: Iterable[tuple[str, RecordedRun]]) -> dict[str, list[RecordedRun]]:
     """Return the runs by name of their group, in the order in which the groups come."""
     groups: dict[str, list[RecordedRun]] = {}

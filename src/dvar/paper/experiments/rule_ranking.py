@@ -30,6 +30,7 @@ from dvar.analysis.rule_ranking import (
     tune_rules,
 )
 from dvar.analysis.stop_quality import (
+    MIN_CONCEPTS,
     ORACLE,
     PREMATURE,
     LearningCurve,
@@ -280,15 +281,16 @@ def _describe_omissions(archive: RecordingArchive, methods: Sequence[str], unlea
 
 
 def _compare_with_constant(scope: str, ranking: Sequence[RankedRule]) -> tuple[str, ...]:
-    """Say whether DVAR stops nearer to the oracle than one number of steps does."""
+    """Say whether DVAR stops nearer to the oracle than one number of steps does, or that it cannot be said."""
     by_name = {rule.rule: rule for rule in ranking}
     if CONTROL not in by_name or "DVAR" not in by_name:
         return ()
     difference = compare_errors(by_name["DVAR"], by_name[CONTROL])
-    direction = "nearer to" if difference.mean < 0 else "further from"
-    chance = "" if difference.high < 0 or difference.low > 0 else "; the difference may be due to chance"
-    octaves = f"{abs(difference.mean):.2f} octaves {direction} the oracle"
-    return (
-        f"With {scope}, DVAR stops {octaves} than a constant number of steps that was tuned in the same way "
-        f"({_format_estimate(difference)}){chance}.",
-    )
+    detail = f"({_format_estimate(difference)} octaves of distance over {difference.concepts} concepts)"
+    constant = "a constant number of steps that was tuned in the same way"
+    if difference.concepts < MIN_CONCEPTS:
+        return (f"With {scope}, DVAR cannot be compared with {constant} {detail}: too few concepts.",)
+    if difference.low <= 0 <= difference.high:
+        return (f"With {scope}, DVAR and {constant} are a tie {detail}; which stops nearer to the oracle is not seen.",)
+    direction = "nearer to" if difference.high < 0 else "further from"
+    return (f"With {scope}, DVAR stops {direction} the oracle than {constant} {detail}.",)

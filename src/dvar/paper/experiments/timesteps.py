@@ -103,29 +103,30 @@ def read_interval(run: RecordedRun, score: str, low: float, high: float) -> tupl
 
 def _correlate(runs: Sequence[RecordedRun], score: str, interval: str) -> Correlation:
     pairs = [read_interval(run, score, *INTERVALS[interval]) for run in runs]
+    sums = _sum_products(runs, pairs)
     return Correlation(
         levels=mean_over_concepts(runs, [_pearson(*pair) for pair in pairs]),
         changes=mean_over_concepts(runs, [_pearson(np.diff(loss), np.diff(values)) for loss, values in pairs]),
-        pooled=bootstrap_statistic(len(runs), partial(_pool, _sum_products(pairs))),
+        pooled=bootstrap_statistic(len(sums), partial(_pool, sums)),
     )
 
 
-def _sum_products(pairs: Sequence[tuple[Floats, Floats]]) -> Floats:
-    """Return what a correlation over any of the runs is made of, [runs, 6]: sums of 1, x, y, xx, yy and xy.
+def _sum_products(runs: Sequence[RecordedRun], pairs: Sequence[tuple[Floats, Floats]]) -> Floats:
+    """Return what a correlation over any of the concepts is made of, [concepts, 6]: sums of 1, x, y, xx, yy and xy.
 
     Both x and y are centred over all runs and scaled, so that the sums lose no digits.
     """
     loss, score = (np.concatenate([pair[side] for pair in pairs]) for side in (0, 1))
     (x_mean, x_scale), (y_mean, y_scale) = ((of.mean(), of.std() or 1.0) for of in (loss, score))
-    rows = []
-    for losses, scores in pairs:
+    sums = {run.concept: np.zeros(6) for run in runs}
+    for run, (losses, scores) in zip(runs, pairs, strict=True):
         x, y = (losses - x_mean) / x_scale, (scores - y_mean) / y_scale
-        rows.append([len(x), x.sum(), y.sum(), (x * x).sum(), (y * y).sum(), (x * y).sum()])
-    return np.array(rows, np.float64)
+        sums[run.concept] += [len(x), x.sum(), y.sum(), (x * x).sum(), (y * y).sum(), (x * y).sum()]
+    return np.array(list(sums.values()))
 
 
 def _pool(sums: Floats, chosen: Indices) -> Floats:
-    """Return the correlation over all steps of the chosen runs, from their sums [..., runs, 6]."""
+    """Return the correlation over all steps of the chosen concepts, from their sums [..., concepts, 6]."""
     count, x, y, xx, yy, xy = np.moveaxis(sums[..., chosen, :].sum(axis=-2), -1, 0)
     with np.errstate(divide="ignore", invalid="ignore"):
         pooled: Floats = (xy - x * y / count) / np.sqrt((xx - x * x / count) * (yy - y * y / count))
@@ -171,8 +172,8 @@ def _table_of_correlations(method: str, runs: Sequence[RecordedRun], correlation
         "95 % interval from resampling concepts. Pooled: one correlation over all steps of all concepts, as in the "
         "paper, where differences between concepts count too. Two curves that both move once and then stay correlate "
         "whatever they mean: first differences are the control, near 0 where only the common trend correlates. "
-        f"{Provenance.of(runs)} Deviates from the paper: 32 held draws, one from each 32nd of the schedule, and "
-        "log-spaced steps."
+        f"{Provenance.of(runs)} Deviates from the paper: {len(_timesteps(runs[0]))} held draws, spread evenly over the "
+        "schedule, and log-spaced steps."
     )
     data = [
         {"score": name, "interval": interval, **_flatten(correlation)}
@@ -246,8 +247,11 @@ def _measure_spread(runs: Sequence[RecordedRun]) -> MeanInterval:
     """Return the largest difference of pooled correlations between two intervals of one score."""
     sums = np.array(
         [
-            [_sum_products([read_interval(run, name, *interval) for run in runs]) for interval in INTERVALS.values()]
+            [
+                _sum_products(runs, [read_interval(run, name, *interval) for run in runs])
+                for interval in INTERVALS.values()
+            ]
             for name in SCORES
         ]
     )
-    return bootstrap_statistic(len(runs), lambda chosen: float(np.ptp(_pool(sums, chosen), axis=1).max()))
+    return bootstrap_statistic(sums.shape[2], lambda chosen: float(np.ptp(_pool(sums, chosen), axis=1).max()))
