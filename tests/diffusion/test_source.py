@@ -23,9 +23,11 @@ from dvar.diffusion.model_files import model_problems
 from dvar.diffusion.single_file import find_kind
 from dvar.diffusion.source import ModelSource
 from dvar.errors import ModelError, RefusedInput, UnreachableModel
-from dvar.runs.load_model import load_personalised_backbone
+from dvar.runs.load_model import load_personalised_backbone, load_result
 from dvar.testing import tiny_pipeline, tiny_sd3_pipeline, tiny_xl_pipeline
+from dvar.testing.model_card import run_model_card
 from dvar.training.personalise import personalise
+from dvar.training.pipeline_code import load_pipeline_code
 
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 
@@ -62,6 +64,8 @@ def config_of(images: Path, folder: Path, **changes: Any) -> DreamBoothLoraConfi
 
 def test_a_single_file_is_the_model_of_the_folder_that_it_came_from(tmp_path: Path, tiny_images: Path) -> None:
     folder = tiny_pipeline(tmp_path / "model")
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"prediction_type": "v_prediction"}))
     file, digest = save_file_of(folder, tmp_path / "model.safetensors"), load_backbone(folder, device="cpu").digest
     configs = strip_weights(folder, "unet", "vae", "text_encoder")
     source = ModelSource(str(file), single_file_config=str(configs))
@@ -76,9 +80,37 @@ def test_a_single_file_is_the_model_of_the_folder_that_it_came_from(tmp_path: Pa
     )
     run = personalise(config).folder
     card = (run / "README.md").read_text()
-    assert 'StableDiffusionPipeline.from_single_file("model.safetensors")' in card
+    assert 'StableDiffusionPipeline.from_single_file("model.safetensors", config="model")\n' in card
     assert str(tmp_path) not in card
+    assert run_model_card(run, file, configs).scheduler.config.prediction_type == "v_prediction"
     assert load_personalised_backbone(run, device="cpu").digest == digest
+
+
+def test_the_card_loads_the_text_encoders_that_a_single_file_lacks(tmp_path: Path, tiny_images: Path) -> None:
+    """They may be stored in half precision, and the rest is loaded in float32."""
+    folder = tiny_xl_pipeline(tmp_path / "model")
+    file = save_file_of(folder, tmp_path / "model.safetensors", text=False)
+    for part in ("text_encoder", "text_encoder_2"):
+        weights = folder / part / "model.safetensors"
+        save_file({name: tensor.half() for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    places = {
+        "pretrained_model_name_or_path": str(file),
+        "single_file_config": str(strip_weights(folder, "unet", "vae")),
+    }
+    run = personalise(config_of(tiny_images, tmp_path / "run", **places)).folder
+    card = (run / "README.md").read_text()
+    assert (
+        "from diffusers import StableDiffusionXLPipeline\nfrom transformers import CLIPTextModel, CLIPTextModelW"
+        in card
+    )
+    assert str(tmp_path) not in card
+    pipeline, backbone = (
+        run_model_card(run, file, folder),
+        load_backbone(ModelSource.of(load_result(run)[0]), device="cpu"),
+    )
+    for tower in backbone.towers:
+        for name, tensor in getattr(pipeline, tower.name).state_dict().items():
+            assert torch.equal(tensor, tower.encoder.state_dict()[name]), name
 
 
 def test_text_encoders_that_a_single_file_lacks_come_from_the_folder_of_its_configs(tmp_path: Path) -> None:
@@ -274,6 +306,16 @@ def test_a_hub_id_is_read_from_the_cache_at_its_revision(
     run = personalise(config).folder
     assert json.loads((run / "result.json").read_text())["base_sha256"] == digests[1]
     assert 'DiffusionPipeline.from_pretrained("owner/name", revision="v2")' in (run / "README.md").read_text()
+
+
+def test_code_for_a_hub_id_loads_it_without_the_encoders_that_it_lacks_in_the_cache(
+    hub: Callable[..., None], tmp_path: Path
+) -> None:
+    hub(tiny_sd3_pipeline(tmp_path / "model"), "owner/name")
+    absent = "text_encoder_3=None, tokenizer_3=None"
+    for name, arguments in {"owner/name": f'"owner/name", {absent}', "owner/other": '"owner/other"'}.items():
+        config = config_of(tmp_path, tmp_path / "run", pretrained_model_name_or_path=name)
+        assert load_pipeline_code(config, public=True) == f"DiffusionPipeline.from_pretrained({arguments})"
 
 
 def test_without_a_network_one_line_says_so(hub: Callable[..., None], tmp_path: Path, tiny_images: Path) -> None:

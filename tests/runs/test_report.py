@@ -226,6 +226,15 @@ def test_another_model_is_loaded_by_its_name(tmp_path: Path) -> None:
     assert "dvar.mini" not in page.of("code")[-1]
 
 
+def test_a_model_without_t5_is_loaded_without_it(tmp_path: Path) -> None:
+    index = {"_class_name": "StableDiffusion3Pipeline", "text_encoder_3": [None, None], "tokenizer_3": [None, None]}
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model_index.json").write_text(json.dumps(index))
+    page = read_report(tmp_path, generate_trace(), pretrained_model_name_or_path=str(tmp_path / "model"))
+    absent = "text_encoder_3=None, tokenizer_3=None"
+    assert f"from_pretrained({json.dumps(str(tmp_path / 'model'))}, {absent})\n" in page.of("code")[-1]
+
+
 @pytest.mark.parametrize(
     ("method", "title", "subject", "learned", "loading"),
     [

@@ -38,8 +38,12 @@ def test_vectors_that_are_not_finite_are_never_written(tmp_path: Path, value: fl
 @pytest.mark.parametrize(
     ("model", "base", "loads"),
     [
-        ("mini", None, "from_pretrained(str(dvar.mini.path()))"),
-        ("mini-flow", None, 'from_pretrained(str(dvar.mini.path("mini-flow")))'),
+        ("mini", None, "from_pretrained(str(dvar.mini.path()))\n"),
+        (
+            "mini-flow",
+            None,
+            'from_pretrained(str(dvar.mini.path("mini-flow")), text_encoder_3=None, tokenizer_3=None)\n',
+        ),
         ("owner/model", "base_model: owner/model", 'from_pretrained("owner/model")'),
         ("/home/someone/models/sd15", None, 'from_pretrained("sd15")'),
     ],
@@ -48,7 +52,8 @@ def test_the_card_names_a_public_model_and_no_local_path(
     tmp_path: Path, model: str, base: str | None, loads: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = TextualInversionConfig(pretrained_model_name_or_path=model, initializer_token="mug")
-    monkeypatch.setattr(Path, "exists", lambda self: str(self).startswith("/home"))
+    exists = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda self: str(self).startswith("/home/someone") or exists(self))
     write_model_card(tmp_path, config, VERDICT, [tmp_path / "samples" / "step-000010" / "00.png"])
     card = (tmp_path / "README.md").read_text()
     head = card.split("---")[1]

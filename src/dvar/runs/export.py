@@ -21,6 +21,7 @@ from dvar.locks import LOCK, lock_path, unless_empty
 from dvar.runs import kohya
 from dvar.runs.load_model import load_personalised_backbone, load_result, load_weights, loading_options
 from dvar.training.loading_code import STABLE_DIFFUSION, embedding_names, generate_line, has_embedding
+from dvar.training.pipeline_code import absent_arguments
 from dvar.training.publish import push_run, repository_problems
 from dvar.training.run_layout import CLIP_EMBEDS, EMBEDS, LORA, MODEL_CARD, weights_kind
 from dvar.training.weight_files import public_model_name, write_weights
@@ -194,7 +195,8 @@ def write_merged_pipeline(run: str | Path, folder: Path, mixed_precision: str | 
             pipeline.unet.load_state_dict(tensors, strict=False)
     with staged_folder(folder) as staged:
         pipeline.save_pretrained(staged)
-        (staged / MODEL_CARD).write_text(_format_model_card(config, backbone), encoding="utf-8", newline="\n")
+        card = _format_model_card(config, backbone, read_json(staged / "model_index.json", dict))
+        (staged / MODEL_CARD).write_text(card, encoding="utf-8", newline="\n")
     return folder
 
 
@@ -258,7 +260,8 @@ def _append_vector(tokenizer: Any, encoder: Any, token: str, vectors: Tensor) ->
         encoder.to_logits.weight[: old.out_features], encoder.to_logits.bias[: old.out_features] = old.weight, old.bias
 
 
-def _format_model_card(config: TrainingConfig, backbone: Backbone) -> str:
+def _format_model_card(config: TrainingConfig, backbone: Backbone, index: Mapping[str, Any]) -> str:
+    arguments = ", ".join(['"."', *absent_arguments(index)])
     unchecked = backbone.title == STABLE_DIFFUSION
     note = "It has no safety checker: look at its images before others see them.\n\n" if unchecked else ""
     return f"""# {config.subject}
@@ -268,7 +271,7 @@ A whole pipeline: {public_model_name(config)} with {config.learned} merged into 
 ```python
 from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained(".")
+pipeline = DiffusionPipeline.from_pretrained({arguments})
 {generate_line(config, config.plain_prompt, backbone.title)}
 ```
 

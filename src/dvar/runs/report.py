@@ -14,14 +14,8 @@ from dvar.html.templates import pluralise, render, write_page
 from dvar.runs import report_figures
 from dvar.runs.run_folder import RunFolder
 from dvar.stopping.diagnosis import Reason
-from dvar.training.loading_code import (
-    STABLE_DIFFUSION,
-    generate_line,
-    import_lines,
-    load_lines,
-    load_pipeline_line,
-    pipeline_class,
-)
+from dvar.training.loading_code import STABLE_DIFFUSION, generate_line, import_lines, load_lines
+from dvar.training.pipeline_code import load_pipeline_code, pipeline_import_lines
 from dvar.training.run_layout import REPORT
 
 NEXT_STEPS = {
@@ -112,10 +106,10 @@ def _program(run: RunFolder) -> str:
     result = run.result or {}
     weights, family, config = result["weights"], result.get("family", STABLE_DIFFUSION), run.settings
     lines = [
-        *["import dvar.mini"] * (config.pretrained_model_name_or_path in BUNDLED_MODELS),
-        *import_lines(weights, family, pipeline_class(config)),
+        *pipeline_import_lines(config),
+        *import_lines(weights, family),
         "",
-        f"pipeline = {load_pipeline_line(config, config.pretrained_model_name_or_path)}",
+        f"pipeline = {load_pipeline_code(config, public=False)}",
         *load_lines(weights, run.config["output_dir"], run.config["placeholder_token"], family),
         generate_line(config, _prompt(run), family),
     ]

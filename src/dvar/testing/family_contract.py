@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dvar.testing.backbone_contract import RESOLUTION, BackboneContract
+from dvar.testing.model_card import run_model_card
 from dvar.testing.tiny_models import tiny_concept
 
 if TYPE_CHECKING:  # the contracts need NumPy alone: whatever is heavier is imported where it is used
@@ -99,15 +100,12 @@ class FamilyTrainingContract:
     def test_stock_diffusers_loads_what_is_learned_and_generates_the_same_image(
         self, tmp_path_factory: Any, tmp_path: Path
     ) -> None:
-        """Load the files by the lines of the model card, merge them, and compare images, each within 1 of 255."""
+        """Run the code of the model cards, of the run and merged, and compare images, each within 1 of 255."""
         import numpy as np
-        from safetensors.torch import load_file
 
         from dvar.diffusion.sampling import sample
-        from dvar.files import read_json
         from dvar.runs.export import write_merged_pipeline
         from dvar.runs.load_model import load_personalised_backbone
-        from dvar.training.loading_code import load_lines
         from dvar.training.personalise import personalise
 
         family = self.family()
@@ -120,17 +118,12 @@ class FamilyTrainingContract:
             prompt = "a photo of mug" if config.placeholder_token is None else "a photo of <thing>"
             backbone = load_personalised_backbone(run, device="cpu")
             (ours,) = sample(backbone, [prompt], [5], size=RESOLUTION, steps=2, guidance=4.0)
-            pipeline = family.load_stock(folder)
-            base = self._generate(pipeline, "a photo of mug")
-            title = read_json(run / "result.json")["family"]
-            scope = {"pipeline": pipeline, "load_file": load_file}
-            for line in load_lines(names, str(run), config.placeholder_token, title):
-                exec(line, scope)  # as the model card and the report print it
-            theirs = self._generate(pipeline, prompt)
+            base = self._generate(family.load_stock(folder), "a photo of mug")
+            theirs = self._generate(run_model_card(run, folder), prompt)
             assert np.abs(theirs - np.asarray(ours, dtype=np.int64)).max() <= 1, name
             self._check_sample(run, backbone, config)
             assert np.abs(theirs - base).max() > 1, name
-            merged = family.load_stock(write_merged_pipeline(run, tmp_path / f"{name}-merged"))
+            merged = run_model_card(write_merged_pipeline(run, tmp_path / f"{name}-merged"))
             assert np.abs(self._generate(merged, prompt) - theirs).max() <= 1, name
 
     def _check_sample(self, run: Path, backbone: Any, config: TrainingConfig) -> None:

@@ -7,8 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dvar.config.training import BUNDLED_MODEL, BUNDLED_MODELS, TrainingConfig
-from dvar.diffusion.single_file import find_kind
+from dvar.config.training import TrainingConfig
 from dvar.training.run_layout import ATTENTION, CLIP_EMBEDS, EMBEDS, LORA, WEIGHTS, weights_kind
 
 STABLE_DIFFUSION, STABLE_DIFFUSION_3, LATENT_DIFFUSION = "Stable Diffusion", "Stable Diffusion 3", "Latent Diffusion"
@@ -33,32 +32,10 @@ def embedding_names(result: Mapping[str, Any]) -> list[str]:
     return [name for name in result["weights"] if name.startswith(stems)]
 
 
-def pipeline_class(config: TrainingConfig) -> str:
-    """Return the class by which stock diffusers loads the base model of ``config``: for a single file, its own."""
-    path = Path(config.pretrained_model_name_or_path).expanduser()
-    return find_kind(path).pipeline if path.is_file() else "DiffusionPipeline"
-
-
-def load_pipeline_line(config: TrainingConfig, name: str) -> str:
-    """Return the expression that loads the base model of ``config``, which is at ``name``, in stock diffusers."""
-    if (bundled := config.pretrained_model_name_or_path) in BUNDLED_MODELS:
-        argument = "" if bundled == BUNDLED_MODEL else f'"{bundled}"'
-        return f"DiffusionPipeline.from_pretrained(str(dvar.mini.path({argument})))"
-    options = {"revision": config.revision, "variant": config.variant}
-    arguments = [json.dumps(name, ensure_ascii=False)]
-    arguments += [f"{name}={json.dumps(value)}" for name, value in options.items() if value]
-    loader = pipeline_class(config)
-    method = "from_pretrained" if loader == "DiffusionPipeline" else "from_single_file"
-    return f"{loader}.{method}({', '.join(arguments)})"
-
-
-def import_lines(
-    names: Iterable[str], family: str = STABLE_DIFFUSION, pipeline: str = "DiffusionPipeline"
-) -> list[str]:
-    """Return the import lines that `load_lines` of these files needs, with that of the pipeline."""
-    lines = [f"from diffusers import {pipeline}"]
+def import_lines(names: Iterable[str], family: str = STABLE_DIFFUSION) -> list[str]:
+    """Return the import lines that `load_lines` of these files needs."""
     read = {ATTENTION, CLIP_EMBEDS, *((EMBEDS,) if family == LATENT_DIFFUSION else ())} & set(map(weights_kind, names))
-    return [*lines, "from safetensors.torch import load_file"] if read else lines
+    return ["from safetensors.torch import load_file"] if read else []
 
 
 def load_lines(

@@ -10,14 +10,8 @@ from pathlib import Path
 from dvar.config.training import BUNDLED_MODELS, TrainingConfig
 from dvar.files import read_content, write_atomically
 from dvar.stopping.verdict import Verdict
-from dvar.training.loading_code import (
-    STABLE_DIFFUSION,
-    generate_line,
-    import_lines,
-    load_lines,
-    load_pipeline_line,
-    pipeline_class,
-)
+from dvar.training.loading_code import STABLE_DIFFUSION, generate_line, import_lines, load_lines
+from dvar.training.pipeline_code import load_pipeline_code, pipeline_import_lines
 from dvar.training.run_layout import EMBEDS, MODEL_CARD
 from dvar.training.weight_files import is_on_hub, public_model_name
 
@@ -77,10 +71,10 @@ def _facts(
         + f"instance_prompt: {json.dumps(config.plain_prompt, ensure_ascii=False)}\n",
         "model": model,
         "licence": f"{licence}, that of the base model" if licence else f"that of the base model, {model}",
-        "source": load_pipeline_line(config, public_name),
+        "source": load_pipeline_code(config, public=True),
         "tags": "".join(f"\n- {tag}" for tag in config.tags),
         "title": config.title,
-        "imports": "\n".join(["import dvar.mini"] * bundled + import_lines(weights, family, pipeline_class(config))),
+        "imports": "\n".join([*pipeline_import_lines(config), *import_lines(weights, family)]),
         "loads": "\n".join(load_lines(weights, ".", config.placeholder_token, family)),
         "subject": config.subject,
         "learned": config.learned[:1].upper() + config.learned[1:],

@@ -61,7 +61,11 @@ def provenance(config: TrainingConfig, base_digest: str, step: int) -> dict[str,
 
 def public_model_name(config: TrainingConfig) -> str:
     """Return the base model's name for others: a hub id as it is, of a folder only the last part."""
-    name = config.pretrained_model_name_or_path
+    return public_name(config.pretrained_model_name_or_path)
+
+
+def public_name(name: str) -> str:
+    """Return the name of a model or of its configs for others: a hub id as it is, of a folder only the last part."""
     return name if is_on_hub(name) else Path(name).name
 
 
