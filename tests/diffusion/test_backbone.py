@@ -27,6 +27,8 @@ from dvar.testing import (
     tiny_klein_pipeline,
     tiny_ldm_pipeline,
     tiny_qwen_image_pipeline,
+    tiny_sd3_pipeline,
+    tiny_xl_pipeline,
     tiny_z_image_pipeline,
 )
 from dvar.training.methods.dreambooth_lora import DreamBoothLora
@@ -91,7 +93,15 @@ def test_half_precision_still_gives_float32_losses_and_gradients(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "save",
-    [tiny_ldm_pipeline, tiny_flux_pipeline, tiny_klein_pipeline, tiny_z_image_pipeline, tiny_qwen_image_pipeline],
+    [
+        tiny_ldm_pipeline,
+        tiny_xl_pipeline,
+        tiny_sd3_pipeline,
+        tiny_flux_pipeline,
+        tiny_klein_pipeline,
+        tiny_z_image_pipeline,
+        tiny_qwen_image_pipeline,
+    ],
 )
 def test_every_family_computes_its_loss_and_generates_in_half_precision(
     save: Callable[[Path], Path], tiny_images: Path, tmp_path: Path

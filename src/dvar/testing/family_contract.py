@@ -119,11 +119,11 @@ class FamilyTrainingContract:
             backbone = load_personalised_backbone(run, device="cpu")
             (ours,) = sample(backbone, [prompt], [5], size=RESOLUTION, steps=2, guidance=4.0)
             base = self._generate(family.load_stock(folder), "a photo of mug")
-            theirs = self._generate(run_model_card(run, folder), prompt)
+            theirs = self._generate(run_model_card(run, folder, size=RESOLUTION), prompt)
             assert np.abs(theirs - np.asarray(ours, dtype=np.int64)).max() <= 1, name
             self._check_sample(run, backbone, config)
             assert np.abs(theirs - base).max() > 1, name
-            merged = run_model_card(write_merged_pipeline(run, tmp_path / f"{name}-merged"))
+            merged = run_model_card(write_merged_pipeline(run, tmp_path / f"{name}-merged"), size=RESOLUTION)
             assert np.abs(self._generate(merged, prompt) - theirs).max() <= 1, name
 
     def _check_sample(self, run: Path, backbone: Any, config: TrainingConfig) -> None:
