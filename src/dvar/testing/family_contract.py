@@ -13,6 +13,8 @@ from dvar.testing.model_card import run_model_card
 from dvar.testing.tiny_models import tiny_concept
 
 if TYPE_CHECKING:  # the contracts need NumPy alone: whatever is heavier is imported where it is used
+    from torch import Tensor
+
     from dvar.config.training import TrainingConfig
     from dvar.training.loop import StepRecord
 
@@ -34,7 +36,7 @@ class FamilyTrainingContract:
         @pytest.mark.slow
         class TestTrainingOfMine(FamilyTrainingContract):
             family = TestMine  # a BackboneContract
-            files = {"lora": {LORA}}
+            files = {"lora": {LORA}, "dora": {LORA}}
             refusals = {"textual-inversion": "reason", "dreambooth-lora": "reason", "custom-diffusion": "reason"}
 
     Attributes:
@@ -50,7 +52,7 @@ class FamilyTrainingContract:
     lora: ClassVar[str] = "dreambooth-lora"
 
     def configs(self, tmp_path_factory: Any, output: Path) -> dict[str, TrainingConfig]:
-        """Return the config of a short run of each method, by its name; "lora" learns no word."""
+        """Return the config of a short run of each method, by its name; "lora" and "dora" learn no word."""
         from dvar.config.methods import CustomDiffusionConfig, DreamBoothLoraConfig, TextualInversionConfig
 
         images = tmp_path_factory.getbasetemp() / "family-images"
@@ -76,6 +78,7 @@ class FamilyTrainingContract:
             "textual-inversion": TextualInversionConfig(**{**shared, **word, "learning_rate": 0.5}),
             "dreambooth-lora": DreamBoothLoraConfig(**shared, **word),
             "lora": DreamBoothLoraConfig(**shared, instance_prompt="a photo of mug"),
+            "dora": DreamBoothLoraConfig(**shared, instance_prompt="a photo of mug", use_dora=True),
             "custom-diffusion": CustomDiffusionConfig(**shared, **word, class_noun="mug", num_class_images=1),
         }
 
@@ -102,6 +105,7 @@ class FamilyTrainingContract:
     ) -> None:
         """Run the code of the model cards, of the run and merged, and compare images, each within 1 of 255."""
         import numpy as np
+        from safetensors.torch import load_file
 
         from dvar.diffusion.sampling import sample
         from dvar.runs.export import write_merged_pipeline
@@ -115,6 +119,7 @@ class FamilyTrainingContract:
             run = personalise(config).folder
             names = {path.name for path in run.glob("*.safetensors") if "-steps-" not in path.name}
             assert names == expected, name
+            assert name != "dora" or any("lora_magnitude_vector" in key for key in load_file(run / LORA)), name
             prompt = "a photo of mug" if config.placeholder_token is None else "a photo of <thing>"
             backbone = load_personalised_backbone(run, device="cpu")
             (ours,) = sample(backbone, [prompt], [5], size=RESOLUTION, steps=2, guidance=4.0)
@@ -142,7 +147,7 @@ class FamilyTrainingContract:
     def test_probing_changes_nothing_and_a_resumed_run_is_the_whole_one(
         self, tmp_path_factory: Any, tmp_path: Path
     ) -> None:
-        """Compare weights bit for bit: of a whole run, of one that is hardly probed, and of one that is resumed."""
+        """Compare weights bit for bit: of a whole run, of one without any probe or sample, and of one resumed."""
         from dataclasses import replace
 
         import torch
@@ -152,8 +157,7 @@ class FamilyTrainingContract:
         from dvar.training.personalise import personalise
 
         config = self.configs(tmp_path_factory, tmp_path / "resumed")[self.lora]
-        whole = personalise(replace(config, output_dir=str(tmp_path / "whole")))
-        seldom = replace(config, probe_every=2, window=8, validation_steps=3, output_dir=str(tmp_path / "seldom"))
+        whole = personalise(replace(config, validation_steps=3, output_dir=str(tmp_path / "whole")))
 
         def stop(step: StepRecord) -> None:
             if step.step == 6:
@@ -164,27 +168,28 @@ class FamilyTrainingContract:
         resumed = personalise(replace(config, resume_from_checkpoint="latest"))
         traces = [Trace.read(run.folder / "trace.jsonl").values.tolist() for run in (whole, resumed)]
         assert traces[0] == traces[1]
-        for run in (resumed, self._without_rule(seldom)):
-            for path, other in zip(whole.weights, run.weights, strict=True):
-                tensors, others = load_file(path), load_file(other)
-                assert all(torch.equal(tensor, others[key]) for key, tensor in tensors.items()), run.folder
+        of_resumed = {path.name: load_file(path) for path in resumed.weights}
+        for files in (of_resumed, self._train_without_probe(config)):
+            assert {path.name for path in whole.weights} == files.keys()
+            for path in whole.weights:
+                tensors, others = load_file(path), files[path.name]
+                assert tensors.keys() == others.keys()
+                assert all(torch.equal(tensor, others[key]) for key, tensor in tensors.items()), path.name
 
-    def _without_rule(self, config: TrainingConfig) -> Any:
-        """Return the result of a run whose probe is evaluated too seldom for the rule to judge."""
+    def _train_without_probe(self, config: TrainingConfig) -> Mapping[str, Mapping[str, Tensor]]:
+        """Return the weight files, by name, of a run that makes its updates and nothing else."""
         from dvar.diffusion.backbone import load_backbone
         from dvar.training.dataset import read_concept
         from dvar.training.methods.registry import build_method
         from dvar.training.run import TrainingRun
+        from dvar.training.weight_files import split_by_token
 
         backbone = load_backbone(config.pretrained_model_name_or_path, device="cpu")
         concept, method = read_concept(config), build_method(config, backbone)
         run = TrainingRun(Path(config.output_dir), config, concept, (), backbone, method)
-        run.open(None)
-        verdict = None
-        for step in run.steps(lambda: False):
-            verdict = step.verdict
-        assert verdict is not None
-        return run.finish(verdict)
+        for step in range(1, config.max_train_steps + 1):
+            assert run.learner.update(run.training_losses, step).taken
+        return split_by_token(method.files(method.state))
 
     def _generate(self, pipeline: Any, prompt: str) -> Any:
         """Return the pixels of the image that a stock pipeline generates, int64."""

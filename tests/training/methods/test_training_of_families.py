@@ -20,6 +20,7 @@ class TestStableDiffusion(FamilyTrainingContract):
         "textual-inversion": {EMBEDS},
         "dreambooth-lora": {EMBEDS, LORA},
         "lora": {LORA},
+        "dora": {LORA},
         "custom-diffusion": {EMBEDS, ATTENTION},
     }
 
@@ -35,6 +36,7 @@ class TestStableDiffusionXL(FamilyTrainingContract):
         "textual-inversion": {CLIP_EMBEDS},
         "dreambooth-lora": {CLIP_EMBEDS, LORA},
         "lora": {LORA},
+        "dora": {LORA},
         "custom-diffusion": {CLIP_EMBEDS, ATTENTION},
     }
 
@@ -45,6 +47,7 @@ class TestStableDiffusion3(FamilyTrainingContract):
         "textual-inversion": {CLIP_EMBEDS},
         "dreambooth-lora": {CLIP_EMBEDS, LORA},
         "lora": {LORA},
+        "dora": {LORA},
     }
     refusals: ClassVar[Mapping[str, str]] = {"custom-diffusion": NO_UNET}
 
@@ -59,13 +62,14 @@ class TestFlux(FamilyTrainingContract):
         "textual-inversion": {EMBEDS},
         "dreambooth-lora": {EMBEDS, LORA},
         "lora": {LORA},
+        "dora": {LORA},
     }
     refusals: ClassVar[Mapping[str, str]] = {"custom-diffusion": NO_UNET}
 
 
 class TestFlux2Klein(FamilyTrainingContract):
     family = families.Flux2KleinFamily
-    files: ClassVar[Mapping[str, set[str]]] = {"lora": {LORA}}
+    files: ClassVar[Mapping[str, set[str]]] = {"lora": {LORA}, "dora": {LORA}}
     refusals: ClassVar[Mapping[str, str]] = {
         "textual-inversion": NO_WORD,
         "dreambooth-lora": NO_WORD,
