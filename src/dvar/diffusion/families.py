@@ -32,6 +32,7 @@ class BackboneEntry:
         folders: The folders that a model of it must have, the denoising network's first.
         kinds: What the config of a part may say that it is, by folder: a class of diffusers, a type of transformers.
         widths: Sizes that must agree, each as (size, sizes that sum to it), such as "unet.cross_attention_dim".
+        optional: The folders that a model of it may lack; where model_index.json names the first of them, it has all.
         multiple: What the side of its images is a multiple of, in pixels.
         lora_targets: The names of its choices of matrices for LoRA; none are checked before loading if empty.
         learns_no_token: The reason if no placeholder token can be learned; empty if one can.
@@ -51,6 +52,7 @@ class BackboneEntry:
     folders: tuple[str, ...]
     kinds: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     widths: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    optional: tuple[str, ...] = ()
     multiple: int = 8
     lora_targets: tuple[str, ...] = ()
     learns_no_token: str = ""
@@ -59,6 +61,11 @@ class BackboneEntry:
     settings: Mapping[str, Any] = field(default_factory=dict)
     lora_settings: Mapping[str, Any] = field(default_factory=dict)
     few_steps: int = 4
+
+    def parts_of(self, index: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return the folders that a model must have by its model_index.json, the denoising network's first."""
+        named = tuple(part for part in self.optional if index.get(part) not in (None, [None, None]))
+        return (*self.folders, *(self.optional if named[:1] == self.optional[:1] else named))
 
     def settings_of(self, method: str, *, distilled: bool) -> dict[str, Any]:
         """Return what takes the place of the paper's settings for a method, on a model that is distilled or not."""
@@ -188,14 +195,22 @@ for entry in (
         _load_stable_diffusion_3,
         load_clip_tokenizer,
         ("transformer", *_TWO_ENCODERS),
-        {"transformer": ("SD3Transformer2DModel",), "vae": _KL, "text_encoder": _CLIP, "text_encoder_2": _CLIP},
+        {
+            "transformer": ("SD3Transformer2DModel",),
+            "vae": _KL,
+            "text_encoder": _CLIP,
+            "text_encoder_2": _CLIP,
+            "text_encoder_3": ("t5",),
+        },
         (
             (_CHANNELS, ("vae.latent_channels",)),
             (
                 "transformer.pooled_projection_dim",
                 ("text_encoder.projection_dim", "text_encoder_2.projection_dim"),
             ),
+            ("transformer.joint_attention_dim", ("text_encoder_3.d_model",)),
         ),
+        optional=("text_encoder_3", "tokenizer_3"),
         multiple=16,
         lora_targets=("attention",),
         long_tokenizer=("tokenizer_3", 256),

@@ -119,10 +119,11 @@ def _config_problems(title: str, folder: Path, remedy: str) -> list[str]:
         return [str(error)]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return [f"{title}: {_INDEX} cannot be read ({first_line(error)}): {remedy}"]
-    if missing := [part for part in family.folders if not (folder / part).exists() or index.get(part) == [None, None]]:
+    if missing := _missing_parts(folder, index, family):
         return [f"{title} is no whole {family.title}, it lacks {', '.join(missing)}: {remedy}"]
-    problems = [problem for part in family.folders for problem in _description_problems(folder / part)]
-    return [f"{title}: {problem}" for problem in problems or _mixture_problems(folder, family)]
+    parts = family.parts_of(index)
+    problems = [problem for part in parts for problem in _description_problems(folder / part)]
+    return [f"{title}: {problem}" for problem in problems or _mixture_problems(folder, family, parts)]
 
 
 def _folder_problems(name: str, path: Path, variant: str | None) -> list[str]:
@@ -139,10 +140,16 @@ def _folder_problems(name: str, path: Path, variant: str | None) -> list[str]:
         family = find_family(name, pipeline)
     except ModelError as error:
         return [str(error)]
-    if missing := [part for part in family.folders if not (path / part).exists() or index.get(part) == [None, None]]:
+    if missing := _missing_parts(path, index, family):
         return [f"model folder {name} is no whole {family.title}, it lacks {', '.join(missing)}: {remedy}"]
-    problems = [problem for part in family.folders for problem in _part_problems(path / part, variant)]
-    return [f"model folder {name}: {problem}" for problem in problems or _mixture_problems(path, family)]
+    parts = family.parts_of(index)
+    problems = [problem for part in parts for problem in _part_problems(path / part, variant)]
+    return [f"model folder {name}: {problem}" for problem in problems or _mixture_problems(path, family, parts)]
+
+
+def _missing_parts(folder: Path, index: Mapping[str, Any], family: BackboneEntry) -> list[str]:
+    """Return the parts that a model lacks, or names as none, of those that it must have."""
+    return [part for part in family.parts_of(index) if not (folder / part).exists() or index.get(part) == [None, None]]
 
 
 def clip_problems(name: str | None) -> list[str]:
@@ -156,15 +163,16 @@ def clip_problems(name: str | None) -> list[str]:
 
 def _description_problems(part: Path) -> list[str]:
     """Return what is wrong with the config or the tokenizer in one part of a model's folder."""
-    config = {"scheduler": "scheduler_config.json", "tokenizer": None, "tokenizer_2": None}.get(part.name, _CONFIG)
+    if part.name.startswith("tokenizer"):
+        vocabularies = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model")
+        if any((part / name).exists() for name in vocabularies):
+            return []
+        return [f"{part.name} has neither tokenizer.json nor vocab.json: save the model again"]
+    config = "scheduler_config.json" if part.name == "scheduler" else _CONFIG
     try:
-        if config:
-            read_json(part / config, dict)
+        read_json(part / config, dict)
     except (OSError, ValueError) as error:
         return [f"{part.name}/{config} cannot be read ({first_line(error)}): save the model again"]
-    vocabularies = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model")
-    if part.name.startswith("tokenizer") and not any((part / name).exists() for name in vocabularies):
-        return [f"{part.name} has neither tokenizer.json nor vocab.json: save the model again"]
     return []
 
 
@@ -175,7 +183,7 @@ def _part_problems(part: Path, variant: str | None) -> list[str]:
     if "quantization_config" in read_json(part / _CONFIG):
         return [f"{part.name} is quantised already, and cannot be hashed or exported: name the full model"]
     files = sorted(part.glob("*.safetensors"))
-    if files and variant and not any(f".{variant}." in file.name for file in files):
+    if files and variant and not any(re.search(rf"\.{re.escape(variant)}[.-]", file.name) for file in files):
         return [f"{part.name} has no weights of variant {variant}, only {files[0].name}: drop the variant"]
     if files and not variant and all(_VARIANT.search(file.name) for file in files):
         return [f"{part.name} has only weights of a variant, {files[0].name}: name it, as in --variant fp16"]
@@ -187,19 +195,19 @@ def _part_problems(part: Path, variant: str | None) -> list[str]:
     return [problem for file in files for problem in _weights_problems(file)]
 
 
-def _mixture_problems(path: Path, family: BackboneEntry) -> list[str]:
-    """Return which parts of a model's folder are none of this family, do not fit each other, or have no scale."""
-    configs = {part: read_json(path / part / _CONFIG) for part in family.kinds}
+def _mixture_problems(path: Path, family: BackboneEntry, parts: Sequence[str]) -> list[str]:
+    """Return which ``parts`` of a model's folder are none of this family, do not fit each other, or have no scale."""
+    configs = {part: read_json(path / part / _CONFIG) for part in parts if part in family.kinds}
     problems = [line for part in ("vae", "vqvae") if part in configs for line in _scale_problems(part, configs[part])]
-    for part, kinds in family.kinds.items():
-        kind = configs[part].get("_class_name") or configs[part].get("model_type")
+    for part in configs:
+        kinds, kind = family.kinds[part], configs[part].get("_class_name") or configs[part].get("model_type")
         if kind and kind not in kinds:
             message = f"{part} must be a {kinds[0]} in a {family.title}, got a {kind}"
             problems.append(f"{message}: the folder is of several models, copy the model again")
-    for size, parts in () if problems else family.widths:
-        width, widths = _read_size(configs, size), [_read_size(configs, part) for part in parts]
+    for size, summands in () if problems else family.widths:
+        width, widths = _read_size(configs, size), [_read_size(configs, summand) for summand in summands]
         if width and all(widths) and width != (total := sum(filter(None, widths))):
-            message = f"{size} must be {total}, the sum of {' and '.join(parts)}, got {width}"
+            message = f"{size} must be {total}, the sum of {' and '.join(summands)}, got {width}"
             problems.append(f"{message}: the folder is of several models, copy the model again")
     return problems
 
@@ -215,7 +223,8 @@ def _scale_problems(part: str, config: Mapping[str, Any]) -> list[str]:
 def _read_size(configs: Mapping[str, Mapping[str, Any]], name: str) -> int | None:
     """Return a size such as "unet.in_channels" by the configs of the parts; None where they do not say it."""
     part, _, key = name.partition(".")
-    value = configs[part].get(key) or _as_object(configs[part].get("text_config")).get(key)
+    config = configs.get(part, {})
+    value = config.get(key) or _as_object(config.get("text_config")).get(key)
     return value if isinstance(value, int) else None
 
 

@@ -14,6 +14,7 @@ from dvar.diffusion.backbone import load_backbone
 from dvar.diffusion.families import BACKBONES, find_family
 from dvar.diffusion.model_files import model_problems
 from dvar.diffusion.objective import Encoded, draw
+from dvar.diffusion.source import ModelSource
 from dvar.diffusion.timesteps import LOGIT_NORMAL
 from dvar.errors import ModelError
 from dvar.testing import (
@@ -67,6 +68,44 @@ def test_a_model_that_lacks_a_text_encoder_is_refused(save: Save, tmp_path: Path
     shutil.rmtree(folder / "text_encoder_2")
     with pytest.raises(ModelError, match="text_encoder_2"):
         load_backbone(folder, device="cpu")
+
+
+@pytest.mark.parametrize("part", ["text_encoder_3", "tokenizer_3"])
+def test_a_stable_diffusion_3_that_names_t5_and_lacks_it_is_refused(part: str, tmp_path: Path) -> None:
+    folder = tiny_sd3_pipeline(tmp_path / "model", t5=True)
+    assert model_problems(str(folder)) == []
+    shutil.rmtree(folder / part)
+    (problem,) = model_problems(str(folder))
+    assert f"is no whole Stable Diffusion 3 or 3.5, it lacks {part}: name a folder that save_pretrained" in problem
+    edit(folder / "model_index.json", text_encoder_3=[None, None], tokenizer_3=[None, None])
+    assert model_problems(str(folder)) == []
+
+
+def test_a_stable_diffusion_3_whose_t5_is_damaged_or_a_pickle_is_refused(tmp_path: Path) -> None:
+    folder = tiny_sd3_pipeline(tmp_path / "model", t5=True)
+    (weights,) = (folder / "text_encoder_3").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:100])
+    (problem,) = model_problems(str(folder))
+    assert "text_encoder_3/model.safetensors is damaged" in problem
+    weights.rename(weights.with_name("pytorch_model.bin"))
+    (problem,) = model_problems(str(folder))
+    assert "text_encoder_3 has no .safetensors weights, only pytorch_model.bin, which is never read" in problem
+
+
+def test_a_variant_may_be_in_several_files(tmp_path: Path) -> None:
+    """As T5 of Stable Diffusion 3 on the hub, by the names of transformers."""
+    folder = tiny_sd3_pipeline(tmp_path / "model", t5=True)
+    for file in folder.glob("*/*.safetensors"):
+        number = "-00001-of-00001" if file.parent.name == "text_encoder_3" else ""
+        file.rename(file.with_name(f"{file.stem}.fp16{number}.safetensors"))
+    assert model_problems(ModelSource(str(folder), variant="fp16")) == []
+
+
+def test_a_stable_diffusion_3_with_a_t5_of_another_width_is_refused(tmp_path: Path) -> None:
+    folder = tiny_sd3_pipeline(tmp_path / "model", t5=True)
+    edit(folder / "text_encoder_3" / "config.json", d_model=32)
+    (problem,) = model_problems(str(folder))
+    assert "transformer.joint_attention_dim must be 32, the sum of text_encoder_3.d_model, got 64" in problem
 
 
 @pytest.mark.parametrize(
