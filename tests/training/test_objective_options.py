@@ -11,6 +11,7 @@ import torch
 from dvar.config.methods import DreamBoothLoraConfig
 from dvar.errors import RefusedInput
 from dvar.testing import tiny_flux_pipeline
+from dvar.training import family_fit
 from dvar.training.personalise import personalise, prepare
 from dvar.training.run import TrainingRun
 
@@ -90,6 +91,29 @@ def test_what_a_family_of_flow_matching_lacks_is_refused_before_it_loads(
     with pytest.raises(RefusedInput) as error:
         personalise(build_config(model, tiny_images, tmp_path / "run", **options))
     assert any(problem.startswith(message) for problem in error.value.problems), error.value.problems
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"resolution": 256}, "got 256: try 128"),
+        ({"aspect_ratio_buckets": "64,64;112,144", "resolution": 64}, "got 112,144: lower resolution, or name smaller"),
+        ({"aspect_ratio_buckets": "auto", "resolution": 128}, "got 80,160: lower resolution, or name smaller sizes"),
+    ],
+)
+def test_images_that_the_positions_of_a_model_do_not_reach_are_refused(
+    options: dict[str, Any], message: str, tiny_images: Path, tmp_path: Path
+) -> None:
+    config = build_config(Path("mini-flow"), tiny_images, tmp_path / "run", **options)
+    (problem,) = family_fit.problems(config)
+    assert " must be at most 128 on this Stable Diffusion 3 or 3.5, whose positions reach no further, got " in problem
+    assert message in problem
+
+
+def test_the_largest_images_that_the_positions_of_a_model_reach_are_accepted(tiny_images: Path, tmp_path: Path) -> None:
+    sizes = {"resolution": 128, "aspect_ratio_buckets": "128,128;96,128"}
+    config = build_config(Path("mini-flow"), tiny_images, tmp_path / "run", **sizes)
+    assert family_fit.problems(config) == []
 
 
 def test_weights_of_flow_matching_are_refused_for_a_model_of_diffusion(

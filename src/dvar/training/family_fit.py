@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from dvar.diffusion.families import BackboneEntry, find_family
 from dvar.diffusion.source import ModelSource
 from dvar.diffusion.tokens import read_index
 from dvar.errors import ModelError
+from dvar.files import read_json
 
 DISTILLED = ("schnell", "turbo")
 """Words in the names of models that generate in a few steps, without guidance."""
@@ -37,7 +39,11 @@ def problems(config: TrainingConfig) -> list[str]:
         family = find_family(source.name, read_index(source)["_class_name"])
     except ModelError:
         return []
-    return [*_method_problems(config, family), *_setting_problems(config, family)]
+    return [
+        *_method_problems(config, family),
+        *_setting_problems(config, family),
+        *_reach_problems(config, family, source.config_folder),
+    ]
 
 
 def _method_problems(config: TrainingConfig, family: BackboneEntry) -> Iterator[str]:
@@ -80,3 +86,29 @@ def _setting_problems(config: TrainingConfig, family: BackboneEntry) -> Iterator
     if config.validation_scheduler != "model" and not family.is_unet:
         scheduler = config.validation_scheduler
         yield f"validation_scheduler must be model on a {family.title}, which matches flows, got {scheduler}: drop it"
+
+
+def _reach_problems(config: TrainingConfig, family: BackboneEntry, folder: Path) -> Iterator[str]:
+    """Yield the sizes of images that the positions of the model in ``folder`` do not reach."""
+    largest = _largest_side(family, folder)
+    rule = f"must be at most {largest} on this {family.title}, whose positions reach no further"
+    if config.resolution > largest:
+        yield f"resolution {rule}, got {config.resolution}: try {largest}"
+        return
+    buckets = valid_buckets(config.aspect_ratio_buckets, config.resolution)
+    if too_large := [size for size in buckets if max(size) > largest]:
+        height, width = max(too_large, key=max)
+        yield f"sides in aspect_ratio_buckets {rule}, got {height},{width}: lower resolution, or name smaller sizes"
+
+
+def _largest_side(family: BackboneEntry, folder: Path) -> float:
+    """Return the longest side of images, in pixels, that a model has positions for; infinity if any side has them.
+
+    Source: `PatchEmbed.cropped_pos_embed` of diffusers.
+    """
+    try:
+        network, autoencoder = (read_json(folder / part / "config.json", dict) for part in (family.folders[0], "vae"))
+        patches, patch = int(network["pos_embed_max_size"]), int(network["patch_size"])
+        return patches * patch * 2 ** (len(autoencoder["block_out_channels"]) - 1)
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return inf
