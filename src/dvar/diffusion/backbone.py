@@ -34,11 +34,6 @@ class Backbone(Protocol):
         ...
 
     @property
-    def expands_tokens(self) -> bool:
-        """Whether its stock pipeline writes out the tokens of a placeholder token that has several."""
-        ...
-
-    @property
     def tokenizer(self) -> Any:
         """The tokenizer of its first text encoder."""
         ...

@@ -36,6 +36,8 @@ class BackboneEntry:
         multiple: What the side of its images is a multiple of, in pixels.
         lora_targets: The names of its choices of matrices for LoRA; none are checked before loading if empty.
         learns_no_token: The reason if no placeholder token can be learned; empty if one can.
+        expands_tokens: Whether its stock pipeline writes out the tokens of a placeholder token that has several, for
+            every text encoder.
         long_tokenizer: The folder of the tokenizer of an encoder that reads what the CLIPs beside it cut off, and how
             many tokens it reads; None if there is no such encoder.
         reads_negatives: Whether its stock pipeline takes a negative prompt.
@@ -56,6 +58,7 @@ class BackboneEntry:
     multiple: int = 8
     lora_targets: tuple[str, ...] = ()
     learns_no_token: str = ""
+    expands_tokens: bool = True
     long_tokenizer: tuple[str, int] | None = None
     reads_negatives: bool = True
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -76,6 +79,11 @@ class BackboneEntry:
     def is_unet(self) -> bool:
         """Whether its denoising network is a U-Net, as far as is known."""
         return not self.folders or self.folders[:1] == ("unet",)
+
+    @property
+    def has_several_encoders(self) -> bool:
+        """Whether it has several text encoders, as far as is known."""
+        return "text_encoder_2" in self.folders
 
     @property
     def has_clip(self) -> bool:
@@ -171,6 +179,7 @@ for entry in (
         {"unet": ("UNet2DConditionModel",), "vqvae": _KL, "bert": ("ldmbert",)},
         (("unet.in_channels", ("vqvae.latent_channels",)), ("unet.cross_attention_dim", ("bert.d_model",))),
         lora_targets=_UNET_TARGETS,
+        expands_tokens=False,
         reads_negatives=False,
         settings={"resolution": 256},
     ),
@@ -213,6 +222,7 @@ for entry in (
         optional=("text_encoder_3", "tokenizer_3"),
         multiple=16,
         lora_targets=("attention",),
+        expands_tokens=False,
         long_tokenizer=("tokenizer_3", 256),
         settings={"num_inference_steps": 28, "guidance_scale": 7.0},
         lora_settings=_LORA,
@@ -231,6 +241,7 @@ for entry in (
         ),
         multiple=16,
         lora_targets=("attention",),
+        expands_tokens=False,  # for T5, whose tokenizer does not know them, though it does for CLIP
         reads_negatives=False,
         long_tokenizer=("tokenizer_2", 512),
         settings={"num_inference_steps": 28, "guidance_scale": 3.5},

@@ -58,6 +58,13 @@ def _method_problems(config: TrainingConfig, family: BackboneEntry) -> Iterator[
         if config.method != "dreambooth-lora":
             remedy = "train dreambooth-lora on an --instance_prompt alone"
         yield f"placeholder_token cannot be learned on a {family.title}, for {family.learns_no_token}: {remedy}"
+    elif config.num_vectors > 1 and not family.expands_tokens:
+        message = f"num_vectors must be 1 on a {family.title}, whose pipeline does not write out several tokens for"
+        yield f"{message} every text encoder, got {config.num_vectors}: drop it"
+    concepts = len(config.placeholder_tokens)
+    if config.method == "custom-diffusion" and concepts > 1 and family.has_several_encoders:
+        message = f"custom-diffusion learns one concept at a time on a {family.title}, got {concepts}"
+        yield f"{message}: train them one by one"
     if getattr(config, "train_text_encoder", False) and not family.has_clip:
         yield f"train_text_encoder adapts a CLIP, and a {family.title} has none: drop it"
     targets = getattr(config, "lora_targets", None)

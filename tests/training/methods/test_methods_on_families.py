@@ -14,7 +14,7 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from dvar.config.methods import DreamBoothLoraConfig, TextualInversionConfig
+from dvar.config.methods import CustomDiffusionConfig, DreamBoothLoraConfig, TextualInversionConfig
 from dvar.config.training import TrainingConfig
 from dvar.diffusion.backbone import load_backbone
 from dvar.errors import RefusedInput
@@ -24,14 +24,20 @@ from dvar.testing import (
     tiny_concept,
     tiny_flux_pipeline,
     tiny_klein_pipeline,
+    tiny_ldm_pipeline,
     tiny_sd3_pipeline,
     tiny_xl_pipeline,
     tiny_z_image_pipeline,
 )
+from dvar.training.methods.custom_diffusion import CustomDiffusion
 from dvar.training.methods.dreambooth_lora import DreamBoothLora
 from dvar.training.methods.textual_inversion import TextualInversion
 from dvar.training.personalise import personalise
 
+ONE_VECTOR = (
+    "num_vectors must be 1 on a {}, whose pipeline does not write out several tokens for every text encoder, got 2: "
+    "drop it"
+)
 MODELS: dict[str, Callable[..., Path]] = {"xl": tiny_xl_pipeline, "sd3": tiny_sd3_pipeline}
 
 
@@ -104,6 +110,45 @@ def test_a_language_model_learns_no_word_and_is_not_adapted(tmp_path: Path) -> N
         TextualInversion(backbone, "<thing>", "mug")
     with pytest.raises(RefusedInput, match="train_text_encoder adapts a CLIP, and a Z-Image has none: drop it"):
         DreamBoothLora(backbone, text_encoder=True)
+
+
+@pytest.mark.parametrize(
+    ("save", "kind", "changes", "message"),
+    [
+        (tiny_ldm_pipeline, TextualInversionConfig, {"num_vectors": 2}, ONE_VECTOR.format("Latent Diffusion")),
+        (tiny_sd3_pipeline, TextualInversionConfig, {"num_vectors": 2}, ONE_VECTOR.format("Stable Diffusion 3 or 3.5")),
+        (tiny_flux_pipeline, DreamBoothLoraConfig, {"num_vectors": 2}, ONE_VECTOR.format("FLUX.1")),
+        (
+            tiny_xl_pipeline,
+            CustomDiffusionConfig,
+            {"placeholder_token": "<one>+<two>", "initializer_token": "mug+cat", "validation_prompt": "a <one> <two>"},
+            "custom-diffusion learns one concept at a time on a Stable Diffusion XL, got 2: train them one by one",
+        ),
+    ],
+)
+def test_what_a_family_cannot_learn_is_refused_before_it_loads(
+    save: Callable[..., Path],
+    kind: type[TrainingConfig],
+    changes: dict[str, Any],
+    message: str,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("dvar.training.personalise.load_backbone", None)
+    if kind is CustomDiffusionConfig:
+        prompts = {"instance_prompt": "a <one> <two>", "class_prompt": "mug", "instance_data_dir": str(images)}
+        (tmp_path / "list.json").write_text(json.dumps([prompts]))
+        changes = {**changes, "concepts_list": str(tmp_path / "list.json"), "instance_data_dir": None}
+    with pytest.raises(RefusedInput) as error:
+        personalise(build_config(kind, save(tmp_path / "model"), images, tmp_path / "run", **changes))
+    assert error.value.problems == (message,)
+
+
+def test_custom_diffusion_itself_refuses_several_concepts_with_several_text_encoders(tmp_path: Path) -> None:
+    backbone = load_backbone(tiny_xl_pipeline(tmp_path / "xl"), device="cpu")
+    with pytest.raises(RefusedInput, match="custom-diffusion learns one concept at a time on a Stable Diffusion XL"):
+        CustomDiffusion(backbone, {"<one>": "mug", "<two>": "cat"})
 
 
 def test_default_matrices_of_klein_are_those_of_both_kinds_of_blocks(tmp_path: Path) -> None:

@@ -26,7 +26,9 @@ class Flux(FlowBackbone):
     """The parts of a FLUX.1, frozen and in eval mode, on one device.
 
     CLIP gives one vector for the whole prompt, T5 one for each token. T5 learns no new word: its gradient would pass
-    through a language model of 4.7 billion weights at each step. Of a distilled model, the guidance is an input.
+    through a language model of 4.7 billion weights at each step. Nor has a word several vectors: the stock pipeline
+    writes their tokens out for CLIP alone, and T5 would read another prompt than in training. Of a distilled model, the
+    guidance is an input.
 
     Source: diffusers' train_dreambooth_lora_flux.py: its condition, its guidance, its default matrices.
     """
@@ -35,7 +37,6 @@ class Flux(FlowBackbone):
     title: ClassVar[str] = "FLUX.1"
     denoiser_name: ClassVar[str] = "transformer"
     embeds_keys: ClassVar[Mapping[str, str | None]] = MappingProxyType({"text_encoder": "", "text_encoder_2": None})
-    expands_tokens: ClassVar[bool] = False
     targets: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType(
         {"attention": (*(f"attn.{name}" for name in _ATTENTION), *_FEED_FORWARD)}
     )

@@ -25,7 +25,6 @@ class LatentDiffusion(DiffusionBackbone):
     pipeline_class: ClassVar[str] = "LDMTextToImagePipeline"
     title: ClassVar[str] = "Latent Diffusion"
     embeds_keys: ClassVar[Mapping[str, str | None]] = MappingProxyType({BERT: ""})
-    expands_tokens: ClassVar[bool] = False
 
     @property
     def text_encoder(self) -> Any:

@@ -35,7 +35,6 @@ class StableDiffusion3(FlowBackbone):
     embeds_keys: ClassVar[Mapping[str, str | None]] = MappingProxyType(
         {"text_encoder": "clip_l", "text_encoder_2": "clip_g", T5: None}
     )
-    expands_tokens: ClassVar[bool] = False
     optional: ClassVar[tuple[str, ...]] = (T5,)
     targets: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType(
         {"attention": tuple(f"attn.{name}" for name in _ATTENTION)}

@@ -94,8 +94,6 @@ class StockBackbone(ABC):
     denoiser_name: ClassVar[str] = "unet"
     embeds_keys: ClassVar[Mapping[str, str | None]] = MappingProxyType({"text_encoder": ""})
     """The `TextTower.embeds_key` of each text encoder."""
-    expands_tokens: ClassVar[bool] = True
-    """Whether the stock pipeline writes out the tokens of a placeholder token that has several."""
     optional: ClassVar[tuple[str, ...]] = ()
     """Text encoders that a model may lack."""
     options: ClassVar[Mapping[str, Any]] = MappingProxyType({})

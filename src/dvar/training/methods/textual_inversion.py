@@ -27,11 +27,10 @@ class TextualInversion:
         backbone: The base model.
         placeholder_token: The new token.
         initializer_token: The known token whose embedding it starts from.
-        num_vectors: Vectors of the token.
+        num_vectors: Vectors of the token; several where `BackboneEntry.expands_tokens` holds, which preflight checks.
 
     Raises:
-        RefusedInput: Several vectors are asked of a family whose stock pipeline reads one token a word, or no text
-            encoder of it can learn one.
+        RefusedInput: No text encoder of the base model can learn one.
 
     Source: Section 2.3 (the embedding of the new token is all that is trained).
     Deviates: Several vectors a token are an extension; the paper uses one.
@@ -40,10 +39,6 @@ class TextualInversion:
     def __init__(
         self, backbone: Backbone, placeholder_token: str, initializer_token: str, num_vectors: int = 1
     ) -> None:
-        if num_vectors > 1 and not backbone.expands_tokens:
-            raise RefusedInput(
-                f"num_vectors must be 1 on a {backbone.title}, whose pipeline reads one token a word, got {num_vectors}"
-            )
         if all(tower.embeds_key is None for tower in backbone.towers):
             raise RefusedInput(
                 f"placeholder_token cannot be learned on a {backbone.title}, whose text encoder is a language model: "
