@@ -376,6 +376,36 @@ def test_options_of_another_kind_of_place_are_refused(tiny_model: Path) -> None:
         assert problem == f"{option} is not for {kind}, got 'v2' with {tiny_model}: drop it"
 
 
+@pytest.mark.parametrize(("dtype", "name"), [(torch.float8_e4m3fn, "F8_E4M3"), (torch.int8, "I8")])
+def test_weights_of_8_bits_in_a_folder_are_refused(dtype: torch.dtype, name: str, tmp_path: Path) -> None:
+    folder = tiny_pipeline(tmp_path / "model")
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    shutil.copy(file, file.with_name("diffusion_pytorch_model.fp8.safetensors"))
+    weights = {key: part.to(dtype) for key, part in load_file(file).items()}
+    save_file(weights, file.with_name("diffusion_pytorch_model.fp8.safetensors"))
+    assert model_problems(str(folder)) == []  # for the variant is not read
+    save_file(weights, file)
+    (problem,) = model_problems(str(folder))
+    start = f"model folder {folder}: unet/diffusion_pytorch_model.safetensors must hold weights of 16 or 32 bits"
+    assert problem == f"{start}, got {name}: name the full model; --quantize makes it smaller"
+
+
+def test_positions_that_are_whole_numbers_are_no_weights_of_few_bits(tmp_path: Path) -> None:
+    """The text encoders of older folders and files of Stable Diffusion 1.x hold them."""
+    folder = tiny_pipeline(tmp_path / "model")
+    file = folder / "text_encoder" / "model.safetensors"
+    positions = {"text_model.embeddings.position_ids": torch.arange(77)[None]}
+    save_file(load_file(file) | positions, file)
+    assert model_problems(str(folder)) == []
+    single = tmp_path / "model.safetensors"
+    save_file_of(folder, single)
+    source = ModelSource(str(single), single_file_config=str(folder))
+    save_file(
+        load_file(single) | {f"cond_stage_model.transformer.{key}": ids for key, ids in positions.items()}, single
+    )
+    assert model_problems(source) == []
+
+
 def test_weights_that_are_quantised_already_are_refused(tmp_path: Path) -> None:
     folder = tiny_pipeline(tmp_path / "model")
     config = folder / "unet" / "config.json"

@@ -183,16 +183,27 @@ def _part_problems(part: Path, variant: str | None) -> list[str]:
     if "quantization_config" in read_json(part / _CONFIG):
         return [f"{part.name} is quantised already, and cannot be hashed or exported: name the full model"]
     files = sorted(part.glob("*.safetensors"))
-    if files and variant and not any(re.search(rf"\.{re.escape(variant)}[.-]", file.name) for file in files):
+    named = [file for file in files if _is_of_variant(file, variant)]
+    if files and variant and not named:
         return [f"{part.name} has no weights of variant {variant}, only {files[0].name}: drop the variant"]
-    if files and not variant and all(_VARIANT.search(file.name) for file in files):
+    if files and not named:
         return [f"{part.name} has only weights of a variant, {files[0].name}: name it, as in --variant fp16"]
     if not files:
         pickles = [file.name for file in part.iterdir() if file.suffix in (".bin", ".ckpt", ".pt", ".pth")]
         message = f"{part.name} has no .safetensors weights"
         message += f", only {pickles[0]}, which is never read" if pickles else ""
         return [f"{message}: save the model again with safe_serialization=True"]
-    return [problem for file in files for problem in _weights_problems(file)]
+    return [
+        *(problem for file in files for problem in _weights_problems(file)),
+        *(problem for file in named for problem in _precision_problems(file)),
+    ]
+
+
+def _is_of_variant(file: Path, variant: str | None) -> bool:
+    """Return whether a file of weights is one of a variant; with None, whether it is one of none."""
+    if variant is None:
+        return not _VARIANT.search(file.name)
+    return re.search(rf"\.{re.escape(variant)}[.-]", file.name) is not None
 
 
 def _mixture_problems(path: Path, family: BackboneEntry, parts: Sequence[str]) -> list[str]:
@@ -239,3 +250,13 @@ def _weights_problems(file: Path) -> list[str]:
             return []
     except (OSError, SafetensorError) as error:
         return [f"{file.parent.name}/{file.name} is damaged ({first_line(error)}): copy it again"]
+
+
+def _precision_problems(file: Path) -> list[str]:
+    """Return what is wrong with the precision of a safetensors file; of a damaged one, nothing."""
+    try:
+        narrow = single_file.narrow_types(single_file.read_header(file))
+    except ModelError:
+        return []
+    message = f"{file.parent.name}/{file.name} must hold weights of 16 or 32 bits, got {', '.join(narrow)}"
+    return [f"{message}: name the full model; --quantize makes it smaller"] if narrow else []

@@ -13,7 +13,8 @@ from dvar.files import regular_file
 
 _UNET = "model.diffusion_model.input_blocks.0.0.weight"
 _SIZE_EMBEDDING = "model.diffusion_model.label_emb.0.0.weight"
-_FLOATS = {"F64", "F32", "F16", "BF16"}
+_WIDE = {"F64", "F32", "F16", "BF16", "I64", "I32"}
+"""Types of weights in full, and of the positions that older files hold beside them."""
 _JOINT_BLOCK = "joint_blocks.{}.x_block.mlp.fc1.weight"
 _PREFIX = "model.diffusion_model."
 _NOT_READ = {
@@ -96,6 +97,11 @@ def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         raise ModelError(f"{file} is damaged or no safetensors file ({first_line(error)}): copy it again") from error
 
 
+def narrow_types(header: Mapping[str, tuple[str, tuple[int, ...]]]) -> list[str]:
+    """Return the types of the matrices of `read_header` that have fewer than 16 bits."""
+    return sorted({dtype for dtype, shape in header.values() if dtype not in _WIDE and len(shape) > 1})
+
+
 def find_kind(file: Path) -> FileKind:
     """Return what kind of single file this is, by the names of its tensors.
 
@@ -156,8 +162,8 @@ def file_problems(file: Path) -> list[str]:
     except ModelError as error:
         return [str(error)]
     problems = []
-    if strange := sorted({dtype for dtype, shape in header.values() if dtype not in _FLOATS and len(shape) > 1}):
-        message = f"{file} must hold weights of 16 or 32 bits, got {', '.join(strange)}"
+    if narrow := narrow_types(header):
+        message = f"{file} must hold weights of 16 or 32 bits, got {', '.join(narrow)}"
         problems.append(f"{message}: name the full checkpoint; --quantize makes it smaller")
     channels = header[_UNET][1][1] if _UNET in header else 0
     if channels > 4:
