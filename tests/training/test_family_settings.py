@@ -120,6 +120,7 @@ def test_the_page_on_base_models_names_them() -> None:
     for family in BACKBONES.values():
         cells = (family.title, describe(family.settings), describe(family.lora_settings), f"{family.few_steps}")
         assert f"| {' | '.join(cells)} |" in page
+        assert family.learns_no_token in page
 
 
 def _describe_value(value: Any) -> str:

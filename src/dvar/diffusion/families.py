@@ -143,7 +143,10 @@ _ONE_CLIP = ("vae", "text_encoder", "tokenizer", "scheduler")
 _TWO_ENCODERS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 _CLIP, _KL = ("clip_text_model", "clip"), ("AutoencoderKL",)
 _UNET_TARGETS = ("attention", "cross-attention", "attention+gates")
-_LANGUAGE_MODEL = "its text encoder is a language model, and stock diffusers loads no learned word into one"
+_LANGUAGE_MODEL = (
+    "a gradient would pass at each step through its text encoder, a language model of billions of weights, into which "
+    "stock diffusers loads no word"
+)
 _CHANNELS = "transformer.in_channels"
 _LORA: Mapping[str, Any] = {
     "learning_rate": 1e-4,
