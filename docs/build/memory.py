@@ -79,7 +79,8 @@ The last column is the smallest card, in GiB, for 1,024 px with `--gradient_chec
 - **Text encoders** that train nothing read every prompt once, before the first step, and their weights are freed: in
   training they take nothing. By default they are on the GPU together with the denoising network while they read, so the
   start of a run needs the sum of both; with `--offload` they are there one at a time, which needs the figure in
-  brackets. The encoder half of the autoencoder is freed in the same way. None of this changes a loss or an image.
+  brackets. The encoder half of the autoencoder is freed in the same way. None of this changes a loss or an image. Only
+  Latent Diffusion keeps its text encoder, which its stock pipeline calls itself for each sample.
 - **A new word** keeps the encoders that learn it, which are CLIPs; T5 is freed all the same.
 - **Samples** and class images are generated in batches of at most 1,024 × 1,024 pixels, one image of that size or four
   of 512, and decoded in float32. Beside the weights a batch takes {decoding} for that, which the
