@@ -15,7 +15,10 @@ FROM_IMAGES = (
     *("Img2Img", "Inpaint", "Fill", "Edit", "Kontext", "Pix2Pix", "Upscale", "SuperResolution", "Depth2Img"),
     *("Variation", "Control", "Redux", "Adapter", "Refiner"),
 )
-VIDEO = ("Video", "Wan", "LTX", "CogVideo", "Mochi", "AnimateDiff", "Latte", "Allegro", "SkyReels", "Cosmos", "Hunyuan")
+VIDEO = (
+    *("Video", "Wan", "LTX", "Mochi", "Animate", "Latte", "Allegro", "SkyReels", "Skyreels", "Helios", "T2V", "I2V"),
+    *("World", "Cosmos2_5", "Cosmos3"),
+)
 """Parts of the names of pipelines that start from an image, and of those that make videos."""
 
 

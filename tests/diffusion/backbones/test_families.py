@@ -154,6 +154,14 @@ def test_a_unet_for_inpainting_is_refused(tmp_path: Path) -> None:
         ("WanImageToVideoPipeline", "which makes videos: choose"),
         ("LTXPipeline", "which makes videos: choose"),
         ("SanaPipeline", "is a SanaPipeline: choose"),
+        *(
+            (name, "which makes videos: choose")
+            for name in ("HunyuanVideoPipeline", "HunyuanSkyreelsImageToVideoPipeline", "Cosmos2VideoToWorldPipeline")
+        ),
+        *(
+            (name, f"is a {name}: choose")
+            for name in ("HunyuanDiTPipeline", "HunyuanImagePipeline", "Cosmos2TextToImagePipeline")
+        ),
     ],
 )
 def test_another_kind_of_pipeline_is_refused_by_name_with_the_list(pipeline: str, kind: str, tmp_path: Path) -> None:
