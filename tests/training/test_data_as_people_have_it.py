@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,14 @@ from dvar.config.methods import CustomDiffusionConfig, DreamBoothLoraConfig
 from dvar.diffusion.objective import Bucketed, Encoded, draw
 from dvar.errors import ModelError, RefusedInput
 from dvar.runs.export import push_finished_run
-from dvar.testing import tiny_flux_pipeline
+from dvar.testing import (
+    tiny_flux_pipeline,
+    tiny_pipeline,
+    tiny_qwen_image_pipeline,
+    tiny_xl_pipeline,
+    tiny_z_image_pipeline,
+)
+from dvar.training import sample_prompts
 from dvar.training.dataset import read_concept
 from dvar.training.personalise import personalise, prepare
 from dvar.training.preflight import preflight
@@ -242,6 +250,34 @@ def test_negative_prompts_are_refused_where_no_pipeline_reads_them(images: Path,
         RefusedInput, match=r"sample_prompts has negative prompts, and the pipeline of FLUX.1 reads none"
     ):
         preflight(config_of(images, tmp_path / "run", model, sample_prompts=str(file)))
+
+
+@pytest.mark.parametrize(
+    ("save", "title", "least", "unused", "used"),
+    [
+        (tiny_pipeline, "Stable Diffusion 1.x or 2.x", 1, 1.0, 1.5),
+        (tiny_xl_pipeline, "Stable Diffusion XL", 1, 0.0, 1.5),
+        (tiny_qwen_image_pipeline, "Qwen-Image", 1, 1.0, 1.5),
+        (tiny_z_image_pipeline, "Z-Image", 0, 0.0, 0.5),
+    ],
+)
+def test_negative_prompts_are_refused_where_the_guidance_leaves_them_unused(
+    save: Callable[..., Path], title: str, least: int, unused: float, used: float, images: Path, tmp_path: Path
+) -> None:
+    file, model = tmp_path / "prompts.txt", save(tmp_path / "model")
+    file.write_text("a mug --n dark\n")
+
+    def find_problems(guidance: float) -> list[str]:
+        changes = {"sample_prompts": str(file), "guidance_scale": guidance}
+        return sample_prompts.problems(config_of(images, tmp_path / "run", model, **changes))
+
+    assert find_problems(unused) == [
+        f"negative prompts in sample_prompts need a guidance_scale above {least} on a {title}, got {unused:g}: "
+        "drop --n, or raise it"
+    ]
+    assert find_problems(used) == []
+    file.write_text("a mug\n")
+    assert find_problems(unused) == []
 
 
 # --- the hub --------------------------------------------------------------------------------------------------------

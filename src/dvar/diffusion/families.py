@@ -44,6 +44,7 @@ class BackboneEntry:
         long_tokenizer: The folder of the tokenizer of an encoder that reads what the CLIPs beside it cut off, and how
             many tokens it reads; None if there is no such encoder.
         reads_negatives: Whether its stock pipeline takes a negative prompt.
+        guides_above: The guidance up to which its stock pipeline leaves a negative prompt unused.
         settings: What takes the place of the paper's settings, which are for Stable Diffusion 1.5: the steps and the
             guidance of its stock pipeline, the resolution of diffusers' script.
         lora_settings: The same for LoRA alone, as by default in diffusers' script.
@@ -64,6 +65,7 @@ class BackboneEntry:
     expands_tokens: bool = True
     long_tokenizer: tuple[str, int] | None = None
     reads_negatives: bool = True
+    guides_above: float = 1.0
     settings: Mapping[str, Any] = field(default_factory=dict)
     lora_settings: Mapping[str, Any] = field(default_factory=dict)
     few_steps: int = 4
@@ -282,6 +284,7 @@ for entry in (
         multiple=16,
         lora_targets=("attention",),
         learns_no_token=_LANGUAGE_MODEL,
+        guides_above=0.0,
         settings={"guidance_scale": 5.0},
         lora_settings=_LORA,
         few_steps=8,

@@ -63,7 +63,7 @@ def read_sample_prompts(config: TrainingConfig) -> tuple[SamplePrompt, ...]:
 
 
 def problems(config: TrainingConfig) -> list[str]:
-    """Return what is wrong with the file of prompts, or with negative ones on a family that reads none."""
+    """Return what is wrong with the file of prompts, or with negative ones that the family or its guidance ignores."""
     try:
         prompts = read_sample_prompts(config)
     except RefusedInput as error:
@@ -75,9 +75,13 @@ def problems(config: TrainingConfig) -> list[str]:
         family = find_family(source.name, read_index(source)["_class_name"])
     except ModelError:
         return []
-    if family.reads_negatives:
+    if not family.reads_negatives:
+        return [f"sample_prompts has negative prompts, and the pipeline of {family.title} reads none: drop --n"]
+    least, guidance = family.guides_above, config.guidance_scale
+    if guidance > least:
         return []
-    return [f"sample_prompts has negative prompts, and the pipeline of {family.title} reads none: drop --n"]
+    rule = f"negative prompts in sample_prompts need a guidance_scale above {least:g} on a {family.title}"
+    return [f"{rule}, got {guidance:g}: drop --n, or raise it"]
 
 
 def _parse_line(line: str) -> SamplePrompt:
