@@ -116,6 +116,6 @@ def _largest_side(family: BackboneEntry, folder: Path) -> float:
     try:
         network, autoencoder = (read_json(folder / part / "config.json", dict) for part in (family.folders[0], "vae"))
         patches, patch = int(network["pos_embed_max_size"]), int(network["patch_size"])
-        return patches * patch * 2 ** (len(autoencoder["block_out_channels"]) - 1)
+        return patches * patch * int(2 ** (len(autoencoder["block_out_channels"]) - 1))
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return inf
