@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +116,17 @@ def test_the_largest_images_that_the_positions_of_a_model_reach_are_accepted(tin
     sizes = {"resolution": 128, "aspect_ratio_buckets": "128,128;96,128"}
     config = build_config(Path("mini-flow"), tiny_images, tmp_path / "run", **sizes)
     assert family_fit.problems(config) == []
+
+
+def test_more_denoising_steps_than_the_schedule_has_are_refused(
+    tiny_model: Path, tiny_images: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    path = model / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_train_timesteps": 20}))
+    for steps, expected in ((20, []), (21, ["num_inference_steps must be at most 20, the steps of the model's"])):
+        config = build_config(model, tiny_images, tmp_path / "run", num_inference_steps=steps)
+        assert [problem.partition(" schedule")[0] for problem in family_fit.problems(config)] == expected
 
 
 def test_weights_of_flow_matching_are_refused_for_a_model_of_diffusion(

@@ -48,8 +48,8 @@ def list_default_conditions(results: PanelResults) -> tuple[Condition, ...]:
     share = results.probe_share()
     conditions.append(
         Condition(
-            f"the cheap probes take {format_number(100 * share, 1)} % of a run's time at the preset, on a CPU (nobody has "
-            "measured it on a GPU)",
+            f"the cheap probes take {format_number(100 * share, 1)} % of a run's time at the preset, on a CPU (not "
+            "measured on a GPU)",
             bool(share <= MAX_PROBE_SHARE) if np.isfinite(share) else None,
         )
     )

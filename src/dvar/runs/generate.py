@@ -117,13 +117,16 @@ def generate_images(
     from dvar.diffusion.devices import float32_arithmetic
     from dvar.diffusion.sampling import sample
     from dvar.runs.load_model import load_personalised_backbone, loading_options
+    from dvar.training.family_fit import sampling_problems
 
     folder = folder or run.folder / GENERATED
     if problem := writing_problem(folder, folder=True):
         raise RefusedInput([f"images need a folder that can be written, and {problem}: name another"])
+    steps = num_inference_steps or run.settings.num_inference_steps
+    if problems := sampling_problems(run.settings, steps):
+        raise RefusedInput(problems)
     options = loading_options(run.settings, mixed_precision, quantize, offload)
     backbone: Backbone = load_personalised_backbone(run.folder, **options)
-    steps = num_inference_steps or run.settings.num_inference_steps
     guidance = float(run.settings.guidance_scale if guidance_scale is None else guidance_scale)
     scheduler = scheduler or run.settings.validation_scheduler
     with float32_arithmetic(run.settings.allow_tf32):

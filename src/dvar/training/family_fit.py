@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dvar.config.buckets import valid_buckets
+from dvar.config.fields import SAMPLING_STEPS
 from dvar.config.training import TrainingConfig
 from dvar.diffusion.families import BackboneEntry, find_family
 from dvar.diffusion.source import ModelSource
@@ -43,6 +44,7 @@ def problems(config: TrainingConfig) -> list[str]:
         *_method_problems(config, family),
         *_setting_problems(config, family),
         *_reach_problems(config, family, source.config_folder),
+        *sampling_problems(config, config.num_inference_steps),
     ]
 
 
@@ -106,6 +108,20 @@ def _reach_problems(config: TrainingConfig, family: BackboneEntry, folder: Path)
     if too_large := [size for size in buckets if max(size) > largest]:
         height, width = max(too_large, key=max)
         yield f"sides in aspect_ratio_buckets {rule}, got {height},{width}: lower resolution, or name smaller sizes"
+
+
+def sampling_problems(config: TrainingConfig, steps: int) -> list[str]:
+    """Return why the base model of ``config`` cannot generate in so many denoising steps: its schedule has fewer."""
+    try:
+        folder = ModelSource.of(config).config_folder
+        if not find_family(config.pretrained_model_name_or_path, read_index(folder)["_class_name"]).is_unet:
+            return []
+        schedule = read_json(folder / "scheduler" / "scheduler_config.json", dict)
+        most = int(schedule.get("num_train_timesteps", SAMPLING_STEPS.most))
+    except (ModelError, OSError, ValueError, TypeError):
+        return []
+    rule = f"num_inference_steps must be at most {most}, the steps of the model's schedule"
+    return [f"{rule}, got {steps}: use fewer"] if steps > most else []
 
 
 def _largest_side(family: BackboneEntry, folder: Path) -> float:
