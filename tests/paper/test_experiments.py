@@ -273,8 +273,8 @@ def test_lost_runs_are_named_and_the_table_is_still_built(root: Path) -> None:
 
 
 def read_ranking(archive: RecordingArchive) -> list[RankedRule]:
-    settings = {method: tune_rules(archive.tuning_runs(method)) for method in METHODS}
-    return compute_ranking(archive.runs_of("textual-inversion"), settings)
+    runs = archive.runs_of("textual-inversion")
+    return compute_ranking(runs, dict.fromkeys(runs, tune_rules(archive.tuning_runs("textual-inversion"))))
 
 
 def test_the_ranking_knows_the_oracle(archive: RecordingArchive) -> None:
@@ -324,7 +324,7 @@ def test_a_half_without_a_gain_has_no_oracle_and_the_ranking_goes_on(tmp_path: P
         write_fake_record(tmp_path, concept=concept, cap=CAP, learned=20.0)
     runs = RecordingArchive.open(tmp_path).runs
     runs[0].image_scores["train", "clip_image"][1:, 0::2] = 0.1
-    ranking = {rule.rule: rule for rule in compute_ranking(runs, {runs[0].method: tune_rules(())})}
+    ranking = {rule.rule: rule for rule in compute_ranking(runs, dict.fromkeys(runs, tune_rules(())))}
     assert [run.concept for run in ranking[ORACLE_NAME].runs] == ["mug"]
     assert compare_errors(ranking[ORACLE_NAME], ranking["Baseline"]).concepts == 1
     assert compare_errors(ranking["Baseline"], ranking[ORACLE_NAME]).concepts == 1
@@ -337,10 +337,34 @@ def test_a_rule_is_not_further_from_the_oracle_than_itself(archive: RecordingArc
     assert compare_errors(ranking[-1], ranking[0]).low > 0
 
 
-def test_without_tuning_concepts_the_rest_is_ranked(root: Path) -> None:
-    archive = RecordingArchive.open(root, tuning_concepts=("no_such",))
+def test_without_tuning_concepts_each_concept_is_tuned_on_all_others(archive: RecordingArchive) -> None:
+    """What a rule has on a concept does not depend on that concept's own curves."""
+    alone = replace(archive, tuning_concepts=("no_such",))
+    runs = alone.runs_of("textual-inversion")
+    held = runs[0]
+    assert {run.concept for run in alone.runs_to_tune_on(held.method, held.concept)} == {
+        run.concept for run in runs if run is not held
+    }
+    result = rule_ranking.rank_rules(alone)
+    assert {family.name for family in families.FAMILIES} < {row["rule"] for row in result.tables[0].data}
+    assert "for each concept on all others" in result.tables[0].caption
+    costs = {row.strategy: row for row in cost_rows(alone, "textual-inversion")}
+    expected = [
+        families.DVAR_FAMILY.strategy(
+            cast(Any, families.tune_family(families.DVAR_FAMILY, alone.runs_to_tune_on(run.method, run.concept))),
+            strategies.baseline_cap(run),
+        )
+        for run in runs
+    ]
+    stops = [strategies.evaluate_strategy(strategy, run).stop for strategy, run in zip(expected, runs, strict=True)]
+    assert [outcome.stop for outcome in costs["DVAR (tuned)"].results] == stops
+
+
+def test_with_one_concept_alone_nothing_is_tuned(tmp_path: Path) -> None:
+    write_fake_record(tmp_path, concept="vase", cap=CAP, learned=20.0)
+    archive = RecordingArchive.open(tmp_path)
     result = rule_ranking.rank_rules(archive)
-    assert any("No tuning concept was recorded" in line for line in result.paragraphs)
+    assert any("No concept to tune on was recorded for Textual Inversion" in line for line in result.paragraphs)
     ranked = {row["rule"] for row in result.tables[0].data}
     assert ranked == {
         ORACLE_NAME,

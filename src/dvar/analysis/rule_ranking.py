@@ -65,29 +65,32 @@ class RankedRule:
         return [abs(distance) for distance in self.distances]
 
 
-def tune_rules(
-    runs: Sequence[RecordedRun], notify: Callable[[str], None] = lambda line: None
-) -> dict[str, Setting | None]:
-    """Return the setting of every strategy family, by its name, tuned on these runs.
+def evaluate_all(runs: Sequence[RecordedRun], notify: Callable[[str], None]) -> None:
+    """Evaluate every setting of every strategy family on these runs, so that tuning on any of them is quick.
 
     Args:
-        runs: The runs to tune on.
+        runs: The runs.
         notify: Called with a line of progress for each run.
     """
     for number, run in enumerate(runs, start=1):
         notify(f"tuning on {run.name}, {number} of {len(runs)}")
         evaluate_grids(FAMILIES, run)
+
+
+@cache
+def tune_rules(runs: tuple[RecordedRun, ...]) -> Settings:
+    """Return the setting of every strategy family, by its name, tuned on these runs."""
     return {family.name: tune_family(family, runs) for family in FAMILIES}
 
 
-def compute_ranking(runs: Sequence[RecordedRun], settings: Mapping[str, Settings]) -> list[RankedRule]:
+def compute_ranking(runs: Sequence[RecordedRun], settings: Mapping[RecordedRun, Settings]) -> list[RankedRule]:
     """Return every rule on the runs, the nearest to the oracle first.
 
     A family is left out when it could not be tuned for some run, or when some run lacks the series that it reads.
 
     Args:
         runs: Recorded runs that have learned.
-        settings: By method, the settings of the families.
+        settings: By run, the settings of the families.
     """
     by_name = {"Baseline": [strategies.baseline_strategy(run) for run in runs]}
     descriptions = {"Baseline": "its own cap"}
@@ -95,7 +98,7 @@ def compute_ranking(runs: Sequence[RecordedRun], settings: Mapping[str, Settings
         presets = [strategies.paper_dvar_strategy(run, scaled) for run in runs]
         by_name[presets[0].name], descriptions[presets[0].name] = presets, "the paper's"
     for family in FAMILIES:
-        chosen = [settings[run.method][family.name] for run in runs]
+        chosen = [settings[run][family.name] for run in runs]
         tuned = [
             family.strategy(setting, strategies.baseline_cap(run))
             for setting, run in zip(chosen, runs, strict=True)
@@ -103,7 +106,8 @@ def compute_ranking(runs: Sequence[RecordedRun], settings: Mapping[str, Settings
         ]
         rules = [strategy.rule for strategy in tuned]
         if len(tuned) == len(runs) and all(map(strategies.can_evaluate, rules, runs)):
-            by_name[family.name], descriptions[family.name] = tuned, _describe_setting(family, chosen)
+            by_name[family.name] = tuned
+            descriptions[family.name] = _describe_setting(family, dict(zip(runs, chosen, strict=True)))
     results = [_read_stops(run, tuple(of_run)) for run, *of_run in zip(runs, *by_name.values(), strict=True)]
     ranking = [_judge_oracle(runs), _judge_random_steps(runs)]
     for index, name in enumerate(by_name):
@@ -151,14 +155,16 @@ def _judge_random_steps(runs: Sequence[RecordedRun]) -> RankedRule:
     return RankedRule(RANDOM_NAME, "uniform to Baseline's cap", tuple(repeated), outcomes, 0.0, steps)
 
 
-def _describe_setting(family: StrategyFamily, chosen: Sequence[Setting | None]) -> str:
+def _describe_setting(family: StrategyFamily, chosen: Mapping[RecordedRun, Setting | None]) -> str:
     """Return a setting, its window as a share of the cap; settings that differ by method are in their own tables."""
-    texts = dict.fromkeys(
-        f"{100 * setting[0]:g} %" + (f", {setting[1]:g}" if len(family.thresholds) > 1 else "")
-        for setting in chosen
+    texts = {
+        (run.method, f"{100 * setting[0]:g} %" + (f", {setting[1]:g}" if len(family.thresholds) > 1 else ""))
+        for run, setting in chosen.items()
         if setting
-    )
-    return "; ".join(texts) if len(texts) == 1 else "by method, below"
+    }
+    if len({text for _, text in texts}) == 1:
+        return next(text for _, text in texts)
+    return "by method, below" if len(texts) == len({method for method, _ in texts}) else "by concept"
 
 
 def compare_errors(rule: RankedRule, other: RankedRule) -> MeanInterval:

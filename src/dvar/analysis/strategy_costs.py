@@ -64,14 +64,17 @@ class CostRow:
 def cost_rows(archive: RecordingArchive, method: str) -> list[CostRow]:
     """Return every strategy of Table 1 on every recorded run of a method.
 
-    Few iters trains as long as CLIP-s did on average and at most. CLIP-s and one row of DVAR are tuned, on the tuning
-    concepts alone; without these CLIP-s has the paper's settings, scaled in time, and there is no tuned DVAR.
+    Few iters trains as long as CLIP-s did on average and at most. CLIP-s and one row of DVAR are tuned, on other
+    concepts (`RecordingArchive.runs_to_tune_on`); without these CLIP-s has the paper's settings, scaled in time, and
+    there is no tuned DVAR.
     """
     runs = archive.runs_of(method)
-    tuned = {family.name: tune_family(family, archive.tuning_runs(method)) for family in (CLIP_FAMILY, DVAR_FAMILY)}
-    clip, dvar = tuned["CLIP-s"], tuned["DVAR"]
+    others = {run: archive.runs_to_tune_on(method, run.concept) for run in runs}
+    tuned = {family: {run: tune_family(family, others[run]) for run in runs} for family in (CLIP_FAMILY, DVAR_FAMILY)}
+    whole = {family: of_family for family, of_family in tuned.items() if all(of_family.values())}
 
     def strategies_of(run: RecordedRun) -> list[Strategy]:
+        clip, dvar = (whole[family][run] if family in whole else None for family in (CLIP_FAMILY, DVAR_FAMILY))
         tuned_clip = (
             CLIP_FAMILY.strategy(clip, strategies.baseline_cap(run)) if clip else strategies.clip_s_strategy(run)
         )

@@ -143,10 +143,8 @@ def _describe_inputs(experiments: Sequence[Experiment], archive: RecordingArchiv
         )
     tuning = len({run.concept for run in archive if run.concept in archive.tuning_concepts})
     concepts = "1 other concept" if tuning == 1 else f"{tuning} other concepts"
-    facts = [
-        str(Provenance.of(runs)),
-        f"Settings were tuned on {concepts}, which no table counts." if tuning else "No tuning concept was recorded.",
-    ]
+    tuned = f"on {concepts}, which no table counts" if tuning else "for each concept on all others, cross-validated"
+    facts = [str(Provenance.of(runs)), f"Settings were tuned {tuned}."]
     if quick:
         facts.append(f"Quick: at most {QUICK} concepts for each method, so intervals are wide.")
     if archive.unreadable:

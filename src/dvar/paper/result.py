@@ -20,16 +20,11 @@ from dvar.analysis.stop_quality import MIN_CONCEPTS, ORACLE, MeanInterval
 from dvar.config.training import BUNDLED_MODELS
 from dvar.html.tables import Column, cells
 from dvar.paper.style import DOTS, STYLE
+from dvar.recordings.archive import RecordingArchive
 from dvar.recordings.recorded_run import RecordedRun
 from dvar.training.methods.registry import METHODS
 
 T = TypeVar("T")
-DESCRIBE_TUNING = (
-    f"Settings that were tuned keep at least {100 * ORACLE:.0f} % of the gain over the untouched model at the least "
-    f"cost, on the tuning concepts, from at most 100 points each; the paper's keep {100 * ORACLE:.0f} % of the maximum "
-    "score in the fewest steps, which asks for less."
-)
-"""How settings are chosen, for captions."""
 
 
 @dataclass(frozen=True)
@@ -193,6 +188,16 @@ def compare_with_paper(difference: MeanInterval, claim: str, opposite: str, deta
     if difference.high < 0:
         return f"Unlike in the paper, {opposite} ({detail})."
     return f"Whether, as in the paper, {claim} cannot be seen ({detail})."
+
+
+def describe_tuning(archive: RecordingArchive) -> str:
+    """Return how settings are chosen, for captions."""
+    where = "on the tuning concepts" if archive.has_tuning_runs else "for each concept on all others"
+    return (
+        f"Settings that were tuned keep at least {100 * ORACLE:.0f} % of the gain over the untouched model at the "
+        f"least cost, {where}, from at most 100 points each; the paper's keep {100 * ORACLE:.0f} % of the maximum "
+        "score in the fewest steps, which asks for less."
+    )
 
 
 def format_estimate(estimate: MeanInterval, digits: int = 2) -> str:

@@ -96,6 +96,20 @@ class RecordingArchive:
         """Return the runs of a method that settings are chosen on."""
         return tuple(run for run in self._under_one_setting(method) if run.concept in self.tuning_concepts)
 
+    @property
+    def has_tuning_runs(self) -> bool:
+        """Whether a run of a tuning concept is here."""
+        return any(run.concept in self.tuning_concepts for run in self.runs)
+
+    def runs_to_tune_on(self, method: str, concept: str) -> tuple[RecordedRun, ...]:
+        """Return the runs of a method that settings for a concept are chosen on.
+
+        They are those of the tuning concepts or, where there are none, those of all other concepts: cross-validation.
+        """
+        if self.has_tuning_runs:
+            return self.tuning_runs(method)
+        return tuple(run for run in self.runs_of(method) if run.concept != concept)
+
     def example_runs(self, method: str, count: int) -> tuple[RecordedRun, ...]:
         """Return one run each of a method's first ``count`` concepts by name, so that none is picked for its looks.
 

@@ -18,13 +18,13 @@ from dvar.analysis.strategy_costs import CostRow, best_dvar, cost_rows
 from dvar.html.tables import Column
 from dvar.paper.published import TABLE_1, PaperRow
 from dvar.paper.result import (
-    DESCRIBE_TUNING,
     ExperimentResult,
     Plot,
     Provenance,
     Table,
     build_table,
     compare_with_paper,
+    describe_tuning,
     format_estimate,
     format_mean_sd,
     format_number,
@@ -163,8 +163,9 @@ def _table_of_strategies(
         "but not start-up (with its class images, where a method has them) and final images, which have columns of "
         "their own. A forward is one sample through the U-Net; minutes and forwards count the same images, with as "
         "many sampling steps as were recorded. Censored runs had not stopped where the recorded run ends, and count "
-        f"with that step. {provenance} {DESCRIBE_TUNING} Deviates from the paper: all strategies are read from one "
-        "run, CLIP-s is measured where the run was scored, and DVAR's first evaluation is dropped as in the paper."
+        f"with that step. {provenance} {describe_tuning(archive)} Deviates from the paper: all strategies are read "
+        "from one run, CLIP-s is measured where the run was scored, and DVAR's first evaluation is dropped as in the "
+        "paper."
     )
     return build_table(
         "ways",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from itertools import chain
 from operator import itemgetter
 from typing import Any
 
@@ -27,6 +28,7 @@ from dvar.analysis.rule_ranking import (
     RankedRule,
     compare_errors,
     compute_ranking,
+    evaluate_all,
     tune_rules,
 )
 from dvar.analysis.stop_quality import (
@@ -40,12 +42,12 @@ from dvar.analysis.stop_quality import (
 from dvar.errors import RefusedInput
 from dvar.html.tables import Column
 from dvar.paper.result import (
-    DESCRIBE_TUNING,
     ExperimentResult,
     Plot,
     Provenance,
     Table,
     build_table,
+    describe_tuning,
     format_estimate,
     format_number,
     format_percent,
@@ -75,9 +77,12 @@ def rank_rules(archive: RecordingArchive, notify: Callable[[str], None] = lambda
     runs = tuple(run for method in methods for run in archive.runs_of(method) if LearningCurve.of_run(run).learned)
     if not runs:
         raise RefusedInput(["no recorded run has learned anything that its scores show: record longer runs"])
-    own = {method: tune_rules(archive.tuning_runs(method), notify) for method in methods}
+    sources = {run: {method: archive.runs_to_tune_on(method, run.concept) for method in methods} for run in runs}
+    used = dict.fromkeys(other for of_run in sources.values() for others in of_run.values() for other in others)
+    evaluate_all(tuple(used), notify)
     notify(f"ranking the rules on {len(runs)} runs")
-    common = dict.fromkeys(own, tune_rules(tuple(run for method in methods for run in archive.tuning_runs(method))))
+    own = {run: tune_rules(of_run[run.method]) for run, of_run in sources.items()}
+    common = {run: tune_rules(tuple(chain.from_iterable(of_run.values()))) for run, of_run in sources.items()}
     scopes = {
         "one setting per method": compute_ranking(runs, own),
         "one setting, in shares of Baseline's cap, for all methods": compute_ranking(runs, common),
@@ -94,7 +99,8 @@ def rank_rules(archive: RecordingArchive, notify: Callable[[str], None] = lambda
         *_describe_omissions(archive, methods, unlearned),
         *comparisons,
     )
-    tables = [_table_of_rules(f"scope-{index}", *scope) for index, scope in enumerate(scopes.items())]
+    tuning = describe_tuning(archive)
+    tables = [_table_of_rules(f"scope-{index}", *scope, tuning) for index, scope in enumerate(scopes.items())]
     plots = [_plot_distances(f"scope-{index}", *scope) for index, scope in enumerate(list(scopes.items())[:2])]
     return ExperimentResult(paragraphs, (*tables, _table_of_eligibility(verdicts, runs)), tuple(plots))
 
@@ -150,7 +156,7 @@ COLUMNS: tuple[Column[Mapping[str, Any]], ...] = (
 )
 
 
-def _table_of_rules(name: str, scope: str, ranking: Sequence[RankedRule]) -> Table:
+def _table_of_rules(name: str, scope: str, ranking: Sequence[RankedRule], tuning: str) -> Table:
     runs = _ranked_runs(ranking)
     control = next((rule for rule in ranking if rule.rule == CONTROL), None)
     data = [_summarise_rule(rule, control) for rule in ranking]
@@ -161,7 +167,7 @@ def _table_of_rules(name: str, scope: str, ranking: Sequence[RankedRule]) -> Tab
         "and context are those of what is kept. In brackets: 95 % interval from resampling concepts; differences are "
         f"paired by concept, and below 0 is better. Premature: less than {100 * PREMATURE:.0f} % of the gain; "
         "wasteful: more than twice the oracle; censored runs count with their last recorded step. Settings are "
-        f"windows as shares of Baseline's cap and thresholds. {DESCRIBE_TUNING} {Provenance.of(runs)}"
+        f"windows as shares of Baseline's cap and thresholds. {tuning} {Provenance.of(runs)}"
     )
     best = 1 if ranking[0].rule == ORACLE_NAME else 0
     return build_table(name, caption, COLUMNS, data, data=data, bold=[(best, 2)])
@@ -274,9 +280,15 @@ def _describe_omissions(archive: RecordingArchive, methods: Sequence[str], unlea
     sentences = []
     if unlearned:
         sentences.append(f"{unlearned} runs gained less than three standard deviations of their scores; left out.")
-    untuned = [method_title(method) for method in methods if not archive.tuning_runs(method)]
+    untuned = [
+        method_title(method)
+        for method in methods
+        if not all(archive.runs_to_tune_on(method, run.concept) for run in archive.runs_of(method))
+    ]
     if untuned:
-        sentences.append(f"No tuning concept was recorded for {', '.join(untuned)}: tuned rules are left out there.")
+        sentences.append(
+            f"No concept to tune on was recorded for {', '.join(untuned)}: tuned rules are left out there."
+        )
     return sentences
 
 
