@@ -617,7 +617,8 @@ def test_the_spread_of_a_row_is_its_largest_less_its_least_correlation(archive: 
 
     def pooled(score: str, interval: tuple[float, float]) -> float:
         pairs = [timesteps.read_interval(run, score, *interval) for run in runs]
-        return float(np.corrcoef(*(np.concatenate([pair[side] for pair in pairs]) for side in (0, 1)))[0, 1])
+        losses, values = (np.concatenate([pair[side] for pair in pairs]) for side in (0, 1))
+        return float(np.corrcoef(losses, values)[0, 1])
 
     rows = [[pooled(score, interval) for interval in timesteps.INTERVALS.values()] for score in timesteps.SCORES]
     spread = max(max(row) - min(row) for row in rows)
