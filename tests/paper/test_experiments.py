@@ -360,6 +360,22 @@ def test_without_tuning_concepts_each_concept_is_tuned_on_all_others(archive: Re
     assert [outcome.stop for outcome in costs["DVAR (tuned)"].results] == stops
 
 
+def test_rules_that_read_a_series_which_a_run_lacks_are_named(archive: RecordingArchive) -> None:
+    def drop(run: RecordedRun) -> RecordedRun:
+        trace = Trace(run.trace.header)
+        for record in run.trace.records:
+            trace.record(**{name: value for name, value in record.items() if name != "stratified"})
+        return replace(run, trace=trace)
+
+    first, *rest = archive.runs
+    assert rule_ranking._describe_unreadable(archive.runs) == []
+    (sentence,) = rule_ranking._describe_unreadable([drop(first), *rest])
+    assert sentence == (
+        f"Left out, because {first.name} lacks a series that they read: DVAR, 32 stratified draws, "
+        "DVAR on both batches."
+    )
+
+
 def test_with_one_concept_alone_nothing_is_tuned(tmp_path: Path) -> None:
     write_fake_record(tmp_path, concept="vase", cap=CAP, learned=20.0)
     archive = RecordingArchive.open(tmp_path)

@@ -21,6 +21,7 @@ from dvar.analysis.eligibility import (
     Eligibility,
     judge_eligibility,
 )
+from dvar.analysis.families import FAMILIES
 from dvar.analysis.rule_ranking import (
     CONTROL,
     ORACLE_NAME,
@@ -39,7 +40,8 @@ from dvar.analysis.stop_quality import (
     MeanInterval,
     mean_over_concepts,
 )
-from dvar.errors import RefusedInput
+from dvar.analysis.strategies import baseline_cap, can_evaluate
+from dvar.errors import RefusedInput, name_some
 from dvar.html.tables import Column
 from dvar.paper.result import (
     ExperimentResult,
@@ -97,6 +99,7 @@ def rank_rules(archive: RecordingArchive, notify: Callable[[str], None] = lambda
         _describe_ceiling(runs),
         *_describe_ineligible(verdicts),
         *_describe_omissions(archive, methods, unlearned),
+        *_describe_unreadable(runs),
         *comparisons,
     )
     tuning = describe_tuning(archive)
@@ -290,6 +293,19 @@ def _describe_omissions(archive: RecordingArchive, methods: Sequence[str], unlea
             f"No concept to tune on was recorded for {', '.join(untuned)}: tuned rules are left out there."
         )
     return sentences
+
+
+def _describe_unreadable(runs: Sequence[RecordedRun]) -> list[str]:
+    """Return a sentence for the rules that read a series which some run lacks, with these runs."""
+    rules: dict[tuple[str, ...], list[str]] = {}
+    for family in FAMILIES:
+        rule = family.strategy(family.settings()[0], baseline_cap(runs[0])).rule
+        if lacking := tuple(run.name for run in runs if not can_evaluate(rule, run)):
+            rules.setdefault(lacking, []).append(family.name)
+    return [
+        f"Left out, because {name_some(lacking)} lacks a series that they read: {', '.join(names)}."
+        for lacking, names in rules.items()
+    ]
 
 
 def _compare_with_constant(scope: str, ranking: Sequence[RankedRule]) -> tuple[str, ...]:
