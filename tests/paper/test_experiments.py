@@ -371,8 +371,7 @@ def test_rules_that_read_a_series_which_a_run_lacks_are_named(archive: Recording
     assert rule_ranking._describe_unreadable(archive.runs) == []
     (sentence,) = rule_ranking._describe_unreadable([drop(first), *rest])
     assert sentence == (
-        f"Left out, because {first.name} lacks a series that they read: DVAR, 32 stratified draws, "
-        "DVAR on both batches."
+        f"Left out, because {first.name} lacks a series that they read: DVAR, stratified draws, DVAR on both batches."
     )
 
 

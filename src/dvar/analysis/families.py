@@ -85,7 +85,7 @@ FAMILIES = (
     DVAR_FAMILY,
     StrategyFamily("DVAR with diagnoses", lambda n, t: Dvar(n, t), _VARIANCE_SHARES),
     StrategyFamily("DVAR, relative losses", lambda n, t: Dvar(n, t, metric=RELATIVE_LOSS), _VARIANCE_SHARES),
-    StrategyFamily("DVAR, 32 stratified draws", lambda n, t: Dvar(n, t, metric="stratified"), _VARIANCE_SHARES),
+    StrategyFamily("DVAR, stratified draws", lambda n, t: Dvar(n, t, metric="stratified"), _VARIANCE_SHARES),
     StrategyFamily("DVAR, fresh paired draws", lambda n, t: Dvar(n, t, metric=PAIRED), _VARIANCE_SHARES),
     StrategyFamily(
         "DVAR on both batches",
