@@ -47,6 +47,7 @@ What differs from the paper throughout:
 - The raters of Table 2 are simulated.
 
 """
+NOT_MADE = "Not made: "
 RECORDS, SUMMARY, REST = "records", "summary", "opening"
 """The sections that say what was recorded, and in ten lines what the panel shows; and the mark of what follows them."""
 
@@ -61,7 +62,7 @@ def sections(folder: Path) -> tuple[dict[str, str], dict[str, bytes]]:
         content = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
         parts = [f"## {content['title']}", ""]
         if content["missing"]:
-            parts += [f"Not made: {content['missing']}", ""]
+            parts += [f"{NOT_MADE}{content['missing']}", ""]
         parts += [f"{paragraph}\n" for paragraph in content["says"]]
         for table in content["tables"]:
             parts += [*_format_table(table["shown"]), "", f"*{_escape(table['caption'])}*", ""]
@@ -125,7 +126,10 @@ def main(folder: Path, to: Path = DOCS) -> None:
     """Write the page and its images, and remove images that it no longer shows."""
     path = to / "results.md"
     texts, images = sections(folder)
-    page = format_page(read_sections(path.read_text(encoding="utf-8") if path.exists() else "") | texts)
+    before = read_sections(path.read_text(encoding="utf-8") if path.exists() else "")
+    # What could not be made from these records, as the panel from others, stays as it was made before.
+    made = {name: text for name, text in texts.items() if NOT_MADE not in text or name not in before}
+    page = format_page(before | made)
     (to / "results").mkdir(exist_ok=True)
     for name, image in images.items():
         (to / "results" / name).write_bytes(image)

@@ -525,6 +525,11 @@ def test_the_page_of_results_keeps_sections_that_were_not_repeated(report: Path,
     changed = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "results").iterdir()}
     assert changed.keys() == images.keys()
     assert {name.split("-")[0] for name in changed if changed[name] != images[name]} == {"figure8"}
+    assert "Not made" in after["panel"]
+    page = tmp_path / "results.md"
+    page.write_text(page.read_text(encoding="utf-8").replace(after["panel"], "\n## The panel\n\nFrom other records.\n"))
+    results["main"](report.parent, to=tmp_path)
+    assert "From other records." in page.read_text(encoding="utf-8"), "what cannot be made here stays as it was"
 
 
 def test_a_pattern_that_is_not_found_is_negated() -> None:
