@@ -141,14 +141,17 @@ def test_nodes_of_another_version_or_that_do_not_see_the_folder_are_refused(
         assert Places(ray=cluster.address).problems(tmp_path) == []
         monkeypatch.setattr(ray_workers, "__version__", "9.9")
         monkeypatch.setattr(ray_workers, "_list_nodes", hide_files)
-        version, sight = Places(ray=cluster.address).problems(tmp_path)
+        hidden = [tmp_path / f"images-{number}" for number in range(5)]
+        version, sight, others = Places(ray=cluster.address).problems(tmp_path, [tmp_path, *hidden])
     assert f"has dvar {dvar.__version__}, not 9.9: install the same" in version
     assert f"does not see {tmp_path}: name a shared folder or a URL" in sight
+    assert "see what the tasks read and write" in others
+    assert f"does not see {hidden[0]}, {hidden[1]}, {hidden[2]} and 2 more: put it on a disk" in others
 
 
 CONNECT = """
 import sys
-from dvar.cluster.ray_workers import connect
+from dvar.cluster.ray_connection import connect
 from dvar.errors import RefusedInput
 try:
     connect(sys.argv[1], 1, 1)
@@ -212,16 +215,44 @@ def test_a_cluster_with_and_without_token_authentication(mode: str, tmp_path: Pa
     ],
 )
 def test_an_address_that_cannot_be_joined_is_refused_at_once(address: str, problem: str) -> None:
-    from dvar.cluster.ray_workers import connect
+    from dvar.cluster.ray_connection import connect
 
     with pytest.raises(RefusedInput, match=problem):
         connect(address, 1, 1)
 
 
+def test_a_second_use_in_one_process_has_a_cluster_of_its_own_size(tmp_path: Path) -> None:
+    import ray
+
+    for workers in (1, 2):
+        places = Places(workers, ray="auto")
+        assert places.problems() == []
+        with places.connected():
+            assert ray.cluster_resources()["CPU"] == workers
+            with pytest.raises(
+                RefusedInput, match="is connected to, .*, got 127.0.0.1:1: end what runs there and call"
+            ):
+                Places(ray="127.0.0.1:1").connected().__enter__()
+            assert Places(ray=ray.get_runtime_context().gcs_address).problems() == []
+            places.disconnect()
+            assert ray.is_initialized(), "a pool uses it"
+        assert not ray.is_initialized()
+
+
+def test_a_connection_of_somebody_else_is_used_and_left(tmp_path: Path) -> None:
+    import ray
+
+    with cluster_of(1) as cluster:
+        ray.init(address=cluster.address, log_to_driver=False)
+        with Places(1, ray="auto").connected(), Places(1, ray=cluster.address).connected():
+            pass
+        assert ray.is_initialized()
+
+
 def test_a_cluster_that_died_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
-    from dvar.cluster.ray_workers import connect
+    from dvar.cluster.ray_connection import connect
 
     calls: list[dict[str, Any]] = []
     monkeypatch.setattr(ray, "init", lambda **options: calls.append(options))

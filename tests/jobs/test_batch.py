@@ -22,6 +22,7 @@ from command_line import dvar
 from short_run import Outcome
 
 import dvar as package
+from dvar.cluster.places import Places
 from dvar.cluster.pool import Pool
 from dvar.errors import RefusedInput
 from dvar.jobs.batch import Batch, JobEvent
@@ -98,6 +99,50 @@ def test_a_batch_as_a_function_yields_events_and_refuses_before_the_first(
     assert events[1].facts.items() >= {"step": 0, "cap": 9}.items()
     assert [path.name for path in (tmp_path / "mug").glob("checkpoint-*")] == ["checkpoint-9"]
     assert list(package.batch([table], output_dir=str(tmp_path))) == []
+
+
+def test_the_nodes_of_a_cluster_must_see_what_the_jobs_read_and_write(
+    tiny_model: Path, concepts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(Places, "problems", lambda places, *arguments: asked.append(arguments) or [])
+    (tmp_path / "own").mkdir()
+    (tmp_path / "prompts.txt").write_text("a {}\n")
+    listed = [{"instance_data_dir": str(concepts / "ball"), "class_data_dir": str(concepts / "torn")}]
+    (tmp_path / "list.json").write_text(json.dumps(listed))
+    tables: list[Table] = [
+        {**tiny_table(tiny_model, concepts, "mug"), "sample_prompts": str(tmp_path / "prompts.txt")},
+        {
+            **tiny_settings(tiny_model, output_dir=str(tmp_path / "own" / "run")),
+            "id": "list",
+            "method": "custom-diffusion",
+            "validation_prompt": "a <new1>",
+            "concepts_list": str(tmp_path / "list.json"),
+        },
+    ]
+    (tmp_path / "out").mkdir()
+    Batch(tables, BatchConfig(output_dir=str(tmp_path / "out"), ray="auto"))
+    ((shared, paths),) = asked
+    assert shared == tmp_path / "out"
+    assert paths == {
+        *(concepts / name for name in ("mug", "ball", "torn")),
+        *(tmp_path / name for name in ("prompts.txt", "list.json", "own", "out")),
+        tiny_model,
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_ray")
+def test_two_batches_on_ray_in_one_process(tiny_model: Path, concepts: Path, tmp_path: Path) -> None:
+    ray = pytest.importorskip("ray")
+    tables = [tiny_table(tiny_model, concepts, name) for name in ("ball", "mug")]
+    for count in (1, 2):  # the second is on a cluster of two places
+        events = list(package.batch(tables[:count], output_dir=str(tmp_path / str(count)), workers=count, ray="auto"))
+        assert [event.kind for event in events].count("done") == count
+        assert len({event.worker for event in events}) == count
+        assert not ray.is_initialized()
+    with pytest.raises(RefusedInput, match=r"got 127\.0\.0\.1:1 \("):
+        package.batch(tables, output_dir=str(tmp_path / "3"), ray="127.0.0.1:1")
 
 
 def test_the_run_of_another_is_not_touched(tiny_model: Path, concepts: Path, tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_a_sweep_records_what_is_missing_or_damaged_and_nothing_else(
     assert lines[-1].startswith("1 of 1 runs, 100 %")
     assert len(RecordingArchive.open(tmp_path)) == 1
     with monkeypatch.context() as patch:
-        patch.setattr(sweep, "Pool", None)  # nothing may be made
+        patch.setattr(sweep, "start_pool", None)  # nothing may be made
         assert [row.state for row in run_sweep([run])] == ["done"]
     first_time = (run.folder / "done.json").stat().st_mtime_ns
     (run.folder / "scores.json").write_text("{}")

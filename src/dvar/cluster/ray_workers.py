@@ -9,12 +9,9 @@ from __future__ import annotations
 import os
 import platform
 import secrets
-import signal
-import socket
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,8 +19,7 @@ from typing import Any
 from dvar._version import __version__
 from dvar.cluster.shared import start_places
 from dvar.cluster.task import ENDS, Report, Worker, WorkerTask, failure
-from dvar.errors import RefusedInput, first_line
-from dvar.files import read_text
+from dvar.errors import name_some
 
 try:
     import ray
@@ -32,8 +28,8 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError(f"{__name__} needs {error.name}: pip install 'dvar[ray]'", name=error.name) from None
 
-CONNECT_SECONDS, NODE_SECONDS = 5.0, 60.0
-"""Seconds to wait for an address, and for a node to say what it has."""
+NODE_SECONDS = 60.0
+"""Seconds to wait for a node to say what it has."""
 COMPARED = ("torch", "diffusers", "transformers", "peft")
 """Packages whose versions change the results of a run."""
 
@@ -125,39 +121,6 @@ class RayWorker:
         self.close()
 
 
-def connect(address: str, workers: int, threads: int) -> None:
-    """Connect to a Ray cluster.
-
-    Args:
-        address: "auto" for the cluster that this machine is a part of or that RAY_ADDRESS names and, where there is
-            none, one that is started here; or HOST:PORT.
-        workers: Workers of a cluster that is started here.
-        threads: CPUs of each.
-
-    Raises:
-        RefusedInput: There is no cluster at this address, or it cannot be joined.
-    """
-    if ray.is_initialized():
-        return
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "WARNING"}
-    address = os.environ.get("RAY_ADDRESS", "auto") if address == "auto" else address
-    if address.startswith("ray://"):
-        rule = f"ray must be an address HOST:PORT that this machine is a node of, got {address}"
-        raise RefusedInput([f"{rule}: submit the command with `ray job submit --address http://HOST:8265`"])
-    try:
-        if named := _last_address() if address == "auto" else address:
-            _knock(named)
-        with _signals_stay():
-            ray.init(address=address, **options)
-    except (ConnectionError, TimeoutError) as error:
-        if address != "auto":
-            raise RefusedInput([_refusal(address, error)]) from error
-        with _signals_stay():
-            ray.init(address="local", num_cpus=workers * threads, include_dashboard=False, **options)
-    except (OSError, ValueError, RuntimeError, RayError) as error:
-        raise RefusedInput([_refusal(address, error)]) from error
-
-
 def count_places(threads: int, gpus: float | None) -> int:
     """Return how many workers the connected cluster has places for now; at least 1, for it may grow."""
     resources, share = ray.cluster_resources(), _share(gpus)
@@ -193,17 +156,18 @@ def _share(gpus: float | None) -> float:
     return float("GPU" in ray.cluster_resources()) if gpus is None else gpus
 
 
-def node_problems(shared: Path | None) -> list[str]:
+def node_problems(shared: Path | None, paths: Collection[Path] = ()) -> list[str]:
     """Return what keeps the nodes of the connected cluster from running tasks of this version.
 
     Args:
         shared: A folder that every node must see, which exists here.
+        paths: Further folders and files that every node must see, which exist here.
     """
     token = shared / f".{secrets.token_hex(8)}.seen" if shared else None
     if token:
         token.write_text("")
     try:
-        return [problem for node in _list_nodes() for problem in _problems_of_node(node, token)]
+        return [problem for node in _list_nodes() for problem in _problems_of_node(node, token, paths)]
     finally:
         if token:
             token.unlink()
@@ -214,25 +178,31 @@ def _list_nodes() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
 
 
-def _problems_of_node(node: Mapping[str, Any], token: Path | None) -> Iterator[str]:
+def _problems_of_node(node: Mapping[str, Any], token: Path | None, paths: Collection[Path]) -> Iterator[str]:
     name = f"node {node['NodeManagerAddress']}"
     place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
     inspect = ray.remote(_inspector()).options(num_cpus=0, scheduling_strategy=place, max_retries=0)
+    names = [str(path.absolute()) for path in ([token] if token else []) + sorted(paths)]
     try:
-        facts = ray.get(inspect.remote(COMPARED, str(token or "")), timeout=NODE_SECONDS)
+        facts = ray.get(inspect.remote(COMPARED, names), timeout=NODE_SECONDS)
     except (RayError, TimeoutError) as error:
         yield f"every node must answer, and {name} does not ({_shortened(error)}): repair it or take it away"
         return
     if difference := format_differences(installed_versions(), facts["versions"]):
         yield f"every node must have the versions of this machine, and {name} has {difference}: install the same"
-    if token and not facts["sees"]:
+    unseen: list[str] = facts["unseen"]
+    if token and str(token.absolute()) in unseen:
         yield f"every node must see output_dir, and {name} does not see {token.parent}: name a shared folder or a URL"
+        unseen.remove(str(token.absolute()))
+    if unseen:
+        rule = f"every node must see what the tasks read and write, and {name} does not see {name_some(unseen)}"
+        yield f"{rule}: put it on a disk that all nodes share"
 
 
-def _inspector() -> Callable[[tuple[str, ...], str], dict[str, Any]]:
+def _inspector() -> Callable[[tuple[str, ...], list[str]], dict[str, Any]]:
     """Return the function that says what a node has; nested, so that Ray carries it to nodes without dvar."""
 
-    def inspect(packages: tuple[str, ...], token: str) -> dict[str, Any]:
+    def inspect(packages: tuple[str, ...], paths: list[str]) -> dict[str, Any]:
         import os
         import platform
         from importlib.metadata import PackageNotFoundError, version
@@ -249,7 +219,7 @@ def _inspector() -> Callable[[tuple[str, ...], str], dict[str, Any]]:
             versions["dvar"] = ""
         else:
             versions["dvar"] = __version__
-        return {"versions": versions, "sees": os.path.exists(token)}
+        return {"versions": versions, "unseen": [path for path in paths if not os.path.exists(path)]}
 
     return inspect
 
@@ -270,39 +240,6 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return ""
-
-
-@contextmanager
-def _signals_stay() -> Iterator[None]:
-    """Leave SIGTERM as it was before a scope: Ray ends the process by it at once, and the runs could not save."""
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    if main:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _last_address() -> str:
-    """Return the address of the cluster that was started last on this machine, if Ray's note of it is there.
-
-    A cluster whose machine or processes died leaves its note behind.
-    """
-    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
-    try:
-        return read_text(Path(folder) / "ray" / "ray_current_cluster").strip()
-    except (OSError, ValueError):
-        return ""
-
-
-def _knock(address: str) -> None:
-    """Raise an OSError or a ValueError if nothing listens at HOST:PORT; Ray itself would try for minutes."""
-    host, _, port = address.rpartition(":")
-    with socket.create_connection((host, int(port)), CONNECT_SECONDS):
-        pass
-
-
-def _refusal(address: str, error: Exception) -> str:
-    return f"ray must be 'auto' or the address of a running cluster, got {address} ({first_line(error)}): check it"
 
 
 def _shortened(error: Exception) -> str:

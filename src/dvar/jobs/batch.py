@@ -19,10 +19,10 @@ from dvar.config.fields import canonical_settings
 from dvar.errors import RefusedInput
 from dvar.files import write_json
 from dvar.jobs.config import BatchConfig, batch_problems
-from dvar.jobs.job import Job
+from dvar.jobs.job import Job, is_url
 from dvar.jobs.read_jobs import Table, read_jobs
 from dvar.jobs.status import JobStatus, read_status, summarise
-from dvar.jobs.store import is_url, url_problems
+from dvar.jobs.store import url_problems
 from dvar.locks import lock_path
 from dvar.training.pack_fit import pack_key
 from dvar.training.preflight import launcher_problems
@@ -82,6 +82,7 @@ class Batch:
         self.statuses = [] if problems else [read_status(job) for job in self.jobs]
         problems += [status.conflict for status in self.statuses if status.conflict]
         if problems:
+            self._places.disconnect()
             raise RefusedInput(problems)
 
     @property
@@ -100,14 +101,16 @@ class Batch:
         At the end, whatever ended it, the summary is written into the folder of the batch.
 
         Raises:
-            RefusedInput: Another process runs this batch.
+            RefusedInput: Another process runs this batch, or the cluster has ended.
             KeyboardInterrupt: It was asked to stop; each run has saved, and the same batch goes on.
         """
         missing = self.missing
         if not missing:
             self._write_summary()
+            self._places.disconnect()
             return
         with ExitStack() as stack:
+            stack.enter_context(self._places.connected())
             if self.folder:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(lock_path(self.folder / LOCK, self.folder))
@@ -144,7 +147,8 @@ class Batch:
         problems = url_problems(config.output_dir) if is_url(config.output_dir) else []
         if self.folder and self.folder.exists() and not self.folder.is_dir():
             problems.append(f"output_dir must be a folder, and {self.folder} is a file: choose another")
-        return problems or self._places.problems(self.folder)
+        paths = {path for job in self.jobs for path in job.paths} if config.ray else set()
+        return problems or self._places.problems(self.folder, paths)
 
     @property
     def _places(self) -> Places:

@@ -11,14 +11,24 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from dvar.config.training import FREE_FIELDS, TrainingConfig
+from dvar.config.training import BUNDLED_MODEL, FREE_FIELDS, TrainingConfig
 from dvar.files import read_json, visible_paths
 from dvar.jobs.config import Checkpoints
 from dvar.training.methods.registry import config_from_dict
 
+PATHS = (
+    *("instance_data_dir", "class_data_dir", "concepts_list", "sample_prompts"),
+    *("pretrained_model_name_or_path", "single_file_config", "clip_model"),
+)
+"""Settings that name a file or a folder; a model may have a name of the hub instead."""
 JOB = "job.json"
 """The file in a run's folder that says which job it belongs to."""
 _DIGESTED = FREE_FIELDS - {"keep"}
+
+
+def is_url(folder: str) -> bool:
+    """Return whether a folder is behind a URL."""
+    return "://" in folder
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,17 @@ class Job:
         for name, path in self._files():
             digest.update(name.encode() + b"\0" + sha256(path.read_bytes()).digest())
         return digest.hexdigest()
+
+    @property
+    def paths(self) -> set[Path]:
+        """The files and folders of this machine that the run reads, and the folder that its own is made in."""
+        config = self.config
+        names = {str(value) for name in PATHS if (value := getattr(config, name)) and value != BUNDLED_MODEL}
+        paths = {Path(name).expanduser() for name in (*names, *self._listed_folders()) if not is_url(name)}
+        if not is_url(config.output_dir):
+            folder = Path(config.output_dir).expanduser().absolute()
+            paths.add(next(parent for parent in (folder, *folder.parents) if parent.exists()))
+        return {path for path in paths if path.exists()}  # others are names of the hub
 
     def to_json(self) -> str:
         """Return the job as text, for a worker."""

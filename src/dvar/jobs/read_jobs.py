@@ -18,8 +18,7 @@ from dvar.config.training import BUNDLED_MODEL, TrainingConfig
 from dvar.errors import RefusedInput, name_some
 from dvar.files import read_text
 from dvar.jobs.config import BatchConfig
-from dvar.jobs.job import Job
-from dvar.jobs.store import is_url
+from dvar.jobs.job import PATHS, Job, is_url
 from dvar.recordings.concepts import read_noun
 from dvar.training import pack_fit, rule
 from dvar.training.family_fit import family_settings
@@ -34,10 +33,6 @@ ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 JOB_KEYS = ("id", "method")
 DECIDED = ("resume_from_checkpoint", "overwrite", "extend", "checkpoints_total_limit")
 """Settings that a batch decides."""
-PATHS = (
-    *("instance_data_dir", "class_data_dir", "concepts_list", "sample_prompts"),
-    *("pretrained_model_name_or_path", "single_file_config", "clip_model"),
-)
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"}
 
 Table = Mapping[str, Any]

@@ -20,7 +20,7 @@ from typing import Any
 
 from dvar.errors import FolderInUse, RefusedInput, first_line
 from dvar.files import MAX_BYTES, parse_json, read_json, remove, write_json
-from dvar.jobs.job import JOB
+from dvar.jobs.job import JOB, is_url
 from dvar.locks import LOCK, lock_path
 from dvar.schema import find_mismatch
 from dvar.training.checkpoint import MANIFEST
@@ -30,11 +30,6 @@ _FIRST, _LAST = (JOB, CONFIG), (MANIFEST, RESULT)
 _TEMPORARY = "dvar-job-"
 _FETCHES = 5
 """How often a run is listed that changes while it is fetched."""
-
-
-def is_url(folder: str) -> bool:
-    """Return whether a folder is behind a URL."""
-    return "://" in folder
 
 
 def url_problems(folder: str) -> list[str]:

@@ -16,10 +16,10 @@ from dvar.errors import CheckpointError, FolderInUse, NonFiniteLoss
 from dvar.files import remove
 from dvar.jobs.base_models import BaseModels
 from dvar.jobs.config import Checkpoints
-from dvar.jobs.job import JOB, Job
+from dvar.jobs.job import JOB, Job, is_url
 from dvar.jobs.model_cache import cached_model
 from dvar.jobs.status import END_SCHEMA, JOB_SCHEMA, end_facts
-from dvar.jobs.store import RunStore, is_url, read_run_json, run_folder
+from dvar.jobs.store import RunStore, read_run_json, run_folder
 from dvar.locks import lock_folder
 from dvar.stopping.diagnosis import Reason
 from dvar.training.checkpoint import Checkpoint

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from dvar.cluster.places import Places
-from dvar.cluster.pool import Pool, interrupting_signals
+from dvar.cluster.pool import interrupting_signals
 from dvar.cluster.task import ENDS, WorkerTask
 from dvar.errors import DvarError, FolderInUse, RefusedInput
 from dvar.files import write_json
@@ -27,6 +27,7 @@ from dvar.recordings.cost import (
     format_estimate,
     measure_methods,
 )
+from dvar.recordings.pools import start_pool
 from dvar.recordings.protocol import PROTOCOLS
 from dvar.recordings.recorded_run import FAILED, SECONDS, RecordedRun, read_failure, read_recorded_json
 from dvar.recordings.score_samples import find_missing_rounds, load_scorer
@@ -37,8 +38,6 @@ from dvar.training.preflight import launcher_problems
 from dvar.training.progress import format_duration
 
 LOG = "record.log"
-PREEMPTIONS = 20
-"""How often a recording may lose its node, without getting further, and go on elsewhere."""
 Notify = Callable[[str], None]
 State = Literal["done", "failed", "missing"]
 
@@ -178,9 +177,8 @@ def run_sweep(
         return [read_status(spec) for spec in specs]
     places = places or Places(threads=missing[0].threads)
     recordings = {str(spec.folder): spec for spec in missing}
-    progress = _SweepProgress(missing, units or {}, places.count)
-    pool = Pool(places.start(len(missing)), preemptions=PREEMPTIONS if places.ray else 0)
-    with interrupting_signals(), pool:
+    with places.connected(), interrupting_signals(), start_pool(places, len(missing)) as pool:
+        progress = _SweepProgress(missing, units or {}, places.count)
         for spec in missing:
             pool.submit(_task(spec))
         for event in pool.events(every):
