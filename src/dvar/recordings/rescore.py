@@ -17,7 +17,7 @@ import torch
 
 from dvar import mini
 from dvar.cluster.places import Places
-from dvar.cluster.pool import Pool, interrupting_signals
+from dvar.cluster.pool import interrupting_signals
 from dvar.cluster.program import serve
 from dvar.cluster.task import ENDS, WorkerTask
 from dvar.diffusion.devices import float32_arithmetic
@@ -25,6 +25,7 @@ from dvar.errors import RefusedInput
 from dvar.files import read_json, write_json
 from dvar.locks import lock_folder
 from dvar.recordings.archive import RecordingArchive, load_rescored
+from dvar.recordings.pools import start_pool
 from dvar.recordings.protocol import CHECKPOINTS, ScoringPrompts
 from dvar.recordings.recorded_run import DONE, RESCORED, RecordedRun, RescoredRun
 from dvar.recordings.restore import RESCORED_SHEETS, restore_runs, sheet_path, weights_path, write_sheet
@@ -88,15 +89,17 @@ def rescore_archive(
     if not missing:
         return archive
     places = Places(threads=max(run.threads for run in missing), ray=ray)
-    if problems := places.problems():
+    folders = [run.folder for run in missing if run.folder]
+    if problems := places.problems(folders[0], folders):
         raise RefusedInput(problems)
     count = sum(map(len, missing.values()))
     units = {run: archive.unit_seconds(run.method) for run in missing}
     seconds = sum(_estimate_seconds(run, numbers, units[run]) for run, numbers in missing.items())
-    notify(f"{count} checkpoints of {len(missing)} runs to rescore, about {format_duration(seconds / places.count)}")
     runs = {str(run.folder): run for run in missing}
     remaining = len(runs)
-    with interrupting_signals(), Pool(places.start(remaining)) as pool:
+    with places.connected(), interrupting_signals(), start_pool(places, remaining) as pool:
+        time_left = format_duration(seconds / places.count)
+        notify(f"{count} checkpoints of {len(missing)} runs to rescore, about {time_left}")
         for run, numbers in missing.items():
             pool.submit(_task(run, numbers))
         for event in pool.events():
