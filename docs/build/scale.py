@@ -43,9 +43,12 @@ dvar batch jobs.toml --pack 4           # four concepts in each forward pass of 
 
 In a TOML file the settings before the first table are those of all jobs, and each table `[[job]]` has an `id` and what
 differs; in a CSV file each setting is a column. Settings have the names of the flags of `dvar train`, and `method` is
-one more. [`examples/cluster/jobs.toml`](../reference/examples.md#jobs-toml) is a start. Whatever is wrong with any job
-is refused before the first one, all at once: unknown columns, two jobs with one folder, an address that does not
-answer, a node with another version or without the shared folder.
+one more. [`examples/cluster/jobs.toml`](../reference/examples.md#jobs-toml) is a start. What is
+wrong with the settings of any job, by themselves, is refused before the first one, all at once, and so are unknown
+columns, folders that are missing or shared by two jobs, an id that was used for another job, an address that does not
+answer, and a node with another version or without a folder that it must see. What needs the base model or the images
+themselves is checked by the worker where the job begins: the packages, that images and captions can be read, the tokens
+and the hub. A job that fails there ends with its reasons, and the others go on.
 
 - **A worker loads the base model once** and gives each run a copy that shares its weights. A run is bit for bit the run
   of `dvar train` with the same settings.
@@ -56,7 +59,7 @@ answer, a node with another version or without the shared folder.
   that is used for another job is refused.
 - **What is left** of a run is what it exported, its samples and its trace; `--checkpoints last` or `all` leaves more.
   `summary.json` counts verdicts, steps saved and failures with their reasons; `events.jsonl` has a line for each event,
-  and `--json` prints them.
+  and `--json` prints them. Behind a URL neither file is written; the command prints the summary.
 - **`--output_dir s3://…`** or any other URL of fsspec works too: a run is fetched before it, and pushed at each
   checkpoint and at its end. Where two workers write one run, the last to begin goes on, and the other ends with a line.
 
@@ -79,10 +82,10 @@ layer). Held batches share passes too. Each run has its own draws, step, probe, 
 folder; when *its* rule stops it, its place is given to the next job.
 
 - **A run in a pack is the run alone, but for rounding.** It draws the same samples, and a larger batch adds numbers up
-  in another order. In the tests, on tiny random models, losses agree to 2e-6 of their value, norms of gradients to 2e-5
-  and weights to 2e-4, with the same stop and the same files; on the bundled model see the table. A pack of one is bit
-  for bit the run alone for Textual Inversion. AdamW's first step is as long for a gradient that is zero but for
-  rounding as for any other, so where many are, runs drift apart further, as they do between two machines.
+  in another order. The tests, on tiny random models, admit 2e-6 of a loss, 1e-4 of a gradient's norm (4e-5 was
+  measured) and 2e-4 of a weight, and ask for the same stop and the same files; on the bundled model see the table. A
+  pack of one is bit for bit the run alone for Textual Inversion. AdamW's first step is as long for a gradient that is
+  zero but for rounding as for any other, so where many are, runs drift apart further, as they do between two machines.
 - **A run that breaks ends by itself**: a loss that is not finite, an image that cannot be read, a disk. What the others
   compute in the passes that it still shared is bit for bit what it would have been beside a sound one; afterwards the
   passes have fewer samples. A process that dies, or memory that runs out in a shared pass, costs every run of the pack
@@ -130,7 +133,8 @@ process. On a GPU, which two images of a small model do not fill, more is to be 
 
 They use the command line alone. They have been parsed and their flags checked, and have not been run on such clusters.
 Token authentication of Ray (`RAY_AUTH_MODE=token`) is for the environment to switch on; `dvar` passes it on. The
-command must run on a node of the cluster (`ray job submit` does that).
+command must run on a node of the cluster. `ray job submit` does that, and so does KubeRay; both need the job server
+of `pip install 'ray[default]'` on the head, which the extra `ray` of `dvar` does not install.
 
 What was run is a Ray cluster of two workers on one machine: 48 bundled concepts, 24 steps of Textual Inversion each.
 One job and one worker were ended by SIGKILL on the way. Every job was done once, and all 48 traces and weights are bit
@@ -140,14 +144,15 @@ for bit those of the same command without `--ray`.
 
 ```bash
 accelerate launch --num_processes 4 -m dvar train dreambooth-lora --train_batch_size 4 …
-torchrun --nproc_per_node 2 -m dvar train textual-inversion …                # the same; also on CPUs
+torchrun --nproc_per_node 2 -m dvar train textual-inversion …                # the same; also on CPUs,
+                                                            # where accelerate launch starts one process
 ```
 
 The samples of a step are numbered, and what is drawn for a sample depends on its number alone. So 1, 2 or 4 processes
 train on the same samples: losses are equal to the tolerance of a sum in another order, the run stops at the same step,
 and it can be resumed on another number of processes. The batch is that of the whole run, so it must be divisible by
-their number. One process measures, judges and writes; its verdict ends all of them. A process that dies or hangs ends
-the others within a minute with a message. The whole model must fit on each GPU; where it does not, shard it.
+their number. One process measures, judges and writes; its verdict ends all of them. A process that dies or is frozen
+ends the others within a minute with a message. The whole model must fit on each GPU; where it does not, shard it.
 
 ### A base model that does not fit one GPU
 

@@ -230,7 +230,7 @@ def test_a_second_use_in_one_process_has_a_cluster_of_its_own_size(tmp_path: Pat
         with places.connected():
             assert ray.cluster_resources()["CPU"] == workers
             with pytest.raises(
-                RefusedInput, match="is connected to, .*, got 127.0.0.1:1: end what runs there and call"
+                RefusedInput, match=r"is connected to, .*, got 127\.0\.0\.1:1: end what runs there and call"
             ):
                 Places(ray="127.0.0.1:1").connected().__enter__()
             assert Places(ray=ray.get_runtime_context().gcs_address).problems() == []

@@ -101,6 +101,19 @@ def test_a_batch_as_a_function_yields_events_and_refuses_before_the_first(
     assert list(package.batch([table], output_dir=str(tmp_path))) == []
 
 
+def test_a_conflict_of_one_job_is_named_beside_a_fault_of_another(
+    tiny_model: Path, concepts: Path, tmp_path: Path
+) -> None:
+    tables = [tiny_table(tiny_model, concepts, name) for name in ("ball", "mug")]
+    (tmp_path / "mug").mkdir()
+    (tmp_path / "mug" / "config.json").write_text("{}")
+    with pytest.raises(RefusedInput) as refused:
+        Batch([{**tables[0], "seed": -1}, tables[1]], BatchConfig(output_dir=str(tmp_path)))
+    fault, conflict = refused.value.problems
+    assert "job ball: seed must be at least 0" in fault
+    assert "holds a run that no batch has started" in conflict
+
+
 def test_the_nodes_of_a_cluster_must_see_what_the_jobs_read_and_write(
     tiny_model: Path, concepts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -179,8 +179,8 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path, concepts: Path, sha
 def test_every_problem_of_every_job_is_named_at_once(tmp_path: Path, concepts: Path, shared: dict[str, Any]) -> None:
     images = str(concepts / "mug")
     tables: list[dict[str, Any]] = [
-        {"id": "a", "instance_data_dir": images, "sede": 1},
-        {"id": "b", "instance_data_dir": images, "sede": 1, "method": "dreambooth-lora"},
+        {"id": "a", "instance_data_dir": images, "sede": 1, "seed": -2},
+        {"id": "b", "instance_data_dir": images, "sede": 1, "placeholder_token": "<b>", "method": "dreambooth-lora"},
         {"id": "c", "instance_data_dir": images, "method": "textual-invasion"},
         {"id": "d", "instance_data_dir": images, "seed": -1},
         {"id": "e", "instance_data_dir": str(concepts / "cup")},
@@ -195,6 +195,7 @@ def test_every_problem_of_every_job_is_named_at_once(tmp_path: Path, concepts: P
     for part in (
         "jobs.toml, job a, b: unknown setting 'sede': the nearest known one is seed",
         "job c: there is no method 'textual-invasion': the nearest is textual-inversion",
+        "job a: seed must be at least 0",
         "job d: seed must be at least 0",
         f"job e: instance_data_dir must be a folder, and {concepts / 'cup'} is none",
         "job f: overwrite is decided by the batch, got True: drop it",
@@ -203,7 +204,7 @@ def test_every_problem_of_every_job_is_named_at_once(tmp_path: Path, concepts: P
         f"each job needs a folder of its own, and j and i share {tmp_path / 'out'}: change one",
     ):
         assert part in problems
-    assert len(problems.splitlines()) == 8
+    assert len(problems.splitlines()) == 9
 
 
 @pytest.mark.parametrize(
@@ -227,9 +228,25 @@ def test_a_source_that_holds_no_jobs_is_refused(tmp_path: Path, name: str, conte
         read_jobs(tmp_path / name, BatchConfig())
 
 
-def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    assert "must hold images, and empty has none" in refuse(tmp_path)
+def test_every_folder_without_images_is_refused(tmp_path: Path) -> None:
+    for name in ("bare", "empty"):
+        (tmp_path / name).mkdir()
+    tiny_concept(tmp_path / "mug")
+    (tmp_path / "mug.json").write_text("{}")
+    problems = refuse(tmp_path).splitlines()
+    assert len(problems) == 3
+    assert "must hold images, and bare has none" in problems[0]
+    assert "must hold images, and empty has none" in problems[1]
+    assert "mug.json" in problems[2]
+
+
+def test_an_unknown_column_of_blank_cells_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "jobs.csv"
+    path.write_text("id,sede,class_noun,noun,,seed\na,,,,,-1\n")
+    problems = refuse(path).splitlines()
+    assert problems[0] == f"{path}: column 'sede' is no setting of any method: rename or remove it"
+    assert "job a: seed must be at least 0" in problems[1]
+    assert not any("class_noun" in problem for problem in problems)
 
 
 def test_settings_of_a_batch_are_checked() -> None:

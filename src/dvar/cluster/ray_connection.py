@@ -94,7 +94,8 @@ def _connect(address: str, workers: int, threads: int) -> None:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "WARNING"}
     if address.startswith("ray://"):
         rule = f"ray must be an address HOST:PORT that this machine is a node of, got {address}"
-        raise RefusedInput([f"{rule}: submit the command with `ray job submit --address http://HOST:8265`"])
+        remedy = "submit the command with `ray job submit --address http://HOST:8265` of ray[default]"
+        raise RefusedInput([f"{rule}: {remedy}"])
     try:
         if named := _last_address() if address == "auto" else address:
             _knock(named)

@@ -20,7 +20,7 @@ from dvar.errors import RefusedInput
 from dvar.files import write_json
 from dvar.jobs.config import BatchConfig, batch_problems
 from dvar.jobs.job import Job, is_url
-from dvar.jobs.read_jobs import Table, read_jobs
+from dvar.jobs.read_jobs import Table, collect_jobs
 from dvar.jobs.status import JobStatus, read_status, summarise
 from dvar.jobs.store import url_problems
 from dvar.locks import lock_path
@@ -74,13 +74,8 @@ class Batch:
         self.config, self.jobs, self.statuses = config, list[Job](), list[JobStatus]()
         self.failures: dict[str, str] = {}
         if not problems:
-            try:
-                self.jobs = read_jobs(source, config)
-            except RefusedInput as refused:
-                problems += refused.problems
-            problems += self._place_problems()
-        self.statuses = [] if problems else [read_status(job) for job in self.jobs]
-        problems += [status.conflict for status in self.statuses if status.conflict]
+            self.jobs, problems = collect_jobs(source, config)
+            problems += self._folder_problems() or [*self._conflicts(), *self._cluster_problems()]
         if problems:
             self._places.disconnect()
             raise RefusedInput(problems)
@@ -141,14 +136,23 @@ class Batch:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_json(self.folder / SUMMARY, self.summary())
 
-    def _place_problems(self) -> list[str]:
-        """Return what is wrong with where the runs are to be written and trained, having connected to the cluster."""
+    def _conflicts(self) -> list[str]:
+        """Return what keeps jobs from their folders, having read the state of each."""
+        self.statuses = [read_status(job) for job in self.jobs]
+        return [status.conflict for status in self.statuses if status.conflict]
+
+    def _folder_problems(self) -> list[str]:
+        """Return what is wrong with where the runs are to be written."""
         config = self.config
         problems = url_problems(config.output_dir) if is_url(config.output_dir) else []
         if self.folder and self.folder.exists() and not self.folder.is_dir():
             problems.append(f"output_dir must be a folder, and {self.folder} is a file: choose another")
-        paths = {path for job in self.jobs for path in job.paths} if config.ray else set()
-        return problems or self._places.problems(self.folder, paths)
+        return problems
+
+    def _cluster_problems(self) -> list[str]:
+        """Return what is wrong with where the runs are to be trained, having connected to the cluster."""
+        paths = {path for job in self.jobs for path in job.paths} if self.config.ray else set()
+        return self._places.problems(self.folder, paths)
 
     @property
     def _places(self) -> Places:

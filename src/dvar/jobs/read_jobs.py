@@ -6,6 +6,7 @@ import csv
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from types import NoneType, UnionType
@@ -30,7 +31,7 @@ else:
     import tomli as tomllib
 
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-JOB_KEYS = ("id", "method")
+JOB_KEYS, NOUN = ("id", "method"), "noun"
 DECIDED = ("resume_from_checkpoint", "overwrite", "extend", "checkpoints_total_limit")
 """Settings that a batch decides."""
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"}
@@ -52,12 +53,25 @@ def read_jobs(source: str | Path | Sequence[Table], config: BatchConfig) -> list
         RefusedInput: Settings are unknown or cannot be used, ids or folders are given twice, or there are no jobs;
             every problem of every job is named.
     """
+    jobs, problems = collect_jobs(source, config)
+    if problems:
+        raise RefusedInput(problems)
+    return jobs
+
+
+def collect_jobs(source: str | Path | Sequence[Table], config: BatchConfig) -> tuple[list[Job], list[str]]:
+    """Return the jobs of a batch that can be used, and what is wrong with the others, as `read_jobs` reads them."""
+    shared: Table = {}
+    problems: list[str] = []
     if isinstance(source, str | Path):
         path = Path(source).expanduser()
-        shared, tables = _read_source(path)
         name = path.name
+        try:
+            shared, tables, problems = _read_source(path)
+        except RefusedInput as refused:
+            return [], list(refused.problems)
     else:
-        shared, tables, name = {}, list(source), "jobs"
+        tables, name = list(source), "jobs"
     jobs: list[Job] = []
     jobs_by_problem: dict[str, list[str]] = {}
     for number, table in enumerate(tables):
@@ -66,19 +80,17 @@ def read_jobs(source: str | Path | Sequence[Table], config: BatchConfig) -> list
         except RefusedInput as refused:
             for problem in refused.problems:
                 jobs_by_problem.setdefault(problem, []).append(str(table.get("id") or number + 1))
-    problems = [f"{name}, job {name_some(labels)}: {problem}" for problem, labels in jobs_by_problem.items()]
+    problems += [f"{name}, job {name_some(labels)}: {problem}" for problem, labels in jobs_by_problem.items()]
     problems += _duplicate_problems(jobs)
-    if not tables:
+    if not tables and not problems:
         problems.append(f"{name} must hold at least one job, got none: add a table [[job]], a line or a folder")
-    if problems:
-        raise RefusedInput(problems)
-    return jobs
+    return jobs, problems
 
 
-def _read_source(path: Path) -> tuple[Table, list[Table]]:
-    """Return the settings of all jobs and the table of each."""
+def _read_source(path: Path) -> tuple[Table, list[Table], list[str]]:
+    """Return the settings of all jobs, the table of each, and what is wrong with others."""
     if path.is_dir():
-        return {}, list(_read_folders(path))
+        return {}, *_read_folders(path)
     if path.suffix not in (".toml", ".csv"):
         problem = f"jobs must be a .toml or .csv file or a folder of folders, got {path}"
         raise RefusedInput([f"{problem}: name another" if path.exists() else f"{problem}, which does not exist"])
@@ -86,7 +98,7 @@ def _read_source(path: Path) -> tuple[Table, list[Table]]:
         text = read_text(path, "utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise RefusedInput([f"{path} must be text in UTF-8, and cannot be read ({error}): check it"]) from error
-    return _parse_toml(path, text) if path.suffix == ".toml" else ({}, _parse_csv(path, text))
+    return (*_parse_toml(path, text), []) if path.suffix == ".toml" else ({}, *_parse_csv(path, text))
 
 
 def _parse_toml(path: Path, text: str) -> tuple[Table, list[Table]]:
@@ -102,8 +114,11 @@ def _parse_toml(path: Path, text: str) -> tuple[Table, list[Table]]:
     return content, tables
 
 
-def _parse_csv(path: Path, text: str) -> list[Table]:
-    """Return the rows, without their empty cells; `_build_job` converts a text to the type of its setting."""
+def _parse_csv(path: Path, text: str) -> tuple[list[Table], list[str]]:
+    """Return the rows, without their empty cells, and what is wrong with columns that no row has a cell of.
+
+    `_build_job` converts a text to the type of its setting.
+    """
     rows = list(csv.reader(text.splitlines()))
     header = [name.strip() for name in rows[0]] if rows else []
     problems = [f"{path}: column {name!r} is there twice: keep one" for name in {*header} if header.count(name) > 1]
@@ -112,21 +127,42 @@ def _parse_csv(path: Path, text: str) -> list[Table]:
     if problems:
         raise RefusedInput(problems)
     named = (dict(zip(header, (cell.strip() for cell in row), strict=False)) for row in rows[1:] if any(row))
-    return [{name: _Cell(cell) for name, cell in row.items() if cell} for row in named]
+    tables: list[Table] = [{name: _Cell(cell) for name, cell in row.items() if cell} for row in named]
+    blank = [name for name in header if name and not any(name in table for table in tables)]
+    unknown = [f"{path}: column {name!r} is no setting of any method: rename or remove it" for name in blank]
+    return tables, [problem for name, problem in zip(blank, unknown, strict=True) if not _is_setting(name)]
+
+
+def _is_setting(name: str) -> bool:
+    """Return whether some method has a setting of this name."""
+    if name in (*JOB_KEYS, NOUN):
+        return True
+    for method in METHODS.values():
+        with suppress(RefusedInput):
+            return bool(canonical_settings({name: None}, method.config_type))
+    return False
 
 
 class _Cell(str):
     """A cell of a CSV file, of no type yet."""
 
 
-def _read_folders(folder: Path) -> Iterator[Table]:
-    """Yield a table for each folder of images inside ``folder``."""
+def _read_folders(folder: Path) -> tuple[list[Table], list[str]]:
+    """Return a table for each folder of images inside ``folder``, and what is wrong with the other folders."""
+    tables: list[Table] = []
+    problems: list[str] = []
     for path in sorted(folder.iterdir()):
         if path.is_dir() and not path.name.startswith("."):
             if not any(file.suffix.lower() in IMAGES for file in path.iterdir()):
-                raise RefusedInput([f"each folder in {folder} must hold images, and {path.name} has none: remove it"])
-            noun = {"noun": read_noun(path)} if path.with_name(f"{path.name}.json").exists() else {}
-            yield {"id": path.name, "instance_data_dir": str(path), **noun}
+                problems.append(f"each folder in {folder} must hold images, and {path.name} has none: remove it")
+                continue
+            try:
+                noun = {NOUN: read_noun(path)} if path.with_name(f"{path.name}.json").exists() else {}
+            except RefusedInput as refused:
+                problems += refused.problems
+                continue
+            tables.append({"id": path.name, "instance_data_dir": str(path), **noun})
+    return tables, problems
 
 
 def _build_job(table: Table, shared: Table, config: BatchConfig) -> Job:
@@ -138,10 +174,13 @@ def _build_job(table: Table, shared: Table, config: BatchConfig) -> Job:
     method = str(table.get("method", shared.get("method", config.method)))
     config_type = METHODS.find(method).config_type
     values = read_settings(config.config, config_type) if config.config else {}
+    problems: list[str] = []
     for part in (shared, table):
         settings = {name: value for name, value in part.items() if name not in JOB_KEYS}
-        values |= _convert_cells(canonical_settings(_name_noun(settings, config_type), config_type), config_type)
-    problems = [f"{name} is decided by the batch, got {values[name]!r}: drop it" for name in DECIDED if name in values]
+        known, unknown = _split_known(_name_noun(settings, config_type), config_type)
+        values |= _convert_cells(known, config_type)
+        problems += unknown
+    problems += [f"{name} is decided by the batch, got {values[name]!r}: drop it" for name in DECIDED if name in values]
     images = values.get("instance_data_dir")
     name = str(table.get("id") or (Path(str(images)).name if images else ""))
     if not ID.fullmatch(name):
@@ -156,10 +195,22 @@ def _build_job(table: Table, shared: Table, config: BatchConfig) -> Job:
     return Job(name, _with_whole_paths(run), config.checkpoints, scaled)
 
 
+def _split_known(settings: Table, config_type: type[TrainingConfig]) -> tuple[dict[str, Any], list[str]]:
+    """Return the settings that are known, under their field names, and what is wrong with the others."""
+    try:
+        return canonical_settings(settings, config_type), []
+    except RefusedInput as refused:
+        known: dict[str, Any] = {}
+        for name, value in settings.items():
+            with suppress(RefusedInput):
+                known |= canonical_settings({name: value}, config_type)
+        return known, list(refused.problems)
+
+
 def _name_noun(settings: Table, config_type: type[TrainingConfig]) -> dict[str, Any]:
-    """Return settings with the class noun of a folder, "noun", under the name that a method has for it."""
+    """Return settings with the class noun of a folder under the name that a method has for it."""
     settings = dict(settings)
-    if noun := settings.pop("noun", None):
+    if noun := settings.pop(NOUN, None):
         names = {item.name for item in fields(config_type)}
         settings.setdefault("class_noun" if "class_noun" in names else "initializer_token", noun)
     return settings
