@@ -117,8 +117,8 @@ def test_a_conflict_of_one_job_is_named_beside_a_fault_of_another(
 def test_the_nodes_of_a_cluster_must_see_what_the_jobs_read_and_write(
     tiny_model: Path, concepts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[Any] = []
-    monkeypatch.setattr(Places, "problems", lambda places, *arguments: asked.append(arguments) or [])
+    calls: list[Any] = []
+    monkeypatch.setattr(Places, "problems", lambda places, *arguments: calls.append(arguments) or [])  # type: ignore[func-returns-value]
     (tmp_path / "own").mkdir()
     (tmp_path / "prompts.txt").write_text("a {}\n")
     listed = [{"instance_data_dir": str(concepts / "ball"), "class_data_dir": str(concepts / "torn")}]
@@ -135,7 +135,7 @@ def test_the_nodes_of_a_cluster_must_see_what_the_jobs_read_and_write(
     ]
     (tmp_path / "out").mkdir()
     Batch(tables, BatchConfig(output_dir=str(tmp_path / "out"), ray="auto"))
-    ((shared, paths),) = asked
+    ((shared, paths),) = calls
     assert shared == tmp_path / "out"
     assert paths == {
         *(concepts / name for name in ("mug", "ball", "torn")),

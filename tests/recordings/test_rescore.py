@@ -39,15 +39,15 @@ class LosesFirstNode:
 
 
 def test_a_run_whose_node_is_lost_is_rescored_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    worker, asked, lines = LosesFirstNode(), list[Any](), list[str]()
+    worker, calls, lines = LosesFirstNode(), list[Any](), list[str]()
     folder = write_fake_record(tmp_path, cap=100, every=10)
     monkeypatch.setattr(rescore, "_can_restore", lambda run: True)
     monkeypatch.setattr(Places, "count", 1)
-    monkeypatch.setattr(Places, "problems", lambda places, *arguments: asked.append(arguments) or [])
+    monkeypatch.setattr(Places, "problems", lambda places, *arguments: calls.append(arguments) or [])  # type: ignore[func-returns-value]
     monkeypatch.setattr(Places, "connected", lambda places: nullcontext())
     monkeypatch.setattr(Places, "start", lambda places, most: [worker])
     archive = RecordingArchive.open(tmp_path)
     rescore.rescore_archive(archive, {run: {0} for run in archive}, lines.append, ray="auto")
     assert worker.tasks == [str(folder)] * 2
     assert lines[-1] == "textual-inversion/red_mug/0 rescored, 0 runs left"
-    assert asked == [(folder, [folder])], "a node that does not see the runs is not refused"
+    assert calls == [(folder, [folder])], "a node that does not see the runs is not refused"

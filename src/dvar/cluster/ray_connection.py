@@ -112,9 +112,9 @@ def _connect(address: str, workers: int, threads: int) -> None:
 
 def _validate_address(address: str) -> None:
     """Refuse an address of another cluster than the one that this process is connected to."""
-    asked = _connection.address if _identify() == _connection.identity else "auto"
+    own = _connection.address if _identify() == _connection.identity else "auto"
     current = ray.get_runtime_context().gcs_address
-    if address not in ("auto", asked) and _resolve(address) != _resolve(current):
+    if address not in ("auto", own) and _resolve(address) != _resolve(current):
         rule = f"ray must be the cluster that this process is connected to, {current}, got {address}"
         raise RefusedInput([f"{rule}: end what runs there and call ray.shutdown(), or use another process"])
 

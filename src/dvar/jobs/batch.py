@@ -20,7 +20,7 @@ from dvar.errors import RefusedInput
 from dvar.files import write_json
 from dvar.jobs.config import BatchConfig, batch_problems
 from dvar.jobs.job import Job, is_url
-from dvar.jobs.read_jobs import Table, collect_jobs
+from dvar.jobs.read_jobs import Table, read_jobs_and_problems
 from dvar.jobs.status import JobStatus, read_status, summarise
 from dvar.jobs.store import url_problems
 from dvar.locks import lock_path
@@ -74,7 +74,7 @@ class Batch:
         self.config, self.jobs, self.statuses = config, list[Job](), list[JobStatus]()
         self.failures: dict[str, str] = {}
         if not problems:
-            self.jobs, problems = collect_jobs(source, config)
+            self.jobs, problems = read_jobs_and_problems(source, config)
             problems += self._folder_problems() or [*self._conflicts(), *self._cluster_problems()]
         if problems:
             self._places.disconnect()

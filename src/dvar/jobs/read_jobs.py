@@ -53,13 +53,13 @@ def read_jobs(source: str | Path | Sequence[Table], config: BatchConfig) -> list
         RefusedInput: Settings are unknown or cannot be used, ids or folders are given twice, or there are no jobs;
             every problem of every job is named.
     """
-    jobs, problems = collect_jobs(source, config)
+    jobs, problems = read_jobs_and_problems(source, config)
     if problems:
         raise RefusedInput(problems)
     return jobs
 
 
-def collect_jobs(source: str | Path | Sequence[Table], config: BatchConfig) -> tuple[list[Job], list[str]]:
+def read_jobs_and_problems(source: str | Path | Sequence[Table], config: BatchConfig) -> tuple[list[Job], list[str]]:
     """Return the jobs of a batch that can be used, and what is wrong with the others, as `read_jobs` reads them."""
     shared: Table = {}
     problems: list[str] = []
@@ -90,7 +90,7 @@ def collect_jobs(source: str | Path | Sequence[Table], config: BatchConfig) -> t
 def _read_source(path: Path) -> tuple[Table, list[Table], list[str]]:
     """Return the settings of all jobs, the table of each, and what is wrong with others."""
     if path.is_dir():
-        return {}, *_read_folders(path)
+        return {}, *_read_folders_and_problems(path)
     if path.suffix not in (".toml", ".csv"):
         problem = f"jobs must be a .toml or .csv file or a folder of folders, got {path}"
         raise RefusedInput([f"{problem}: name another" if path.exists() else f"{problem}, which does not exist"])
@@ -98,7 +98,7 @@ def _read_source(path: Path) -> tuple[Table, list[Table], list[str]]:
         text = read_text(path, "utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise RefusedInput([f"{path} must be text in UTF-8, and cannot be read ({error}): check it"]) from error
-    return (*_parse_toml(path, text), []) if path.suffix == ".toml" else ({}, *_parse_csv(path, text))
+    return (*_parse_toml(path, text), []) if path.suffix == ".toml" else ({}, *_parse_csv_and_problems(path, text))
 
 
 def _parse_toml(path: Path, text: str) -> tuple[Table, list[Table]]:
@@ -114,7 +114,7 @@ def _parse_toml(path: Path, text: str) -> tuple[Table, list[Table]]:
     return content, tables
 
 
-def _parse_csv(path: Path, text: str) -> tuple[list[Table], list[str]]:
+def _parse_csv_and_problems(path: Path, text: str) -> tuple[list[Table], list[str]]:
     """Return the rows, without their empty cells, and what is wrong with columns that no row has a cell of.
 
     `_build_job` converts a text to the type of its setting.
@@ -147,7 +147,7 @@ class _Cell(str):
     """A cell of a CSV file, of no type yet."""
 
 
-def _read_folders(folder: Path) -> tuple[list[Table], list[str]]:
+def _read_folders_and_problems(folder: Path) -> tuple[list[Table], list[str]]:
     """Return a table for each folder of images inside ``folder``, and what is wrong with the other folders."""
     tables: list[Table] = []
     problems: list[str] = []
@@ -177,8 +177,8 @@ def _build_job(table: Table, shared: Table, config: BatchConfig) -> Job:
     problems: list[str] = []
     for part in (shared, table):
         settings = {name: value for name, value in part.items() if name not in JOB_KEYS}
-        known, unknown = _split_known(_name_noun(settings, config_type), config_type)
-        values |= _convert_cells(known, config_type)
+        named, unknown = _split_known(_name_noun(settings, config_type), config_type)
+        values |= _convert_cells(named, config_type)
         problems += unknown
     problems += [f"{name} is decided by the batch, got {values[name]!r}: drop it" for name in DECIDED if name in values]
     images = values.get("instance_data_dir")
@@ -200,11 +200,11 @@ def _split_known(settings: Table, config_type: type[TrainingConfig]) -> tuple[di
     try:
         return canonical_settings(settings, config_type), []
     except RefusedInput as refused:
-        known: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         for name, value in settings.items():
             with suppress(RefusedInput):
-                known |= canonical_settings({name: value}, config_type)
-        return known, list(refused.problems)
+                values |= canonical_settings({name: value}, config_type)
+        return values, list(refused.problems)
 
 
 def _name_noun(settings: Table, config_type: type[TrainingConfig]) -> dict[str, Any]:
