@@ -339,19 +339,19 @@ def test_a_rule_is_not_further_from_the_oracle_than_itself(archive: RecordingArc
 
 def test_without_tuning_concepts_each_concept_is_tuned_on_all_others(archive: RecordingArchive) -> None:
     """What a rule has on a concept does not depend on that concept's own curves."""
-    alone = replace(archive, tuning_concepts=("no_such",))
-    runs = alone.runs_of("textual-inversion")
+    untuned = replace(archive, tuning_concepts=("no_such",))
+    runs = untuned.runs_of("textual-inversion")
     held = runs[0]
-    assert {run.concept for run in alone.runs_to_tune_on(held.method, held.concept)} == {
+    assert {run.concept for run in untuned.runs_to_tune_on(held.method, held.concept)} == {
         run.concept for run in runs if run is not held
     }
-    result = rule_ranking.rank_rules(alone)
+    result = rule_ranking.rank_rules(untuned)
     assert {family.name for family in families.FAMILIES} < {row["rule"] for row in result.tables[0].data}
     assert "for each concept on all others" in result.tables[0].caption
-    costs = {row.strategy: row for row in cost_rows(alone, "textual-inversion")}
+    costs = {row.strategy: row for row in cost_rows(untuned, "textual-inversion")}
     expected = [
         families.DVAR_FAMILY.strategy(
-            cast(Any, families.tune_family(families.DVAR_FAMILY, alone.runs_to_tune_on(run.method, run.concept))),
+            cast(Any, families.tune_family(families.DVAR_FAMILY, untuned.runs_to_tune_on(run.method, run.concept))),
             strategies.baseline_cap(run),
         )
         for run in runs

@@ -65,10 +65,11 @@ def export(run: Path, /, **flags: Any) -> int:
     embedding = Path(config.embedding).expanduser() if config.embedding else None
     lora = Path(config.kohya).expanduser() if config.kohya else None
     merged = Path(config.merged).expanduser() if config.merged else None
-    found = exports.embedding_problems(run, embedding) if embedding else []
-    found += exports.kohya_problems(run, lora) if lora else []
-    found += exports.merged_problems(merged) if merged else []
-    raise_problems(found + (exports.push_problems(config.push_to_hub) if config.push_to_hub else []))
+    refusals = exports.embedding_problems(run, embedding) if embedding else []
+    refusals += exports.kohya_problems(run, lora) if lora else []
+    refusals += exports.merged_problems(merged) if merged else []
+    refusals += exports.push_problems(config.push_to_hub) if config.push_to_hub else []
+    raise_problems(refusals)
     if config.step is not None:
         for path in take_step(run, config.step):
             print(path)
