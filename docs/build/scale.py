@@ -148,11 +148,12 @@ torchrun --nproc_per_node 2 -m dvar train textual-inversion …                #
                                                             # where accelerate launch starts one process
 ```
 
-The samples of a step are numbered, and what is drawn for a sample depends on its number alone. So 1, 2 or 4 processes
-train on the same samples: losses are equal to the tolerance of a sum in another order, the run stops at the same step,
-and it can be resumed on another number of processes. The batch is that of the whole run, so it must be divisible by
-their number. One process measures, judges and writes; its verdict ends all of them. A process that dies or is frozen
-ends the others within a minute with a message. The whole model must fit on each GPU; where it does not, shard it.
+The samples of a step are numbered, and what is drawn for a sample depends on its number alone (dropout does not: a word
+of Latent Diffusion is refused in several processes). So 1, 2 or 4 processes train on the same samples: losses are equal
+to the tolerance of a sum in another order, the run stops at the same step, and it can be resumed on another number of
+processes. The batch is that of the whole run, so it must be divisible by their number. One process measures, judges and
+writes; its verdict ends all of them. A process that dies or is frozen ends the others within a minute with a message.
+The whole model must fit on each GPU; where it does not, shard it.
 
 ### A base model that does not fit one GPU
 

@@ -12,7 +12,8 @@ import pytest
 import torch.distributed as dist
 from launched_training import assert_same_run, flags, start_processes, train_on, wait_for
 
-from dvar.config.methods import TextualInversionConfig
+from dvar.config.methods import DreamBoothLoraConfig, TextualInversionConfig
+from dvar.testing import tiny_ldm_pipeline
 from dvar.training.preflight import launcher_problems, process_problems
 from dvar.training.processes import ALONE, Processes
 
@@ -103,6 +104,19 @@ def test_the_others_do_what_the_main_process_calls_for() -> None:
     assert other.serve(works) == {"steps": 3}
     assert done == [1, 2, 3]
     ALONE.call("update", step=4)  # nobody else is there
+
+
+def test_dropout_that_several_processes_would_draw_otherwise_is_refused(tmp_path: Path) -> None:
+    model = tiny_ldm_pipeline(tmp_path / "model")
+    launched = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "1"}
+    word = TextualInversionConfig(pretrained_model_name_or_path=str(model), placeholder_token="<a>", train_batch_size=2)
+    (problem,) = process_problems(launched, word)
+    assert problem.endswith("would learn another one in several processes, got 2: start one")
+    assert process_problems({}, word) == []
+    without = DreamBoothLoraConfig(
+        pretrained_model_name_or_path=str(model), placeholder_token=None, instance_prompt="a mug", train_batch_size=2
+    )
+    assert process_problems(launched, without) == []
 
 
 def test_a_launch_that_cannot_work_is_refused() -> None:

@@ -41,6 +41,7 @@ class BackboneEntry:
         learns_no_token: The reason if no placeholder token can be learned; empty if one can.
         expands_tokens: Whether its stock pipeline writes out the tokens of a placeholder token that has several, for
             every text encoder.
+        drops_out: Whether a text encoder has dropout while it learns a token.
         long_tokenizer: The folder of the tokenizer of an encoder that reads what the CLIPs beside it cut off, and how
             many tokens it reads; None if there is no such encoder.
         reads_negatives: Whether its stock pipeline takes a negative prompt.
@@ -63,6 +64,7 @@ class BackboneEntry:
     lora_targets: tuple[str, ...] = ()
     learns_no_token: str = ""
     expands_tokens: bool = True
+    drops_out: bool = False
     long_tokenizer: tuple[str, int] | None = None
     reads_negatives: bool = True
     guides_above: float = 1.0
@@ -188,6 +190,7 @@ for entry in (
         (("unet.in_channels", ("vqvae.latent_channels",)), ("unet.cross_attention_dim", ("bert.d_model",))),
         lora_targets=_UNET_TARGETS,
         expands_tokens=False,
+        drops_out=True,
         reads_negatives=False,
         settings={"resolution": 256},
     ),

@@ -110,6 +110,16 @@ def _reach_problems(config: TrainingConfig, family: BackboneEntry, folder: Path)
         yield f"sides in aspect_ratio_buckets {rule}, got {height},{width}: lower resolution, or name smaller sizes"
 
 
+def drops_out(config: TrainingConfig) -> bool:
+    """Return whether dropout is active in the run of ``config``, in a text encoder that learns a token."""
+    source = ModelSource.of(config)
+    try:
+        family = find_family(source.name, read_index(source)["_class_name"])
+    except ModelError:
+        return False
+    return family.drops_out and config.placeholder_token is not None
+
+
 def sampling_problems(config: TrainingConfig, steps: int) -> list[str]:
     """Return why the base model of ``config`` cannot generate in so many denoising steps: its schedule has fewer."""
     try:

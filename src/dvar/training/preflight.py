@@ -79,6 +79,9 @@ def process_problems(environment: Mapping[str, str], config: TrainingConfig) -> 
     if samples % count:
         rule = f"{count} processes share the samples of a step evenly, and there are {samples}"
         return [f"{rule}: choose a train_batch_size or gradient_accumulation_steps that {count} divides"]
+    if count > 1 and family_fit.drops_out(config):  # whose masks are drawn for a pass, and not for a sample
+        rule = "a text encoder with dropout that learns a word would learn another one in several processes"
+        return [f"{rule}, got {count}: start one"]
     return []
 
 
