@@ -67,11 +67,23 @@ def list_findings(results: str) -> list[str]:
 
 
 def list_answers(results: str) -> list[str]:
-    """Return what the panel answers, once the page has its summary: each comparison, and what it means for a user."""
-    summary = results.partition("\n## In ten lines\n")[2].partition("\n<!--")[0].replace("\n  ", " ")
-    lines = [line.removeprefix("- ") for line in summary.splitlines()]
-    answers = [line for line in lines if line.startswith(("Asked:", "Pre-registered", "For a user:"))]
-    return [f"**When an adaptive stop pays.** {' '.join(answers)}"] if answers else []
+    """Return what the panel answers, once the page has its summary: two comparisons, and what they mean for a user."""
+    summary = results.partition("\n## In ten lines\n")[2].partition("\n<!--")[0]
+    if not summary:
+        return []
+    named = dict(line.removeprefix("- ").split(": ", 1) for line in summary.splitlines() if ": " in line)
+    runs = re.search(r"\d+ recorded runs of \d+ concepts", summary)
+    assert runs, "the summary says how much was recorded"
+    cheap = re.search(r"Its cheap form[^.]*? by ([^ ]+ \[[^]]+\]) octaves", summary)
+    assert cheap, "the summary says what the cheap form is worth"
+    at_preset = next(text for name, text in named.items() if name.startswith("At the preset itself"))
+    return [
+        "**When an adaptive stop pays.** By [a protocol](docs/protocol.md) that was written before the recordings "
+        f"({runs[0]}; an octave is a factor of two in steps), at a quarter and at four times the usual learning rate: "
+        f"{named['Pre-registered 1']} (Its cheap form, `--rule octave` by default: {cheap[1]}.) "
+        f"{named['Pre-registered 2'].capitalize()} At the usual rate, whose number of steps is known: {at_preset} "
+        f"For a user: {named['For a user'].partition('. ')[0]}."
+    ]
 
 
 def list_speedups(table: dict[str, dict[str, Row]], strategy: str) -> str:

@@ -31,14 +31,15 @@ Every table and figure of the paper, reproduced and shown with the paper's numbe
 except what trains runs of its own is read from recorded runs, by the rules in [fidelity](fidelity.md); [their
 traces](traces.md) come with this repository, so that anyone can read them again. `make results` records six concepts
 and writes this page again; the runs that come with the repository are of sixteen (`dvar record --first 16`). The rule
-octave came after them: it is not in the ranking of rules, and is compared with the others in [the panel](protocol.md).
+octave came after them: it is not in the ranking of rules, and is compared with the others in the section on the panel,
+by [a protocol](protocol.md) that was written before.
 
 What differs from the paper throughout:
 
 - The base model is the one bundled until 2026-11-28, unless a caption names another: a latent diffusion model of a
   picture-book world, 64 × 64 pixels, trained for this purpose. Its numbers cannot be compared with those of Stable
-  Diffusion 1.5 one by one; patterns can, and each section says which of them are found here and which are not. Its
-  successor ([the bundled models](bundled-models.md)) is being recorded in the panel ([protocol](protocol.md)).
+  Diffusion 1.5 one by one; patterns can, and each section says which of them are found here and which are not. The
+  panel is of its successor ([the bundled models](bundled-models.md)), and more of it is being recorded.
 - Training is shorter: the paper's windows and patiences are scaled by the ratio of the caps where a caption says so.
 - All strategies are read from one run that continues past the stops of all of them; a replay check shows that a run
   that really stops gives the same.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dvar.analysis.panel import CONSTANT, DVAR_TUNED, OCTAVE, OCTAVE_CHEAP, PanelStops
-from dvar.analysis.panel_comparison import compare_rules
+from dvar.analysis.panel_comparison import Comparison, compare_rules
 from dvar.analysis.stop_quality import MIN_CONCEPTS
 from dvar.config.methods import PAPER_METHODS
 from dvar.paper.panel_results import PanelResults
@@ -36,7 +36,7 @@ def list_default_conditions(results: PanelResults) -> tuple[Condition, ...]:
     """Return the conditions under which octave becomes the default, in the order of docs/protocol.md."""
     first, _, third = results.comparisons
     conditions = [
-        Condition(f"comparison {number} is {comparison.outcome}", comparison.outcome == "won" and claim)
+        Condition(_describe(number, comparison, claim), comparison.outcome == "won" and claim)
         for number, comparison, claim in ((1, first, results.claims[0]), (3, third, results.claims[2]))
     ]
     for second in (CONSTANT, DVAR_TUNED):
@@ -54,6 +54,12 @@ def list_default_conditions(results: PanelResults) -> tuple[Condition, ...]:
         )
     )
     return tuple(conditions)
+
+
+def _describe(number: int, comparison: Comparison, claim: bool) -> str:
+    """Return the outcome of a comparison, and that it is not claimed where one before it was not won."""
+    unclaimed = comparison.outcome == "won" and not claim
+    return f"comparison {number} is {'not claimed' if unclaimed else comparison.outcome}"
 
 
 def describe_default(results: PanelResults) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dvar.analysis.panel import CONSTANT, OCTAVE, PERFECT, PanelRun, PanelStops
+from dvar.analysis.panel import CONSTANT, OCTAVE, OCTAVE_CHEAP, PERFECT, PanelRun, PanelStops
 from dvar.analysis.panel_comparison import Comparison, average_errors, compare_rules
 from dvar.paper.panel_default import describe_default
 from dvar.paper.panel_results import PanelResults
@@ -83,8 +83,12 @@ def _describe_cost(results: PanelResults) -> str:
     direction = "late" if late > 0 else "early"
     share = results.probe_share()
     part = format_number(100 * share, 1)
-    cost = f"; the probes of its cheap form take {part} % of a run's time" if np.isfinite(share) else ""
-    return f"In the median octave stops {format_number(abs(late), 2)} octaves {direction} at these rates{cost}."
+    cost = f", and its probes take {part} % of a run's time on a CPU" if np.isfinite(share) else ""
+    cheap = format_estimate(compare_rules(results.ends, OCTAVE_CHEAP, CONSTANT).difference)
+    return (
+        f"In the median octave stops {format_number(abs(late), 2)} octaves {direction} at these rates. Its cheap form, "
+        f"which --rule octave has by default, differs from a fixed number of steps by {cheap} octaves{cost}."
+    )
 
 
 def _advise(results: PanelResults) -> str:

@@ -291,12 +291,13 @@ def _plot_rates(results: PanelResults) -> Plot:
     figure, panels = axes(height=3.0)
     panel = panels[0, 0]
     positions = np.log2([0.25, 0.5, 1, 2, 4])
+    groups = [[run for run in results.rates.runs if run.variation == rate] for rate in RATES]
+    recorded = [place for place, group in enumerate(groups) if group]  # a line joins what is there
     data = []
     for colour, rule in zip(COLOURS, (OCTAVE, CONSTANT, CORRECTED, DVAR_TUNED, PERFECT), strict=False):
-        groups = [[run for run in results.rates.runs if run.variation == rate] for rate in RATES]
-        errors = [average_errors(results.rates, rule, group).mean for group in groups]
-        panel.plot(positions, errors, "o-", color=colour, label=rule)
-        data.append({"rule": rule, "rates": RATES, "errors": errors})
+        errors = [average_errors(results.rates, rule, groups[place]).mean for place in recorded]
+        panel.plot(positions[recorded], errors, "o-", color=colour, label=rule)
+        data.append({"rule": rule, "rates": [RATES[place] for place in recorded], "errors": errors})
     panel.set_xticks(positions, ["× 1/4", "× 1/2", "× 1", "× 2", "× 4"])
     panel.set_xlabel("learning rate over the preset's")
     panel.set_ylabel("octaves from the oracle")
