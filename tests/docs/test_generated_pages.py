@@ -51,12 +51,18 @@ def test_the_readme_follows_other_results() -> None:
         next(row["Speed-up"] for row in table if row["Strategy"] == readme.TUNED),
         next(row["Octaves from the oracle"] for row in rules if row["Rule"] == "DVAR"),
     )
-    time, _, ranking, _ = readme.list_findings(results.replace(f"| {speed} |", "| 123.4× |"))
+    answer, time, _, ranking, _ = readme.list_findings(results.replace(f"| {speed} |", "| 123.4× |"))
     assert "123.4 (Textual Inversion)" in time
-    assert f"({octaves.partition(' ')[0]}) with tuned settings" in ranking
+    assert f"({octaves}) with tuned settings" in ranking
     assert "with the paper's; the best constant" in ranking
     changed = results.replace(octaves, f"9.99{octaves[4:]}")
-    assert "(9.99) with tuned settings" in readme.list_findings(changed)[2]
+    assert f"(9.99{octaves[4:]}) with tuned settings" in readme.list_findings(changed)[3]
+    (first,) = (line for line in results.splitlines() if line.startswith("- Pre-registered 1: "))
+    assert first.removeprefix("- Pre-registered 1: ") in answer
+    other = readme.list_findings(results.replace(first, "- Pre-registered 1: nothing is known."))[0]
+    assert "learning rate: nothing is known. (Its cheap form" in other
+    without = results.replace("## In ten lines", "## Else")
+    assert len(readme.list_findings(without)) == 4, "without a panel nothing is said of it"
 
 
 def test_the_page_of_memory_is_current() -> None:

@@ -572,7 +572,7 @@ def many(tmp_path_factory: pytest.TempPathFactory, short_baseline: object) -> Re
 def test_enough_concepts_are_compared_with_the_paper(many: RecordingArchive) -> None:
     """By construction L_det falls as the score rises, validation text falls, and nothing relapses."""
     (costs,) = cost.table_1(many).paragraphs
-    assert "As in the paper, DVAR (preset scaled in time) takes less time than Baseline (minutes: " in costs
+    assert "As in the paper, DVAR (tuned) takes less time than Baseline (minutes: " in costs
     (text,) = scores.figure_4(many).paragraphs
     assert text.startswith("Textual Inversion. As in the paper, Validation CLIP text falls in long training (the fall ")
     visible, low = convergence.figure_2(many).paragraphs
