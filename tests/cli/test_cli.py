@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import IO, Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 from command_line import Answer, dvar
@@ -655,6 +655,17 @@ def test_two_files_of_one_number_are_never_one(tmp_path: Path) -> None:
     for name in ("01.png", "02.png"):
         assert _save_new(Image.new("RGB", (8, 8)), tmp_path) == tmp_path / name
     assert not (tmp_path / "00.png").read_bytes()
+
+
+def test_a_part_of_an_image_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save(_: Image.Image, file: IO[bytes], __: str) -> None:
+        file.write(b"a part")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    with pytest.raises(OSError, match="No space left"):
+        _save_new(Image.new("RGB", (8, 8)), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_record_refuses_bad_input_before_long_work(tmp_path: Path) -> None:

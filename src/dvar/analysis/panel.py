@@ -18,7 +18,7 @@ from dvar.config.training import BUNDLED_MODELS
 from dvar.errors import RefusedInput, name_some
 from dvar.mini import TUNING
 from dvar.recordings.archive import RecordingArchive
-from dvar.recordings.mixture import base_model_problems, group_runs, name_groups, protocol_problems
+from dvar.recordings.mixture import base_model_problems, group_runs, name_groups, protocol_of, protocol_problems
 from dvar.recordings.panel import PRESET, PROTOCOL, STAGES, name_variation
 from dvar.recordings.recorded_run import CHOOSE, Floats, RecordedRun, Steps
 from dvar.stopping.octave import FIRST_STEP, Octave
@@ -110,7 +110,7 @@ class PanelRuns:
             RefusedInput: There is none, or it is mixed with runs of another protocol, version or base model, some run
                 is not in the plan of the panel, or lacks a series that a rule reads; the runs are named.
         """
-        runs = [run for run in archive if _protocol(run)[0] == PROTOCOL]
+        runs = [run for run in archive if protocol_of(run)[0] == PROTOCOL]
         if not runs:
             rule = "no run of the panel was recorded"
             raise RefusedInput([f"{rule}: dvar record --panel all records them, as docs/protocol.md says"])
@@ -247,11 +247,6 @@ def _make_rule(family: StrategyFamily, setting: tuple[float, float, float], meth
 
 def _title(run: RecordedRun) -> str:
     return name_variation(run.setting) if run.setting else PRESET.title
-
-
-def _protocol(run: RecordedRun) -> tuple[str, int]:
-    protocol = run.header.get("protocol", {})
-    return str(protocol.get("name", "before the panel")), int(protocol.get("version", 0))
 
 
 def _mixture_problems(runs: Sequence[RecordedRun]) -> list[str]:

@@ -27,14 +27,15 @@ def base_model_problems(runs: Iterable[RecordedRun]) -> list[str]:
     return problems
 
 
+def protocol_of(run: RecordedRun) -> tuple[str, int]:
+    """Return the name and the version of the protocol that a run was recorded by."""
+    protocol = run.header.get("protocol", {})
+    return str(protocol.get("name", "before the panel")), int(protocol.get("version", 0))
+
+
 def protocol_problems(runs: Iterable[RecordedRun]) -> list[str]:
     """Return which protocols of recording, or versions of one, are mixed, with the runs of each."""
-
-    def describe(run: RecordedRun) -> str:
-        protocol = run.header.get("protocol", {})
-        return f"{protocol.get('name', 'before the panel')}, version {protocol.get('version', 0)}"
-
-    protocols = group_runs((describe(run), run) for run in runs)
+    protocols = group_runs((f"{name}, version {version}", run) for run in runs for name, version in [protocol_of(run)])
     if len(protocols) < 2:
         return []
     return [f"recorded runs must be of one protocol, got {name_groups(protocols)}: name the records of one alone"]

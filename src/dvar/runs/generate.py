@@ -148,7 +148,11 @@ def _save_new(image: Image.Image, folder: Path) -> Path:
     """Save an image under the first number that is free, also of other processes, and return its path."""
     for number in count():
         with suppress(FileExistsError), (path := folder / f"{number:02d}.png").open("xb") as file:
-            image.save(file, "png")
+            try:
+                image.save(file, "png")
+            except BaseException:  # a part of an image, as on a full disk
+                path.unlink()
+                raise
             return path
     raise AssertionError("numbers do not end")
 

@@ -33,17 +33,24 @@ def family_settings(config: TrainingConfig) -> dict[str, Any]:
     return family.settings_of(config.method, distilled=distilled)
 
 
-def problems(config: TrainingConfig) -> list[str]:
-    """Return what the base model of ``config`` cannot do of what the config asks, where the model is at hand."""
+def family_at_hand(config: TrainingConfig) -> BackboneEntry | None:
+    """Return the family of the base model of ``config``; None where it is not at hand, or is of none."""
     source = ModelSource.of(config)
     try:
-        family = find_family(source.name, read_index(source)["_class_name"])
+        return find_family(source.name, read_index(source)["_class_name"])
     except ModelError:
+        return None
+
+
+def problems(config: TrainingConfig) -> list[str]:
+    """Return what the base model of ``config`` cannot do of what the config asks, where the model is at hand."""
+    family = family_at_hand(config)
+    if family is None:
         return []
     return [
         *_method_problems(config, family),
         *_setting_problems(config, family),
-        *_reach_problems(config, family, source.config_folder),
+        *_reach_problems(config, family, ModelSource.of(config).config_folder),
         *sampling_problems(config, config.num_inference_steps),
     ]
 
@@ -112,23 +119,19 @@ def _reach_problems(config: TrainingConfig, family: BackboneEntry, folder: Path)
 
 def drops_out(config: TrainingConfig) -> bool:
     """Return whether dropout is active in the run of ``config``, in a text encoder that learns a token."""
-    source = ModelSource.of(config)
-    try:
-        family = find_family(source.name, read_index(source)["_class_name"])
-    except ModelError:
-        return False
-    return family.drops_out and config.placeholder_token is not None
+    family = family_at_hand(config)
+    return family is not None and family.drops_out and config.placeholder_token is not None
 
 
 def sampling_problems(config: TrainingConfig, steps: int) -> list[str]:
     """Return why the base model of ``config`` cannot generate in so many denoising steps: its schedule has fewer."""
+    family = family_at_hand(config)
+    if family is None or not family.is_unet:  # a flow has no steps of its own
+        return []
     try:
-        folder = ModelSource.of(config).config_folder
-        if not find_family(config.pretrained_model_name_or_path, read_index(folder)["_class_name"]).is_unet:
-            return []
-        schedule = read_json(folder / "scheduler" / "scheduler_config.json", dict)
-        most = int(schedule.get("num_train_timesteps", SAMPLING_STEPS.most))
-    except (ModelError, OSError, ValueError, TypeError):
+        path = ModelSource.of(config).config_folder / "scheduler" / "scheduler_config.json"
+        most = int(read_json(path, dict).get("num_train_timesteps", SAMPLING_STEPS.most))
+    except (OSError, ValueError, TypeError):
         return []
     rule = f"num_inference_steps must be at most {most}, the steps of the model's schedule"
     return [f"{rule}, got {steps}: use fewer"] if steps > most else []

@@ -8,11 +8,9 @@ from pathlib import Path
 
 from dvar.config.fields import SEED
 from dvar.config.training import TrainingConfig
-from dvar.diffusion.families import find_family
-from dvar.diffusion.source import ModelSource
-from dvar.diffusion.tokens import read_index
-from dvar.errors import ModelError, RefusedInput
+from dvar.errors import RefusedInput
 from dvar.files import read_text
+from dvar.training.family_fit import family_at_hand
 
 _OPTION = re.compile(r"\s--(\w+)\s+")
 _KNOWN = {"n": "negative_prompt", "d": "seed"}
@@ -70,10 +68,8 @@ def problems(config: TrainingConfig) -> list[str]:
         return list(error.problems)
     if not any(prompt.negative for prompt in prompts):
         return []
-    source = ModelSource.of(config)
-    try:
-        family = find_family(source.name, read_index(source)["_class_name"])
-    except ModelError:
+    family = family_at_hand(config)
+    if family is None:
         return []
     if not family.reads_negatives:
         return [f"sample_prompts has negative prompts, and the pipeline of {family.title} reads none: drop --n"]
